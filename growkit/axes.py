@@ -1,0 +1,80 @@
+"""Axis maps: which old unit each new unit copies, and what share of it the new one carries.
+
+`AxisMap(index, share)`: new unit i is a copy of old unit index[i] and carries share[i] of it. Where the
+shares of every old unit sum to 1, whoever sums over the axis finds the old sum again. Maps compose, and
+maps of different axes act independently. Knows nothing of transformers, files or arrays of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """A map from `source` old units to len(index) new ones.
+
+    index: int [new], the old unit each new unit copies.
+    share: float64 [new], the part of it that the new unit carries.
+    """
+
+    index: np.ndarray
+    share: np.ndarray
+    source: int
+
+    def __post_init__(self):
+        if len(self.index) != len(self.share):
+            raise ValueError(f"{len(self.index)} indices but {len(self.share)} shares")
+        if len(self.index) and not 0 <= self.index.min() <= self.index.max() < self.source:
+            raise ValueError(
+                f"indices run from {self.index.min()} to {self.index.max()}, source has {self.source} units"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def copies(self) -> np.ndarray:
+        """int [source]: how many new units copy each old one."""
+        return np.bincount(self.index, minlength=self.source)
+
+    @property
+    def preserves_sums(self) -> bool:
+        """Whether the shares of every old unit sum to 1."""
+        sums = np.bincount(self.index, weights=self.share, minlength=self.source)
+        return bool(np.allclose(sums, 1.0, rtol=0, atol=1e-12))
+
+    @property
+    def is_gather(self) -> bool:
+        """Whether new units are plain copies: every share is 1."""
+        return bool((self.share == 1.0).all())
+
+    def then(self, after: AxisMap) -> AxisMap:
+        """This map followed by `after`: one map that does both."""
+        if after.source != len(self):
+            raise ValueError(f"maps do not meet: the first makes {len(self)} units, the second takes {after.source}")
+        return AxisMap(self.index[after.index], self.share[after.index] * after.share, self.source)
+
+
+def listed(index: Sequence[int], source: int, share: Sequence[float] | None = None) -> AxisMap:
+    """The map an explicit list of old units gives; every share 1 unless told."""
+    index = np.asarray(index, np.int64)
+    return AxisMap(index, np.ones(len(index)) if share is None else np.asarray(share, np.float64), source)
+
+
+def replicate(source: int, target: int) -> AxisMap:
+    """Each unit replicated in place, 0,0,1,1,...: floor(i * source / target), share 1.
+
+    Gopher (arXiv 2112.11446), section G.3.3, gives round(i / target * source) for layers; to nearest it runs
+    out of range when doubling, so the floor is taken, in integers.
+    """
+    return listed(np.arange(target) * source // target, source)
+
+
+def tile(source: int, target: int) -> AxisMap:
+    """Units 0..source-1 repeated whole, each copy with an equal share of its source's one."""
+    index = np.arange(target) % source
+    return AxisMap(index, 1.0 / np.bincount(index, minlength=source)[index], source)

@@ -1,0 +1,222 @@
+"""GPT-NeoX: the axis table, and the sizes and options that a Hugging Face config.json states.
+
+From the table come the model's shapes, its initialisation, growth, names in files and the decay mask.
+Knows the architecture's facts; leaves arithmetic on arrays, files and the forward pass to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from growkit.errors import GrowkitError, did_you_mean
+from growkit.spec import Table, parse_table
+
+TABLE = """
+# name                                                   axes                             begins   only when
+gpt_neox.embed_in.weight                                 vocab embed                      normal
+gpt_neox.layers.{layer}.input_layernorm.weight           embed                            ones
+gpt_neox.layers.{layer}.input_layernorm.bias             embed                            zeros
+gpt_neox.layers.{layer}.post_attention_layernorm.weight  embed                            ones
+gpt_neox.layers.{layer}.post_attention_layernorm.bias    embed                            zeros
+gpt_neox.layers.{layer}.attention.query_key_value.weight (head qkv head_dim) /embed       normal
+gpt_neox.layers.{layer}.attention.query_key_value.bias   (head qkv head_dim)              zeros
+gpt_neox.layers.{/layer}.attention.dense.weight          embed (/head head_dim)           normal
+gpt_neox.layers.{/layer}.attention.dense.bias            embed                            zeros
+gpt_neox.layers.{layer}.mlp.dense_h_to_4h.weight         mlp /embed                       normal
+gpt_neox.layers.{layer}.mlp.dense_h_to_4h.bias           mlp                              zeros
+gpt_neox.layers.{/layer}.mlp.dense_4h_to_h.weight        embed /mlp                       normal
+gpt_neox.layers.{/layer}.mlp.dense_4h_to_h.bias          embed                            zeros
+gpt_neox.final_layer_norm.weight                         embed                            ones     untied
+gpt_neox.final_layer_norm.bias                           embed                            zeros    untied
+# A tied head reads embed through the embedding, which writes it: the norm before it takes the reader's share.
+gpt_neox.final_layer_norm.weight                         /embed                           ones     tied
+gpt_neox.final_layer_norm.bias                           /embed                           zeros    tied
+embed_out.weight                                         vocab /embed                     normal   untied
+"""
+
+FIELDS = {
+    "vocab": "vocab_size",
+    "layer": "num_hidden_layers",
+    "embed": "hidden_size",
+    "head": "num_attention_heads",
+    "mlp": "intermediate_size",
+}
+
+# Buffers that old checkpoints carry and no model of today reads.
+BUFFERS = (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq", ".rotary_emb.inv_freq")
+
+# What transformers takes for a field that config.json leaves out (GPTNeoXConfig, versions 4 and 5).
+DEFAULTS = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "max_position_embeddings": 2048,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "layer_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "hidden_act": "gelu",
+    "attention_bias": True,
+}
+
+
+@dataclass(frozen=True)
+class NeoX:
+    """A GPT-NeoX model's sizes and options.
+
+    rotary_pct is the part of each head that is rotated; layer_norm_eps has no unit; context is in tokens.
+    """
+
+    layer: int
+    embed: int
+    head: int
+    mlp: int
+    vocab: int = 50304
+    context: int = 1024
+    rotary_pct: float = 0.25
+    rotary_base: float = 10000.0
+    parallel_residual: bool = True
+    tied: bool = True
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        for axis in FIELDS:
+            size = getattr(self, axis)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise GrowkitError(f"{FIELDS[axis]} must be a whole number of at least 1, got {size!r}")
+        if self.embed % self.head:
+            low = self.embed - self.embed % self.head
+            raise GrowkitError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.embed} and {self.head}; "
+                f"the nearest hidden sizes are {low or self.head} and {low + self.head}"
+            )
+        if self.rotary % 2 or not 0 < self.rotary <= self.head_dim:
+            raise GrowkitError(
+                f"the rotated part of a head must be even and between 2 and head_dim, got int({self.head_dim} x "
+                f"{self.rotary_pct}) = {self.rotary}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed // self.head
+
+    @property
+    def rotary(self) -> int:
+        """How many of a head's dimensions are rotated."""
+        return int(self.head_dim * self.rotary_pct)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every axis of the table."""
+        return {axis: getattr(self, axis) for axis in FIELDS} | {"head_dim": self.head_dim, "qkv": 3}
+
+    @property
+    def table(self) -> Table:
+        return table(self.tied)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model holds, a tied embedding counted once."""
+        return count_parameters(self.table, self.sizes)
+
+    def flops_per_token(self, context: int | None = None) -> float:
+        """Training FLOPs a token: 6 per weight that is multiplied, and 12 x layer x embed x context for attention.
+
+        PaLM (arXiv 2204.02311), appendix B; the embedding look-up multiplies nothing, the head does.
+        """
+        matrices = [row for row in self.table.rows if len(row.dimensions) == 2 and "embed_in" not in row.name]
+        layered = count_parameters(Table(tuple(matrices)), self.sizes)
+        head = self.vocab * self.embed if self.tied else 0
+        return 6.0 * (layered + head) + 12.0 * self.layer * self.embed * (context or self.context)
+
+
+def count_parameters(table: Table, sizes: Mapping[str, int]) -> int:
+    """The number of elements of all parameters of `table` at `sizes`."""
+    total = 0
+    for row in table.rows:
+        size = 1
+        for length in row.shape(sizes):
+            size *= length
+        total += size * (sizes[row.stacked.name] if row.stacked else 1)
+    return total
+
+
+@lru_cache
+def table(tied: bool) -> Table:
+    """The rows that hold for a tied or an untied head."""
+    other = "untied" if tied else "tied"
+    return Table(tuple(row for row in parse_table(TABLE) if row.condition != other))
+
+
+def read_config(config: Mapping[str, Any]) -> NeoX:
+    """The sizes and options in the content of a config.json, as transformers 4 or 5 wrote it.
+
+    Raises GrowkitError for another architecture and for values that contradict each other.
+    """
+    kind = config.get("model_type")
+    if kind != "gpt_neox":
+        hint = did_you_mean(str(kind), ["gpt_neox"])
+        raise GrowkitError(f"the architecture is {kind!r}, and growkit knows 'gpt_neox' only{hint}")
+    values = DEFAULTS | {key: value for key, value in config.items() if value is not None}
+    if not values["attention_bias"]:
+        raise GrowkitError("attention_bias is false, and the axis table holds the biases of GPT-NeoX: it must be true")
+    rope = values.get("rope_parameters") or {}
+    try:
+        return NeoX(
+            **{axis: _whole(values, field) for axis, field in FIELDS.items()},
+            context=_whole(values, "max_position_embeddings"),
+            rotary_pct=float(rope.get("partial_rotary_factor", values["rotary_pct"])),
+            rotary_base=float(rope.get("rope_theta", values["rotary_emb_base"])),
+            parallel_residual=bool(values["use_parallel_residual"]),
+            tied=bool(values["tie_word_embeddings"]),
+            layer_norm_eps=float(values["layer_norm_eps"]),
+            initializer_range=float(values["initializer_range"]),
+        )
+    except (TypeError, ValueError) as problem:
+        raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
+
+
+def _whole(values: Mapping[str, Any], field: str) -> int:
+    value = values[field]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise GrowkitError(f"{field} must be a whole number, got {value!r}")
+    return value
+
+
+def write_config(model: NeoX, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config.json content for `model`, in fields that transformers 4 and 5 both read.
+
+    Fields of `base` that say nothing about sizes or options are kept as they are.
+    """
+    rope = {"rope_type": "default"} | dict((base or {}).get("rope_parameters") or {})
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "hidden_act": "gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **(base or {}),
+        "model_type": "gpt_neox",
+        **{field: getattr(model, axis) for axis, field in FIELDS.items()},
+        "max_position_embeddings": model.context,
+        "rotary_pct": model.rotary_pct,
+        "rotary_emb_base": model.rotary_base,
+        "rope_parameters": rope | {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_pct},
+        "use_parallel_residual": model.parallel_residual,
+        "tie_word_embeddings": model.tied,
+        "layer_norm_eps": model.layer_norm_eps,
+        "initializer_range": model.initializer_range,
+        "attention_bias": True,
+    }
+
+
+def resized(model: NeoX, sizes: Mapping[str, int]) -> NeoX:
+    """`model` with the sizes of the axes that config.json states taken from `sizes`."""
+    return replace(model, **{axis: sizes[axis] for axis in FIELDS})
