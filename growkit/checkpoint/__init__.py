@@ -1,0 +1,104 @@
+"""From what a user types to an opened source, and from contents to an output of either kind.
+
+SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run directory
+(its last checkpoint), RUN@STEP or RUN@best. Knows which kind a path is; leaves each format to its file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, read_json, write_directory
+from growkit.checkpoint.orbax import META, is_checkpoint, open_checkpoint, write_checkpoint
+from growkit.checkpoint.output import Progress, check_output, committed
+from growkit.checkpoint.tensor import Contents, Source
+from growkit.errors import GrowkitError, UsageError, nearest
+
+CHECKPOINTS = "checkpoints"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def open_source(text: str) -> Source:
+    """Open what SRC names. Raises UsageError when it names nothing, GrowkitError when what it names is broken."""
+    path = locate(text)
+    if is_checkpoint(path):
+        return open_checkpoint(path)
+    if is_directory(path):
+        return open_directory(path)
+    raise GrowkitError(
+        f"{path} is not a model: it has neither config.json (a Hugging Face directory) nor "
+        f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
+    )
+
+
+def locate(text: str) -> Path:
+    """The directory that SRC names, downloaded if it is a Hub id."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return checkpoint_of_run(path, None) if (path / CHECKPOINTS).is_dir() else path
+    if path.exists():
+        raise UsageError(f"{text} is a file; name the directory that holds the model")
+    name, _, at = text.rpartition("@")
+    if name and (Path(name).expanduser() / CHECKPOINTS).is_dir():
+        return checkpoint_of_run(Path(name).expanduser(), at)
+    if HUB_ID.fullmatch(name or text) and "/" in text and not Path(text.split("/")[0]).exists():
+        return _download(name or text, at if name else None)
+    near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+    hint = f"; did you mean {str(path.parent / near)!r}?" if near else ""
+    raise UsageError(f"there is no such directory: {text}{hint}")
+
+
+def checkpoint_of_run(run: Path, at: str | None) -> Path:
+    """A run's checkpoint: the last (None), the one of a step, or the one with the lowest validation loss ('best')."""
+    root = run / CHECKPOINTS
+    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+    if not steps:
+        raise GrowkitError(f"the run {run} has no finished checkpoint yet")
+    if at is None:
+        return root / str(steps[-1])
+    if at == "best":
+        return root / str(min(steps, key=lambda step: _validation_loss(root / str(step))))
+    if not at.isdigit() or int(at) not in steps:
+        raise UsageError(f"the run {run} has no checkpoint {at!r}; it has {', '.join(map(str, steps))}, and 'best'")
+    return root / at
+
+
+def _validation_loss(checkpoint: Path) -> float:
+    loss = read_json(checkpoint / META / "metadata").get("record", {}).get("validation_loss")
+    return float("inf") if loss is None else loss
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
+        )
+    except Exception as problem:  # whatever the network, the hub or its library says, the user needs one sentence
+        raise GrowkitError(
+            f"there is no directory {name!r}, and it could not be had from the Hugging Face Hub "
+            f"({type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else 'no answer'})"
+        ) from None
+    return Path(found)
+
+
+def write_output(
+    out: Path,
+    kind: str,
+    contents: Contents,
+    source: Source | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    shard: int = SHARD,
+) -> None:
+    """Write `contents` as `kind` ('huggingface' or 'checkpoint') to `out`: whole, or not at all."""
+    check_output(out, source.path if source else None, force)
+    with committed(out, force) as new:
+        if kind == "checkpoint":
+            write_checkpoint(new, contents, progress)
+        else:
+            write_directory(new, contents, progress, shard)
+        if source is not None:
+            source.check_unchanged()

@@ -1,0 +1,264 @@
+"""The trainer's checkpoints: an Orbax composite of `state` (arrays), `meta` and `files` (JSON).
+
+    CHECKPOINT/state/params.layers.attention.dense.weight/{.zarray,0.0.0}   raw, one directory an array
+    CHECKPOINT/meta/metadata      {"config", "lineage", "record"}
+    CHECKPOINT/files/metadata     tokenizer and other small files, by name
+
+Layers are stacked in the first dimension. To readers each layer is a tensor of its own, under its name in
+files. Uncompressed whole arrays are read by offset, without orbax or jax; anything else (sharded,
+compressed, OCDBT) through tensorstore. Writing goes through Orbax with a leaf type that makes its bytes
+piece by piece. Knows the layout on disk; leaves meaning to the table and runs to the trainer.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from growkit.checkpoint.huggingface import read_json
+from growkit.checkpoint.output import Job, Progress, create_file, fill
+from growkit.checkpoint.tensor import SLOTS, Contents, Recipe, Source, Tensor, raw
+from growkit.errors import GrowkitError
+from growkit.neox import NeoX, read_config
+from growkit.spec import Row
+
+STATE, META, FILES = "state", "meta", "files"
+COUNTERS = ("count", "step", "schedule_step")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is one of the trainer's checkpoints, finished or not."""
+    return (path / "_CHECKPOINT_METADATA").is_file() or (path / STATE).is_dir()
+
+
+def open_checkpoint(path: Path) -> Source:
+    """Open a trainer checkpoint. Raises GrowkitError naming the file at fault."""
+    meta = read_json(path / META / "metadata")
+    described = read_json(path / STATE / "_METADATA")
+    try:
+        model = read_config(meta["config"])
+        leaves = _leaf_names(described)
+    except (KeyError, TypeError, ValueError):
+        raise GrowkitError(f"{path} is an Orbax checkpoint, but not one of growkit's trainer") from None
+    arrays = {name: _open_array(path / STATE, name, described) for name in leaves}
+    counters = {name: int(arrays[name].read()) for name in COUNTERS if name in arrays}
+    return Source(
+        path=path,
+        kind="checkpoint",
+        config=meta["config"],
+        tensors={slot: _by_layer(arrays, slot, model) for slot in SLOTS if f"{slot}.embed_in.weight" in arrays},
+        weights=sorted({array.span.path for array in arrays.values() if array.span}),
+        lineage=meta.get("lineage", []),
+        record=meta.get("record", {}) | counters,
+        read_files=lambda: decode_files(read_json(path / FILES / "metadata")),
+    )
+
+
+def _leaf_names(described: Mapping[str, Any]) -> list[str]:
+    entries = described["tree_metadata"].values()
+    return [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
+
+
+def _open_array(state: Path, name: str, described: Mapping[str, Any]) -> Tensor:
+    """One stored array, whole. Raw where it is one uncompressed chunk, else through tensorstore."""
+    if described.get("use_ocdbt") or described.get("use_zarr3"):
+        return _through_tensorstore(state, name, described)
+    header = read_json(state / name / ".zarray")
+    shape, dtype = tuple(header["shape"]), _dtype(header["dtype"])
+    chunk = state / name / (".".join("0" for _ in shape) or "0")
+    whole = tuple(header["chunks"]) == shape and header["compressor"] is None and header["order"] == "C"
+    if not whole:
+        return _through_tensorstore(state, name, described)
+    size = math.prod(shape) * dtype.itemsize
+    found = os.path.getsize(chunk) if chunk.exists() else 0
+    if found != size:
+        raise GrowkitError(
+            f"{chunk} is cut off: an array of {list(shape)} {dtype} takes {size} bytes, the file has {found}"
+        )
+    return raw(chunk, 0, shape, dtype)
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def _through_tensorstore(state: Path, name: str, described: Mapping[str, Any]) -> Tensor:
+    import tensorstore
+
+    store: dict[str, Any] = {"driver": "file", "path": f"{state.resolve()}/"}
+    store = (
+        {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+        if described.get("use_ocdbt")
+        else (store | {"path": f"{state.resolve()}/{name}/"})
+    )
+    driver = "zarr3" if described.get("use_zarr3") else "zarr"
+    try:
+        array = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
+    except ValueError as problem:
+        raise GrowkitError(f"cannot read the array {name!r} of {state}: {str(problem).splitlines()[0]}") from None
+    return _stored(array)
+
+
+def _stored(array: Any) -> Tensor:
+    return Tensor(tuple(array.shape), array.dtype.numpy_dtype, lambda: np.asarray(array.read().result()))
+
+
+def _by_layer(arrays: Mapping[str, Tensor], slot: str, model: NeoX) -> dict[str, Tensor]:
+    """One tensor a layer, under its name in files. Arrays that no row covers are an error."""
+    rows = {".".join((slot, *row.path)): row for row in model.table.rows}
+    tensors: dict[str, Tensor] = {}
+    for name, array in arrays.items():
+        if name.startswith(f"{slot}."):
+            row = rows.get(name) or _refuse(name, rows)
+            if row.stacked is None:
+                tensors[row.named()] = array
+            else:
+                tensors |= {row.named(layer): _layer_of(array, layer) for layer in range(array.shape[0])}
+    return tensors
+
+
+def _refuse(name: str, rows: Mapping[str, Row]) -> Row:
+    raise GrowkitError(f"no row of the axis table covers the array {name!r}; the rows are {', '.join(rows)}")
+
+
+def _layer_of(array: Tensor, layer: int) -> Tensor:
+    shape = array.shape[1:]
+    if array.span is not None:
+        return raw(array.span.path, layer * math.prod(shape) * array.dtype.itemsize, shape, array.dtype)
+    return Tensor(shape, array.dtype, lambda: array.read()[layer])
+
+
+def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
+    """Small files as JSON: text as text, anything else in base64."""
+    encoded = {}
+    for name, content in files.items():
+        try:
+            encoded[name] = {"text": content.decode()}
+        except UnicodeDecodeError:
+            encoded[name] = {"base64": base64.b64encode(content).decode()}
+    return encoded
+
+
+def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
+    """The inverse of `encode_files`."""
+    return {
+        name: entry["text"].encode() if "text" in entry else base64.b64decode(entry["base64"])
+        for name, entry in encoded.items()
+    }
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array that does not exist yet: one recipe a layer (or a single one), laid end to end."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    recipes: tuple[Recipe, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+def leaves(contents: Contents, model: NeoX) -> dict[str, Any]:
+    """The tree of an output's arrays: slots of stacked leaves, and the counters."""
+    tree: dict[str, Any] = {slot: {} for slot in contents.recipes}
+    for slot, recipes in contents.recipes.items():
+        for row in model.table.rows:
+            layers = range(model.layer) if row.stacked else [None]
+            parts = tuple(recipes[row.named(layer)] for layer in layers)
+            shape = ((model.layer,) if row.stacked else ()) + parts[0].shape
+            node = tree[slot]
+            for key in row.path[:-1]:
+                node = node.setdefault(key, {})
+            node[row.path[-1]] = Leaf(shape, parts[0].dtype, parts)
+    return tree | {name: np.asarray(contents.record.get(name, 0), np.int32) for name in COUNTERS}
+
+
+def write_checkpoint(path: Path, contents: Contents, progress: Progress | None = None) -> None:
+    """Write `contents` at `path`, which must not exist, as a trainer checkpoint that stock Orbax restores."""
+    import orbax.checkpoint as ocp
+
+    record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
+    items = {
+        STATE: ocp.args.PyTreeSave(leaves(contents, read_config(contents.config))),
+        META: ocp.args.JsonSave({"config": contents.config, "lineage": contents.lineage, "record": record}),
+        FILES: ocp.args.JsonSave(encode_files(contents.files)),
+    }
+    with _quiet():
+        state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=_registry(ocp, progress))
+        json_handlers = {item: ocp.JsonCheckpointHandler() for item in (META, FILES)}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{STATE: state}, **json_handlers)) as checkpointer:
+            checkpointer.save(path.resolve(), ocp.args.Composite(**items))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns of what this use of it does not need (merging OCDBT, metadata of jax arrays)."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _registry(ocp: Any, progress: Progress | None) -> Any:
+    """Orbax's handlers for the leaf types of an output: numpy counters, and leaves made piece by piece."""
+
+    class LeafHandler(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values, infos, args=None):
+            # A future and not the work itself: Orbax makes the directories between the two.
+            return [ocp.future.CommitFutureAwaitingContractedSignals(self.write(values, infos), name="growkit")]
+
+        async def write(self, values, infos):
+            for value, info in zip(values, infos, strict=True):
+                await info.await_path_creation()
+                _write_leaf(Path(info.path), value, progress)
+
+    return ocp.type_handlers.create_type_handler_registry(
+        (Leaf, LeafHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+
+
+def _write_leaf(directory: Path, leaf: Leaf, progress: Progress | None) -> None:
+    """An array as one raw chunk in Zarr version 2, its layers in order."""
+    directory.mkdir(parents=True, exist_ok=True)
+    header = {
+        "chunks": leaf.shape,
+        "compressor": None,
+        "dimension_separator": ".",
+        "dtype": "bfloat16" if leaf.dtype == ml_dtypes.bfloat16 else leaf.dtype.str,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": leaf.shape,
+        "zarr_format": 2,
+    }
+    (directory / ".zarray").write_text(json.dumps(header))
+    file = create_file(directory / ".".join("0" for _ in leaf.shape), leaf.nbytes)
+    try:
+        part = leaf.nbytes // len(leaf.recipes)
+        fill([Job(recipe, file, number * part) for number, recipe in enumerate(leaf.recipes)], progress)
+    finally:
+        os.close(file)

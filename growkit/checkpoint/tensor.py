@@ -1,0 +1,210 @@
+"""What a model is while it lies on disk: named tensors, read when asked for, and recipes for new ones.
+
+To surgery, a Hugging Face directory and a trainer checkpoint are the same thing: a `Source` of named
+tensors, one a layer, in up to three slots (params, mu, nu). A `Recipe` says how to make the bytes of a new
+tensor, a piece at a time; `Contents` is everything an output holds. Knows no file format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from growkit.errors import GrowkitError
+from growkit.neox import BUFFERS, FIELDS, NeoX, read_config
+
+SLOTS = ("params", "mu", "nu")
+SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class Span:
+    """Raw bytes in C order: `size` of them at `offset` of a file."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor on disk. `span` is None where its bytes are not raw (sharded, compressed)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    span: Span | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a new tensor: a copy of raw bytes, or pieces (byte offset, array), or neither: all zeros."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    copied: Span | None = None
+    pieces: Callable[[], Iterator[tuple[int, np.ndarray]]] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def copy_of(tensor: Tensor) -> Recipe:
+    """The recipe for the same bytes again, undecoded where the source has them raw."""
+    if tensor.span is not None:
+        return Recipe(tensor.shape, tensor.dtype, copied=tensor.span)
+    return made(tensor.shape, tensor.dtype, tensor.read)
+
+
+def made(shape: tuple[int, ...], dtype: np.dtype, make: Callable[[], np.ndarray]) -> Recipe:
+    """The recipe for a tensor computed whole when its turn comes."""
+    return Recipe(shape, np.dtype(dtype), pieces=lambda: iter([(0, np.ascontiguousarray(make(), dtype))]))
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Recipe:
+    """The recipe for a tensor of zeros, which no byte needs to be written for."""
+    return Recipe(shape, np.dtype(dtype))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that an output holds: what the model is, its tensors by slot and name, and what lies beside them.
+
+    record: the trainer's position (step, tokens, ...), empty where there is none.
+    """
+
+    config: dict[str, Any]
+    recipes: dict[str, dict[str, Recipe]]
+    lineage: list[dict[str, Any]]
+    record: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(recipe.size for slot in self.recipes.values() for recipe in slot.values())
+
+
+@dataclass
+class Source:
+    """A model on disk, opened for reading: nothing but headers is in memory.
+
+    tensors: slot -> name in files -> Tensor, one a layer. weights: every file that holds tensor bytes.
+    read_files: gives the small files beside the weights (tokenizer and the like), by name.
+    """
+
+    path: Path
+    kind: str
+    config: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    weights: list[Path]
+    lineage: list[dict[str, Any]]
+    record: dict[str, Any]
+    read_files: Callable[[], dict[str, bytes]]
+    stamps: dict[Path, tuple[int, int]] = field(init=False)
+
+    def __post_init__(self):
+        for slot, tensors in self.tensors.items():
+            kept = {name: t for name, t in tensors.items() if not name.endswith(BUFFERS)}
+            if self.model.tied:
+                kept.pop("embed_out.weight", None)
+            shapes = {name: tensor.shape for name, tensor in kept.items()}
+            try:
+                self.model.table.cover(shapes, self.model.sizes, FIELDS)
+            except GrowkitError as problem:
+                raise GrowkitError(f"{self.path}: {'' if slot == 'params' else slot + ': '}{problem}") from None
+            self.tensors[slot] = kept
+        self.stamps = {path: _stamp(path) for path in self.weights}
+
+    @cached_property
+    def model(self) -> NeoX:
+        try:
+            return read_config(self.config)
+        except GrowkitError as problem:
+            raise type(problem)(f"{self.path}: {problem}") from None
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        return self.read_files()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the parameters (the first one's where they differ)."""
+        return next(iter(self.tensors["params"].values())).dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for slot in self.tensors.values() for tensor in slot.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the configuration and, of every tensor, its name, dtype, shape and three samples of 4 KiB.
+
+        Identifies a model at the cost of opening it; `verify`, which compares every byte, is the full check.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for slot, tensors in sorted(self.tensors.items()):
+            for name, tensor in sorted(tensors.items()):
+                digest.update(f"{slot} {name} {tensor.dtype} {tensor.shape}".encode())
+                digest.update(sample(tensor))
+        return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise GrowkitError when a file of the source was written to since it was opened."""
+        for path, stamp in self.stamps.items():
+            if _stamp(path) != stamp:
+                raise GrowkitError(f"the source changed while it was being read: {path}; run the command again")
+
+
+def sample(tensor: Tensor) -> bytes:
+    """The first, middle and last 4 KiB of a raw tensor's bytes; all of one that is not raw."""
+    span = tensor.span
+    if span is None:
+        return tensor.read().tobytes()
+    with open(span.path, "rb") as file:
+        starts = (0, max(0, span.size // 2 - SAMPLE // 2), max(0, span.size - SAMPLE))
+        return b"".join(os.pread(file.fileno(), min(SAMPLE, span.size), span.offset + start) for start in starts)
+
+
+def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array at a span, in memory of its own."""
+    array = np.empty(shape, dtype)
+    buffer = memoryview(array.reshape(-1).view(np.uint8))
+    with open(span.path, "rb") as file:
+        file.seek(span.offset)
+        if file.readinto(buffer) != span.size:
+            raise GrowkitError(f"{span.path} ends before the tensor at byte {span.offset} does")
+    return array
+
+
+def raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """The tensor whose bytes lie raw at `offset` of a file."""
+    span = Span(path, offset, math.prod(shape) * dtype.itemsize)
+    return Tensor(tuple(shape), dtype, lambda: read_span(span, shape, dtype), span)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def json_bytes(value: Mapping[str, Any] | list) -> bytes:
+    """How growkit writes JSON: indented, with a newline at the end."""
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,83 @@
+"""Growth from disk to disk: name -> source name -> recipe, for every tensor of every slot, and the lineage.
+
+Nothing is read here: the recipes are made when the writer asks for them, so the model is never whole in
+memory. Knows how a plan and a source make contents; leaves the plan's meaning, formats and printing to others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from growkit import __version__
+from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_of, made, zeros
+from growkit.grow import MU, NU, VALUE, expand, share_scale
+from growkit.neox import write_config
+from growkit.plan import Plan
+from growkit.spec import Row
+
+MOMENTS = {"params": VALUE, "mu": MU, "nu": NU}
+
+
+def grown(source: Source, plan: Plan) -> Contents:
+    """Everything the grown output holds, nothing of it read yet."""
+    recipes = {
+        slot: {
+            name: _recipe(source, plan, slot, row, layer)
+            for name, row, layer in plan.grown.table.names(plan.grown.sizes)
+        }
+        for slot in source.tensors
+    }
+    return Contents(
+        config=write_config(plan.grown, source.config),
+        recipes=recipes,
+        lineage=[*source.lineage, provenance(source) | plan.resolved()],
+        record=source.record,
+        files=source.files,
+    )
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    """What a lineage entry says of where a model came from."""
+    origin = {"path": str(source.path), "kind": source.kind, "fingerprint": source.fingerprint}
+    return {"growkit": __version__, "source": origin | source.record}
+
+
+def _recipe(source: Source, plan: Plan, slot: str, row: Row, layer: int | None) -> Recipe:
+    """The recipe of one new tensor: zeros, the source's bytes again, or an expansion of them."""
+    moment = MOMENTS[slot]
+    from_layer = layer
+    if layer is not None and "layer" in plan.maps:
+        from_layer = int(plan.maps["layer"].index[layer])
+    tensor = source.tensors[slot][row.named(from_layer)]
+    if moment == MU and plan.mu == "zero":
+        return zeros(row.shape(plan.grown.sizes), tensor.dtype)
+    moved = any(axis.name in plan.maps for axis in row.axes)
+    if not moved and share_scale(row, plan.maps, moment, layer) is None:
+        return copy_of(tensor)
+    return made(
+        row.shape(plan.grown.sizes),
+        tensor.dtype,
+        lambda: expand(tensor.read(), row, plan.model.sizes, plan.maps, moment, layer),
+    )
+
+
+def stacked(source: Source, slot: str = "params", dtype: Any = None) -> dict[str, Any]:
+    """A slot as the trainer's tree: nested dicts of numpy arrays, layers stacked first; one copy in memory.
+
+    dtype: what to convert to, or None for the source's own.
+    """
+    tree: dict[str, Any] = {}
+    model = source.model
+    for row in model.table.rows:
+        layers = range(model.layer) if row.stacked else [None]
+        first = source.tensors[slot][row.named(0)]
+        leaf = np.empty((len(layers), *first.shape), dtype or first.dtype)
+        for place, layer in enumerate(layers):
+            leaf[place] = source.tensors[slot][row.named(layer)].read()
+        node = tree
+        for key in row.path[:-1]:
+            node = node.setdefault(key, {})
+        node[row.path[-1]] = leaf if row.stacked else leaf[0]
+    return tree
