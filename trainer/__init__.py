@@ -1,0 +1,1 @@
+"""A JAX/Flax trainer for GPT-NeoX models, grown or new."""
