@@ -1,0 +1,140 @@
+"""A run's checkpoints: saved by Orbax in the background, whole or not at all, kept by policy, restored to the bit.
+
+Knows how the trainer's state and its record become the layout that `growkit.checkpoint.orbax` describes,
+and which checkpoints are kept. Leaves when to save to the loop.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from growkit.checkpoint import CHECKPOINTS
+from growkit.checkpoint.orbax import FILES, META, STATE, decode_files, encode_files
+from growkit.checkpoint.tensor import Source
+from growkit.surgery import stacked
+from trainer.config import Checkpoint
+from trainer.step import State
+
+
+def to_tree(state: State) -> dict[str, Any]:
+    """The state as it lies on disk: params, mu, nu and the counters, the moments found structurally."""
+    return {
+        "params": state.params,
+        "mu": optax.tree.get(state.optimizer, "mu"),
+        "nu": optax.tree.get(state.optimizer, "nu"),
+        "count": optax.tree.get(state.optimizer, "count"),
+        "step": state.step,
+        "schedule_step": state.schedule_step,
+    }
+
+
+def from_tree(tree: dict[str, Any], like: State) -> State:
+    """The inverse of `to_tree`, around an optimizer state of the structure of `like`'s."""
+    optimizer = optax.tree.set(like.optimizer, mu=tree["mu"], nu=tree["nu"], count=tree["count"])
+    return State(tree["params"], optimizer, tree["step"], tree["schedule_step"])
+
+
+def from_source(source: Source, like: State) -> State:
+    """The state that begins a new run from a model on disk, in the dtypes of `like`: its params, moments and
+    Adam's count; steps begin at 0. A source without moments starts them at zero with count 0."""
+    tree = to_tree(like)
+    for slot in source.tensors:
+        loaded = stacked(source, slot)
+        tree[slot] = jax.tree.map(lambda leaf, new: jnp.asarray(new, leaf.dtype), tree[slot], loaded)
+    if "nu" in source.tensors:
+        tree["count"] = jnp.asarray(source.record.get("count", 0), jnp.int32)
+    return from_tree(tree, like)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, run: epath.Path, settings: Checkpoint):
+        keep = [policies.LatestN(settings.keep_last)]
+        if settings.keep_every:
+            keep.append(policies.EveryNSteps(settings.keep_every))
+        if settings.keep_best:
+            loss = {
+                "get_metric_fn": lambda metrics: metrics["validation_loss"],
+                "reverse": True,
+                "keep_checkpoints_without_metrics": False,
+            }
+            keep.append(policies.preservation_policy.BestN(n=1, **loss))
+        self.directory = epath.Path(run) / CHECKPOINTS
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+            item_handlers={
+                STATE: ocp.PyTreeCheckpointHandler(use_ocdbt=settings.ocdbt, use_compression=settings.ocdbt),
+                META: ocp.JsonCheckpointHandler(),
+                FILES: ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    @property
+    def last(self) -> int | None:
+        """The step of the last finished checkpoint."""
+        return self.manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        state: State,
+        config: dict[str, Any],
+        lineage: list[dict[str, Any]],
+        record: dict[str, Any],
+        files: dict[str, bytes],
+    ) -> None:
+        """Begin to save; returns when the state is copied, before it is written. A step saved already is left alone."""
+        if step in self.manager.all_steps():
+            return
+        loss = record.get("validation_loss")
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    STATE: ocp.args.PyTreeSave(to_tree(state)),
+                    META: ocp.args.JsonSave({"config": config, "lineage": lineage, "record": record}),
+                    FILES: ocp.args.JsonSave(encode_files(files)),
+                }
+            ),
+            metrics=None if loss is None else {"validation_loss": loss},
+        )
+
+    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """The state and the meta data of a finished checkpoint, in the dtypes and places of `like`."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_tree(like))
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        found = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    STATE: ocp.args.PyTreeRestore(target, restore_args=restore_args),
+                    META: ocp.args.JsonRestore(),
+                }
+            ),
+        )
+        return from_tree(found[STATE], like), found[META]
+
+    def files(self, step: int) -> dict[str, bytes]:
+        """The small files that lie with a checkpoint."""
+        return decode_files(json.loads((self.directory / str(step) / FILES / "metadata").read_text()))
+
+    def wait(self) -> None:
+        """Return when everything begun is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()

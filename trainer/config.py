@@ -1,0 +1,319 @@
+"""What a run is: frozen dataclasses, filled from a preset or YAML file and key=value overrides.
+
+The defaults are the recipe of a public 760M-parameter GPT grown from 580M: peak learning rate 2.0e-4, 2000
+warm-up steps, cosine to 10 %, AdamW (0.9, 0.95) with decay 0.1, dropout 0.1, 0.5M tokens a batch, bfloat16.
+Knows names, types and which values may change when a run is resumed; leaves what they do to others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from growkit.errors import UsageError, did_you_mean
+from growkit.neox import NeoX
+
+# Values that may differ between a run and its resumption: they change what is kept and shown, never what is trained.
+CHANGEABLE = ("checkpoint", "eval", "log")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes and options of a new model; with --from they are the source's, and those given here must agree.
+
+    context is in tokens and may differ from the source's, rotary positions having no parameters.
+    """
+
+    layer: int = 24
+    embed: int = 1536
+    head: int = 12
+    mlp: int = 6144
+    vocab: int = 50304
+    context: int = 1024
+    rotary_pct: float = 0.25
+    rotary_base: float = 10000.0
+    parallel_residual: bool = True
+    tied: bool = True
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The probability of dropping: each block's two outputs, attention weights, the embedded tokens."""
+
+    hidden: float = 0.1
+    attention: float = 0.1
+    embedding: float = 0.0
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Numbers: parameters and moments; compute. Norm statistics, softmax, logits and loss are at least float32."""
+
+    params: str = "float32"
+    compute: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Token files by path, each with a weight; without `validation` the last `held_out` of each is held out."""
+
+    train: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] | None = None
+    held_out: float = 0.005
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences a step, and into how many equal parts they are split to be computed one after another."""
+
+    sequences: int = 512
+    accumulation: int = 1
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with decoupled decay of weight matrices and a global-norm clip (0 for none)."""
+
+    learning_rate: float = 2.0e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then a cosine to `floor` times the peak at `steps`, counted from the last branch point."""
+
+    steps: int = 82000
+    warmup: int = 2000
+    floor: float = 0.1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When to save (steps; minutes, 0 for never) and what to keep: the last N, every K steps (0: none), the best."""
+
+    every: int = 1000
+    minutes: float = 30.0
+    keep_last: int = 3
+    keep_every: int = 0
+    keep_best: bool = True
+    ocdbt: bool = False
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Validation every `every` steps on `windows` fixed sequences."""
+
+    every: int = 1000
+    windows: int = 256
+
+
+@dataclass(frozen=True)
+class Log:
+    """A row of metrics every `every` steps."""
+
+    every: int = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: Model = field(default_factory=Model)
+    dropout: Dropout = field(default_factory=Dropout)
+    precision: Precision = field(default_factory=Precision)
+    data: Data = field(default_factory=Data)
+    batch: Batch = field(default_factory=Batch)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+    log: Log = field(default_factory=Log)
+    remat: str = "none"
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value, resolved."""
+        return dataclasses.asdict(self)
+
+
+def presets() -> list[str]:
+    """The names of the presets that ship with the trainer."""
+    return sorted(Path(entry.name).stem for entry in files("trainer").joinpath("presets").iterdir())
+
+
+def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
+    """The nested values of a YAML file or preset with key=value overrides applied. Raises UsageError."""
+    text = _read_text(name)
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as problem:
+        raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{name} must hold `section: values`, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return values
+
+
+def _read_text(name: str) -> str:
+    path = Path(name)
+    if path.is_file():
+        try:
+            return path.read_text()
+        except UnicodeDecodeError:
+            raise UsageError(f"{name} is not a YAML file: it is not text") from None
+    if name in presets():
+        return files("trainer").joinpath("presets", f"{name}.yaml").read_text()
+    raise UsageError(
+        f"there is no configuration file {name!r} and no preset of that name; the presets are "
+        f"{', '.join(presets())}{did_you_mean(name, presets())}"
+    )
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"an override is key=value, as optimizer.learning_rate=1e-4; got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"the value of {key} cannot be read: {text!r}") from None
+    node = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"{key} has no place: {parent} is a value, not a section")
+    node[last] = value
+
+
+def resolve(values: dict[str, Any]) -> Config:
+    """The configuration that nested values describe. Raises UsageError for unknown keys and wrong types."""
+    config = _build(Config, values, "")
+    _check(config)
+    return config
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UsageError(f"{where.rstrip('.')} is a section of values, got {values!r}")
+    types = typing.get_type_hints(kind)
+    for key in values:
+        if key not in types:
+            near = did_you_mean(str(key), types)
+            raise UsageError(f"unknown key {where}{key}{near}; the keys here are {', '.join(types)}")
+    return kind(**{key: _convert(types[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{key}.")
+    if kind in (dict[str, float], dict[str, float] | None):
+        return None if value is None else _weights(value, key)
+    # YAML reads 2e-4 as text and 1 as a whole number: the field's type decides.
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is kind:
+        return value
+    raise UsageError(f"{key} must be {_wanted(kind)}, got {value!r}")
+
+
+def _wanted(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+
+
+def _weights(value: Any, key: str) -> dict[str, float]:
+    """A path, a list of paths, or {path: weight}."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list):
+        value = dict.fromkeys(value, 1.0)
+    if not isinstance(value, dict):
+        raise UsageError(f"{key} must be a path, a list of paths or {{path: weight}}, got {value!r}")
+    weights = {str(path): _convert(float, weight, f"{key}.{path}") for path, weight in value.items()}
+    for path, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise UsageError(f"{key}: a weight must be above 0, {path} has {weight}")
+    return weights
+
+
+AT_LEAST_ONE = (
+    "batch.sequences",
+    "batch.accumulation",
+    "schedule.steps",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "eval.every",
+    "eval.windows",
+    "log.every",
+)
+FRACTIONS = ("dropout.hidden", "dropout.attention", "dropout.embedding", "data.held_out", "schedule.floor")
+CHOICES = {
+    "precision.params": ("float32", "bfloat16", "float64"),
+    "precision.compute": ("float32", "bfloat16", "float64"),
+    "remat": ("none", "dots", "full"),
+}
+
+
+def _check(config: Config) -> None:
+    """The rules for values and between them. Raises UsageError."""
+    for key in AT_LEAST_ONE:
+        if _value(config, key) < 1:
+            raise UsageError(f"{key} must be at least 1, got {_value(config, key)}")
+    for key in FRACTIONS:
+        if not 0 <= _value(config, key) < 1:
+            raise UsageError(f"{key} must lie in [0, 1), got {_value(config, key)}")
+    for key, choices in CHOICES.items():
+        if _value(config, key) not in choices:
+            near = did_you_mean(_value(config, key), choices)
+            raise UsageError(f"{key} must be one of {', '.join(choices)}, got {_value(config, key)!r}{near}")
+    batch, schedule = config.batch, config.schedule
+    if batch.sequences % batch.accumulation:
+        raise UsageError(
+            f"batch.sequences ({batch.sequences}) must be a multiple of batch.accumulation ({batch.accumulation})"
+        )
+    if not 0 <= schedule.warmup <= schedule.steps:
+        raise UsageError(
+            f"schedule.warmup must lie between 0 and schedule.steps ({schedule.steps}), got {schedule.warmup}"
+        )
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def neox(model: Model) -> NeoX:
+    """The architecture a model section describes."""
+    return NeoX(**dataclasses.asdict(model))
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
+    """The dotted keys in which two resolved configurations differ, those that may change left out."""
+    changed = []
+    for key in sorted(before.keys() | after.keys()):
+        if not where and key in CHANGEABLE:
+            continue
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and not where.startswith("data."):
+            changed += changed_keys(old, new, f"{where}{key}.")
+        elif old != new:
+            changed.append(f"{where}{key}")
+    return changed

@@ -1,0 +1,92 @@
+"""The picture of a run: train and validation perplexity over tokens, growth marked where it happened.
+
+Knows how rows of a history are drawn; leaves when to draw to the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+Row = Mapping[str, str]
+TRAIN, VALIDATION, MARK = "#9fb8d9", "#1b4f9c", "#c0392b"
+SMOOTHED = 20
+
+
+def points(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]]:
+    """(tokens, perplexity) of the rows that have a loss in `column`."""
+    chosen = [row for row in rows if row[column]]
+    return [float(row["tokens"]) for row in chosen], [math.exp(min(float(row[column]), 30.0)) for row in chosen]
+
+
+def smoothed(values: Sequence[float], width: int = SMOOTHED) -> list[float]:
+    """The geometric mean of each value and up to width-1 before it (the mean of the losses)."""
+    logs = [math.log(value) for value in values]
+    windows = [logs[max(0, end - width) : end] for end in range(1, len(logs) + 1)]
+    return [math.exp(sum(window) / len(window)) for window in windows]
+
+
+def segments(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows split where a run began: lines are not drawn across growth."""
+    found: list[list[Row]] = [[]]
+    for row in rows:
+        if row["event"].startswith("start") and found[-1]:
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
+def draw(path: epath.Path, rows: Sequence[Row], title: str, others: Mapping[str, Sequence[Row]] | None = None) -> None:
+    """Write a PNG of the perplexities; `others` are further runs, drawn by their validation only, by name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), constrained_layout=True)
+    for number, segment in enumerate(segments(rows)):
+        _draw_segment(axes, segment, labelled=number == 0)
+    for name, other in (others or {}).items():
+        tokens, perplexity = points(other, "validation_loss")
+        axes.plot(tokens, perplexity, "s--", color="#7d8a2e", markersize=4, label=name)
+    _mark_growth(axes, rows)
+    axes.set(title=title, xlabel="tokens seen", ylabel="perplexity", yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_segment(axes, rows: Sequence[Row], labelled: bool) -> None:
+    tokens, perplexity = points(rows, "loss")
+    if tokens:
+        axes.plot(
+            tokens, smoothed(perplexity), color=TRAIN, linewidth=1.5, label="train, smoothed" if labelled else None
+        )
+    tokens, perplexity = points(rows, "validation_loss")
+    if tokens:
+        axes.plot(tokens, perplexity, "o-", color=VALIDATION, markersize=4, label="validation" if labelled else None)
+
+
+def _mark_growth(axes, rows: Sequence[Row]) -> None:
+    for row in rows:
+        if "grown" in row["event"]:
+            axes.axvline(float(row["tokens"]), color=MARK, linestyle=":", linewidth=1.5)
+            words = row["event"].removeprefix("start, ")
+            axes.annotate(
+                words,
+                (float(row["tokens"]), 0.98),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                ha="right",
+                va="top",
+                color=MARK,
+                fontsize=9,
+            )

@@ -1,0 +1,97 @@
+"""The metrics of a run: rows of a CSV file, and the rows of the runs it came from.
+
+Knows columns, how rows are kept through a resume, and how a history travels with a checkpoint. Leaves what is
+measured to the loop and pictures to `trainer.curves`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from etils import epath
+
+METRICS = "metrics.csv"
+EARLIER = "history.csv"
+COLUMNS = (
+    "step",
+    "tokens",
+    "flops",
+    "loss",
+    "validation_loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+    "event",
+)
+# Rows of training loss that travel with a checkpoint; rows with a validation loss or an event all do.
+CARRIED = 1000
+
+
+def parse(text: str) -> list[dict[str, str]]:
+    """The rows of a CSV text."""
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def render(rows: list[dict[str, str]]) -> str:
+    """Rows as a CSV text."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+class History:
+    """The rows of one run, kept in `metrics.csv`, after those of earlier ones, kept in `history.csv`."""
+
+    def __init__(self, run: epath.Path, earlier: bytes | None = None):
+        self.run = run
+        # Objects of a bucket cannot be appended to: there the file is written whole, by `flush`.
+        self.remote = "://" in str(run)
+        if earlier is not None:
+            (run / EARLIER).write_text(earlier.decode())
+        self.earlier = parse((run / EARLIER).read_text()) if (run / EARLIER).exists() else []
+        self.rows = parse((run / METRICS).read_text()) if (run / METRICS).exists() else []
+
+    def keep_until(self, step: int) -> None:
+        """Forget rows after `step`, which a resumed run will write again; and a last line cut off by a kill."""
+        whole = [row for row in self.rows if row["step"].isdigit() and row["event"] is not None]
+        self.rows = [row for row in whole if int(row["step"]) <= step]
+        self.flush()
+
+    def add(self, **values: Any) -> None:
+        """Append a row."""
+        row = {column: _text(values.get(column)) for column in COLUMNS}
+        self.rows.append(row)
+        if not self.remote:
+            self._append(row)
+
+    def _append(self, row: dict[str, str]) -> None:
+        path = self.run / METRICS
+        text = render([row]) if not path.exists() else render([row]).split("\n", 1)[1]
+        with path.open("a") as file:
+            file.write(text)
+
+    def flush(self) -> None:
+        """Write the file whole."""
+        (self.run / METRICS).write_text(render(self.rows))
+
+    def validated(self, step: int) -> bool:
+        """Whether a validation loss of this step is on record."""
+        return any(row["step"] == str(step) and row["validation_loss"] for row in self.rows)
+
+    def carried(self) -> bytes:
+        """What travels with a checkpoint: all rows so far, those of plain training loss thinned out."""
+        rows = self.earlier + self.rows
+        plain = [row for row in rows if not row["validation_loss"] and not row["event"]]
+        stride = max(1, len(plain) // CARRIED)
+        kept = {id(row) for row in plain[::stride]}
+        return render([row for row in rows if row["validation_loss"] or row["event"] or id(row) in kept]).encode()
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return repr(float(value)) if isinstance(value, float) else str(value)

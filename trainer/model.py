@@ -1,0 +1,206 @@
+"""GPT-NeoX in Flax: tokens in, logits out, exactly as Hugging Face defines it.
+
+Flax's linen is used where it carries weight: it lifts one block into a scan over stacked layers (so that
+depth does not change compile time), threads dropout and initialisation keys, and rematerialises. Linen and
+not nnx because the train step stays a pure function of a tree. The tree is exactly the axis table's: every
+parameter takes its shape and its initialisation from the row at its own path.
+
+Shapes in names: B batch, T time (S for keys), E embed, H head, D head_dim, R rotated part of D, V vocab.
+Knows the forward pass; leaves loss, gradients and devices to others.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_policies
+
+from growkit.checkpoint.tensor import Source
+from growkit.neox import NeoX
+from growkit.spec import Row
+from growkit.surgery import stacked
+from trainer.config import Dropout, Precision
+
+REMAT = {
+    "none": None,
+    "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": checkpoint_policies.nothing_saveable,
+}
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x in float32, or in float64 if that is what it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rotary_tables(model: NeoX, time: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine [T, R/2] of the rotary angles.
+
+    As Hugging Face has them, angles and tables are rounded to float32 whatever the model's precision is; the
+    functions themselves are taken in float64 so that every machine gets the same tables.
+    """
+    exponent = np.arange(0, model.rotary, 2, dtype=np.float32) / np.float32(model.rotary)
+    frequency = np.float32(1.0) / np.float32(model.rotary_base) ** exponent
+    angle = (np.arange(time, dtype=np.float32)[:, None] * frequency).astype(np.float64)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(x_BxTxHxD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate the first R dimensions of every head by position; the rest passes through."""
+    cos, sin = (table[None, :, None, :].astype(x_BxTxHxD.dtype) for table in rotary)
+    half = cos.shape[-1]
+    first, second, passed = jnp.split(x_BxTxHxD, [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, passed], axis=-1)
+
+
+def row_at(model: NeoX, path: tuple[str, ...]) -> Row:
+    """The table's row for a path in the parameter tree."""
+    return next(row for row in model.table.rows if row.path == path)
+
+
+def initializer(model: NeoX, row: Row) -> Any:
+    """How a row begins. Weights that write into the residual stream start smaller by 1/sqrt(2 layers).
+
+    Source: GPT-2 (Radford et al. 2019), section 2.3.
+    """
+    if row.initialisation == "ones":
+        return nn.initializers.ones
+    if row.initialisation == "zeros":
+        return nn.initializers.zeros
+    writes_residual = row.stacked is not None and row.stacked.read
+    return nn.initializers.normal(model.initializer_range / (math.sqrt(2 * model.layer) if writes_residual else 1.0))
+
+
+class Parameters(nn.Module):
+    """A module whose parameters are rows of the axis table, found by the module's own path."""
+
+    model: NeoX
+    precision: Precision
+
+    def parameter(self, name: str, dtype: Any = None) -> jax.Array:
+        """The parameter `name` of this module, in the compute dtype unless told."""
+        row = row_at(self.model, (*self.path, name))
+        shape = row.shape(self.model.sizes)
+        value = self.param(name, initializer(self.model, row), shape, jnp.dtype(self.precision.params))
+        return value.astype(dtype or self.precision.compute)
+
+
+class Linear(Parameters):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...i,oi->...o", x, self.parameter("weight")) + self.parameter("bias")
+
+
+class LayerNorm(Parameters):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = at_least_float32(x)
+        mean = wide.mean(-1, keepdims=True)
+        variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+        scaled = (wide - mean) * jax.lax.rsqrt(variance + self.model.layer_norm_eps)
+        out = scaled * self.parameter("weight", wide.dtype) + self.parameter("bias", wide.dtype)
+        return out.astype(x.dtype)
+
+
+class Embedding(Parameters):
+    """Looks tokens up, and as a head gives logits in at least float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, as_head: bool = False) -> jax.Array:
+        weight_VxE = self.parameter("weight")
+        if not as_head:
+            return weight_VxE[x]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.einsum("bte,ve->btv", x, weight_VxE, preferred_element_type=wide)
+
+
+class Attention(Parameters):
+    dropout: Dropout
+
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool) -> jax.Array:
+        batch, time, _ = x_BxTxE.shape
+        model, common = self.model, (self.model, self.precision)
+        qkv = Linear(*common, name="query_key_value")(x_BxTxE)
+        # The fused dimension is [head, 3, head_dim]: each head's query, key and value lie together.
+        qkv = qkv.reshape(batch, time, model.head, 3, model.head_dim)
+        q_BxTxHxD, k_BxSxHxD, v_BxSxHxD = (qkv[..., part, :] for part in range(3))
+        q_BxTxHxD, k_BxSxHxD = rotate(q_BxTxHxD, rotary), rotate(k_BxSxHxD, rotary)
+        wide = jnp.promote_types(qkv.dtype, jnp.float32)
+        scores_BxHxTxS = jnp.einsum("bthd,bshd->bhts", q_BxTxHxD, k_BxSxHxD, preferred_element_type=wide)
+        causal = jnp.tril(jnp.ones((time, time), bool))
+        scores_BxHxTxS = jnp.where(causal, scores_BxHxTxS / math.sqrt(model.head_dim), -jnp.inf)
+        weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(qkv.dtype)
+        weights_BxHxTxS = nn.Dropout(self.dropout.attention)(weights_BxHxTxS, deterministic=deterministic)
+        mixed = jnp.einsum("bhts,bshd->bthd", weights_BxHxTxS, v_BxSxHxD).reshape(x_BxTxE.shape)
+        return Linear(*common, name="dense")(mixed)
+
+
+class MLP(Parameters):
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
+        hidden = Linear(self.model, self.precision, name="dense_h_to_4h")(x_BxTxE)
+        return Linear(self.model, self.precision, name="dense_4h_to_h")(nn.gelu(hidden, approximate=False))
+
+
+class Block(Parameters):
+    dropout: Dropout
+
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool) -> tuple[jax.Array, None]:
+        common = (self.model, self.precision)
+        drop = nn.Dropout(self.dropout.hidden, deterministic=deterministic)
+        attention = Attention(*common, self.dropout, name="attention")
+        mlp = MLP(*common, name="mlp")
+        attended = drop(attention(LayerNorm(*common, name="input_layernorm")(x_BxTxE), rotary, deterministic))
+        norm = LayerNorm(*common, name="post_attention_layernorm")
+        if self.model.parallel_residual:
+            return x_BxTxE + attended + drop(mlp(norm(x_BxTxE))), None
+        x_BxTxE = x_BxTxE + attended
+        return x_BxTxE + drop(mlp(norm(x_BxTxE))), None
+
+
+class GPTNeoX(Parameters):
+    """The language model. `apply({"params": tree}, tokens [B, T])` gives logits [B, T, V] in at least float32."""
+
+    dropout: Dropout = Dropout(0.0, 0.0, 0.0)
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens_BxT: jax.Array, deterministic: bool = True, rotary: Any = None) -> jax.Array:
+        common = (self.model, self.precision)
+        embed = Embedding(*common, name="embed_in")
+        rotary = rotary_tables(self.model, tokens_BxT.shape[1]) if rotary is None else rotary
+        x_BxTxE = nn.Dropout(self.dropout.embedding)(embed(tokens_BxT), deterministic=deterministic)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False, static_argnums=(3,))
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.model.layer,
+        )
+        rotary = tuple(jnp.asarray(table) for table in rotary)
+        x_BxTxE, _ = layers(*common, self.dropout, name="layers")(x_BxTxE, rotary, deterministic)
+        x_BxTxE = LayerNorm(*common, name="final_layer_norm")(x_BxTxE)
+        head = embed if self.model.tied else Embedding(*common, name="embed_out")
+        return head(x_BxTxE, as_head=True)
+
+
+def initial_params(model: NeoX, precision: Precision, seed: int) -> Any:
+    """A new model's parameter tree, by the table's initialisations."""
+    network = GPTNeoX(model, precision)
+    return jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def logits_of(source: Source, tokens_BxT: np.ndarray, dtype: str = "float32") -> np.ndarray:
+    """The logits [B, T, V] of a model on disk, computed in `dtype`."""
+    network = GPTNeoX(source.model, Precision(dtype, dtype))
+    return np.asarray(jax.jit(network.apply)({"params": stacked(source, dtype=dtype)}, jnp.asarray(tokens_BxT)))

@@ -1,0 +1,75 @@
+"""What the user sees while a run goes: a live bar on a terminal, plain lines elsewhere.
+
+Knows how progress is shown; leaves what is measured to the loop.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+import click
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def thousands(number: float) -> str:
+    """12,345 as 12.3k."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+class Report:
+    """Shows a run of `steps` steps, from step `first` on. Use as a context manager."""
+
+    def __init__(self, name: str, steps: int, first: int = 0):
+        self.name, self.steps, self.first = name, steps, first
+        self.begun = time.monotonic()
+        self.live = sys.stderr.isatty()
+        self.bar: Any = None
+
+    def __enter__(self) -> Report:
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[words]}"),
+            )
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(self.name, total=self.steps, completed=self.first, words="compiling")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *problem) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def row(self, step: int, loss: float, rate: float, speed: float) -> None:
+        """Show a row of metrics: loss in nats a token, rate of learning, speed in tokens a second."""
+        words = f"loss {loss:.4f}  ppl {math.exp(min(loss, 30)):.2f}  {thousands(speed)} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, words=words)
+            return
+        left = (self.steps - step) * (time.monotonic() - self.begun) / max(step - self.first, 1)
+        click.echo(f"{self.name}  step {step}/{self.steps}  {words}  lr {rate:.2e}  left {duration(left)}", err=True)
+
+    def say(self, words: str) -> None:
+        """A line of its own."""
+        if self.bar is not None:
+            self.bar.console.print(f"{self.name}  {words}", highlight=False)
+        else:
+            click.echo(f"{self.name}  {words}", err=True)
