@@ -1,0 +1,1 @@
+"""Hugging Face GPT-NeoX directories in and out of trainer checkpoints."""

@@ -1,0 +1,75 @@
+"""The model card of an exported directory: what the model is, how it came to be, how to load it.
+
+Knows Markdown and the lineage's entries; leaves figures of quality to whoever measures them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from growkit.neox import NeoX
+
+HEAD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt_neox, growkit]
+---
+
+# GPT-NeoX, {size}
+
+| | |
+| --- | --- |
+| layers | {model.layer} |
+| hidden size | {model.embed} |
+| heads | {model.head} of {model.head_dim} |
+| mlp | {model.mlp} |
+| vocabulary | {model.vocab} |
+| context | {model.context} tokens |
+| parameters | {model.parameters:,} |
+| residual | {residual} |
+| head | {head} |
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+## Lineage
+
+"""
+
+
+def short_count(number: float) -> str:
+    """757,070,848 as 757.1M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}" if number < 10 * size else f"{number / size:.1f}{unit}"
+    return str(int(number))
+
+
+def model_card(model: NeoX, lineage: list[dict[str, Any]]) -> str:
+    """README.md of an exported model, its lineage in words; the entries themselves are in lineage.json."""
+    head = HEAD.format(
+        model=model,
+        size=short_count(model.parameters),
+        residual="parallel" if model.parallel_residual else "sequential",
+        head="tied to the embedding" if model.tied else "untied",
+    )
+    return head + "".join(f"{number}. {in_words(entry)}\n" for number, entry in enumerate(lineage, 1))
+
+
+def in_words(entry: dict[str, Any]) -> str:
+    """One lineage entry as a sentence."""
+    operation = entry.get("operation", "unknown")
+    source = entry.get("source", {})
+    trained = (
+        f", after {source['step']} steps and {short_count(source['tokens'])} tokens" if source.get("tokens") else ""
+    )
+    if operation == "train":
+        return f"train: {entry.get('start', 'continued')}"
+    if "sizes" in entry:
+        before, after = entry["sizes"]["before"], entry["sizes"]["after"]
+        changed = ", ".join(f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis])
+        return f"{operation}: {changed} by {entry['method']}, function {entry['function']}{trained}"
+    return f"{operation} to {entry['dtype']}{trained}" if "dtype" in entry else f"{operation}{trained}"
