@@ -1,0 +1,109 @@
+"""The command line: one group, its verbs imported only when called, and one way to fail.
+
+A refusal is one sentence on standard error: exit code 2 for usage, 1 for failures, 130 after Ctrl-C, 75
+after SIGTERM. Knows how verbs are found and how errors are shown; each verb's file knows its options.
+This folder is the only place that joins growkit, trainer and convert.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+
+import click
+
+from growkit import __version__
+from growkit.errors import GrowkitError
+
+# verb: (file that holds it, one line for the list of verbs)
+VERBS = {
+    "quickstart": ("training", "Train, grow, train on and export a small model on this machine's own text."),
+    "tokenize": ("training", "Turn text into token files."),
+    "train": ("training", "Train a new model, or train on a grown or imported one."),
+    "depth": ("growing", "Grow a model in depth, optimizer state included."),
+    "inspect": ("growing", "Say what a model on disk is."),
+    "import": ("conversion", "Turn a Hugging Face directory into a trainer checkpoint."),
+    "export": ("conversion", "Turn a model into a Hugging Face directory."),
+    "generate": ("training", "Continue a text with a model."),
+}
+TERMINATED = 75
+INTERRUPTED = 130
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that nothing mistakes it for a failure."""
+
+
+class Verbs(click.Group):
+    """A group that imports a verb's file when the verb is used, so that --help imports nothing heavy."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module = importlib.import_module(f"growkit.cli.{VERBS[name][0]}")
+        return module.COMMANDS[name]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+
+    def resolve_command(self, ctx, args):
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            from growkit.errors import did_you_mean
+
+            raise click.UsageError(f"there is no verb {args[0]!r}{did_you_mean(args[0], VERBS)}", ctx) from None
+
+
+@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="growkit")
+def growkit() -> None:
+    """Grow trained GPT-NeoX models, optimizer state included, and train them on.
+
+    SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run
+    directory (its last checkpoint), RUN@STEP or RUN@best.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = growkit(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as problem:
+        problem.show()
+        return problem.exit_code
+    except GrowkitError as problem:
+        click.echo(f"growkit: {problem}", err=True)
+        return problem.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("growkit: interrupted", err=True)
+        return INTERRUPTED
+    except Terminated:
+        click.echo("growkit: terminated", err=True)
+        return TERMINATED
+    except BrokenPipeError:
+        # The reader of our output went away (as `| head` does): nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as problem:
+        click.echo(
+            f"growkit: {problem.strerror or problem}{f': {problem.filename}' if problem.filename else ''}", err=True
+        )
+        return 1
+
+
+def _terminate(number, frame):
+    raise Terminated

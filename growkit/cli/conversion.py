@@ -1,0 +1,106 @@
+"""The verbs that cross to and from Hugging Face: import, export."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from growkit.cli.growing import progress_bar
+
+
+@click.command("import")
+@click.argument("hf_dir")
+@click.argument("out")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+def import_(hf_dir: str, out: str, force: bool) -> None:
+    """Turn the Hugging Face directory HF_DIR into the trainer checkpoint OUT, bit for bit.
+
+    A directory has no moments: training from OUT starts Adam at count 0.
+    """
+    from convert.neox import imported
+    from growkit.checkpoint import open_source
+
+    source = open_source(hf_dir)
+    _write(source, imported(source), Path(out), "checkpoint", force)
+    click.echo(
+        f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in {hf_dir}, count 0"
+    )
+
+
+@click.command()
+@click.argument("src")
+@click.argument("out")
+@click.option("--dtype", metavar="DTYPE", help="float32, bfloat16, float16 or float64; the source's own by default.")
+@click.option("--check", is_flag=True, help="Compare the logits of OUT in transformers with SRC's in JAX.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option(
+    "--max-shard-size", "shard", default="5GB", metavar="SIZE", help="Bytes a file holds at most, as 5GB or 500MB."
+)
+def export(src: str, out: str, dtype: str | None, check: bool, force: bool, shard: str) -> None:
+    """Turn SRC into the Hugging Face directory OUT: safetensors, config, tokenizer, model card with the lineage."""
+    from convert.neox import exported
+    from growkit.checkpoint import open_source
+
+    source = open_source(src)
+    limit = shard_bytes(shard)
+    contents = exported(source, dtype)
+    _write(source, contents, Path(out), "huggingface", force, limit)
+    written = contents.lineage[-1]["dtype"]
+    left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
+    click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
+    if "tokenizer.json" not in source.files:
+        click.echo(f"note: {src} carries no tokenizer.json, so {out} has none; put one there before tokenizing with it")
+    if check:
+        click.echo(compare(source, Path(out), written))
+
+
+def shard_bytes(text: str) -> int:
+    """'5GB' in bytes. Raises UsageError."""
+    import re
+
+    from growkit.errors import UsageError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB|B)?", text.strip().upper())
+    if not found or float(found[1]) == 0:
+        raise UsageError(f"--max-shard-size is a number with B, KB, MB or GB, as 5GB; got {text!r}")
+    return int(float(found[1]) * {"B": 1, None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]])
+
+
+def _write(source, contents, out: Path, kind: str, force: bool, *shard: int) -> None:
+    from growkit.checkpoint import write_output
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with progress_bar("writing", contents.size) as progress:
+        write_output(out, kind, contents, source, force, progress, *shard)
+
+
+def compare(source, out: Path, dtype: str) -> str:
+    """The largest difference between transformers' logits of `out`, written in `dtype`, and ours of `source`, in words.
+
+    Raises GrowkitError when it is more than rounding explains.
+    """
+    import numpy as np
+
+    from convert.reference import transformers_logits
+    from growkit.errors import GrowkitError
+    from trainer.model import logits_of
+
+    length = min(128, source.model.context)
+    tokens = np.random.default_rng(0).integers(0, source.model.vocab, (2, length))
+    ours, theirs = logits_of(source, tokens), transformers_logits(out, "float32")(tokens)
+    gap, size = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
+    # Rounding the weights to fewer bits moves logits by about that precision; anything more is a wrong conversion.
+    bound = {"float32": 1e-4, "float64": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}[dtype] * max(1.0, size)
+    if not gap < bound:
+        raise GrowkitError(
+            f"transformers computes other logits from {out} than growkit from {source.path}: off by {gap:.2e}"
+        )
+    return (
+        f"check: logits of transformers and of JAX differ by at most {gap:.2e} "
+        f"({tokens.size} random tokens, largest logit {size:.2f})"
+    )
+
+
+COMMANDS = {"import": import_, "export": export}

@@ -1,0 +1,118 @@
+"""The verbs that make text into a model: tokenize, train, generate, quickstart."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+
+import click
+
+from growkit.cli.quickstart import quickstart
+
+
+@click.command()
+@click.argument("text", nargs=-1, required=True)
+@click.option("--tokenizer", metavar="FILE", help="A tokenizer.json, as the one of GPT-NeoX-20B.")
+@click.option(
+    "--train-bpe", type=int, metavar="VOCAB", help="Train a byte-level BPE of VOCAB tokens on the text itself."
+)
+@click.option("--out", required=True, metavar="OUT", help="The directory of token files to write.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+def tokenize(text: tuple[str, ...], tokenizer: str | None, train_bpe: int | None, out: str, force: bool) -> None:
+    """Turn TEXT (files or directories: .txt, .jsonl with "text", source code; gzipped too) into token files OUT.
+
+    Written in Megatron's indexed format (tokens.bin, tokens.idx) with a manifest; end-of-text ends each document.
+    """
+    from growkit.cli.growing import counter
+    from trainer.tokenize import tokenize as tokenize_files
+
+    with counter("tokenizing") as progress:
+        manifest = tokenize_files(list(text), out, tokenizer, train_bpe, force, progress)
+    empty = f", {manifest['empty_documents']} empty ones left out" if manifest.get("empty_documents") else ""
+    click.echo(
+        f"wrote {out}: {manifest['documents']:,} documents{empty}, {manifest['tokens']:,} tokens of "
+        f"{manifest['bytes'] / manifest['tokens']:.2f} bytes, vocabulary {manifest['vocab_size']:,}"
+    )
+
+
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--from", "start", metavar="SRC", help="Begin with this model, and its optimizer where it has one.")
+@click.option("--out", required=True, metavar="RUN", help="The run directory.")
+def train(config: str, overrides: tuple[str, ...], start: str | None, out: str) -> int:
+    """Train by CONFIG, a YAML file or a preset, into the run directory RUN.
+
+    The same command given again resumes RUN where it stopped. Exit code 75 after SIGTERM, 130 after Ctrl-C,
+    the run saved.
+    """
+    from trainer.config import read_values
+
+    result = train_run(read_values(config, list(overrides)), out, start)
+    loss = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
+    state = "finished" if result.signal is None else "stopped; the same command resumes it"
+    click.echo(f"{out}: step {result.step}{loss}, {state}")
+    return {None: 0, signal.SIGTERM: 75, signal.SIGINT: 130}[result.signal]
+
+
+def train_run(values: dict, out: str | Path, start: str | None = None):
+    """Train by nested configuration values, from a source or anew, or resume; returns the loop's result."""
+    from growkit.checkpoint import CHECKPOINTS, open_source
+    from growkit.neox import NeoX
+    from trainer.config import resolve
+    from trainer.directory import existing, with_model_of
+    from trainer.loop import Run
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    stored = existing(out)
+    resuming = (
+        stored is not None and (Path(out) / CHECKPOINTS).is_dir() and any((Path(out) / CHECKPOINTS).glob("[0-9]*"))
+    )
+    source = None
+    if start and resuming:
+        # The source may be gone by now; what was taken from it is in the run.
+        values = with_model_of(values, NeoX(**stored["config"]["model"]), start)
+    elif start:
+        source = open_source(start)
+        values = with_model_of(values, source.model, start)
+    return Run(resolve(values), out, source, start).go()
+
+
+@click.command()
+@click.argument("src")
+@click.option("--prompt", required=True, metavar="TEXT", help="The text to continue.")
+@click.option("--tokens", default=100, show_default=True, metavar="N", help="How many tokens to add at most.")
+@click.option("--temperature", default=0.8, show_default=True, metavar="T", help="0 takes the likeliest token.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The random seed.")
+def generate(src: str, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Continue --prompt with SRC."""
+    from growkit.checkpoint import open_source
+
+    source = open_source(src)
+    click.echo(continued(source, prompt, tokens, temperature, seed))
+
+
+def continued(source, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+    """The prompt and its continuation, as text."""
+    from tokenizers import Tokenizer
+
+    from growkit.errors import GrowkitError, UsageError
+    from trainer.generate import continuation
+
+    if tokens < 1:
+        raise UsageError(f"--tokens must be at least 1, got {tokens}")
+    if "tokenizer.json" not in source.files:
+        raise GrowkitError(
+            f"{source.path} carries no tokenizer.json, so text cannot be made into tokens; put one beside it"
+        )
+    tokenizer = Tokenizer.from_str(source.files["tokenizer.json"].decode())
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if ids and max(ids) >= source.model.vocab:
+        raise UsageError(f"the tokenizer gives the id {max(ids)}, and the model's vocabulary is {source.model.vocab}")
+    end = source.config.get("eos_token_id")
+    added = continuation(source, ids, tokens, temperature, seed, end if isinstance(end, int) else None)
+    return prompt + tokenizer.decode(list(added), skip_special_tokens=False)
+
+
+COMMANDS = {"quickstart": quickstart, "tokenize": tokenize, "train": train, "generate": generate}
