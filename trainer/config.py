@@ -8,7 +8,9 @@ Knows names, types and which values may change when a run is resumed; leaves wha
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from growkit.errors import UsageError, did_you_mean
+from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.neox import NeoX
 
 # Values that may differ between a run and its resumption: they change what is kept and shown, never what is trained.
@@ -193,7 +195,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     node = values
     *parents, last = key.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
+        # A section without values is None in YAML.
+        node[parent] = node[parent] if node.get(parent) is not None else {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise UsageError(f"{key} has no place: {parent} is a value, not a section")
     node[last] = value
@@ -206,7 +210,16 @@ def resolve(values: dict[str, Any]) -> Config:
     return config
 
 
+def resolve_model(values: Any) -> dict[str, Any]:
+    """The keys that a model section states, by the types of their fields. Raises UsageError."""
+    stated = values or {}
+    model = _build(Model, stated, "model.")
+    return {key: getattr(model, key) for key in stated}
+
+
 def _build(kind: type, values: Any, where: str) -> Any:
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         raise UsageError(f"{where.rstrip('.')} is a section of values, got {values!r}")
     types = typing.get_type_hints(kind)
@@ -222,19 +235,27 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return _build(kind, value, f"{key}.")
     if kind in (dict[str, float], dict[str, float] | None):
         return None if value is None else _weights(value, key)
-    # YAML reads 2e-4 as text and 1 as a whole number: the field's type decides.
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if kind is float:
+        return _number(value, key)
     if type(value) is kind:
         return value
     raise UsageError(f"{key} must be {_wanted(kind)}, got {value!r}")
 
 
+def _number(value: Any, key: str) -> float:
+    """A finite number. YAML reads 2e-4 as text and 1 as a whole number: the field's type decides."""
+    if isinstance(value, float | int | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise UsageError(f"{key} must be a number, got {value!r}")
+
+
 def _wanted(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    return {int: "a whole number", bool: "true or false", str: "text"}[kind]
 
 
 def _weights(value: Any, key: str) -> dict[str, float]:
@@ -247,12 +268,13 @@ def _weights(value: Any, key: str) -> dict[str, float]:
         raise UsageError(f"{key} must be a path, a list of paths or {{path: weight}}, got {value!r}")
     weights = {str(path): _convert(float, weight, f"{key}.{path}") for path, weight in value.items()}
     for path, weight in weights.items():
-        if not 0 < weight < float("inf"):
+        if weight <= 0:
             raise UsageError(f"{key}: a weight must be above 0, {path} has {weight}")
     return weights
 
 
 AT_LEAST_ONE = (
+    "model.context",
     "batch.sequences",
     "batch.accumulation",
     "schedule.steps",
@@ -262,7 +284,33 @@ AT_LEAST_ONE = (
     "eval.windows",
     "log.every",
 )
-FRACTIONS = ("dropout.hidden", "dropout.attention", "dropout.embedding", "data.held_out", "schedule.floor")
+ABOVE_ZERO = ("model.layer_norm_eps", "model.initializer_range", "model.rotary_base", "optimizer.learning_rate")
+AT_LEAST_ZERO = (
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.clip",
+    "schedule.warmup",
+    "checkpoint.minutes",
+    "checkpoint.keep_every",
+)
+FRACTIONS = (
+    "dropout.hidden",
+    "dropout.attention",
+    "dropout.embedding",
+    "data.held_out",
+    "optimizer.beta1",
+    "optimizer.beta2",
+)
+LARGEST_SEED = 2**31 - 1
+# (keys, what must hold, in words)
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
+    (AT_LEAST_ZERO, lambda value: value >= 0, "be at least 0"),
+    (ABOVE_ZERO, lambda value: value > 0, "be above 0"),
+    (FRACTIONS, lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (("schedule.floor",), lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+    (("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"lie between 0 and {LARGEST_SEED}"),
+)
 CHOICES = {
     "precision.params": ("float32", "bfloat16", "float64"),
     "precision.compute": ("float32", "bfloat16", "float64"),
@@ -272,12 +320,10 @@ CHOICES = {
 
 def _check(config: Config) -> None:
     """The rules for values and between them. Raises UsageError."""
-    for key in AT_LEAST_ONE:
-        if _value(config, key) < 1:
-            raise UsageError(f"{key} must be at least 1, got {_value(config, key)}")
-    for key in FRACTIONS:
-        if not 0 <= _value(config, key) < 1:
-            raise UsageError(f"{key} must lie in [0, 1), got {_value(config, key)}")
+    for keys, holds, words in RANGES:
+        for key in keys:
+            if not holds(_value(config, key)):
+                raise UsageError(f"{key} must {words}, got {_value(config, key)}")
     for key, choices in CHOICES.items():
         if _value(config, key) not in choices:
             near = did_you_mean(_value(config, key), choices)
@@ -287,10 +333,8 @@ def _check(config: Config) -> None:
         raise UsageError(
             f"batch.sequences ({batch.sequences}) must be a multiple of batch.accumulation ({batch.accumulation})"
         )
-    if not 0 <= schedule.warmup <= schedule.steps:
-        raise UsageError(
-            f"schedule.warmup must lie between 0 and schedule.steps ({schedule.steps}), got {schedule.warmup}"
-        )
+    if schedule.warmup > schedule.steps:
+        raise UsageError(f"schedule.warmup must be at most schedule.steps ({schedule.steps}), got {schedule.warmup}")
 
 
 def _value(config: Config, key: str) -> Any:
@@ -301,8 +345,11 @@ def _value(config: Config, key: str) -> Any:
 
 
 def neox(model: Model) -> NeoX:
-    """The architecture a model section describes."""
-    return NeoX(**dataclasses.asdict(model))
+    """The architecture a model section describes. Raises UsageError for sizes that contradict each other."""
+    try:
+        return NeoX(**dataclasses.asdict(model))
+    except GrowkitError as problem:
+        raise UsageError(f"the model section asks for what cannot be: {problem}") from None
 
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:

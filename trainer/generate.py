@@ -6,6 +6,7 @@ window again (no cache of keys and values), which is cheap for a look at a model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError
 from growkit.surgery import stacked
-from trainer.config import Precision
+from trainer.config import LARGEST_SEED, Precision
 from trainer.model import GPTNeoX
 
 ROUND = 64
@@ -27,12 +28,15 @@ def continuation(
     """Yield up to `count` token ids that follow `prompt`; stops before `end_of_text`.
 
     temperature 0 takes the likeliest token. A prompt longer than the context is cut on the left, and so is the
-    text once it outgrows the context. Raises UsageError for an empty prompt or a negative temperature.
+    text once it outgrows the context. Raises UsageError for an empty prompt, and for a temperature or a seed out
+    of range.
     """
     if not prompt:
         raise UsageError("the prompt is empty: give at least one token to continue")
-    if temperature < 0:
-        raise UsageError(f"--temperature must be at least 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature must be a number of at least 0, got {temperature}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"--seed must lie between 0 and {LARGEST_SEED}, got {seed}")
     model = source.model
     window = min(model.context, -(-(len(prompt) + count) // ROUND) * ROUND)
     params = jax.device_put(stacked(source, dtype="float32"))
