@@ -7,6 +7,8 @@ and which checkpoints are kept. Leaves when to save to the loop.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from growkit.checkpoint import CHECKPOINTS
 from growkit.checkpoint.orbax import FILES, META, STATE, decode_files, encode_files
 from growkit.checkpoint.tensor import Source
+from growkit.errors import GrowkitError
 from growkit.surgery import stacked
 from trainer.config import Checkpoint
 from trainer.step import State
@@ -42,37 +45,61 @@ def from_tree(tree: dict[str, Any], like: State) -> State:
     return State(tree["params"], optimizer, tree["step"], tree["schedule_step"])
 
 
+def abstract(make: Callable[[], State]) -> State:
+    """The shapes, dtypes and places of the state that `make` would make, nothing of it computed."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+
 def from_source(source: Source, like: State) -> State:
     """The state that begins a new run from a model on disk, in the dtypes of `like`: its params, moments and
     Adam's count; steps begin at 0. A source without moments starts them at zero with count 0."""
     tree = to_tree(like)
-    for slot in source.tensors:
-        loaded = stacked(source, slot)
-        tree[slot] = jax.tree.map(lambda leaf, new: jnp.asarray(new, leaf.dtype), tree[slot], loaded)
+    for slot, leaves in tree.items():
+        if slot in source.tensors:
+            tree[slot] = jax.tree.map(lambda leaf, new: jnp.asarray(new, leaf.dtype), leaves, stacked(source, slot))
+        else:
+            tree[slot] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves)
     if "nu" in source.tensors:
         tree["count"] = jnp.asarray(source.record.get("count", 0), jnp.int32)
     return from_tree(tree, like)
+
+
+def last_step(run: epath.Path) -> int | None:
+    """The step of a run's last finished checkpoint, None when it has none."""
+    return max(ocp.utils.checkpoint_steps(epath.Path(run) / CHECKPOINTS), default=None)
+
+
+def validation_loss(metrics: dict[str, float]) -> float:
+    """What the best checkpoint is best by."""
+    return metrics["validation_loss"]
+
+
+def kept(settings: Checkpoint) -> Any:
+    """Orbax's policy for the checkpoints that stay. One without a validation loss is never the best."""
+    keep = [policies.LatestN(settings.keep_last)]
+    if settings.keep_every:
+        keep.append(policies.EveryNSteps(settings.keep_every))
+    if settings.keep_best:
+        loss = {"get_metric_fn": validation_loss, "reverse": True, "keep_checkpoints_without_metrics": False}
+        keep.append(policies.preservation_policy.BestN(n=1, **loss))
+    return policies.AnyPreservationPolicy(keep)
 
 
 class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, run: epath.Path, settings: Checkpoint):
-        keep = [policies.LatestN(settings.keep_last)]
-        if settings.keep_every:
-            keep.append(policies.EveryNSteps(settings.keep_every))
-        if settings.keep_best:
-            loss = {
-                "get_metric_fn": lambda metrics: metrics["validation_loss"],
-                "reverse": True,
-                "keep_checkpoints_without_metrics": False,
-            }
-            keep.append(policies.preservation_policy.BestN(n=1, **loss))
-        self.directory = epath.Path(run) / CHECKPOINTS
+        self.run = epath.Path(run)
+        self.directory = self.run / CHECKPOINTS
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
+                # Only with a best_fn does Orbax write the losses down, and a resumed run needs those of before.
+                best_fn=validation_loss,
+                best_mode="min",
+                preservation_policy=kept(settings),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
@@ -85,7 +112,7 @@ class Checkpoints:
 
     @property
     def last(self) -> int | None:
-        """The step of the last finished checkpoint."""
+        """The step of the last checkpoint, which is finished after `wait`."""
         return self.manager.latest_step()
 
     def save(
@@ -101,31 +128,22 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         loss = record.get("validation_loss")
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    STATE: ocp.args.PyTreeSave(to_tree(state)),
-                    META: ocp.args.JsonSave({"config": config, "lineage": lineage, "record": record}),
-                    FILES: ocp.args.JsonSave(encode_files(files)),
-                }
-            ),
-            metrics=None if loss is None else {"validation_loss": loss},
-        )
+        items = {
+            STATE: ocp.args.PyTreeSave(to_tree(state)),
+            META: ocp.args.JsonSave({"config": config, "lineage": lineage, "record": record}),
+            FILES: ocp.args.JsonSave(encode_files(files)),
+        }
+        with self._failing("written"):
+            metrics = None if loss is None else {"validation_loss": loss}
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """The state and the meta data of a finished checkpoint, in the dtypes and places of `like`."""
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_tree(like))
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        found = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    STATE: ocp.args.PyTreeRestore(target, restore_args=restore_args),
-                    META: ocp.args.JsonRestore(),
-                }
-            ),
-        )
+        items = {STATE: ocp.args.PyTreeRestore(target, restore_args=restore_args), META: ocp.args.JsonRestore()}
+        with self._failing(f"read, {self.directory / str(step)}; without it, the run goes on from the one before"):
+            found = self.manager.restore(step, args=ocp.args.Composite(**items))
         return from_tree(found[STATE], like), found[META]
 
     def files(self, step: int) -> dict[str, bytes]:
@@ -134,7 +152,19 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything begun is on disk."""
-        self.manager.wait_until_finished()
+        with self._failing("written"):
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
+        """Wait, then let go of Orbax's threads."""
+        self.wait()
         self.manager.close()
+
+    @contextmanager
+    def _failing(self, done: str) -> Iterator[None]:
+        """Storage fails in as many ways as Orbax and its storages have kinds of exception; a user needs a sentence."""
+        try:
+            yield
+        except Exception as problem:
+            words = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            raise GrowkitError(f"a checkpoint of {self.run} could not be {done} ({words[:300]})") from problem

@@ -5,10 +5,13 @@ Knows how rows of a history are drawn; leaves when to draw to the loop.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 
 from etils import epath
+
+from trainer.directory import write_whole
 
 Row = Mapping[str, str]
 TRAIN, VALIDATION, MARK = "#9fb8d9", "#1b4f9c", "#c0392b"
@@ -59,9 +62,10 @@ def draw(path: epath.Path, rows: Sequence[Row], title: str, others: Mapping[str,
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
+    write_whole(path, picture.getvalue())
 
 
 def _draw_segment(axes, rows: Sequence[Row], labelled: bool) -> None:

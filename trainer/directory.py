@@ -1,12 +1,15 @@
 """A run's directory: the configuration it was begun with, and whether a command may go on in it.
 
-Knows config.yaml (the resolved configuration, and the source it began from); leaves what is trained to the loop.
+Knows config.yaml (the resolved configuration, and the source it began from), the lock that keeps a second
+process out, and how files in RUN are replaced whole; leaves what is trained to the loop.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import yaml
@@ -14,11 +17,55 @@ from etils import epath
 
 from growkit import __version__
 from growkit.checkpoint.tensor import Source
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX
-from trainer.config import Config, changed_keys
+from trainer.config import Config, changed_keys, resolve, resolve_model
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path lies in a bucket, whose objects appear whole and can be neither appended to nor locked."""
+    return "://" in os.fspath(path)
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Write a file so that whoever reads it, after a kill too, finds the old content or the new."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def hold(directory: epath.Path) -> Any:
+    """A context manager that keeps other processes from training into RUN; ends with the process at the latest.
+
+    Raises GrowkitError when another holds it.
+    """
+    if is_remote(directory):
+        return nullcontext()
+    # Opened for appending: opening must not erase the holder's process id.
+    file = open(directory / LOCK, "a+")  # noqa: SIM115 (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise GrowkitError(
+            f"process {holder or 'of another command'} is training into {directory}; "
+            f"wait until it ends, or name another --out"
+        ) from None
+    except OSError:
+        # A file system without locks (some network ones): train without.
+        return file
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def check_same(stored: dict[str, Any], config: Config, start: str | None, source: Source | None) -> None:
@@ -39,9 +86,9 @@ def with_model_of(values: dict[str, Any], model: NeoX, origin: str) -> dict[str,
 
     Raises UsageError where the values state another model; the context alone may differ.
     """
-    stated = dict(values.get("model") or {})
+    stated = resolve_model(values.get("model"))
     theirs = dataclasses.asdict(model)
-    different = [key for key in stated if key in theirs and key != "context" and stated[key] != theirs[key]]
+    different = [key for key in stated if key != "context" and stated[key] != theirs[key]]
     if different:
         said = ", ".join(f"{key} is {stated[key]} in the one and {theirs[key]} in the other" for key in different)
         raise UsageError(
@@ -56,21 +103,35 @@ def existing(out: str | os.PathLike) -> dict[str, Any] | None:
     directory = epath.Path(out)
     path = directory / CONFIG
     if path.exists():
-        stored = yaml.safe_load(path.read_text())
-        if isinstance(stored, dict) and {"config", "from"} <= stored.keys():
-            return stored
-        raise UsageError(f"{path} is not the configuration of a run; name another --out")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        try:
+            stored = yaml.safe_load(path.read_text())
+            # Resolved once more: a key that this version of growkit added has its default.
+            return {"from": stored["from"], "config": resolve(stored["config"]).to_dict()}
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, UsageError):
+            raise UsageError(f"{path} is not the configuration of a run; name another --out") from None
+    if directory.exists() and (not directory.is_dir() or any(_visible(directory))):
         raise UsageError(f"{out} exists and is not a run; name another --out")
     return None
 
 
-def begin(directory: epath.Path, config: Config, start: str | None, source: Source | None) -> None:
-    """Make RUN and write its configuration, or check that the one there is the same. `start` is --from as given."""
+def _visible(directory: epath.Path) -> list[str]:
+    """What lies in a directory beside a lock and the parts of files that a killed run leaves."""
+    return [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
+
+
+def begin(directory: epath.Path, config: Config, start: str | None, source: Source | None) -> Any:
+    """Make RUN and write its configuration, or check that the one there is the same. `start` is --from as given.
+
+    Returns what `hold` does. Raises UsageError, or GrowkitError when another process trains into RUN.
+    """
+    existing(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    held = hold(directory)
+    # Read only now: what was there before the lock may be another process's beginning.
     stored = existing(directory)
     if stored is not None:
         check_same(stored, config, start, source)
     origin = {"path": start, "fingerprint": source.fingerprint} if source else stored["from"] if stored else None
     described = {"growkit": __version__, "from": origin, "config": config.to_dict()}
-    (directory / CONFIG).write_text(yaml.safe_dump(described, sort_keys=False))
+    write_whole(directory / CONFIG, yaml.safe_dump(described, sort_keys=False).encode())
+    return held

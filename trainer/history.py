@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from trainer.directory import is_remote, write_whole
+
 METRICS = "metrics.csv"
 EARLIER = "history.csv"
 COLUMNS = (
@@ -30,8 +32,8 @@ CARRIED = 1000
 
 
 def parse(text: str) -> list[dict[str, str]]:
-    """The rows of a CSV text."""
-    return list(csv.DictReader(io.StringIO(text)))
+    """The rows of a CSV text, without a last line that a kill cut off."""
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def render(rows: list[dict[str, str]]) -> str:
@@ -46,41 +48,43 @@ def render(rows: list[dict[str, str]]) -> str:
 class History:
     """The rows of one run, kept in `metrics.csv`, after those of earlier ones, kept in `history.csv`."""
 
-    def __init__(self, run: epath.Path, earlier: bytes | None = None):
+    def __init__(self, run: epath.Path):
         self.run = run
-        # Objects of a bucket cannot be appended to: there the file is written whole, by `flush`.
-        self.remote = "://" in str(run)
-        if earlier is not None:
-            (run / EARLIER).write_text(earlier.decode())
         self.earlier = parse((run / EARLIER).read_text()) if (run / EARLIER).exists() else []
         self.rows = parse((run / METRICS).read_text()) if (run / METRICS).exists() else []
 
+    def begin(self, earlier: bytes) -> None:
+        """Start without rows, after those that a source carried (a CSV text, which may be empty)."""
+        if earlier:
+            write_whole(self.run / EARLIER, earlier)
+        self.earlier = parse(earlier.decode())
+        self.rows = []
+        self.flush()
+
     def keep_until(self, step: int) -> None:
-        """Forget rows after `step`, which a resumed run will write again; and a last line cut off by a kill."""
-        whole = [row for row in self.rows if row["step"].isdigit() and row["event"] is not None]
-        self.rows = [row for row in whole if int(row["step"]) <= step]
+        """Forget rows after `step`, which a resumed run will write again."""
+        self.rows = [row for row in self.rows if int(row["step"]) <= step]
         self.flush()
 
     def add(self, **values: Any) -> None:
         """Append a row."""
         row = {column: _text(values.get(column)) for column in COLUMNS}
         self.rows.append(row)
-        if not self.remote:
-            self._append(row)
-
-    def _append(self, row: dict[str, str]) -> None:
-        path = self.run / METRICS
-        text = render([row]) if not path.exists() else render([row]).split("\n", 1)[1]
-        with path.open("a") as file:
-            file.write(text)
+        # Objects of a bucket cannot be appended to: there the file is written whole, by `flush`.
+        if not is_remote(self.run):
+            with (self.run / METRICS).open("a") as file:
+                file.write(render([row]).split("\n", 1)[1])
 
     def flush(self) -> None:
         """Write the file whole."""
-        (self.run / METRICS).write_text(render(self.rows))
+        write_whole(self.run / METRICS, render(self.rows).encode())
 
-    def validated(self, step: int) -> bool:
-        """Whether a validation loss of this step is on record."""
-        return any(row["step"] == str(step) and row["validation_loss"] for row in self.rows)
+    def validation_loss(self, step: int) -> float | None:
+        """The validation loss of a step, None when none is on record."""
+        for row in reversed(self.rows):
+            if row["step"] == str(step) and row["validation_loss"]:
+                return float(row["validation_loss"])
+        return None
 
     def carried(self) -> bytes:
         """What travels with a checkpoint: all rows so far, those of plain training loss thinned out."""

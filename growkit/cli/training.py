@@ -58,19 +58,17 @@ def train(config: str, overrides: tuple[str, ...], start: str | None, out: str) 
 
 def train_run(values: dict, out: str | Path, start: str | None = None):
     """Train by nested configuration values, from a source or anew, or resume; returns the loop's result."""
-    from growkit.checkpoint import CHECKPOINTS, open_source
+    from growkit.checkpoint import open_source
     from growkit.neox import NeoX
+    from trainer.checkpoint import last_step
     from trainer.config import resolve
     from trainer.directory import existing, with_model_of
     from trainer.loop import Run
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     stored = existing(out)
-    resuming = (
-        stored is not None and (Path(out) / CHECKPOINTS).is_dir() and any((Path(out) / CHECKPOINTS).glob("[0-9]*"))
-    )
     source = None
-    if start and resuming:
+    if start and stored is not None and last_step(out) is not None:
         # The source may be gone by now; what was taken from it is in the run.
         values = with_model_of(values, NeoX(**stored["config"]["model"]), start)
     elif start:
@@ -106,7 +104,10 @@ def continued(source, prompt: str, tokens: int, temperature: float, seed: int) -
         raise GrowkitError(
             f"{source.path} carries no tokenizer.json, so text cannot be made into tokens; put one beside it"
         )
-    tokenizer = Tokenizer.from_str(source.files["tokenizer.json"].decode())
+    try:
+        tokenizer = Tokenizer.from_str(source.files["tokenizer.json"].decode())
+    except Exception as problem:  # tokenizers raises nothing more specific
+        raise GrowkitError(f"the tokenizer.json of {source.path} cannot be read: {problem}") from None
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if ids and max(ids) >= source.model.vocab:
         raise UsageError(f"the tokenizer gives the id {max(ids)}, and the model's vocabulary is {source.model.vocab}")
