@@ -47,11 +47,6 @@ class AxisMap:
         sums = np.bincount(self.index, weights=self.share, minlength=self.source)
         return bool(np.allclose(sums, 1.0, rtol=0, atol=1e-12))
 
-    @property
-    def is_gather(self) -> bool:
-        """Whether new units are plain copies: every share is 1."""
-        return bool((self.share == 1.0).all())
-
     def then(self, after: AxisMap) -> AxisMap:
         """This map followed by `after`: one map that does both."""
         if after.source != len(self):

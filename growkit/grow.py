@@ -60,5 +60,7 @@ def share_scale(
             factor = maps[axis.name].share ** max(moment, 1)
             scale = scale * factor.reshape([-1 if other == place else 1 for other in range(len(row.axes))])
     if moment == VALUE and row.stacked is not None and row.stacked.read and row.stacked.name in maps:
+        if layer is None:
+            raise ValueError(f"{row.name} sums over layers: which new layer is it?")
         scale = scale * maps[row.stacked.name].share[layer]
     return None if (scale == 1.0).all() else scale

@@ -54,14 +54,17 @@ class Plan:
 
 def plan_depth(model: NeoX, text: str) -> Plan:
     """The plan of `--map text` for a model. Raises UsageError for a map that cannot be meant for it."""
-    pair = re.fullmatch(r"\s*(-?\d+)\s*:\s*(-?\d+)\s*", text)
+    pair = re.fullmatch(r"\s*(-?[0-9]{1,18})\s*:\s*(-?[0-9]{1,18})\s*", text)
     if pair:
-        _check_pair(int(pair[1]), int(pair[2]), model.layer)
-        layers, method = replicate(model.layer, int(pair[2])), f"replicate: floor(i*{model.layer}/{pair[2]})"
+        target = _check_pair(int(pair[1]), int(pair[2]), model.layer)
+        layers, method = replicate(model.layer, target), f"replicate: floor(i*{model.layer}/{target})"
     else:
         layers, method = listed(_parse_list(text, model.layer), model.layer), "list"
     if len(layers) < model.layer:
-        raise UsageError(f"growth adds layers: the list has {len(layers)}, the source has {model.layer}")
+        raise UsageError(
+            f"growth adds layers: --map {text} lists {len(layers)}, the source has {model.layer}; "
+            f"a list of all of them is 0-{model.layer - 1}"
+        )
     preserved = np.array_equal(layers.index, np.arange(model.layer))
     return Plan(
         verb="depth",
@@ -74,22 +77,26 @@ def plan_depth(model: NeoX, text: str) -> Plan:
     )
 
 
-def _check_pair(source: int, target: int, layers: int) -> None:
-    if source != layers:
-        raise UsageError(
-            f"--map {source}:{target} is for a model of {source} layers, the source has {layers}; "
-            f"the same factor would be --map {layers}:{max(layers + 1, round(layers * target / max(source, 1)))}"
-        )
+def _check_pair(source: int, target: int, layers: int) -> int:
+    """The target of --map source:target. Raises UsageError when it cannot be meant for a model of `layers` layers."""
+    given = f"--map {source}:{target}"
     if target <= source:
-        raise UsageError(f"growth adds layers: --map {source}:{target} would go from {source} to {target}")
+        nearest = f"did you mean {target}:{source}?" if target == layers < source else f"try {layers}:{layers + 1}"
+        raise UsageError(f"growth adds layers: {given} would go from {source} to {target}; {nearest}")
+    if source != layers:
+        same = min(max(layers + 1, layers * target // max(source, 1)), MOST_LAYERS)
+        raise UsageError(
+            f"{given} is for a model of {source} layers, the source has {layers}; the nearest is --map {layers}:{same}"
+        )
     if target > MOST_LAYERS:
-        raise UsageError(f"--map {source}:{target} asks for {target} layers; growkit makes at most {MOST_LAYERS}")
+        raise UsageError(f"{given} asks for {target} layers; growkit makes at most {MOST_LAYERS}")
+    return target
 
 
 def _parse_list(text: str, layers: int) -> list[int]:
     """Source layers from '0,0,1' and ranges '0-23' (both ends included)."""
     items = [item.strip() for item in text.split(",")]
-    found = [re.fullmatch(r"(\d+)(?:-(\d+))?", item) for item in items]
+    found = [re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", item) for item in items]
     if not all(found) or len(items) == 1 and found[0][2] is None:
         raise UsageError(f"{FORM}; got {text!r}")
     index: list[int] = []

@@ -58,7 +58,7 @@ class Row:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(r"(\d+)".join(re.escape(part) for part in re.split(r"\{\w+\}", self.name)))
+        return re.compile(r"(0|[1-9][0-9]{0,8})".join(re.escape(part) for part in re.split(r"\{\w+\}", self.name)))
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The stored shape of one layer's parameter, fused dimensions multiplied out."""
@@ -120,7 +120,8 @@ class Table:
                 self._refuse_extra(name, sizes, fields)
         for name, row in wanted.items():
             if name not in shapes:
-                raise GrowkitError(f"the parameter {name!r} is missing, which the configuration asks for")
+                stated = f" ({fields['layer']} = {sizes['layer']})" if row.stacked else ""
+                raise GrowkitError(f"the parameter {name!r} is missing, which the configuration asks for{stated}")
             if tuple(shapes[name]) != row.shape(sizes):
                 raise GrowkitError(_contradiction(name, tuple(shapes[name]), row, sizes, fields))
 
@@ -128,7 +129,7 @@ class Table:
         row, layer = self.match(name)
         raise GrowkitError(
             f"the parameter {name!r} belongs to layer {layer}, but the configuration says "
-            f"{fields['layer']} = {sizes['layer']}: a layer more or less in the file than in the configuration"
+            f"{fields['layer']} = {sizes['layer']}, whose last layer is {sizes['layer'] - 1}"
         )
 
 

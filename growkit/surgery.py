@@ -66,16 +66,16 @@ def _recipe(source: Source, plan: Plan, slot: str, row: Row, layer: int | None) 
 def stacked(source: Source, slot: str = "params", dtype: Any = None) -> dict[str, Any]:
     """A slot as the trainer's tree: nested dicts of numpy arrays, layers stacked first; one copy in memory.
 
-    dtype: what to convert to, or None for the source's own.
+    dtype: what to convert to, or None for the source's own (the widest where layers differ).
     """
     tree: dict[str, Any] = {}
     model = source.model
     for row in model.table.rows:
         layers = range(model.layer) if row.stacked else [None]
-        first = source.tensors[slot][row.named(0)]
-        leaf = np.empty((len(layers), *first.shape), dtype or first.dtype)
-        for place, layer in enumerate(layers):
-            leaf[place] = source.tensors[slot][row.named(layer)].read()
+        tensors = [source.tensors[slot][row.named(layer)] for layer in layers]
+        leaf = np.empty((len(tensors), *tensors[0].shape), dtype or np.result_type(*(t.dtype for t in tensors)))
+        for place, tensor in enumerate(tensors):
+            leaf[place] = tensor.read()
         node = tree
         for key in row.path[:-1]:
             node = node.setdefault(key, {})

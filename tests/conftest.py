@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from growkit.neox import NeoX
+from growkit.checkpoint.huggingface import NAMES
+from growkit.checkpoint.orbax import write_checkpoint
+from growkit.checkpoint.tensor import Contents, made
+from growkit.neox import NeoX, write_config
 
 SMALL = NeoX(layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False)
 
@@ -59,3 +64,58 @@ def transformers_logits(path: Path, tokens: np.ndarray, dtype: str = "float32"):
 @pytest.fixture
 def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))
+
+
+# What may lie beside a model's weights: text, and bytes that are no text.
+BESIDE = {"tokenizer.json": b'{"version": "1.0"}', "LICENSE": b"free", "spiece.model": b"\xff\x00\xfe"}
+
+
+def random_tensors(model: NeoX, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+    """Every parameter of a model by its name in files, all different, norms around one."""
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, row, _ in model.table.names(model.sizes):
+        array = generator.normal(0.0, 0.3, row.shape(model.sizes)) + (row.initialisation == "ones")
+        tensors[name] = array.astype(np.dtype(dtype))
+    return tensors
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """A safetensors file, written by the format's description and not by growkit's writer."""
+    header, data = {}, b""
+    for name, array in tensors.items():
+        kind = NAMES.get(array.dtype) or {"bool": "BOOL", "uint8": "U8", "int64": "I64"}[str(array.dtype)]
+        offsets = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": offsets}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def save_directory(path: Path, model: NeoX = SMALL, dtype: str = "float32", seed: int = 0, **config) -> Path:
+    """A Hugging Face directory of random parameters with small files beside them; needs neither torch nor jax."""
+    path.mkdir(parents=True)
+    save_tensors(path / "model.safetensors", random_tensors(model, dtype, seed))
+    (path / "config.json").write_text(json.dumps(write_config(model) | config))
+    for name, content in BESIDE.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def save_checkpoint(path: Path, model: NeoX = SMALL, seed: int = 0, **record) -> Path:
+    """A trainer checkpoint of random parameters and moments (nu positive), with counters and files."""
+    slots = {slot: random_tensors(model, "float32", seed + n) for n, slot in enumerate(("params", "mu", "nu"))}
+    slots["nu"] = {name: np.square(array) for name, array in slots["nu"].items()}
+    recipes = {
+        slot: {name: made(array.shape, array.dtype, lambda array=array: array) for name, array in tensors.items()}
+        for slot, tensors in slots.items()
+    }
+    record = {"count": 70, "step": 70, "schedule_step": 70, "tokens": 9000} | record
+    write_checkpoint(path, Contents(write_config(model), recipes, [], record, BESIDE))
+    return path
+
+
+def contents_of(path: Path) -> dict[str, bytes]:
+    """Every file below a directory, by relative path, to see that nothing changed."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}

@@ -74,7 +74,15 @@ def copy_of(tensor: Tensor) -> Recipe:
 
 def made(shape: tuple[int, ...], dtype: np.dtype, make: Callable[[], np.ndarray]) -> Recipe:
     """The recipe for a tensor computed whole when its turn comes."""
-    return Recipe(shape, np.dtype(dtype), pieces=lambda: iter([(0, np.ascontiguousarray(make(), dtype))]))
+
+    def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        array = make()
+        if array.shape != shape or array.dtype != dtype:
+            # Written all the same, it would run over its neighbours in the file.
+            raise ValueError(f"a recipe for {list(shape)} {dtype} made {list(array.shape)} {array.dtype}")
+        yield 0, array
+
+    return Recipe(shape, np.dtype(dtype), pieces=pieces)
 
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Recipe:
@@ -120,6 +128,8 @@ class Source:
     stamps: dict[Path, tuple[int, int]] = field(init=False)
 
     def __post_init__(self):
+        if not isinstance(self.lineage, list):
+            raise GrowkitError(f"{self.path}: the lineage is not a list of entries")
         for slot, tensors in self.tensors.items():
             kept = {name: t for name, t in tensors.items() if not name.endswith(BUFFERS)}
             if self.model.tied:
