@@ -166,8 +166,7 @@ def read_config(config: Mapping[str, Any]) -> NeoX:
         hint = did_you_mean(str(kind), ["gpt_neox"])
         raise GrowkitError(f"the architecture is {kind!r}, and growkit knows 'gpt_neox' only{hint}")
     values = DEFAULTS | {key: value for key, value in config.items() if value is not None}
-    if not values["attention_bias"]:
-        raise GrowkitError("attention_bias is false, and the axis table holds the biases of GPT-NeoX: it must be true")
+    _check_function(values)
     rope = values.get("rope_parameters") or {}
     try:
         return NeoX(
@@ -180,8 +179,25 @@ def read_config(config: Mapping[str, Any]) -> NeoX:
             layer_norm_eps=float(values["layer_norm_eps"]),
             initializer_range=float(values["initializer_range"]),
         )
-    except (TypeError, ValueError) as problem:
+    except (AttributeError, TypeError, ValueError) as problem:
         raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
+
+
+def _check_function(values: Mapping[str, Any]) -> None:
+    """Raise GrowkitError for an option under which the model computes another function than growkit's trainer."""
+    if not values["attention_bias"]:
+        raise GrowkitError("attention_bias is false, and the axis table holds the biases of GPT-NeoX: it must be true")
+    if values["hidden_act"] != "gelu":
+        raise GrowkitError(
+            f"hidden_act is {values['hidden_act']!r}, and growkit computes 'gelu' only; "
+            "set it to 'gelu' if training is to go on with that"
+        )
+    # transformers 5 lets the older field rope_scaling replace rope_parameters.
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = values.get(field)
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+        if kind not in (None, "default"):
+            raise GrowkitError(f"{field} is {kind!r}, and growkit computes plain rotary positions ('default') only")
 
 
 def _whole(values: Mapping[str, Any], field: str) -> int:
