@@ -6,6 +6,7 @@ SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -34,14 +35,16 @@ def open_source(text: str) -> Source:
 
 def locate(text: str) -> Path:
     """The directory that SRC names, downloaded if it is a Hub id."""
-    path = Path(text).expanduser()
+    if not text:
+        raise UsageError("the source is an empty name; name a directory")
+    path = Path(os.path.expanduser(text))
     if path.is_dir():
         return checkpoint_of_run(path, None) if (path / CHECKPOINTS).is_dir() else path
     if path.exists():
         raise UsageError(f"{text} is a file; name the directory that holds the model")
     name, _, at = text.rpartition("@")
-    if name and (Path(name).expanduser() / CHECKPOINTS).is_dir():
-        return checkpoint_of_run(Path(name).expanduser(), at)
+    if name and (run := Path(os.path.expanduser(name)) / CHECKPOINTS).is_dir():
+        return checkpoint_of_run(run.parent, at)
     if HUB_ID.fullmatch(name or text) and "/" in text and not Path(text.split("/")[0]).exists():
         return _download(name or text, at if name else None)
     near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
@@ -58,7 +61,12 @@ def checkpoint_of_run(run: Path, at: str | None) -> Path:
     if at is None:
         return root / str(steps[-1])
     if at == "best":
-        return root / str(min(steps, key=lambda step: _validation_loss(root / str(step))))
+        losses = {step: _validation_loss(root / str(step)) for step in steps}
+        if min(losses.values()) == float("inf"):
+            raise GrowkitError(
+                f"no checkpoint of the run {run} has a validation loss; name a step, as {run}@{steps[-1]}"
+            )
+        return root / str(min(steps, key=losses.__getitem__))
     if not at.isdigit() or int(at) not in steps:
         raise UsageError(f"the run {run} has no checkpoint {at!r}; it has {', '.join(map(str, steps))}, and 'best'")
     return root / at
@@ -79,7 +87,7 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as problem:  # whatever the network, the hub or its library says, the user needs one sentence
         raise GrowkitError(
             f"there is no directory {name!r}, and it could not be had from the Hugging Face Hub "
-            f"({type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else 'no answer'})"
+            f"({type(problem).__name__}: {(str(problem).strip() or 'no answer').splitlines()[0]})"
         ) from None
     return Path(found)
 

@@ -19,6 +19,7 @@ import numpy as np
 from growkit.checkpoint.output import Job, Progress, create_file, fill
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, json_bytes, raw
 from growkit.errors import GrowkitError
+from growkit.neox import BUFFERS
 
 INDEX = "model.safetensors.index.json"
 LINEAGE = "lineage.json"
@@ -32,6 +33,9 @@ DTYPES = {
 BUFFER_DTYPES = {"BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD = 5_000_000_000
+WHOLE = "model.safetensors"
+# Tokenizers stay well below this; what is larger is data or weights, and would be held in memory.
+CARRIED_LIMIT = 100_000_000
 HEADER_LIMIT = 100_000_000
 # Weights in any format: carried along they would be the old model.
 WEIGHTS = (
@@ -46,6 +50,8 @@ WEIGHTS = (
     ".onnx",
     ".ot",
     ".npz",
+    ".pkl",
+    ".pickle",
     ".tflite",
 )
 OWN = ("config.json", LINEAGE)
@@ -64,8 +70,11 @@ def open_directory(path: Path) -> Source:
     files = _weight_files(path)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= read_header(file)
-    _check_index(path, tensors)
+        found = read_header(file)
+        if twice := tensors.keys() & found.keys():
+            raise GrowkitError(f"{path} holds the tensor {min(twice)!r} twice, the second time in {file.name}")
+        tensors |= found
+    _check_index(path, files, tensors)
     return Source(
         path=path,
         kind="huggingface",
@@ -84,12 +93,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except OSError as problem:
         raise GrowkitError(f"cannot read {path}: {problem.strerror}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise GrowkitError(f"{path} is not valid JSON: {problem}") from None
 
 
 def _weight_files(path: Path) -> list[Path]:
+    """The files that transformers would read: the whole one, else the index's shards, else all there are."""
     index = path / INDEX
+    if (path / WHOLE).exists():
+        return [path / WHOLE]
     if not index.exists():
         files = sorted(path.glob("*.safetensors"))
         if not files:
@@ -97,9 +109,10 @@ def _weight_files(path: Path) -> list[Path]:
             hint = f"; it has {others[0]}: save it from transformers as safetensors first" if others else ""
             raise GrowkitError(f"{path} has a config.json but no .safetensors file{hint}")
         return files
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise GrowkitError(f"{index} has no weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise GrowkitError(f"{index} has no weight_map of tensor names to file names")
     files = [path / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
@@ -107,9 +120,10 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _check_index(path: Path, tensors: dict[str, Tensor]) -> None:
+def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
     index = path / INDEX
-    missing = set(read_json(index)["weight_map"]) - set(tensors) if index.exists() else set()
+    indexed = index.exists() and files != [path / WHOLE]
+    missing = set(read_json(index)["weight_map"]) - set(tensors) if indexed else set()
     if missing:
         raise GrowkitError(f"{index} names the tensor {min(missing)!r}, which no shard holds")
 
@@ -127,7 +141,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise GrowkitError(f"{path} has a garbled safetensors header: {length} bytes that are not JSON") from None
     if not isinstance(header, dict):
         raise GrowkitError(f"{path} has a garbled safetensors header: it is not a JSON object")
@@ -138,13 +152,15 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def _tensor(path: Path, name: str, entry: Any, base: int, total: int) -> Tensor:
     try:
         kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+            raise ValueError
         size = math.prod(shape)
     except (TypeError, KeyError, ValueError):
         raise GrowkitError(f"{path} has a garbled safetensors header at the tensor {name!r}") from None
-    dtype = (DTYPES | BUFFER_DTYPES).get(kind)
+    dtype = (DTYPES | (BUFFER_DTYPES if name.endswith(BUFFERS) else {})).get(kind)
     if dtype is None:
         raise GrowkitError(f"{path}: the tensor {name!r} has dtype {kind}, and growkit reads {', '.join(DTYPES)}")
-    if end - start != size * dtype.itemsize or start < 0:
+    if end - start != size * dtype.itemsize:
         raise GrowkitError(
             f"{path}: the tensor {name!r} of shape {list(shape)} and dtype {kind} takes {size * dtype.itemsize} bytes, "
             f"its header says {end - start}"
@@ -162,7 +178,9 @@ def _carried(path: Path) -> dict[str, bytes]:
         if file.is_file()
         and not file.name.startswith(".")
         and file.name not in OWN
-        and not file.name.endswith((*WEIGHTS, ".index.json"))
+        and not file.name.endswith(WEIGHTS)
+        and ".index." not in file.name
+        and file.stat().st_size <= CARRIED_LIMIT
     }
 
 
@@ -179,7 +197,7 @@ def write_directory(path: Path, contents: Contents, progress: Progress | None = 
     try:
         for number, names in enumerate(shards, 1):
             many = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            name = "model.safetensors" if len(shards) == 1 else many
+            name = WHOLE if len(shards) == 1 else many
             weight_map |= dict.fromkeys(names, name)
             jobs += _begin_shard(path / name, {tensor: recipes[tensor] for tensor in names})
         fill(jobs, progress)

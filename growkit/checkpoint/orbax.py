@@ -42,25 +42,54 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "_CHECKPOINT_METADATA").is_file() or (path / STATE).is_dir()
 
 
+@dataclass(frozen=True)
+class Array:
+    """A stored array: raw bytes in one file (`file`), or whatever tensorstore makes of it (`store`)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path | None = None
+    store: Any = None
+
+    def tensor(self, layer: int | None = None) -> Tensor:
+        """All of it, or one layer; of a stacked array no more than the layer asked for is ever read."""
+        shape = self.shape if layer is None else self.shape[1:]
+        if self.file is not None:
+            return raw(self.file, (layer or 0) * math.prod(shape) * self.dtype.itemsize, shape, self.dtype)
+        part = self.store if layer is None else self.store[layer]
+        return Tensor(shape, self.dtype, lambda: _read_store(part))
+
+
+def _read_store(part: Any) -> np.ndarray:
+    try:
+        return np.asarray(part.read().result())
+    except ValueError as problem:
+        raise GrowkitError(f"cannot read an array of the checkpoint: {str(problem).splitlines()[0]}") from None
+
+
 def open_checkpoint(path: Path) -> Source:
     """Open a trainer checkpoint. Raises GrowkitError naming the file at fault."""
     meta = read_json(path / META / "metadata")
     described = read_json(path / STATE / "_METADATA")
     try:
-        model = read_config(meta["config"])
-        leaves = _leaf_names(described)
-    except (KeyError, TypeError, ValueError):
+        names = _leaf_names(described)
+        config, lineage, record = meta["config"], meta.get("lineage", []), meta.get("record", {})
+        arrays = {name: _open_array(path / STATE, name, described) for name in names}
+        model = read_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise GrowkitError(f"{path} is an Orbax checkpoint, but not one of growkit's trainer") from None
-    arrays = {name: _open_array(path / STATE, name, described) for name in leaves}
-    counters = {name: int(arrays[name].read()) for name in COUNTERS if name in arrays}
+    except GrowkitError as problem:
+        raise GrowkitError(f"{path}: {problem}") from None
+    slots = [slot for slot in SLOTS if slot == "params" or any(name.startswith(f"{slot}.") for name in arrays)]
+    counters = {name: int(arrays[name].tensor().read()) for name in COUNTERS if name in arrays}
     return Source(
         path=path,
         kind="checkpoint",
-        config=meta["config"],
-        tensors={slot: _by_layer(arrays, slot, model) for slot in SLOTS if f"{slot}.embed_in.weight" in arrays},
-        weights=sorted({array.span.path for array in arrays.values() if array.span}),
-        lineage=meta.get("lineage", []),
-        record=meta.get("record", {}) | counters,
+        config=config,
+        tensors={slot: _by_layer(arrays, slot, model) for slot in slots},
+        weights=sorted({array.file for array in arrays.values() if array.file}),
+        lineage=lineage,
+        record=record | counters,
         read_files=lambda: decode_files(read_json(path / FILES / "metadata")),
     )
 
@@ -70,15 +99,15 @@ def _leaf_names(described: Mapping[str, Any]) -> list[str]:
     return [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
 
 
-def _open_array(state: Path, name: str, described: Mapping[str, Any]) -> Tensor:
-    """One stored array, whole. Raw where it is one uncompressed chunk, else through tensorstore."""
+def _open_array(state: Path, name: str, described: Mapping[str, Any]) -> Array:
+    """One stored array. Raw where it is one uncompressed chunk, else through tensorstore."""
     if described.get("use_ocdbt") or described.get("use_zarr3"):
         return _through_tensorstore(state, name, described)
     header = read_json(state / name / ".zarray")
     shape, dtype = tuple(header["shape"]), _dtype(header["dtype"])
     chunk = state / name / (".".join("0" for _ in shape) or "0")
-    whole = tuple(header["chunks"]) == shape and header["compressor"] is None and header["order"] == "C"
-    if not whole:
+    plain = header["compressor"] is None and not header["filters"] and header["order"] == "C" and dtype.isnative
+    if not plain or tuple(header["chunks"]) != shape:
         return _through_tensorstore(state, name, described)
     size = math.prod(shape) * dtype.itemsize
     found = os.path.getsize(chunk) if chunk.exists() else 0
@@ -86,14 +115,14 @@ def _open_array(state: Path, name: str, described: Mapping[str, Any]) -> Tensor:
         raise GrowkitError(
             f"{chunk} is cut off: an array of {list(shape)} {dtype} takes {size} bytes, the file has {found}"
         )
-    return raw(chunk, 0, shape, dtype)
+    return Array(shape, dtype, file=chunk)
 
 
 def _dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def _through_tensorstore(state: Path, name: str, described: Mapping[str, Any]) -> Tensor:
+def _through_tensorstore(state: Path, name: str, described: Mapping[str, Any]) -> Array:
     import tensorstore
 
     store: dict[str, Any] = {"driver": "file", "path": f"{state.resolve()}/"}
@@ -107,36 +136,23 @@ def _through_tensorstore(state: Path, name: str, described: Mapping[str, Any]) -
         array = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
     except ValueError as problem:
         raise GrowkitError(f"cannot read the array {name!r} of {state}: {str(problem).splitlines()[0]}") from None
-    return _stored(array)
+    return Array(tuple(array.shape), array.dtype.numpy_dtype, store=array)
 
 
-def _stored(array: Any) -> Tensor:
-    return Tensor(tuple(array.shape), array.dtype.numpy_dtype, lambda: np.asarray(array.read().result()))
-
-
-def _by_layer(arrays: Mapping[str, Tensor], slot: str, model: NeoX) -> dict[str, Tensor]:
+def _by_layer(arrays: Mapping[str, Array], slot: str, model: NeoX) -> dict[str, Tensor]:
     """One tensor a layer, under its name in files. Arrays that no row covers are an error."""
     rows = {".".join((slot, *row.path)): row for row in model.table.rows}
     tensors: dict[str, Tensor] = {}
     for name, array in arrays.items():
         if name.startswith(f"{slot}."):
             row = rows.get(name) or _refuse(name, rows)
-            if row.stacked is None:
-                tensors[row.named()] = array
-            else:
-                tensors |= {row.named(layer): _layer_of(array, layer) for layer in range(array.shape[0])}
+            layers = range(array.shape[0]) if row.stacked else [None]
+            tensors |= {row.named(layer): array.tensor(layer) for layer in layers}
     return tensors
 
 
 def _refuse(name: str, rows: Mapping[str, Row]) -> Row:
     raise GrowkitError(f"no row of the axis table covers the array {name!r}; the rows are {', '.join(rows)}")
-
-
-def _layer_of(array: Tensor, layer: int) -> Tensor:
-    shape = array.shape[1:]
-    if array.span is not None:
-        return raw(array.span.path, layer * math.prod(shape) * array.dtype.itemsize, shape, array.dtype)
-    return Tensor(shape, array.dtype, lambda: array.read()[layer])
 
 
 def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
@@ -151,7 +167,10 @@ def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
 
 
 def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
-    """The inverse of `encode_files`."""
+    """The inverse of `encode_files`. Raises GrowkitError for a name that would lead out of a directory."""
+    for name in encoded:
+        if name in ("", ".", "..") or "/" in name:
+            raise GrowkitError(f"the checkpoint carries a file under a name that is none: {name!r}")
     return {
         name: entry["text"].encode() if "text" in entry else base64.b64decode(entry["base64"])
         for name, entry in encoded.items()
@@ -186,12 +205,23 @@ def leaves(contents: Contents, model: NeoX) -> dict[str, Any]:
         for row in model.table.rows:
             layers = range(model.layer) if row.stacked else [None]
             parts = tuple(recipes[row.named(layer)] for layer in layers)
+            _check_one_dtype(row, parts)
             shape = ((model.layer,) if row.stacked else ()) + parts[0].shape
             node = tree[slot]
             for key in row.path[:-1]:
                 node = node.setdefault(key, {})
             node[row.path[-1]] = Leaf(shape, parts[0].dtype, parts)
     return tree | {name: np.asarray(contents.record.get(name, 0), np.int32) for name in COUNTERS}
+
+
+def _check_one_dtype(row: Row, parts: tuple[Recipe, ...]) -> None:
+    """Layers are laid end to end in one array, which has one dtype."""
+    dtypes = sorted({str(part.dtype) for part in parts})
+    if len(dtypes) > 1:
+        raise GrowkitError(
+            f"the layers of {row.name} have dtypes {' and '.join(dtypes)}, and a checkpoint stores them as one array; "
+            f"`growkit export SRC OUT --dtype float32` makes them the same"
+        )
 
 
 def write_checkpoint(path: Path, contents: Contents, progress: Progress | None = None) -> None:

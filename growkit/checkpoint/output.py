@@ -49,10 +49,9 @@ def check_output(out: Path, source: Path | None, force: bool) -> None:
             raise UsageError(
                 f"the output {out} and the source {source} lie one within the other; name another directory"
             )
+    _refuse_existing(out, force)
     if not os.path.lexists(out):
         return
-    if not force:
-        raise UsageError(f"the output exists: {out}; use --force to replace it, or name another directory")
     if out.is_symlink() or not out.is_dir():
         raise UsageError(f"the output is not a directory, and --force replaces directories only: {out}")
     if any(out.iterdir()) and not any((out / mark).exists() for mark in MARKS):
@@ -66,40 +65,69 @@ def committed(out: Path, force: bool = False) -> Iterator[Path]:
     Raises UsageError when another process is writing the same output.
     """
     work = out.parent / f".{out.name}.partial"
+    parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(work)
     except OSError as problem:
+        _remove_empty(parents)
         raise GrowkitError(f"cannot write {out}: {problem.strerror}") from None
     try:
+        _clear(work, out)
+        _refuse_existing(out, force)
         yield work / "new"
+        _refuse_existing(out, force)
         if os.path.lexists(out):
-            if not force:
-                raise UsageError(f"the output appeared while it was being written: {out}")
             os.rename(out, work / "old")
         os.rename(work / "new", out)
     except OSError as problem:
         raise GrowkitError(f"cannot write {out}: {problem.strerror or problem}") from problem
     finally:
-        if not os.path.lexists(out) and (work / "old").exists():
-            os.rename(work / "old", out)
+        _put_back(work, out)
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
+        _remove_empty(parents)
 
 
 def _locked(work: Path) -> int:
-    """Make (or take over, emptied) the working directory and hold its lock; the kernel frees it at our death."""
+    """Make (or take over) the working directory and hold its lock, which the kernel frees at our death."""
     with suppress(FileExistsError):
         os.mkdir(work)
     lock = os.open(work, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held the lock before may have removed the directory since: then this lock guards nothing.
+        if not os.path.exists(work) or not os.path.samestat(os.fstat(lock), os.stat(work)):
+            raise BlockingIOError
     except BlockingIOError:
         os.close(lock)
         raise UsageError(f"another process is writing this output: {work} is in use") from None
+    return lock
+
+
+def _clear(work: Path, out: Path) -> None:
+    """Empty a working directory that a killed command left."""
+    _put_back(work, out)
     for left in work.iterdir():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return lock
+
+
+def _put_back(work: Path, out: Path) -> None:
+    """Give back the old output where a command failed, or was killed, between taking it away and the new one."""
+    if not os.path.lexists(out) and (work / "old").exists():
+        os.rename(work / "old", out)
+
+
+def _refuse_existing(out: Path, force: bool) -> None:
+    if os.path.lexists(out) and not force:
+        raise UsageError(f"the output exists: {out}; use --force to replace it, or name another directory")
+
+
+def _remove_empty(parents: list[Path]) -> None:
+    """Remove the parents that were made for an output, the innermost first, as far as they are empty."""
+    for parent in parents:
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def create_file(path: Path, size: int) -> int:
@@ -110,8 +138,10 @@ def create_file(path: Path, size: int) -> int:
             os.posix_fallocate(file, 0, size)
         except OSError as problem:
             os.close(file)
+            free = shutil.disk_usage(path.parent).free
             raise GrowkitError(
-                f"cannot write {size / 1e9:.2f} GB to {path.parent}: {problem.strerror}; nothing is left behind"
+                f"cannot write {path.name} of {size / 1e6:,.1f} MB: {problem.strerror}, {free / 1e6:,.1f} MB are free; "
+                f"nothing is left behind"
             ) from None
     return file
 
