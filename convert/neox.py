@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.card import model_card
 from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, json_bytes, made
-from growkit.errors import UsageError, did_you_mean
+from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.neox import write_config
 from growkit.surgery import provenance
 
@@ -48,7 +49,7 @@ def exported(source: Source, dtype: str | None = None) -> Contents:
     entry = provenance(source) | {"operation": "export", "dtype": str(target)}
     contents = Contents(
         config=write_config(source.model, source.config),
-        recipes={"params": _in_table_order(source, target)},
+        recipes={"params": _in_table_order(source, DTYPE_NAMES[dtype] if dtype else None)},
         lineage=[*source.lineage, entry],
         files={name: content for name, content in source.files.items() if name not in OWN},
     )
@@ -62,15 +63,43 @@ def exported(source: Source, dtype: str | None = None) -> Contents:
 def _in_table_order(source: Source, dtype: np.dtype | None) -> dict[str, Recipe]:
     tensors = source.tensors["params"]
     return {
-        name: _converted(tensors[name], dtype or tensors[name].dtype)
+        name: _converted(name, tensors[name], dtype or tensors[name].dtype)
         for name, _, _ in source.model.table.names(source.model.sizes)
     }
 
 
-def _converted(tensor: Tensor, dtype: np.dtype) -> Recipe:
+def _converted(name: str, tensor: Tensor, dtype: np.dtype) -> Recipe:
     if tensor.dtype == dtype:
         return copy_of(tensor)
-    return made(tensor.shape, dtype, lambda: tensor.read().astype(dtype))
+    return made(tensor.shape, dtype, lambda: _rounded(name, tensor.read(), dtype))
+
+
+def _rounded(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`array` in `dtype`, rounded once. Raises GrowkitError where a number is too large for it."""
+    with np.errstate(over="ignore"):
+        twice = array.dtype == np.float64 and dtype == ml_dtypes.bfloat16
+        rounded = (_odd_float32(array) if twice else array).astype(dtype)
+    too_large = np.isinf(rounded) & np.isfinite(array)
+    if too_large.any():
+        raise GrowkitError(
+            f"the parameter {name!r} holds {array[too_large].flat[0]:.6g}, and {dtype} ends at "
+            f"{float(ml_dtypes.finfo(dtype).max):.6g}; bfloat16 and float32 reach 3e+38"
+        )
+    return rounded
+
+
+def _odd_float32(array: np.ndarray) -> np.ndarray:
+    """float64 as float32 rounded to odd, which can be rounded again and is as if rounded once.
+
+    ml_dtypes reaches bfloat16 by way of float32. Boldo and Melquiond, "Emulation of FMA and correctly rounded
+    sums: proved algorithms using rounding to odd", IEEE Transactions on Computers 57 (2008).
+    """
+    narrow = array.astype(np.float32)
+    bits = narrow.view(np.uint32)
+    inexact = (narrow != array) & np.isfinite(narrow)
+    bits -= inexact & (np.abs(narrow) > np.abs(array))
+    bits |= inexact
+    return narrow
 
 
 def _generation(source: Source) -> bytes:

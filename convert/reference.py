@@ -5,6 +5,7 @@ The only file here that imports torch and transformers, when it is asked to.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,13 @@ from typing import Any
 import numpy as np
 
 from growkit.errors import GrowkitError
+
+
+def require_transformers() -> None:
+    """Raise GrowkitError, before any work is done, where torch or transformers is not installed."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise GrowkitError(f"{name} is not installed; pip install 'growkit[hf]' brings it")
 
 
 def load(path: Path, dtype: str | None = None) -> Any:
@@ -42,11 +50,10 @@ def load(path: Path, dtype: str | None = None) -> Any:
 
 def transformers_logits(path: Path, dtype: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """The logits [B, T, V] of a Hugging Face directory for tokens [B, T]. Raises GrowkitError without transformers."""
-    try:
-        network = load(path, dtype)
-    except ImportError as problem:
-        raise GrowkitError(f"{problem.name} is not installed; pip install 'growkit[hf]' brings it") from None
+    require_transformers()
     import torch
+
+    network = load(path, dtype)
 
     def logits(tokens_BxT: np.ndarray) -> np.ndarray:
         with torch.no_grad():
