@@ -20,7 +20,7 @@ VARIANTS = [(pct, parallel, tied) for pct in (0.25, 1.0) for parallel in (True, 
 def our_logits(source, tokens, dtype, rotary=None, **change):
     model = replace(source.model, **change)
     network = GPTNeoX(model, Precision(params=dtype, compute=dtype))
-    return np.asarray(network.apply({"params": stacked(source, dtype=dtype)}, tokens, rotary=rotary))
+    return np.asarray(jax.jit(network.apply)({"params": stacked(source, dtype=dtype)}, tokens, rotary=rotary))
 
 
 @pytest.mark.parametrize("pct,parallel,tied", VARIANTS)
@@ -54,14 +54,14 @@ def test_heads_split_any_other_way_have_other_logits(tmp_path, tokens):
     wrong = fused.reshape(shape[0], 3, SMALL.head, SMALL.head_dim, -1).swapaxes(1, 2).reshape(shape)
     params["layers"]["attention"]["query_key_value"]["weight"] = wrong
     network = GPTNeoX(SMALL, Precision("float32", "float32"))
-    assert np.abs(np.asarray(network.apply({"params": params}, tokens)) - theirs).max() > 1e-3
+    assert np.abs(np.asarray(jax.jit(network.apply)({"params": params}, tokens)) - theirs).max() > 1e-3
 
 
 def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
     source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
     theirs, _ = transformers_logits(tmp_path / "hf", tokens)
     network = GPTNeoX(SMALL, Precision("float32", "bfloat16"))
-    ours = np.asarray(network.apply({"params": stacked(source)}, tokens))
+    ours = np.asarray(jax.jit(network.apply)({"params": stacked(source)}, tokens))
     assert ours.dtype == np.float32
     assert 1e-4 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
 
@@ -93,10 +93,11 @@ def test_each_dropout_acts_and_only_when_training(where, tokens):
     network = GPTNeoX(
         SMALL, Precision("float32", "float32"), Dropout(**({"hidden": 0.0, "attention": 0.0} | {where: 0.5}))
     )
-    plain = network.apply({"params": params}, tokens)
-    key = {"dropout": jax.random.key(0)}
-    assert not np.allclose(plain, network.apply({"params": params}, tokens, False, rngs=key))
-    assert np.array_equal(plain, network.apply({"params": params}, tokens))
+    apply = jax.jit(lambda key: network.apply({"params": params}, tokens, False, rngs={"dropout": key}))
+    plain, key = jax.jit(network.apply)({"params": params}, tokens), jax.random.key(0)
+    assert not np.allclose(plain, apply(key))
+    assert np.array_equal(apply(key), apply(key))
+    assert not np.array_equal(apply(key), apply(jax.random.key(1)))
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -106,7 +107,9 @@ def test_rematerialising_changes_no_gradient(remat, tokens):
     def gradient(policy):
         network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(0.1, 0.1, 0.0), policy)
         key = {"dropout": jax.random.key(0)}
-        return jax.tree.leaves(jax.grad(lambda p: network.apply({"params": p}, tokens, False, rngs=key).var())(params))
+        return jax.tree.leaves(
+            jax.jit(jax.grad(lambda p: network.apply({"params": p}, tokens, False, rngs=key).var()))(params)
+        )
 
     for ours, theirs in zip(gradient(remat), gradient("none"), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)

@@ -24,6 +24,8 @@ from growkit.checkpoint.tensor import Source
 from growkit.neox import NeoX
 from growkit.spec import Row
 from growkit.surgery import stacked
+from trainer.activation import gelu
+from trainer.attention import causal_attention
 from trainer.config import Dropout, Precision
 
 REMAT = {
@@ -50,11 +52,11 @@ def rotary_tables(model: NeoX, time: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def rotate(x_BxTxHxD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_BxHxTxD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the first R dimensions of every head by position; the rest passes through."""
-    cos, sin = (table[None, :, None, :].astype(x_BxTxHxD.dtype) for table in rotary)
+    cos, sin = (table.astype(x_BxHxTxD.dtype) for table in rotary)
     half = cos.shape[-1]
-    first, second, passed = jnp.split(x_BxTxHxD, [half, 2 * half], axis=-1)
+    first, second, passed = jnp.split(x_BxHxTxD, [half, 2 * half], axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, passed], axis=-1)
 
 
@@ -129,23 +131,20 @@ class Attention(Parameters):
         qkv = Linear(*common, name="query_key_value")(x_BxTxE)
         # The fused dimension is [head, 3, head_dim]: each head's query, key and value lie together.
         qkv = qkv.reshape(batch, time, model.head, 3, model.head_dim)
-        q_BxTxHxD, k_BxSxHxD, v_BxSxHxD = (qkv[..., part, :] for part in range(3))
-        q_BxTxHxD, k_BxSxHxD = rotate(q_BxTxHxD, rotary), rotate(k_BxSxHxD, rotary)
-        wide = jnp.promote_types(qkv.dtype, jnp.float32)
-        scores_BxHxTxS = jnp.einsum("bthd,bshd->bhts", q_BxTxHxD, k_BxSxHxD, preferred_element_type=wide)
-        causal = jnp.tril(jnp.ones((time, time), bool))
-        scores_BxHxTxS = jnp.where(causal, scores_BxHxTxS / math.sqrt(model.head_dim), -jnp.inf)
-        weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(qkv.dtype)
-        weights_BxHxTxS = nn.Dropout(self.dropout.attention)(weights_BxHxTxS, deterministic=deterministic)
-        mixed = jnp.einsum("bhts,bshd->bthd", weights_BxHxTxS, v_BxSxHxD).reshape(x_BxTxE.shape)
-        return Linear(*common, name="dense")(mixed)
+        q_BxHxTxD, k_BxHxTxD, v_BxHxTxD = qkv.transpose(3, 0, 2, 1, 4)
+        drops = not deterministic and self.dropout.attention > 0
+        key = self.make_rng("dropout") if drops else None
+        mixed_BxHxTxD = causal_attention(
+            rotate(q_BxHxTxD, rotary), rotate(k_BxHxTxD, rotary), v_BxHxTxD, key, self.dropout.attention
+        )
+        return Linear(*common, name="dense")(mixed_BxHxTxD.swapaxes(1, 2).reshape(x_BxTxE.shape))
 
 
 class MLP(Parameters):
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
         hidden = Linear(self.model, self.precision, name="dense_h_to_4h")(x_BxTxE)
-        return Linear(self.model, self.precision, name="dense_4h_to_h")(nn.gelu(hidden, approximate=False))
+        return Linear(self.model, self.precision, name="dense_4h_to_h")(gelu(hidden))
 
 
 class Block(Parameters):
@@ -166,13 +165,17 @@ class Block(Parameters):
 
 
 class GPTNeoX(Parameters):
-    """The language model. `apply({"params": tree}, tokens [B, T])` gives logits [B, T, V] in at least float32."""
+    """The language model. `apply({"params": tree}, tokens [B, T])` gives logits [B, T, V] in at least float32,
+    or without `head` the hidden states [B, T, E] that the head would read.
+    """
 
     dropout: Dropout = Dropout(0.0, 0.0, 0.0)
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, tokens_BxT: jax.Array, deterministic: bool = True, rotary: Any = None) -> jax.Array:
+    def __call__(
+        self, tokens_BxT: jax.Array, deterministic: bool = True, rotary: Any = None, head: bool = True
+    ) -> jax.Array:
         common = (self.model, self.precision)
         embed = Embedding(*common, name="embed_in")
         rotary = rotary_tables(self.model, tokens_BxT.shape[1]) if rotary is None else rotary
@@ -190,8 +193,14 @@ class GPTNeoX(Parameters):
         rotary = tuple(jnp.asarray(table) for table in rotary)
         x_BxTxE, _ = layers(*common, self.dropout, name="layers")(x_BxTxE, rotary, deterministic)
         x_BxTxE = LayerNorm(*common, name="final_layer_norm")(x_BxTxE)
-        head = embed if self.model.tied else Embedding(*common, name="embed_out")
-        return head(x_BxTxE, as_head=True)
+        if not head:
+            return x_BxTxE
+        return (embed if self.model.tied else Embedding(*common, name="embed_out"))(x_BxTxE, as_head=True)
+
+
+def head_weight(model: NeoX, params: Any) -> jax.Array:
+    """The head's weight [V, E] in a parameter tree: the embedding's where they are tied."""
+    return params["embed_in" if model.tied else "embed_out"]["weight"]
 
 
 def initial_params(model: NeoX, precision: Precision, seed: int) -> Any:

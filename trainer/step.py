@@ -16,7 +16,8 @@ import optax
 
 from growkit.neox import NeoX
 from trainer.config import Config
-from trainer.model import GPTNeoX
+from trainer.loss import token_losses_sum
+from trainer.model import GPTNeoX, head_weight
 from trainer.optimizer import Multipliers, adamw, global_norm, learning_rate
 
 
@@ -33,18 +34,18 @@ class State(NamedTuple):
     schedule_step: jax.Array
 
 
-def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-    """The loss of every token, nats [B, T], in the logits' precision."""
-    picked = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BxTxV, axis=-1) - picked
+def loss_sum(
+    network: GPTNeoX, params: Any, tokens_BxT1: jax.Array, key: jax.Array | None, mask_B: jax.Array | None = None
+) -> jax.Array:
+    """The summed loss, nats, of predicting each token from those before it; with a key, dropout is on.
 
-
-def loss_sum(network: GPTNeoX, params: Any, tokens_BxT1: jax.Array, key: jax.Array | None) -> jax.Array:
-    """The summed loss, nats, of predicting each token from those before it; with a key, dropout is on."""
-    deterministic = key is None
-    rngs = {} if deterministic else {"dropout": key}
-    logits = network.apply({"params": params}, tokens_BxT1[:, :-1], deterministic, rngs=rngs)
-    return cross_entropy(logits, tokens_BxT1[:, 1:]).sum()
+    mask: 1 for the sequences that count, None for all.
+    """
+    rngs = {} if key is None else {"dropout": key}
+    hidden = network.apply({"params": params}, tokens_BxT1[:, :-1], key is None, rngs=rngs, head=False)
+    head = head_weight(network.model, params).astype(network.precision.compute)
+    mask_B = jnp.ones(len(tokens_BxT1)) if mask_B is None else mask_B
+    return token_losses_sum(hidden, head, tokens_BxT1[:, 1:], mask_B.astype(jnp.result_type(float)))
 
 
 def gradients(network: GPTNeoX, params: Any, tokens_AxBxT1: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Any]:
@@ -94,8 +95,7 @@ def make_eval_step(config: Config, model: NeoX) -> Callable[[Any, jax.Array, jax
 
     @jax.jit
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
-        logits = network.apply({"params": params}, tokens_BxT1[:, :-1])
-        return (cross_entropy(logits, tokens_BxT1[:, 1:]) * mask_B[:, None]).sum()
+        return loss_sum(network, params, tokens_BxT1, None, mask_B)
 
     return eval_step
 
