@@ -154,9 +154,8 @@ def fill(jobs: list[Job], progress: Progress | None = None) -> None:
     stop = threading.Event()
     progress = progress or (lambda done: None)
     with ThreadPoolExecutor(THREADS) as pool:
-        workers = [pool.submit(_work, todo, stop, progress) for _ in range(THREADS)]
         try:
-            for worker in workers:
+            for worker in [pool.submit(_work, todo, stop, progress) for _ in range(THREADS)]:
                 worker.result()
         finally:
             stop.set()
