@@ -12,7 +12,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +155,11 @@ def fill(jobs: list[Job], progress: Progress | None = None) -> None:
     progress = progress or (lambda done: None)
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            for worker in [pool.submit(_work, todo, stop, progress) for _ in range(THREADS)]:
+            workers = [pool.submit(_work, todo, stop, progress) for _ in range(THREADS)]
+            # A signal that the kernel gives to another thread is handled when this one next wakes up.
+            while wait(workers, timeout=0.1).not_done:
+                pass
+            for worker in workers:
                 worker.result()
         finally:
             stop.set()
