@@ -45,7 +45,9 @@ def check_output(out: Path, source: Path | None, force: bool) -> None:
         here, there = out.resolve(), source.resolve()
         if here == there:
             raise UsageError(f"the output is the source: {out}; the source is never written to, name another directory")
-        if there in here.parents or here in there.parents:
+        # Files of the source may be links, as in the Hub's cache: what they lead to is the source as well.
+        linked = [file.resolve() for file in source.iterdir() if file.is_symlink()] if source.is_dir() else []
+        if there in here.parents or any(here in (path, *path.parents) for path in (there, *linked)):
             raise UsageError(
                 f"the output {out} and the source {source} lie one within the other; name another directory"
             )

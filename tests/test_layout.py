@@ -1,0 +1,108 @@
+"""Dependencies point one way, nothing heavy is imported before it is needed, and files and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("growkit", "trainer", "convert")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+HEAVY = {"jax", "jaxlib", "flax", "optax", "torch", "transformers", "orbax", "tensorstore", "grain", "matplotlib"}
+SIBLINGS = {"trainer", "convert"}
+
+
+def trees():
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in FILES]
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The top-level packages that a file imports anywhere, within functions too."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their package in full"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level packages in memory after a statement in a fresh interpreter."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import growkit",
+        "import growkit.checkpoint, growkit.plan, growkit.surgery, growkit.cli",
+        "import growkit.cli.growing, growkit.cli.conversion, convert.neox, convert.card",
+        "from growkit.cli import run; assert run(['--help']) == 0",
+        "from growkit.cli import run; assert run(['depth', '--help']) == 0",
+    ],
+)
+def test_nothing_heavy_is_imported_early(statement):
+    loaded = loaded_by(statement)
+    assert "growkit" in loaded and not loaded & HEAVY
+    if "convert" not in statement:
+        assert not loaded & SIBLINGS
+
+
+def test_help_does_without_numpy():
+    assert "numpy" not in loaded_by("from growkit.cli import run; assert run(['--help']) == 0")
+
+
+def test_what_is_heavy_would_be_seen():
+    assert loaded_by("import optax") & HEAVY
+
+
+@pytest.mark.parametrize("path", trees())
+def test_dependencies_point_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    found = imported(parsed(path))
+    if package in SIBLINGS:
+        assert not found & (SIBLINGS - {package})
+    elif path.parent != ROOT / "growkit" / "cli":
+        assert not found & SIBLINGS
+    assert "tests" not in found and "conftest" not in found
+
+
+@pytest.mark.parametrize("name", ["axes", "spec", "grow", "plan", "neox", "surgery", "errors"])
+def test_the_core_knows_neither_jax_nor_files_formats(name):
+    found = imported(parsed(ROOT / "growkit" / f"{name}.py"))
+    assert not found & (HEAVY | {"safetensors", "click", "rich", "huggingface_hub"})
+
+
+@pytest.mark.parametrize("path", trees())
+def test_a_file_says_what_it_is_and_stays_small(path):
+    tree = parsed(path)
+    assert ast.get_docstring(tree), "every file opens with what it is"
+    assert len(path.read_text().splitlines()) <= 420
+    assert path.stem not in ("util", "utils", "helper", "helpers", "manager", "managers", "common", "misc")
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert not long
+
+
+def test_the_rules_bite():
+    """The same rules on sources that break them."""
+    assert imported(ast.parse("def f():\n    import trainer.model")) == {"trainer"}
+    assert imported(ast.parse("from convert.neox import x\nimport a.b as c")) == {"convert", "a"}
+    with pytest.raises(AssertionError, match="in full"):
+        imported(ast.parse("from . import axes"))
+    assert len(FILES) > 25 and {path.parent.name for path in FILES} == {*PACKAGES, "checkpoint", "cli"}
