@@ -97,9 +97,11 @@ def scale_each(multipliers: Any) -> optax.GradientTransformation:
 def adamw(settings: Optimizer, model: NeoX, multipliers: Multipliers | None = None) -> optax.GradientTransformation:
     """The whole update but for the learning rate, which the step applies: new = params - rate x update."""
     multipliers = multipliers or Multipliers()
-    parts = [clip_by_norm(settings.clip, multipliers.clip)] if settings.clip else []
-    parts.append(scale_by_adam(settings.beta1, settings.beta2, settings.eps, multipliers.eps))
-    if multipliers.learning_rate is not None:
-        parts.append(scale_each(multipliers.learning_rate))
-    parts.append(optax.add_decayed_weights(settings.weight_decay, mask=decay_mask(model)))
-    return optax.chain(*parts)
+    rates = multipliers.learning_rate
+    # Always four parts: the state has one structure, with multipliers and without, so that it can be handed over.
+    return optax.chain(
+        clip_by_norm(settings.clip, multipliers.clip) if settings.clip else optax.identity(),
+        scale_by_adam(settings.beta1, settings.beta2, settings.eps, multipliers.eps),
+        optax.identity() if rates is None else scale_each(rates),
+        optax.add_decayed_weights(settings.weight_decay, mask=decay_mask(model)),
+    )
