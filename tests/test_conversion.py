@@ -15,6 +15,7 @@ from conftest import BESIDE, SMALL, random_tensors, save_checkpoint, save_direct
 from convert.neox import exported
 from growkit.checkpoint import open_source
 from growkit.checkpoint.huggingface import read_header
+from growkit.checkpoint.tensor import made
 from growkit.cli import run
 from growkit.errors import GrowkitError
 from growkit.neox import read_config, write_config
@@ -245,16 +246,15 @@ def test_check_compares_with_transformers(tmp_path, capsys, monkeypatch):
     assert run(["export", str(hf), str(tmp_path / "out"), "--check"]) == 0
     assert "check: logits of transformers and of JAX differ by at most" in capsys.readouterr().out
     assert run(["export", str(hf), str(tmp_path / "narrow"), "--check", "--dtype", "bfloat16"]) == 0
-    # What is wrong by little is found out: one element off by a hundredth.
-    monkeypatch.setattr("convert.neox.copy_of", lambda tensor: slightly_off(tensor))
-    assert run(["export", str(hf), str(tmp_path / "wrong"), "--check"]) == 1
+    # What is wrong by little is found out; where nothing was rounded, even the last bit of bfloat16.
+    monkeypatch.setattr("convert.neox.copy_of", with_last_bit_flipped)
+    narrow = save_directory(tmp_path / "bf16", dtype="bfloat16")
+    assert run(["export", str(narrow), str(tmp_path / "wrong"), "--check"]) == 1
     assert "transformers computes other logits" in capsys.readouterr().err
 
 
-def slightly_off(tensor):
-    from growkit.checkpoint.tensor import made
-
-    return made(tensor.shape, tensor.dtype, lambda: tensor.read() + np.float32(0.01))
+def with_last_bit_flipped(tensor):
+    return made(tensor.shape, tensor.dtype, lambda: (tensor.read().view(np.uint16) ^ 1).view(tensor.dtype))
 
 
 def test_check_without_transformers_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
