@@ -47,6 +47,18 @@ class AxisMap:
         sums = np.bincount(self.index, weights=self.share, minlength=self.source)
         return bool(np.allclose(sums, 1.0, rtol=0, atol=1e-12))
 
+    @property
+    def next_copy(self) -> np.ndarray:
+        """int [new]: the next new unit with the same source, after the last the first; itself where it is alone."""
+        order = np.argsort(self.index, kind="stable")
+        ends = np.cumsum(self.copies)
+        following = np.arange(1, len(self) + 1)
+        last = ends[self.copies > 0] - 1
+        following[last] = (ends - self.copies)[self.copies > 0]
+        result = np.empty(len(self), np.int64)
+        result[order] = order[following]
+        return result
+
     def then(self, after: AxisMap) -> AxisMap:
         """This map followed by `after`: one map that does both."""
         if after.source != len(self):
@@ -69,7 +81,50 @@ def replicate(source: int, target: int) -> AxisMap:
     return listed(np.arange(target) * source // target, source)
 
 
+def nearest(source: int, target: int) -> AxisMap:
+    """Each unit replicated in place: i * source / target to nearest, half up, clipped to the last unit; share 1."""
+    index = (2 * np.arange(target) * source + target) // (2 * target)
+    return listed(np.minimum(index, source - 1), source)
+
+
+def stack(source: int, target: int) -> AxisMap:
+    """Units 0..source-1 repeated whole, 0,1,2,0,1,2: i mod source, share 1 (G_stack, arXiv 2405.15319)."""
+    return listed(np.arange(target) % source, source)
+
+
+def inserted(source: int, target: int) -> AxisMap:
+    """Copies inserted after their originals, the originals with share 1 and the copies with 0.
+
+    LLaMA-Pro (arXiv 2401.02415), section 3.1: whoever sums over the axis finds the old sum.
+    """
+    index = np.arange(target) * source // target
+    first = np.concatenate([[True], index[1:] != index[:-1]])
+    return AxisMap(index, first.astype(np.float64), source)
+
+
 def tile(source: int, target: int) -> AxisMap:
     """Units 0..source-1 repeated whole, each copy with an equal share of its source's one."""
     index = np.arange(target) % source
     return AxisMap(index, 1.0 / np.bincount(index, minlength=source)[index], source)
+
+
+def repeat(source: int, target: int) -> AxisMap:
+    """Each unit repeated in place, each copy with an equal share of its source's one."""
+    index = np.arange(target) * source // target
+    return AxisMap(index, 1.0 / np.bincount(index, minlength=source)[index], source)
+
+
+def uneven(even: AxisMap, spread: float) -> AxisMap:
+    """A map of the same copies with shares that differ by up to `spread` (below 1) of themselves, summing as before.
+
+    Copies that carry different shares have different gradients, so training tells them apart.
+    """
+    number = np.zeros(len(even))
+    seen = np.zeros(even.source, np.int64)
+    for unit, source in enumerate(even.index):
+        number[unit] = seen[source]
+        seen[source] += 1
+    # Evenly spaced weights around 1 for the copies 0..c-1 of a source; their mean is 1.
+    count = seen[even.index]
+    weight = 1.0 + spread * np.where(count > 1, 2.0 * number / np.maximum(count - 1, 1) - 1.0, 0.0)
+    return AxisMap(even.index, even.share * weight, even.source)

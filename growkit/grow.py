@@ -3,21 +3,26 @@
 Values are scaled by the shares of the axes a parameter reads. Gradients, and with them Adam's moments, are
 scaled by the shares of the axes it writes: mu once, nu twice, because the gradient that reaches a copy
 is its share of the gradient of its source. Works on numpy and jax arrays alike, one parameter at a time.
-Knows neither names in files nor which maps belong together.
+Knows neither names in files nor which maps belong together; padding is in `growkit.padding`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from growkit.axes import AxisMap
+from growkit.noise import uniform
+from growkit.padding import MU, NU, VALUE, pad
 from growkit.spec import Row
 
-VALUE, MU, NU = 0, 1, 2
+if TYPE_CHECKING:
+    from growkit.plan import Plan
+
 NARROW = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
@@ -35,15 +40,22 @@ def expand(
     Returns the stored shape at the sizes the maps make, in the array's dtype; narrow floats are multiplied
     in float32 and rounded once.
     """
-    grown = array.reshape(row.unfused(sizes))
+    grown = _multiplied(_gathered(array.reshape(row.unfused(sizes)), row, maps), share_scale(row, maps, moment, layer))
+    return grown.reshape(row.shape({**sizes, **{name: len(axis_map) for name, axis_map in maps.items()}}))
+
+
+def _gathered(array: Any, row: Row, maps: Mapping[str, AxisMap]) -> Any:
     for place, axis in enumerate(row.axes):
         if axis.name in maps:
-            grown = grown.take(maps[axis.name].index, axis=place)
-    scale = share_scale(row, maps, moment, layer)
-    if scale is not None:
-        wide = np.float32 if grown.dtype in NARROW else grown.dtype
-        grown = (grown.astype(wide) * scale.astype(wide)).astype(grown.dtype)
-    return grown.reshape(row.shape({**sizes, **{name: len(axis_map) for name, axis_map in maps.items()}}))
+            array = array.take(maps[axis.name].index, axis=place)
+    return array
+
+
+def _multiplied(array: Any, scale: np.ndarray | None) -> Any:
+    if scale is None:
+        return array
+    wide = np.float32 if array.dtype in NARROW else array.dtype
+    return (array.astype(wide) * scale.astype(wide)).astype(array.dtype)
 
 
 def share_scale(
@@ -57,10 +69,70 @@ def share_scale(
     for place, axis in enumerate(row.axes):
         counts = axis.read if moment == VALUE else not axis.read
         if axis.name in maps and counts:
-            factor = maps[axis.name].share ** max(moment, 1)
-            scale = scale * factor.reshape([-1 if other == place else 1 for other in range(len(row.axes))])
+            scale = scale * _along(maps[axis.name].share ** max(moment, 1), place, row)
     if moment == VALUE and row.stacked is not None and row.stacked.read and row.stacked.name in maps:
         if layer is None:
             raise ValueError(f"{row.name} sums over layers: which new layer is it?")
         scale = scale * maps[row.stacked.name].share[layer]
     return None if (scale == 1.0).all() else scale
+
+
+def _along(values: np.ndarray, place: int, row: Row) -> np.ndarray:
+    """A vector laid along dimension `place` of the row's unfused shape."""
+    return values.reshape([-1 if at == place else 1 for at in range(len(row.axes))])
+
+
+def moment_fate(plan: Plan, row: Row, moment: int, layer: int | None) -> str:
+    """What becomes of a moment: 'zero', 'copy' (gathered, not scaled) or 'map' (the rule)."""
+    if plan.moments == "reset" or (plan.moments == "nu-only" and moment == MU):
+        return "zero"
+    if plan.moments == "copy" or moment == NU:
+        return plan.moments if plan.moments == "copy" else "map"
+    # mu is mostly the noise of the last batches: where the gradients are new ones, it starts again.
+    copied = row.stacked is not None and "layer" in plan.maps and plan.maps["layer"].share[layer] == 0.0
+    return "zero" if copied or not plan.preserved else "map"
+
+
+def grow_tensor(array: Any, row: Row, plan: Plan, moment: int = VALUE, layer: int | None = None, xp: Any = np) -> Any:
+    """Grow one layer's parameter or moment by a plan: copies with their shares, noise, padding.
+
+    array: the stored shape at the source's sizes, of the source layer that new layer `layer` copies. xp: numpy,
+    or jax.numpy for jax arrays.
+    """
+    fate = "map" if moment == VALUE else moment_fate(plan, row, moment, layer)
+    shape, name = row.shape(plan.grown.sizes), row.named(layer)
+    if fate == "zero":
+        return xp.zeros(shape, array.dtype)
+    grown = _gathered(array.reshape(row.unfused(plan.model.sizes)), row, plan.maps)
+    if fate == "map":
+        grown = _multiplied(grown, share_scale(row, plan.maps, moment, layer))
+    if plan.noise and moment == VALUE:
+        grown = _with_noise(grown, row, plan, name, xp)
+
+    def free(size: tuple[int, ...], what: str) -> Any:
+        return uniform(plan.seed, f"{name} {what}", size, xp) * xp.float32(plan.model.initializer_range)
+
+    return pad(grown, row, plan.pads, moment, plan.model.norm, free, fate == "map", xp).reshape(shape)
+
+
+def _with_noise(grown: Any, row: Row, plan: Plan, name: str, xp: Any) -> Any:
+    """Add noise that sums to zero over the copies of each source unit, along the first copied axis the row reads.
+
+    Each copy gets its own number less the next copy's: what reads equal copies finds the old sum.
+    """
+    for place, axis in enumerate(row.axes):
+        axis_map = plan.maps.get(axis.name)
+        if axis.read and axis_map is not None and (axis_map.copies > 1).any():
+            noise = uniform(plan.seed, f"{name} noise", grown.shape, xp)
+            noise = (noise - noise.take(axis_map.next_copy, axis=place)) * xp.float32(math.sqrt(0.5))
+            spread = xp.float32(plan.noise * plan.model.initializer_range)
+            wide = np.float32 if grown.dtype in NARROW else grown.dtype
+            return (grown.astype(wide) + (noise * spread).astype(wide)).astype(grown.dtype)
+    return grown
+
+
+def needs_work(row: Row, plan: Plan, moment: int, layer: int | None) -> bool:
+    """Whether a new tensor is more than the same bytes of a source layer again."""
+    if any(axis.name in plan.maps or axis.name in plan.pads for axis in row.axes):
+        return True
+    return share_scale(row, plan.maps, moment, layer) is not None

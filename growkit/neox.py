@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
-from growkit.errors import GrowkitError, did_you_mean
+from growkit.architecture import Architecture, count_parameters
+from growkit.errors import GrowkitError
 from growkit.spec import Table, parse_table
 
 TABLE = """
@@ -68,11 +69,16 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class NeoX:
+class NeoX(Architecture):
     """A GPT-NeoX model's sizes and options.
 
     rotary_pct is the part of each head that is rotated; layer_norm_eps has no unit; context is in tokens.
     """
+
+    fields: ClassVar[Mapping[str, str]] = FIELDS
+    kind: ClassVar[str] = "gpt_neox"
+    norm: ClassVar[str] = "layer"
+    heads: ClassVar[str] = "head"
 
     layer: int
     embed: int
@@ -123,9 +129,24 @@ class NeoX:
         return table(self.tied)
 
     @property
-    def parameters(self) -> int:
-        """How many numbers the model holds, a tied embedding counted once."""
-        return count_parameters(self.table, self.sizes)
+    def norm_eps(self) -> float:
+        return self.layer_norm_eps
+
+    def resized(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> NeoX:
+        """This model at other sizes. embed must be head x head_dim; rotary_pct is rewritten to keep `rotary`.
+
+        transformers takes int(head_dim * rotary_pct): where rounding would miss the count, half a dimension is added.
+        """
+        axes = {axis: sizes[axis] for axis in FIELDS}
+        head_dim = axes["embed"] // axes["head"]
+        share = self.rotary_pct
+        if head_dim != self.head_dim:
+            share = self.rotary / head_dim
+            share = share if int(head_dim * share) == self.rotary else (self.rotary + 0.5) / head_dim
+        return replace(self, **axes, rotary_pct=share, layer_norm_eps=norm_eps or self.layer_norm_eps)
+
+    def written(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return write_config(self, base)
 
     def flops_per_token(self, context: int | None = None) -> float:
         """Training FLOPs a token: 6 per weight that is multiplied, and 12 x layer x embed x context for attention.
@@ -136,17 +157,6 @@ class NeoX:
         layered = count_parameters(Table(tuple(matrices)), self.sizes)
         head = self.vocab * self.embed if self.tied else 0
         return 6.0 * (layered + head) + 12.0 * self.layer * self.embed * (context or self.context)
-
-
-def count_parameters(table: Table, sizes: Mapping[str, int]) -> int:
-    """The number of elements of all parameters of `table` at `sizes`."""
-    total = 0
-    for row in table.rows:
-        size = 1
-        for length in row.shape(sizes):
-            size *= length
-        total += size * (sizes[row.stacked.name] if row.stacked else 1)
-    return total
 
 
 @lru_cache
@@ -161,10 +171,6 @@ def read_config(config: Mapping[str, Any]) -> NeoX:
 
     Raises GrowkitError for another architecture and for values that contradict each other.
     """
-    kind = config.get("model_type")
-    if kind != "gpt_neox":
-        hint = did_you_mean(str(kind), ["gpt_neox"])
-        raise GrowkitError(f"the architecture is {kind!r}, and growkit knows 'gpt_neox' only{hint}")
     values = DEFAULTS | {key: value for key, value in config.items() if value is not None}
     _check_function(values)
     rope = values.get("rope_parameters") or {}
@@ -231,8 +237,3 @@ def write_config(model: NeoX, base: Mapping[str, Any] | None = None) -> dict[str
         "initializer_range": model.initializer_range,
         "attention_bias": True,
     }
-
-
-def resized(model: NeoX, sizes: Mapping[str, int]) -> NeoX:
-    """`model` with the sizes of the axes that config.json states taken from `sizes`."""
-    return replace(model, **{axis: sizes[axis] for axis in FIELDS})

@@ -1,123 +1,147 @@
-"""From intention to axis maps: "18:24" becomes {layer: AxisMap}, with every refusal that intention can earn.
+"""Plans of growth: from intention to axis maps and paddings, resolved, with what follows from them.
 
-A `Plan` is all that growth needs: the model before and after, the maps, what becomes of the moments, and
-whether the function is preserved. Knows the user's notation and what it means; leaves arrays and files
-to others.
+A `Plan` is all that growth needs: the model before and after, the map of every axis that is copied, the new
+size of every axis that is padded, what becomes of the moments, noise. Knows what a plan preserves and how it is
+recorded and read again; the notations of depth and width are in `growkit.depth` and `growkit.width`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from growkit.axes import AxisMap, listed, replicate
-from growkit.errors import UsageError
-from growkit.neox import NeoX
+from growkit.architecture import Architecture
+from growkit.axes import AxisMap
+from growkit.errors import UsageError, did_you_mean
 
-MOST_LAYERS = 4096
-FORM = "--map takes SOURCE:TARGET, as 18:24, or a list of source layers, as 0,0,1,2,2 or 0-23,8-31"
+MOMENTS = ("map", "copy", "reset", "nu-only")
 
 
 @dataclass(frozen=True)
 class Plan:
     """A growth, resolved: nothing in it is a default any more.
 
-    mu: what becomes of first moments, 'map' (grown by the rule) or 'zero'; nu is always grown by the rule.
+    maps: axis -> copies with shares. pads: axis -> new size, see `growkit.padding`. moments: 'map' (the rule),
+    'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only' (mu zero). noise: its standard
+    deviation in units of the model's initializer_range. notes: what was completed by rule, in words.
     """
 
     verb: str
     method: str
-    model: NeoX
-    grown: NeoX
+    model: Architecture
+    grown: Architecture
     maps: dict[str, AxisMap]
-    preserved: bool
-    mu: str
+    pads: dict[str, int] = field(default_factory=dict)
+    moments: str = "map"
+    noise: float = 0.0
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.moments not in MOMENTS:
+            near = did_you_mean(self.moments, MOMENTS)
+            raise UsageError(f"--moments is one of {', '.join(MOMENTS)}, got {self.moments!r}{near}")
+        if not 0 <= self.noise < float("inf"):
+            raise UsageError(f"--noise is a number of at least 0, got {self.noise}")
+
+    @property
+    def preserved(self) -> bool:
+        """Whether the grown model computes the source's function."""
+        return all(preserves(axis, axis_map) for axis, axis_map in self.maps.items())
+
+    @property
+    def continues(self) -> bool:
+        """Whether, with the multipliers, training goes on exactly as the small model's would: width by copies alone."""
+        copied = any(len(axis_map) > axis_map.source for axis_map in self.maps.values())
+        exact = self.preserved and not self.pads and self.moments == "map" and not self.noise
+        return copied and exact and "layer" not in self.maps
+
+    @property
+    def tied_copies(self) -> bool:
+        """Whether copies are left that equal gradients never separate: exact ones, with even shares and no noise."""
+        wide = [m for axis, m in self.maps.items() if axis != "layer" and (m.copies > 1).any()]
+        return bool(wide) and not self.noise and self.moments in ("map", "copy") and all(_even(m) for m in wide)
 
     def resolved(self) -> dict[str, Any]:
         """Every value of the plan, for the lineage."""
+        maps = {axis: {"index": m.index.tolist(), "share": m.share.tolist()} for axis, m in self.maps.items()}
         return {
             "operation": self.verb,
             "method": self.method,
-            "maps": {
-                axis: {"index": axis_map.index.tolist(), "share": axis_map.share.tolist()}
-                for axis, axis_map in self.maps.items()
-            },
+            "maps": maps,
+            "pads": self.pads,
             "sizes": {"before": self.model.sizes, "after": self.grown.sizes},
-            "moments": {"mu": self.mu, "nu": "map", "count": "kept"},
+            "moments": self.moments,
+            "count": "reset" if self.moments == "reset" else "kept",
+            "noise": self.noise,
+            "seed": self.seed,
             "function": "preserved" if self.preserved else "not preserved",
         }
 
 
-def plan_depth(model: NeoX, text: str) -> Plan:
-    """The plan of `--map text` for a model. Raises UsageError for a map that cannot be meant for it."""
-    pair = re.fullmatch(r"\s*(-?[0-9]{1,18})\s*:\s*(-?[0-9]{1,18})\s*", text)
-    if pair:
-        target = _check_pair(int(pair[1]), int(pair[2]), model.layer)
-        layers, method = replicate(model.layer, target), f"replicate: floor(i*{model.layer}/{target})"
+def plan_from(entry: Mapping[str, Any], model: Architecture) -> Plan:
+    """The plan that a lineage entry records, for a model of the sizes before it."""
+    maps = {
+        axis: AxisMap(np.asarray(m["index"], np.int64), np.asarray(m["share"], np.float64), model.sizes[axis])
+        for axis, m in entry["maps"].items()
+    }
+    return planned(
+        entry["operation"], entry["method"], model, maps, entry["pads"],
+        moments=entry["moments"], noise=entry["noise"], seed=entry["seed"],
+    )  # fmt: skip
+
+
+def planned(
+    verb: str,
+    method: str,
+    model: Architecture,
+    maps: Mapping[str, AxisMap],
+    pads: Mapping[str, int] | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan of maps and pads for a model, the grown model worked out from them."""
+    pads = dict(pads or {})
+    sizes = model.sizes | {axis: len(axis_map) for axis, axis_map in maps.items()} | pads
+    if "embed" in maps or "embed" in pads or not model.coupled:
+        grown_sizes = sizes
     else:
-        layers, method = listed(_parse_list(text, model.layer), model.layer), "list"
-    if len(layers) < model.layer:
-        raise UsageError(
-            f"growth adds layers: --map {text} lists {len(layers)}, the source has {model.layer}; "
-            f"a list of all of them is 0-{model.layer - 1}"
-        )
-    preserved = np.array_equal(layers.index, np.arange(model.layer))
-    return Plan(
-        verb="depth",
-        method=method,
-        model=model,
-        grown=replace(model, layer=len(layers)),
-        maps={"layer": layers},
-        preserved=bool(preserved),
-        mu="map" if preserved else "zero",
-    )
+        grown_sizes = sizes | {"embed": sizes[model.heads] * sizes["head_dim"]}
+    eps = model.norm_eps * model.embed / pads["embed"] if "embed" in pads else None
+    return Plan(verb, method, model, model.resized(grown_sizes, eps), dict(maps), pads, **options)
 
 
-def _check_pair(source: int, target: int, layers: int) -> int:
-    """The target of --map source:target. Raises UsageError when it cannot be meant for a model of `layers` layers."""
-    given = f"--map {source}:{target}"
-    if target <= source:
-        nearest = f"did you mean {target}:{source}?" if target == layers < source else f"try {layers}:{layers + 1}"
-        raise UsageError(f"growth adds layers: {given} would go from {source} to {target}; {nearest}")
-    if source != layers:
-        same = min(max(layers + 1, layers * target // max(source, 1)), MOST_LAYERS)
-        raise UsageError(
-            f"{given} is for a model of {source} layers, the source has {layers}; the nearest is --map {layers}:{same}"
-        )
-    if target > MOST_LAYERS:
-        raise UsageError(f"{given} asks for {target} layers; growkit makes at most {MOST_LAYERS}")
-    return target
+def preserves(axis: str, axis_map: AxisMap) -> bool:
+    """Whether a map of this axis leaves the function as it was.
+
+    layer: one copy of each source with share 1, in the sources' order, all others 0. embed: as many copies of
+    every unit, with equal shares, because a norm averages over them. Any other: shares that sum to 1.
+    """
+    if axis == "layer":
+        kept = axis_map.index[axis_map.share == 1.0]
+        return bool(np.isin(axis_map.share, (0.0, 1.0)).all()) and np.array_equal(kept, np.arange(axis_map.source))
+    if axis == "embed":
+        uniform = len(set(axis_map.copies.tolist())) == 1
+        return uniform and bool(np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=0, atol=1e-12))
+    return axis_map.preserves_sums
 
 
-def _parse_list(text: str, layers: int) -> list[int]:
-    """Source layers from '0,0,1' and ranges '0-23' (both ends included)."""
-    items = [item.strip() for item in text.split(",")]
-    found = [re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", item) for item in items]
-    if not all(found) or len(items) == 1 and found[0][2] is None:
-        raise UsageError(f"{FORM}; got {text!r}")
-    index: list[int] = []
-    for match in found:
-        first, last = int(match[1]), int(match[2] or match[1])
-        if max(first, last) >= layers:
-            raise UsageError(f"--map names layer {max(first, last)}; the source's layers are 0 to {layers - 1}")
-        if last < first:
-            raise UsageError(f"a range of --map counts up, got {match[0]!r}; write {last}-{first}")
-        index += range(first, last + 1)
-    if len(index) > MOST_LAYERS:
-        raise UsageError(f"--map asks for {len(index)} layers; growkit makes at most {MOST_LAYERS}")
-    return index
+def _even(axis_map: AxisMap) -> bool:
+    return bool(np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=1e-9))
 
 
-def picture(layers: Sequence[int], width: int = 24) -> str:
-    """The layer map as two lines a block: each new layer over the source layer it copies, copies marked."""
-    blocks = []
-    for start in range(0, len(layers), width):
-        new = range(start, min(start + width, len(layers)))
-        marks = ("+" if n and layers[n] == layers[n - 1] else " " for n in new)
-        blocks.append("new   " + " ".join(f"{n:4}" for n in new))
-        blocks.append("from  " + " ".join(f"{mark}{layers[n]:3}" for mark, n in zip(marks, new, strict=True)))
-    return "\n".join(blocks)
+def combined(verb: str, plans: list[Plan], model: Architecture) -> Plan:
+    """One plan that does what several do, on axes of their own. Raises UsageError when two want the same axis."""
+    maps: dict[str, AxisMap] = {}
+    pads: dict[str, int] = {}
+    for plan in plans:
+        taken = sorted((plan.maps.keys() | plan.pads.keys()) & (maps.keys() | pads.keys()))
+        if taken:
+            raise UsageError(f"two growths of the axis {taken[0]!r} at once; grow twice instead")
+        maps |= plan.maps
+        pads |= plan.pads
+    method = "; ".join(plan.method for plan in plans)
+    notes = tuple(note for plan in plans for note in plan.notes)
+    return replace(planned(verb, method, model, maps, pads), notes=notes)

@@ -56,6 +56,12 @@ class Row:
         parts = re.sub(r"\.\{\w+\}", "", self.name).split(".")
         return tuple(parts[1:] if len(parts) > 2 else parts)
 
+    @property
+    def part(self) -> str | None:
+        """Whether the row makes queries, keys or values alone, by its name; None for any other row."""
+        parts = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+        return next((part for name, part in parts.items() if f".{name}." in self.name), None)
+
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile(r"(0|[1-9][0-9]{0,8})".join(re.escape(part) for part in re.split(r"\{\w+\}", self.name)))

@@ -12,8 +12,8 @@ import numpy as np
 
 from growkit import __version__
 from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_of, made, zeros
-from growkit.grow import MU, NU, VALUE, expand, share_scale
-from growkit.neox import write_config
+from growkit.grow import grow_tensor, moment_fate, needs_work
+from growkit.padding import MU, NU, VALUE
 from growkit.plan import Plan
 from growkit.spec import Row
 
@@ -30,10 +30,10 @@ def grown(source: Source, plan: Plan) -> Contents:
         for slot in source.tensors
     }
     return Contents(
-        config=write_config(plan.grown, source.config),
+        config=plan.grown.written(source.config),
         recipes=recipes,
         lineage=[*source.lineage, provenance(source) | plan.resolved()],
-        record=source.record,
+        record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=source.files,
     )
 
@@ -45,22 +45,18 @@ def provenance(source: Source) -> dict[str, Any]:
 
 
 def _recipe(source: Source, plan: Plan, slot: str, row: Row, layer: int | None) -> Recipe:
-    """The recipe of one new tensor: zeros, the source's bytes again, or an expansion of them."""
+    """The recipe of one new tensor: zeros, the source's bytes again, or a growth of them."""
     moment = MOMENTS[slot]
     from_layer = layer
     if layer is not None and "layer" in plan.maps:
         from_layer = int(plan.maps["layer"].index[layer])
     tensor = source.tensors[slot][row.named(from_layer)]
-    if moment == MU and plan.mu == "zero":
-        return zeros(row.shape(plan.grown.sizes), tensor.dtype)
-    moved = any(axis.name in plan.maps for axis in row.axes)
-    if not moved and share_scale(row, plan.maps, moment, layer) is None:
+    shape = row.shape(plan.grown.sizes)
+    if moment != VALUE and moment_fate(plan, row, moment, layer) == "zero":
+        return zeros(shape, tensor.dtype)
+    if not needs_work(row, plan, moment, layer):
         return copy_of(tensor)
-    return made(
-        row.shape(plan.grown.sizes),
-        tensor.dtype,
-        lambda: expand(tensor.read(), row, plan.model.sizes, plan.maps, moment, layer),
-    )
+    return made(shape, tensor.dtype, lambda: grow_tensor(tensor.read(), row, plan, moment, layer))
 
 
 def stacked(source: Source, slot: str = "params", dtype: Any = None) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from growkit.checkpoint.huggingface import INDEX, read_header
 from growkit.checkpoint.output import committed
 from growkit.checkpoint.tensor import Contents, copy_of
 from growkit.cli import run
+from growkit.depth import plan_depth
 from growkit.errors import GrowkitError, UsageError
 from growkit.neox import DEFAULTS
-from growkit.plan import plan_depth
 from growkit.surgery import grown, stacked
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]

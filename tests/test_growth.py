@@ -19,10 +19,11 @@ from conftest import random_tensors
 from growkit import neox, surgery
 from growkit.axes import listed, replicate, tile
 from growkit.checkpoint.tensor import Source, Tensor
+from growkit.depth import plan_depth
 from growkit.errors import UsageError
 from growkit.grow import MU, NU, VALUE, expand
-from growkit.neox import NeoX, parse_table, resized, write_config
-from growkit.plan import Plan, plan_depth
+from growkit.neox import NeoX, parse_table, write_config
+from growkit.plan import planned
 from growkit.spec import Table
 from trainer.config import Precision
 from trainer.model import GPTNeoX
@@ -47,10 +48,9 @@ def held(model: NeoX, **slots: dict[str, np.ndarray]) -> Source:
     return Source(Path("memory"), "huggingface", write_config(model), tensors, [], [], {}, dict)
 
 
-def grow(source: Source, maps, mu: str = "map") -> Source:
+def grow(source: Source, maps, moments: str = "map") -> Source:
     """What surgery makes of a source, in memory again."""
-    sizes = source.model.sizes | {axis: len(axis_map) for axis, axis_map in maps.items()}
-    plan = Plan("test", "test", source.model, resized(source.model, sizes), maps, True, mu)
+    plan = planned("test", "test", source.model, maps, moments=moments)
     contents = surgery.grown(source, plan)
     slots = {
         slot: {name: made(recipe) for name, recipe in recipes.items()} for slot, recipes in contents.recipes.items()
@@ -287,7 +287,7 @@ def test_gopher_growth_copies_layers_and_second_moments():
     model = replace(SMALL, layer=4)
     slots = {slot: random_tensors(model, "float32", seed) for seed, slot in enumerate(("params", "mu", "nu"))}
     plan = plan_depth(model, "4:6")
-    assert (plan.maps["layer"].index.tolist(), plan.preserved, plan.mu) == ([0, 0, 1, 2, 2, 3], False, "zero")
+    assert (plan.maps["layer"].index.tolist(), plan.preserved, plan.moments) == ([0, 0, 1, 2, 2, 3], False, "map")
     contents = surgery.grown(held(model, **slots), plan)
     assert contents.lineage[-1]["function"] == "not preserved" and contents.config["num_hidden_layers"] == 6
     for name, row, layer in plan.grown.table.names(plan.grown.sizes):

@@ -14,7 +14,7 @@ import pytest
 
 from growkit.axes import tile
 from growkit.grow import MU, NU, VALUE, expand, share_scale
-from growkit.neox import NeoX, resized
+from growkit.neox import NeoX
 from trainer.checkpoint import from_tree, to_tree
 from trainer.config import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model import row_at
@@ -280,7 +280,7 @@ def with_multipliers(tied=False, **change):
 
 
 def enlarged(model):
-    return resized(model, model.sizes | {axis: len(axis_map) for axis, axis_map in MAPS.items()})
+    return model.resized(model.sizes | {axis: len(axis_map) for axis, axis_map in MAPS.items()})
 
 
 def grown(tied=False, params=VALUE, mu=MU, nu=NU):

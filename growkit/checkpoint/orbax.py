@@ -26,11 +26,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from growkit.architecture import Architecture, read_config
 from growkit.checkpoint.huggingface import read_json
 from growkit.checkpoint.output import Job, Progress, create_file, fill
 from growkit.checkpoint.tensor import SLOTS, Contents, Recipe, Source, Tensor, raw
 from growkit.errors import GrowkitError
-from growkit.neox import NeoX, read_config
 from growkit.spec import Row
 
 STATE, META, FILES = "state", "meta", "files"
@@ -139,7 +139,7 @@ def _through_tensorstore(state: Path, name: str, described: Mapping[str, Any]) -
     return Array(tuple(array.shape), array.dtype.numpy_dtype, store=array)
 
 
-def _by_layer(arrays: Mapping[str, Array], slot: str, model: NeoX) -> dict[str, Tensor]:
+def _by_layer(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
     """One tensor a layer, under its name in files. Arrays that no row covers are an error."""
     rows = {".".join((slot, *row.path)): row for row in model.table.rows}
     tensors: dict[str, Tensor] = {}
@@ -198,7 +198,7 @@ class Leaf:
         return self.size * self.dtype.itemsize
 
 
-def leaves(contents: Contents, model: NeoX) -> dict[str, Any]:
+def leaves(contents: Contents, model: Architecture) -> dict[str, Any]:
     """The tree of an output's arrays: slots of stacked leaves, and the counters."""
     tree: dict[str, Any] = {slot: {} for slot in contents.recipes}
     for slot, recipes in contents.recipes.items():

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from growkit.architecture import Architecture, read_config
 from growkit.errors import GrowkitError
-from growkit.neox import BUFFERS, FIELDS, NeoX, read_config
+from growkit.neox import BUFFERS
 
 SLOTS = ("params", "mu", "nu")
 SAMPLE = 4096
@@ -136,14 +137,14 @@ class Source:
                 kept.pop("embed_out.weight", None)
             shapes = {name: tensor.shape for name, tensor in kept.items()}
             try:
-                self.model.table.cover(shapes, self.model.sizes, FIELDS)
+                self.model.table.cover(shapes, self.model.sizes, self.model.fields)
             except GrowkitError as problem:
                 raise GrowkitError(f"{self.path}: {'' if slot == 'params' else slot + ': '}{problem}") from None
             self.tensors[slot] = kept
         self.stamps = {path: _stamp(path) for path in self.weights}
 
     @cached_property
-    def model(self) -> NeoX:
+    def model(self) -> Architecture:
         try:
             return read_config(self.config)
         except GrowkitError as problem:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
-from growkit.plan import FORM
+from growkit.depth import FORM
 
+WARM = "   (warm up again for 150 to 250 steps)"
 NOT_PRESERVED = "not preserved: a copied layer adds its part once more, so the loss rises until training recovers it"
 
 
@@ -33,7 +34,7 @@ def depth(layers: str, src: str, out: str, dry_run: bool, force: bool, as_json: 
     2112.11446, section G.3.3). OUT is of the same kind as SRC.
     """
     from growkit.checkpoint import check_output, open_source
-    from growkit.plan import plan_depth
+    from growkit.depth import plan_depth
 
     source = open_source(src)
     plan = plan_depth(source.model, layers)
@@ -66,29 +67,44 @@ def grow(source, plan, out: Path, dry_run: bool, force: bool, as_json: bool) -> 
 
 def describe(source, plan, size: int, out: Path) -> str:
     """What a plan will do, for a reader at a terminal."""
-    from growkit.plan import picture
+    from growkit.depth import picture
 
     before, after = plan.model, plan.grown
-    count = source.record.get("count", 0)
-    moments = {
-        "zero": f"nu copied, mu zero, count kept ({count})",
-        "map": f"mu and nu grown by the rule, count kept ({count})",
-    }[plan.mu]
     kind = {"checkpoint": "trainer checkpoint", "huggingface": "Hugging Face directory"}[source.kind]
     function = "preserved" if plan.preserved else NOT_PRESERVED
-    optimizer = moments if "mu" in source.tensors else "none in the source: training starts its moments at zero"
     lines = [
         f"source      {source.path} ({kind}, {source.dtype})",
         f"output      {out}",
-        f"layers      {before.layer} -> {after.layer} by {plan.method}",
-        picture(plan.maps["layer"].index.tolist()),
+        f"sizes       {changes(before.sizes, after.sizes)}",
+        *(f"growth      {words}" for words in plan.method.split("; ")),
+        *(f"by rule     {note}" for note in plan.notes),
+        *([picture(plan.maps["layer"].index.tolist())] if "layer" in plan.maps else []),
         f"parameters  {before.parameters:,} -> {after.parameters:,} ({after.parameters / before.parameters:.2f}x)",
         f"on disk     {source.size / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
         f"function    {function}",
-        f"optimizer   {optimizer}",
-        f"next        growkit train CONFIG --from {out} --out RUN   (warm up again for 150 to 250 steps)",
+        f"optimizer   {_optimizer(source, plan)}",
+        f"next        growkit train CONFIG --from {out} --out RUN{WARM}",
     ]
     return "\n".join(lines)
+
+
+def changes(before: dict[str, int], after: dict[str, int]) -> str:
+    """'layer 18 -> 24, mlp 64 -> 128': the axes whose sizes differ."""
+    return ", ".join(f"{axis} {before[axis]} -> {after[axis]}" for axis in after if before[axis] != after[axis])
+
+
+def _optimizer(source, plan) -> str:
+    """What becomes of the moments, in words."""
+    if "mu" not in source.tensors:
+        return "none in the source: training starts its moments at zero"
+    mu = "mu grown by the rule" if plan.preserved else "mu zero"
+    words = {
+        "map": f"{mu}, nu {'grown by the rule' if plan.preserved else 'copied'}",
+        "copy": "mu and nu copied as they are",
+        "nu-only": "mu zero, nu grown by the rule",
+        "reset": "mu, nu and count zero",
+    }[plan.moments]
+    return words if plan.moments == "reset" else f"{words}, count kept ({source.record.get('count', 0)})"
 
 
 @contextmanager
@@ -182,9 +198,7 @@ def _facts(facts: dict) -> str:
 def _lineage_line(entry: dict) -> str:
     parts = []
     if "sizes" in entry:
-        before, after = entry["sizes"]["before"], entry["sizes"]["after"]
-        parts += [f"{axis} {before[axis]} -> {after[axis]}" for axis in after if before[axis] != after[axis]]
-        parts += [entry["method"], f"function {entry['function']}"]
+        parts += [changes(**entry["sizes"]), entry["method"], f"function {entry['function']}"]
     if "source" in entry:
         parts.append(f"from {entry['source']['path']}")
     return ", ".join(parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 import sysconfig
 import time
@@ -16,18 +17,19 @@ from pathlib import Path
 
 import click
 
-LAYERS, GROWN_LAYERS = 4, 6
+LAYERS, GROWN_LAYERS = 2, 4
 TEXT_BYTES = 8_000_000
-VOCAB = 2048
-MODEL = {"layer": LAYERS, "embed": 128, "head": 4, "mlp": 512, "vocab": VOCAB, "context": 128, "tied": True}
+VOCAB = 1024
+MODEL = {"layer": LAYERS, "embed": 64, "head": 4, "mlp": 256, "vocab": VOCAB, "context": 128, "tied": True}
 RECIPE = {
     "dropout": {"hidden": 0.0, "attention": 0.0, "embedding": 0.0},
     "precision": {"params": "float32", "compute": "float32"},
     "batch": {"sequences": 16},
-    "eval": {"every": 50, "windows": 128},
-    "checkpoint": {"every": 100, "keep_last": 2},
+    "eval": {"every": 100, "windows": 128},
+    "log": {"every": 20},
+    "checkpoint": {"every": 200, "keep_last": 2},
 }
-SOURCE_STEPS, FURTHER_STEPS = 600, 400
+SOURCE_STEPS, FURTHER_STEPS = 1600, 1200
 PROMPT = "def read_"
 
 
@@ -83,6 +85,8 @@ def standard_library(limit: int) -> list[tuple[str, str]]:
     total = sum(path.stat().st_size for path in files)
     keep = min(1.0, limit / max(total, 1))
     chosen = [path for number, path in enumerate(files) if math.floor((number + 1) * keep) > math.floor(number * keep)]
+    # Shuffled, so that the held-out end is text like the rest.
+    random.Random(0).shuffle(chosen)
     texts = ((path.relative_to(root).as_posix(), path.read_text("utf-8", errors="ignore")) for path in chosen)
     return [(name, text) for name, text in texts if text.strip()]
 
@@ -102,13 +106,13 @@ def schedule(steps: int, warmup: int, peak: float) -> dict:
 
 def _train_source(directory: Path) -> int:
     _say(2, f"train a model of {LAYERS} layers")
-    return _run(directory, "source", {"model": MODEL} | schedule(SOURCE_STEPS, 50, 3e-3), None)
+    return _run(directory, "source", {"model": MODEL} | schedule(SOURCE_STEPS, 50, 5e-3), None)
 
 
 def _grow(directory: Path) -> int:
     from growkit.checkpoint import open_source
     from growkit.cli.growing import grow
-    from growkit.plan import plan_depth
+    from growkit.depth import plan_depth
 
     _say(3, f"grow it to {GROWN_LAYERS} layers: growkit depth --map {LAYERS}:{GROWN_LAYERS}")
     if not (directory / "grown").exists():
@@ -119,7 +123,7 @@ def _grow(directory: Path) -> int:
 
 def _train_grown(directory: Path) -> int:
     _say(4, "train the grown model on")
-    return _run(directory, "trained", schedule(FURTHER_STEPS, 40, 2e-3), str(directory / "grown"))
+    return _run(directory, "trained", schedule(FURTHER_STEPS, 40, 3.3e-3), str(directory / "grown"))
 
 
 def _train_control(directory: Path) -> int:
@@ -128,7 +132,7 @@ def _train_control(directory: Path) -> int:
     small, grown = (open_source(str(directory / name)).model for name in ("source", "grown"))
     steps = round(FURTHER_STEPS * grown.flops_per_token() / small.flops_per_token())
     _say(5, f"for comparison, train the small model on for the same compute ({steps} steps)")
-    return _run(directory, "control", schedule(steps, 40, 2e-3), str(directory / "source"))
+    return _run(directory, "control", schedule(steps, 40, 3.3e-3), str(directory / "source"))
 
 
 def _export(directory: Path) -> int:

@@ -1,0 +1,49 @@
+"""Random numbers that are the same everywhere: a function of (seed, tensor, element) and of nothing else.
+
+A counter-based generator (Threefry-2x32, 20 rounds; Salmon et al., SC'11) in whole-number arithmetic, and a
+uniform distribution, which needs no function that machines round differently: numpy and jax, one device or
+many, whole tensors or pieces give the same bits. Knows nothing of what the numbers are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
+
+
+def threefry(key: tuple[int, int], high: Any, low: Any, xp: Any = np) -> Any:
+    """The first word, uint32, of Threefry-2x32 of each counter (high, low), uint32 arrays of one shape."""
+    keys = [xp.uint32(word) for word in (*key, key[0] ^ key[1] ^ PARITY)]
+    first, second = high + keys[0], low + keys[1]
+    for group in range(5):
+        for rotation in ROTATIONS[group % 2]:
+            first = first + second
+            second = (second << xp.uint32(rotation)) | (second >> xp.uint32(32 - rotation))
+            second = second ^ first
+        first = first + keys[(group + 1) % 3]
+        second = second + keys[(group + 2) % 3] + xp.uint32(group + 1)
+    return first
+
+
+def uniform(seed: int, name: str, shape: tuple[int, ...], xp: Any = np) -> Any:
+    """float32 of `shape`: independent, mean 0, variance 1, uniform between -sqrt(3) and sqrt(3).
+
+    Element i in C order depends on seed, name and i alone. xp: numpy, or jax.numpy for use under jit.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
+    size = math.prod(shape)
+    if size >= 1 << 32:
+        raise ValueError(f"a tensor of at most 2**32 - 1 elements, got {size}")
+    low = xp.arange(size, dtype=xp.uint32)
+    with np.errstate(over="ignore"):
+        bits = threefry(key, xp.zeros_like(low), low, xp)
+    # 24 bits, centred: every value and the product are exact in float32.
+    centred = (bits >> xp.uint32(8)).astype(xp.float32) - xp.float32(2**23 - 0.5)
+    return (centred * xp.float32(math.sqrt(3) / 2**23)).reshape(shape)
