@@ -24,7 +24,7 @@ gpt_neox.layers.{layer}.post_attention_layernorm.weight  embed                  
 gpt_neox.layers.{layer}.post_attention_layernorm.bias    embed                            zeros
 gpt_neox.layers.{layer}.attention.query_key_value.weight (head qkv head_dim) /embed       normal
 gpt_neox.layers.{layer}.attention.query_key_value.bias   (head qkv head_dim)              zeros
-gpt_neox.layers.{/layer}.attention.dense.weight          embed (/head head_dim)           normal
+gpt_neox.layers.{/layer}.attention.dense.weight          embed (/head /head_dim)          normal
 gpt_neox.layers.{/layer}.attention.dense.bias            embed                            zeros
 gpt_neox.layers.{layer}.mlp.dense_h_to_4h.weight         mlp /embed                       normal
 gpt_neox.layers.{layer}.mlp.dense_h_to_4h.bias           mlp                              zeros

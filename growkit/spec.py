@@ -2,7 +2,7 @@
 
 A line is `name  axes  initialisation  [condition]`:
 
-    gpt_neox.layers.{/layer}.attention.dense.weight    embed (/head head_dim)    normal
+    gpt_neox.layers.{/layer}.attention.dense.weight    embed (/head /head_dim)    normal
 
 Parentheses hold axes fused in one stored dimension. A slash marks an axis that the parameter *reads*,
 that is, sums over; every other axis it *writes*. `{layer}` in the name is the axis the trainer stacks;

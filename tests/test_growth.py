@@ -147,8 +147,8 @@ def test_each_map_alone_preserves_the_function(maps):
 WRONG_ROWS = {
     "heads outermost": (r"(head qkv head_dim)", r"(qkv head head_dim)", True),
     "qkv does not read embed": ("/embed       normal", "embed        normal", True),
-    "dense does not read head": ("(/head head_dim)", "(head head_dim) ", True),
-    "dense reads head_dim's place": ("(/head head_dim)", "(head_dim /head)", True),
+    "dense does not read head": ("(/head /head_dim)", "(head /head_dim) ", True),
+    "dense reads head_dim's place": ("(/head /head_dim)", "(/head_dim /head)", True),
     "mlp does not read embed": ("mlp /embed ", "mlp embed  ", True),
     "mlp is not read": ("embed /mlp", "embed mlp ", True),
     "dense bias reads no layer": ("{/layer}.attention.dense.bias ", "{layer}.attention.dense.bias  ", True),

@@ -65,7 +65,8 @@ def train_run(values: dict, out: str | Path, start: str | None = None):
     from trainer.directory import existing, with_model_of
     from trainer.loop import Run
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs its errors with tracebacks and raises them too: they are shown once, as a sentence.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     stored = existing(out)
     source = None
     if start and stored is not None and last_step(out) is not None:
