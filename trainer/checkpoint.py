@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -52,17 +53,22 @@ def abstract(make: Callable[[], State]) -> State:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
 
 
+def placed(tree: Any, like: Any) -> Any:
+    """Arrays in the dtypes and places of `like`. New and restored states lie alike, so one program serves both."""
+    return jax.tree.map(lambda leaf, array: jax.device_put(array.astype(leaf.dtype), leaf.sharding), like, tree)
+
+
 def from_source(source: Source, like: State) -> State:
-    """The state that begins a new run from a model on disk, in the dtypes of `like`: its params, moments and
-    Adam's count; steps begin at 0. A source without moments starts them at zero with count 0."""
+    """The state that begins a new run from a model on disk, as `like` is: its params, moments and Adam's
+    count; steps begin at 0. A source without moments starts them at zero with count 0."""
     tree = to_tree(like)
     for slot, leaves in tree.items():
         if slot in source.tensors:
-            tree[slot] = jax.tree.map(lambda leaf, new: jnp.asarray(new, leaf.dtype), leaves, stacked(source, slot))
+            tree[slot] = placed(stacked(source, slot), leaves)
         else:
-            tree[slot] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves)
+            tree[slot] = placed(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves), leaves)
     if "nu" in source.tensors:
-        tree["count"] = jnp.asarray(source.record.get("count", 0), jnp.int32)
+        tree["count"] = placed(np.int32(source.record.get("count", 0)), tree["count"])
     return from_tree(tree, like)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
-from contextlib import nullcontext
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from etils import epath
@@ -40,13 +39,13 @@ def write_whole(path: epath.Path, content: bytes) -> None:
     part.replace(path)
 
 
-def hold(directory: epath.Path) -> Any:
-    """A context manager that keeps other processes from training into RUN; ends with the process at the latest.
+def hold(directory: epath.Path) -> IO[str] | None:
+    """Keep other processes from training into RUN, until the file returned is closed or this process ends.
 
-    Raises GrowkitError when another holds it.
+    None for a bucket, which nothing holds. Raises GrowkitError when another process holds RUN.
     """
     if is_remote(directory):
-        return nullcontext()
+        return None
     # Opened for appending: opening must not erase the holder's process id.
     file = open(directory / LOCK, "a+")  # noqa: SIM115 (the caller closes it)
     try:
@@ -119,7 +118,7 @@ def _visible(directory: epath.Path) -> list[str]:
     return [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
 
 
-def begin(directory: epath.Path, config: Config, start: str | None, source: Source | None) -> Any:
+def begin(directory: epath.Path, config: Config, start: str | None, source: Source | None) -> IO[str] | None:
     """Make RUN and write its configuration, or check that the one there is the same. `start` is --from as given.
 
     Returns what `hold` does. Raises UsageError, or GrowkitError when another process trains into RUN.

@@ -25,7 +25,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX, write_config
 from growkit.surgery import provenance
 from trainer import curves
-from trainer.checkpoint import Checkpoints, abstract, from_source
+from trainer.checkpoint import Checkpoints, abstract, from_source, placed
 from trainer.config import Config, neox
 from trainer.corpus import Corpus, open_corpus
 from trainer.data import Stream, validation_batches
@@ -85,7 +85,8 @@ class Run:
     def _begin(self) -> dict[str, Any]:
         """Begin from the source, or with a new model; returns the source's record."""
         source, end = self.source, self.data.end_of_text
-        self.state = from_source(source, abstract(self._new_state)) if source else self._new_state()
+        like = abstract(self._new_state)
+        self.state = from_source(source, like) if source else placed(self._new_state(), like)
         base = source.config if source else {"bos_token_id": end, "eos_token_id": end}
         self.hf_config = write_config(self.model, base)
         entry = provenance(source) if source else {"growkit": __version__}
@@ -141,16 +142,22 @@ class Run:
     def go(self) -> Result:
         """Train to the end, or until a signal; the run is saved either way."""
         steps = self.config.schedule.steps
-        with self.held, Interrupt() as self.interrupt, Report(self.directory.name, steps, self.first) as self.report:
+        with Interrupt() as self.interrupt, Report(self.directory.name, steps, self.first) as self.report:
             self._announce()
             self._validate_if_due()
             self._train(steps)
             self._save()
-            self.checkpoints.close()
+            self.close()
             self._draw(final=True)
         loss = self.history.validation_loss(self.step)
         finished = self.step == steps and loss is not None
         return Result(self.step, None if finished else self.interrupt.received, loss)
+
+    def close(self) -> None:
+        """Wait for what is being saved, then let others into RUN. After a failure the end of the process does it."""
+        self.checkpoints.close()
+        if self.held is not None:
+            self.held.close()
 
     def _announce(self) -> None:
         for line in self.data.facts():
