@@ -17,7 +17,7 @@ from convert.card import model_card
 from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, json_bytes, made
 from growkit.errors import GrowkitError, UsageError, did_you_mean
-from growkit.neox import write_config
+from growkit.neox import require_neox, write_config
 from growkit.surgery import provenance
 
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
@@ -26,9 +26,13 @@ OWN = ("README.md", "generation_config.json")
 
 
 def imported(source: Source) -> Contents:
-    """A trainer checkpoint of a Hugging Face directory: the parameters bit for bit, no moments, count 0."""
+    """A trainer checkpoint of a Hugging Face directory: the parameters bit for bit, no moments, count 0.
+
+    Raises UsageError for a checkpoint, and for an architecture that the trainer does not compute.
+    """
     if source.kind == "checkpoint":
         raise UsageError(f"{source.path} is a trainer checkpoint already; import takes a Hugging Face directory")
+    require_neox(source.model, source.path)
     return Contents(
         config=source.config,
         recipes={"params": _in_table_order(source, None)},
@@ -41,20 +45,22 @@ def imported(source: Source) -> Contents:
 def exported(source: Source, dtype: str | None = None) -> Contents:
     """A Hugging Face directory of any source, its moments left behind.
 
-    dtype: float64, float32, bfloat16 or float16, or None for the source's own. Raises UsageError for another.
+    dtype: float64, float32, bfloat16 or float16, or None for the source's own. Raises UsageError for another,
+    and for an architecture other than GPT-NeoX.
     """
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise UsageError(f"--dtype is one of {', '.join(DTYPE_NAMES)}, got {dtype!r}{did_you_mean(dtype, DTYPE_NAMES)}")
     target = DTYPE_NAMES[dtype] if dtype else source.dtype
+    model = require_neox(source.model, source.path)
     entry = provenance(source) | {"operation": "export", "dtype": str(target)}
     contents = Contents(
-        config=write_config(source.model, source.config),
+        config=write_config(model, source.config),
         recipes={"params": _in_table_order(source, DTYPE_NAMES[dtype] if dtype else None)},
         lineage=[*source.lineage, entry],
         files={name: content for name, content in source.files.items() if name not in OWN},
     )
     beside = {
-        "README.md": model_card(source.model, contents.lineage).encode(),
+        "README.md": model_card(model, contents.lineage).encode(),
         "generation_config.json": _generation(source),
     }
     return replace(contents, files=contents.files | beside)

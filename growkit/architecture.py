@@ -19,14 +19,18 @@ class Architecture:
     """A model's sizes and options.
 
     fields: the configuration field of each axis. kind: its model_type. norm: 'layer' (mean and variance) or
-    'rms'. heads: the axis that more heads grow. tied: whether the head is the embedding. norm_eps and
-    initializer_range have no unit; rotary is how many of a head's dimensions are rotated.
+    'rms'. heads: the axis that more heads grow. head_name: the head's parameter, which files may hold although
+    it is tied. buffers: how names end that old checkpoints carry and no model of today reads. tied: whether the
+    head is the embedding. norm_eps and initializer_range have no unit; rotary is how many of a head's dimensions
+    are rotated.
     """
 
     fields: ClassVar[Mapping[str, str]]
     kind: ClassVar[str]
     norm: ClassVar[str]
     heads: ClassVar[str]
+    head_name: ClassVar[str]
+    buffers: ClassVar[tuple[str, ...]]
 
     layer: int
     embed: int
@@ -82,11 +86,27 @@ def count_parameters(table: Table, sizes: Mapping[str, int]) -> int:
     return sum(math.prod(row.shape(sizes)) * (sizes[row.stacked.name] if row.stacked else 1) for row in table.rows)
 
 
+def check_sizes(model: Architecture) -> None:
+    """Raise GrowkitError, naming the configuration field, for a size that is no whole number of at least 1."""
+    for axis, field in model.fields.items():
+        size = getattr(model, axis)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise GrowkitError(f"{field} must be a whole number of at least 1, got {size!r}")
+
+
+def whole(values: Mapping[str, Any], field: str) -> int:
+    """A field of a config.json that holds a whole number. Raises GrowkitError for anything else."""
+    value = values[field]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise GrowkitError(f"{field} must be a whole number, got {value!r}")
+    return value
+
+
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The model that a config.json describes. Raises GrowkitError for an architecture that is not known."""
-    from growkit import neox
+    from growkit import llama, neox
 
-    readers = {neox.NeoX.kind: neox.read_config}
+    readers = {neox.NeoX.kind: neox.read_config, llama.Llama.kind: llama.read_config}
     kind = config.get("model_type")
     if kind not in readers:
         known = " and ".join(repr(name) for name in readers)

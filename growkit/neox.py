@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from growkit.architecture import Architecture, count_parameters
-from growkit.errors import GrowkitError
+from growkit.architecture import Architecture, check_sizes, count_parameters, whole
+from growkit.errors import GrowkitError, UsageError
 from growkit.spec import Table, parse_table
 
 TABLE = """
@@ -79,6 +79,8 @@ class NeoX(Architecture):
     kind: ClassVar[str] = "gpt_neox"
     norm: ClassVar[str] = "layer"
     heads: ClassVar[str] = "head"
+    head_name: ClassVar[str] = "embed_out.weight"
+    buffers: ClassVar[tuple[str, ...]] = BUFFERS
 
     layer: int
     embed: int
@@ -94,10 +96,7 @@ class NeoX(Architecture):
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        for axis in FIELDS:
-            size = getattr(self, axis)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise GrowkitError(f"{FIELDS[axis]} must be a whole number of at least 1, got {size!r}")
+        check_sizes(self)
         if self.embed % self.head:
             low = self.embed - self.embed % self.head
             raise GrowkitError(
@@ -176,8 +175,8 @@ def read_config(config: Mapping[str, Any]) -> NeoX:
     rope = values.get("rope_parameters") or {}
     try:
         return NeoX(
-            **{axis: _whole(values, field) for axis, field in FIELDS.items()},
-            context=_whole(values, "max_position_embeddings"),
+            **{axis: whole(values, field) for axis, field in FIELDS.items()},
+            context=whole(values, "max_position_embeddings"),
             rotary_pct=float(rope.get("partial_rotary_factor", values["rotary_pct"])),
             rotary_base=float(rope.get("rope_theta", values["rotary_emb_base"])),
             parallel_residual=bool(values["use_parallel_residual"]),
@@ -187,6 +186,16 @@ def read_config(config: Mapping[str, Any]) -> NeoX:
         )
     except (AttributeError, TypeError, ValueError) as problem:
         raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
+
+
+def require_neox(model: Architecture, origin: Any) -> NeoX:
+    """The model of `origin`, for what computes GPT-NeoX only. Raises UsageError for another architecture."""
+    if not isinstance(model, NeoX):
+        raise UsageError(
+            f"{origin} is a {model.kind!r} model, which growkit grows but does not train: training, import, export "
+            f"and generate take {NeoX.kind!r} only"
+        )
+    return model
 
 
 def _check_function(values: Mapping[str, Any]) -> None:
@@ -204,13 +213,6 @@ def _check_function(values: Mapping[str, Any]) -> None:
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
         if kind not in (None, "default"):
             raise GrowkitError(f"{field} is {kind!r}, and growkit computes plain rotary positions ('default') only")
-
-
-def _whole(values: Mapping[str, Any], field: str) -> int:
-    value = values[field]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise GrowkitError(f"{field} must be a whole number, got {value!r}")
-    return value
 
 
 def write_config(model: NeoX, base: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import numpy as np
 
 from growkit.architecture import Architecture, read_config
 from growkit.errors import GrowkitError
-from growkit.neox import BUFFERS
 
 SLOTS = ("params", "mu", "nu")
 SAMPLE = 4096
@@ -132,9 +131,9 @@ class Source:
         if not isinstance(self.lineage, list):
             raise GrowkitError(f"{self.path}: the lineage is not a list of entries")
         for slot, tensors in self.tensors.items():
-            kept = {name: t for name, t in tensors.items() if not name.endswith(BUFFERS)}
+            kept = {name: t for name, t in tensors.items() if not name.endswith(self.model.buffers)}
             if self.model.tied:
-                kept.pop("embed_out.weight", None)
+                kept.pop(self.model.head_name, None)
             shapes = {name: tensor.shape for name, tensor in kept.items()}
             try:
                 self.model.table.cover(shapes, self.model.sizes, self.model.fields)
