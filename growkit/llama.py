@@ -133,7 +133,7 @@ class Llama(Architecture):
         # A source that breaks this rule of transformers 5 may grow in depth all the same.
         if grown.embed % grown.head_count and not self.embed % self.head_count:
             low = grown.embed - grown.embed % grown.head_count
-            near = [size for size in (low, low + grown.head_count) if size >= self.embed]
+            near = [size for size in (low, low + grown.head_count) if size > self.embed]
             raise UsageError(
                 f"hidden_size must be a multiple of num_attention_heads, got {grown.embed} and {grown.head_count}; "
                 f"with {grown.head_count} heads the nearest for embed: {' and '.join(map(str, near))}"
