@@ -25,16 +25,20 @@ METHODS: dict[str, tuple[Callable[[int, int], AxisMap], str]] = {
 }
 
 
-def plan_depth(model: Architecture, text: str, method: str = "replicate") -> Plan:
-    """The plan of `--map text` for a model. Raises UsageError for a map that cannot be meant for it."""
-    if method not in METHODS:
+def plan_depth(model: Architecture, text: str, method: str | None = None) -> Plan:
+    """The plan of `--map text` for a model; method: one of METHODS, None for 'replicate', or for a list.
+
+    Raises UsageError for a map that cannot be meant for the model.
+    """
+    if method is not None and method not in METHODS:
         raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{did_you_mean(method, METHODS)}")
     pair = re.fullmatch(r"\s*(-?[0-9]{1,18})\s*:\s*(-?[0-9]{1,18})\s*", text)
     if pair:
         target = _check_pair(int(pair[1]), int(pair[2]), model.layer)
-        make, formula = METHODS[method]
-        layers, words = make(model.layer, target), f"{method}: {formula.format(source=model.layer, target=target)}"
-    elif method != "replicate":
+        name = method or "replicate"
+        make, formula = METHODS[name]
+        layers, words = make(model.layer, target), f"{name}: {formula.format(source=model.layer, target=target)}"
+    elif method is not None:
         raise UsageError(
             f"--method {method} goes with --map SOURCE:TARGET; the list {text!r} says itself what is copied"
         )
@@ -85,10 +89,11 @@ def _parse_list(text: str, layers: int) -> list[int]:
 
 def picture(layers: Sequence[int], width: int = 24) -> str:
     """The layer map as two lines a block: each new layer over the source layer it copies, copies marked."""
+    first = {layer: n for n, layer in reversed(list(enumerate(layers)))}
+    marks = [" " if first[layer] == n else "+" for n, layer in enumerate(layers)]
     blocks = []
     for start in range(0, len(layers), width):
         new = range(start, min(start + width, len(layers)))
-        marks = ("+" if n and layers[n] == layers[n - 1] else " " for n in new)
         blocks.append("new   " + " ".join(f"{n:4}" for n in new))
-        blocks.append("from  " + " ".join(f"{mark}{layers[n]:3}" for mark, n in zip(marks, new, strict=True)))
+        blocks.append("from  " + " ".join(f"{marks[n]}{layers[n]:3}" for n in new))
     return "\n".join(blocks)

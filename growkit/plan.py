@@ -60,10 +60,17 @@ class Plan:
         return copied and exact and "layer" not in self.maps
 
     @property
-    def tied_copies(self) -> bool:
-        """Whether copies are left that equal gradients never separate: exact ones, with even shares and no noise."""
-        wide = [m for axis, m in self.maps.items() if axis != "layer" and (m.copies > 1).any()]
-        return bool(wide) and not self.noise and self.moments in ("map", "copy") and all(_even(m) for m in wide)
+    def tied_copies(self) -> tuple[str, ...]:
+        """The axes whose copies stay equal for ever, because equal copies have equal gradients, whatever the moments.
+
+        Noise and uneven shares separate copies, and so do the random new columns of a padding they read: that of
+        head_dim all but the units of mlp, that of embed those as well.
+        """
+        if self.noise:
+            return ()
+        separated = self.maps.keys() if "embed" in self.pads else self.maps.keys() - {"mlp"} if self.pads else set()
+        wide = {axis: m for axis, m in self.maps.items() if axis != "layer" and (m.copies > 1).any()}
+        return tuple(axis for axis, axis_map in wide.items() if axis not in separated and _even(axis_map))
 
     def resolved(self) -> dict[str, Any]:
         """Every value of the plan, for the lineage."""
@@ -92,6 +99,16 @@ def plan_from(entry: Mapping[str, Any], model: Architecture) -> Plan:
         entry["operation"], entry["method"], model, maps, entry["pads"],
         moments=entry["moments"], noise=entry["noise"], seed=entry["seed"],
     )  # fmt: skip
+
+
+def with_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
+    """The plan with what growing verbs have in common. Raises UsageError for values that cannot be meant for it."""
+    plan = replace(plan, moments=moments, noise=noise, seed=seed)
+    if noise and not any(axis != "layer" and (axis_map.copies > 1).any() for axis, axis_map in plan.maps.items()):
+        raise UsageError("--noise separates the copies of units in width, and this growth makes none; leave it out")
+    if plan.grown.sizes == plan.model.sizes and plan.preserved:
+        raise UsageError("nothing grows: the map gives every layer of the source once, in its order")
+    return plan
 
 
 def planned(

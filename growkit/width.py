@@ -57,7 +57,7 @@ def plan_width(
     if method is not None and method not in METHODS:
         raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{did_you_mean(method, METHODS)}")
     if not 0 <= spread < 1:
-        raise UsageError(f"the spread of shares must lie in [0, 1), so that all stay positive; got {spread}")
+        raise UsageError(f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}")
     sizes = model.sizes
     asked = {
         "embed": parse_size("embed", embed, sizes["embed"]),
@@ -68,7 +68,10 @@ def plan_width(
     if all(size is None for size in asked.values()):
         raise UsageError("growth in width needs at least one of --embed, --heads, --mlp and --head-dim")
     target, notes = complete(model, asked)
-    return _planned(model, target, notes, method, spread)
+    plan = _planned(model, target, notes, method, spread)
+    if spread and not plan.maps.keys() & {model.heads, "mlp"}:
+        raise UsageError("--spread makes the shares of copied heads and mlp units uneven, and none are copied here")
+    return plan
 
 
 def _wide(model: Architecture) -> tuple[int, ...]:
@@ -175,14 +178,7 @@ def _head_units(model: Architecture, heads: int) -> int:
 
 def plan_like(model: Architecture, like: Architecture) -> Plan:
     """The plan that gives `model` the sizes of `like`: every axis that differs, in one pass. Raises UsageError."""
-    if model.kind != like.kind:
-        raise UsageError(f"the source is a {model.kind} model, the target a {like.kind} one")
-    same = {"tied": (model.tied, like.tied), "vocab": (model.vocab, like.vocab)}
-    for option in ("parallel_residual",):
-        same[option] = (getattr(model, option, None), getattr(like, option, None))
-    for name, (ours, theirs) in same.items():
-        if ours != theirs:
-            raise UsageError(f"growth keeps {name}: the source has {ours}, the target {theirs}")
+    notes = _kept(model, like)
     sizes, target = model.sizes, like.sizes
     smaller = [axis for axis in sizes if target[axis] < sizes[axis]]
     if smaller:
@@ -194,9 +190,31 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
     if target["layer"] > sizes["layer"]:
         words = f"replicate: floor(i*{sizes['layer']}/{target['layer']})"
         plans.append(planned("depth", words, model, {"layer": replicate(sizes["layer"], target["layer"])}))
-    wide = dict(zip(WIDE, _wide(like), strict=True))
     if _wide(model) != _wide(like):
-        plans.append(_planned(model, wide, [], None, 0.0))
+        plans.append(_planned(model, dict(zip(WIDE, _wide(like), strict=True)), notes, None, 0.0))
     if not plans:
         raise UsageError("nothing grows: the source has every size of the target already")
-    return combined("grow", plans, model)
+    plan = combined("grow", plans, model)
+    return replace(plan, notes=tuple(notes))
+
+
+def _kept(model: Architecture, like: Architecture) -> list[str]:
+    """What growth keeps although the target has it otherwise, in words. Raises UsageError where that is no detail."""
+    if model.kind != like.kind:
+        raise UsageError(f"the source is a {model.kind} model, the target a {like.kind} one")
+    for option in ("tied", "vocab", "parallel_residual", "rotary_base"):
+        ours, theirs = getattr(model, option, None), getattr(like, option, None)
+        if ours != theirs:
+            raise UsageError(f"growth keeps {option}: the source has {ours}, the target {theirs}")
+    notes = []
+    if model.rotary != like.rotary:
+        if model.sizes["head_dim"] == like.sizes["head_dim"]:
+            raise UsageError(
+                f"growth keeps how many dimensions of a head are rotated: the source has {model.rotary}, "
+                f"the target {like.rotary}"
+            )
+        notes.append(f"{model.rotary} dimensions of a head stay rotated; the target has {like.rotary}")
+    ours, theirs = getattr(model, "context", None), getattr(like, "context", None)
+    if ours != theirs:
+        notes.append(f"context stays {ours}; the target's {theirs} is a matter of training")
+    return notes
