@@ -106,7 +106,7 @@ def write_config_field(place: Path, **fields) -> None:
 @pytest.mark.parametrize(
     "fields,said",
     [
-        ({"model_type": "gpt2"}, ["model: the architecture is 'gpt2'", "'gpt_neox' only"]),
+        ({"model_type": "gpt2"}, ["model: the architecture is 'gpt2'", "'gpt_neox' and 'llama' only"]),
         ({"num_hidden_layers": 11}, ["'gpt_neox.layers.11.", "num_hidden_layers = 11"]),
         ({"num_hidden_layers": 13}, ["'gpt_neox.layers.12.", "is missing", "num_hidden_layers = 13"]),
         ({"vocab_size": 97}, ["'gpt_neox.embed_in.weight'", "[96, 32]", "vocab_size = 97", "[97, 32]"]),
