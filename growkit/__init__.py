@@ -1,3 +1,16 @@
-"""growkit grows trained GPT-NeoX models in depth and width, with their optimizer state."""
+"""growkit grows trained GPT-NeoX models in depth and width, with their optimizer state.
+
+`growkit.grow(tree, plan)` grows parameters and optimizer states in memory; see `growkit.tree`.
+"""
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`grow`, imported when it is first asked for, so that `import growkit` stays light."""
+    if name == "grow":
+        from importlib import import_module
+
+        # The module of this name may be called as the function.
+        return import_module("growkit.grow")
+    raise AttributeError(f"module 'growkit' has no attribute {name!r}")

@@ -9,14 +9,16 @@ Knows neither names in files nor which maps belong together; padding is in `grow
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from growkit.axes import AxisMap
-from growkit.noise import uniform
+from growkit.noise import UNIT, centred, uniform
 from growkit.padding import MU, NU, VALUE, pad
 from growkit.spec import Row
 
@@ -110,7 +112,7 @@ def grow_tensor(array: Any, row: Row, plan: Plan, moment: int = VALUE, layer: in
         grown = _with_noise(grown, row, plan, name, xp)
 
     def free(size: tuple[int, ...], what: str) -> Any:
-        return uniform(plan.seed, f"{name} {what}", size, xp) * xp.float32(plan.model.initializer_range)
+        return uniform(plan.seed, f"{name} {what}", size, xp, plan.model.initializer_range)
 
     return pad(grown, row, plan.pads, moment, plan.model.norm, free, fate == "map", xp).reshape(shape)
 
@@ -118,17 +120,23 @@ def grow_tensor(array: Any, row: Row, plan: Plan, moment: int = VALUE, layer: in
 def _with_noise(grown: Any, row: Row, plan: Plan, name: str, xp: Any) -> Any:
     """Add noise that sums to zero over the copies of each source unit, along the first copied axis the row reads.
 
-    Each copy gets its own number less the next copy's: what reads equal copies finds the old sum.
+    Each copy gets its own number less the next copy's, exactly: what reads equal copies finds the old sum.
     """
     for place, axis in enumerate(row.axes):
         axis_map = plan.maps.get(axis.name)
         if axis.read and axis_map is not None and (axis_map.copies > 1).any():
-            noise = uniform(plan.seed, f"{name} noise", grown.shape, xp)
-            noise = (noise - noise.take(axis_map.next_copy, axis=place)) * xp.float32(math.sqrt(0.5))
-            spread = xp.float32(plan.noise * plan.model.initializer_range)
+            number = centred(plan.seed, f"{name} noise", grown.shape, xp)
             wide = np.float32 if grown.dtype in NARROW else grown.dtype
-            return (grown.astype(wide) + (noise * spread).astype(wide)).astype(grown.dtype)
+            difference = (number - number.take(axis_map.next_copy, axis=place)).astype(wide)
+            spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
+            noise = difference * xp.asarray(spread, wide)
+            return (_rounded(grown.astype(wide), xp) + _rounded(noise, xp)).astype(grown.dtype)
     return grown
+
+
+def _rounded(product: Any, xp: Any) -> Any:
+    """The product itself. A compiler that multiplies and adds in one step, rounding once, cannot do so across this."""
+    return xp.maximum(product, xp.finfo(product.dtype).min)
 
 
 def needs_work(row: Row, plan: Plan, moment: int, layer: int | None) -> bool:
@@ -136,3 +144,16 @@ def needs_work(row: Row, plan: Plan, moment: int, layer: int | None) -> bool:
     if any(axis.name in plan.maps or axis.name in plan.pads for axis in row.axes):
         return True
     return share_scale(row, plan.maps, moment, layer) is not None
+
+
+class _Callable(ModuleType):
+    """This module, which can be called as the function of its name: `growkit.grow` is both."""
+
+    def __call__(self, tree: Any, plan: Plan) -> Any:
+        """Grow a tree; see `growkit.tree.grow`."""
+        from growkit.tree import grow
+
+        return grow(tree, plan)
+
+
+sys.modules[__name__].__class__ = _Callable

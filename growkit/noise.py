@@ -15,6 +15,8 @@ import numpy as np
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
+# What makes the variance of `centred` one.
+UNIT = math.sqrt(3) / 2**23
 
 
 def threefry(key: tuple[int, int], high: Any, low: Any, xp: Any = np) -> Any:
@@ -31,10 +33,11 @@ def threefry(key: tuple[int, int], high: Any, low: Any, xp: Any = np) -> Any:
     return first
 
 
-def uniform(seed: int, name: str, shape: tuple[int, ...], xp: Any = np) -> Any:
-    """float32 of `shape`: independent, mean 0, variance 1, uniform between -sqrt(3) and sqrt(3).
+def centred(seed: int, name: str, shape: tuple[int, ...], xp: Any = np) -> Any:
+    """float32 of `shape`: independent odd multiples of 1/2, uniform between -2**23 and 2**23.
 
-    Element i in C order depends on seed, name and i alone. xp: numpy, or jax.numpy for use under jit.
+    Element i in C order depends on seed, name and i alone. xp: numpy, or jax.numpy for use under jit. They and
+    the difference of any two are exact in float32.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
@@ -44,6 +47,10 @@ def uniform(seed: int, name: str, shape: tuple[int, ...], xp: Any = np) -> Any:
     low = xp.arange(size, dtype=xp.uint32)
     with np.errstate(over="ignore"):
         bits = threefry(key, xp.zeros_like(low), low, xp)
-    # 24 bits, centred: every value and the product are exact in float32.
-    centred = (bits >> xp.uint32(8)).astype(xp.float32) - xp.float32(2**23 - 0.5)
-    return (centred * xp.float32(math.sqrt(3) / 2**23)).reshape(shape)
+    return ((bits >> xp.uint32(8)).astype(xp.float32) - xp.float32(2**23 - 0.5)).reshape(shape)
+
+
+def uniform(seed: int, name: str, shape: tuple[int, ...], xp: Any = np, spread: float = 1.0) -> Any:
+    """float32 of `shape`: independent, mean 0, standard deviation `spread`, uniform; see `centred`."""
+    # One product, rounded once: a compiler may fold two constants into one, which rounds differently.
+    return centred(seed, name, shape, xp) * xp.float32(spread * UNIT)
