@@ -195,6 +195,9 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
     if not plans:
         raise UsageError("nothing grows: the source has every size of the target already")
     plan = combined("grow", plans, model)
+    for axis, size in plan.grown.sizes.items():
+        if size != target[axis]:
+            raise UsageError(f"growth does not reach the target: {axis} would be {size}, the target has {target[axis]}")
     return replace(plan, notes=tuple(notes))
 
 
@@ -202,7 +205,7 @@ def _kept(model: Architecture, like: Architecture) -> list[str]:
     """What growth keeps although the target has it otherwise, in words. Raises UsageError where that is no detail."""
     if model.kind != like.kind:
         raise UsageError(f"the source is a {model.kind} model, the target a {like.kind} one")
-    for option in ("tied", "vocab", "parallel_residual", "rotary_base"):
+    for option in ("tied", "vocab", "parallel_residual", "rotary_base", "rope", "hidden_act"):
         ours, theirs = getattr(model, option, None), getattr(like, option, None)
         if ours != theirs:
             raise UsageError(f"growth keeps {option}: the source has {ours}, the target {theirs}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from growkit.cli.growing import KINDS, changes, progress_bar
+from growkit.cli.growing import KINDS, changes, json_text, progress_bar
 
 TOKENS = 1024
 # The logits of so many tokens are in memory at once.
@@ -99,6 +99,8 @@ def diff(a: str, b: str, as_json: bool) -> int:
     Exit code 0 when both are the same model with the same tensors, bit for bit, 1 when they differ. Fields of the
     configuration that say nothing of the function (transformers' version, say) are shown and do not count.
     """
+    from dataclasses import asdict
+
     from growkit.checkpoint import open_source
     from growkit.comparison import compared, fields_differing, model_of
 
@@ -115,23 +117,15 @@ def diff(a: str, b: str, as_json: bool) -> int:
     both = "mu" in one.tensors and "mu" in other.tensors
     same_count = not both or facts["count"][0] == facts["count"][1]
     equal = not facts["model"] and same_count and all(tensor.verdict == "equal" for tensor in tensors)
-    click.echo(_diff_json(facts, tensors, equal) if as_json else _diff_text(facts, tensors, equal, same_count))
+    if as_json:
+        click.echo(json_text({"equal": equal} | facts | {"tensors": [asdict(tensor) for tensor in tensors]}))
+    else:
+        click.echo(_diff_text(facts, tensors, equal, same_count))
     return 0 if equal else 1
 
 
 def _side(source) -> dict:
     return {"path": str(source.path), "kind": source.kind, "dtype": str(source.dtype), "slots": list(source.tensors)}
-
-
-def _diff_json(facts: dict, tensors: list, equal: bool) -> str:
-    """One JSON document; a largest difference that is no finite number is null there, JSON having no other word."""
-    from dataclasses import asdict
-    from math import isfinite
-
-    rows = [asdict(tensor) for tensor in tensors]
-    for row in rows:
-        row["largest"] = row["largest"] if row["largest"] is not None and isfinite(row["largest"]) else None
-    return json.dumps({"equal": equal} | facts | {"tensors": rows})
 
 
 def _diff_text(facts: dict, tensors: list, equal: bool, same_count: bool) -> str:

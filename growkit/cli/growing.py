@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 
 import click
@@ -226,7 +227,20 @@ def _summary(source, plan, size: int, out: Path, dry_run: bool, found: dict | No
         "notes": plan.notes,
         "tied_copies": plan.tied_copies,
     }
-    return json.dumps(summary | ({"check": found} if found else {}) | plan.resolved())
+    return json_text(summary | ({"check": found} if found else {}) | plan.resolved())
+
+
+def json_text(value: dict) -> str:
+    """One JSON document; numbers that are not finite are null there, JSON having no other word for them."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def describe(source, plan, size: int, out: Path) -> str:
@@ -319,11 +333,8 @@ def _rates(plan) -> str:
 
 
 def _tied(plan) -> str:
-    by = "--noise" if "embed" in plan.tied_copies else "--noise or --spread"
-    return (
-        f"copies of {', '.join(plan.tied_copies)} stay equal, since equal copies get equal gradients: "
-        f"only dropout, {by} separates them"
-    )
+    by = "dropout or --noise separates" if "embed" in plan.tied_copies else "dropout, --noise or --spread separates"
+    return f"copies of {', '.join(plan.tied_copies)} stay equal, for equal copies get equal gradients; only {by} them"
 
 
 @contextmanager
