@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from growkit import __version__
-from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_of, made, zeros
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, made, zeros
 from growkit.grow import grow_tensor, moment_fate, needs_work
 from growkit.padding import MU, NU, VALUE
 from growkit.plan import Plan
@@ -77,3 +77,22 @@ def stacked(source: Source, slot: str = "params", dtype: Any = None) -> dict[str
             node = node.setdefault(key, {})
         node[row.path[-1]] = leaf if row.stacked else leaf[0]
     return tree
+
+
+def grown_source(source: Source, plan: Plan) -> Source:
+    """The grown model as a source, its tensors made when they are read: growth without an output."""
+    contents = grown(source, plan)
+    tensors = {
+        slot: {name: Tensor(recipe.shape, recipe.dtype, recipe.array) for name, recipe in recipes.items()}
+        for slot, recipes in contents.recipes.items()
+    }
+    return Source(
+        path=source.path,
+        kind=source.kind,
+        config=contents.config,
+        tensors=tensors,
+        weights=source.weights,
+        lineage=contents.lineage,
+        record=contents.record,
+        read_files=lambda: contents.files,
+    )

@@ -70,7 +70,8 @@ def test_a_file_and_overrides(tmp_path):
     config = resolve(read_values(str(path), overrides))
     # YAML reads 2e-4 as text and 1 as a whole number; the fields are floats.
     assert (config.optimizer.learning_rate, config.optimizer.clip, config.optimizer.eps) == (0.0002, 1.0, 1e-9)
-    assert {type(value) for value in dataclasses.astuple(config.optimizer)} == {float}
+    numbers = dataclasses.asdict(config.optimizer) | {"multipliers": 0.0}
+    assert {type(value) for value in numbers.values()} == {float}
     assert (config.schedule.steps, config.schedule.warmup, config.eval.every) == (60, 5, 7)
     assert config.data.train == {"a": 1.0}
 
@@ -178,3 +179,11 @@ def test_a_model_section_that_is_not_the_sources(section, fragment):
     with pytest.raises(UsageError) as caught:
         with_model_of({"model": section}, SOURCE, "here")
     assert fragment in str(caught.value)
+
+
+def test_a_map_of_layers_is_no_number_to_the_base_of_60(tmp_path):
+    (tmp_path / "grow.yaml").write_text("grow: {map: 18:24, embed: 2x, mlp: 4096}\noptimizer: {multipliers: on}\n")
+    config = resolve(read_values(str(tmp_path / "grow.yaml"), ["grow.heads=16"]))
+    assert (config.grow.map, config.grow.embed, config.grow.mlp, config.grow.heads) == ("18:24", "2x", "4096", "16")
+    assert config.optimizer.multipliers == "on"
+    assert resolve(read_values("recipe", ["grow.map=18:24", "optimizer.multipliers=off"])).grow.map == "18:24"

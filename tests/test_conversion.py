@@ -188,7 +188,7 @@ def test_rotary_fields_of_both_generations_are_read():
         ({"attention_bias": False}, "attention_bias is false"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters is 'yarn'"),
-        ({"model_type": "gpt2"}, "the architecture is 'gpt2', and growkit knows 'gpt_neox' only"),
+        ({"model_type": "gpt2"}, "the architecture is 'gpt2', and growkit knows 'gpt_neox' and 'llama' only"),
         ({"model_type": "gptneox"}, "did you mean 'gpt_neox'?"),
         ({"num_attention_heads": 5}, "got 32 and 5; the nearest hidden sizes are 30 and 35"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, got 0"),

@@ -58,9 +58,12 @@ def placed(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda leaf, array: jax.device_put(array.astype(leaf.dtype), leaf.sharding), like, tree)
 
 
-def from_source(source: Source, like: State) -> State:
-    """The state that begins a new run from a model on disk, as `like` is: its params, moments and Adam's
-    count; steps begin at 0. A source without moments starts them at zero with count 0."""
+def from_source(source: Source, like: State, continued: bool = False) -> State:
+    """The state that begins a new run from a model on disk, as `like` is: its params, moments and Adam's count.
+
+    Steps begin at 0, and so does the schedule unless it is `continued`. A source without moments starts them at
+    zero with count 0.
+    """
     tree = to_tree(like)
     for slot, leaves in tree.items():
         if slot in source.tensors:
@@ -69,6 +72,8 @@ def from_source(source: Source, like: State) -> State:
             tree[slot] = placed(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves), leaves)
     if "nu" in source.tensors:
         tree["count"] = placed(np.int32(source.record.get("count", 0)), tree["count"])
+    if continued:
+        tree["schedule_step"] = placed(np.int32(source.record.get("schedule_step", 0)), tree["schedule_step"])
     return from_tree(tree, like)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,7 +83,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decoupled decay of weight matrices and a global-norm clip (0 for none)."""
+    """AdamW with decoupled decay of weight matrices and a global-norm clip (0 for none).
+
+    multipliers: whether the learning rates, eps and clip weights that exact growth asks for are applied: on, off, or
+    auto, which is on after growth in width by copies alone.
+    """
 
     learning_rate: float = 2.0e-4
     beta1: float = 0.9
@@ -90,15 +95,41 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    multipliers: str = "auto"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine to `floor` times the peak at `steps`, counted from the last branch point."""
+    """Linear warm-up, then a cosine to `floor` times the peak at `steps`, counted from the last branch point.
+
+    continued: with --from, go on in the source's schedule where it stood instead of beginning again.
+    """
 
     steps: int = 82000
     warmup: int = 2000
     floor: float = 0.1
+    continued: bool = False
+
+
+@dataclass(frozen=True)
+class Grow:
+    """A growth of the --from model at start, as the growing verbs would make it on disk; empty text for none.
+
+    map and depth_method are `growkit depth`'s --map and --method; embed, heads, mlp, head_dim, width_method and spread
+    `growkit width`'s; the rest are the options of both.
+    """
+
+    map: str = ""
+    depth_method: str = "replicate"
+    embed: str = ""
+    heads: str = ""
+    mlp: str = ""
+    head_dim: str = ""
+    width_method: str = ""
+    spread: float = 0.0
+    moments: str = "map"
+    noise: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +170,7 @@ class Config:
     batch: Batch = field(default_factory=Batch)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    grow: Grow = field(default_factory=Grow)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
@@ -150,6 +182,19 @@ class Config:
         return dataclasses.asdict(self)
 
 
+class Loader(yaml.SafeLoader):
+    """YAML without numbers to the base of 60, which 18:24 would be, and with on and off as text."""
+
+
+WHOLE, TRUTH = "tag:yaml.org,2002:int", "tag:yaml.org,2002:bool"
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (WHOLE, TRUTH)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(WHOLE, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+Loader.add_implicit_resolver(TRUTH, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def presets() -> list[str]:
     """The names of the presets that ship with the trainer."""
     return sorted(Path(entry.name).stem for entry in files("trainer").joinpath("presets").iterdir())
@@ -159,7 +204,7 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
     """The nested values of a YAML file or preset with key=value overrides applied. Raises UsageError."""
     text = _read_text(name)
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.load(text, Loader) or {}
     except yaml.YAMLError as problem:
         raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
@@ -189,7 +234,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UsageError(f"an override is key=value, as optimizer.learning_rate=1e-4; got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader)
     except yaml.YAMLError:
         raise UsageError(f"the value of {key} cannot be read: {text!r}") from None
     node = values
@@ -237,6 +282,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return None if value is None else _weights(value, key)
     if kind is float:
         return _number(value, key)
+    if kind is str and type(value) is int and key.startswith("grow."):
+        return str(value)
     if type(value) is kind:
         return value
     raise UsageError(f"{key} must be {_wanted(kind)}, got {value!r}")
@@ -315,6 +362,7 @@ CHOICES = {
     "precision.params": ("float32", "bfloat16", "float64"),
     "precision.compute": ("float32", "bfloat16", "float64"),
     "remat": ("none", "dots", "full"),
+    "optimizer.multipliers": ("auto", "on", "off"),
 }
 
 

@@ -7,6 +7,7 @@ the order of drawing to `trainer.data`.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 
 from growkit.checkpoint.tensor import Source
@@ -26,6 +27,11 @@ class Corpus:
     validation: list[Windows]
     tokenizer: dict[str, bytes]
     end_of_text: int
+
+    def validation_fingerprint(self, limit: int) -> str:
+        """16 hex digits that two runs share when they validate on the same windows."""
+        parts = [[*windows.identity] for windows in self.validation]
+        return hashlib.sha256(json.dumps([limit, parts]).encode()).hexdigest()[:16]
 
     def facts(self) -> list[str]:
         """What is trained on, for the log."""

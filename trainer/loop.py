@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,8 @@ from growkit import __version__
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX, write_config
-from growkit.surgery import provenance
-from trainer import curves
+from growkit.surgery import grown_source, provenance
+from trainer import curves, growth
 from trainer.checkpoint import Checkpoints, abstract, from_source, placed
 from trainer.config import Config, neox
 from trainer.corpus import Corpus, open_corpus
@@ -33,6 +34,7 @@ from trainer.directory import begin, is_remote
 from trainer.history import EARLIER, History
 from trainer.interrupt import Interrupt
 from trainer.model import initial_params
+from trainer.optimizer import Multipliers
 from trainer.report import Report
 from trainer.step import State, initial_state, make_eval_step, make_train_step
 
@@ -51,8 +53,15 @@ class Result:
 class Run:
     """A run in progress. `source` is the model it starts from, None for a new one or when the run has a checkpoint."""
 
-    def __init__(self, config: Config, out: str | os.PathLike, source: Source | None = None, start: str | None = None):
-        self.config, self.source = config, source
+    def __init__(
+        self,
+        config: Config,
+        out: str | os.PathLike,
+        source: Source | None = None,
+        start: str | None = None,
+        allow_gap: bool = False,
+    ):
+        self.config, self.source, self.allow_gap = config, source, allow_gap
         self.directory = epath.Path(out)
         self.model: NeoX = neox(config.model)
         check_precision(config)
@@ -60,12 +69,13 @@ class Run:
         self.held = begin(self.directory, config, start, source)
         self.checkpoints = Checkpoints(self.directory, config.checkpoint)
         self.history = History(self.directory)
-        self.train_step = make_train_step(config, self.model)
-        self.eval_step = make_eval_step(config, self.model)
         last = self.checkpoints.last
         self.resumed = last is not None
         self.first = self.step = last or 0
         self._begin_counts(self._begin() if last is None else self._resume(last))
+        self.multipliers = self._multipliers()
+        self.train_step = make_train_step(config, self.model, self.multipliers)
+        self.eval_step = make_eval_step(config, self.model)
         self.saved_at = time.monotonic()
         self.drawn_at = 0.0
 
@@ -83,19 +93,28 @@ class Run:
         return meta["record"]
 
     def _begin(self) -> dict[str, Any]:
-        """Begin from the source, or with a new model; returns the source's record."""
-        source, end = self.source, self.data.end_of_text
-        like = abstract(self._new_state)
-        self.state = from_source(source, like) if source else placed(self._new_state(), like)
+        """Begin with the source, grown first if the configuration says so, or with a new model; returns its record."""
+        source, end, like = self.source, self.data.end_of_text, abstract(self._new_state)
+        entry = provenance(source) if source else {"growkit": __version__}
+        plan = growth.planned(self.config.grow, source.model) if source else None
+        source = grown_source(source, plan) if plan else source
+        continued = self.config.schedule.continued
+        self.state = from_source(source, like, continued) if source else placed(self._new_state(), like)
         base = source.config if source else {"bos_token_id": end, "eos_token_id": end}
         self.hf_config = write_config(self.model, base)
-        entry = provenance(source) if source else {"growkit": __version__}
-        entry |= {"operation": "train", "config": self.config.to_dict()}
-        self.lineage = [*(source.lineage if source else []), entry]
+        before = source.lineage if source else []
+        applied = growth.owed(self.config.optimizer.multipliers, before, self.model) is not None
+        entry |= {"operation": "train", "multipliers": applied, "config": self.config.to_dict()}
+        self.lineage = [*before, entry]
         carried = dict(source.files) if source else {}
         self.history.begin(carried.pop(EARLIER, b""))
         self.files = carried | ({} if "tokenizer.json" in carried else self.data.tokenizer)
         return source.record if source else {}
+
+    def _multipliers(self) -> Multipliers | None:
+        """What the growths before this training ask of the optimizer, where this run applies it."""
+        *before, training = self.lineage
+        return growth.owed("on" if training["multipliers"] else "off", before, self.model)
 
     def _begin_counts(self, record: dict[str, Any]) -> None:
         """Tokens and FLOPs since the lineage began, and the place in the data stream."""
@@ -131,6 +150,7 @@ class Run:
             "tokens": self.tokens(self.step),
             "flops": self.flops(self.step),
             "validation_loss": self.history.validation_loss(self.step),
+            "validation_windows": self.data.validation_fingerprint(self.config.eval.windows),
             "stream": {
                 "number": self.stream_number,
                 "seed": self.stream.seed,
@@ -166,9 +186,22 @@ class Run:
             self.report.say(f"resumed at step {self.first}")
         else:
             self._row(0, event=self._beginning())
+        for line in self._about_growth():
+            self.report.say(line)
         if self.new_stream:
             self.report.say(f"other data than those drawn from so far: data stream {self.stream_number} begins")
             self._row(self.step, event=f"data stream {self.stream_number} begins")
+
+    def _about_growth(self) -> Iterator[str]:
+        """What the growths before this run mean for its training."""
+        if self.multipliers is not None:
+            yield "exact growth in width: learning rates, eps and clip weights are multiplied for each parameter"
+        tied = growth.tied_axes(self.lineage[:-1], self.model, self.config.dropout)
+        if tied:
+            yield (
+                f"warning: the copies of {', '.join(tied)} have equal gradients and dropout is 0, so they stay equal; "
+                f"grow with --noise or --spread, or train with dropout"
+            )
 
     def _beginning(self) -> str:
         """The first event of a run: what grew, where it begins with a model that has just been grown."""
@@ -250,7 +283,27 @@ class Run:
             raise GrowkitError(f"the validation loss at step {self.step} is {loss}; {self._last_good()}")
         self._row(self.step, validation_loss=loss)
         self.report.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 30)):.2f}")
+        if self.step == 0:
+            self._check_gap(loss)
         self._draw()
+
+    def _check_gap(self, loss: float) -> None:
+        """After exact growth the first validation loss is the source's last one; refuse to go on where it is not."""
+        growths = growth.last_growths(self.lineage[:-1])
+        if not growths or any(entry["function"] != "preserved" for entry in growths):
+            return
+        record = self.source.record if self.source else {}
+        before = record.get("validation_loss")
+        if before is None or record.get("validation_windows") != self.record()["validation_windows"]:
+            self.report.say("growth was exact; the source has no validation loss on these windows to compare with")
+            return
+        gap, allowed = abs(loss - before), growth.gap_allowed(self.config)
+        if gap > allowed and not self.allow_gap:
+            raise GrowkitError(
+                f"growth was exact, but the validation loss went from {before:.6f} to {loss:.6f}, by more than the "
+                f"{allowed:g} that rounding explains; --allow-gap trains on all the same"
+            )
+        self.report.say(f"growth was exact: the source's validation loss was {before:.6f}, this one's is {loss:.6f}")
 
     def validate(self) -> float | None:
         """The mean loss, nats a token, on the fixed windows; None when a signal cut it short."""

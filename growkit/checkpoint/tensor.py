@@ -64,6 +64,17 @@ class Recipe:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def array(self) -> np.ndarray:
+        """The whole tensor, made in memory."""
+        if self.copied is not None:
+            return read_span(self.copied, self.shape, self.dtype)
+        array = np.zeros(self.shape, self.dtype)
+        flat = array.reshape(-1)
+        for offset, piece in self.pieces() if self.pieces else ():
+            start = offset // self.dtype.itemsize
+            flat[start : start + piece.size] = piece.reshape(-1)
+        return array
+
 
 def copy_of(tensor: Tensor) -> Recipe:
     """The recipe for the same bytes again, undecoded where the source has them raw."""

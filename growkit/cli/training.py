@@ -41,7 +41,8 @@ def tokenize(text: tuple[str, ...], tokenizer: str | None, train_bpe: int | None
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--from", "start", metavar="SRC", help="Begin with this model, and its optimizer where it has one.")
 @click.option("--out", required=True, metavar="RUN", help="The run directory.")
-def train(config: str, overrides: tuple[str, ...], start: str | None, out: str) -> int:
+@click.option("--allow-gap", is_flag=True, help="Train on even if exact growth moved the validation loss.")
+def train(config: str, overrides: tuple[str, ...], start: str | None, out: str, allow_gap: bool) -> int:
     """Train by CONFIG, a YAML file or a preset, into the run directory RUN.
 
     The same command given again resumes RUN where it stopped. Exit code 75 after SIGTERM, 130 after Ctrl-C,
@@ -49,20 +50,22 @@ def train(config: str, overrides: tuple[str, ...], start: str | None, out: str) 
     """
     from trainer.config import read_values
 
-    result = train_run(read_values(config, list(overrides)), out, start)
+    result = train_run(read_values(config, list(overrides)), out, start, allow_gap)
     loss = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
     click.echo(f"{out}: step {result.step}{loss}, {state}")
     return {None: 0, signal.SIGTERM: 75, signal.SIGINT: 130}[result.signal]
 
 
-def train_run(values: dict, out: str | Path, start: str | None = None):
+def train_run(values: dict, out: str | Path, start: str | None = None, allow_gap: bool = False):
     """Train by nested configuration values, from a source or anew, or resume; returns the loop's result."""
     from growkit.checkpoint import open_source
-    from growkit.neox import NeoX
+    from growkit.errors import UsageError
+    from growkit.neox import NeoX, require_neox
     from trainer.checkpoint import last_step
     from trainer.config import resolve
     from trainer.directory import existing, with_model_of
+    from trainer.growth import planned
     from trainer.loop import Run
 
     # Orbax logs its errors with tracebacks and raises them too: they are shown once, as a sentence.
@@ -74,8 +77,12 @@ def train_run(values: dict, out: str | Path, start: str | None = None):
         values = with_model_of(values, NeoX(**stored["config"]["model"]), start)
     elif start:
         source = open_source(start)
-        values = with_model_of(values, source.model, start)
-    return Run(resolve(values), out, source, start).go()
+        require_neox(source.model, start)
+        plan = planned(resolve({"grow": values.get("grow")}).grow, source.model)
+        values = with_model_of(values, plan.grown if plan else source.model, start)
+    elif values.get("grow"):
+        raise UsageError("the grow section grows the model of --from; give one")
+    return Run(resolve(values), out, source, start, allow_gap).go()
 
 
 @click.command()
@@ -97,8 +104,10 @@ def continued(source, prompt: str, tokens: int, temperature: float, seed: int) -
     from tokenizers import Tokenizer
 
     from growkit.errors import GrowkitError, UsageError
+    from growkit.neox import require_neox
     from trainer.generate import continuation
 
+    require_neox(source.model, str(source.path))
     if tokens < 1:
         raise UsageError(f"--tokens must be at least 1, got {tokens}")
     if "tokenizer.json" not in source.files:

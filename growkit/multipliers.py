@@ -1,0 +1,101 @@
+"""What an optimizer must multiply so that an exactly widened model goes on as the small one would.
+
+A copy that carries a share of its source's value must move by that share (learning rate: the value's scale);
+its gradients are smaller by the shares it writes (Adam's eps: mu's scale); and a global norm must count every
+source's gradient once (clip: 1 / (mu's scale squared x copies)). Width by copies alone is exact, see
+`Plan.continues`. Knows a lineage's growths and the table; leaves the optimizer to the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from growkit.architecture import Architecture
+from growkit.spec import Row
+
+
+@dataclass(frozen=True)
+class Copied:
+    """An axis of a grown model against its origin: each unit's share of its source, and the source's copies."""
+
+    share: np.ndarray
+    copies: np.ndarray
+
+
+def growths_since(lineage: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The growths whose multipliers are still owed: all since the last training that went without them."""
+    owed: list[Mapping[str, Any]] = []
+    for entry in reversed(lineage):
+        if entry.get("operation") == "train" and not entry.get("multipliers"):
+            break
+        if "maps" in entry:
+            owed.insert(0, entry)
+    return owed
+
+
+def continues(lineage: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there are growths owed and all of them are exact for the training too: width by copies alone."""
+    owed = growths_since(lineage)
+    return bool(owed) and all(_continues(entry) for entry in owed)
+
+
+def _continues(entry: Mapping[str, Any]) -> bool:
+    exact = entry["function"] == "preserved" and entry["moments"] == "map" and not entry["noise"]
+    return exact and bool(entry["maps"]) and "layer" not in entry["maps"] and not entry["pads"]
+
+
+def copied_axes(growths: Sequence[Mapping[str, Any]]) -> dict[str, Copied]:
+    """Every axis that the growths, one after the other, copied. New units of a padding are nobody's copies."""
+    axes: dict[str, Copied] = {}
+    for entry in growths:
+        for axis, size in entry["sizes"]["before"].items():
+            before = axes.get(axis, Copied(np.ones(size), np.ones(size)))
+            if axis in entry["maps"]:
+                index = np.asarray(entry["maps"][axis]["index"])
+                copies = np.bincount(index, minlength=size)
+                share = before.share[index] * np.asarray(entry["maps"][axis]["share"])
+                axes[axis] = Copied(share, before.copies[index] * copies[index])
+            elif axis in axes and axis in entry["pads"]:
+                new = np.ones(entry["pads"][axis] - size)
+                axes[axis] = Copied(*(np.concatenate([old, new]) for old in (before.share, before.copies)))
+    axes.pop("layer", None)
+    return axes
+
+
+def multipliers(model: Architecture, growths: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{'learning_rate' | 'eps' | 'clip': the trainer's tree of factors}, each a number, or an array where units differ.
+
+    Arrays have the row's stored shape, with a leading dimension of 1 for stacked rows.
+    """
+    axes = copied_axes(growths)
+    trees: dict[str, dict[str, Any]] = {"learning_rate": {}, "eps": {}, "clip": {}}
+    for row in model.table.rows:
+        for name, factor in _factors(row, axes).items():
+            node = trees[name]
+            for key in row.path[:-1]:
+                node = node.setdefault(key, {})
+            node[row.path[-1]] = _stored(factor, row, model)
+    return trees
+
+
+def _factors(row: Row, axes: Mapping[str, Copied]) -> dict[str, np.ndarray]:
+    """The three factors of a row, broadcastable to its unfused shape."""
+    read, written, copies = (np.ones([1] * len(row.axes)) for _ in range(3))
+    for place, axis in enumerate(row.axes):
+        if axis.name in axes:
+            along = [-1 if at == place else 1 for at in range(len(row.axes))]
+            share = axes[axis.name].share.reshape(along)
+            read, written = (read * share, written) if axis.read else (read, written * share)
+            copies = copies * axes[axis.name].copies.reshape(along)
+    return {"learning_rate": read, "eps": written, "clip": 1.0 / (written**2 * copies)}
+
+
+def _stored(factor: np.ndarray, row: Row, model: Architecture) -> float | np.ndarray:
+    if (factor == factor.flat[0]).all():
+        return float(factor.flat[0])
+    whole = np.broadcast_to(factor, row.unfused(model.sizes)).reshape(row.shape(model.sizes))
+    return whole[None] if row.stacked is not None else whole
