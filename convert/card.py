@@ -69,7 +69,14 @@ def in_words(entry: dict[str, Any]) -> str:
     if operation == "train":
         return f"train: {entry.get('start', 'continued')}"
     if "sizes" in entry:
-        before, after = entry["sizes"]["before"], entry["sizes"]["after"]
-        changed = ", ".join(f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis])
-        return f"{operation}: {changed} by {entry['method']}, function {entry['function']}{trained}"
+        return f"{operation}: {_growth(entry)}, function {entry['function']}{trained}"
     return f"{operation} to {entry['dtype']}{trained}" if "dtype" in entry else f"{operation}{trained}"
+
+
+def _growth(entry: dict[str, Any]) -> str:
+    """What grew and how, and the options that were not the default ones."""
+    before, after = entry["sizes"]["before"], entry["sizes"]["after"]
+    changed = ", ".join(f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis])
+    options = [f"moments {entry['moments']}"] if entry.get("moments", "map") != "map" else []
+    options += [f"noise {entry['noise']:g}"] if entry.get("noise") else []
+    return ", ".join([f"{changed} by {entry['method']}", *options])

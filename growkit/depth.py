@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[Callable[[int, int], AxisMap], str]] = {
 
 
 def plan_depth(model: Architecture, text: str, method: str | None = None) -> Plan:
-    """The plan of `--map text` for a model; method: one of METHODS, None for 'replicate', or for a list.
+    """The plan of `--map text` for a model; method: one of METHODS; a list takes none, or 'replicate'.
 
     Raises UsageError for a map that cannot be meant for the model.
     """
@@ -38,7 +38,7 @@ def plan_depth(model: Architecture, text: str, method: str | None = None) -> Pla
         name = method or "replicate"
         make, formula = METHODS[name]
         layers, words = make(model.layer, target), f"{name}: {formula.format(source=model.layer, target=target)}"
-    elif method is not None:
+    elif method not in (None, "replicate"):
         raise UsageError(
             f"--method {method} goes with --map SOURCE:TARGET; the list {text!r} says itself what is copied"
         )

@@ -52,7 +52,8 @@ def depth(source="model", out="out", layers="12:16") -> list[str]:
     return ["depth", "--map", layers, source, out]
 
 
-VERBS = {"depth": depth(), "import": ["import", "model", "out"], "export": ["export", "model", "out"]}
+WIDTH = ["width", "--mlp", "2x", "model", "out"]
+VERBS = {"depth": depth(), "width": WIDTH, "import": ["import", "model", "out"], "export": ["export", "model", "out"]}
 
 
 @pytest.mark.parametrize("verb", VERBS)

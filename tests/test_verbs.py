@@ -177,6 +177,26 @@ def test_a_plan_says_what_it_does(place, capsys):
     assert not (place / "out").exists()
 
 
+def test_an_exported_model_tells_how_it_was_grown(place):
+    assert grown_by(GROWTHS["noise"], "ck", "out", "--moments", "copy") == run(["export", "out", "exported"]) == 0
+    card = (place / "exported" / "README.md").read_text()
+    assert "1. width: embed 16 to 32, head 2 to 4, mlp 12 to 24 by embed 16 -> 32 by copies" in card
+    assert "equal shares, moments copy, noise 0.5, function preserved, after 70 steps" in card
+    assert run(["width", "--mlp", "2x", "hf", "plain"]) == run(["export", "plain", "exported", "--force"]) == 0
+    card = (place / "exported" / "README.md").read_text()
+    assert "1. width: mlp 12 to 24 by" in card and "noise" not in card and "moments copy" not in card
+
+
+@pytest.mark.parametrize("name", ["identity", "clone", "like"])
+def test_json_is_one_document(place, capsys, name):
+    for more in ([], ["--dry-run", "--force"]):
+        assert grown_by(GROWTHS[name], "ck", "out", "--json", *more) == 0
+        out, err = capsys.readouterr()
+        plan = json.loads(out)
+        assert err == "" and plan["operation"] == GROWTHS[name][0] and plan["dry_run"] == bool(more)
+        assert plan["sizes"]["after"] == open_source("out").model.sizes and "check" not in plan
+
+
 @pytest.mark.parametrize(
     "options,tied",
     [
