@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.checkpoint.tensor import SLOTS, Recipe, Source, Tensor, read_span
+from growkit.checkpoint.tensor import SLOTS, Recipe, Source, Tensor
 from growkit.errors import GrowkitError, UsageError
 from growkit.plan import Plan, plan_from
 from growkit.surgery import grown
@@ -150,20 +150,8 @@ def _mismatch(recipe: Recipe, tensor: Tensor) -> str | None:
     """How a tensor differs from what its recipe makes, in words."""
     if recipe.dtype != tensor.dtype:
         return f"is {tensor.dtype}, growth makes it {recipe.dtype}"
-    count, place = differing(_made(recipe), tensor.read())
+    count, place = differing(recipe.array(), tensor.read())
     if not count:
         return None
     first = [int(index) for index in np.unravel_index(place, tensor.shape)]
     return f"differs in {count:,} of {math.prod(tensor.shape):,} numbers, the first at {first}"
-
-
-def _made(recipe: Recipe) -> np.ndarray:
-    """The whole array that a recipe makes."""
-    if recipe.copied is not None:
-        return read_span(recipe.copied, recipe.shape, recipe.dtype)
-    array = np.zeros(recipe.shape, recipe.dtype)
-    flat = array.reshape(-1)
-    for offset, piece in recipe.pieces() if recipe.pieces else ():
-        start = offset // recipe.dtype.itemsize
-        flat[start : start + piece.size] = piece.reshape(-1)
-    return array

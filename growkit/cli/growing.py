@@ -23,7 +23,6 @@ KINDS = {"checkpoint": "trainer checkpoint", "huggingface": "Hugging Face direct
 TOKENS = "1024"
 WARM = "   (warm up again for 150 to 250 steps)"
 NOT_PRESERVED = "not preserved: a copied layer adds its part once more, so the loss rises until training recovers it"
-SIZE = "SIZE"
 
 
 class Growing(click.Command):
@@ -80,10 +79,10 @@ def depth(layers: str, method: str | None, src: str, out: str, **options) -> Non
 
 
 @click.command(cls=Growing)
-@click.option("--embed", metavar=SIZE, help="The residual stream, as 2048 or 2x.")
-@click.option("--heads", metavar=SIZE, help="The attention heads, as 16 or 2x.")
-@click.option("--mlp", metavar=SIZE, help="The units of each mlp, as 8192 or 2x.")
-@click.option("--head-dim", metavar=SIZE, help="The dimensions of a head, as 96; those that are rotated stay as many.")
+@click.option("--embed", metavar="SIZE", help="The residual stream, as 2048 or 2x.")
+@click.option("--heads", metavar="SIZE", help="The attention heads, as 16 or 2x.")
+@click.option("--mlp", metavar="SIZE", help="The units of each mlp, as 8192 or 2x.")
+@click.option("--head-dim", metavar="SIZE", help="The dimensions of a head, as 96; as many stay rotated.")
 @click.option(
     "--method", metavar="|".join(WIDTH_METHODS),
     help="embed by copies (whole multiples) or by padding (any size); copies where they are exact.",
@@ -261,9 +260,9 @@ def describe(source, plan, size: int, out: Path) -> str:
         f"on disk     {source.size / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
         f"function    {_function(source, plan)}",
         f"optimizer   {_optimizer(source, plan)}",
-        *([f"rate        {_rates(plan)}"] if plan.preserved else []),
+        *([f"rate        {_rates(source, plan)}"] if plan.preserved else []),
         *([f"warning     {_tied(plan)}"] if plan.tied_copies else []),
-        f"next        growkit train CONFIG --from {out} --out RUN{'' if plan.continues else WARM}",
+        f"next        {_next(source, plan, out)}",
     ]
     return "\n".join(lines)
 
@@ -315,7 +314,7 @@ def _optimizer(source, plan) -> str:
     return words if plan.moments == "reset" else f"{words}, count kept ({source.record.get('count', 0)})"
 
 
-def _rates(plan) -> str:
+def _rates(source, plan) -> str:
     """What preserves the training as well as the function: the learning rate's multipliers, where they do."""
     from growkit.grow import share_scale
 
@@ -329,7 +328,16 @@ def _rates(plan) -> str:
             factor = f"x{low:.3g}" if low == high else f"x{low:.3g} to x{high:.3g}"
             tensors.setdefault(factor, []).append(".".join(row.path).removeprefix("layers."))
     factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in tensors.items())
-    return f"training goes on exactly as the source's would with learning rates {factors}, eps and clipping to match"
+    exact = "training goes on exactly as the source's would: " if "mu" in source.tensors else ""
+    return f"{exact}the trainer multiplies learning rates {factors} (optimizer.multipliers), eps and clip to match"
+
+
+def _next(source, plan, out: Path) -> str:
+    """The command that trains the result."""
+    command = f"growkit train CONFIG --from {out} --out RUN"
+    if not plan.continues:
+        return command + WARM
+    return f"{command} schedule.continued=true" if "mu" in source.tensors else command
 
 
 def _tied(plan) -> str:
