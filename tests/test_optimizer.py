@@ -68,8 +68,9 @@ def update_step(clip):
 
 def updated(multipliers=None, steps=STEPS, make=update_step, **change):
     """The parameters after some updates by the settings with a change."""
-    numbers = dataclasses.asdict(dataclasses.replace(SETTINGS, **change))
-    update = make(numbers.pop("clip"))
+    settings = dataclasses.asdict(dataclasses.replace(SETTINGS, **change))
+    update = make(settings.pop("clip"))
+    numbers = {name: value for name, value in settings.items() if isinstance(value, float)}
     multipliers = multipliers or Multipliers()
     trees = (multipliers.learning_rate, multipliers.eps, multipliers.clip)
     params, state = parameters(), adamw(SETTINGS, TINY).init(parameters())

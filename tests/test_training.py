@@ -32,6 +32,7 @@ from trainer.config import resolve
 from trainer.data import Stream
 from trainer.directory import hold
 from trainer.loop import Run
+from trainer.optimizer import Multipliers
 from trainer.tokens import TokenWriter
 
 # After a restore that fails, Orbax leaves coroutines behind that complain when they are collected, whenever that is.
@@ -59,6 +60,8 @@ def compiled_once():
 
     def shared(make):
         def of(config, *rest):
+            if any(isinstance(part, Multipliers) for part in rest):
+                return make(config, *rest)
             parts = config
             if not isinstance(config, NeoX):
                 parts = [getattr(config, name) for name in ("dropout", "precision", "batch", "optimizer", "schedule")]
