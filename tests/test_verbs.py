@@ -25,7 +25,7 @@ GROWTHS = {
     "nearest": ["depth", "--map", "2:5", "--method", "nearest"],
     "stack": ["depth", "--map", "2:5", "--method", "stack"],
     "identity": ["depth", "--map", "2:5", "--method", "identity"],
-    "list": ["depth", "--map", "0,1,0-1"],
+    "list": ["depth", "--map", "0,1,0-1", "--method", "replicate"],
     "clone": ["width", "--embed", "2x"],
     "noise": ["width", "--embed", "2x", "--noise", "0.5", "--seed", "3"],
     "pad": ["width", "--embed", "24"],
