@@ -99,3 +99,13 @@ def _stored(factor: np.ndarray, row: Row, model: Architecture) -> float | np.nda
         return float(factor.flat[0])
     whole = np.broadcast_to(factor, row.unfused(model.sizes)).reshape(row.shape(model.sizes))
     return whole[None] if row.stacked is not None else whole
+
+
+def in_words(model: Architecture, growth: Mapping[str, Any]) -> dict[str, dict[str, float | str]]:
+    """For a lineage: row -> its three factors, 'per element' where units differ; rows with all factors 1 left out."""
+    axes, rows = copied_axes([growth]), {}
+    for row in model.table.rows:
+        factors = {name: _stored(factor, row, model) for name, factor in _factors(row, axes).items()}
+        if any(not isinstance(factor, float) or factor != 1.0 for factor in factors.values()):
+            rows[row.name] = {n: f if isinstance(f, float) else "per element" for n, f in factors.items()}
+    return rows

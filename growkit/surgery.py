@@ -13,6 +13,7 @@ import numpy as np
 from growkit import __version__
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, made, zeros
 from growkit.grow import grow_tensor, moment_fate, needs_work
+from growkit.multipliers import in_words
 from growkit.padding import MU, NU, VALUE
 from growkit.plan import Plan
 from growkit.spec import Row
@@ -29,10 +30,13 @@ def grown(source: Source, plan: Plan) -> Contents:
         }
         for slot in source.tensors
     }
+    entry = provenance(source) | plan.resolved()
+    if plan.continues:
+        entry |= {"optimizer": in_words(plan.grown, entry)}
     return Contents(
         config=plan.grown.written(source.config),
         recipes=recipes,
-        lineage=[*source.lineage, provenance(source) | plan.resolved()],
+        lineage=[*source.lineage, entry],
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=source.files,
     )

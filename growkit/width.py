@@ -17,6 +17,8 @@ from growkit.plan import Plan, combined, planned
 
 METHODS = ("clone", "pad")
 MOST = 1 << 24
+# How embed is padded, by the norm that must not see it.
+PADDING = {"layer": "mean-pad", "rms": "zero-pad"}
 WIDE = ("embed", "heads", "head_dim", "mlp")
 
 
@@ -86,6 +88,8 @@ def complete(model: Architecture, asked: dict[str, int | None]) -> tuple[dict[st
     notes = []
     if model.coupled:
         notes += _complete_embed(target, asked, old)
+    elif asked["heads"] is None and old["embed"] == old["heads"] * old["head_dim"]:
+        notes += _complete_heads(model, target, old)
     if asked["mlp"] is None and target["embed"] != old["embed"]:
         target["mlp"] = max(old["mlp"], round(old["mlp"] * target["embed"] / old["embed"]))
         notes.append(f"mlp {old['mlp']} -> {target['mlp']}, to keep its ratio to embed")
@@ -124,17 +128,26 @@ def _complete_embed(target: dict[str, int], asked: dict[str, int | None], old: d
     )
 
 
+def _complete_heads(model: Architecture, target: dict[str, int], old: dict[str, int]) -> list[str]:
+    """Keep embed = heads x head_dim where a model has it so without having to, and whole groups of heads can."""
+    heads, rest = divmod(target["embed"], target["head_dim"])
+    if rest or heads % model.sizes.get("group", 1) or heads <= old["heads"]:
+        return []
+    target["heads"] = heads
+    return [f"heads {old['heads']} -> {heads}, so that embed stays heads x head_dim"]
+
+
 def _planned(model: Architecture, target: dict[str, int], notes: list[str], method: str | None, spread: float) -> Plan:
     """The plan for complete sizes: copies where they are exact, padding elsewhere."""
     sizes: dict[str, Any] = model.sizes
     maps, pads, words = {}, {}, []
     if target["embed"] > sizes["embed"]:
-        if _clones_embed(sizes["embed"], target["embed"], method, notes):
+        if _clones_embed(model, target["embed"], method, notes):
             maps["embed"] = tile(sizes["embed"], target["embed"])
             words.append(f"embed {sizes['embed']} -> {target['embed']} by copies, equal shares")
         else:
             pads["embed"] = target["embed"]
-            words.append(f"embed {sizes['embed']} -> {target['embed']} by mean-pad")
+            words.append(f"embed {sizes['embed']} -> {target['embed']} by {PADDING[model.norm]}")
     heads = _head_units(model, target["heads"])
     for axis, size in ((model.heads, heads), ("mlp", target["mlp"])):
         if size > sizes[axis]:
@@ -150,7 +163,9 @@ def _planned(model: Architecture, target: dict[str, int], notes: list[str], meth
     return replace(planned("width", "; ".join(words), model, maps, pads), notes=tuple(notes))
 
 
-def _clones_embed(source: int, target: int, method: str | None, notes: list[str]) -> bool:
+def _clones_embed(model: Architecture, target: int, method: str | None, notes: list[str]) -> bool:
+    """Whether embed is copied, by choice or because the target is a multiple; a choice made is noted."""
+    source = model.embed
     if method == "pad":
         return False
     if target % source == 0:
@@ -161,7 +176,7 @@ def _clones_embed(source: int, target: int, method: str | None, notes: list[str]
             f"copies of embed are exact only when every entry has as many, because norms average over them: {target} "
             f"is no multiple of {source}; the nearest are {low} and {low + source}; --method pad takes {target} exactly"
         )
-    notes.append(f"embed {target} is no multiple of {source}, so it is padded (mean-pad) and not copied")
+    notes.append(f"embed {target} is no multiple of {source}, so it is padded ({PADDING[model.norm]}) and not copied")
     return False
 
 
@@ -205,7 +220,7 @@ def _kept(model: Architecture, like: Architecture) -> list[str]:
     """What growth keeps although the target has it otherwise, in words. Raises UsageError where that is no detail."""
     if model.kind != like.kind:
         raise UsageError(f"the source is a {model.kind} model, the target a {like.kind} one")
-    for option in ("tied", "vocab", "parallel_residual", "rotary_base", "rope", "hidden_act"):
+    for option in ("tied", "vocab", "group", "parallel_residual", "rotary_base", "rope", "hidden_act"):
         ours, theirs = getattr(model, option, None), getattr(like, option, None)
         if ours != theirs:
             raise UsageError(f"growth keeps {option}: the source has {ours}, the target {theirs}")

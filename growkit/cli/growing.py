@@ -274,8 +274,9 @@ def changes(before: dict[str, int], after: dict[str, int]) -> str:
 
 def _padding(plan) -> list[str]:
     """What the new units of padded axes hold, in words."""
+    fill = {"layer": "the mean of their old entries", "rms": "zeros"}[plan.model.norm]
     words = {
-        "embed": "embed: writers of the residual stream get the mean of their old entries, readers random columns "
+        "embed": f"embed: writers of the residual stream get {fill}, readers random columns "
         f"(seed {plan.seed}); norm weights and eps are scaled to match",
         "head_dim": f"head_dim: new keys are zero, new queries and values random (seed {plan.seed}) and not read yet; "
         "old queries are scaled up",
