@@ -455,3 +455,16 @@ def test_what_takes_gpt_neox_only(convert, tmp_path):
     source = open_source(str(save(tmp_path / "hf")))
     with pytest.raises(UsageError, match="hf is a 'llama' model, which growkit grows but does not train"):
         convert(source)
+
+
+def test_embed_alone_takes_the_heads_along_where_they_fill_it():
+    plan = plan_width(SMALL, embed="2x")
+    assert (plan.grown.sizes["kv"], plan.grown.embed) == (4, 48) and plan.preserved
+    assert any("heads 6 -> 12" in note for note in plan.notes)
+    loose = replace(SMALL, head_dim=8)
+    assert plan_width(loose, embed="2x").grown.sizes["kv"] == 2
+
+
+def test_a_target_of_other_groups_is_refused():
+    with pytest.raises(UsageError, match="growth keeps group: the source has 3, the target 6"):
+        plan_like(SMALL, replace(SMALL, embed=48, group=6))
