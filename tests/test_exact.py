@@ -39,7 +39,7 @@ ROTARY = (0.25, 0.5, 1.0)
 
 def everything(model):
     plans = [plan_depth(model, "2:4", "identity"), plan_width(model, heads="5", head_dim="10", mlp="17", spread=0.3)]
-    return combined("grow", plans, model)
+    return replace(combined("grow", plans, model), noise=0.5)
 
 
 def cloned_deeper(model):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import flax.core
@@ -22,8 +23,10 @@ from test_growth import held, made
 
 import growkit
 from growkit import surgery
+from growkit.checkpoint.tensor import Source, Tensor
 from growkit.depth import plan_depth
 from growkit.errors import GrowkitError
+from growkit.llama import Llama
 from growkit.neox import NeoX
 from growkit.plan import combined
 from growkit.tree import grow_leaf
@@ -109,6 +112,22 @@ def test_jax_grows_eagerly_as_on_disk():
         row, leaf = TINY.table.rows[-1], small(dtype=dtype)["embed_out"]["weight"]
         ours = grow_leaf(jnp.asarray(leaf), row, PLANS["noise"])
         assert same(ours, on_disk("noise", "params", dtype)["embed_out"]["weight"])
+
+
+def test_another_architectures_tree_grows_as_on_disk():
+    model = Llama(layer=2, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=24)
+    arrays = random_tensors(model)
+    tensors = {name: Tensor(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()}
+    source = Source(Path("memory"), "huggingface", model.written(), {"params": tensors}, [], [], {}, dict)
+    plans = [plan_width(model, embed="2x", heads=12, mlp=31), plan_depth(model, "2:3", "identity")]
+    plan = dataclasses.replace(combined("grow", plans, model), noise=0.2)
+    grown = growkit.grow(surgery.stacked(source), plan)
+    for name, recipe in surgery.grown(source, plan).recipes["params"].items():
+        row, layer = plan.grown.table.match(name)
+        leaf = grown
+        for key in row.path:
+            leaf = leaf[key]
+        assert np.array_equal(leaf[layer] if row.stacked else leaf, made(recipe)), name
 
 
 def test_one_wrong_bit_is_seen():
