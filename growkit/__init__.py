@@ -9,8 +9,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     """`grow`, imported when it is first asked for, so that `import growkit` stays light."""
     if name == "grow":
-        from importlib import import_module
+        from growkit.tree import grow
 
-        # The module of this name may be called as the function.
-        return import_module("growkit.grow")
+        return grow
     raise AttributeError(f"module 'growkit' has no attribute {name!r}")

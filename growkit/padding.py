@@ -7,7 +7,7 @@ unrotated, keys there are zero, and queries make up for the larger root. Both le
 not the training that follows.
 
 Knows, for each row, axis and moment, the scale of what is old and the fill of what is new; leaves which axes
-are padded to the plan and copies to `growkit.grow`.
+are padded to the plan and copies to `growkit.expansion`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 
 from growkit import __version__
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, made, zeros
-from growkit.grow import grow_tensor, moment_fate, needs_work
+from growkit.expansion import grow_tensor, moment_fate, needs_work
 from growkit.multipliers import in_words
 from growkit.padding import MU, NU, VALUE
 from growkit.plan import Plan

@@ -4,7 +4,7 @@ A parameter tree is nested dicts with exactly the axis table's paths, layers sta
 that wherever it stands in a state: in dicts, tuples, named tuples, lists and dataclasses. The nearest name on the
 way says which moment it holds. All else (counts, schedules, masks) passes through. Arrays keep their kind:
 numpy stays numpy; jax arrays, traced or sharded, are grown by jax operations. Knows trees; leaves the rule of
-growth to `growkit.grow`.
+growth to `growkit.expansion`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from growkit.errors import GrowkitError, nearest
-from growkit.grow import grow_tensor
+from growkit.expansion import grow_tensor
 from growkit.padding import MU, NU, VALUE
 from growkit.plan import Plan
 from growkit.spec import Row

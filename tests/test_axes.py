@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from growkit.axes import AxisMap, listed, replicate, tile
 from growkit.errors import GrowkitError
-from growkit.grow import MU, NU, VALUE, expand
+from growkit.expansion import MU, NU, VALUE, expand
 from growkit.neox import FIELDS, NeoX
 from growkit.spec import Axis, Table, parse_table
 

@@ -16,7 +16,7 @@ import pytest
 
 from growkit import multipliers as recorded
 from growkit.axes import listed, tile, uneven
-from growkit.grow import share_scale
+from growkit.expansion import share_scale
 from growkit.neox import NeoX
 from growkit.padding import MU, VALUE
 from growkit.plan import planned

@@ -21,7 +21,7 @@ from growkit.axes import listed, replicate, tile
 from growkit.checkpoint.tensor import Source, Tensor
 from growkit.depth import plan_depth
 from growkit.errors import UsageError
-from growkit.grow import MU, NU, VALUE, expand
+from growkit.expansion import MU, NU, VALUE, expand
 from growkit.neox import NeoX, parse_table, write_config
 from growkit.plan import planned
 from growkit.spec import Table

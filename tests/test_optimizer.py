@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from growkit.axes import tile
-from growkit.grow import MU, NU, VALUE, expand, share_scale
+from growkit.expansion import MU, NU, VALUE, expand, share_scale
 from growkit.neox import NeoX
 from trainer.checkpoint import from_tree, to_tree
 from trainer.config import Batch, Config, Dropout, Optimizer, Precision, Schedule

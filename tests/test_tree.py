@@ -241,12 +241,8 @@ def test_a_state_without_parameters_is_refused():
 
 LIGHT = """
 import sys, growkit
-assert not {"numpy", "jax", "growkit.grow"} & sys.modules.keys()
-grow = growkit.grow
-import growkit.grow
-assert growkit.grow is grow and callable(grow) and grow.expand and "jax" not in sys.modules
-import growkit.tree
-assert "jax" not in sys.modules
+assert not {"numpy", "jax", "growkit.tree"} & sys.modules.keys()
+assert callable(growkit.grow) and "jax" not in sys.modules
 try:
     growkit.grwo
 except AttributeError as problem:

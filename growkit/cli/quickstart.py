@@ -29,7 +29,7 @@ RECIPE = {
     "log": {"every": 20},
     "checkpoint": {"every": 200, "keep_last": 2},
 }
-SOURCE_STEPS, FURTHER_STEPS = 1600, 1200
+SOURCE_STEPS, FURTHER_STEPS = 1400, 1000
 PROMPT = "def read_"
 
 

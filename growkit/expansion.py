@@ -9,9 +9,7 @@ Knows neither names in files nor which maps belong together; padding is in `grow
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -88,8 +86,10 @@ def moment_fate(plan: Plan, row: Row, moment: int, layer: int | None) -> str:
     """What becomes of a moment: 'zero', 'copy' (gathered, not scaled) or 'map' (the rule)."""
     if plan.moments == "reset" or (plan.moments == "nu-only" and moment == MU):
         return "zero"
-    if plan.moments == "copy" or moment == NU:
-        return plan.moments if plan.moments == "copy" else "map"
+    if plan.moments == "copy":
+        return "copy"
+    if moment == NU:
+        return "map"
     # mu is mostly the noise of the last batches: where the gradients are new ones, it starts again.
     copied = row.stacked is not None and "layer" in plan.maps and plan.maps["layer"].share[layer] == 0.0
     return "zero" if copied or not plan.preserved else "map"
@@ -144,16 +144,3 @@ def needs_work(row: Row, plan: Plan, moment: int, layer: int | None) -> bool:
     if any(axis.name in plan.maps or axis.name in plan.pads for axis in row.axes):
         return True
     return share_scale(row, plan.maps, moment, layer) is not None
-
-
-class _Callable(ModuleType):
-    """This module, which can be called as the function of its name: `growkit.grow` is both."""
-
-    def __call__(self, tree: Any, plan: Plan) -> Any:
-        """Grow a tree; see `growkit.tree.grow`."""
-        from growkit.tree import grow
-
-        return grow(tree, plan)
-
-
-sys.modules[__name__].__class__ = _Callable
