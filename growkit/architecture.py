@@ -2,7 +2,7 @@
 
 An architecture is a frozen dataclass of sizes and options. Growth, files and plans work on this interface
 alone, so a further architecture is a table, a reader and a writer of its config.json, and its rotary and
-norm rules. Knows which architectures there are; each one's facts are in its own file.
+norm rules. Each one's facts are in its own file, and which there are is known to `growkit.configuration`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from growkit.errors import GrowkitError, did_you_mean
+from growkit.errors import GrowkitError
 from growkit.spec import Table
 
 
@@ -100,17 +100,3 @@ def whole(values: Mapping[str, Any], field: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise GrowkitError(f"{field} must be a whole number, got {value!r}")
     return value
-
-
-def read_config(config: Mapping[str, Any]) -> Architecture:
-    """The model that a config.json describes. Raises GrowkitError for an architecture that is not known."""
-    from growkit import llama, neox
-
-    readers = {neox.NeoX.kind: neox.read_config, llama.Llama.kind: llama.read_config}
-    kind = config.get("model_type")
-    if kind not in readers:
-        known = " and ".join(repr(name) for name in readers)
-        raise GrowkitError(
-            f"the architecture is {kind!r}, and growkit knows {known} only{did_you_mean(str(kind), readers)}"
-        )
-    return readers[kind](config)

@@ -13,11 +13,11 @@ import pytest
 from conftest import BESIDE, SMALL, random_tensors, save_checkpoint, save_directory, save_tensors
 
 from convert.neox import exported
-from growkit.architecture import read_config
 from growkit.checkpoint import open_source
 from growkit.checkpoint.huggingface import read_header
 from growkit.checkpoint.tensor import made
 from growkit.cli import run
+from growkit.configuration import read_config
 from growkit.errors import GrowkitError
 from growkit.neox import write_config
 

@@ -79,7 +79,7 @@ def test_dependencies_point_one_way(path):
     assert "tests" not in found and "conftest" not in found
 
 
-@pytest.mark.parametrize("name", ["axes", "spec", "grow", "plan", "neox", "surgery", "errors"])
+@pytest.mark.parametrize("name", ["axes", "spec", "expansion", "plan", "neox", "surgery", "errors"])
 def test_the_core_knows_neither_jax_nor_files_formats(name):
     found = imported(parsed(ROOT / "growkit" / f"{name}.py"))
     assert not found & (HEAVY | {"safetensors", "click", "rich", "huggingface_hub"})

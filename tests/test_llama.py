@@ -16,12 +16,12 @@ from conftest import BESIDE, random_tensors, save_tensors
 
 from convert.neox import exported, imported
 from growkit import llama
-from growkit.architecture import read_config
 from growkit.axes import listed, tile
 from growkit.checkpoint import open_source, write_output
 from growkit.checkpoint.huggingface import INDEX
 from growkit.checkpoint.tensor import made
 from growkit.cli import run
+from growkit.configuration import read_config
 from growkit.depth import plan_depth
 from growkit.errors import GrowkitError, UsageError
 from growkit.llama import Llama, write_config

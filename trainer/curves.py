@@ -15,7 +15,7 @@ from trainer.directory import write_whole
 
 Row = Mapping[str, str]
 TRAIN, VALIDATION, MARK = "#9fb8d9", "#1b4f9c", "#c0392b"
-SMOOTHED = 20  # rows at most; a twentieth of a short line
+SMOOTHED = 20  # rows at most; a tenth of a short line
 
 
 def points(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]]:
@@ -26,7 +26,7 @@ def points(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]]:
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """The geometric mean of each value and some before it (the mean of the losses)."""
-    width = max(1, min(SMOOTHED, len(values) // 20))
+    width = max(1, min(SMOOTHED, len(values) // 10))
     logs = [math.log(value) for value in values]
     windows = [logs[max(0, end - width) : end] for end in range(1, len(logs) + 1)]
     return [math.exp(sum(window) / len(window)) for window in windows]

@@ -26,10 +26,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from growkit.architecture import Architecture, read_config
+from growkit.architecture import Architecture
 from growkit.checkpoint.huggingface import read_json
 from growkit.checkpoint.output import Job, Progress, create_file, fill
 from growkit.checkpoint.tensor import SLOTS, Contents, Recipe, Source, Tensor, raw
+from growkit.configuration import read_config
 from growkit.errors import GrowkitError
 from growkit.spec import Row
 

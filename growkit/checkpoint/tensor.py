@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from growkit.architecture import Architecture, read_config
+from growkit.architecture import Architecture
+from growkit.configuration import read_config
 from growkit.errors import GrowkitError
 
 SLOTS = ("params", "mu", "nu")

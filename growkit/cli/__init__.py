@@ -19,7 +19,7 @@ from growkit.errors import GrowkitError
 
 # verb: (file that holds it, one line for the list of verbs)
 VERBS = {
-    "quickstart": ("training", "Train, grow, train on and export a small model on this machine's own text."),
+    "quickstart": ("quickstart", "Train, grow, train on and export a small model on this machine's own text."),
     "tokenize": ("training", "Turn text into token files."),
     "train": ("training", "Train a new model, or train on a grown or imported one."),
     "depth": ("growing", "Grow a model in depth, optimizer state included."),

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from growkit.cli.growing import KINDS, changes, json_text, progress_bar
+from growkit.cli.description import KINDS, changes
+from growkit.cli.terminal import json_text, progress_bar
 
 TOKENS = 1024
 # The logits of so many tokens are in memory at once.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from growkit.cli.growing import progress_bar
+from growkit.cli.terminal import progress_bar
 
 
 @click.command("import")

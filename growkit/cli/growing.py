@@ -6,23 +6,19 @@ to others.
 
 from __future__ import annotations
 
-import json
 import os
-from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 
 import click
 
+from growkit.cli.description import describe
+from growkit.cli.terminal import json_text, progress_bar
 from growkit.depth import FORM
 from growkit.depth import METHODS as DEPTH_METHODS
 from growkit.plan import MOMENTS
 from growkit.width import METHODS as WIDTH_METHODS
 
-KINDS = {"checkpoint": "trainer checkpoint", "huggingface": "Hugging Face directory"}
 TOKENS = "1024"
-WARM = "   (warm up again for 150 to 250 steps)"
-NOT_PRESERVED = "not preserved: a copied layer adds its part once more, so the loss rises until training recovers it"
 
 
 class Growing(click.Command):
@@ -118,9 +114,9 @@ def grow_like(like: str, src: str, out: str, **options) -> None:
 
 def like_model(text: str, model):
     """The model that --like names, what it leaves open being `model`'s. Raises UsageError."""
-    from growkit.architecture import read_config
     from growkit.checkpoint import open_source
     from growkit.checkpoint.huggingface import read_json
+    from growkit.configuration import read_config
     from growkit.errors import GrowkitError, UsageError
 
     path = Path(os.path.expanduser(text))
@@ -227,163 +223,6 @@ def _summary(source, plan, size: int, out: Path, dry_run: bool, found: dict | No
         "tied_copies": plan.tied_copies,
     }
     return json_text(summary | ({"check": found} if found else {}) | plan.resolved())
-
-
-def json_text(value: dict) -> str:
-    """One JSON document; numbers that are not finite are null there, JSON having no other word for them."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def describe(source, plan, size: int, out: Path) -> str:
-    """What a plan will do, for a reader at a terminal."""
-    from growkit.depth import picture
-
-    before, after = plan.model, plan.grown
-    lines = [
-        f"source      {source.path} ({KINDS[source.kind]}, {source.dtype})",
-        f"output      {out}",
-        f"sizes       {changes(before.sizes, after.sizes)}",
-        *(f"growth      {words}" for words in plan.method.split("; ")),
-        *(f"by rule     {note}" for note in plan.notes),
-        *([picture(plan.maps["layer"].index.tolist())] if "layer" in plan.maps else []),
-        *(f"padding     {words}" for words in _padding(plan)),
-        *([f"noise       {_noise(plan)}"] if plan.noise else []),
-        f"parameters  {before.parameters:,} -> {after.parameters:,} ({after.parameters / before.parameters:.2f}x)",
-        f"on disk     {source.size / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
-        f"function    {_function(source, plan)}",
-        f"optimizer   {_optimizer(source, plan)}",
-        *([f"rate        {_rates(source, plan)}"] if plan.preserved else []),
-        *([f"warning     {_tied(plan)}"] if plan.tied_copies else []),
-        f"next        {_next(source, plan, out)}",
-    ]
-    return "\n".join(lines)
-
-
-def changes(before: dict[str, int], after: dict[str, int]) -> str:
-    """'layer 18 -> 24, mlp 64 -> 128': the axes whose sizes differ."""
-    return ", ".join(f"{axis} {before[axis]} -> {after[axis]}" for axis in after if before[axis] != after[axis])
-
-
-def _padding(plan) -> list[str]:
-    """What the new units of padded axes hold, in words."""
-    fill = {"layer": "the mean of their old entries", "rms": "zeros"}[plan.model.norm]
-    words = {
-        "embed": f"embed: writers of the residual stream get {fill}, readers random columns "
-        f"(seed {plan.seed}); norm weights and eps are scaled to match",
-        "head_dim": f"head_dim: new keys are zero, new queries and values random (seed {plan.seed}) and not read yet; "
-        "old queries are scaled up",
-    }
-    return [words[axis] for axis in plan.pads]
-
-
-def _noise(plan) -> str:
-    return (
-        f"{plan.noise:g} x initializer_range {plan.model.initializer_range:g}, seed {plan.seed}, on what reads copied "
-        "units; it sums to zero over the copies of each"
-    )
-
-
-def _function(source, plan) -> str:
-    if not plan.preserved:
-        return NOT_PRESERVED
-    narrow = source.dtype.itemsize < 4
-    return (
-        f"preserved, to the rounding of the weights to {source.dtype} (--check measures it)" if narrow else "preserved"
-    )
-
-
-def _optimizer(source, plan) -> str:
-    """What becomes of the moments, in words."""
-    if "mu" not in source.tensors:
-        return "none in the source: training starts its moments at zero"
-    inserted = " (zero in inserted layers)" if "layer" in plan.maps else ""
-    mu, nu = (f"grown by the rule{inserted}", "grown by the rule") if plan.preserved else ("zero", "copied")
-    words = {
-        "map": f"mu {mu}, nu {nu}",
-        "copy": "mu and nu copied as they are",
-        "nu-only": f"mu zero, nu {nu}",
-        "reset": "mu, nu and count zero",
-    }[plan.moments]
-    return words if plan.moments == "reset" else f"{words}, count kept ({source.record.get('count', 0)})"
-
-
-def _rates(source, plan) -> str:
-    """What preserves the training as well as the function: the learning rate's multipliers, where they do."""
-    from growkit.expansion import share_scale
-
-    if not plan.continues:
-        return "the function is the source's now, the training that follows is not"
-    tensors: dict[str, list[str]] = {}
-    for row in plan.grown.table.rows:
-        scale = share_scale(row, plan.maps)
-        if scale is not None:
-            low, high = float(scale.min()), float(scale.max())
-            factor = f"x{low:.3g}" if low == high else f"x{low:.3g} to x{high:.3g}"
-            tensors.setdefault(factor, []).append(".".join(row.path).removeprefix("layers."))
-    factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in tensors.items())
-    exact = "training goes on exactly as the source's would: " if "mu" in source.tensors else ""
-    return f"{exact}the trainer multiplies learning rates {factors} (optimizer.multipliers), eps and clip to match"
-
-
-def _next(source, plan, out: Path) -> str:
-    """The command that trains the result."""
-    command = f"growkit train CONFIG --from {out} --out RUN"
-    if not plan.continues:
-        return command + WARM
-    return f"{command} schedule.continued=true" if "mu" in source.tensors else command
-
-
-def _tied(plan) -> str:
-    by = "dropout or --noise separates" if "embed" in plan.tied_copies else "dropout, --noise or --spread separates"
-    return f"copies of {', '.join(plan.tied_copies)} stay equal, for equal copies get equal gradients; only {by} them"
-
-
-@contextmanager
-def progress_bar(what: str, total: int):
-    """A bar of bytes on a terminal, nothing elsewhere; yields the function that advances it."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
-
-
-@contextmanager
-def counter(what: str):
-    """A live line of documents and tokens on a terminal, nothing elsewhere."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.status import Status
-
-    with Status(what, console=Console(stderr=True)) as status:
-        yield lambda documents, tokens, size: status.update(
-            f"{what}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text"
-        )
 
 
 COMMANDS = {"depth": depth, "width": width, "grow": grow_like}

@@ -57,7 +57,7 @@ def _say(number: int, words: str) -> None:
 
 
 def _prepare_text(directory: Path) -> int:
-    from growkit.cli.growing import counter
+    from growkit.cli.terminal import counter
     from trainer.tokenize import load_tokenizer, tokenize_documents, train_tokenizer
 
     _say(1, "tokenize the Python standard library's source")
@@ -193,3 +193,6 @@ def _show(directory: Path) -> None:
         {"small model, same compute": histories["control"].rows},
     )
     click.echo(f"\n{table}\n\nfurther training of both: {further:.2e} FLOPs; the curves: {picture}")
+
+
+COMMANDS = {"quickstart": quickstart}

@@ -1,4 +1,4 @@
-"""The verbs that make text into a model: tokenize, train, generate, quickstart."""
+"""The verbs that make text into a model: tokenize, train, generate."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import signal
 from pathlib import Path
 
 import click
-
-from growkit.cli.quickstart import quickstart
 
 
 @click.command()
@@ -24,7 +22,7 @@ def tokenize(text: tuple[str, ...], tokenizer: str | None, train_bpe: int | None
 
     Written in Megatron's indexed format (tokens.bin, tokens.idx) with a manifest; end-of-text ends each document.
     """
-    from growkit.cli.growing import counter
+    from growkit.cli.terminal import counter
     from trainer.tokenize import tokenize as tokenize_files
 
     with counter("tokenizing") as progress:
@@ -126,4 +124,4 @@ def continued(source, prompt: str, tokens: int, temperature: float, seed: int) -
     return prompt + tokenizer.decode(list(added), skip_special_tokens=False)
 
 
-COMMANDS = {"quickstart": quickstart, "tokenize": tokenize, "train": train, "generate": generate}
+COMMANDS = {"tokenize": tokenize, "train": train, "generate": generate}
