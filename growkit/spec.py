@@ -101,7 +101,7 @@ class Table:
             layer = row.match(name)
             if layer is not None:
                 return row, layer
-        best = nearest(name, [row.named(0) for row in self.rows])
+        best = nearest(name, [row.named(0) for row in self.rows], likeness=0.4)
         hint = f"; the nearest row is {self.match(best)[0].name}" if best else ""
         raise GrowkitError(f"no row of the axis table covers the parameter {name!r}{hint}")
 

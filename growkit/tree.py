@@ -162,6 +162,6 @@ def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:
 
 def _unknown(path: tuple[Any, ...], rows: Mapping[tuple[str, ...], Row]) -> str:
     name = ".".join(map(str, path))
-    best = nearest(name, [".".join(known) for known in rows])
+    best = nearest(name, [".".join(known) for known in rows], likeness=0.4)
     hint = f"; the nearest row is {rows[tuple(best.split('.'))].name}" if best else ""
     return f"no row of the axis table covers the parameter {name!r}{hint}"

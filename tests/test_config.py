@@ -170,7 +170,7 @@ def test_a_stated_value_is_compared_as_the_number_it_is():
     "section,fragment",
     [
         ({"layer": 3, "tied": False}, "than here: layer is 3 in the one and 2 in the other, tied is False"),
-        ({"layers": 2}, "model.layers; did you mean 'layer'"),
+        ({"layers": 2}, "unknown key model.layers; the keys here are layer, "),
         ("large", "model is a section of values, got 'large'"),
         ({"layer_norm_eps": "1e-6"}, "layer_norm_eps is 1e-06 in the one and 1e-05 in the other"),
     ],

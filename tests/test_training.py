@@ -255,13 +255,22 @@ def test_a_run_with_another_seed_is_another(data, tmp_path, whole):
     assert not same_state(state_of(tmp_path / "run"), state_of(whole))
 
 
-def test_a_second_interrupt_acts_at_once_and_loses_nothing(data, tmp_path, whole):
+def test_a_second_interrupt_acts_at_once_and_loses_nothing(data, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr("trainer.interrupt.REPEAT", 0.0)
     out = tmp_path / "run"
     run = send_at(new_run(data, out), 6, signal.SIGINT, times=2)
     with pytest.raises(KeyboardInterrupt):
         run.go()
     assert rows_of(out)[-1]["step"] == "6"
     run.close()
+    new_run(data, out).go()
+    assert_as_if_uninterrupted(out, whole)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(data, tmp_path, whole):
+    out = tmp_path / "run"
+    assert send_at(new_run(data, out), 6, signal.SIGTERM, times=2).go().signal == signal.SIGTERM
+    assert last_step(out) is not None
     new_run(data, out).go()
     assert_as_if_uninterrupted(out, whole)
 
@@ -505,7 +514,10 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(data, tmp_path, monk
 def test_what_may_not_change_is_named(data, tmp_path, whole):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    with pytest.raises(UsageError, match="other values of optimizer.clip, seed, which may not change"):
+    with pytest.raises(
+        UsageError,
+        match=r"other values of optimizer.clip \(.* then, .* now\), seed \(5 then, .* now\), which may not change",
+    ):
         new_run(data, out, optimizer={"clip": 0.5}, seed=7)
     with pytest.raises(UsageError, match="other values of --from,"):
         train_run(values(data), out, str(whole))

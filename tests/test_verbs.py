@@ -174,7 +174,7 @@ def test_a_plan_says_what_it_does(place, capsys):
     said = capsys.readouterr().out
     assert "by rule     mlp 12 -> 24, to keep its ratio to embed" in said and "mu grown by the rule" in said
     assert "learning rates x0.5 for" in said and "attention.query_key_value.weight" in said
-    assert said.endswith("--out RUN schedule.continued=true\n")
+    assert said.endswith("--out RUN data.train=TOKENS schedule.continued=true\n")
     assert "warning     copies of embed, head, mlp stay equal" in said and "warm up" not in said
     assert grown_by([*GROWTHS["noise"], "--moments", "reset"], "ck", "out", "--dry-run") == 0
     said = capsys.readouterr().out

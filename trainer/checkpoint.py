@@ -134,10 +134,13 @@ class Checkpoints:
         lineage: list[dict[str, Any]],
         record: dict[str, Any],
         files: dict[str, bytes],
-    ) -> None:
-        """Begin to save; returns when the state is copied, before it is written. A step saved already is left alone."""
+    ) -> bool:
+        """Begin to save; returns when the state is copied, before it is written. A step saved already is left alone.
+
+        Returns whether there was anything to save.
+        """
         if step in self.manager.all_steps():
-            return
+            return False
         loss = record.get("validation_loss")
         items = {
             STATE: ocp.args.PyTreeSave(to_tree(state)),
@@ -147,6 +150,7 @@ class Checkpoints:
         with self._failing("written"):
             metrics = None if loss is None else {"validation_loss": loss}
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        return True
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """The state and the meta data of a finished checkpoint, in the dtypes and places of `like`."""

@@ -271,7 +271,7 @@ def _build(kind: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in types:
             near = did_you_mean(str(key), types)
-            raise UsageError(f"unknown key {where}{key}{near}; the keys here are {', '.join(types)}")
+            raise UsageError(f"unknown key {where}{key}; the keys here are {', '.join(types)}{near}")
     return kind(**{key: _convert(types[key], value, f"{where}{key}") for key, value in values.items()})
 
 

@@ -38,7 +38,7 @@ class Corpus:
         lines = []
         for name, _, windows in self.mixture.parts:
             share = self.mixture.shares[name]
-            lines.append(f"data {name}: {len(windows) * windows.context:,} tokens, {share:.1%} of the sequences")
+            lines.append(f"data {name!r}: {len(windows) * windows.context:,} tokens, {share:.1%} of the sequences")
         held = sum(len(windows) for windows in self.validation)
         return [*lines, f"validation: {held:,} windows of {self.mixture.context} tokens held out"]
 

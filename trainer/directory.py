@@ -69,7 +69,10 @@ def hold(directory: epath.Path) -> IO[str] | None:
 
 def check_same(stored: dict[str, Any], config: Config, start: str | None, source: Source | None) -> None:
     """Raise UsageError, naming the keys, when a run that exists was begun with another configuration or source."""
-    changed = changed_keys(stored["config"], config.to_dict())
+    changed = [
+        f"{key} ({_at(stored['config'], key)} then, {_at(config.to_dict(), key)} now)"
+        for key in changed_keys(stored["config"], config.to_dict())
+    ]
     origin = stored["from"] or {}
     if origin.get("path") != start or (source and origin and origin["fingerprint"] != source.fingerprint):
         changed.append("--from")
@@ -78,6 +81,13 @@ def check_same(stored: dict[str, Any], config: Config, start: str | None, source
             f"this run was begun with other values of {', '.join(changed)}, which may not change when it is resumed; "
             f"name another --out, or give the values that its {CONFIG} holds"
         )
+
+
+def _at(values: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        values = values.get(part)
+    return values
 
 
 def with_model_of(values: dict[str, Any], model: NeoX, origin: str) -> dict[str, Any]:
@@ -118,8 +128,12 @@ def _visible(directory: epath.Path) -> list[str]:
     return [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
 
 
-def begin(directory: epath.Path, config: Config, start: str | None, source: Source | None) -> IO[str] | None:
+def begin(
+    directory: epath.Path, config: Config, start: str | None, source: Source | None, resumes: bool
+) -> IO[str] | None:
     """Make RUN and write its configuration, or check that the one there is the same. `start` is --from as given.
+
+    resumes: whether RUN has a checkpoint to go on from; where it has none, another configuration begins anew.
 
     Returns what `hold` does. Raises UsageError, or GrowkitError when another process trains into RUN.
     """
@@ -128,7 +142,7 @@ def begin(directory: epath.Path, config: Config, start: str | None, source: Sour
     held = hold(directory)
     # Read only now: what was there before the lock may be another process's beginning.
     stored = existing(directory)
-    if stored is not None:
+    if stored is not None and resumes:
         check_same(stored, config, start, source)
     origin = {"path": start, "fingerprint": source.fingerprint} if source else stored["from"] if stored else None
     described = {"growkit": __version__, "from": origin, "config": config.to_dict()}

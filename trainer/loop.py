@@ -26,7 +26,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX, write_config
 from growkit.surgery import grown_source, provenance
 from trainer import curves, growth
-from trainer.checkpoint import Checkpoints, abstract, from_source, placed
+from trainer.checkpoint import Checkpoints, abstract, from_source, last_step, placed
 from trainer.config import Config, neox
 from trainer.corpus import Corpus, open_corpus
 from trainer.data import Stream, validation_batches
@@ -66,7 +66,7 @@ class Run:
         self.model: NeoX = neox(config.model)
         check_precision(config)
         self.data: Corpus = open_corpus(config, source)
-        self.held = begin(self.directory, config, start, source)
+        self.held = begin(self.directory, config, start, source, last_step(self.directory) is not None)
         self.checkpoints = Checkpoints(self.directory, config.checkpoint)
         self.history = History(self.directory)
         last = self.checkpoints.last
@@ -166,6 +166,8 @@ class Run:
             self._announce()
             self._validate_if_due()
             self._train(steps)
+            if self.interrupt.received is not None:
+                self.report.say(f"stopping at step {self.step}: saving; another signal ends it at once, unsaved")
             self._save()
             self.close()
             self._draw(final=True)
@@ -180,12 +182,19 @@ class Run:
             self.held.close()
 
     def _announce(self) -> None:
+        model, before = self.config.model, self.lineage[-1].get("source")
+        origin = f", from {before['path']}" if before else ", new"
+        self.report.say(
+            f"model: {model.layer} layers, embed {model.embed}, {model.head} heads, mlp {model.mlp}, "
+            f"{self.model.parameters:,} parameters{origin}"
+        )
         for line in self.data.facts():
             self.report.say(line)
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
         else:
             self._row(0, event=self._beginning())
+            self.report.say(self._beginning())
         for line in self._about_growth():
             self.report.say(line)
         if self.new_stream:
@@ -326,9 +335,9 @@ class Run:
             self.history.flush()
         files = self.files | {EARLIER: self.history.carried()}
         record = self.record()
-        self.checkpoints.save(self.step, self.state, self.hf_config, self.lineage, record, files)
+        saved = self.checkpoints.save(self.step, self.state, self.hf_config, self.lineage, record, files)
         self.saved_at = time.monotonic()
-        if record["validation_loss"] is None:
+        if saved and record["validation_loss"] is None:
             self.report.say(f"saved at step {self.step}")
 
     def _draw(self, final: bool = False) -> None:

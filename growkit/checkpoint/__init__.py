@@ -47,7 +47,8 @@ def locate(text: str) -> Path:
         return checkpoint_of_run(run.parent, at)
     if HUB_ID.fullmatch(name or text) and "/" in text and not Path(text.split("/")[0]).exists():
         return _download(name or text, at if name else None)
-    near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = nearest(path.name, beside)
     hint = f"; did you mean {str(path.parent / near)!r}?" if near else ""
     raise UsageError(f"there is no such directory: {text}{hint}")
 

@@ -84,8 +84,13 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = growkit(arguments, standalone_mode=False)
+        code = growkit(arguments, prog_name="growkit", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except click.UsageError as problem:
+        verb = problem.ctx.command_path if problem.ctx else "growkit"
+        words = " ".join(problem.format_message().split()).rstrip(".")
+        click.echo(f"growkit: {words[:1].lower()}{words[1:]}; see {verb} --help", err=True)
+        return problem.exit_code
     except click.ClickException as problem:
         problem.show()
         return problem.exit_code

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 KINDS = {"checkpoint": "trainer checkpoint", "huggingface": "Hugging Face directory"}
-WARM = "   (warm up again for 150 to 250 steps)"
+WARM = " schedule.warmup=200"
 NOT_PRESERVED = "not preserved: a copied layer adds its part once more, so the loss rises until training recovers it"
 
 
@@ -105,7 +105,7 @@ def _rates(source, plan) -> str:
 
 def _next(source, plan, out: Path) -> str:
     """The command that trains the result."""
-    command = f"growkit train CONFIG --from {out} --out RUN"
+    command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"
     if not plan.continues:
         return command + WARM
     return f"{command} schedule.continued=true" if "mu" in source.tensors else command

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import signal
 import sysconfig
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ RECIPE = {
 }
 SOURCE_STEPS, FURTHER_STEPS = 1400, 1000
 PROMPT = "def read_"
+MARK = "quickstart.json"
 
 
 @click.command()
@@ -42,6 +42,7 @@ def quickstart(out: str) -> int:
     """
     began = time.monotonic()
     directory = Path(out)
+    _begin(directory)
     code = _prepare_text(directory)
     for part in (_train_source, _grow, _train_grown, _train_control, _export):
         code = code or part(directory)
@@ -52,26 +53,36 @@ def quickstart(out: str) -> int:
     return 0
 
 
+def _begin(directory: Path) -> None:
+    """Make the directory, or check that it is a quickstart's of the same sizes. Raises UsageError."""
+    from growkit.errors import UsageError
+
+    sizes = json.dumps({"model": MODEL, "grown": GROWN_LAYERS, "steps": [SOURCE_STEPS, FURTHER_STEPS]})
+    mark = directory / MARK
+    foreign = directory.is_dir() and any(directory.iterdir()) and not mark.exists()
+    if foreign or (directory.exists() and not directory.is_dir()):
+        raise UsageError(f"{directory} exists and is not a quickstart's; name another --out")
+    if mark.exists() and mark.read_text() != sizes:
+        raise UsageError(f"{directory} is a quickstart's of other sizes, by another version; name another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    mark.write_text(sizes)
+
+
 def _say(number: int, words: str) -> None:
     click.echo(f"\n[{number}/6] {words}")
 
 
 def _prepare_text(directory: Path) -> int:
     from growkit.cli.terminal import counter
-    from trainer.tokenize import load_tokenizer, tokenize_documents, train_tokenizer
+    from trainer.tokenize import tokenize_documents, train_tokenizer
 
     _say(1, "tokenize the Python standard library's source")
     if not (directory / "tokens").exists():
         texts = [text for _, text in standard_library(TEXT_BYTES)]
-        held = directory / "tokenizer.json"
-        if not held.exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            # One text in four is enough to learn a small vocabulary from.
-            held.write_bytes(train_tokenizer(texts[::4], VOCAB).json)
+        # One text in four is enough to learn a small vocabulary from.
+        tokenizer = train_tokenizer(texts[::4], VOCAB)
         with counter("tokenizing") as progress:
-            tokenize_documents(
-                texts, directory / "tokens", load_tokenizer(held), ["Python standard library"], progress=progress
-            )
+            tokenize_documents(texts, directory / "tokens", tokenizer, ["Python standard library"], progress=progress)
     manifest = json.loads((directory / "tokens" / "manifest.json").read_text())
     click.echo(f"{manifest['documents']:,} files, {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,}")
     return 0
@@ -92,11 +103,11 @@ def standard_library(limit: int) -> list[tuple[str, str]]:
 
 
 def _run(directory: Path, name: str, values: dict, start: str | None) -> int:
-    from growkit.cli.training import train_run
+    from growkit.cli.training import exit_code, train_run
 
     data = {"data": {"train": {str(directory / "tokens"): 1.0}}}
     result = train_run(RECIPE | data | values, directory / name, start)
-    return {None: 0, signal.SIGTERM: 75, signal.SIGINT: 130}[result.signal]
+    return exit_code(result)
 
 
 def schedule(steps: int, warmup: int, peak: float) -> dict:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from growkit.cli import INTERRUPTED, TERMINATED
+
 
 @click.command()
 @click.argument("text", nargs=-1, required=True)
@@ -28,6 +30,8 @@ def tokenize(text: tuple[str, ...], tokenizer: str | None, train_bpe: int | None
     with counter("tokenizing") as progress:
         manifest = tokenize_files(list(text), out, tokenizer, train_bpe, force, progress)
     empty = f", {manifest['empty_documents']} empty ones left out" if manifest.get("empty_documents") else ""
+    if train_bpe and manifest["vocab_size"] < train_bpe:
+        click.echo(f"note: {train_bpe} tokens were asked for, and the text supports {manifest['vocab_size']}")
     click.echo(
         f"wrote {out}: {manifest['documents']:,} documents{empty}, {manifest['tokens']:,} tokens of "
         f"{manifest['bytes'] / manifest['tokens']:.2f} bytes, vocabulary {manifest['vocab_size']:,}"
@@ -52,7 +56,12 @@ def train(config: str, overrides: tuple[str, ...], start: str | None, out: str, 
     loss = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
     click.echo(f"{out}: step {result.step}{loss}, {state}")
-    return {None: 0, signal.SIGTERM: 75, signal.SIGINT: 130}[result.signal]
+    return exit_code(result)
+
+
+def exit_code(result) -> int:
+    """0 for a run that is finished, else what its signal means."""
+    return {None: 0, signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}[result.signal]
 
 
 def train_run(values: dict, out: str | Path, start: str | None = None, allow_gap: bool = False):
@@ -80,6 +89,8 @@ def train_run(values: dict, out: str | Path, start: str | None = None, allow_gap
         values = with_model_of(values, plan.grown if plan else source.model, start)
     elif values.get("grow"):
         raise UsageError("the grow section grows the model of --from; give one")
+    elif not values.get("model"):
+        raise UsageError("there is no model to train: the configuration has no model section, and --from is not given")
     return Run(resolve(values), out, source, start, allow_gap).go()
 
 
