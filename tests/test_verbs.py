@@ -175,11 +175,11 @@ def test_a_plan_says_what_it_does(place, capsys):
     assert "by rule     mlp 12 -> 24, to keep its ratio to embed" in said and "mu grown by the rule" in said
     assert "learning rates x0.5 for" in said and "attention.query_key_value.weight" in said
     assert said.endswith("--out RUN data.train=TOKENS schedule.continued=true\n")
-    assert "warning     copies of embed, head, mlp stay equal" in said and "warm up" not in said
+    assert "warning     copies of embed, head, mlp stay equal" in said and "schedule.warmup=200" not in said
     assert grown_by([*GROWTHS["noise"], "--moments", "reset"], "ck", "out", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "noise       0.5 x initializer_range 0.02, seed 3" in said and "warning" not in said
-    assert "mu, nu and count zero" in said and "warm up" in said and "learning rates" not in said
+    assert "mu, nu and count zero" in said and "schedule.warmup=200" in said and "learning rates" not in said
     assert grown_by(GROWTHS["head_dim"], "half", "out", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "padding     head_dim: new keys are zero" in said and "to the rounding of the weights to bfloat16" in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 KINDS = {"checkpoint": "trainer checkpoint", "huggingface": "Hugging Face directory"}
+TRAINED = "gpt_neox"
 WARM = " schedule.warmup=200"
 NOT_PRESERVED = "not preserved: a copied layer adds its part once more, so the loss rises until training recovers it"
 
@@ -105,6 +106,8 @@ def _rates(source, plan) -> str:
 
 def _next(source, plan, out: Path) -> str:
     """The command that trains the result."""
+    if plan.model.kind != TRAINED:
+        return f"transformers loads {out}; growkit's trainer is for {TRAINED}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"
     if not plan.continues:
         return command + WARM
