@@ -8,14 +8,19 @@ source's gradient once (clip: 1 / (mu's scale squared x copies)). Width by copie
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from growkit.architecture import Architecture
 from growkit.spec import Row
+
+Lineage = Sequence[Mapping[str, Any]]
+# Where a growth that `Plan.continues` states its factors in its lineage entry.
+STATED = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -26,26 +31,24 @@ class Copied:
     copies: np.ndarray
 
 
-def growths_since(lineage: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The growths whose multipliers are still owed: all since the last training that went without them."""
-    owed: list[Mapping[str, Any]] = []
-    for entry in reversed(lineage):
-        if entry.get("operation") == "train" and not entry.get("multipliers"):
-            break
+def growths_after(lineage: Lineage, last: Callable[[Mapping[str, Any]], bool]) -> list[Mapping[str, Any]]:
+    """The growths at the end of a lineage, in order, down to the latest entry of which `last` is true."""
+    found: list[Mapping[str, Any]] = []
+    for entry in takewhile(lambda entry: not last(entry), reversed(lineage)):
         if "maps" in entry:
-            owed.insert(0, entry)
-    return owed
+            found.insert(0, entry)
+    return found
 
 
-def continues(lineage: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether there are growths owed and all of them are exact for the training too: width by copies alone."""
-    owed = growths_since(lineage)
-    return bool(owed) and all(_continues(entry) for entry in owed)
+def growths_owed(lineage: Lineage) -> list[Mapping[str, Any]]:
+    """The growths whose multipliers are still owed: all since the last training that went without them."""
+    return growths_after(lineage, lambda entry: entry.get("operation") == "train" and not entry.get("multipliers"))
 
 
-def _continues(entry: Mapping[str, Any]) -> bool:
-    exact = entry["function"] == "preserved" and entry["moments"] == "map" and not entry["noise"]
-    return exact and bool(entry["maps"]) and "layer" not in entry["maps"] and not entry["pads"]
+def continues(lineage: Lineage) -> bool:
+    """Whether there are growths owed and all of them are exact for the training too, and so state their factors."""
+    owed = growths_owed(lineage)
+    return bool(owed) and all(STATED in entry for entry in owed)
 
 
 def copied_axes(growths: Sequence[Mapping[str, Any]]) -> dict[str, Copied]:

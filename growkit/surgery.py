@@ -13,7 +13,7 @@ import numpy as np
 from growkit import __version__
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, made, zeros
 from growkit.expansion import grow_tensor, moment_fate, needs_work
-from growkit.multipliers import in_words
+from growkit.multipliers import STATED, in_words
 from growkit.padding import MU, NU, VALUE
 from growkit.plan import Plan
 from growkit.spec import Row
@@ -32,7 +32,7 @@ def grown(source: Source, plan: Plan) -> Contents:
     }
     entry = provenance(source) | plan.resolved()
     if plan.continues:
-        entry |= {"optimizer": in_words(plan.grown, entry)}
+        entry |= {STATED: in_words(plan.grown, entry)}
     return Contents(
         config=plan.grown.written(source.config),
         recipes=recipes,

@@ -442,7 +442,7 @@ def test_two_at_once_are_refused(tmp_path):
 SLOWLY = """
 import sys, time
 from contextlib import contextmanager
-import growkit.cli.growing as growing
+import growkit.cli.terminal as terminal
 from growkit.cli import run
 
 @contextmanager
@@ -452,7 +452,7 @@ def slow(what, total):
         time.sleep(0.2)
     yield advance
 
-growing.progress_bar = slow
+terminal.progress_bar = slow
 sys.exit(run(sys.argv[1:]))
 """
 

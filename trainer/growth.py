@@ -6,19 +6,18 @@ source's, and when copies stay equal. Leaves plans to growkit and training to th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from growkit.depth import plan_depth
 from growkit.errors import UsageError
-from growkit.multipliers import continues, growths_since, multipliers
+from growkit.multipliers import Lineage, continues, growths_after, growths_owed, multipliers
 from growkit.neox import NeoX
 from growkit.plan import Plan, combined, plan_from, with_options
 from growkit.width import plan_width
 from trainer.config import Config, Dropout, Grow
 from trainer.optimizer import Multipliers
 
-Lineage = Sequence[Mapping[str, Any]]
 # By how much a validation loss, nats a token, may differ after exact growth: what rounding explains.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
 
@@ -43,18 +42,12 @@ def planned(settings: Grow, model: NeoX) -> Plan | None:
 
 def last_growths(lineage: Lineage) -> list[Mapping[str, Any]]:
     """The growths at the end of a source's lineage, which no training has followed."""
-    found: list[Mapping[str, Any]] = []
-    for entry in reversed(lineage):
-        if entry.get("operation") == "train":
-            break
-        if "maps" in entry:
-            found.insert(0, entry)
-    return found
+    return growths_after(lineage, lambda entry: entry.get("operation") == "train")
 
 
 def owed(setting: str, lineage: Lineage, model: NeoX) -> Multipliers | None:
     """The multipliers to apply to a model of this lineage, None for none. setting: on, off or auto."""
-    growths = growths_since(lineage)
+    growths = growths_owed(lineage)
     if setting == "off" or not growths or (setting == "auto" and not continues(lineage)):
         return None
     return Multipliers(**multipliers(model, growths))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
-from growkit.cli.terminal import progress_bar
+from growkit.cli.terminal import write
 
 
 @click.command("import")
@@ -23,7 +22,7 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
     from growkit.checkpoint import open_source
 
     source = open_source(hf_dir)
-    _write(source, imported(source), Path(out), "checkpoint", force)
+    write(source, imported(source), Path(out), "checkpoint", force)
     click.echo(
         f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in {hf_dir}, count 0"
     )
@@ -49,7 +48,7 @@ def export(src: str, out: str, dtype: str | None, check: bool, force: bool, shar
     contents = exported(source, dtype)
     if check:
         require_transformers()
-    _write(source, contents, Path(out), "huggingface", force, limit)
+    write(source, contents, Path(out), "huggingface", force, limit)
     written = contents.lineage[-1]["dtype"]
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
     click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
@@ -69,14 +68,6 @@ def shard_bytes(text: str) -> int:
     if not found or float(found[1]) == 0:
         raise UsageError(f"--max-shard-size is a number with B, KB, MB or GB, as 5GB; got {text!r}")
     return int(float(found[1]) * {"B": 1, None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]])
-
-
-def _write(source, contents, out: Path, kind: str, force: bool, *shard: int) -> None:
-    from growkit.checkpoint import write_output
-
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    with progress_bar("writing", contents.size) as progress:
-        write_output(out, kind, contents, source, force, progress, *shard)
 
 
 def compare(source, out: Path, dtype: str) -> str:

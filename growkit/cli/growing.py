@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from growkit.cli.description import describe
-from growkit.cli.terminal import json_text, progress_bar
+from growkit.cli.terminal import json_text, write
 from growkit.depth import FORM
 from growkit.depth import METHODS as DEPTH_METHODS
 from growkit.plan import MOMENTS
@@ -189,7 +189,7 @@ def grow(source, plan, out: Path, dry_run: bool, force: bool, as_json: bool, tok
         click.echo(describe(source, plan, contents.size, out))
     found = None
     if not dry_run:
-        _write(source, contents, out, force)
+        write(source, contents, out, source.kind, force)
         found = None if tokens is None else check(source, out, plan, tokens)
     if as_json:
         click.echo(_summary(source, plan, contents.size, out, dry_run, found))
@@ -199,15 +199,6 @@ def grow(source, plan, out: Path, dry_run: bool, force: bool, as_json: bool, tok
         if not as_json:
             click.echo(check_words(found))
         check_kept(found, out)
-
-
-def _write(source, contents, out: Path, force: bool) -> None:
-    from growkit.checkpoint import write_output
-
-    # Orbax imports jax; an output is written by this machine's processor, whatever else it has.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    with progress_bar("writing", contents.size) as progress:
-        write_output(out, source.kind, contents, source, force, progress)
 
 
 def _summary(source, plan, size: int, out: Path, dry_run: bool, found: dict | None) -> str:

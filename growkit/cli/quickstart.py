@@ -148,13 +148,14 @@ def _train_control(directory: Path) -> int:
 
 def _export(directory: Path) -> int:
     from convert.neox import exported
-    from growkit.checkpoint import open_source, write_output
+    from growkit.checkpoint import open_source
+    from growkit.cli.terminal import write
 
     _say(6, "export, load in transformers, generate")
     source = open_source(str(directory / "trained"))
     hf = directory / "huggingface"
     if not hf.exists():
-        write_output(hf, "huggingface", exported(source), source)
+        write(source, exported(source), hf, "huggingface", False)
     _load_in_transformers(source, hf)
     return 0
 

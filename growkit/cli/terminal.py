@@ -1,14 +1,16 @@
-"""What all verbs show alike: bars of progress, counts as they grow, JSON.
+"""What all verbs show alike: bars of progress, outputs being written under one, counts as they grow, JSON.
 
-Knows the terminal; leaves what is shown to the verbs.
+Knows the terminal; leaves what is shown and what is written to the verbs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from math import isfinite
+from pathlib import Path
 
 
 @contextmanager
@@ -30,6 +32,16 @@ def progress_bar(what: str, total: int):
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+def write(source, contents, out: Path, kind: str, force: bool, *shard: int) -> None:
+    """Write the contents made of a source to `out`, a bar of bytes on the terminal; see `growkit.checkpoint`."""
+    from growkit.checkpoint import write_output
+
+    # Orbax imports jax; an output is written by this machine's processor, whatever else it has.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with progress_bar("writing", contents.size) as progress:
+        write_output(out, kind, contents, source, force, progress, *shard)
 
 
 @contextmanager
