@@ -1,8 +1,8 @@
 """The product's main job once, small: tokenize, train, grow, train on, export, load in transformers, compare.
 
-Every part is the verb that a user would type, on text that every machine has: the Python standard library's
-own source. A part that is finished is not done again, so the command can be interrupted and repeated. Knows
-the order of the parts and the sizes that a CPU trains in minutes; leaves the work to the verbs.
+Every part does what a verb does, by the same functions, on text that every machine has: the Python standard
+library's own source. A part that is finished is not done again, so the command can be interrupted and repeated. Knows
+the order of the parts and the sizes that a CPU trains in minutes; leaves the work to what the verbs call.
 """
 
 from __future__ import annotations
