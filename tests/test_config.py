@@ -14,11 +14,10 @@ from trainer.config import (
     Model,
     changed_keys,
     neox,
-    presets,
-    read_values,
     resolve,
 )
 from trainer.directory import with_model_of
+from trainer.values import presets, read_values
 
 
 def refusal(values, *fragments):

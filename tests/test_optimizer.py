@@ -18,7 +18,7 @@ from growkit.neox import NeoX
 from trainer.checkpoint import from_tree, to_tree
 from trainer.config import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model import row_at
-from trainer.optimizer import Multipliers, adamw, clip_by_norm, decay_mask, global_norm, learning_rate
+from trainer.optimizer import Multipliers, adamw, clip_by_norm, decay_mask, global_norm
 from trainer.step import initial_state, make_train_step
 
 TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5, tied=False)
@@ -176,23 +176,6 @@ def test_clip_weights_weigh_squares():
 def test_a_gradient_of_zero_is_not_clipped_to_nan():
     clipped, _ = clip_by_norm(1.0).update({"a": jnp.zeros(3)}, None)
     assert np.array_equal(clipped["a"], np.zeros(3))
-
-
-SCHEDULE = Schedule(steps=100, warmup=10, floor=0.1)
-
-
-def test_the_schedule_warms_up_and_ends_at_the_floor():
-    rates = np.array([learning_rate(SCHEDULE, 2.0, step) for step in range(101)])
-    np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10, rtol=1e-12)
-    half = 0.5 * (1 + np.cos(np.pi * np.arange(91) / 90))
-    np.testing.assert_allclose(rates[9:100], 2.0 * (0.1 + 0.9 * half), rtol=1e-12)
-    assert rates[0] > 0
-    assert rates[99] == pytest.approx(0.2, rel=1e-12) == rates[100]
-
-
-def test_a_schedule_without_warm_up_begins_at_the_peak():
-    rates = [float(learning_rate(Schedule(steps=4, warmup=0, floor=0.0), 1.0, step)) for step in range(4)]
-    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 4)) for step in (1, 2, 3, 4)])
 
 
 # Exact growth: a clone of a model in width, trained on with the multipliers of its shares, is that model for ever.

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, filled from a preset or YAML file and key=value overrides.
+"""What a run is: frozen dataclasses, filled from the nested values that `trainer.values` reads.
 
 The defaults are the recipe of a public 760M-parameter GPT grown from 580M: peak learning rate 2.0e-4, 2000
 warm-up steps, cosine to 10 %, AdamW (0.9, 0.95) with decay 0.1, dropout 0.1, 0.5M tokens a batch, bfloat16.
@@ -9,15 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.neox import NeoX
@@ -100,14 +95,18 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine to `floor` times the peak at `steps`, counted from the last branch point.
+    """Linear warm-up to the peak, then down to `floor` times the peak at `steps`, counted from the last branch point.
 
+    kind: cosine or linear, all the way down; wsd (warm-up, stable, decay), which stays at the peak until the last
+    `decay`, a fraction, of the steps, and falls linearly in those; constant, which stays.
     continued: with --from, go on in the source's schedule where it stood instead of beginning again.
     """
 
+    kind: str = "cosine"
     steps: int = 82000
     warmup: int = 2000
     floor: float = 0.1
+    decay: float = 0.1
     continued: bool = False
 
 
@@ -180,72 +179,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Every value, resolved."""
         return dataclasses.asdict(self)
-
-
-class Loader(yaml.SafeLoader):
-    """YAML without numbers to the base of 60, which 18:24 would be, and with on and off as text."""
-
-
-WHOLE, TRUTH = "tag:yaml.org,2002:int", "tag:yaml.org,2002:bool"
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (WHOLE, TRUTH)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver(WHOLE, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-Loader.add_implicit_resolver(TRUTH, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-
-
-def presets() -> list[str]:
-    """The names of the presets that ship with the trainer."""
-    return sorted(Path(entry.name).stem for entry in files("trainer").joinpath("presets").iterdir())
-
-
-def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
-    """The nested values of a YAML file or preset with key=value overrides applied. Raises UsageError."""
-    text = _read_text(name)
-    try:
-        values = yaml.load(text, Loader) or {}
-    except yaml.YAMLError as problem:
-        raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{name} must hold `section: values`, got {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return values
-
-
-def _read_text(name: str) -> str:
-    path = Path(name)
-    if path.is_file():
-        try:
-            return path.read_text()
-        except UnicodeDecodeError:
-            raise UsageError(f"{name} is not a YAML file: it is not text") from None
-    if name in presets():
-        return files("trainer").joinpath("presets", f"{name}.yaml").read_text()
-    raise UsageError(
-        f"there is no configuration file {name!r} and no preset of that name; the presets are "
-        f"{', '.join(presets())}{did_you_mean(name, presets())}"
-    )
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UsageError(f"an override is key=value, as optimizer.learning_rate=1e-4; got {override!r}")
-    try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError:
-        raise UsageError(f"the value of {key} cannot be read: {text!r}") from None
-    node = values
-    *parents, last = key.split(".")
-    for parent in parents:
-        # A section without values is None in YAML.
-        node[parent] = node[parent] if node.get(parent) is not None else {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise UsageError(f"{key} has no place: {parent} is a value, not a section")
-    node[last] = value
 
 
 def resolve(values: dict[str, Any]) -> Config:
@@ -355,7 +288,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (AT_LEAST_ZERO, lambda value: value >= 0, "be at least 0"),
     (ABOVE_ZERO, lambda value: value > 0, "be above 0"),
     (FRACTIONS, lambda value: 0 <= value < 1, "lie in [0, 1)"),
-    (("schedule.floor",), lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+    (("schedule.floor", "schedule.decay"), lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     (("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"lie between 0 and {LARGEST_SEED}"),
 )
 CHOICES = {
@@ -363,6 +296,7 @@ CHOICES = {
     "precision.compute": ("float32", "bfloat16", "float64"),
     "remat": ("none", "dots", "full"),
     "optimizer.multipliers": ("auto", "on", "off"),
+    "schedule.kind": ("cosine", "linear", "wsd", "constant"),
 }
 
 
@@ -383,6 +317,11 @@ def _check(config: Config) -> None:
         )
     if schedule.warmup > schedule.steps:
         raise UsageError(f"schedule.warmup must be at most schedule.steps ({schedule.steps}), got {schedule.warmup}")
+    if schedule.kind == "wsd" and schedule.warmup + round(schedule.decay * schedule.steps) > schedule.steps:
+        raise UsageError(
+            f"schedule.warmup ({schedule.warmup} steps) and schedule.decay ({schedule.decay:g} of the steps) do not "
+            f"fit into schedule.steps ({schedule.steps})"
+        )
 
 
 def _value(config: Config, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW as growth needs it: clip, Adam, learning-rate multipliers, decay, and the schedule.
+"""AdamW as growth needs it: clip, Adam, learning-rate multipliers and decay.
 
 optax gives the vocabulary and the state (found structurally, as any optax state); written here is what its
 adamw lacks: an eps, a learning-rate multiplier and a clip weight for each parameter, scalar or for each unit,
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from growkit.neox import NeoX
-from trainer.config import Optimizer, Schedule
+from trainer.config import Optimizer
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,6 @@ class Multipliers:
     learning_rate: Any = None
     eps: Any = None
     clip: Any = None
-
-
-def learning_rate(schedule: Schedule, peak: float, step: jax.Array) -> jax.Array:
-    """The rate of the update after `step` updates since the branch point: step 0 takes the first warm-up step."""
-    step = jnp.asarray(step + 1, jnp.result_type(float))
-    warm = step / max(schedule.warmup, 1)
-    part = jnp.clip((step - schedule.warmup) / max(schedule.steps - schedule.warmup, 1), 0.0, 1.0)
-    cosine = schedule.floor + (1 - schedule.floor) * 0.5 * (1 + jnp.cos(jnp.pi * part))
-    return peak * jnp.where(step < schedule.warmup, warm, cosine)
 
 
 def decay_mask(model: NeoX) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from growkit.neox import NeoX
 from trainer.config import Config
 from trainer.loss import token_losses_sum
 from trainer.model import GPTNeoX, head_weight
-from trainer.optimizer import Multipliers, adamw, global_norm, learning_rate
+from trainer.optimizer import Multipliers, adamw, global_norm
+from trainer.schedule import learning_rate
 
 
 class State(NamedTuple):

@@ -136,7 +136,8 @@ def _preset_model(text: str, model):
     from dataclasses import replace
 
     from growkit.errors import UsageError
-    from trainer.config import read_values, resolve, resolve_model
+    from trainer.config import resolve, resolve_model
+    from trainer.values import read_values
 
     values = read_values(text, [])
     resolve(values)

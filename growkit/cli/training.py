@@ -50,7 +50,7 @@ def train(config: str, overrides: tuple[str, ...], start: str | None, out: str, 
     The same command given again resumes RUN where it stopped. Exit code 75 after SIGTERM, 130 after Ctrl-C,
     the run saved.
     """
-    from trainer.config import read_values
+    from trainer.values import read_values
 
     result = train_run(read_values(config, list(overrides)), out, start, allow_gap)
     loss = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
