@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-import trainer.tokenize as module
+import trainer.text as text_module
+import trainer.tokenizer as module
 from growkit.errors import GrowkitError, UsageError
-from trainer.tokenize import load_tokenizer, tokenize, tokenize_documents, train_tokenizer
+from trainer.text import has_text
+from trainer.tokenize import tokenize, tokenize_documents
+from trainer.tokenizer import load_tokenizer, train_tokenizer
 from trainer.tokens import TokenFile, verify
 
 TEXT = "The cat sat on the mat.\r\nThe dog, too; 日本 sat on 12 mats.\n" * 20
@@ -113,10 +116,10 @@ def test_the_trained_tokenizer_covers_all_bytes(bpe):
     smallest = train_tokenizer([TEXT], 258)
     assert smallest.vocab_size == 258
     for text in ("\0\x7f ñ 😀\n\n\t x", " lead", ""):
-        assert smallest.tokenizer.decode(smallest.encode([text])[0].tolist()) == text
+        assert smallest.tokenizer.decode(smallest.encode(text).tolist()) == text
 
 
-@given(st.lists(st.text().filter(module._has_text), min_size=1, max_size=5))
+@given(st.lists(st.text().filter(has_text), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=30)
 def test_any_documents_survive(tmp_path_factory, bpe, documents):
     out = tmp_path_factory.mktemp("any") / "out"
@@ -160,7 +163,8 @@ def test_empty_documents_are_skipped_and_counted(tmp_path, tokenizer_json):
     assert (manifest["documents"], manifest["empty_documents"]) == (2, 2)
 
 
-def test_progress_is_told(tmp_path, bpe):
+def test_progress_is_told(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(text_module, "BLOCK_SIZE", 700)
     calls = []
     documents = ["one two"] * 250
     manifest = tokenize_documents(documents, tmp_path / "out", bpe, progress=lambda *done: calls.append(done))
@@ -187,7 +191,7 @@ def test_long_documents_in_pieces_encode_as_a_whole(tmp_path, bpe, monkeypatch, 
     chosen = bpe if kind == "byte level" else load_tokenizer(metaspace_tokenizer(tmp_path))
     whole = tokenize_documents([TEXT, TEXT * 2], tmp_path / "whole", chosen)
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 5)
-    monkeypatch.setattr(module, "_BATCH_PIECES", 3)
+    monkeypatch.setattr(text_module, "BLOCK_SIZE", 5)
     assert len(module._pieces(TEXT, lambda left, right: True)) > 10
     assert tokenize_documents([TEXT, TEXT * 2], tmp_path / "pieces", chosen) == whole
 
@@ -197,7 +201,7 @@ def test_unchecked_cuts_would_change_the_encoding(tmp_path, monkeypatch):
     chosen = load_tokenizer(metaspace_tokenizer(tmp_path))
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 5)
     pieces = module._pieces(TEXT, lambda left, right: True)
-    assert not np.array_equal(np.concatenate(chosen.encode(pieces)), chosen.encode([TEXT])[0])
+    assert not np.array_equal(np.concatenate([*map(chosen.encode, pieces)]), chosen.encode(TEXT))
 
 
 @pytest.mark.parametrize("end_of_text", ["</s>", "<eos>", "<|endoftext|>"])

@@ -1,64 +1,31 @@
 """Tokenized text: from text files and a tokenizer to a directory of token ids that training reads.
 
-Knows how to read text (plain files, JSON lines, gzip, whole directories), how to load a tokenizer or train
-one on that very text, and what the directory holds: the token file, its manifest, and the tokenizer in the
-form `transformers` loads. Leaves the format of the token file to `trainer.tokens`.
+Knows how blocks of text become ids, in one process or many, and what the directory holds: the token file, its
+manifest, and the tokenizer. Leaves reading text to `trainer.text`, tokenizers to `trainer.tokenizer`, processes
+to `trainer.processes` and the format of the token file to `trainer.tokens`.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import itertools
 import json
 import os
-import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from etils import epath
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from growkit.checkpoint.output import check_output, committed
-from growkit.errors import GrowkitError, UsageError
+from growkit.errors import UsageError
+from trainer.processes import cores, in_order
+from trainer.text import Block, Documents, Shard, grouped, has_text, open_inputs, utf8_bytes
+from trainer.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, write_tokenizer
 from trainer.tokens import MANIFEST, TokenWriter
 
-END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-PADDING = "<|padding|>"
-SMALLEST_TRAINED_VOCABULARY = 256 + 2  # every byte, the end of text and the padding
-
-_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
-# Encoding takes some 150 bytes of memory a character, so these bound it to a few hundred megabytes.
-_PIECE_CHARACTERS = 1 << 18
-_BATCH_CHARACTERS = 1 << 21
-_BATCH_PIECES = 4096
-_CUT = re.compile(r"(?<=\S)(?=[ \n]\w)")
-_CUTS_TRIED = 16
-_CUT_CONTEXT = 1000  # characters on each side of a cut that must encode the same with and without it
-_PROGRESS_EVERY = 100  # documents
-
 Progress = Callable[[int, int, int], None]
-
-
-@dataclass(frozen=True)
-class TextTokenizer:
-    """A tokenizer and what growkit has to know of it. Make one with `load_tokenizer` or `train_tokenizer`."""
-
-    tokenizer: Tokenizer
-    json: bytes  # the tokenizer.json it was made from
-    end_of_text: str
-    end_of_text_id: int
-    vocab_size: int  # one more than the highest id, which can exceed the tokenizer's own count
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, int32 [tokens], without special tokens added."""
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
 def tokenize(
@@ -68,27 +35,40 @@ def tokenize(
     train_bpe: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    processes: int = 1,
+    shard: Shard | None = None,
 ) -> dict:
-    """Tokenize text files into the directory `out`; returns its manifest.
+    """Tokenize text files, or one shard of them, into the directory `out`; returns its manifest.
 
-    `texts` are files or directories. A `.jsonl` file holds one object a line, whose "text" is a document; any
-    other file is one document; each may be gzipped (`.gz`). A directory means the .txt, .md, .rst, .py and
-    .jsonl files under it, sorted. Give either `tokenizer`, a tokenizer.json or a directory holding one, or
-    `train_bpe`, the vocabulary size of a byte-level BPE to train on the text. `progress`, if given, is called
-    with the documents, tokens and bytes of text written so far.
+    `texts` are files or directories. A `.jsonl` file holds one object a line, whose "text" is a document; each
+    row of a `.parquet` file is one, in the column "text"; any other file is one document. Each may be compressed
+    (`.gz`, `.zst`). A directory means the .txt, .md, .rst, .py, .jsonl and .parquet files under it, sorted. Give
+    either `tokenizer`, a tokenizer.json or a directory holding one, or `train_bpe`, the vocabulary size of a
+    byte-level BPE to train on the text. `progress`, if given, is called with the documents, tokens and bytes of
+    text written so far. The output is the same for any number of `processes`, which are started by spawning: with
+    more than one, the calling script needs the usual `if __name__ == "__main__"`.
 
     Raises UsageError for arguments that cannot work and GrowkitError for broken files.
     """
     if (tokenizer is None) == (train_bpe is None):
         raise UsageError("give either a tokenizer or the vocabulary size of one to train, and not both")
+    if shard is not None and tokenizer is None:
+        raise UsageError(
+            "all shards need one tokenizer: train it on some of the text first, and give it with --tokenizer"
+        )
     check_output(_local(out), None, force)
-    inputs = _text_files(texts)
+    inputs = open_inputs(texts)
     if tokenizer is not None:
         chosen = load_tokenizer(tokenizer)
     else:
-        chosen = train_tokenizer(_read_inputs(inputs), train_bpe)
-    sources = [epath.Path(text).name for text in texts]
-    return tokenize_documents(_read_inputs(inputs), out, chosen, sources, force, progress)
+        chosen = train_tokenizer(inputs.documents(), train_bpe)
+    encoded = _encoded(inputs.blocks(shard), chosen, processes)
+    about: dict = {"sources": [epath.Path(text).name for text in texts]}
+    if shard is not None:
+        about["shard"] = f"{shard.number}/{shard.count}"
+    else:
+        encoded = _refuse_empty(encoded, inputs.names)
+    return _write(encoded, out, chosen, about, force, progress)
 
 
 def tokenize_documents(
@@ -98,6 +78,7 @@ def tokenize_documents(
     sources: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
+    processes: int = 1,
 ) -> dict:
     """Tokenize documents, one string each, into the directory `out`; returns its manifest.
 
@@ -108,279 +89,138 @@ def tokenize_documents(
 
     Raises UsageError when `out` exists (unless `force`) or when there is no text at all.
     """
-    counts = {"bytes": 0, "empty_documents": 0}
+    encoded = _encoded(grouped(documents), tokenizer, processes)
+    return _write(encoded, out, tokenizer, {"sources": list(sources)}, force, progress)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a document that is too long to be encoded at once."""
+
+    text: str
+    where: str
+    complete: bool  # it is the document's last
+    source: int
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What became of a block: ids int32 [tokens], end-of-text ids included, and the length of each document."""
+
+    source: int
+    ids: np.ndarray
+    lengths: list[int]
+    bytes: int
+    empty: int = 0
+    complete: bool = True  # the last document does not go on in the next block
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes blocks, in whichever process it is made."""
+
+    tokenizer: TextTokenizer
+
+    def __call__(self, block: Block | _Piece) -> _Encoded:
+        if isinstance(block, _Piece):
+            ids = self._joined([block.text], block.complete)
+            return _Encoded(block.source, ids, [len(ids)], utf8_bytes(block.text, block.where), 0, block.complete)
+        size, empty, documents = 0, 0, [np.zeros(0, np.int32)]
+        for text, where in block.documents():
+            if has_text(text):
+                size += utf8_bytes(text, where)
+                documents.append(self._joined(self.tokenizer.pieces(text)))
+            else:
+                empty += 1
+        return _Encoded(block.source, np.concatenate(documents), [*map(len, documents[1:])], size, empty)
+
+    def _joined(self, pieces: list[str], complete: bool = True) -> np.ndarray:
+        end = np.array([self.tokenizer.end_of_text_id] if complete else [], np.int32)
+        return np.concatenate([*map(self.tokenizer.encode, pieces), end])
+
+
+def _encoded(blocks: Iterable[Block], tokenizer: TextTokenizer, processes: int) -> Iterator[_Encoded]:
+    """What becomes of blocks of text, in order, computed by so many processes."""
+    if processes < 1:
+        raise UsageError(f"the number of processes must be at least 1, not {processes}; here are {cores()} cores")
+    return in_order(_Encoder, (tokenizer,), _cut(blocks, tokenizer), processes)
+
+
+def _cut(blocks: Iterable[Block], tokenizer: TextTokenizer) -> Iterator[Block | _Piece]:
+    """The blocks, with a document too long for one process in pieces. The cuts depend on the document alone."""
+    for block in blocks:
+        if isinstance(block, Documents) and len(block.texts) == 1 and has_text(block.texts[0]):
+            ((document, where),) = block.documents()
+            utf8_bytes(document, where)
+            *pieces, last = tokenizer.pieces(document)
+            yield from (_Piece(piece, where, False, block.source) for piece in pieces)
+            yield _Piece(last, where, True, block.source)
+        else:
+            yield block
+
+
+def _refuse_empty(encoded: Iterator[_Encoded], names: Sequence[str]) -> Iterator[_Encoded]:
+    """The same; raises UsageError where an input held no text."""
+    current, found = 0, False
+    for each in encoded:
+        if each.source != current:
+            _refuse_unless(found, names[current])
+            current, found = each.source, False
+        found = found or bool(each.lengths)
+        yield each
+    _refuse_unless(found, names[current])
+
+
+def _refuse_unless(found: bool, name: str) -> None:
+    if not found:
+        raise UsageError(f"{name} holds no text; leave it out")
+
+
+def _write(
+    encoded: Iterator[_Encoded],
+    out: str | os.PathLike,
+    tokenizer: TextTokenizer,
+    about: dict,
+    force: bool,
+    progress: Progress | None,
+) -> dict:
+    """Write the directory of tokens; returns its manifest, `about` in it."""
     check_output(_local(out), None, force)
-    with committed(_local(out), force) as directory:
+    counts = {"bytes": 0, "empty_documents": 0}
+    with committed(_local(out), force) as directory, closing(encoded):
         directory.mkdir()
         with TokenWriter(directory, tokenizer.vocab_size) as writer:
-            for ids in _encode(_counted(documents, counts), tokenizer):
-                writer.add(ids)
-                if progress and writer.documents % _PROGRESS_EVERY == 0:
+            for ids, lengths in _whole_documents(encoded, counts):
+                writer.add_all(ids, lengths)
+                if progress:
                     progress(writer.documents, writer.tokens, counts["bytes"])
         if not writer.documents:
-            raise UsageError("there is no text to tokenize: no document given holds any")
-        if progress:
-            progress(writer.documents, writer.tokens, counts["bytes"])
-        manifest = _manifest(tokenizer, writer.summary(), counts, sources)
+            where = f"shard {about['shard']}" if "shard" in about else "any document given"
+            raise UsageError(f"there is no text to tokenize in {where}")
+        manifest = {
+            "tokenizer_sha256": hashlib.sha256(tokenizer.json).hexdigest(),
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text_id,
+            **writer.summary(),
+            **counts,
+            **about,
+        }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        _write_tokenizer(directory, tokenizer)
+        write_tokenizer(directory, tokenizer)
     return manifest
 
 
-def load_tokenizer(path: str | os.PathLike) -> TextTokenizer:
-    """Load a tokenizer.json, or the one in a directory; truncation and padding are switched off.
-
-    Raises UsageError when there is none or it has no end-of-text token, GrowkitError when it is broken.
-    """
-    file = epath.Path(path)
-    if file.is_dir():
-        file = file / "tokenizer.json"
-    if not file.exists():
-        raise UsageError(f"no tokenizer at {file}: give a tokenizer.json, or a directory holding one")
-    content = file.read_bytes()
-    try:
-        tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises the bare class
-        raise GrowkitError(f"{file} is not a tokenizer.json that can be read: {error}") from error
-    return _text_tokenizer(tokenizer, content, str(file))
-
-
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Train a byte-level BPE of at most `vocab_size` ids: 0 ends a text, 1 is padding, then the bytes.
-
-    The same documents give the same tokenizer. Fewer ids come out when the text has too few pairs to merge.
-    Raises UsageError when `vocab_size` is below 258, which the bytes and the two special tokens take.
-    """
-    if vocab_size < SMALLEST_TRAINED_VOCABULARY:
-        raise UsageError(
-            f"a byte-level BPE needs a vocabulary of at least {SMALLEST_TRAINED_VOCABULARY} (256 bytes and 2 "
-            f"special tokens), not {vocab_size}"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT_NAMES[0], PADDING],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    # Byte-level words end at white space, so that every cut found there leaves the words as they are.
-    pieces = (piece for document in documents for piece in _pieces(document, lambda left, right: True))
-    tokenizer.train_from_iterator(pieces, trainer)
-    return _text_tokenizer(tokenizer, tokenizer.to_str(pretty=True).encode(), "the trained tokenizer")
-
-
-def _text_tokenizer(tokenizer: Tokenizer, content: bytes, name: str) -> TextTokenizer:
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    end = next((each for each in END_OF_TEXT_NAMES if tokenizer.token_to_id(each) is not None), None)
-    if end is None:
-        raise UsageError(f"{name} has no end-of-text token; looked for {', '.join(END_OF_TEXT_NAMES)}")
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return TextTokenizer(tokenizer, content, end, tokenizer.token_to_id(end), vocab_size)
-
-
-def _encode(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
-    """The ids of each document, int32 [tokens], its end-of-text id included."""
-    end = np.array([tokenizer.end_of_text_id], np.int32)
-    document: list[np.ndarray] = []
-    for batch in _batches(_all_pieces(documents, tokenizer)):
-        encodings = tokenizer.encode([piece for piece, _ in batch])
-        for ids, (_, last) in zip(encodings, batch, strict=True):
-            document.append(ids)
-            if last:
-                yield np.concatenate([*document, end])
-                document = []
-
-
-def _all_pieces(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[tuple[str, bool]]:
-    """The pieces of all documents in order, each with whether it is the last of its document."""
-
-    def separate(left: str, right: str) -> bool:
-        whole, *parts = tokenizer.encode([left + right, left, right])
-        return np.array_equal(whole, np.concatenate(parts))
-
-    for document in documents:
-        *pieces, last = _pieces(document, separate)
-        yield from ((piece, False) for piece in pieces)
-        yield last, True
-
-
-def _pieces(document: str, separate: Callable[[str, str], bool]) -> list[str]:
-    """A long document in pieces whose encodings, joined, are the encoding of the whole.
-
-    Encoding takes much memory a character, so a long document is cut before white space, wherever
-    `separate(left, right)` finds that the text around the cut encodes the same in two parts.
-    """
-    pieces, start = [], 0
-    while len(document) - start > _PIECE_CHARACTERS:
-        cut = _find_cut(document, start + _PIECE_CHARACTERS, separate)
-        if cut is None:
-            break
-        pieces.append(document[start:cut])
-        start = cut
-    return [*pieces, document[start:]]
-
-
-def _find_cut(document: str, start: int, separate: Callable[[str, str], bool]) -> int | None:
-    for match in itertools.islice(_CUT.finditer(document, start), _CUTS_TRIED):
-        cut = match.start()
-        if separate(document[max(0, cut - _CUT_CONTEXT) : cut], document[cut : cut + _CUT_CONTEXT]):
-            return cut
-    return None
-
-
-def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Group pieces into lists of bounded size, in order."""
-    batch, characters = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece[0])
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_PIECES:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _counted(documents: Iterable[str], counts: dict) -> Iterator[str]:
-    """The documents that hold text; adds their UTF-8 bytes, and the number of the others, to `counts`."""
-    for number, document in enumerate(documents):
-        if _has_text(document):
-            counts["bytes"] += _utf8_bytes(document, f"document {number}")
-            yield document
-        else:
-            counts["empty_documents"] += 1
-
-
-def _has_text(document: str) -> bool:
-    return bool(document) and not document.isspace()
-
-
-def _utf8_bytes(document: str, where: str) -> int:
-    try:
-        return len(document.encode())
-    except UnicodeEncodeError as error:
-        raise GrowkitError(f"{where} is not text: it has half a surrogate pair at character {error.start}") from error
-
-
-def _manifest(tokenizer: TextTokenizer, summary: dict, counts: dict, sources: Sequence[str]) -> dict:
-    return {
-        "tokenizer_sha256": hashlib.sha256(tokenizer.json).hexdigest(),
-        "vocab_size": tokenizer.vocab_size,
-        "end_of_text": tokenizer.end_of_text_id,
-        **summary,
-        **counts,
-        "sources": list(sources),
-    }
-
-
-def _write_tokenizer(directory: Path, tokenizer: TextTokenizer) -> None:
-    """The tokenizer, byte for byte, and the file that tells `transformers` how to load it."""
-    (directory / "tokenizer.json").write_bytes(tokenizer.json)
-    end = tokenizer.end_of_text
-    config = {
-        # The generic class reads tokenizer.json as it is; GPTNeoXTokenizer rebuilds parts of it by itself.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "unk_token": end,
-        "clean_up_tokenization_spaces": False,
-        # Without this list the generic class adds token types, which GPT-NeoX does not take.
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    if tokenizer.tokenizer.token_to_id(PADDING) is not None:
-        config["pad_token"] = PADDING
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _text_files(texts: Sequence[str | os.PathLike]) -> list[tuple[str, list[epath.Path]]]:
-    """Each input's name and the files that it stands for."""
-    if not texts:
-        raise UsageError("name at least one text file or directory to tokenize")
-    return [(os.fspath(text), _files_of(epath.Path(text))) for text in texts]
-
-
-def _files_of(path: epath.Path) -> list[epath.Path]:
-    if not path.exists():
-        raise UsageError(f"no such file or directory: {path}")
-    if not path.is_dir():
-        return [path]
-    files = sorted(folder / name for folder, _, names in path.walk() for name in names if _looks_like_text(name))
-    if not files:
-        raise UsageError(f"no text files under {path}; looked for {', '.join(_TEXT_SUFFIXES)} and their .gz")
-    return files
-
-
-def _looks_like_text(name: str) -> bool:
-    return name.removesuffix(".gz").endswith(_TEXT_SUFFIXES)
-
-
-def _read_inputs(inputs: Iterable[tuple[str, list[epath.Path]]]) -> Iterator[str]:
-    """All documents, input by input; raises UsageError at the end of one that held no text."""
-    for name, files in inputs:
-        found = False
-        for document in itertools.chain.from_iterable(map(_read_file, files)):
-            found = found or _has_text(document)
-            yield document
-        if not found:
-            raise UsageError(f"{name} holds no text; leave it out")
-
-
-def _read_file(path: epath.Path) -> Iterator[str]:
-    """The documents of one file, empty ones included."""
-    with _open(path) as file:
-        if path.name.removesuffix(".gz").endswith(".jsonl"):
-            yield from _read_json_lines(file, path)
-        else:
-            yield _decode(file.read(), path, 0)
-
-
-@contextmanager
-def _open(path: epath.Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as raw, _unzipped(raw, path) as file:
-            yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise GrowkitError(f"{path} is not a whole gzip file: {error}") from error
-    except OSError as error:
-        raise GrowkitError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _unzipped(raw: BinaryIO, path: epath.Path) -> AbstractContextManager[BinaryIO]:
-    return gzip.open(raw) if path.name.endswith(".gz") else nullcontext(raw)
-
-
-def _read_json_lines(file: BinaryIO, path: epath.Path) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(file, 1):
-        text = _decode(line, path, offset)
-        offset += len(line)
-        if text.strip():
-            yield _json_text(text, f"{path}, line {number}")
-
-
-def _json_text(line: str, where: str) -> str:
-    """The "text" of one JSON line."""
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise GrowkitError(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise GrowkitError(f'{where} must be an object with a string under "text"')
-    _utf8_bytes(value["text"], where)
-    return value["text"]
-
-
-def _decode(data: bytes, path: epath.Path, offset: int) -> str:
-    """Text from bytes that begin at byte `offset` of the file."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise GrowkitError(
-            f"{path} is not UTF-8 text: byte {offset + error.start} is 0x{data[error.start]:02x}"
-        ) from error
+def _whole_documents(encoded: Iterable[_Encoded], counts: dict[str, int]) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Ids and lengths of whole documents, their pieces joined; adds what was read to `counts`."""
+    pieces: list[np.ndarray] = []
+    for each in encoded:
+        counts["bytes"] += each.bytes
+        counts["empty_documents"] += each.empty
+        pieces.append(each.ids)
+        if each.complete:
+            ids = np.concatenate(pieces)
+            yield ids, each.lengths if len(pieces) == 1 else [len(ids)]
+            pieces = []
 
 
 def _local(out: str | os.PathLike) -> Path:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,26 +58,30 @@ class TokenWriter:
         self._bin = open(Path(directory) / f"{STEM}.bin", "wb")  # noqa: SIM115 (closed by close)
 
     def add(self, ids: np.ndarray) -> None:
-        """Append one document, ids of shape [length].
+        """Append one document, ids of shape [length]; see `add_all`."""
+        self.add_all(ids, [np.size(ids)])
 
-        Raises UsageError when an id is negative or not below `vocab_size`, and GrowkitError when the document
+    def add_all(self, ids: np.ndarray, lengths: Sequence[int]) -> None:
+        """Append documents laid end to end: ids of shape [sum of lengths].
+
+        Raises UsageError when an id is negative or not below `vocab_size`, and GrowkitError when a document
         is longer than the format can say (2**31 - 1 tokens).
         """
         ids = np.asarray(ids)
         if ids.size and (ids.min() < 0 or ids.max() >= self._vocab_size):
             raise UsageError(
                 f"token ids must lie in 0..{self._vocab_size - 1} for a vocabulary of {self._vocab_size}; "
-                f"document {self.documents} has ids from {ids.min()} to {ids.max()}"
+                f"from document {self.documents} on there are ids from {ids.min()} to {ids.max()}"
             )
-        if ids.size > _LONGEST_DOCUMENT:
+        if max(lengths, default=0) > _LONGEST_DOCUMENT:
             raise GrowkitError(
-                f"a document holds at most {_LONGEST_DOCUMENT} tokens, and document {self.documents} has "
-                f"{ids.size}; split it"
+                f"a document holds at most {_LONGEST_DOCUMENT} tokens, and from document {self.documents} on there is "
+                f"one of {max(lengths)}; split it"
             )
         data = ids.astype(self.dtype).tobytes()
         self._bin.write(data)
         self._hash.update(data)
-        self._lengths.append(ids.size)
+        self._lengths.extend(lengths)
         self.tokens += ids.size
 
     @property

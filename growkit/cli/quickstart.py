@@ -74,7 +74,9 @@ def _say(number: int, words: str) -> None:
 
 def _prepare_text(directory: Path) -> int:
     from growkit.cli.terminal import counter
-    from trainer.tokenize import tokenize_documents, train_tokenizer
+    from trainer.processes import cores
+    from trainer.tokenize import tokenize_documents
+    from trainer.tokenizer import train_tokenizer
 
     _say(1, "tokenize the Python standard library's source")
     if not (directory / "tokens").exists():
@@ -82,7 +84,8 @@ def _prepare_text(directory: Path) -> int:
         # One text in four is enough to learn a small vocabulary from.
         tokenizer = train_tokenizer(texts[::4], VOCAB)
         with counter("tokenizing") as progress:
-            tokenize_documents(texts, directory / "tokens", tokenizer, ["Python standard library"], progress=progress)
+            names = ["Python standard library"]
+            tokenize_documents(texts, directory / "tokens", tokenizer, names, False, progress, cores())
     manifest = json.loads((directory / "tokens" / "manifest.json").read_text())
     click.echo(f"{manifest['documents']:,} files, {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,}")
     return 0

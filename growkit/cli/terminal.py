@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
+
+LINE_EVERY = 30.0  # seconds
 
 
 @contextmanager
@@ -46,17 +50,33 @@ def write(source, contents, out: Path, kind: str, force: bool, *shard: int) -> N
 
 @contextmanager
 def counter(what: str):
-    """A live line of documents and tokens on a terminal, nothing elsewhere."""
+    """Documents, tokens and speed as they grow: a live line on a terminal, a line every half minute elsewhere."""
+    begun = time.monotonic()
+
+    def words(documents: int, tokens: int, size: int) -> str:
+        speed = size / 1e6 / max(time.monotonic() - begun, 1e-9)
+        return f"{what}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text, {speed:,.1f} MB/s"
+
     if not sys.stderr.isatty():
-        yield None
+        yield _every(LINE_EVERY, begun, lambda *counts: print(words(*counts), file=sys.stderr, flush=True))
         return
     from rich.console import Console
     from rich.status import Status
 
     with Status(what, console=Console(stderr=True)) as status:
-        yield lambda documents, tokens, size: status.update(
-            f"{what}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text"
-        )
+        yield lambda *counts: status.update(words(*counts))
+
+
+def _every(seconds: float, last: float, show: Callable[..., None]) -> Callable[..., None]:
+    """The function, called at most once in so many seconds since `last`."""
+
+    def shown(*values) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            show(*values)
+
+    return shown
 
 
 def json_text(value: dict) -> str:

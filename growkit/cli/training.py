@@ -19,16 +19,33 @@ from growkit.cli import INTERRUPTED, TERMINATED
 )
 @click.option("--out", required=True, metavar="OUT", help="The directory of token files to write.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-def tokenize(text: tuple[str, ...], tokenizer: str | None, train_bpe: int | None, out: str, force: bool) -> None:
-    """Turn TEXT (files or directories: .txt, .jsonl with "text", source code; gzipped too) into token files OUT.
+@click.option("--processes", type=int, metavar="N", help="How many processes share the work.  [default: one a core]")
+@click.option("--shard", metavar="I/N", help="Take only the I-th of N parts of TEXT, the others on other machines.")
+def tokenize(
+    text: tuple[str, ...],
+    tokenizer: str | None,
+    train_bpe: int | None,
+    out: str,
+    force: bool,
+    processes: int | None,
+    shard: str | None,
+) -> None:
+    """Turn TEXT into token files OUT: files or directories of .txt, .jsonl and .parquet ("text"), source code.
+
+    Each may be compressed (.gz, .zst). OUT is the same for any number of processes. --shard I/N takes every N-th
+    file, or every N-th block of text where there are fewer files.
 
     Written in Megatron's indexed format (tokens.bin, tokens.idx) with a manifest; end-of-text ends each document.
     """
     from growkit.cli.terminal import counter
+    from trainer.processes import cores
+    from trainer.text import Shard
     from trainer.tokenize import tokenize as tokenize_files
 
+    part = Shard.parse(shard) if shard else None
+    number = cores() if processes is None else processes
     with counter("tokenizing") as progress:
-        manifest = tokenize_files(list(text), out, tokenizer, train_bpe, force, progress)
+        manifest = tokenize_files(list(text), out, tokenizer, train_bpe, force, progress, number, part)
     empty = f", {manifest['empty_documents']} empty ones left out" if manifest.get("empty_documents") else ""
     if train_bpe and manifest["vocab_size"] < train_bpe:
         click.echo(f"note: {train_bpe} tokens were asked for, and the text supports {manifest['vocab_size']}")
