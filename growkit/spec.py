@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from growkit.errors import GrowkitError, nearest
 
@@ -70,6 +71,10 @@ class Row:
         """The stored shape of one layer's parameter, fused dimensions multiplied out."""
         return tuple(math.prod(sizes[a.name] for a in dimension) for dimension in self.dimensions)
 
+    def stacked_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in the trainer's tree, layers stacked first."""
+        return ((sizes[self.stacked.name],) if self.stacked else ()) + self.shape(sizes)
+
     def unfused(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with one dimension an axis."""
         return tuple(sizes[axis.name] for axis in self.axes)
@@ -104,6 +109,16 @@ class Table:
         best = nearest(name, [row.named(0) for row in self.rows], likeness=0.4)
         hint = f"; the nearest row is {self.match(best)[0].name}" if best else ""
         raise GrowkitError(f"no row of the axis table covers the parameter {name!r}{hint}")
+
+    def tree(self, make: Callable[[Row], Any]) -> dict[str, Any]:
+        """What `make` makes of every row, as the trainer's tree of parameters lies: nested by path."""
+        tree: dict[str, Any] = {}
+        for row in self.rows:
+            node = tree
+            for key in row.path[:-1]:
+                node = node.setdefault(key, {})
+            node[row.path[-1]] = make(row)
+        return tree
 
     def names(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Row, int | None]]:
         """Every (name, row, layer) a model of these sizes has, layer by layer as files have them."""

@@ -68,19 +68,17 @@ def stacked(source: Source, slot: str = "params", dtype: Any = None) -> dict[str
 
     dtype: what to convert to, or None for the source's own (the widest where layers differ).
     """
-    tree: dict[str, Any] = {}
     model = source.model
-    for row in model.table.rows:
+
+    def leaf(row: Row) -> np.ndarray:
         layers = range(model.layer) if row.stacked else [None]
         tensors = [source.tensors[slot][row.named(layer)] for layer in layers]
-        leaf = np.empty((len(tensors), *tensors[0].shape), dtype or np.result_type(*(t.dtype for t in tensors)))
+        array = np.empty((len(tensors), *tensors[0].shape), dtype or np.result_type(*(t.dtype for t in tensors)))
         for place, tensor in enumerate(tensors):
-            leaf[place] = tensor.read()
-        node = tree
-        for key in row.path[:-1]:
-            node = node.setdefault(key, {})
-        node[row.path[-1]] = leaf if row.stacked else leaf[0]
-    return tree
+            array[place] = tensor.read()
+        return array if row.stacked else array[0]
+
+    return model.table.tree(leaf)
 
 
 def grown_source(source: Source, plan: Plan) -> Source:

@@ -472,7 +472,7 @@ def test_a_save_by_the_clock_changes_nothing_else(data, tmp_path, whole, monkeyp
     batch = run.stream.batch
 
     def slowly(drawn, count):
-        clock.now += 25.0
+        clock.now += 12.5  # two draws a step, one for each accumulated part
         return batch(drawn, count)
 
     run.stream.batch = slowly

@@ -7,12 +7,12 @@ and which checkpoints are kept. Leaves when to save to the loop.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -21,10 +21,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from growkit.checkpoint import CHECKPOINTS
 from growkit.checkpoint.orbax import FILES, META, STATE, decode_files, encode_files
-from growkit.checkpoint.tensor import Source
+from growkit.checkpoint.tensor import Source, Tensor
 from growkit.errors import GrowkitError
-from growkit.surgery import stacked
+from growkit.spec import Row
 from trainer.config import Checkpoint
+from trainer.sharding import place
 from trainer.step import State
 
 
@@ -46,35 +47,41 @@ def from_tree(tree: dict[str, Any], like: State) -> State:
     return State(tree["params"], optimizer, tree["step"], tree["schedule_step"])
 
 
-def abstract(make: Callable[[], State]) -> State:
-    """The shapes, dtypes and places of the state that `make` would make, nothing of it computed."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(make)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
-
-
-def placed(tree: Any, like: Any) -> Any:
-    """Arrays in the dtypes and places of `like`. New and restored states lie alike, so one program serves both."""
-    return jax.tree.map(lambda leaf, array: jax.device_put(array.astype(leaf.dtype), leaf.sharding), like, tree)
-
-
 def from_source(source: Source, like: State, continued: bool = False) -> State:
     """The state that begins a new run from a model on disk, as `like` is: its params, moments and Adam's count.
 
     Steps begin at 0, and so does the schedule unless it is `continued`. A source without moments starts them at
     zero with count 0.
     """
-    tree = to_tree(like)
-    for slot, leaves in tree.items():
-        if slot in source.tensors:
-            tree[slot] = placed(stacked(source, slot), leaves)
-        else:
-            tree[slot] = placed(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves), leaves)
+    rows = source.model.table.tree(lambda row: row)
+    tree = jax.tree.map(_zeros, to_tree(like))
+    for slot, tensors in source.tensors.items():
+        tree[slot] = jax.tree.map(partial(_read, tensors), rows, to_tree(like)[slot])
     if "nu" in source.tensors:
-        tree["count"] = placed(np.int32(source.record.get("count", 0)), tree["count"])
+        tree["count"] = place(np.int32(source.record.get("count", 0)), like.step.sharding)
     if continued:
-        tree["schedule_step"] = placed(np.int32(source.record.get("schedule_step", 0)), tree["schedule_step"])
+        tree["schedule_step"] = place(np.int32(source.record.get("schedule_step", 0)), like.step.sharding)
     return from_tree(tree, like)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return place(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), leaf.sharding)
+
+
+def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A row's parameter as `leaf` is, read a layer at a time; of each, this process's devices' parts are kept."""
+    indices = {_key(index): index for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+    parts = {key: np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for key in indices}
+    for layer in range(leaf.shape[0]) if row.stacked else [None]:
+        array = tensors[row.named(layer)].read()
+        for key, index in indices.items():
+            # Layers are never split.
+            parts[key][... if layer is None else layer] = array[index if layer is None else index[1:]]
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_key(index)])
+
+
+def _key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
+    return tuple((part.start, part.stop) for part in index)
 
 
 def last_step(run: epath.Path) -> int | None:

@@ -17,8 +17,9 @@ from typing import Any
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.neox import NeoX
 
-# Values that may differ between a run and its resumption: they change what is kept and shown, never what is trained.
-CHANGEABLE = ("checkpoint", "eval", "log")
+# Values that may differ between a run and its resumption: they change what is kept and shown and which devices
+# compute, never what is trained.
+CHANGEABLE = ("mesh", "checkpoint", "eval", "log")
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,19 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """Devices in three directions: data (0 for all that are left), fsdp (parameters in parts), tensor (heads in parts).
+
+    zero1: whether the optimizer's state is spread over data too, each device keeping and updating a part of it.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+    zero1: bool = True
+
+
+@dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -170,6 +184,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     grow: Grow = field(default_factory=Grow)
+    mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
@@ -257,6 +272,8 @@ AT_LEAST_ONE = (
     "model.context",
     "batch.sequences",
     "batch.accumulation",
+    "mesh.fsdp",
+    "mesh.tensor",
     "schedule.steps",
     "checkpoint.every",
     "checkpoint.keep_last",
@@ -270,6 +287,7 @@ AT_LEAST_ZERO = (
     "optimizer.weight_decay",
     "optimizer.clip",
     "schedule.warmup",
+    "mesh.data",
     "checkpoint.minutes",
     "checkpoint.keep_every",
 )

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from growkit import __version__
@@ -26,7 +27,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX, write_config
 from growkit.surgery import grown_source, provenance
 from trainer import curves, growth
-from trainer.checkpoint import Checkpoints, abstract, from_source, last_step, placed
+from trainer.checkpoint import Checkpoints, from_source, last_step
 from trainer.config import Config, neox
 from trainer.corpus import Corpus, open_corpus
 from trainer.data import Stream, validation_batches
@@ -36,7 +37,8 @@ from trainer.interrupt import Interrupt
 from trainer.model import initial_params
 from trainer.optimizer import Multipliers
 from trainer.report import Report
-from trainer.step import State, initial_state, make_eval_step, make_train_step
+from trainer.sharding import layout, place
+from trainer.step import State, abstract_state, initial_state, make_eval_step, make_train_step
 
 DRAWN_EVERY = 60.0
 
@@ -65,6 +67,8 @@ class Run:
         self.directory = epath.Path(out)
         self.model: NeoX = neox(config.model)
         check_precision(config)
+        self.layout = layout(config, self.model)
+        self.like = abstract_state(config, self.model, self.layout)
         self.data: Corpus = open_corpus(config, source)
         self.held = begin(self.directory, config, start, source, last_step(self.directory) is not None)
         self.checkpoints = Checkpoints(self.directory, config.checkpoint)
@@ -74,19 +78,23 @@ class Run:
         self.first = self.step = last or 0
         self._begin_counts(self._begin() if last is None else self._resume(last))
         self.multipliers = self._multipliers()
-        self.train_step = make_train_step(config, self.model, self.multipliers)
-        self.eval_step = make_eval_step(config, self.model)
+        self.train_step = make_train_step(config, self.model, self.multipliers, self.layout)
+        self.eval_step = make_eval_step(config, self.model, self.layout)
         self.saved_at = time.monotonic()
         self.drawn_at = 0.0
 
     def _new_state(self) -> State:
-        return initial_state(
-            self.config, self.model, initial_params(self.model, self.config.precision, self.config.seed)
-        )
+        """A new model's state, made where it lies."""
+
+        def make() -> State:
+            params = initial_params(self.model, self.config.precision, self.config.seed)
+            return initial_state(self.config, self.model, params)
+
+        return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.like))()
 
     def _resume(self, last: int) -> dict[str, Any]:
         """Go on from a checkpoint of this run; returns its record."""
-        self.state, meta = self.checkpoints.restore(last, abstract(self._new_state))
+        self.state, meta = self.checkpoints.restore(last, self.like)
         self.hf_config, self.lineage = meta["config"], meta["lineage"]
         self.files = {name: text for name, text in self.checkpoints.files(last).items() if name != EARLIER}
         self.history.keep_until(last)
@@ -94,12 +102,12 @@ class Run:
 
     def _begin(self) -> dict[str, Any]:
         """Begin with the source, grown first if the configuration says so, or with a new model; returns its record."""
-        source, end, like = self.source, self.data.end_of_text, abstract(self._new_state)
+        source, end = self.source, self.data.end_of_text
         entry = provenance(source) if source else {"growkit": __version__}
         plan = growth.planned(self.config.grow, source.model) if source else None
         source = grown_source(source, plan) if plan else source
         continued = self.config.schedule.continued
-        self.state = from_source(source, like, continued) if source else placed(self._new_state(), like)
+        self.state = from_source(source, self.like, continued) if source else self._new_state()
         base = source.config if source else {"bos_token_id": end, "eos_token_id": end}
         self.hf_config = write_config(self.model, base)
         before = source.lineage if source else []
@@ -226,12 +234,10 @@ class Run:
 
     def _train(self, steps: int) -> None:
         """The loop: while a step is computed, the next batch is drawn and the last step's metrics are read."""
-        batch = self.config.batch
         pending = None
         self.timed = (time.monotonic(), self.step)
         while self.step < steps and self.interrupt.received is None:
-            tokens = self.stream.batch(self.drawn(self.step), batch.sequences)
-            self.state, metrics = self.train_step(self.state, tokens.reshape(batch.accumulation, -1, tokens.shape[1]))
+            self.state, metrics = self.train_step(self.state, self._next_batch())
             self.step += 1
             if pending is not None:
                 self._note(*pending)
@@ -245,6 +251,18 @@ class Run:
                 self.timed = (time.monotonic(), self.step)
         if pending is not None:
             self._note(*pending)
+
+    def _next_batch(self) -> jax.Array:
+        """The next step's tokens [A, B, T+1] on the mesh, each process drawing the sequences of its devices."""
+        parts, first = self.config.batch.accumulation, self.drawn(self.step)
+        count = self.config.batch.sequences // parts
+
+        def draw(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[1].indices(count)
+            return np.stack([self.stream.batch(first + part * count + start, stop - start) for part in range(parts)])
+
+        shape = (parts, count, self.config.model.context + 1)
+        return jax.make_array_from_callback(shape, self.layout.batch(1), draw)
 
     def _save_due(self) -> bool:
         settings = self.config.checkpoint
@@ -317,13 +335,15 @@ class Run:
     def validate(self) -> float | None:
         """The mean loss, nats a token, on the fixed windows; None when a signal cut it short."""
         settings = self.config
-        batch = min(settings.batch.sequences // settings.batch.accumulation, settings.eval.windows)
+        shards, windows = self.layout.shards, settings.eval.windows
+        batch = min(settings.batch.sequences // settings.batch.accumulation, -(-windows // shards) * shards)
         sums: list[jax.Array] = []
         count = 0
-        for tokens, mask in validation_batches(self.data.validation, batch, settings.eval.windows):
+        for tokens, mask in validation_batches(self.data.validation, batch, windows):
             if self.interrupt.received is not None:
                 return None
-            sums.append(self.eval_step(self.state.params, tokens, mask))
+            parts = (place(part, self.layout.batch()) for part in (tokens, mask))
+            sums.append(self.eval_step(self.state.params, *parts))
             count += int(mask.sum()) * settings.model.context
             # One batch ahead of the device and no more, so that a signal need not wait for all of them.
             sums[-2:][0].block_until_ready()

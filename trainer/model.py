@@ -12,6 +12,7 @@ Knows the forward pass; leaves loss, gradients and devices to others.
 from __future__ import annotations
 
 import math
+from dataclasses import field
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +28,7 @@ from growkit.surgery import stacked
 from trainer.activation import gelu
 from trainer.attention import causal_attention
 from trainer.config import Dropout, Precision
+from trainer.sharding import Layout
 
 REMAT = {
     "none": None,
@@ -83,13 +85,27 @@ class Parameters(nn.Module):
 
     model: NeoX
     precision: Precision
+    layout: Layout | None = field(default=None, kw_only=True)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What a module hands on to those it is made of."""
+        return {"model": self.model, "precision": self.precision, "layout": self.layout}
 
     def parameter(self, name: str, dtype: Any = None) -> jax.Array:
-        """The parameter `name` of this module, in the compute dtype unless told."""
+        """The parameter `name` of this module, in the compute dtype unless told, laid out to compute with."""
         row = row_at(self.model, (*self.path, name))
         shape = row.shape(self.model.sizes)
         value = self.param(name, initializer(self.model, row), shape, jnp.dtype(self.precision.params))
-        return value.astype(dtype or self.precision.compute)
+        return self.computed(value.astype(dtype or self.precision.compute), row)
+
+    def computed(self, value: jax.Array, row: Row) -> jax.Array:
+        """A row's parameter, laid out to compute with."""
+        return value if self.layout is None else self.layout.gathered(value, row)
+
+    def along_batch(self, x: jax.Array) -> jax.Array:
+        """x, whose first dimension is the batch, laid out by it."""
+        return x if self.layout is None else self.layout.constrain(x, self.layout.batch())
 
 
 class Linear(Parameters):
@@ -127,8 +143,8 @@ class Attention(Parameters):
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool) -> jax.Array:
         batch, time, _ = x_BxTxE.shape
-        model, common = self.model, (self.model, self.precision)
-        qkv = Linear(*common, name="query_key_value")(x_BxTxE)
+        model, common = self.model, self.common
+        qkv = Linear(**common, name="query_key_value")(x_BxTxE)
         # The fused dimension is [head, 3, head_dim]: each head's query, key and value lie together.
         qkv = qkv.reshape(batch, time, model.head, 3, model.head_dim)
         q_BxHxTxD, k_BxHxTxD, v_BxHxTxD = qkv.transpose(3, 0, 2, 1, 4)
@@ -137,14 +153,14 @@ class Attention(Parameters):
         mixed_BxHxTxD = causal_attention(
             rotate(q_BxHxTxD, rotary), rotate(k_BxHxTxD, rotary), v_BxHxTxD, key, self.dropout.attention
         )
-        return Linear(*common, name="dense")(mixed_BxHxTxD.swapaxes(1, 2).reshape(x_BxTxE.shape))
+        return Linear(**common, name="dense")(mixed_BxHxTxD.swapaxes(1, 2).reshape(x_BxTxE.shape))
 
 
 class MLP(Parameters):
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
-        hidden = Linear(self.model, self.precision, name="dense_h_to_4h")(x_BxTxE)
-        return Linear(self.model, self.precision, name="dense_4h_to_h")(gelu(hidden))
+        hidden = Linear(**self.common, name="dense_h_to_4h")(x_BxTxE)
+        return Linear(**self.common, name="dense_4h_to_h")(gelu(hidden))
 
 
 class Block(Parameters):
@@ -152,16 +168,16 @@ class Block(Parameters):
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool) -> tuple[jax.Array, None]:
-        common = (self.model, self.precision)
+        common = self.common
         drop = nn.Dropout(self.dropout.hidden, deterministic=deterministic)
-        attention = Attention(*common, self.dropout, name="attention")
-        mlp = MLP(*common, name="mlp")
-        attended = drop(attention(LayerNorm(*common, name="input_layernorm")(x_BxTxE), rotary, deterministic))
-        norm = LayerNorm(*common, name="post_attention_layernorm")
+        attention = Attention(**common, dropout=self.dropout, name="attention")
+        mlp = MLP(**common, name="mlp")
+        attended = drop(attention(LayerNorm(**common, name="input_layernorm")(x_BxTxE), rotary, deterministic))
+        norm = LayerNorm(**common, name="post_attention_layernorm")
         if self.model.parallel_residual:
-            return x_BxTxE + attended + drop(mlp(norm(x_BxTxE))), None
-        x_BxTxE = x_BxTxE + attended
-        return x_BxTxE + drop(mlp(norm(x_BxTxE))), None
+            return self.along_batch(x_BxTxE + attended + drop(mlp(norm(x_BxTxE)))), None
+        x_BxTxE = self.along_batch(x_BxTxE + attended)
+        return self.along_batch(x_BxTxE + drop(mlp(norm(x_BxTxE)))), None
 
 
 class GPTNeoX(Parameters):
@@ -176,10 +192,11 @@ class GPTNeoX(Parameters):
     def __call__(
         self, tokens_BxT: jax.Array, deterministic: bool = True, rotary: Any = None, head: bool = True
     ) -> jax.Array:
-        common = (self.model, self.precision)
-        embed = Embedding(*common, name="embed_in")
+        common = self.common
+        embed = Embedding(**common, name="embed_in")
         rotary = rotary_tables(self.model, tokens_BxT.shape[1]) if rotary is None else rotary
-        x_BxTxE = nn.Dropout(self.dropout.embedding)(embed(tokens_BxT), deterministic=deterministic)
+        x_BxTxE = self.along_batch(embed(tokens_BxT))
+        x_BxTxE = nn.Dropout(self.dropout.embedding)(x_BxTxE, deterministic=deterministic)
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False, static_argnums=(3,))
@@ -191,16 +208,17 @@ class GPTNeoX(Parameters):
             length=self.model.layer,
         )
         rotary = tuple(jnp.asarray(table) for table in rotary)
-        x_BxTxE, _ = layers(*common, self.dropout, name="layers")(x_BxTxE, rotary, deterministic)
-        x_BxTxE = LayerNorm(*common, name="final_layer_norm")(x_BxTxE)
+        x_BxTxE, _ = layers(**common, dropout=self.dropout, name="layers")(x_BxTxE, rotary, deterministic)
+        x_BxTxE = LayerNorm(**common, name="final_layer_norm")(x_BxTxE)
         if not head:
             return x_BxTxE
-        return (embed if self.model.tied else Embedding(*common, name="embed_out"))(x_BxTxE, as_head=True)
+        return (embed if self.model.tied else Embedding(**common, name="embed_out"))(x_BxTxE, as_head=True)
 
-
-def head_weight(model: NeoX, params: Any) -> jax.Array:
-    """The head's weight [V, E] in a parameter tree: the embedding's where they are tied."""
-    return params["embed_in" if model.tied else "embed_out"]["weight"]
+    def head_weight(self, params: Any) -> jax.Array:
+        """The head's weight [V, E] in a parameter tree, to compute with: the embedding's where they are tied."""
+        name = "embed_in" if self.model.tied else "embed_out"
+        weight = params[name]["weight"].astype(self.precision.compute)
+        return self.computed(weight, row_at(self.model, (name, "weight")))
 
 
 def initial_params(model: NeoX, precision: Precision, seed: int) -> Any:

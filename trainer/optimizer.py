@@ -33,13 +33,7 @@ class Multipliers:
 
 def decay_mask(model: NeoX) -> dict[str, Any]:
     """The parameters' tree of booleans: weight decay acts on the rows that begin from a normal distribution."""
-    mask: dict[str, Any] = {}
-    for row in model.table.rows:
-        node = mask
-        for key in row.path[:-1]:
-            node = node.setdefault(key, {})
-        node[row.path[-1]] = row.initialisation == "normal"
-    return mask
+    return model.table.tree(lambda row: row.initialisation == "normal")
 
 
 def global_norm(gradients: Any, weights: Any = None) -> jax.Array:
