@@ -1,0 +1,244 @@
+"""A mesh of devices changes where a step is computed and not what: the same losses however it is spread.
+
+The eight devices are emulated, in a process of their own: XLA must be told before it starts. Run as a script, this
+file is that process: it prints what it found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import trainer.sharding as sharding
+from growkit.errors import UsageError
+from growkit.neox import NeoX
+from trainer.config import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
+from trainer.model import initial_params
+from trainer.step import abstract_state, initial_state, make_eval_step, make_train_step
+
+MODEL = NeoX(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
+CONFIG = Config(
+    dropout=Dropout(0.0, 0.0, 0.0),
+    precision=Precision("float32", "float32"),
+    batch=Batch(16, 1),
+    optimizer=Optimizer(learning_rate=1e-2),
+    schedule=Schedule(steps=20, warmup=2),
+)
+DROPPED = replace(CONFIG, dropout=Dropout(0.1, 0.1, 0.1))
+MESHES = {
+    "one": Mesh(data=1),
+    "dp": Mesh(zero1=False),
+    "zero1": Mesh(),
+    "fsdp": Mesh(fsdp=8),
+    "tp": Mesh(data=2, tensor=4, zero1=False),
+    "mixed": Mesh(fsdp=2, tensor=2),
+}
+STEPS = 4
+
+
+def configured(name, parts, dropped):
+    return replace(DROPPED if dropped else CONFIG, mesh=MESHES[name], batch=Batch(16, parts))
+
+
+def tokens(step, parts=1):
+    drawn = np.random.default_rng(step).integers(0, MODEL.vocab, (16, MODEL.context + 1), dtype=np.int32)
+    return drawn.reshape(parts, 16 // parts, -1)
+
+
+def started(config, lay):
+    """A new state on the mesh."""
+    params = jax.device_get(initial_params(MODEL, config.precision, 0))
+    like = abstract_state(config, MODEL, lay)
+    return jax.tree.map(
+        lambda array, leaf: sharding.place(np.asarray(array), leaf.sharding), initial_state(config, MODEL, params), like
+    )
+
+
+def trajectory(config):
+    """The losses and gradient norms of some steps, the validation after them, and how the state lay."""
+    lay = sharding.layout(config, MODEL)
+    state, step = started(config, lay), make_train_step(config, MODEL, None, lay)
+    found = []
+    for number in range(STEPS):
+        state, metrics = step(state, tokens(number, config.batch.accumulation))
+        found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    mask = np.arange(16) < 13
+    loss = float(make_eval_step(config, MODEL, lay)(state.params, tokens(99)[0], mask))
+    return {"steps": found, "evaluation": loss, "bytes": [held(state.params), held(state.optimizer)]}
+
+
+def held(tree):
+    """Bytes of a tree on the first device."""
+    first = jax.devices()[0]
+    parts = (part for leaf in jax.tree.leaves(tree) for part in leaf.addressable_shards if part.device == first)
+    return sum(part.data.nbytes for part in parts)
+
+
+def collectives(config):
+    """How often each collective stands in the compiled step."""
+    lay = sharding.layout(config, MODEL)
+    shape = jax.ShapeDtypeStruct(tokens(0, config.batch.accumulation).shape, np.int32)
+    text = (
+        make_train_step(config, MODEL, None, lay).lower(abstract_state(config, MODEL, lay), shape).compile().as_text()
+    )
+    names = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
+    return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in names}
+
+
+def emulated(*arguments):
+    """What this file prints in a process that has eight devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# (mesh, accumulated parts, dropout): the default tests take these, the slow one all others too.
+SOME = [(name, 2, True) for name in MESHES]
+ALL = [(name, parts, dropped) for name in MESHES for parts in (1, 2) for dropped in (False, True)]
+
+
+def emulate(cases):
+    return {json.dumps(case): trajectory(configured(*case)) for case in map(tuple, cases)}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return emulated("trajectories", json.dumps(SOME))
+
+
+def of(found, *case):
+    return found[json.dumps(case)]
+
+
+def assert_same(ours, theirs):
+    np.testing.assert_allclose(ours["steps"], theirs["steps"], rtol=1e-5)
+    np.testing.assert_allclose(ours["evaluation"], theirs["evaluation"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+def test_eight_devices_train_as_one(name, found):
+    assert_same(of(found, name, 2, True), of(found, "one", 2, True))
+
+
+@pytest.mark.slow
+def test_every_mesh_with_every_accumulation():
+    found = emulated("trajectories", json.dumps(ALL))
+    for name, parts, dropped in ALL:
+        assert_same(of(found, name, parts, dropped), of(found, "one", parts, dropped))
+
+
+def test_one_of_eight_devices_is_the_only_one(found):
+    assert trajectory(configured("one", 2, True))["steps"] == of(found, "one", 2, True)["steps"]
+
+
+def test_each_device_holds_its_part(found):
+    params, moments = of(found, "one", 2, True)["bytes"]
+    part = {
+        name: [ours / all for ours, all in zip(of(found, name, 2, True)["bytes"], (params, moments), strict=True)]
+        for name in MESHES
+    }
+    assert part["dp"] == [1, 1]
+    # Biases without an embed axis stay whole: a little more than an eighth.
+    assert part["zero1"][0] == 1 and 1 / 8 < part["zero1"][1] < 0.14
+    assert 1 / 8 < part["fsdp"][0] < 0.14 and 1 / 8 < part["fsdp"][1] < 0.14
+    assert 1 / 4 < part["tp"][0] < 0.27
+    assert 1 / 4 < part["mixed"][0] < 0.27 and 1 / 8 < part["mixed"][1] < 0.14
+
+
+def test_devices_that_all_see_the_same_sequences_train_another_model(found):
+    """The classic mistake of data parallelism."""
+    wrong = emulated("trajectories", json.dumps([("zero1", 2, True)]), "the first device's sequences")
+    with pytest.raises(AssertionError):
+        assert_same(of(wrong, "zero1", 2, True), of(found, "one", 2, True))
+
+
+def test_the_collectives_of_the_compiled_step():
+    """XLA for CPU sums gradients whole and slices; what ZeRO saves there is memory, and updates are gathered once."""
+    found = emulated("collectives")
+    assert not any(found["one"].values())
+    assert found["dp"]["all-reduce"] and not found["dp"]["all-gather"]
+    leaves = len(MODEL.table.rows)
+    assert 0 < found["zero1"]["all-gather"] <= leaves
+    assert found["fsdp"]["all-gather"] > 0
+    assert found["tp"]["all-reduce"] > found["dp"]["all-reduce"]
+
+
+def spec(name, **rules):
+    """The mesh axes of a row on eight devices, by name of the row's path."""
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
+    lay = sharding.Layout(mesh, **rules)
+    row = next(row for row in MODEL.table.rows if ".".join(row.path) == name)
+    return tuple(lay.stored(row).spec), tuple(lay.moment(row).spec)
+
+
+def test_rows_lie_by_their_axes():
+    both = ("fsdp", "data")
+    qkv, dense = "layers.attention.query_key_value", "layers.attention.dense"
+    assert spec(f"{qkv}.weight") == ((None, "tensor", "fsdp"), (None, "tensor", both))
+    assert spec(f"{qkv}.bias") == ((None, "tensor"), (None, "tensor"))
+    assert spec(f"{dense}.weight") == ((None, "fsdp", "tensor"), (None, both, "tensor"))
+    assert spec("embed_out.weight", zero1=False) == (("tensor", "fsdp"), ("tensor", "fsdp"))
+
+
+REFUSED = {
+    "heads": (Mesh(data=1, tensor=8), "head 4 does not divide over mesh.tensor = 8; it may be 1, 2 or 4"),
+    "devices": (Mesh(data=4, fsdp=4), "4 x 4 x 1 asks for 16 devices, and there are 8; mesh.data=0 takes as many as"),
+    "rest": (Mesh(fsdp=3), "mesh.fsdp x mesh.tensor = 3 x 1 does not divide the 8 devices; .* may be 1, 2, 4 or 8"),
+}
+
+
+class Device:
+    """As much of a device as a mesh asks for."""
+
+    platform, process_index, device_kind = "cpu", 0, "cpu"
+
+    def __init__(self, number):
+        self.id = number
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_divide_is_refused_in_a_sentence(name):
+    mesh, words = REFUSED[name]
+    with pytest.raises(UsageError, match=words):
+        sharding.layout(replace(CONFIG, mesh=mesh), MODEL, [Device(number) for number in range(8)])
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    devices = [Device(number) for number in range(8)]
+    with pytest.raises(UsageError, match="= 4 sequences do not divide over .* = 8 x 1; their product may be 1, 2 or 4"):
+        sharding.layout(replace(CONFIG, batch=Batch(16, 4)), MODEL, devices)
+    narrow = NeoX(layer=2, embed=36, head=6, mlp=64, vocab=128, context=16, rotary_pct=1.0)
+    with pytest.raises(UsageError, match="embed 36 does not divide over mesh.fsdp x mesh.data = 8; .*mesh.zero1=false"):
+        sharding.layout(CONFIG, narrow, devices)
+    assert sharding.layout(replace(CONFIG, mesh=MESHES["dp"]), narrow, devices).shards == 8
+
+
+def main(what, cases="", mutation=""):
+    """What the process with eight devices prints."""
+    global tokens
+    if mutation:
+        right = tokens
+        tokens = lambda step, parts=1: np.tile(right(step, parts)[:, : 16 // parts // 8], (1, 8, 1))  # noqa: E731
+    if what == "trajectories":
+        print(json.dumps(emulate(json.loads(cases))))
+    else:
+        print(json.dumps({name: collectives(configured(name, 2, False)) for name in MESHES}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
