@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +66,25 @@ def load_tokenizer(path: str | os.PathLike) -> TextTokenizer:
         file = file / "tokenizer.json"
     if not file.exists():
         raise UsageError(f"no tokenizer at {file}: give a tokenizer.json, or a directory holding one")
-    content = file.read_bytes()
+    return _read_tokenizer(file.read_bytes(), str(file))
+
+
+def carried_tokenizer(files: Mapping[str, bytes], origin: object) -> TextTokenizer:
+    """The tokenizer among the files beside a model. Raises GrowkitError when there is none or it is broken."""
+    if "tokenizer.json" not in files:
+        raise GrowkitError(
+            f"{origin} carries no tokenizer.json, so text cannot be made into tokens; put the one it was trained with "
+            f"beside it"
+        )
+    return _read_tokenizer(files["tokenizer.json"], f"the tokenizer.json of {origin}")
+
+
+def _read_tokenizer(content: bytes, name: str) -> TextTokenizer:
     try:
         tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises the bare class
-        raise GrowkitError(f"{file} is not a tokenizer.json that can be read: {error}") from error
-    return _text_tokenizer(tokenizer, content, str(file))
+        raise GrowkitError(f"{name} is not a tokenizer that can be read: {error}") from error
+    return _text_tokenizer(tokenizer, content, name)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TextTokenizer:

@@ -30,6 +30,7 @@ VERBS = {
     "verify": ("comparing", "Recompute a grown model from its source and compare every byte."),
     "import": ("conversion", "Turn a Hugging Face directory into a trainer checkpoint."),
     "export": ("conversion", "Turn a model into a Hugging Face directory."),
+    "evaluate": ("evaluating", "Measure models on benchmarks and on text."),
     "generate": ("training", "Continue a text with a model."),
 }
 TERMINATED = 75

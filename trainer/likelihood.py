@@ -1,0 +1,109 @@
+"""How likely a model in JAX finds texts: log likelihoods of continuations, many at once, with few programs compiled.
+
+Texts are sorted by length and padded to a few lengths; the head is applied only where a token is scored, a fixed
+number of positions at a time, so that all logits are never held. Knows tokens; leaves text to `trainer.evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainer.loss import cross_entropy
+from trainer.model import GPTNeoX, head_weight
+
+# Positions whose logits are held at once.
+ROWS = {"cpu": 64}
+ROWS_ELSEWHERE = 1024
+SHORTEST = 16
+
+
+def bucket(length: int, window: int) -> int:
+    """The padded length: 16, 24, 32, 48, 64, ... (powers of two and their halves added), at most the window."""
+    size = SHORTEST
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, window)
+
+
+class Likelihood:
+    """Scores continuations by a network and its parameters. window: tokens it reads at most. batch: texts at once."""
+
+    def __init__(self, network: GPTNeoX, params: Any, window: int, batch: int):
+        self.params, self.window, self.batch = params, window, batch
+        self.rows = ROWS.get(jax.default_backend(), ROWS_ELSEWHERE)
+        compute = jnp.dtype(network.precision.compute)
+
+        @jax.jit
+        def hidden(params, tokens_BxT):
+            hidden_BxTxE = network.apply({"params": params}, tokens_BxT, head=False)
+            return hidden_BxTxE.reshape(-1, hidden_BxTxE.shape[-1])
+
+        @jax.jit
+        def losses(params, hidden_NxE, positions_R, targets_R):
+            head_VxE = head_weight(network.model, params).astype(compute)
+            wide = jnp.promote_types(compute, jnp.float32)
+            logits_RxV = jnp.einsum("re,ve->rv", hidden_NxE[positions_R], head_VxE, preferred_element_type=wide)
+            return cross_entropy(logits_RxV, targets_R), logits_RxV.argmax(-1) == targets_R
+
+        self._hidden, self._losses = hidden, losses
+
+    def scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]], advance: Callable[[int], None] = lambda done: None
+    ) -> list[tuple[float, bool]]:
+        """(log likelihood in nats, whether each token was the likeliest) of continuations after their contexts.
+
+        pairs: (context, continuation) in tokens, at least one each; a context too long is cut on the left.
+        """
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        texts = [(context + continuation)[-self.window - 1 :] for context, continuation in pairs]
+        order = sorted(range(len(pairs)), key=lambda number: -len(texts[number]))
+        pending: tuple[list[int], Any] | None = None
+        for first in range(0, len(order), self.batch):
+            chosen = order[first : first + self.batch]
+            started = chosen, self._start([texts[n] for n in chosen], [len(pairs[n][1]) for n in chosen])
+            # One batch ahead of the device, so that it need not wait for this one to be read.
+            for numbers, parts in filter(None, [pending]):
+                self._finish(numbers, parts, pairs, results)
+                advance(len(numbers))
+            pending = started
+        for numbers, parts in filter(None, [pending]):
+            self._finish(numbers, parts, pairs, results)
+            advance(len(numbers))
+        return results
+
+    def _start(self, texts: list[list[int]], scored: list[int]) -> list[tuple[jax.Array, jax.Array]]:
+        """Losses and hits of the last tokens of each text, one after another, in parts, begun on the device."""
+        time = bucket(max(map(len, texts)) - 1, self.window)
+        tokens_BxT = np.zeros((self.batch, time), np.int32)
+        positions, targets = [], []
+        for row, (text, count) in enumerate(zip(texts, scored, strict=True)):
+            tokens_BxT[row, : len(text) - 1] = text[:-1]
+            positions.append(row * time + np.arange(len(text) - 1 - count, len(text) - 1))
+            targets.append(text[-count:])
+        hidden_NxE = self._hidden(self.params, tokens_BxT)
+        return [
+            self._losses(self.params, hidden_NxE, *piece)
+            for piece in self._pieces(np.concatenate(positions), np.concatenate(targets))
+        ]
+
+    def _pieces(self, positions: np.ndarray, targets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Both in pieces of `rows`, the last filled up with zeros."""
+        count = -(-len(positions) // self.rows) * self.rows
+        padded = [np.resize(array, count).astype(np.int32) for array in (positions, targets)]
+        for first in range(0, count, self.rows):
+            yield padded[0][first : first + self.rows], padded[1][first : first + self.rows]
+
+    @staticmethod
+    def _finish(numbers: list[int], parts: list, pairs: Sequence, results: list) -> None:
+        """Read what a batch's parts came to, and put the sums in their places."""
+        losses, hits = (np.concatenate([np.asarray(part) for part in kind]) for kind in zip(*parts, strict=True))
+        begin = 0
+        for number in numbers:
+            end = begin + len(pairs[number][1])
+            results[number] = (-float(losses[begin:end].sum(dtype=np.float64)), bool(hits[begin:end].all()))
+            begin = end
