@@ -48,15 +48,19 @@ def short_count(number: float) -> str:
     return str(int(number))
 
 
-def model_card(model: NeoX, lineage: list[dict[str, Any]]) -> str:
-    """README.md of an exported model, its lineage in words; the entries themselves are in lineage.json."""
+def model_card(model: NeoX, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
+    """README.md of an exported model, its lineage in words; the entries themselves are in lineage.json.
+
+    evaluation: tables and notes in Markdown, where it was measured.
+    """
     head = HEAD.format(
         model=model,
         size=short_count(model.parameters),
         residual="parallel" if model.parallel_residual else "sequential",
         head="tied to the embedding" if model.tied else "untied",
     )
-    return head + "".join(f"{number}. {in_words(entry)}\n" for number, entry in enumerate(lineage, 1))
+    steps = "".join(f"{number}. {in_words(entry)}\n" for number, entry in enumerate(lineage, 1))
+    return head + steps + (f"\n## Evaluation\n\n{evaluation}" if evaluation else "")
 
 
 def in_words(entry: dict[str, Any]) -> str:

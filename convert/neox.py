@@ -42,11 +42,11 @@ def imported(source: Source) -> Contents:
     )
 
 
-def exported(source: Source, dtype: str | None = None) -> Contents:
+def exported(source: Source, dtype: str | None = None, evaluation: str = "") -> Contents:
     """A Hugging Face directory of any source, its moments left behind.
 
-    dtype: float64, float32, bfloat16 or float16, or None for the source's own. Raises UsageError for another,
-    and for an architecture other than GPT-NeoX.
+    dtype: float64, float32, bfloat16 or float16, or None for the source's own. evaluation: what the model card says of
+    quality, in Markdown. Raises UsageError for another dtype, and for an architecture other than GPT-NeoX.
     """
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise UsageError(f"--dtype is one of {', '.join(DTYPE_NAMES)}, got {dtype!r}{did_you_mean(dtype, DTYPE_NAMES)}")
@@ -60,7 +60,7 @@ def exported(source: Source, dtype: str | None = None) -> Contents:
         files={name: content for name, content in source.files.items() if name not in OWN},
     )
     beside = {
-        "README.md": model_card(model, contents.lineage).encode(),
+        "README.md": model_card(model, contents.lineage, evaluation).encode(),
         "generation_config.json": _generation(source),
     }
     return replace(contents, files=contents.files | beside)

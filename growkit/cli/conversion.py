@@ -37,7 +37,8 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
 @click.option(
     "--max-shard-size", "shard", default="5GB", metavar="SIZE", help="Bytes a file holds at most, as 5GB or 500MB."
 )
-def export(src: str, out: str, dtype: str | None, check: bool, force: bool, shard: str) -> None:
+@click.option("--evaluation", metavar="FILE.json", help="Put what `evaluate --output` measured of SRC into the card.")
+def export(src: str, out: str, dtype: str | None, check: bool, force: bool, shard: str, evaluation: str | None) -> None:
     """Turn SRC into the Hugging Face directory OUT: safetensors, config, tokenizer, model card with the lineage."""
     from convert.neox import exported
     from convert.reference import require_transformers
@@ -45,7 +46,7 @@ def export(src: str, out: str, dtype: str | None, check: bool, force: bool, shar
 
     source = open_source(src)
     limit = shard_bytes(shard)
-    contents = exported(source, dtype)
+    contents = exported(source, dtype, evaluation_of(source, Path(evaluation)) if evaluation is not None else "")
     if check:
         require_transformers()
     write(source, contents, Path(out), "huggingface", force, limit)
@@ -56,6 +57,13 @@ def export(src: str, out: str, dtype: str | None, check: bool, force: bool, shar
         click.echo(f"note: {src} carries no tokenizer.json, so {out} has none; put one there before tokenizing with it")
     if check:
         click.echo(compare(source, Path(out), written))
+
+
+def evaluation_of(source, path: Path) -> str:
+    """What a file of evaluations says of a source, in Markdown. Raises UsageError where it says nothing."""
+    from growkit.evaluation import report
+
+    return report.markdown(report.of_model(report.read(path), source, path))
 
 
 def shard_bytes(text: str) -> int:

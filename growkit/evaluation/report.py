@@ -61,12 +61,12 @@ def read(path: Path) -> Record:
     return record
 
 
-def of_model(record: Record, fingerprint: str, path: Path, source: Path) -> Record:
-    """The record with the model of a fingerprint alone. Raises UsageError when it has none such."""
-    models = [model for model in record["models"] if model["fingerprint"] == fingerprint]
+def of_model(record: Record, source: Source, path: Path) -> Record:
+    """The record, which was read from `path`, with one model alone. Raises UsageError when it is not of that model."""
+    models = [model for model in record["models"] if model["fingerprint"] == source.fingerprint]
     if not models:
         names = ", ".join(model["source"] for model in record["models"])
-        raise UsageError(f"{path} has figures of {names}, and none of {source} as it is now; evaluate that first")
+        raise UsageError(f"{path} has figures of {names}, and none of {source.path} as it is; evaluate that first")
     return record | {"models": [models[-1] | {"source": "this model"}]}
 
 
@@ -95,7 +95,7 @@ def notes(record: Record) -> list[str]:
     for model in record["models"]:
         cut = ", ".join(f"{title(r['name'])} {r['cut']}" for r in model["results"] if r["cut"])
         if cut:
-            lines.append(f"Contexts of {model['source']} longer than that, cut on the left: {cut}.")
+            lines.append(f"Requests to {model['source']} that are longer, their contexts cut on the left: {cut}.")
     if any(published([r["name"]]) and _full(record, r["name"]) for r in first["results"]):
         lines.append("Published figures: GPT-Neo's README (tasks), arXiv 2101.00027 (bits per byte).")
     return lines
@@ -108,7 +108,7 @@ def markdown(record: Record) -> str:
         head = ["model", *(f"{name} ({metric})" for name, metric in headings)]
         lines = [head, ["---"] + ["---:"] * len(headings), *rows]
         blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    return "\n\n".join([*blocks, "\n".join(notes(record))]) + "\n"
+    return "\n\n".join([*blocks, *notes(record)]) + "\n"
 
 
 def show(record: Record) -> None:
