@@ -12,7 +12,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("growkit", "trainer", "convert")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-HEAVY = {"jax", "jaxlib", "flax", "optax", "torch", "transformers", "orbax", "tensorstore", "grain", "matplotlib"}
+HEAVY = {
+    "lm_eval",
+    "datasets",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "torch",
+    "transformers",
+    "orbax",
+    "tensorstore",
+    "grain",
+    "matplotlib",
+}
 SIBLINGS = {"trainer", "convert"}
 
 
@@ -49,6 +62,7 @@ def loaded_by(statement: str) -> set[str]:
         "import growkit",
         "import growkit.checkpoint, growkit.plan, growkit.surgery, growkit.cli",
         "import growkit.cli.growing, growkit.cli.conversion, convert.neox, convert.card",
+        "import growkit.evaluation.questions, growkit.evaluation.report, growkit.cli.evaluating",
         "from growkit.cli import run; assert run(['--help']) == 0",
         "from growkit.cli import run; assert run(['depth', '--help']) == 0",
     ],
@@ -105,4 +119,4 @@ def test_the_rules_bite():
     assert imported(ast.parse("from convert.neox import x\nimport a.b as c")) == {"convert", "a"}
     with pytest.raises(AssertionError, match="in full"):
         imported(ast.parse("from . import axes"))
-    assert len(FILES) > 25 and {path.parent.name for path in FILES} == {*PACKAGES, "checkpoint", "cli"}
+    assert len(FILES) > 25 and {path.parent.name for path in FILES} == {*PACKAGES, "checkpoint", "cli", "evaluation"}

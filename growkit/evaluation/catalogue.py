@@ -19,10 +19,11 @@ SEED = 1234
 
 @dataclass(frozen=True)
 class Task:
-    """harness: its name there, for the full set from the Hub. full: how many items that has. metrics: those shown."""
+    """folder, harness: where it is there, and its name. full: items of the full set. metrics: those shown."""
 
     name: str
     title: str
+    folder: str
     harness: str
     full: int
     metrics: tuple[str, ...]
@@ -31,12 +32,12 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("lambada", "LAMBADA", "lambada_openai", 5153, ("acc", "perplexity")),
-        Task("piqa", "PIQA", "piqa", 1838, ("acc", "acc_norm")),
-        Task("hellaswag", "HellaSwag", "hellaswag", 10042, ("acc", "acc_norm")),
-        Task("winogrande", "WinoGrande", "winogrande", 1267, ("acc",)),
-        Task("arc_easy", "ARC-Easy", "arc_easy", 2376, ("acc", "acc_norm")),
-        Task("arc_challenge", "ARC-Challenge", "arc_challenge", 1172, ("acc", "acc_norm")),
+        Task("lambada", "LAMBADA", "lambada", "lambada_openai", 5153, ("acc", "perplexity")),
+        Task("piqa", "PIQA", "piqa", "piqa", 1838, ("acc", "acc_norm")),
+        Task("hellaswag", "HellaSwag", "hellaswag", "hellaswag", 10042, ("acc", "acc_norm")),
+        Task("winogrande", "WinoGrande", "winogrande", "winogrande", 1267, ("acc",)),
+        Task("arc_easy", "ARC-Easy", "arc", "arc_easy", 2376, ("acc", "acc_norm")),
+        Task("arc_challenge", "ARC-Challenge", "arc", "arc_challenge", 1172, ("acc", "acc_norm")),
     )
 }
 NAMES = (*TASKS, BPB)

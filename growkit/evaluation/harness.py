@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,10 +99,12 @@ def local_question(items: Items) -> Question:
 def hub_question(name: str, limit: int | None) -> Question:
     """A question of the harness's own task, its items from the Hugging Face Hub or its cache. Raises GrowkitError."""
     with quiet():
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks
 
+        folder, own = Path(lm_eval.tasks.__file__).parent / TASKS[name].folder, TASKS[name].harness
         try:
-            task = TaskManager().load([TASKS[name].harness])["tasks"][TASKS[name].harness]
+            # One folder and not all of them: to read ten thousand task files takes many seconds.
+            task = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False).load([own])["tasks"][own]
         except Exception as problem:  # whatever the network, the Hub or its libraries say, the user needs one sentence
             words = next(iter(str(problem).strip().splitlines()), "no answer")
             raise GrowkitError(
@@ -222,15 +225,12 @@ def quiet():
     """Without the log lines and bars of the libraries, which speak of what growkit says in its own words."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    names = ("lm_eval", "datasets", "transformers", "httpx", "huggingface_hub")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(before)
 
 
 def json_of(answer: Answer) -> dict[str, Any]:

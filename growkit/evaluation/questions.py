@@ -21,7 +21,7 @@ def questions(
     say: told what is left out. Raises UsageError where items are not there, GrowkitError where they are broken.
     """
     if data is None:
-        return _from_hub(names, limit)
+        return _from_hub(names, limit, say)
     if not data.is_dir():
         raise UsageError(f"there is no such directory: {data}")
     found: list[harness.Question] = []
@@ -40,10 +40,14 @@ def questions(
     return found
 
 
-def _from_hub(names: list[str] | None, limit: int | None) -> list[harness.Question]:
+def _from_hub(names: list[str] | None, limit: int | None, say: Callable[[str], None]) -> list[harness.Question]:
     if names and BPB in names:
         raise UsageError("bits per byte are of local text: give --data DIR with files or folders of it in DIR/bpb")
-    return [harness.hub_question(name, limit) for name in names or TASKS]
+    found = []
+    for name in names or TASKS:
+        say(f"{name}: items from the Hugging Face Hub")
+        found.append(harness.hub_question(name, limit))
+    return found
 
 
 def _task(name: str, data: Path, limit: int | None) -> list[items.Items]:
