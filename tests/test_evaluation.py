@@ -27,7 +27,7 @@ from growkit.neox import NeoX, write_config
 from trainer.evaluate import jax_model
 from trainer.likelihood import bucket
 from trainer.model import logits_of
-from trainer.tokenize import carried_tokenizer, train_tokenizer
+from trainer.tokenizer import carried_tokenizer, train_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WINDOW = 48
@@ -335,7 +335,7 @@ def test_bits_per_byte_of_an_untrained_model(tmp_path, tokenizer):
     (tmp_path / "bpb" / "text.txt").write_text(text)
     model = jax_model(source, tokenizer, WINDOW, 4)
     answer = harness.ask(model, asked(["bpb"], tmp_path)[0][0])
-    tokens = len(tokenizer.encode([text])[0])
+    tokens = len(tokenizer.encode(text))
     assert answer.figures["bits_per_byte"].value == pytest.approx(math.log2(MODEL.vocab) * tokens / len(text), rel=1e-3)
     assert math.isnan(answer.figures["bits_per_byte"].error) and answer.cut == 0
 
