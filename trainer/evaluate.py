@@ -15,9 +15,10 @@ from growkit.checkpoint.tensor import Source
 from growkit.evaluation.harness import Request, Windowed, joined
 from growkit.neox import require_neox
 from growkit.surgery import stacked
-from trainer.config import Precision
+from trainer.config import Mesh, Precision
 from trainer.likelihood import Likelihood
 from trainer.model import GPTNeoX
+from trainer.sharding import Layout, make_mesh
 from trainer.tokenizer import TextTokenizer
 
 
@@ -62,8 +63,12 @@ class JaxModel(Windowed, TemplateLM):
 
 
 def jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int) -> JaxModel:
-    """A model on disk, computed in float32. Raises UsageError for an architecture that the trainer does not compute."""
+    """A model on disk, computed in float32 on all of this machine's devices, a copy on each.
+
+    Raises UsageError for an architecture that the trainer does not compute.
+    """
     model = require_neox(source.model, source.path)
-    network = GPTNeoX(model, Precision("float32", "float32"))
-    params = jax.device_put(stacked(source, dtype="float32"))
+    layout = Layout(make_mesh(Mesh(), jax.local_devices()))
+    network = GPTNeoX(model, Precision("float32", "float32"), layout=layout)
+    params = jax.device_put(stacked(source, dtype="float32"), model.table.tree(layout.stored))
     return JaxModel(Likelihood(network, params, window, batch), tokenizer)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.loss import cross_entropy
-from trainer.model import GPTNeoX, head_weight
+from trainer.model import GPTNeoX
+from trainer.sharding import alone, place
 
 # Positions whose logits are held at once.
 ROWS = {"cpu": 64}
@@ -31,26 +32,30 @@ def bucket(length: int, window: int) -> int:
 
 
 class Likelihood:
-    """Scores continuations by a network and its parameters. window: tokens it reads at most. batch: texts at once."""
+    """Scores continuations by a network and its parameters. window: tokens it reads at most.
+
+    batch: texts at once, made a multiple of the shards of the network's layout.
+    """
 
     def __init__(self, network: GPTNeoX, params: Any, window: int, batch: int):
-        self.params, self.window, self.batch = params, window, batch
+        layout = network.layout or alone()
+        self.params, self.window, self.layout = params, window, layout
+        self.batch = -(-batch // layout.shards) * layout.shards
         self.rows = ROWS.get(jax.default_backend(), ROWS_ELSEWHERE)
-        compute = jnp.dtype(network.precision.compute)
 
-        @jax.jit
         def hidden(params, tokens_BxT):
             hidden_BxTxE = network.apply({"params": params}, tokens_BxT, head=False)
             return hidden_BxTxE.reshape(-1, hidden_BxTxE.shape[-1])
 
-        @jax.jit
         def losses(params, hidden_NxE, positions_R, targets_R):
-            head_VxE = head_weight(network.model, params).astype(compute)
-            wide = jnp.promote_types(compute, jnp.float32)
-            logits_RxV = jnp.einsum("re,ve->rv", hidden_NxE[positions_R], head_VxE, preferred_element_type=wide)
+            wide = jnp.promote_types(network.precision.compute, jnp.float32)
+            rows_RxE, head_VxE = hidden_NxE[positions_R], network.head_weight(params)
+            logits_RxV = jnp.einsum("re,ve->rv", rows_RxE, head_VxE, preferred_element_type=wide)
             return cross_entropy(logits_RxV, targets_R), logits_RxV.argmax(-1) == targets_R
 
-        self._hidden, self._losses = hidden, losses
+        stored, whole = network.model.table.tree(layout.stored), layout.whole
+        self._hidden = jax.jit(hidden, in_shardings=(stored, layout.batch()))
+        self._losses = jax.jit(losses, in_shardings=(stored, None, whole, whole), out_shardings=whole)
 
     def scores(
         self, pairs: Sequence[tuple[list[int], list[int]]], advance: Callable[[int], None] = lambda done: None
@@ -85,18 +90,18 @@ class Likelihood:
             tokens_BxT[row, : len(text) - 1] = text[:-1]
             positions.append(row * time + np.arange(len(text) - 1 - count, len(text) - 1))
             targets.append(text[-count:])
-        hidden_NxE = self._hidden(self.params, tokens_BxT)
+        hidden_NxE = self._hidden(self.params, place(tokens_BxT, self.layout.batch()))
         return [
             self._losses(self.params, hidden_NxE, *piece)
             for piece in self._pieces(np.concatenate(positions), np.concatenate(targets))
         ]
 
-    def _pieces(self, positions: np.ndarray, targets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _pieces(self, positions: np.ndarray, targets: np.ndarray) -> Iterator[tuple[jax.Array, ...]]:
         """Both in pieces of `rows`, the last filled up with zeros."""
         count = -(-len(positions) // self.rows) * self.rows
         padded = [np.resize(array, count).astype(np.int32) for array in (positions, targets)]
         for first in range(0, count, self.rows):
-            yield padded[0][first : first + self.rows], padded[1][first : first + self.rows]
+            yield tuple(place(array[first : first + self.rows], self.layout.whole) for array in padded)
 
     @staticmethod
     def _finish(numbers: list[int], parts: list, pairs: Sequence, results: list) -> None:
