@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
+from growkit.evaluation.catalogue import named
 from growkit.neox import NeoX
 
 # Values that may differ between a run and its resumption: they change what is kept and shown and which devices
@@ -146,10 +147,18 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Eval:
-    """Validation every `every` steps on `windows` fixed sequences."""
+    """Validation every `every` steps on `windows` fixed sequences, and tasks of `growkit evaluate` every `tasks_every`.
+
+    tasks: names with commas, empty for none. data: the directory of their items, empty for the Hub. limit: items of
+    each at most, 0 for all.
+    """
 
     every: int = 1000
     windows: int = 256
+    tasks: str = ""
+    tasks_every: int = 5000
+    data: str = ""
+    limit: int = 500
 
 
 @dataclass(frozen=True)
@@ -279,6 +288,7 @@ AT_LEAST_ONE = (
     "checkpoint.keep_last",
     "eval.every",
     "eval.windows",
+    "eval.tasks_every",
     "log.every",
 )
 ABOVE_ZERO = ("model.layer_norm_eps", "model.initializer_range", "model.rotary_base", "optimizer.learning_rate")
@@ -290,6 +300,7 @@ AT_LEAST_ZERO = (
     "mesh.data",
     "checkpoint.minutes",
     "checkpoint.keep_every",
+    "eval.limit",
 )
 FRACTIONS = (
     "dropout.hidden",
@@ -328,6 +339,8 @@ def _check(config: Config) -> None:
         if _value(config, key) not in choices:
             near = did_you_mean(_value(config, key), choices)
             raise UsageError(f"{key} must be one of {', '.join(choices)}, got {_value(config, key)!r}{near}")
+    if config.eval.tasks:
+        named(config.eval.tasks)
     batch, schedule = config.batch, config.schedule
     if batch.sequences % batch.accumulation:
         raise UsageError(

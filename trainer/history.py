@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from typing import Any
 
 from etils import epath
@@ -25,10 +26,12 @@ COLUMNS = (
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",
+    "scores",
     "event",
 )
-# Rows of training loss that travel with a checkpoint; rows with a validation loss or an event all do.
+# Rows of training loss that travel with a checkpoint; rows with anything else all do.
 CARRIED = 1000
+BESIDE = ("validation_loss", "scores", "event")
 
 
 def parse(text: str) -> list[dict[str, str]]:
@@ -81,21 +84,30 @@ class History:
 
     def validation_loss(self, step: int) -> float | None:
         """The validation loss of a step, None when none is on record."""
-        for row in reversed(self.rows):
-            if row["step"] == str(step) and row["validation_loss"]:
-                return float(row["validation_loss"])
-        return None
+        found = self._last(step, "validation_loss")
+        return float(found) if found else None
+
+    def scores(self, step: int) -> dict[str, float] | None:
+        """What the tasks gave at a step, None when nothing is on record."""
+        found = self._last(step, "scores")
+        return json.loads(found) if found else None
+
+    def _last(self, step: int, column: str) -> str:
+        return next((row[column] for row in reversed(self.rows) if row["step"] == str(step) and row.get(column)), "")
 
     def carried(self) -> bytes:
         """What travels with a checkpoint: all rows so far, those of plain training loss thinned out."""
         rows = self.earlier + self.rows
-        plain = [row for row in rows if not row["validation_loss"] and not row["event"]]
+        beside = [row for row in rows if any(row.get(column) for column in BESIDE)]
+        plain = [row for row in rows if not any(row.get(column) for column in BESIDE)]
         stride = max(1, len(plain) // CARRIED)
-        kept = {id(row) for row in plain[::stride]}
-        return render([row for row in rows if row["validation_loss"] or row["event"] or id(row) in kept]).encode()
+        kept = {id(row) for row in (*beside, *plain[::stride])}
+        return render([row for row in rows if id(row) in kept]).encode()
 
 
 def _text(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return json.dumps(value)
     return repr(float(value)) if isinstance(value, float) else str(value)

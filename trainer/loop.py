@@ -39,6 +39,7 @@ from trainer.optimizer import Multipliers
 from trainer.report import Report
 from trainer.sharding import layout, place
 from trainer.step import State, abstract_state, initial_state, make_eval_step, make_train_step
+from trainer.tasks import Asked
 
 DRAWN_EVERY = 60.0
 
@@ -70,6 +71,7 @@ class Run:
         self.layout = layout(config, self.model)
         self.like = abstract_state(config, self.model, self.layout)
         self.data: Corpus = open_corpus(config, source)
+        self.asked = Asked(config.eval)
         self.held = begin(self.directory, config, start, source, last_step(self.directory) is not None)
         self.checkpoints = Checkpoints(self.directory, config.checkpoint)
         self.history = History(self.directory)
@@ -80,6 +82,7 @@ class Run:
         self.multipliers = self._multipliers()
         self.train_step = make_train_step(config, self.model, self.multipliers, self.layout)
         self.eval_step = make_eval_step(config, self.model, self.layout)
+        self.tasks = self.asked.of(config, self.model, self.layout, self.files, self.directory)
         self.saved_at = time.monotonic()
         self.drawn_at = 0.0
 
@@ -173,6 +176,7 @@ class Run:
         with Interrupt() as self.interrupt, Report(self.directory.name, steps, self.first) as self.report:
             self._announce()
             self._validate_if_due()
+            self._measure_if_due()
             self._train(steps)
             if self.interrupt.received is not None:
                 self.report.say(f"stopping at step {self.step}: saving; another signal ends it at once, unsaved")
@@ -196,7 +200,7 @@ class Run:
             f"model: {model.layer} layers, embed {model.embed}, {model.head} heads, mlp {model.mlp}, "
             f"{self.model.parameters:,} parameters{origin}"
         )
-        for line in self.data.facts():
+        for line in (*self.data.facts(), *self.asked.notes):
             self.report.say(line)
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
@@ -242,10 +246,11 @@ class Run:
             if pending is not None:
                 self._note(*pending)
             pending = (self.step, metrics)
-            if self._validation_due() or self._save_due():
+            if self._validation_due() or self._tasks_due() or self._save_due():
                 self._note(*pending)
                 pending = None
                 self._validate_if_due()
+                self._measure_if_due()
                 if self._save_due():
                     self._save()
                 self.timed = (time.monotonic(), self.step)
@@ -314,6 +319,20 @@ class Run:
             self._check_gap(loss)
         self._draw()
 
+    def _tasks_due(self) -> bool:
+        """Tasks come at their own steps and at both ends."""
+        return self.step == self.config.schedule.steps or self.step % self.config.eval.tasks_every == 0
+
+    def _measure_if_due(self) -> None:
+        """Ask the tasks where they are due and were not asked before a resume."""
+        if not self.tasks or not self._tasks_due() or self.history.scores(self.step) is not None:
+            return
+        scores = self.tasks.scores(self.state.params, lambda: self.interrupt.received is not None)
+        if scores is not None:
+            self._row(self.step, scores=scores)
+            self.report.say(f"step {self.step}: {', '.join(f'{name} {value:.4g}' for name, value in scores.items())}")
+            self._draw()
+
     def _check_gap(self, loss: float) -> None:
         """After exact growth the first validation loss is the source's last one; refuse to go on where it is not."""
         growths = growth.last_growths(self.lineage[:-1])
@@ -365,7 +384,7 @@ class Run:
         if not final and time.monotonic() - self.drawn_at < DRAWN_EVERY:
             return
         rows = self.history.earlier + self.history.rows
-        if any(row["loss"] or row["validation_loss"] for row in rows):
+        if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):
             curves.draw(self.directory / "curves.png", rows, self.directory.name)
         self.drawn_at = time.monotonic()
 
