@@ -19,9 +19,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from growkit.architecture import Architecture
 from growkit.checkpoint import CHECKPOINTS
 from growkit.checkpoint.orbax import FILES, META, STATE, decode_files, encode_files
 from growkit.checkpoint.tensor import Source, Tensor
+from growkit.configuration import read_config
 from growkit.errors import GrowkitError
 from growkit.spec import Row
 from trainer.config import Checkpoint
@@ -171,6 +173,11 @@ class Checkpoints:
     def files(self, step: int) -> dict[str, bytes]:
         """The small files that lie with a checkpoint."""
         return decode_files(json.loads((self.directory / str(step) / FILES / "metadata").read_text()))
+
+    def model(self, step: int) -> Architecture:
+        """The sizes and options of the model in a finished checkpoint."""
+        with self._failing(f"read, {self.directory / str(step)}; without it, the run goes on from the one before"):
+            return read_config(json.loads((self.directory / str(step) / META / "metadata").read_text())["config"])
 
     def wait(self) -> None:
         """Return when everything begun is on disk."""

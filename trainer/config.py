@@ -96,12 +96,26 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Plateau:
+    """When validation is flat: `patience` validations in a row (0: never) without one below (1 - rtol) x the best.
+
+    factor: what the learning rate is multiplied by from there on. Names as in optax.contrib.reduce_on_plateau.
+    """
+
+    patience: int = 0
+    factor: float = 0.1
+    rtol: float = 1e-4
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Linear warm-up to the peak, then down to `floor` times the peak at `steps`, counted from the last branch point.
 
     kind: cosine or linear, all the way down; wsd (warm-up, stable, decay), which stays at the peak until the last
     `decay`, a fraction, of the steps, and falls linearly in those; constant, which stays.
     continued: with --from, go on in the source's schedule where it stood instead of beginning again.
+    rewarmup: steps of a linear warm-up, on top of the schedule, after a growth through which it goes on: with
+    `continued`, or by grow.at.
     """
 
     kind: str = "cosine"
@@ -110,16 +124,21 @@ class Schedule:
     floor: float = 0.1
     decay: float = 0.1
     continued: bool = False
+    rewarmup: int = 0
+    plateau: Plateau = field(default_factory=Plateau)
 
 
 @dataclass(frozen=True)
 class Grow:
-    """A growth of the --from model at start, as the growing verbs would make it on disk; empty text for none.
+    """A growth as the growing verbs would make it on disk; empty text for none.
 
+    at: empty for a growth of the --from model at start; a step of this run; or plateau, the first one that
+    schedule.plateau finds, which then grows the model and leaves the learning rate.
     map and depth_method are `growkit depth`'s --map and --method; embed, heads, mlp, head_dim, width_method and spread
     `growkit width`'s; the rest are the options of both.
     """
 
+    at: str = ""
     map: str = ""
     depth_method: str = "replicate"
     embed: str = ""
@@ -297,6 +316,8 @@ AT_LEAST_ZERO = (
     "optimizer.weight_decay",
     "optimizer.clip",
     "schedule.warmup",
+    "schedule.rewarmup",
+    "schedule.plateau.patience",
     "mesh.data",
     "checkpoint.minutes",
     "checkpoint.keep_every",
@@ -307,6 +328,7 @@ FRACTIONS = (
     "dropout.attention",
     "dropout.embedding",
     "data.held_out",
+    "schedule.plateau.rtol",
     "optimizer.beta1",
     "optimizer.beta2",
 )
@@ -318,6 +340,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (ABOVE_ZERO, lambda value: value > 0, "be above 0"),
     (FRACTIONS, lambda value: 0 <= value < 1, "lie in [0, 1)"),
     (("schedule.floor", "schedule.decay"), lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+    (("schedule.plateau.factor",), lambda value: 0 < value <= 1, "lie in (0, 1]"),
     (("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"lie between 0 and {LARGEST_SEED}"),
 )
 CHOICES = {
@@ -353,6 +376,14 @@ def _check(config: Config) -> None:
             f"schedule.warmup ({schedule.warmup} steps) and schedule.decay ({schedule.decay:g} of the steps) do not "
             f"fit into schedule.steps ({schedule.steps})"
         )
+    _check_growth_time(config.grow.at, schedule)
+
+
+def _check_growth_time(at: str, schedule: Schedule) -> None:
+    if at == "plateau" and not schedule.plateau.patience:
+        raise UsageError("grow.at=plateau needs schedule.plateau.patience, the validations that make a plateau")
+    if at not in ("", "plateau") and not (at.isdecimal() and 1 <= int(at) < schedule.steps):
+        raise UsageError(f"grow.at must be a step from 1 to {schedule.steps - 1}, or plateau, got {at!r}")
 
 
 def _value(config: Config, key: str) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from trainer.directory import write_whole
+from trainer.history import GROWN
 
 Row = Mapping[str, str]
 TRAIN, VALIDATION, MARK = "#9fb8d9", "#1b4f9c", "#c0392b"
@@ -39,7 +40,7 @@ def segments(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows split where a run began: lines are not drawn across growth."""
     found: list[list[Row]] = [[]]
     for row in rows:
-        if row["event"].startswith("start") and found[-1]:
+        if row["event"].startswith(("start", GROWN)) and found[-1]:
             found.append([])
         found[-1].append(row)
     return found
@@ -118,7 +119,7 @@ def _draw_scores(axes, rows: Sequence[Row], metric: str) -> None:
 
 def _mark_growth(axes, rows: Sequence[Row], column: str) -> None:
     for row in rows:
-        if "grown" in row["event"]:
+        if GROWN in row["event"]:
             axes.axvline(float(row[column]), color=MARK, linestyle=":", linewidth=1.5)
             words = row["event"].removeprefix("start, ")
             axes.annotate(

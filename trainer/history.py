@@ -29,6 +29,8 @@ COLUMNS = (
     "scores",
     "event",
 )
+# How the event of a growth within a run begins.
+GROWN = "grown"
 # Rows of training loss that travel with a checkpoint; rows with anything else all do.
 CARRIED = 1000
 BESIDE = ("validation_loss", "scores", "event")
@@ -69,6 +71,12 @@ class History:
         self.rows = [row for row in self.rows if int(row["step"]) <= step]
         self.flush()
 
+    def forget_growth(self, step: int) -> None:
+        """Forget a growth at `step`, the last one there are rows of, which will be made again."""
+        begun = (n for n, row in enumerate(self.rows) if row["step"] == str(step) and row["event"].startswith(GROWN))
+        self.rows = self.rows[: next(begun, None)]
+        self.flush()
+
     def add(self, **values: Any) -> None:
         """Append a row."""
         row = {column: _text(values.get(column)) for column in COLUMNS}
@@ -82,6 +90,10 @@ class History:
         """Write the file whole."""
         write_whole(self.run / METRICS, render(self.rows).encode())
 
+    def validation_losses(self) -> list[float]:
+        """The validation losses in order, as far back as the model was what it is."""
+        return [float(row["validation_loss"]) for row in self._of_this_model() if row["validation_loss"]]
+
     def validation_loss(self, step: int) -> float | None:
         """The validation loss of a step, None when none is on record."""
         found = self._last(step, "validation_loss")
@@ -93,7 +105,13 @@ class History:
         return json.loads(found) if found else None
 
     def _last(self, step: int, column: str) -> str:
-        return next((row[column] for row in reversed(self.rows) if row["step"] == str(step) and row.get(column)), "")
+        rows = reversed(self._of_this_model())
+        return next((row[column] for row in rows if row["step"] == str(step) and row.get(column)), "")
+
+    def _of_this_model(self) -> list[dict[str, str]]:
+        """The rows since the last growth within the run."""
+        grown = [number for number, row in enumerate(self.rows) if row["event"].startswith(GROWN)]
+        return self.rows[grown[-1] :] if grown else self.rows
 
     def carried(self) -> bytes:
         """What travels with a checkpoint: all rows so far, those of plain training loss thinned out."""

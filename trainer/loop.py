@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,9 @@ import numpy as np
 from etils import epath
 
 from growkit import __version__
+from growkit.checkpoint import open_source
 from growkit.checkpoint.tensor import Source
-from growkit.errors import GrowkitError, UsageError
+from growkit.errors import GrowkitError
 from growkit.neox import NeoX, write_config
 from growkit.surgery import grown_source, provenance
 from trainer import curves, growth
@@ -36,9 +36,10 @@ from trainer.history import EARLIER, History
 from trainer.interrupt import Interrupt
 from trainer.model import initial_params
 from trainer.optimizer import Multipliers
+from trainer.plateau import reduced, reduction
 from trainer.report import Report
 from trainer.sharding import layout, place
-from trainer.step import State, abstract_state, initial_state, make_eval_step, make_train_step
+from trainer.step import State, abstract_state, check_precision, initial_state, make_eval_step, make_train_step
 from trainer.tasks import Asked
 
 DRAWN_EVERY = 60.0
@@ -63,28 +64,65 @@ class Run:
         source: Source | None = None,
         start: str | None = None,
         allow_gap: bool = False,
+        branch: dict[str, Any] | None = None,
     ):
-        self.config, self.source, self.allow_gap = config, source, allow_gap
+        self.source, self.allow_gap, self.branch = source, allow_gap, branch
         self.directory = epath.Path(out)
-        self.model: NeoX = neox(config.model)
         check_precision(config)
-        self.layout = layout(config, self.model)
-        self.like = abstract_state(config, self.model, self.layout)
+        self.growth_to_come = growth.later(config)
+        if self.growth_to_come:
+            # Refused now where the grown model does not lie on the mesh, and not when its step has come.
+            layout(growth.grown_config(config, self.growth_to_come), self.growth_to_come.grown)
+        self._lay_out(config, neox(config.model))
         self.data: Corpus = open_corpus(config, source)
         self.asked = Asked(config.eval)
         self.held = begin(self.directory, config, start, source, last_step(self.directory) is not None)
         self.checkpoints = Checkpoints(self.directory, config.checkpoint)
         self.history = History(self.directory)
         last = self.checkpoints.last
-        self.resumed = last is not None
         self.first = self.step = last or 0
-        self._begin_counts(self._begin() if last is None else self._resume(last))
+        self.resumed = last is not None and not self._grows_now(last)
+        self._begin_counts(self._resume(last) if self.resumed else self._begin())
         self.multipliers = self._multipliers()
-        self.train_step = make_train_step(config, self.model, self.multipliers, self.layout)
-        self.eval_step = make_eval_step(config, self.model, self.layout)
-        self.tasks = self.asked.of(config, self.model, self.layout, self.files, self.directory)
+        self._make_train_step(self.history.validation_losses() if self.resumed else [])
+        self.eval_step = make_eval_step(self.config, self.model, self.layout)
+        self.tasks = self.asked.of(self.config, self.model, self.layout, self.files, self.directory)
         self.saved_at = time.monotonic()
         self.drawn_at = 0.0
+
+    def _lay_out(self, config: Config, model: NeoX) -> None:
+        """Take the configuration and the model that this loop trains, and where its state lies."""
+        self.config, self.model, self.layout = config, model, layout(config, model)
+        self.like = abstract_state(config, model, self.layout)
+
+    def _grows_now(self, last: int) -> bool:
+        """Whether the growth on the way comes at RUN's last checkpoint. From there on the grown model is the run's."""
+        plan = self.growth_to_come
+        if plan is None:
+            return False
+        self.history.keep_until(last)
+        made = self.checkpoints.model(last).sizes == plan.grown.sizes
+        if not made:
+            self.history.forget_growth(last)
+            if not self._growth_due():
+                return False
+            self.source = open_source(f"{self.directory}@{last}")
+        self.growth_to_come = None
+        self._lay_out(growth.grown_config(self.config, plan), plan.grown)
+        return not made
+
+    def _growth_due(self) -> bool:
+        """Whether this step, once it is validated, is the one to grow at."""
+        if self.growth_to_come is None or self.step == self.config.schedule.steps:
+            return False
+        validated = self.history.validation_loss(self.step) is not None
+        return validated and growth.due(self.config, self.step, self.history.validation_losses())
+
+    def _make_train_step(self, losses: list[float]) -> None:
+        """The program of a step, at the learning rate that the plateaus of these validation losses leave."""
+        self.reduction = reduction(losses, self.config.schedule, self.lineage)
+        config, grown_at = reduced(self.config, self.reduction), growth.grown_at(self.lineage)
+        self.train_step = make_train_step(config, self.model, self.multipliers, self.layout, grown_at)
 
     def _new_state(self) -> State:
         """A new model's state, made where it lies."""
@@ -107,18 +145,22 @@ class Run:
         """Begin with the source, grown first if the configuration says so, or with a new model; returns its record."""
         source, end = self.source, self.data.end_of_text
         entry = provenance(source) if source else {"growkit": __version__}
-        plan = growth.planned(self.config.grow, source.model) if source else None
+        plan = growth.planned(self.config.grow, source.model) if source and not self.growth_to_come else None
         source = grown_source(source, plan) if plan else source
         continued = self.config.schedule.continued
-        self.state = from_source(source, self.like, continued) if source else self._new_state()
+        state = from_source(source, self.like, continued) if source else self._new_state()
+        self.state = state._replace(step=place(np.int32(self.step), self.like.step.sharding))
         base = source.config if source else {"bos_token_id": end, "eos_token_id": end}
         self.hf_config = write_config(self.model, base)
         before = source.lineage if source else []
         applied = growth.owed(self.config.optimizer.multipliers, before, self.model) is not None
         entry |= {"operation": "train", "multipliers": applied, "config": self.config.to_dict()}
+        entry |= {"branch": self.branch} if self.branch else {}
         self.lineage = [*before, entry]
         carried = dict(source.files) if source else {}
-        self.history.begin(carried.pop(EARLIER, b""))
+        earlier = carried.pop(EARLIER, b"")
+        if not self.step:
+            self.history.begin(earlier)
         self.files = carried | ({} if "tokenizer.json" in carried else self.data.tokenizer)
         return source.record if source else {}
 
@@ -161,6 +203,7 @@ class Run:
             "tokens": self.tokens(self.step),
             "flops": self.flops(self.step),
             "validation_loss": self.history.validation_loss(self.step),
+            "reduction": self.reduction,
             "validation_windows": self.data.validation_fingerprint(self.config.eval.windows),
             "stream": {
                 "number": self.stream_number,
@@ -172,12 +215,14 @@ class Run:
 
     def go(self) -> Result:
         """Train to the end, or until a signal; the run is saved either way."""
-        steps = self.config.schedule.steps
+        steps = self.until = self.config.schedule.steps
+        if self.growth_to_come and self.config.grow.at != "plateau":
+            self.until = int(self.config.grow.at)
         with Interrupt() as self.interrupt, Report(self.directory.name, steps, self.first) as self.report:
             self._announce()
             self._validate_if_due()
             self._measure_if_due()
-            self._train(steps)
+            self._train()
             if self.interrupt.received is not None:
                 self.report.say(f"stopping at step {self.step}: saving; another signal ends it at once, unsaved")
             self._save()
@@ -205,42 +250,23 @@ class Run:
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
         else:
-            self._row(0, event=self._beginning())
-            self.report.say(self._beginning())
-        for line in self._about_growth():
+            beginning = growth.beginning(self.lineage, self.step)
+            self._row(self.step, event=beginning)
+            self.report.say(beginning)
+        for line in growth.facts(self.lineage, self.model, self.config.dropout):
             self.report.say(line)
         if self.new_stream:
             self.report.say(f"other data than those drawn from so far: data stream {self.stream_number} begins")
             self._row(self.step, event=f"data stream {self.stream_number} begins")
 
-    def _about_growth(self) -> Iterator[str]:
-        """What the growths before this run mean for its training."""
-        if self.multipliers is not None:
-            yield "exact growth in width: learning rates, eps and clip weights are multiplied for each parameter"
-        tied = growth.tied_axes(self.lineage[:-1], self.model, self.config.dropout)
-        if tied:
-            yield (
-                f"warning: the copies of {', '.join(tied)} have equal gradients and dropout is 0, so they stay equal; "
-                f"grow with --noise or --spread, or train with dropout"
-            )
-
-    def _beginning(self) -> str:
-        """The first event of a run: what grew, where it begins with a model that has just been grown."""
-        came_from = self.lineage[-2] if len(self.lineage) > 1 else {}
-        if "sizes" not in came_from:
-            return "start"
-        before, after = came_from["sizes"]["before"], came_from["sizes"]["after"]
-        changed = (f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis])
-        return f"start, grown: {', '.join(changed)}"
-
     def _row(self, step: int, **values: Any) -> None:
         self.history.add(step=step, tokens=self.tokens(step), flops=self.flops(step), **values)
 
-    def _train(self, steps: int) -> None:
+    def _train(self) -> None:
         """The loop: while a step is computed, the next batch is drawn and the last step's metrics are read."""
         pending = None
         self.timed = (time.monotonic(), self.step)
-        while self.step < steps and self.interrupt.received is None:
+        while self.step < self.until and self.interrupt.received is None:
             self.state, metrics = self.train_step(self.state, self._next_batch())
             self.step += 1
             if pending is not None:
@@ -277,14 +303,14 @@ class Run:
     def _validation_due(self) -> bool:
         """Validation comes at its own steps, with every planned checkpoint, and at both ends."""
         every = (self.config.eval.every, self.config.checkpoint.every)
-        return self.step == self.config.schedule.steps or any(self.step % each == 0 for each in every)
+        return self.step == self.until or any(self.step % each == 0 for each in every)
 
     def _note(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Read a finished step's metrics; stop at numbers that are not finite; show and keep every few."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not all(math.isfinite(value) for value in values.values()):
             self._refuse_non_finite(step, values)
-        if step % self.config.log.every and step != self.config.schedule.steps:
+        if step % self.config.log.every and step != self.until:
             return
         now = time.monotonic()
         begun, first = self.timed
@@ -315,13 +341,14 @@ class Run:
             raise GrowkitError(f"the validation loss at step {self.step} is {loss}; {self._last_good()}")
         self._row(self.step, validation_loss=loss)
         self.report.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 30)):.2f}")
-        if self.step == 0:
-            self._check_gap(loss)
+        if self.step == self.first and not self.resumed:
+            self._compare(loss)
+        self._heed_plateau()
         self._draw()
 
     def _tasks_due(self) -> bool:
         """Tasks come at their own steps and at both ends."""
-        return self.step == self.config.schedule.steps or self.step % self.config.eval.tasks_every == 0
+        return self.step == self.until or self.step % self.config.eval.tasks_every == 0
 
     def _measure_if_due(self) -> None:
         """Ask the tasks where they are due and were not asked before a resume."""
@@ -333,23 +360,25 @@ class Run:
             self.report.say(f"step {self.step}: {', '.join(f'{name} {value:.4g}' for name, value in scores.items())}")
             self._draw()
 
-    def _check_gap(self, loss: float) -> None:
-        """After exact growth the first validation loss is the source's last one; refuse to go on where it is not."""
-        growths = growth.last_growths(self.lineage[:-1])
-        if not growths or any(entry["function"] != "preserved" for entry in growths):
+    def _compare(self, loss: float) -> None:
+        """Exact growth leaves the validation loss as it was; refuse to go on where it did not."""
+        source = self.source.record if self.source else {}
+        windows = self.data.validation_fingerprint(self.config.eval.windows)
+        allowed = math.inf if self.allow_gap else growth.gap_allowed(self.config)
+        if said := growth.compared(self.lineage[:-1], loss, source, windows, allowed):
+            self.report.say(said)
+
+    def _heed_plateau(self) -> None:
+        """Where validation is flat, grow if that is to come then, else train on at a lower rate."""
+        if self.config.grow.at == "plateau" and self._growth_due():
+            self.until = self.step
             return
-        record = self.source.record if self.source else {}
-        before = record.get("validation_loss")
-        if before is None or record.get("validation_windows") != self.record()["validation_windows"]:
-            self.report.say("growth was exact; the source has no validation loss on these windows to compare with")
-            return
-        gap, allowed = abs(loss - before), growth.gap_allowed(self.config)
-        if gap > allowed and not self.allow_gap:
-            raise GrowkitError(
-                f"growth was exact, but the validation loss went from {before:.6f} to {loss:.6f}, by more than the "
-                f"{allowed:g} that rounding explains; --allow-gap trains on all the same"
-            )
-        self.report.say(f"growth was exact: the source's validation loss was {before:.6f}, this one's is {loss:.6f}")
+        losses = self.history.validation_losses()
+        if reduction(losses, self.config.schedule, self.lineage) != self.reduction:
+            self._make_train_step(losses)
+            event = f"plateau: learning rate x {self.reduction:g}"
+            self._row(self.step, event=event)
+            self.report.say(event)
 
     def validate(self) -> float | None:
         """The mean loss, nats a token, on the fixed windows; None when a signal cut it short."""
@@ -387,9 +416,3 @@ class Run:
         if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):
             curves.draw(self.directory / "curves.png", rows, self.directory.name)
         self.drawn_at = time.monotonic()
-
-
-def check_precision(config: Config) -> None:
-    """Raise UsageError for a float64 that JAX would silently make float32."""
-    if "float64" in (config.precision.params, config.precision.compute) and not jax.config.jax_enable_x64:
-        raise UsageError("precision float64 needs JAX's 64-bit mode: set JAX_ENABLE_X64=1 in the environment")

@@ -22,11 +22,18 @@ SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def learning_rate(schedule: Schedule, peak: float, step: jax.Array | int) -> jax.Array:
-    """The rate of the update after `step` updates since the branch point: step 0 takes the first warm-up step."""
+def learning_rate(schedule: Schedule, peak: float, step: jax.Array | int, grown_at: int | None = None) -> jax.Array:
+    """The rate of the update after `step` updates since the branch point: step 0 takes the first warm-up step.
+
+    grown_at: the step of this schedule at which the model was grown, from which schedule.rewarmup counts; None for
+    no growth within the schedule.
+    """
     step = jnp.asarray(step + 1, jnp.result_type(float))
     warm = step / max(schedule.warmup, 1)
     begin = schedule.steps - round(schedule.decay * schedule.steps) if schedule.kind == "wsd" else schedule.warmup
     part = jnp.clip((step - begin) / max(schedule.steps - begin, 1), 0.0, 1.0)
     after = schedule.floor + (1 - schedule.floor) * SHAPES[schedule.kind](part)
-    return peak * jnp.where(step < schedule.warmup, warm, after)
+    rate = peak * jnp.where(step < schedule.warmup, warm, after)
+    if grown_at is not None and schedule.rewarmup:
+        rate *= jnp.clip((step - grown_at) / schedule.rewarmup, 0.0, 1.0)
+    return rate

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from growkit.errors import UsageError
 from growkit.neox import NeoX
 from growkit.spec import Row
 from trainer.config import Config
@@ -36,6 +37,12 @@ class State(NamedTuple):
     optimizer: Any
     step: jax.Array
     schedule_step: jax.Array
+
+
+def check_precision(config: Config) -> None:
+    """Raise UsageError for a float64 that JAX would silently make float32."""
+    if "float64" in (config.precision.params, config.precision.compute) and not jax.config.jax_enable_x64:
+        raise UsageError("precision float64 needs JAX's 64-bit mode: set JAX_ENABLE_X64=1 in the environment")
 
 
 def loss_sum(
@@ -76,11 +83,16 @@ def _as_moments(network: GPTNeoX, gradient: Any) -> Any:
 
 
 def make_train_step(
-    config: Config, model: NeoX, multipliers: Multipliers | None = None, layout: Layout | None = None
+    config: Config,
+    model: NeoX,
+    multipliers: Multipliers | None = None,
+    layout: Layout | None = None,
+    grown_at: int | None = None,
 ) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
     """The jitted step: (state, tokens [A, B, T+1]) -> (state, metrics); the state given is donated.
 
     Metrics: loss in nats a token, gradient_norm before the clip, learning_rate. layout: None for the first device.
+    grown_at: see `learning_rate`.
     """
     layout = layout or alone()
     network = GPTNeoX(model, config.precision, config.dropout, config.remat, layout=layout)
@@ -94,7 +106,7 @@ def make_train_step(
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
         params = _as_moments(network, state.params)
         direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
-        rate = learning_rate(config.schedule, config.optimizer.learning_rate, state.schedule_step)
+        rate = learning_rate(config.schedule, config.optimizer.learning_rate, state.schedule_step, grown_at)
         updates = jax.tree.map(lambda update, param: (-rate * update).astype(param.dtype), direction, params)
         norm = global_norm(gradient, multipliers.clip if multipliers else None)
         metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}

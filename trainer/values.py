@@ -42,6 +42,11 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
         raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{name} must hold `section: values`, got {type(values).__name__}")
+    return overridden(values, overrides)
+
+
+def overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The nested values, changed in place by key=value texts. Raises UsageError."""
     for override in overrides:
         _apply(values, override)
     return values

@@ -87,6 +87,9 @@ def _lineage_line(entry: dict) -> str:
         parts += [changes(**entry["sizes"]), entry["method"], f"function {entry['function']}"]
     if "source" in entry:
         parts.append(f"from {entry['source']['path']}")
+    if branch := entry.get("branch"):
+        rates = f"learning rate {branch['from']:g} to {branch['to']:g}"
+        parts.append(f"{branch['verb']}: {rates} over {branch['tokens']:,} tokens")
     return ", ".join(parts)
 
 

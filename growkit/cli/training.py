@@ -1,4 +1,4 @@
-"""The verbs that make text into a model: tokenize, train, generate."""
+"""The verbs that make text into a model: tokenize, train, anneal, generate."""
 
 from __future__ import annotations
 
@@ -69,11 +69,37 @@ def train(config: str, overrides: tuple[str, ...], start: str | None, out: str, 
     """
     from trainer.values import read_values
 
-    result = train_run(read_values(config, list(overrides)), out, start, allow_gap)
+    return _told(out, train_run(read_values(config, list(overrides)), out, start, allow_gap))
+
+
+def _told(out: str, result) -> int:
+    """Say how a run ended; returns the exit code."""
     loss = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
     click.echo(f"{out}: step {result.step}{loss}, {state}")
     return exit_code(result)
+
+
+@click.command()
+@click.argument("src", metavar="RUN[@STEP]")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--to", type=float, required=True, metavar="LR", help="The learning rate to end at.")
+@click.option("--tokens", required=True, metavar="N", help="How many tokens to train on: 5B, 500M, 1e9, ...")
+@click.option("--out", required=True, metavar="RUN2", help="The directory of the run that this begins.")
+def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: str) -> int:
+    """Bring the learning rate of RUN down to LR over N more tokens, as a run RUN2 of its own.
+
+    From RUN's checkpoint, optimizer and data stream included, and with its configuration; the rate falls linearly from
+    the last one that RUN trained with, without a warm-up. The lineage records the branch. The same command given
+    again resumes RUN2.
+    """
+    from trainer.anneal import annealed, resumed, tokens_of
+
+    count = tokens_of(tokens)
+    values, branch = resumed(out, to, count, list(overrides)) or annealed(src, to, count, list(overrides))
+    steps = values["schedule"]["steps"]
+    click.echo(f"{out}: learning rate {branch['from']:g} to {to:g}, linearly over {steps:,} steps", err=True)
+    return _told(out, train_run(values, out, src, branch=branch))
 
 
 def exit_code(result) -> int:
@@ -81,8 +107,13 @@ def exit_code(result) -> int:
     return {None: 0, signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}[result.signal]
 
 
-def train_run(values: dict, out: str | Path, start: str | None = None, allow_gap: bool = False):
-    """Train by nested configuration values, from a source or anew, or resume; returns the loop's result."""
+def train_run(
+    values: dict, out: str | Path, start: str | None = None, allow_gap: bool = False, branch: dict | None = None
+):
+    """Train by nested configuration values, from a source or anew, or resume; returns the loop's result.
+
+    branch: what the lineage says of a run that another verb than train begins.
+    """
     from growkit.checkpoint import open_source
     from growkit.errors import UsageError
     from growkit.neox import NeoX, require_neox
@@ -90,25 +121,26 @@ def train_run(values: dict, out: str | Path, start: str | None = None, allow_gap
     from trainer.config import resolve
     from trainer.directory import existing, with_model_of
     from trainer.growth import planned
-    from trainer.loop import Run
+    from trainer.stages import train as train_on
 
     # Orbax logs its errors with tracebacks and raises them too: they are shown once, as a sentence.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     stored = existing(out)
     source = None
+    grow = resolve({"grow": values.get("grow"), "schedule": values.get("schedule")}).grow
     if start and stored is not None and last_step(out) is not None:
         # The source may be gone by now; what was taken from it is in the run.
         values = with_model_of(values, NeoX(**stored["config"]["model"]), start)
     elif start:
         source = open_source(start)
         require_neox(source.model, start)
-        plan = planned(resolve({"grow": values.get("grow")}).grow, source.model)
+        plan = planned(grow, source.model) if not grow.at else None
         values = with_model_of(values, plan.grown if plan else source.model, start)
-    elif values.get("grow"):
-        raise UsageError("the grow section grows the model of --from; give one")
+    elif values.get("grow") and not grow.at:
+        raise UsageError("the grow section grows the model of --from; give one, or say when in this run (grow.at)")
     elif not values.get("model"):
         raise UsageError("there is no model to train: the configuration has no model section, and --from is not given")
-    return Run(resolve(values), out, source, start, allow_gap).go()
+    return train_on(resolve(values), out, source, start, allow_gap, branch)
 
 
 @click.command()
@@ -152,4 +184,4 @@ def continued(source, prompt: str, tokens: int, temperature: float, seed: int) -
     return prompt + tokenizer.decode(list(added), skip_special_tokens=False)
 
 
-COMMANDS = {"tokenize": tokenize, "train": train, "generate": generate}
+COMMANDS = {"tokenize": tokenize, "train": train, "anneal": anneal, "generate": generate}
