@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.card import model_card
 from growkit.checkpoint.huggingface import DTYPES
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, json_bytes, made
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, json_bytes, mapped
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.neox import require_neox, write_config
 from growkit.surgery import provenance
@@ -77,7 +77,7 @@ def _in_table_order(source: Source, dtype: np.dtype | None) -> dict[str, Recipe]
 def _converted(name: str, tensor: Tensor, dtype: np.dtype) -> Recipe:
     if tensor.dtype == dtype:
         return copy_of(tensor)
-    return made(tensor.shape, dtype, lambda: _rounded(name, tensor.read(), dtype))
+    return mapped([tensor], dtype, lambda array: _rounded(name, array, dtype))
 
 
 def _rounded(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -23,6 +23,7 @@ from growkit.spec import Row
 if TYPE_CHECKING:
     from growkit.plan import Plan
 
+FEW = 16
 NARROW = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
@@ -40,22 +41,33 @@ def expand(
     Returns the stored shape at the sizes the maps make, in the array's dtype; narrow floats are multiplied
     in float32 and rounded once.
     """
-    grown = _multiplied(_gathered(array.reshape(row.unfused(sizes)), row, maps), share_scale(row, maps, moment, layer))
+    grown = multiplied(_copied(array.reshape(row.unfused(sizes)), row, maps), share_scale(row, maps, moment, layer))
     return grown.reshape(row.shape({**sizes, **{name: len(axis_map) for name, axis_map in maps.items()}}))
 
 
-def _gathered(array: Any, row: Row, maps: Mapping[str, AxisMap]) -> Any:
+def _copied(array: Any, row: Row, maps: Mapping[str, AxisMap]) -> Any:
     for place, axis in enumerate(row.axes):
         if axis.name in maps:
-            array = array.take(maps[axis.name].index, axis=place)
+            array = gathered(array, maps[axis.name].index, place)
     return array
 
 
-def _multiplied(array: Any, scale: np.ndarray | None) -> Any:
+def gathered(array: Any, index: np.ndarray, place: int) -> Any:
+    """The entries `index` of an array along dimension `place`."""
+    cuts = np.flatnonzero(np.diff(index) != 1) + 1
+    if not isinstance(array, np.ndarray) or len(cuts) > FEW:
+        return array.take(index, axis=place)
+    # A few stretches of neighbours are copied faster than as many single entries.
+    stretches = (slice(part[0], part[-1] + 1) for part in np.split(index, cuts))
+    return np.concatenate([array[(slice(None),) * place + (part,)] for part in stretches], axis=place)
+
+
+def multiplied(array: Any, scale: np.ndarray | None) -> Any:
+    """The product, rounded once to the array's dtype."""
     if scale is None:
         return array
     wide = np.float32 if array.dtype in NARROW else array.dtype
-    return (array.astype(wide) * scale.astype(wide)).astype(array.dtype)
+    return (array.astype(wide, copy=False) * scale.astype(wide)).astype(array.dtype, copy=False)
 
 
 def share_scale(
@@ -105,11 +117,14 @@ def grow_tensor(array: Any, row: Row, plan: Plan, moment: int = VALUE, layer: in
     shape, name = row.shape(plan.grown.sizes), row.named(layer)
     if fate == "zero":
         return xp.zeros(shape, array.dtype)
-    grown = _gathered(array.reshape(row.unfused(plan.model.sizes)), row, plan.maps)
+    grown = _copied(array.reshape(row.unfused(plan.model.sizes)), row, plan.maps)
     if fate == "map":
-        grown = _multiplied(grown, share_scale(row, plan.maps, moment, layer))
-    if plan.noise and moment == VALUE:
-        grown = _with_noise(grown, row, plan, name, xp)
+        grown = multiplied(grown, share_scale(row, plan.maps, moment, layer))
+    place = noise_place(row, plan) if moment == VALUE else None
+    if place is not None:
+        number = centred(plan.seed, f"{name} noise", grown.shape, xp)
+        following = number.take(plan.maps[row.axes[place].name].next_copy, axis=place)
+        grown = with_noise(grown, number, following, plan, xp)
 
     def free(size: tuple[int, ...], what: str) -> Any:
         return uniform(plan.seed, f"{name} {what}", size, xp, plan.model.initializer_range)
@@ -117,21 +132,25 @@ def grow_tensor(array: Any, row: Row, plan: Plan, moment: int = VALUE, layer: in
     return pad(grown, row, plan.pads, moment, plan.model.norm, free, fate == "map", xp).reshape(shape)
 
 
-def _with_noise(grown: Any, row: Row, plan: Plan, name: str, xp: Any) -> Any:
-    """Add noise that sums to zero over the copies of each source unit, along the first copied axis the row reads.
-
-    Each copy gets its own number less the next copy's, exactly: what reads equal copies finds the old sum.
-    """
+def noise_place(row: Row, plan: Plan) -> int | None:
+    """The dimension along which a parameter gets noise: the first copied axis that the row reads; None for no noise."""
     for place, axis in enumerate(row.axes):
         axis_map = plan.maps.get(axis.name)
-        if axis.read and axis_map is not None and (axis_map.copies > 1).any():
-            number = centred(plan.seed, f"{name} noise", grown.shape, xp)
-            wide = np.float32 if grown.dtype in NARROW else grown.dtype
-            difference = (number - number.take(axis_map.next_copy, axis=place)).astype(wide)
-            spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
-            noise = difference * xp.asarray(spread, wide)
-            return (_rounded(grown.astype(wide), xp) + _rounded(noise, xp)).astype(grown.dtype)
-    return grown
+        if plan.noise and axis.read and axis_map is not None and (axis_map.copies > 1).any():
+            return place
+    return None
+
+
+def with_noise(grown: Any, number: Any, following: Any, plan: Plan, xp: Any = np) -> Any:
+    """Add noise that sums to zero over the copies of each source unit.
+
+    Each copy gets its own number (see `growkit.noise.centred`) less the next copy's, exactly: what reads equal copies
+    finds the old sum.
+    """
+    wide = np.float32 if grown.dtype in NARROW else grown.dtype
+    spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
+    noise = (number - following).astype(wide) * xp.asarray(spread, wide)
+    return (_rounded(grown.astype(wide), xp) + _rounded(noise, xp)).astype(grown.dtype)
 
 
 def _rounded(product: Any, xp: Any) -> Any:

@@ -33,24 +33,24 @@ def threefry(key: tuple[int, int], high: Any, low: Any, xp: Any = np) -> Any:
     return first
 
 
-def centred(seed: int, name: str, shape: tuple[int, ...], xp: Any = np) -> Any:
+def centred(seed: int, name: str, shape: tuple[int, ...], xp: Any = np, first: int = 0) -> Any:
     """float32 of `shape`: independent odd multiples of 1/2, uniform between -2**23 and 2**23.
 
-    Element i in C order depends on seed, name and i alone. xp: numpy, or jax.numpy for use under jit. They and
-    the difference of any two are exact in float32.
+    Element i in C order depends on seed, name and first + i alone. xp: numpy, or jax.numpy for use under jit. They
+    and the difference of any two are exact in float32.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
     size = math.prod(shape)
-    if size >= 1 << 32:
-        raise ValueError(f"a tensor of at most 2**32 - 1 elements, got {size}")
-    low = xp.arange(size, dtype=xp.uint32)
+    if first + size >= 1 << 32:
+        raise ValueError(f"a tensor of at most 2**32 - 1 elements, got {first + size}")
+    low = xp.arange(first, first + size, dtype=xp.uint32)
     with np.errstate(over="ignore"):
         bits = threefry(key, xp.zeros_like(low), low, xp)
     return ((bits >> xp.uint32(8)).astype(xp.float32) - xp.float32(2**23 - 0.5)).reshape(shape)
 
 
-def uniform(seed: int, name: str, shape: tuple[int, ...], xp: Any = np, spread: float = 1.0) -> Any:
+def uniform(seed: int, name: str, shape: tuple[int, ...], xp: Any = np, spread: float = 1.0, first: int = 0) -> Any:
     """float32 of `shape`: independent, mean 0, standard deviation `spread`, uniform; see `centred`."""
     # One product, rounded once: a compiler may fold two constants into one, which rounds differently.
-    return centred(seed, name, shape, xp) * xp.float32(spread * UNIT)
+    return centred(seed, name, shape, xp, first) * xp.float32(spread * UNIT)

@@ -73,52 +73,79 @@ def head_dim_rule(part: str | None, reads: bool, moment: int, growth: float) -> 
 PARTS = ("query", "key", "value")
 
 
+def rule_of(axis: str, row: Row, part: str | None, moment: int, growth: float, norm: str) -> Rule:
+    """The rule for a parameter along a padded axis; part as in `head_dim_rule`, growth the new size over the old."""
+    if axis == "embed":
+        return embed_rule(row, moment, growth, norm)
+    reads = any(each.name == axis and each.read for each in row.axes)
+    return head_dim_rule(part, reads, moment, growth)
+
+
+# (shape, what) -> random numbers of that shape, for the fill of that name
+Free = Callable[[tuple[int, ...], str], Any]
+
+
 def pad(
     array: Any,
     row: Row,
     pads: Mapping[str, int],
     moment: int,
     norm: str,
-    free: Callable[[tuple[int, ...], str], Any],
-    scaled: bool = True,
+    free: Free,
+    by_rule: bool = True,
     xp: Any = np,
 ) -> Any:
     """Pad one parameter or moment, one dimension an axis, along every axis of `pads` {axis: new size}.
 
-    free(shape, what) gives the random fill. scaled: whether what is old is scaled by the rules. Returns the
-    array in its own dtype.
+    by_rule: whether what is old is scaled by the rules. Returns the array in its own dtype.
     """
     names = [axis.name for axis in row.axes]
     for axis in PADDED:
         if axis not in pads or axis not in names:
             continue
         place = names.index(axis)
-        growth, read = pads[axis] / array.shape[place], row.axes[place].read
-        if axis == "embed":
-            rules = {axis: embed_rule(row, moment, growth, norm)}
-        elif "qkv" in names:
-            rules = {f"{axis} {part}": head_dim_rule(part, read, moment, growth) for part in PARTS}
-        else:
-            rules = {axis: head_dim_rule(row.part, read, moment, growth)}
-        across = names.index("qkv") if len(rules) > 1 else 0
-        pieces = xp.split(array, len(rules), axis=across)
-        padded = [
-            _extended(piece, place, pads[axis], rule if scaled else replace(rule, scale=1.0), free, what, xp)
-            for piece, (what, rule) in zip(pieces, rules.items(), strict=True)
-        ]
+        growth = pads[axis] / array.shape[place]
+        parts = PARTS if axis == "head_dim" and "qkv" in names else (row.part,)
+        across = names.index("qkv") if len(parts) > 1 else 0
+        padded = []
+        for piece, part in zip(xp.split(array, len(parts), axis=across), parts, strict=True):
+            rule = rule_of(axis, row, part, moment, growth, norm)
+            rule = rule if by_rule else replace(rule, scale=1.0)
+            padded.append(extended(piece, place, pads[axis], rule, free, fill_name(axis, part, len(parts) > 1), xp))
         array = padded[0] if len(padded) == 1 else xp.concatenate(padded, axis=across)
     return array
 
 
-def _extended(array: Any, place: int, size: int, rule: Rule, free: Any, what: str, xp: Any) -> Any:
+def fill_name(axis: str, part: str | None, apart: bool) -> str:
+    """What a random fill is called: parts that lie in one parameter have fills of their own."""
+    return f"{axis} {part}" if apart else axis
+
+
+def extended(array: Any, place: int, size: int, rule: Rule, free: Free, what: str, xp: Any = np) -> Any:
     """`array` scaled by the rule, and filled up to `size` along dimension `place`."""
-    wide = np.float64 if array.dtype == np.float64 else np.float32
-    old = array.astype(wide) * xp.asarray(rule.scale, wide) if rule.scale != 1.0 else array.astype(wide)
+    old = scaled(array, rule, xp)
     shape = tuple(size - length if at == place else length for at, length in enumerate(array.shape))
+    mean = summed(old, place, xp) / array.shape[place] if rule.fill == "mean" else None
+    return xp.concatenate([old, filled(rule, shape, mean, free, what, old.dtype, xp)], axis=place).astype(array.dtype)
+
+
+def summed(array: Any, place: int, xp: Any = np) -> Any:
+    """The sum along a dimension, kept as one of size 1; in numpy from first to last, so that parts add up alike."""
+    if xp is np:
+        return np.add.accumulate(array, axis=place).take([-1], axis=place)
+    return array.sum(place, keepdims=True)
+
+
+def scaled(array: Any, rule: Rule, xp: Any = np) -> Any:
+    """What is old, by the rule, in at least float32."""
+    wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    return wide * xp.asarray(rule.scale, wide.dtype) if rule.scale != 1.0 else wide
+
+
+def filled(rule: Rule, shape: tuple[int, ...], mean: Any, free: Free, what: str, dtype: Any, xp: Any = np) -> Any:
+    """What is new, by the rule. mean: of what is old, where the rule asks for it, broadcastable to `shape`."""
     if rule.fill == "mean":
-        new = xp.broadcast_to(old.mean(place, keepdims=True), shape)
-    elif rule.fill == "free":
-        new = xp.asarray(free(shape, what), wide)
-    else:
-        new = xp.full(shape, {"zero": 0.0, "one": rule.scale}[rule.fill], wide)
-    return xp.concatenate([old, new], axis=place).astype(array.dtype)
+        return xp.broadcast_to(mean, shape)
+    if rule.fill == "free":
+        return xp.asarray(free(shape, what), dtype)
+    return xp.full(shape, {"zero": 0.0, "one": rule.scale}[rule.fill], dtype)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from growkit import __version__
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, made, zeros
-from growkit.expansion import grow_tensor, moment_fate, needs_work
+from growkit.blocks import grown_recipe
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, zeros
+from growkit.expansion import moment_fate, needs_work
 from growkit.multipliers import STATED, in_words
 from growkit.padding import MU, NU, VALUE
 from growkit.plan import Plan
@@ -60,7 +61,7 @@ def _recipe(source: Source, plan: Plan, slot: str, row: Row, layer: int | None) 
         return zeros(shape, tensor.dtype)
     if not needs_work(row, plan, moment, layer):
         return copy_of(tensor)
-    return made(shape, tensor.dtype, lambda: grow_tensor(tensor.read(), row, plan, moment, layer))
+    return grown_recipe(tensor, row, plan, moment, layer)
 
 
 def stacked(source: Source, slot: str = "params", dtype: Any = None) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def grown_source(source: Source, plan: Plan) -> Source:
     """The grown model as a source, its tensors made when they are read: growth without an output."""
     contents = grown(source, plan)
     tensors = {
-        slot: {name: Tensor(recipe.shape, recipe.dtype, recipe.array) for name, recipe in recipes.items()}
+        slot: {name: _made_when_read(recipe) for name, recipe in recipes.items()}
         for slot, recipes in contents.recipes.items()
     }
     return Source(
@@ -98,3 +99,8 @@ def grown_source(source: Source, plan: Plan) -> Source:
         record=contents.record,
         read_files=lambda: contents.files,
     )
+
+
+def _made_when_read(recipe: Recipe) -> Tensor:
+    """A recipe as a tensor. Rows are cut from the whole, so read it whole."""
+    return Tensor(recipe.shape, recipe.dtype, lambda start, stop: recipe.array()[start:stop])

@@ -11,7 +11,7 @@ import pytest
 
 from growkit.checkpoint.huggingface import NAMES
 from growkit.checkpoint.orbax import write_checkpoint
-from growkit.checkpoint.tensor import Contents, made
+from growkit.checkpoint.tensor import Contents, copy_of, in_memory
 from growkit.neox import NeoX, write_config
 
 SMALL = NeoX(layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False)
@@ -108,8 +108,7 @@ def save_checkpoint(path: Path, model: NeoX = SMALL, seed: int = 0, **record) ->
     slots = {slot: random_tensors(model, "float32", seed + n) for n, slot in enumerate(("params", "mu", "nu"))}
     slots["nu"] = {name: np.square(array) for name, array in slots["nu"].items()}
     recipes = {
-        slot: {name: made(array.shape, array.dtype, lambda array=array: array) for name, array in tensors.items()}
-        for slot, tensors in slots.items()
+        slot: {name: copy_of(in_memory(array)) for name, array in tensors.items()} for slot, tensors in slots.items()
     }
     record = {"count": 70, "step": 70, "schedule_step": 70, "tokens": 9000} | record
     write_checkpoint(path, Contents(write_config(model), recipes, [], record, BESIDE))

@@ -15,7 +15,7 @@ from conftest import BESIDE, SMALL, random_tensors, save_checkpoint, save_direct
 from convert.neox import exported
 from growkit.checkpoint import open_source
 from growkit.checkpoint.huggingface import read_header
-from growkit.checkpoint.tensor import made
+from growkit.checkpoint.tensor import mapped
 from growkit.cli import run
 from growkit.configuration import read_config
 from growkit.errors import GrowkitError
@@ -255,7 +255,7 @@ def test_check_compares_with_transformers(tmp_path, capsys, monkeypatch):
 
 
 def with_last_bit_flipped(tensor):
-    return made(tensor.shape, tensor.dtype, lambda: (tensor.read().view(np.uint16) ^ 1).view(tensor.dtype))
+    return mapped([tensor], tensor.dtype, lambda array: (array.view(np.uint16) ^ 1).view(array.dtype))
 
 
 def test_check_without_transformers_is_refused_before_the_work(tmp_path, capsys, monkeypatch):

@@ -18,11 +18,11 @@ from conftest import random_tensors
 
 from growkit import neox, surgery
 from growkit.axes import listed, replicate, tile
-from growkit.checkpoint.tensor import Source, Tensor
+from growkit.checkpoint.tensor import Source, in_memory
 from growkit.depth import plan_depth
 from growkit.errors import UsageError
 from growkit.expansion import MU, NU, VALUE, expand
-from growkit.neox import NeoX, parse_table, write_config
+from growkit.neox import NeoX, parse_table
 from growkit.plan import planned
 from growkit.spec import Table
 from trainer.config import Precision
@@ -41,11 +41,8 @@ IDENTITY = {"layer": listed([0, 0, 1], 2, [1.0, 0.0, 1.0])}
 
 def held(model: NeoX, **slots: dict[str, np.ndarray]) -> Source:
     """A model in memory, as the source that surgery takes."""
-    tensors = {
-        slot: {name: Tensor(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()}
-        for slot, arrays in slots.items()
-    }
-    return Source(Path("memory"), "huggingface", write_config(model), tensors, [], [], {}, dict)
+    tensors = {slot: {name: in_memory(array) for name, array in arrays.items()} for slot, arrays in slots.items()}
+    return Source(Path("memory"), "huggingface", model.written(), tensors, [], [], {}, dict)
 
 
 def grow(source: Source, maps, moments: str = "map") -> Source:

@@ -19,7 +19,7 @@ from growkit import llama
 from growkit.axes import listed, tile
 from growkit.checkpoint import open_source, write_output
 from growkit.checkpoint.huggingface import INDEX
-from growkit.checkpoint.tensor import made
+from growkit.checkpoint.tensor import copy_of, in_memory
 from growkit.cli import run
 from growkit.configuration import read_config
 from growkit.depth import plan_depth
@@ -86,7 +86,7 @@ def write_grown(source, plan, out: Path, change=None, **options) -> Path:
     if change:
         recipes = contents.recipes["params"]
         for name, recipe in recipes.items():
-            recipes[name] = made(recipe.shape, recipe.dtype, lambda name=name, old=recipe: change(name, values(old)))
+            recipes[name] = copy_of(in_memory(change(name, values(recipe))))
     write_output(out, "huggingface", contents, source, **options)
     return out
 

@@ -23,7 +23,7 @@ from test_growth import held, made
 
 import growkit
 from growkit import surgery
-from growkit.checkpoint.tensor import Source, Tensor
+from growkit.checkpoint.tensor import Source, in_memory
 from growkit.depth import plan_depth
 from growkit.errors import GrowkitError
 from growkit.llama import Llama
@@ -117,7 +117,7 @@ def test_jax_grows_eagerly_as_on_disk():
 def test_another_architectures_tree_grows_as_on_disk():
     model = Llama(layer=2, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=24)
     arrays = random_tensors(model)
-    tensors = {name: Tensor(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()}
+    tensors = {name: in_memory(array) for name, array in arrays.items()}
     source = Source(Path("memory"), "huggingface", model.written(), {"params": tensors}, [], [], {}, dict)
     plans = [plan_width(model, embed="2x", heads=12, mlp=31), plan_depth(model, "2:3", "identity")]
     plan = dataclasses.replace(combined("grow", plans, model), noise=0.2)

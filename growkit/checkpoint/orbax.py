@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from growkit.errors import GrowkitError
 from growkit.spec import Row
 
 STATE, META, FILES = "state", "meta", "files"
+# Bytes of decoded chunks that are kept, so that a chunk of several blocks or layers is decoded once.
+CACHED = 32 << 20
 COUNTERS = ("count", "step", "schedule_step")
 
 
@@ -58,7 +61,13 @@ class Array:
         if self.file is not None:
             return raw(self.file, (layer or 0) * math.prod(shape) * self.dtype.itemsize, shape, self.dtype)
         part = self.store if layer is None else self.store[layer]
-        return Tensor(shape, self.dtype, lambda: _read_store(part))
+        chunk = self.store.chunk_layout.read_chunk.shape or ()
+        stride = next(iter(chunk[len(self.shape) - len(shape) :]), 1)
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            return _read_store(part[start:stop] if shape else part)
+
+        return Tensor(shape, self.dtype, rows, stride=stride)
 
 
 def _read_store(part: Any) -> np.ndarray:
@@ -134,10 +143,17 @@ def _through_tensorstore(state: Path, name: str, described: Mapping[str, Any]) -
     )
     driver = "zarr3" if described.get("use_zarr3") else "zarr"
     try:
-        array = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
+        array = tensorstore.open({"driver": driver, "kvstore": store}, read=True, context=_cache()).result()
     except ValueError as problem:
         raise GrowkitError(f"cannot read the array {name!r} of {state}: {str(problem).splitlines()[0]}") from None
     return Array(tuple(array.shape), array.dtype.numpy_dtype, store=array)
+
+
+@cache
+def _cache() -> Any:
+    import tensorstore
+
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHED}})
 
 
 def _by_layer(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,8 @@ from growkit.errors import GrowkitError
 
 SLOTS = ("params", "mu", "nu")
 SAMPLE = 4096
+# Bytes of a tensor that are made at once: small enough for the processor's cache, large enough for the disk.
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,38 @@ class Span:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor on disk. `span` is None where its bytes are not raw (sharded, compressed)."""
+    """A tensor on disk, read whole or by rows of its first dimension.
+
+    rows: gives the rows from one to another (exclusive). span is None where the bytes are not raw (sharded,
+    compressed). stride: how many rows are stored as one, so that reading fewer costs as much.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    rows: Callable[[int, int], np.ndarray]
     span: Span | None = None
+    stride: int = 1
 
     @property
     def size(self) -> int:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """All of it. A tensor without dimensions is one row."""
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    def strides(self, limit: int) -> Iterator[tuple[int, int]]:
+        """(first, last) rows of blocks of about `limit` bytes, at the borders that are stored where there are any."""
+        count = self.shape[0] if self.shape else 1
+        step = max(1, limit * count // max(1, self.size))
+        step = max(self.stride, step - step % self.stride)
+        yield from ((start, min(start + step, count)) for start in range(0, count, step))
+
+
+def in_memory(array: np.ndarray) -> Tensor:
+    """An array as a tensor."""
+    return Tensor(array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array)
 
 
 @dataclass(frozen=True)
@@ -81,20 +104,19 @@ def copy_of(tensor: Tensor) -> Recipe:
     """The recipe for the same bytes again, undecoded where the source has them raw."""
     if tensor.span is not None:
         return Recipe(tensor.shape, tensor.dtype, copied=tensor.span)
-    return made(tensor.shape, tensor.dtype, tensor.read)
+    return mapped([tensor], tensor.dtype, lambda array: array)
 
 
-def made(shape: tuple[int, ...], dtype: np.dtype, make: Callable[[], np.ndarray]) -> Recipe:
-    """The recipe for a tensor computed whole when its turn comes."""
+def mapped(tensors: Sequence[Tensor], dtype: np.dtype, change: Callable[..., np.ndarray]) -> Recipe:
+    """The recipe for what `change` makes, number by number, of tensors of one shape, a block at a time."""
+    first = tensors[0]
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
-        array = make()
-        if array.shape != shape or array.dtype != dtype:
-            # Written all the same, it would run over its neighbours in the file.
-            raise ValueError(f"a recipe for {list(shape)} {dtype} made {list(array.shape)} {array.dtype}")
-        yield 0, array
+        row = math.prod(first.shape[1:]) * dtype.itemsize
+        for start, stop in first.strides(BLOCK):
+            yield start * row, change(*(tensor.rows(start, stop) for tensor in tensors))
 
-    return Recipe(shape, np.dtype(dtype), pieces=pieces)
+    return Recipe(first.shape, dtype, pieces=pieces)
 
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Recipe:
@@ -219,7 +241,14 @@ def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
 def raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     """The tensor whose bytes lie raw at `offset` of a file."""
     span = Span(path, offset, math.prod(shape) * dtype.itemsize)
-    return Tensor(tuple(shape), dtype, lambda: read_span(span, shape, dtype), span)
+    row = math.prod(shape[1:])
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        size = (stop - start) * row * dtype.itemsize
+        part = Span(path, offset + start * row * dtype.itemsize, size)
+        return read_span(part, (stop - start, *shape[1:]) if shape else (), dtype)
+
+    return Tensor(tuple(shape), dtype, rows, span)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
