@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from convert.card import model_card
 from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, json_bytes, mapped
-from growkit.errors import GrowkitError, UsageError, did_you_mean
+from growkit.errors import UsageError, did_you_mean
 from growkit.neox import require_neox, write_config
+from growkit.rounding import rounded
 from growkit.surgery import provenance
 
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
@@ -77,35 +77,7 @@ def _in_table_order(source: Source, dtype: np.dtype | None) -> dict[str, Recipe]
 def _converted(name: str, tensor: Tensor, dtype: np.dtype) -> Recipe:
     if tensor.dtype == dtype:
         return copy_of(tensor)
-    return mapped([tensor], dtype, lambda array: _rounded(name, array, dtype))
-
-
-def _rounded(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`array` in `dtype`, rounded once. Raises GrowkitError where a number is too large for it."""
-    with np.errstate(over="ignore"):
-        twice = array.dtype == np.float64 and dtype == ml_dtypes.bfloat16
-        rounded = (_odd_float32(array) if twice else array).astype(dtype)
-    too_large = np.isinf(rounded) & np.isfinite(array)
-    if too_large.any():
-        raise GrowkitError(
-            f"the parameter {name!r} holds {array[too_large].flat[0]:.6g}, and {dtype} ends at "
-            f"{float(ml_dtypes.finfo(dtype).max):.6g}; bfloat16 and float32 reach 3e+38"
-        )
-    return rounded
-
-
-def _odd_float32(array: np.ndarray) -> np.ndarray:
-    """float64 as float32 rounded to odd, which can be rounded again and is as if rounded once.
-
-    ml_dtypes reaches bfloat16 by way of float32. Boldo and Melquiond, "Emulation of FMA and correctly rounded
-    sums: proved algorithms using rounding to odd", IEEE Transactions on Computers 57 (2008).
-    """
-    narrow = array.astype(np.float32)
-    bits = narrow.view(np.uint32)
-    inexact = (narrow != array) & np.isfinite(narrow)
-    bits -= inexact & (np.abs(narrow) > np.abs(array))
-    bits |= inexact
-    return narrow
+    return mapped([tensor], dtype, lambda array: rounded(name, array, dtype))
 
 
 def _generation(source: Source) -> bytes:

@@ -91,10 +91,15 @@ def _factors(row: Row, axes: Mapping[str, Copied]) -> dict[str, np.ndarray]:
     for place, axis in enumerate(row.axes):
         if axis.name in axes:
             along = [-1 if at == place else 1 for at in range(len(row.axes))]
-            share = axes[axis.name].share.reshape(along)
+            share, count = (_once(each).reshape(along) for each in (axes[axis.name].share, axes[axis.name].copies))
             read, written = (read * share, written) if axis.read else (read, written * share)
-            copies = copies * axes[axis.name].copies.reshape(along)
+            copies = copies * count
     return {"learning_rate": read, "eps": written, "clip": 1.0 / (written**2 * copies)}
+
+
+def _once(values: np.ndarray) -> np.ndarray:
+    """A vector, or what it holds once if that is one number: factors of two axes would fill a whole parameter."""
+    return values[:1] if (values == values[0]).all() else values
 
 
 def _stored(factor: np.ndarray, row: Row, model: Architecture) -> float | np.ndarray:

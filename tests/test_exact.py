@@ -398,7 +398,7 @@ def through_files(tmp_path, name, dtype, tied, mutate=None):
     source = open_source(str(tmp_path / "small"))
     plan = EXACT[name](source.model)
     contents = surgery.grown(source, mutate(plan) if mutate else plan)
-    write_output(tmp_path / "grown", "huggingface", contents, source)
+    write_output(tmp_path / "grown", "huggingface", contents, [source])
     return [transformers_logits(tmp_path / which, TOKENS, dtype)[0] for which in ("small", "grown")]
 
 

@@ -56,7 +56,7 @@ def test_a_directory_goes_through_bit_for_bit(tmp_path, dtype):
     source = open_source(str(save_directory(tmp_path / "hf", dtype=dtype)))
     tensors = random_tensors(SMALL, dtype)
     assert same_tensors(source, tensors) and source.dtype == tensors["embed_out.weight"].dtype
-    write_output(tmp_path / "out", "huggingface", copied(source), source)
+    write_output(tmp_path / "out", "huggingface", copied(source), [source])
     again = open_source(str(tmp_path / "out"))
     assert same_tensors(again, tensors)
     assert again.config["torch_dtype"] == again.config["dtype"] == dtype
@@ -70,7 +70,7 @@ def test_shards_are_read_by_safetensors_and_transformers(tmp_path, dtype):
     transformers = pytest.importorskip("transformers")
     safetensors = pytest.importorskip("safetensors")
     source = open_source(str(save_directory(tmp_path / "hf", dtype=dtype)))
-    write_output(tmp_path / "out", "huggingface", copied(source), source, shard=12_000)
+    write_output(tmp_path / "out", "huggingface", copied(source), [source], shard=12_000)
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3 and files == sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
@@ -486,7 +486,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path):
     source = open_source(str(path))
     os.utime(path / "model.safetensors", (1, 1))
     with pytest.raises(GrowkitError, match="the source changed while it was being read"):
-        write_output(tmp_path / "out", "huggingface", grown(source, plan_depth(source.model, "3:4")), source)
+        write_output(tmp_path / "out", "huggingface", grown(source, plan_depth(source.model, "3:4")), [source])
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

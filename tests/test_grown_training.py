@@ -38,7 +38,7 @@ def wide(small, tmp_path_factory):
     """The same with twice the width, on disk."""
     source = open_source(str(small))
     out = tmp_path_factory.mktemp("wide") / "grown"
-    write_output(out, "checkpoint", grown(source, plan_width(source.model, embed="2x")), source)
+    write_output(out, "checkpoint", grown(source, plan_width(source.model, embed="2x")), [source])
     return out
 
 
@@ -53,7 +53,7 @@ def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):  # n
 
     source = open_source(str(small))
     plan = planned(resolve({"grow": section}).grow, source.model)
-    write_output(tmp_path / "grown", "checkpoint", grown(source, plan), source)
+    write_output(tmp_path / "grown", "checkpoint", grown(source, plan), [source])
     train_run(recipe(data), tmp_path / "disk", str(tmp_path / "grown"))
     train_run(recipe(data, grow=section), tmp_path / "start", str(small))
     ours, theirs = state_of(tmp_path / "start"), state_of(tmp_path / "disk")
@@ -104,7 +104,7 @@ def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys
     plan = plan_width(source.model, embed="2x")
     contents = grown(source, plan)
     contents.config["layer_norm_eps"] = 10.0
-    write_output(tmp_path / "broken", "checkpoint", contents, source)
+    write_output(tmp_path / "broken", "checkpoint", contents, [source])
     with pytest.raises(GrowkitError, match="growth was exact, but the validation loss went from .* --allow-gap"):
         train_run(recipe(data), tmp_path / "refused", str(tmp_path / "broken"))
     train_run(recipe(data), tmp_path / "refused", str(tmp_path / "broken"), allow_gap=True)

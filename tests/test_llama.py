@@ -87,7 +87,7 @@ def write_grown(source, plan, out: Path, change=None, **options) -> Path:
         recipes = contents.recipes["params"]
         for name, recipe in recipes.items():
             recipes[name] = copy_of(in_memory(change(name, values(recipe))))
-    write_output(out, "huggingface", contents, source, **options)
+    write_output(out, "huggingface", contents, [source], **options)
     return out
 
 

@@ -551,7 +551,7 @@ def larger(whole, tmp_path_factory):
     """The uninterrupted run's last checkpoint, grown from two layers to three."""
     out = tmp_path_factory.mktemp("larger") / "grown"
     source = open_source(str(whole))
-    write_output(out, source.kind, grown(source, plan_depth(source.model, "2:3")), source)
+    write_output(out, source.kind, grown(source, plan_depth(source.model, "2:3")), [source])
     return out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, read_json, write_directory
@@ -97,17 +98,18 @@ def write_output(
     out: Path,
     kind: str,
     contents: Contents,
-    source: Source | None = None,
+    sources: Sequence[Source] = (),
     force: bool = False,
     progress: Progress | None = None,
     shard: int = SHARD,
 ) -> None:
-    """Write `contents` as `kind` ('huggingface' or 'checkpoint') to `out`: whole, or not at all."""
-    check_output(out, source.path if source else None, force)
+    """Write `contents`, made of `sources`, as `kind` ('huggingface' or 'checkpoint') to `out`: whole, or not at all."""
+    for path in [source.path for source in sources] or [None]:
+        check_output(out, path, force)
     with committed(out, force) as new:
         if kind == "checkpoint":
             write_checkpoint(new, contents, progress)
         else:
             write_directory(new, contents, progress, shard)
-        if source is not None:
+        for source in sources:
             source.check_unchanged()

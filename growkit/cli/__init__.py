@@ -26,6 +26,7 @@ VERBS = {
     "depth": ("growing", "Grow a model in depth, optimizer state included."),
     "width": ("growing", "Grow a model in width, its function preserved."),
     "grow": ("growing", "Grow a model to the sizes of another, in depth and width at once."),
+    "average": ("averaging", "Average the parameters of several checkpoints."),
     "inspect": ("comparing", "Say what a model on disk is."),
     "diff": ("comparing", "Compare two models, tensor by tensor."),
     "verify": ("comparing", "Recompute a grown model from its source and compare every byte."),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from growkit.cli.terminal import write
+from growkit.cli.terminal import shard_option, write
 
 
 @click.command("import")
@@ -22,7 +22,7 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
     from growkit.checkpoint import open_source
 
     source = open_source(hf_dir)
-    write(source, imported(source), Path(out), "checkpoint", force)
+    write([source], imported(source), Path(out), "checkpoint", force)
     click.echo(
         f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in {hf_dir}, count 0"
     )
@@ -34,22 +34,21 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
 @click.option("--dtype", metavar="DTYPE", help="float32, bfloat16, float16 or float64; the source's own by default.")
 @click.option("--check", is_flag=True, help="Compare the logits of OUT in transformers with SRC's in JAX.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option(
-    "--max-shard-size", "shard", default="5GB", metavar="SIZE", help="Bytes a file holds at most, as 5GB or 500MB."
-)
+@shard_option
 @click.option("--evaluation", metavar="FILE.json", help="Put what `evaluate --output` measured of SRC into the card.")
-def export(src: str, out: str, dtype: str | None, check: bool, force: bool, shard: str, evaluation: str | None) -> None:
+def export(
+    src: str, out: str, dtype: str | None, check: bool, force: bool, shard: str | None, evaluation: str | None
+) -> None:
     """Turn SRC into the Hugging Face directory OUT: safetensors, config, tokenizer, model card with the lineage."""
     from convert.neox import exported
     from convert.reference import require_transformers
     from growkit.checkpoint import open_source
 
     source = open_source(src)
-    limit = shard_bytes(shard)
     contents = exported(source, dtype, evaluation_of(source, Path(evaluation)) if evaluation is not None else "")
     if check:
         require_transformers()
-    write(source, contents, Path(out), "huggingface", force, limit)
+    write([source], contents, Path(out), "huggingface", force, shard)
     written = contents.lineage[-1]["dtype"]
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
     click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
@@ -64,18 +63,6 @@ def evaluation_of(source, path: Path) -> str:
     from growkit.evaluation import report
 
     return report.markdown(report.of_model(report.read(path), source, path))
-
-
-def shard_bytes(text: str) -> int:
-    """'5GB' in bytes. Raises UsageError."""
-    import re
-
-    from growkit.errors import UsageError
-
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB|B)?", text.strip().upper())
-    if not found or float(found[1]) == 0:
-        raise UsageError(f"--max-shard-size is a number with B, KB, MB or GB, as 5GB; got {text!r}")
-    return int(float(found[1]) * {"B": 1, None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]])
 
 
 def compare(source, out: Path, dtype: str) -> str:

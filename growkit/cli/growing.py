@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from growkit.cli.description import describe
-from growkit.cli.terminal import json_text, write
+from growkit.cli.terminal import json_text, shard_bytes, shard_option, write
 from growkit.depth import FORM
 from growkit.depth import METHODS as DEPTH_METHODS
 from growkit.plan import MOMENTS
@@ -51,6 +51,7 @@ def growing_options(command):
             ),
             click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
             click.option("--force", is_flag=True, help="Replace OUT if it exists."),
+            shard_option,
             click.option("--json", "as_json", is_flag=True, help="Print the plan, and what --check found, as JSON."),
         )
     ):  # fmt: skip
@@ -160,7 +161,9 @@ def _number(option: str, text: str, whole: bool = False) -> float | int:
         raise UsageError(f"--{option} takes a {'whole ' if whole else ''}number, got {text!r}") from None
 
 
-def _grow(src: str, out: str, plan_of, moments: str, noise: str, seed: str, check: str | None, **output) -> None:
+def _grow(
+    src: str, out: str, plan_of, moments: str, noise: str, seed: str, check: str | None, shard: str, **output
+) -> None:
     """Open the source, plan its growth with the options, refuse what cannot be, then grow."""
     from growkit.checkpoint import check_output, open_source
     from growkit.errors import UsageError
@@ -173,14 +176,24 @@ def _grow(src: str, out: str, plan_of, moments: str, noise: str, seed: str, chec
     source = open_source(src)
     plan = with_options(plan_of(source.model), moments, **values)
     check_output(Path(out), source.path, output["force"])
+    shard_bytes(shard, source.kind)
     if tokens is not None:
         from growkit.cli.comparing import check_possible
 
         check_possible(source, tokens)
-    grow(source, plan, Path(out), tokens=tokens, **output)
+    grow(source, plan, Path(out), shard=shard, tokens=tokens, **output)
 
 
-def grow(source, plan, out: Path, dry_run: bool, force: bool, as_json: bool, tokens: int | None = None) -> None:
+def grow(
+    source,
+    plan,
+    out: Path,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    shard: str | None = None,
+    tokens: int | None = None,
+) -> None:
     """Print what a plan will do, then do it; tokens: how many to check the result on, None for no check."""
     from growkit.cli.comparing import check, check_kept, check_words
     from growkit.surgery import grown
@@ -190,7 +203,7 @@ def grow(source, plan, out: Path, dry_run: bool, force: bool, as_json: bool, tok
         click.echo(describe(source, plan, contents.size, out))
     found = None
     if not dry_run:
-        write(source, contents, out, source.kind, force)
+        write([source], contents, out, source.kind, force, shard)
         found = None if tokens is None else check(source, out, plan, tokens)
     if as_json:
         click.echo(_summary(source, plan, contents.size, out, dry_run, found))

@@ -158,7 +158,7 @@ def _export(directory: Path) -> int:
     source = open_source(str(directory / "trained"))
     hf = directory / "huggingface"
     if not hf.exists():
-        write(source, exported(source), hf, "huggingface", False)
+        write([source], exported(source), hf, "huggingface", False)
     _load_in_transformers(source, hf)
     return 0
 

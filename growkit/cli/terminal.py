@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 
+import click
+
 LINE_EVERY = 30.0  # seconds
 
 
@@ -38,14 +40,39 @@ def progress_bar(what: str, total: int):
         yield lambda done: bar.advance(task, done)
 
 
-def write(source, contents, out: Path, kind: str, force: bool, *shard: int) -> None:
-    """Write the contents made of a source to `out`, a bar of bytes on the terminal; see `growkit.checkpoint`."""
+def shard_option(command):
+    """The option of verbs that may write a Hugging Face directory; `shard_bytes` reads its value."""
+    return click.option(
+        "--max-shard-size", "shard", metavar="SIZE",
+        help="Bytes that a file of a Hugging Face directory holds at most, as 500MB; 5GB by default.",
+    )(command)  # fmt: skip
+
+
+def shard_bytes(text: str | None, kind: str) -> int:
+    """'500MB' in bytes. Raises UsageError for what is no size, and for an output that is no Hugging Face directory."""
+    import re
+
+    from growkit.checkpoint.huggingface import SHARD
+    from growkit.errors import UsageError
+
+    if text is None:
+        return SHARD
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB|B)?", text.strip().upper())
+    if not found or float(found[1]) == 0:
+        raise UsageError(f"--max-shard-size is a number with B, KB, MB or GB, as 5GB; got {text!r}")
+    if kind != "huggingface":
+        raise UsageError("--max-shard-size is for Hugging Face directories, and the output is a trainer checkpoint")
+    return int(float(found[1]) * {"B": 1, None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]])
+
+
+def write(sources, contents, out: Path, kind: str, force: bool, shard: str | None = None) -> None:
+    """Write the contents made of the sources to `out`, a bar of bytes on the terminal; see `growkit.checkpoint`."""
     from growkit.checkpoint import write_output
 
     # Orbax imports jax; an output is written by this machine's processor, whatever else it has.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with progress_bar("writing", contents.size) as progress:
-        write_output(out, kind, contents, source, force, progress, *shard)
+        write_output(out, kind, contents, sources, force, progress, shard_bytes(shard, kind))
 
 
 @contextmanager

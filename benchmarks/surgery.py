@@ -1,0 +1,258 @@
+"""Growth on disk against copying a file of the same size, and against what else grows models.
+
+    python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM] [--only KIND]
+
+Expect, against `cp -r` of the grown output, page cache warm: depth 0.6 to 0.8, width and combined growth about 1,
+average about 1 on Hugging Face directories, and about 1 on trainer checkpoints; a naive transformers script and
+mergekit several times as long, in memory as large as the model. Needs disk and free memory for about four times the
+model (2.6 GB at 0.6B parameters in float32).
+
+Everything is a command of its own, timed from start to end, in turns within a round; printed are the medians of each,
+of its ratio to cp in the same round, and its peak anonymous memory. Once as it is and once with a sync of the file
+system at the end. The first touch of memory costs a virtual machine more than a copy does, so all of it that the
+page cache will need is touched before the first round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from growkit.checkpoint import write_output
+from growkit.checkpoint.huggingface import read_header
+from growkit.checkpoint.tensor import BLOCK, Contents, Recipe
+from growkit.neox import NeoX, write_config
+
+GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
+# 18 layers of embed 1536, untied: 0.66B parameters. The other sizes keep the proportions.
+MODEL = NeoX(layer=18, embed=1536, head=12, mlp=6144, vocab=50304, context=1024, rotary_pct=0.25, tied=False)
+SIZES = {0.1: (12, 768), 0.6: (18, 1536), 2.0: (32, 2176)}
+NAIVE = """
+import sys, torch, transformers
+source, out, target = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+layers = model.gpt_neox.layers
+chosen = [i * len(layers) // target for i in range(target)]
+config = transformers.AutoConfig.from_pretrained(source, num_hidden_layers=target)
+grown = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+state = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
+for new, old in enumerate(chosen):
+    state |= {f"gpt_neox.layers.{new}.{k}": v for k, v in layers[old].state_dict().items()}
+grown.load_state_dict(state)
+grown.save_pretrained(out)
+"""
+
+
+def model_of(billions: float) -> NeoX:
+    """The model of about that many parameters."""
+    layer, embed = SIZES[billions]
+    return replace(MODEL, layer=layer, embed=embed, head=embed // 128, mlp=4 * embed)
+
+
+def build(path: Path, model: NeoX, kind: str, dtype: np.dtype, seed: int = 0) -> Path:
+    """A model of random numbers on disk, with moments if it is a checkpoint."""
+    if path.exists():
+        return path
+    noise = np.random.default_rng(seed).normal(0, 0.02, BLOCK // dtype.itemsize).astype(dtype)
+
+    def recipe(shape: tuple[int, ...]) -> Recipe:
+        size = int(np.prod(shape))
+        pieces = [(start, noise[: min(len(noise), size - start)]) for start in range(0, size, len(noise))]
+        return Recipe(shape, dtype, pieces=lambda: ((start * dtype.itemsize, piece) for start, piece in pieces))
+
+    recipes = {name: recipe(row.shape(model.sizes)) for name, row, _ in model.table.names(model.sizes)}
+    slots = ("params", "mu", "nu") if kind == "checkpoint" else ("params",)
+    write_output(path, kind, Contents(write_config(model), dict.fromkeys(slots, recipes), []))
+    return path
+
+
+@dataclass
+class Contender:
+    """One way to do a job: a command that makes OUT."""
+
+    name: str
+    command: Callable[[Path], list[str]]
+
+
+def run(contender: Contender, out: Path, synced: bool) -> tuple[float, float]:
+    """Seconds, and megabytes of anonymous memory at the peak."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    started = time.perf_counter()
+    process = subprocess.Popen(contender.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, anonymous(process.pid))
+        time.sleep(0.002)
+    if synced:
+        os.sync()
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{contender.name} failed: {process.stderr.read().decode()[-2000:]}")
+    return seconds, peak
+
+
+def anonymous(process: int) -> float:
+    """Megabytes of memory of a process that no file is behind."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0.0
+    lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
+    return int(lines[0].split()[1]) / 1000 if lines else 0.0
+
+
+def warm(directory: Path, size: int) -> None:
+    """Touch as much memory as the page cache will need, by writing a file and removing it."""
+    with open(directory / "warm", "wb") as file:
+        for _ in range(size // BLOCK):
+            file.write(bytes(BLOCK))
+    (directory / "warm").unlink()
+
+
+def compare(what: str, contenders: list[Contender], out: Path, rounds: int) -> None:
+    """Time all contenders in turns; the first is the copy that the ratios are to."""
+    for synced in (False, True):
+        seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
+        memory = dict.fromkeys(seconds, 0.0)
+        for _ in range(rounds):
+            for each in contenders:
+                taken, peak = run(each, out, synced)
+                seconds[each.name].append(taken)
+                memory[each.name] = max(memory[each.name], peak)
+        copy = seconds[contenders[0].name]
+        for name, taken in seconds.items():
+            ratio = statistics.median(mine / theirs for mine, theirs in zip(taken, copy, strict=True))
+            line = f"{ratio:5.2f} x cp  {statistics.median(taken):6.2f} s  {memory[name]:6.0f} MB"
+            print(f"{what:24} {'with sync' if synced else '':10} {name:20} {line}", flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def growing(verb: str, *options: str) -> Callable[[Path], Callable[[Path], list[str]]]:
+    """The growkit command with these options, by source and output."""
+    return lambda source: lambda out: [*GROWKIT, verb, *options, str(source), str(out)]
+
+
+def with_buffers(source: Path, layer: int) -> Path:
+    """The source as checkpoints once were, with the three buffers a layer that mergekit insists on."""
+    old = source.parent / "with-buffers"
+    old.mkdir(exist_ok=True)
+    buffers = {
+        f"gpt_neox.layers.{each}.attention.{name}": np.zeros(1, np.float32)
+        for each in range(layer)
+        for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+    }
+    save_file(buffers, old / "buffers.safetensors")
+    os.link(source / "model.safetensors", old / "parameters.safetensors")
+    shutil.copy(source / "config.json", old)
+    names = dict.fromkeys(buffers, "buffers.safetensors")
+    names |= dict.fromkeys(read_header(source / "model.safetensors"), "parameters.safetensors")
+    (old / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return old
+
+
+def mergekit(program: str, source: Path, layer: int, target: int) -> Contender:
+    """mergekit's passthrough of the same layers."""
+    source = with_buffers(source, layer)
+    slices = "".join(
+        f"  - sources:\n    - model: {source}\n      layer_range: [{old}, {old + 1}]\n"
+        for old in (i * layer // target for i in range(target))
+    )
+    path = source.parent / "mergekit.yaml"
+    path.write_text(f"merge_method: passthrough\ndtype: float32\nslices:\n{slices}")
+    return Contender("mergekit", lambda out: [program, str(path), str(out), "--no-copy-tokenizer"])
+
+
+def rivals(source: Path, layer: int, target: int, program: str | None) -> list[Contender]:
+    """What else grows a Hugging Face directory in depth, as far as it is installed."""
+    found = []
+    if importlib.util.find_spec("transformers"):
+        script = [sys.executable, "-c", NAIVE, str(source)]
+        found.append(Contender("transformers script", lambda out: [*script, str(out), str(target)]))
+    if program:
+        found.append(mergekit(program, source, layer, target))
+    return found
+
+
+def jobs(source: Path, other: Path, model: NeoX) -> dict[str, Callable[[Path], list[str]]]:
+    """Every growth that is timed, by name; the combined one is grown to the sizes in a configuration of its own."""
+    target = model.layer * 4 // 3
+    like = source.parent / "like.json"
+    grown = replace(model, layer=target, head=model.head * 2, embed=model.embed * 2, mlp=model.mlp * 2)
+    like.write_text(json.dumps(write_config(grown)))
+    return {
+        "depth": growing("depth", "--map", f"{model.layer}:{target}")(source),
+        "width": growing("width", "--embed", "2x")(source),
+        "depth and width": growing("grow", "--like", str(like))(source),
+        "average of two": lambda out: [*GROWKIT, "average", str(source), str(other), "--out", str(out)],
+    }
+
+
+def by_kind(kind: str, model: NeoX, directory: Path, rounds: int, program: str | None) -> None:
+    """All jobs on one kind of source; each is compared with a copy of its own output."""
+    source, other = (build(directory / f"{kind}{seed}", model, kind, np.dtype(np.float32), seed) for seed in (0, 1))
+    sample, out = directory / "sample", directory / "out"
+    for name, command in jobs(source, other, model).items():
+        subprocess.run(command(sample), check=True, stdout=subprocess.DEVNULL)
+        copy = Contender("cp -r", lambda out: ["cp", "-r", str(sample), str(out)])
+        contenders = [copy, Contender("growkit", command)]
+        if name == "depth" and kind == "huggingface":
+            contenders += rivals(source, model.layer, model.layer * 4 // 3, program)
+        compare(f"{kind} {name}", contenders, out, rounds)
+        shutil.rmtree(sample)
+    shutil.rmtree(source)
+    shutil.rmtree(other)
+
+
+def scale(directory: Path, rounds: int) -> None:
+    """Time and memory of growth in depth over the size of the model, in bfloat16."""
+    for billions in SIZES:
+        model = model_of(billions)
+        source = build(directory / "source", model, "huggingface", np.dtype(ml_dtypes.bfloat16))
+        target = model.layer * 4 // 3
+        each = Contender("growkit", growing("depth", "--map", f"{model.layer}:{target}")(source))
+        runs = [run(each, directory / "out", False) for _ in range(rounds)]
+        size = sum(file.stat().st_size for file in (directory / "out").iterdir()) / 1e9
+        seconds, peak = statistics.median(taken for taken, _ in runs), max(peak for _, peak in runs)
+        print(f"{billions:4}B: {size:6.2f} GB out, {seconds:6.2f} s, {size / seconds:5.2f} GB/s, {peak:4.0f} MB")
+        shutil.rmtree(source)
+        shutil.rmtree(directory / "out")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--dir", type=Path, help="where to work; a temporary directory by default")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--parameters", type=float, default=0.6, choices=SIZES, help="in billions")
+    options.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="its mergekit-yaml program")
+    options.add_argument("--only", choices=("huggingface", "checkpoint", "scale"))
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.dir, prefix="surgery-") as name:
+        directory, model = Path(name), model_of(chosen.parameters)
+        warm(directory, 4 * 4 * model.parameters)
+        if chosen.only in (None, "huggingface"):
+            by_kind("huggingface", model, directory, chosen.rounds, chosen.mergekit)
+        if chosen.only in (None, "checkpoint"):
+            # A checkpoint holds every parameter three times: a third of the layers make about as many bytes.
+            by_kind("checkpoint", replace(model, layer=model.layer // 3), directory, chosen.rounds, None)
+        if chosen.only in (None, "scale"):
+            scale(directory, chosen.rounds)
+
+
+if __name__ == "__main__":
+    main()

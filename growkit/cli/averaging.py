@@ -1,0 +1,48 @@
+"""The verb that makes one model of several: average."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from growkit.cli.terminal import shard_option, write
+
+
+@click.command()
+@click.argument("src", nargs=-1, required=True)
+@click.option("--out", required=True, metavar="OUT", help="Where the average goes; of the last SRC's kind.")
+@click.option("--weights", metavar="W,W,...", help="A weight for each SRC, in order; equal ones by default.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@shard_option
+def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, shard: str) -> None:
+    """Average the parameters of the models SRC, as of a run's last checkpoints: RUN@8000 RUN@9000 RUN@10000.
+
+    The optimizer's moments, the step and the tokenizer are those of the last SRC. Sums are in float64.
+    """
+    from growkit.average import averaged
+    from growkit.checkpoint import open_source
+
+    sources = [open_source(each) for each in src]
+    contents = averaged(sources, None if weights is None else _numbers(weights))
+    last = sources[-1]
+    write(sources, contents, Path(out), last.kind, force, shard)
+    shares = ", ".join(f"{share:.4g}" for share in contents.lineage[-1]["weights"])
+    click.echo(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
+    click.echo(
+        f"the optimizer's moments are those of {src[-1]}, unchanged"
+        if "mu" in last.tensors
+        else f"{src[-1]} has no optimizer's moments, and neither has {out}"
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    from growkit.errors import UsageError
+
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights takes numbers with commas between them, as 1,1,2; got {text!r}") from None
+
+
+COMMANDS = {"average": average}
