@@ -4,8 +4,8 @@
 
 Expect, against `cp -r` of the grown output, page cache warm: depth 0.6 to 0.8, width and combined growth about 1,
 average about 1 on Hugging Face directories, and about 1 on trainer checkpoints; a naive transformers script and
-mergekit several times as long, in memory as large as the model. Needs disk and free memory for about four times the
-model (2.6 GB at 0.6B parameters in float32).
+mergekit several times as long, in memory as large as the model. Needs disk and free memory for about five times the
+model (2.7 GB at 0.6B parameters in float32).
 
 Everything is a command of its own, timed from start to end, in turns within a round; printed are the medians of each,
 of its ratio to cp in the same round, and its peak anonymous memory. Once as it is and once with a sync of the file
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -139,13 +140,8 @@ def compare(what: str, contenders: list[Contender], out: Path, rounds: int) -> N
         for name, taken in seconds.items():
             ratio = statistics.median(mine / theirs for mine, theirs in zip(taken, copy, strict=True))
             line = f"{ratio:5.2f} x cp  {statistics.median(taken):6.2f} s  {memory[name]:6.0f} MB"
-            print(f"{what:24} {'with sync' if synced else '':10} {name:20} {line}", flush=True)
+            print(f"{what:27} {'with sync' if synced else '':10} {name:20} {line}", flush=True)
     shutil.rmtree(out, ignore_errors=True)
-
-
-def growing(verb: str, *options: str) -> Callable[[Path], Callable[[Path], list[str]]]:
-    """The growkit command with these options, by source and output."""
-    return lambda source: lambda out: [*GROWKIT, verb, *options, str(source), str(out)]
 
 
 def with_buffers(source: Path, layer: int) -> Path:
@@ -189,25 +185,34 @@ def rivals(source: Path, layer: int, target: int, program: str | None) -> list[C
     return found
 
 
-def jobs(source: Path, other: Path, model: NeoX) -> dict[str, Callable[[Path], list[str]]]:
-    """Every growth that is timed, by name; the combined one is grown to the sizes in a configuration of its own."""
-    target = model.layer * 4 // 3
-    like = source.parent / "like.json"
-    grown = replace(model, layer=target, head=model.head * 2, embed=model.embed * 2, mlp=model.mlp * 2)
+def jobs(model: NeoX, directory: Path) -> dict[str, tuple[NeoX, Callable[[Path, Path, Path], list[str]]]]:
+    """Every growth that is timed: name -> (the source's model, the command by source, other source and output).
+
+    Sources that grow in width have a quarter of the layers, so that all outputs have about the same size.
+    """
+    target, small = model.layer * 4 // 3, replace(model, layer=max(1, model.layer // 4))
+    grown = replace(small, layer=small.layer * 4 // 3, head=model.head * 2, embed=model.embed * 2, mlp=model.mlp * 2)
+    like = directory / "like.json"
     like.write_text(json.dumps(write_config(grown)))
     return {
-        "depth": growing("depth", "--map", f"{model.layer}:{target}")(source),
-        "width": growing("width", "--embed", "2x")(source),
-        "depth and width": growing("grow", "--like", str(like))(source),
-        "average of two": lambda out: [*GROWKIT, "average", str(source), str(other), "--out", str(out)],
+        "depth": (model, lambda source, other, out: ["depth", "--map", f"{model.layer}:{target}", source, out]),
+        "average of two": (model, lambda source, other, out: ["average", source, other, "--out", out]),
+        "width": (small, lambda source, other, out: ["width", "--embed", "2x", source, out]),
+        "depth and width": (small, lambda source, other, out: ["grow", "--like", like, source, out]),
     }
 
 
 def by_kind(kind: str, model: NeoX, directory: Path, rounds: int, program: str | None) -> None:
     """All jobs on one kind of source; each is compared with a copy of its own output."""
-    source, other = (build(directory / f"{kind}{seed}", model, kind, np.dtype(np.float32), seed) for seed in (0, 1))
-    sample, out = directory / "sample", directory / "out"
-    for name, command in jobs(source, other, model).items():
+    sample, out, other = directory / "sample", directory / "out", directory / "other"
+    for name, (begun, words) in jobs(model, directory).items():
+        source = build(directory / f"{kind}-{begun.layer}", begun, kind, np.dtype(np.float32))
+        if name.startswith("average"):
+            build(other, begun, kind, np.dtype(np.float32), seed=1)
+
+        def command(out: Path, source: Path = source, words: Any = words) -> list[str]:
+            return [*GROWKIT, *map(str, words(source, other, out))]
+
         subprocess.run(command(sample), check=True, stdout=subprocess.DEVNULL)
         copy = Contender("cp -r", lambda out: ["cp", "-r", str(sample), str(out)])
         contenders = [copy, Contender("growkit", command)]
@@ -215,8 +220,9 @@ def by_kind(kind: str, model: NeoX, directory: Path, rounds: int, program: str |
             contenders += rivals(source, model.layer, model.layer * 4 // 3, program)
         compare(f"{kind} {name}", contenders, out, rounds)
         shutil.rmtree(sample)
-    shutil.rmtree(source)
-    shutil.rmtree(other)
+        shutil.rmtree(other, ignore_errors=True)
+    for source in directory.glob(f"{kind}-*"):
+        shutil.rmtree(source)
 
 
 def scale(directory: Path, rounds: int) -> None:
@@ -225,7 +231,8 @@ def scale(directory: Path, rounds: int) -> None:
         model = model_of(billions)
         source = build(directory / "source", model, "huggingface", np.dtype(ml_dtypes.bfloat16))
         target = model.layer * 4 // 3
-        each = Contender("growkit", growing("depth", "--map", f"{model.layer}:{target}")(source))
+        words = [*GROWKIT, "depth", "--map", f"{model.layer}:{target}", str(source)]
+        each = Contender("growkit", lambda out, words=words: [*words, str(out)])
         runs = [run(each, directory / "out", False) for _ in range(rounds)]
         size = sum(file.stat().st_size for file in (directory / "out").iterdir()) / 1e9
         seconds, peak = statistics.median(taken for taken, _ in runs), max(peak for _, peak in runs)
@@ -248,8 +255,8 @@ def main() -> None:
         if chosen.only in (None, "huggingface"):
             by_kind("huggingface", model, directory, chosen.rounds, chosen.mergekit)
         if chosen.only in (None, "checkpoint"):
-            # A checkpoint holds every parameter three times: a third of the layers make about as many bytes.
-            by_kind("checkpoint", replace(model, layer=model.layer // 3), directory, chosen.rounds, None)
+            # A checkpoint holds every parameter three times: a third of the layers, tied, make about as many bytes.
+            by_kind("checkpoint", replace(model, layer=model.layer // 3, tied=True), directory, chosen.rounds, None)
         if chosen.only in (None, "scale"):
             scale(directory, chosen.rounds)
 

@@ -17,6 +17,8 @@ from growkit.errors import UsageError
 from growkit.rounding import rounded
 from growkit.surgery import provenance
 
+WIDE = np.float64
+
 
 def averaged(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Contents:
     """The weighted mean, summed in float64 and rounded once to the last source's dtype; weights are normalised.
@@ -49,9 +51,9 @@ def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Reci
     dtype = tensors[-1].dtype
 
     def mean(*arrays: np.ndarray) -> np.ndarray:
-        total = np.multiply(arrays[0], shares[0], dtype=np.float64)
-        for array, share in zip(arrays[1:], shares[1:], strict=True):
-            total += np.multiply(array, share, dtype=np.float64)
+        total = np.zeros(arrays[0].shape, WIDE)
+        for array, share in zip(arrays, shares, strict=True):
+            total += array.astype(WIDE) * WIDE(share)
         return rounded(name, total, dtype)
 
     return mapped(tensors, dtype, mean)

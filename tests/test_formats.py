@@ -530,10 +530,10 @@ def peak():
     # Not getrusage: its peak is inherited from the process that started this one.
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
 
-small, large, out = sys.argv[1:]
-assert run(["depth", "--map", "3:4", small, out + "small"]) == 0
+small, large, out, *words = sys.argv[1:]
+assert run([*words, small, out + "small"]) == 0
 began = peak()
-assert run(["depth", "--map", "3:4", large, out]) == 0
+assert run([*words, large, out]) == 0
 grown = peak()
 stacked(open_source(large))
 print(began, grown, peak(), file=sys.stderr)
@@ -541,7 +541,8 @@ print(began, grown, peak(), file=sys.stderr)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
-def test_growth_takes_little_memory(tmp_path):
+@pytest.mark.parametrize("words", [["depth", "--map", "3:4"], ["width", "--embed", "2x"], ["width", "--embed", "1536"]])
+def test_growth_takes_little_memory(tmp_path, words):
     model = replace(SMALL, embed=1024, head=8, mlp=4096, vocab=30000, context=32)
     large = save_directory(tmp_path / "large", replace(SMALL, vocab=8))
     tensors = {
@@ -555,7 +556,7 @@ def test_growth_takes_little_memory(tmp_path):
     assert megabytes > 300
     small = save_directory(tmp_path / "small")
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(small), str(large), str(tmp_path / "out")],
+        [sys.executable, "-c", MEASURED, str(small), str(large), str(tmp_path / "out"), *words],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     began, after, whole = map(int, done.stderr.split())

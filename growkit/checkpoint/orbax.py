@@ -6,20 +6,23 @@
 
 Layers are stacked in the first dimension. To readers each layer is a tensor of its own, under its name in
 files. Uncompressed whole arrays are read by offset, without orbax or jax; anything else (sharded,
-compressed, OCDBT) through tensorstore. Writing goes through Orbax with a leaf type that makes its bytes
-piece by piece. Knows the layout on disk; leaves meaning to the table and runs to the trainer.
+compressed, OCDBT) through tensorstore. Writing goes through Orbax with a leaf type whose bytes are written
+piece by piece beforehand. Knows the layout on disk; leaves meaning to the table and runs to the trainer.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import logging
 import math
 import os
+import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -196,11 +199,12 @@ def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array that does not exist yet: one recipe a layer (or a single one), laid end to end."""
+    """An array of one recipe a layer (or a single one), laid end to end; `file` holds its bytes once they are made."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     recipes: tuple[Recipe, ...]
+    file: Path | None = None
 
     @property
     def ndim(self) -> int:
@@ -242,17 +246,31 @@ def _check_one_dtype(row: Row, parts: tuple[Recipe, ...]) -> None:
 
 
 def write_checkpoint(path: Path, contents: Contents, progress: Progress | None = None) -> None:
-    """Write `contents` at `path`, which must not exist, as a trainer checkpoint that stock Orbax restores."""
+    """Write `contents` at `path`, which must not exist, as a trainer checkpoint that stock Orbax restores.
+
+    The arrays are written beside it while Orbax is being imported, which takes as long as writing a gigabyte, and
+    moved to where Orbax wants them.
+    """
+    tree = leaves(contents, read_config(contents.config))
+    importing = threading.Thread(target=importlib.import_module, args=("orbax.checkpoint",), daemon=True)
+    importing.start()
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as arrays:
+        written = _written(tree, Path(arrays), progress)
+        importing.join()
+        _save(path, written, contents)
+
+
+def _save(path: Path, tree: Mapping[str, Any], contents: Contents) -> None:
     import orbax.checkpoint as ocp
 
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
     items = {
-        STATE: ocp.args.PyTreeSave(leaves(contents, read_config(contents.config))),
+        STATE: ocp.args.PyTreeSave(tree),
         META: ocp.args.JsonSave({"config": contents.config, "lineage": contents.lineage, "record": record}),
         FILES: ocp.args.JsonSave(encode_files(contents.files)),
     }
     with _quiet():
-        state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=_registry(ocp, progress))
+        state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=_registry(ocp))
         json_handlers = {item: ocp.JsonCheckpointHandler() for item in (META, FILES)}
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{STATE: state}, **json_handlers)) as checkpointer:
             checkpointer.save(path.resolve(), ocp.args.Composite(**items))
@@ -270,8 +288,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _registry(ocp: Any, progress: Progress | None) -> Any:
-    """Orbax's handlers for the leaf types of an output: numpy counters, and leaves made piece by piece."""
+def _registry(ocp: Any) -> Any:
+    """Orbax's handlers for the leaf types of an output: numpy counters, and leaves whose bytes are written already."""
 
     class LeafHandler(ocp.type_handlers.NumpyHandler):
         async def serialize(self, values, infos, args=None):
@@ -281,15 +299,38 @@ def _registry(ocp: Any, progress: Progress | None) -> Any:
         async def write(self, values, infos):
             for value, info in zip(values, infos, strict=True):
                 await info.await_path_creation()
-                _write_leaf(Path(info.path), value, progress)
+                _place(value, Path(info.path))
 
     return ocp.type_handlers.create_type_handler_registry(
         (Leaf, LeafHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
     )
 
 
-def _write_leaf(directory: Path, leaf: Leaf, progress: Progress | None) -> None:
-    """An array as one raw chunk in Zarr version 2, its layers in order."""
+def _written(tree: Mapping[str, Any], directory: Path, progress: Progress | None) -> dict[str, Any]:
+    """The tree with every leaf's bytes in a file of its own below `directory`, its layers one after another."""
+    jobs: list[Job] = []
+
+    def begun(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: begun(child) for key, child in node.items()}
+        if not isinstance(node, Leaf):
+            return node
+        path = directory / str(len(jobs))
+        file, part = create_file(path, node.nbytes), node.nbytes // len(node.recipes)
+        jobs.extend(Job(recipe, file, number * part) for number, recipe in enumerate(node.recipes))
+        return replace(node, file=path)
+
+    try:
+        written = {key: begun(child) for key, child in tree.items()}
+        fill(jobs, progress)
+    finally:
+        for file in {job.file for job in jobs}:
+            os.close(file)
+    return written
+
+
+def _place(leaf: Leaf, directory: Path) -> None:
+    """Make a leaf's file an array of one raw chunk in Zarr version 2."""
     directory.mkdir(parents=True, exist_ok=True)
     header = {
         "chunks": leaf.shape,
@@ -303,9 +344,4 @@ def _write_leaf(directory: Path, leaf: Leaf, progress: Progress | None) -> None:
         "zarr_format": 2,
     }
     (directory / ".zarray").write_text(json.dumps(header))
-    file = create_file(directory / ".".join("0" for _ in leaf.shape), leaf.nbytes)
-    try:
-        part = leaf.nbytes // len(leaf.recipes)
-        fill([Job(recipe, file, number * part) for number, recipe in enumerate(leaf.recipes)], progress)
-    finally:
-        os.close(file)
+    os.rename(leaf.file, directory / ".".join("0" for _ in leaf.shape))
