@@ -17,7 +17,7 @@ pytest.importorskip("accelerate", reason="growkit[eval] is not installed")
 
 from growkit.checkpoint import open_source
 from growkit.checkpoint.orbax import write_checkpoint
-from growkit.checkpoint.tensor import Contents, made
+from growkit.checkpoint.tensor import Contents, copy_of, in_memory
 from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation import harness, items, report
@@ -94,7 +94,7 @@ def save_model(path: Path, tokenizer, model: NeoX = MODEL, scale: float = 1.0, f
     """A trainer checkpoint of random parameters with its tokenizer."""
     tensors = random_tensors(model)
     recipes = {
-        name: made(array.shape, array.dtype, lambda array=array: array * np.float32(scale if array.ndim > 1 else 1.0))
+        name: copy_of(in_memory(array * np.float32(scale if array.ndim > 1 else 1.0)))
         for name, array in tensors.items()
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
