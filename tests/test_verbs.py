@@ -12,7 +12,7 @@ import pytest
 from conftest import contents_of, save_checkpoint, save_directory
 from tokenizers import Tokenizer, models
 
-from growkit import comparison, surgery
+from growkit import comparison
 from growkit.checkpoint import open_source
 from growkit.cli import run
 from growkit.neox import NeoX, write_config
@@ -250,12 +250,12 @@ def test_a_narrow_source_is_checked_to_its_rounding(place, capsys):
 
 
 def test_a_corrupted_output_fails_the_check(place, capsys, monkeypatch):
-    right = surgery.grow_tensor
+    right = blocks.grow_tensor
 
     def corrupted(array, row, *rest):
         return right(array, row, *rest) * (1.01 if "4h_to_h.weight" in row.name else 1)
 
-    monkeypatch.setattr(surgery, "grow_tensor", corrupted)
+    monkeypatch.setattr(blocks, "grow_tensor", corrupted)
     assert run(["width", "--mlp", "2x", "--check", "64", "hf", "out"]) == 1
     out, err = capsys.readouterr()
     assert "not preserved" in out and "the plan promised the source's function" in err and len(err.splitlines()) == 1
