@@ -12,7 +12,7 @@ import pytest
 from conftest import contents_of, save_checkpoint, save_directory
 from tokenizers import Tokenizer, models
 
-from growkit import comparison
+from growkit import blocks, comparison
 from growkit.checkpoint import open_source
 from growkit.cli import run
 from growkit.neox import NeoX, write_config
