@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growkit.errors import UsageError
-from trainer.data import Mixture, Stream, Windows, check_vocabulary, split, validation_batches
+from trainer.data import Joined, Mixture, Stream, Windows, check_vocabulary, join, split, validation_batches
 from trainer.tokens import TokenFile, TokenWriter
 
 CONTEXT = 4
@@ -181,9 +181,54 @@ def test_a_batch_that_hosts_cannot_share(files):
         Stream(mixture(files), seed=1).batch(0, 10, 0, 4)
 
 
-def test_epochs_count_draws_by_share(files):
-    stream = Stream(mixture(files), seed=1)
-    assert stream.epochs(2400) == {"large": 1.0, "small": pytest.approx(600 / 900)}
+@given(st.sampled_from([(3, 1), (0.5, 0.5), (1, 0.05), (0.301, 0.699)]), st.integers(0, 3000), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_counts_are_of_what_was_drawn(files, weights, drawn, turned):
+    order = -1 if turned else 1
+    stream = Stream(mixture(files[::order], weights, ("large", "small")[::order]), seed=1)
+    small = sum(int(stream.batch(number, 1)[0, 0]) >= 30_000 for number in range(drawn))
+    assert stream.counts(drawn) == {"large": drawn - small, "small": small}
+    assert stream.epochs(drawn) == {"large": (drawn - small) / 1800, "small": small / 900}
+
+
+def test_the_asked_shares_are_not_the_counts(files):
+    """The sibling of the test above: after a few sequences, and where grain rounds weights, the two differ."""
+    for weights, drawn in [((3, 1), 6), ((0.301, 0.699), 5000)]:
+        parts = mixture(files, weights)
+        assert Stream(parts, seed=1).counts(drawn)["small"] != pytest.approx(parts.shares["small"] * drawn, abs=1e-6)
+
+
+def test_counts_far_along_are_found_at_once(files):
+    drawn = 10**9
+    assert Stream(mixture(files, (0.99, 0.01)), seed=1).counts(drawn)["small"] == pytest.approx(drawn / 100, rel=0.011)
+
+
+def test_joined_files_are_one_data_set(files):
+    parts = [Windows(files[0], CONTEXT, 0, 5), Windows(files[1], CONTEXT, 2, 3), Windows(files[0], CONTEXT, 5, 9)]
+    joined = join(parts)
+    np.testing.assert_array_equal(windows_of(joined), [window for part in parts for window in windows_of(part)])
+    for number in (-1, len(joined)):
+        with pytest.raises(IndexError):
+            joined[number]
+    stream = Stream(Mixture((("both", 1, joined),)), seed=0)
+    assert predicted(stream.batch(0, 10)) == predicted(windows_of(joined))
+    assert join(parts[:1]) is parts[0]
+    assert len({join(some).identity for some in (parts, parts[::-1], parts[:2])}) == 3
+
+
+def test_windows_joined_wrongly_would_be_seen(files, monkeypatch):
+    """The sibling of the test above: bounds that are off repeat one window and lose another."""
+    parts = [Windows(files[0], CONTEXT, 0, 5), Windows(files[1], CONTEXT, 2, 5)]
+    monkeypatch.setattr(Joined, "_ends", [4, 7])
+    windows = windows_of(join(parts))
+    assert not np.array_equal(windows, [*windows_of(parts[0]), *windows_of(parts[1])][: len(windows)])
+
+
+def test_a_fraction_is_of_the_first_windows(files):
+    windows = Windows(files[0], CONTEXT, 10, 110)
+    assert (windows.first(0.25).start, windows.first(0.25).stop) == (10, 35)
+    assert windows.first(1.0).identity == windows.identity
+    assert len(windows.first(1e-9)) == 1
 
 
 def test_validation_is_fixed_spread_and_padded(files):

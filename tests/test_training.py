@@ -227,7 +227,9 @@ def test_the_command_line_interrupted_and_given_again(data, tmp_path, whole, mon
     assert last_step(out) == 10
     assert "step 10, stopped; the same command resumes it" in capsys.readouterr().out
     assert run_command(["train", str(config), "--out", str(out)]) == 0
-    assert f"step {STEPS}, validation loss" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"step {STEPS}, validation loss" in said.out
+    assert f"drawn so far, of {STEPS * SEQUENCES} sequences: '{data / 'text'}' 100.00% (" in said.err
     assert_as_if_uninterrupted(out, whole)
 
 

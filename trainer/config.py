@@ -63,11 +63,15 @@ class Precision:
 
 @dataclass(frozen=True)
 class Data:
-    """Token files by path, each with a weight; without `validation` the last `held_out` of each is held out."""
+    """Token files by path or pattern, each with a weight, its share of the sequences in any unit.
+
+    Without `validation` the last `held_out` of each is held out. `fraction`, by path: only that much of it is drawn.
+    """
 
     train: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] | None = None
     held_out: float = 0.005
+    fraction: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ loop.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import grain
@@ -24,6 +25,7 @@ from growkit.errors import UsageError
 from trainer.tokens import TokenFile
 
 _TOKENS_AT_ONCE = 1 << 24
+_SPAN = 1 << 44  # more sequences than are ever drawn from one data set
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,46 @@ class Windows:
     def identity(self) -> tuple[str, int, int, int]:
         """What these windows are, whatever the file is called: data fingerprint, context, start, stop."""
         return self.token_file.fingerprint, self.context, self.start, self.stop
+
+    def first(self, fraction: float) -> Windows:
+        """The first windows, a fraction in (0, 1] of them and at least one."""
+        return replace(self, stop=self.start + max(1, round(fraction * len(self))))
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """The windows of several token files, one after the other, as one data set: the shards of a tokenization."""
+
+    parts: tuple[Windows, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if not 0 <= number < len(self):
+            raise IndexError(f"window {number} of {len(self)}")
+        part = bisect.bisect_right(self._ends, number)
+        return self.parts[part][number - (self._ends[part - 1] if part else 0)]
+
+    @property
+    def context(self) -> int:
+        """Tokens that a window predicts."""
+        return self.parts[0].context
+
+    @cached_property
+    def identity(self) -> tuple[str, int, int, int]:
+        """What these windows are, as `Windows.identity`: a digest of their parts' in place of one fingerprint."""
+        digest = hashlib.sha256(json.dumps([part.identity for part in self.parts]).encode()).hexdigest()
+        return digest[:16], self.context, 0, len(self)
+
+
+def join(parts: Sequence[Windows]) -> Windows | Joined:
+    """Windows of one file or several as one data set."""
+    return parts[0] if len(parts) == 1 else Joined(tuple(parts))
 
 
 def split(token_file: TokenFile, context: int, held_out: float) -> tuple[Windows, Windows]:
@@ -113,7 +155,7 @@ class Mixture:
     twice, when a data set has no windows, or when contexts differ.
     """
 
-    parts: tuple[tuple[str, float, Windows], ...]
+    parts: tuple[tuple[str, float, Windows | Joined], ...]
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -159,12 +201,13 @@ class Stream:
         self.mixture = mixture
         self.seed = seed
         self._parts = sorted(mixture.parts, key=lambda part: part[2].identity)
-        self._drawn = grain.MapDataset.mix(
-            [self._endless(windows) for _, _, windows in self._parts],
-            weights=[weight for _, weight, _ in self._parts],
-        )
+        weights = [weight for _, weight, _ in self._parts]
+        self._drawn = grain.MapDataset.mix([self._endless(windows) for _, _, windows in self._parts], weights)
+        # The same interleaving of plain numbers: which data set is drawn from, and how often it was before.
+        ranges = [grain.MapDataset.range(part * _SPAN, (part + 1) * _SPAN) for part in range(len(weights))]
+        self._turns = grain.MapDataset.mix(ranges, weights)
 
-    def _endless(self, windows: Windows) -> grain.MapDataset:
+    def _endless(self, windows: Windows | Joined) -> grain.MapDataset:
         """One data set, shuffled and repeated, with a seed of its own that does not depend on the others."""
         digest = hashlib.sha256(json.dumps([self.seed, *windows.identity]).encode()).digest()
         return grain.MapDataset.source(windows).seed(int.from_bytes(digest[:4], "big")).shuffle().repeat()
@@ -192,17 +235,26 @@ class Stream:
         parts = [(*windows.identity, shares[name]) for name, _, windows in self._parts]
         return hashlib.sha256(json.dumps([self.seed, self.mixture.context, parts]).encode()).hexdigest()[:16]
 
-    def epochs(self, drawn: int) -> dict[str, float]:
-        """How often each data set has been gone through after `drawn` sequences, by name.
+    def counts(self, drawn: int) -> dict[str, int]:
+        """How many of the first `drawn` sequences came from each data set, by name: counted, not asked for."""
+        found: dict[int, int] = {}
+        # The last turn of each data set says how many there were; a part of weight w had it within some 1 / w turns.
+        for number in range(drawn - 1, -1, -1):
+            part, before = divmod(int(self._turns[number]), _SPAN)
+            found.setdefault(part, before + 1)
+            if len(found) == len(self._parts):
+                break
+        counts = {name: found.get(part, 0) for part, (name, _, _) in enumerate(self._parts)}
+        return {name: counts[name] for name, _, _ in self.mixture.parts}
 
-        Computed from the shares asked for, without looking at what was drawn.
-        """
-        shares = self.mixture.shares
-        return {name: shares[name] * drawn / len(windows) for name, _, windows in self.mixture.parts}
+    def epochs(self, drawn: int) -> dict[str, float]:
+        """How often each data set has been gone through after `drawn` sequences, by name."""
+        counts = self.counts(drawn)
+        return {name: counts[name] / len(windows) for name, _, windows in self.mixture.parts}
 
 
 def validation_batches(
-    windows: Sequence[Windows], batch_size: int, limit: int | None = None
+    windows: Sequence[Windows | Joined], batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Fixed batches for validation: tokens int32 [batch_size, context + 1] and a mask bool [batch_size].
 
@@ -218,6 +270,6 @@ def validation_batches(
         yield tokens, np.arange(batch_size) < len(rows)
 
 
-def _in_turn(windows: Sequence[Windows]) -> Iterator[np.ndarray]:
+def _in_turn(windows: Sequence[Windows | Joined]) -> Iterator[np.ndarray]:
     for number in range(max(map(len, windows), default=0)):
         yield from (each[number] for each in windows if number < len(each))

@@ -245,7 +245,7 @@ class Run:
             f"model: {model.layer} layers, embed {model.embed}, {model.head} heads, mlp {model.mlp}, "
             f"{self.model.parameters:,} parameters{origin}"
         )
-        for line in (*self.data.facts(), *self.asked.notes):
+        for line in (*self.data.facts(self.drawn(self.config.schedule.steps)), *self.asked.notes):
             self.report.say(line)
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
@@ -341,6 +341,8 @@ class Run:
             raise GrowkitError(f"the validation loss at step {self.step} is {loss}; {self._last_good()}")
         self._row(self.step, validation_loss=loss)
         self.report.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 30)):.2f}")
+        if self.drawn(self.step):
+            self.report.say(self.data.drawn(self.stream, self.drawn(self.step)))
         if self.step == self.first and not self.resumed:
             self._compare(loss)
         self._heed_plateau()
