@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 PADDING = "<|padding|>"
 SMALLEST_TRAINED_VOCABULARY = 256 + 2  # every byte, the end of text and the padding
 
-# Encoding takes some 150 bytes of memory a character, so this bounds it to tens of megabytes a process.
+# Encoding takes some 150 bytes of memory a character, so this bounds it to some tens of megabytes a process.
 _PIECE_CHARACTERS = 1 << 18
 _CUT = re.compile(r"(?<=\S)(?=[ \n]\w)")
 _CUTS_TRIED = 16
@@ -42,18 +42,18 @@ class TextTokenizer:
     end_of_text_id: int
     vocab_size: int  # one more than the highest id, which can exceed the tokenizer's own count
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 [tokens], without special tokens added."""
-        # Batches of one: processes share the work, and this form does without the offsets that `encode` finds.
-        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(encoding.ids, np.int32)
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32 [tokens], without special tokens added; memory grows with all of them."""
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def pieces(self, document: str) -> list[str]:
         """A document in pieces of bounded size whose encodings, joined, are the encoding of the whole."""
         return _pieces(document, self._separate)
 
     def _separate(self, left: str, right: str) -> bool:
-        return np.array_equal(self.encode(left + right), np.concatenate([self.encode(left), self.encode(right)]))
+        whole, *parts = self.encode([left + right, left, right])
+        return np.array_equal(whole, np.concatenate(parts))
 
 
 def load_tokenizer(path: str | os.PathLike) -> TextTokenizer:
