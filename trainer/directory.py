@@ -19,6 +19,7 @@ from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX
 from trainer.config import Config, changed_keys, resolve, resolve_model
+from trainer.hosts import writes
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -30,7 +31,12 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
-    """Write a file so that whoever reads it, after a kill too, finds the old content or the new."""
+    """Write a file so that whoever reads it, after a kill too, finds the old content or the new.
+
+    Of several processes that train into RUN together one writes.
+    """
+    if not writes():
+        return
     if is_remote(path):
         path.write_bytes(content)
         return
@@ -42,9 +48,10 @@ def write_whole(path: epath.Path, content: bytes) -> None:
 def hold(directory: epath.Path) -> IO[str] | None:
     """Keep other processes from training into RUN, until the file returned is closed or this process ends.
 
-    None for a bucket, which nothing holds. Raises GrowkitError when another process holds RUN.
+    None for a bucket, which nothing holds, and for the other processes of the same run. Raises GrowkitError when
+    another process holds RUN.
     """
-    if is_remote(directory):
+    if is_remote(directory) or not writes():
         return None
     # Opened for appending: opening must not erase the holder's process id.
     file = open(directory / LOCK, "a+")  # noqa: SIM115 (the caller closes it)

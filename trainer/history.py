@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from trainer.directory import is_remote, write_whole
+from trainer.hosts import writes
 
 METRICS = "metrics.csv"
 EARLIER = "history.csv"
@@ -82,7 +83,7 @@ class History:
         row = {column: _text(values.get(column)) for column in COLUMNS}
         self.rows.append(row)
         # Objects of a bucket cannot be appended to: there the file is written whole, by `flush`.
-        if not is_remote(self.run):
+        if writes() and not is_remote(self.run):
             with (self.run / METRICS).open("a") as file:
                 file.write(render([row]).split("\n", 1)[1])
 

@@ -33,6 +33,7 @@ from trainer.corpus import Corpus, open_corpus
 from trainer.data import Stream, validation_batches
 from trainer.directory import begin, is_remote
 from trainer.history import EARLIER, History
+from trainer.hosts import writes
 from trainer.interrupt import Interrupt
 from trainer.model import initial_params
 from trainer.optimizer import Multipliers
@@ -223,14 +224,14 @@ class Run:
             self._validate_if_due()
             self._measure_if_due()
             self._train()
-            if self.interrupt.received is not None:
+            if self.interrupt.stop is not None:
                 self.report.say(f"stopping at step {self.step}: saving; another signal ends it at once, unsaved")
             self._save()
             self.close()
             self._draw(final=True)
         loss = self.history.validation_loss(self.step)
         finished = self.step == steps and loss is not None
-        return Result(self.step, None if finished else self.interrupt.received, loss)
+        return Result(self.step, None if finished else self.interrupt.stop, loss)
 
     def close(self) -> None:
         """Wait for what is being saved, then let others into RUN. After a failure the end of the process does it."""
@@ -266,18 +267,19 @@ class Run:
         """The loop: while a step is computed, the next batch is drawn and the last step's metrics are read."""
         pending = None
         self.timed = (time.monotonic(), self.step)
-        while self.step < self.until and self.interrupt.received is None:
+        while self.step < self.until and self.interrupt.stop is None:
             self.state, metrics = self.train_step(self.state, self._next_batch())
             self.step += 1
             if pending is not None:
                 self._note(*pending)
             pending = (self.step, metrics)
-            if self._validation_due() or self._tasks_due() or self._save_due():
+            save = self._save_due()
+            if self._validation_due() or self._tasks_due() or save:
                 self._note(*pending)
                 pending = None
                 self._validate_if_due()
                 self._measure_if_due()
-                if self._save_due():
+                if save:
                     self._save()
                 self.timed = (time.monotonic(), self.step)
         if pending is not None:
@@ -298,7 +300,7 @@ class Run:
     def _save_due(self) -> bool:
         settings = self.config.checkpoint
         passed = bool(settings.minutes) and time.monotonic() - self.saved_at >= 60 * settings.minutes
-        return self.step % settings.every == 0 or passed
+        return self.interrupt.ask(passed) or self.step % settings.every == 0
 
     def _validation_due(self) -> bool:
         """Validation comes at its own steps, with every planned checkpoint, and at both ends."""
@@ -356,7 +358,7 @@ class Run:
         """Ask the tasks where they are due and were not asked before a resume."""
         if not self.tasks or not self._tasks_due() or self.history.scores(self.step) is not None:
             return
-        scores = self.tasks.scores(self.state.params, lambda: self.interrupt.received is not None)
+        scores = self.tasks.scores(self.state.params, self.interrupt.stopped)
         if scores is not None:
             self._row(self.step, scores=scores)
             self.report.say(f"step {self.step}: {', '.join(f'{name} {value:.4g}' for name, value in scores.items())}")
@@ -390,7 +392,7 @@ class Run:
         sums: list[jax.Array] = []
         count = 0
         for tokens, mask in validation_batches(self.data.validation, batch, windows):
-            if self.interrupt.received is not None:
+            if self.interrupt.stopped():
                 return None
             parts = (place(part, self.layout.batch()) for part in (tokens, mask))
             sums.append(self.eval_step(self.state.params, *parts))
@@ -412,7 +414,7 @@ class Run:
 
     def _draw(self, final: bool = False) -> None:
         """The picture, at most once a minute and at the end."""
-        if not final and time.monotonic() - self.drawn_at < DRAWN_EVERY:
+        if not writes() or not final and time.monotonic() - self.drawn_at < DRAWN_EVERY:
             return
         rows = self.history.earlier + self.history.rows
         if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):

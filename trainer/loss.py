@@ -76,7 +76,10 @@ def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
     start = (_zeros(hidden_GxBxTxE), to_head_GxVxE)
     (total, to_head), to_hidden = jax.lax.scan(add, start, _pieces(hidden_GxBxTxE, targets_GxBxT))
     to_hidden = jnp.moveaxis(to_hidden, 0, 2).reshape(hidden_GxBxTxE.shape)
-    return total.sum(), (to_hidden, to_head.sum(0).astype(head_VxE.dtype))
+    to_head = to_head.sum(0).astype(head_VxE.dtype)
+    if layout:
+        to_head = layout.constrain(to_head, layout.named(layout.reduced["vocab"], layout.reduced["embed"]))
+    return total.sum(), (to_hidden, to_head)
 
 
 def _backward(layout, saved, gradient):

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from trainer.hosts import writes
+
 
 def duration(seconds: float) -> str:
     """1:02:03 or 2:03."""
@@ -34,7 +36,8 @@ class Report:
     def __init__(self, name: str, steps: int, first: int = 0):
         self.name, self.steps, self.first = name, steps, first
         self.begun = time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.shown = writes()
+        self.live = self.shown and sys.stderr.isatty()
         self.bar: Any = None
 
     def __enter__(self) -> Report:
@@ -64,6 +67,8 @@ class Report:
         if self.bar is not None:
             self.bar.update(self.task, completed=step, words=words)
             return
+        if not self.shown:
+            return
         left = (self.steps - step) * (time.monotonic() - self.begun) / max(step - self.first, 1)
         click.echo(f"{self.name}  step {step}/{self.steps}  {words}  lr {rate:.2e}  left {duration(left)}", err=True)
 
@@ -71,5 +76,5 @@ class Report:
         """A line of its own."""
         if self.bar is not None:
             self.bar.console.print(f"{self.name}  {words}", highlight=False)
-        else:
+        elif self.shown:
             click.echo(f"{self.name}  {words}", err=True)

@@ -67,16 +67,21 @@ def train(config: str, overrides: tuple[str, ...], start: str | None, out: str, 
     The same command given again resumes RUN where it stopped. Exit code 75 after SIGTERM, 130 after Ctrl-C,
     the run saved.
     """
+    from trainer.hosts import join
     from trainer.values import read_values
 
+    join()
     return _told(out, train_run(read_values(config, list(overrides)), out, start, allow_gap))
 
 
 def _told(out: str, result) -> int:
     """Say how a run ended; returns the exit code."""
+    from trainer.hosts import writes
+
     loss = f", validation loss {result.validation_loss:.4f}" if result.validation_loss is not None else ""
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
-    click.echo(f"{out}: step {result.step}{loss}, {state}")
+    if writes():
+        click.echo(f"{out}: step {result.step}{loss}, {state}")
     return exit_code(result)
 
 
@@ -94,11 +99,14 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     again resumes RUN2.
     """
     from trainer.anneal import annealed, resumed, tokens_of
+    from trainer.hosts import join, writes
 
     count = tokens_of(tokens)
+    join()
     values, branch = resumed(out, to, count, list(overrides)) or annealed(src, to, count, list(overrides))
     steps = values["schedule"]["steps"]
-    click.echo(f"{out}: learning rate {branch['from']:g} to {to:g}, linearly over {steps:,} steps", err=True)
+    if writes():
+        click.echo(f"{out}: learning rate {branch['from']:g} to {to:g}, linearly over {steps:,} steps", err=True)
     return _told(out, train_run(values, out, src, branch=branch))
 
 
