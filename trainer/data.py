@@ -212,21 +212,12 @@ class Stream:
         digest = hashlib.sha256(json.dumps([self.seed, *windows.identity]).encode()).digest()
         return grain.MapDataset.source(windows).seed(int.from_bytes(digest[:4], "big")).shuffle().repeat()
 
-    def batch(self, drawn: int, count: int, host: int = 0, hosts: int = 1) -> np.ndarray:
-        """The next `count` windows after `drawn` have been drawn, int32 [count / hosts, context + 1].
+    def batch(self, drawn: int, count: int) -> np.ndarray:
+        """The next `count` windows after `drawn` have been drawn, int32 [count, context + 1].
 
-        With several hosts, `host` gets its contiguous share of the rows, and the shares laid one after the
-        other are the batch of one host. A pure function of its arguments. Raises UsageError when `count` does
-        not divide among the hosts.
+        A pure function of its arguments: several hosts each draw a part, and the parts are the batch of one.
         """
-        if count % hosts:
-            raise UsageError(
-                f"a batch of {count} sequences does not divide among {hosts} hosts; "
-                f"{max(hosts, count - count % hosts)} would"
-            )
-        rows = count // hosts
-        first = drawn + host * rows
-        return np.stack([self._drawn[number] for number in range(first, first + rows)])
+        return np.stack([self._drawn[number] for number in range(drawn, drawn + count)])
 
     @cached_property
     def fingerprint(self) -> str:
