@@ -2,7 +2,7 @@
 
     python benchmarks/tokenizing.py [TEXT... --tokenizer FILE] [--rounds N]
 
-Expect a ratio of at least 0.9. growkit's time is all of `growkit tokenize`'s work: it starts the processes, reads
+Expect at least 0.9 of `encode_batch`. growkit's time is all of `growkit tokenize`'s work: it starts the processes, reads
 and parses the text, encodes, hashes and writes it. The library is given the same documents, in memory already, in
 batches, by both of its functions: `encode_batch`, the one that is best known, and `encode_batch_fast`, which does
 without offsets; its ids are not even taken out. They run in turns; printed are the medians and the ratios of
