@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -38,21 +37,12 @@ from trainer.interrupt import Interrupt
 from trainer.model import initial_params
 from trainer.optimizer import Multipliers
 from trainer.plateau import reduced, reduction
-from trainer.report import Report
+from trainer.report import Report, Result
 from trainer.sharding import layout, place
 from trainer.step import State, abstract_state, check_precision, initial_state, make_eval_step, make_train_step
 from trainer.tasks import Asked
 
 DRAWN_EVERY = 60.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended: at which step, by which signal (None: it is finished), with which validation loss."""
-
-    step: int
-    signal: int | None
-    validation_loss: float | None
 
 
 class Run:

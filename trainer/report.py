@@ -1,4 +1,4 @@
-"""What the user sees while a run goes: a live bar on a terminal, plain lines elsewhere.
+"""What the user sees while a run goes: a live bar on a terminal, plain lines elsewhere; and how it ended.
 
 Knows how progress is shown; leaves what is measured to the loop.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -28,6 +29,15 @@ def thousands(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: at which step, by which signal (None: it is finished), with which validation loss."""
+
+    step: int
+    signal: int | None
+    validation_loss: float | None
 
 
 class Report:

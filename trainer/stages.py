@@ -12,7 +12,8 @@ from typing import Any
 
 from growkit.checkpoint.tensor import Source
 from trainer.config import Config
-from trainer.loop import Result, Run
+from trainer.loop import Run
+from trainer.report import Result
 
 
 def train(
