@@ -65,7 +65,7 @@ def loop_seconds(tokens: Path, directory: Path) -> tuple[float, Run]:
 
 def bare_seconds(run: Run) -> float:
     """Seconds a step on one batch, nothing else."""
-    tokens = run.stream.batch(0, SEQUENCES)[None]
+    tokens = run.position.stream.batch(0, SEQUENCES)[None]
     times = []
     for _ in range(STEPS // EVERY - 1):
         begun = time.perf_counter()

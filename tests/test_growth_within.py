@@ -64,7 +64,7 @@ def on_disk(small, data, tmp_path_factory):  # noqa: F811
     """By the re-warm-up: the run stopped at that step, grown on disk and trained on in its schedule."""
     root, runs = tmp_path_factory.mktemp("disk"), {}
     source = open_source(f"{small}@{AT}")
-    write_output(root / "grown", "checkpoint", grown(source, plan_depth(source.model, "2:3")), source)
+    write_output(root / "grown", "checkpoint", grown(source, plan_depth(source.model, "2:3")), [source])
     for rewarmup in (3, 0):
         sections = settings(data, schedule={"continued": True, "rewarmup": rewarmup})
         sections.pop("model")

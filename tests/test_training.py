@@ -144,15 +144,15 @@ def assert_as_if_uninterrupted(out, whole):
 
 def send_at(run, step, number, times=1):
     """Have a run send its own process a signal while it draws the batch after `step` steps."""
-    batch = run.stream.batch
+    batch = run.position.stream.batch
 
     def drawing(drawn, count):
-        if drawn == run.drawn(step):
+        if drawn == run.position.drawn(step):
             for _ in range(times):
                 os.kill(os.getpid(), number)
         return batch(drawn, count)
 
-    run.stream.batch = drawing
+    run.position.stream.batch = drawing
     return run
 
 
@@ -336,14 +336,14 @@ class Killed(BaseException):
 def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path, whole):
     out = tmp_path / "run"
     run = new_run(data, out)
-    batch = run.stream.batch
+    batch = run.position.stream.batch
 
     def killing(drawn, count):
-        if drawn == run.drawn(3):
+        if drawn == run.position.drawn(3):
             raise Killed
         return batch(drawn, count)
 
-    run.stream.batch = killing
+    run.position.stream.batch = killing
     with pytest.raises(Killed):
         run.go()
     run.close()
@@ -471,13 +471,13 @@ def test_a_save_by_the_clock_changes_nothing_else(data, tmp_path, whole, monkeyp
     clock, out = Clock(), tmp_path / "run"
     monkeypatch.setattr(trainer.loop, "time", clock)
     run = new_run(data, out, checkpoint={"minutes": 1, "keep_last": 9})
-    batch = run.stream.batch
+    batch = run.position.stream.batch
 
     def slowly(drawn, count):
         clock.now += 12.5  # two draws a step, one for each accumulated part
         return batch(drawn, count)
 
-    run.stream.batch = slowly
+    run.position.stream.batch = slowly
     run.go()
     # A planned save counts as one: three batches, 75 seconds, after each save.
     assert checkpoints_of(out) == [3, 4, 7, 8, 11, 12]
@@ -614,11 +614,11 @@ def test_a_grown_run_stopped_and_resumed_is_the_same(data, tmp_path, larger):
 def test_the_data_stream_goes_on_after_growth(data, tmp_path, larger, whole):
     longer = new_run(data, tmp_path / "longer", schedule={"steps": 2 * STEPS})
     run = begun(data, tmp_path / "run", larger, seed=99)
-    assert (run.drawn(0), run.new_stream) == (STEPS * SEQUENCES, False)
+    assert (run.position.drawn(0), run.position.new) == (STEPS * SEQUENCES, False)
     for step in range(3):
-        ours = run.stream.batch(run.drawn(step), SEQUENCES)
-        assert np.array_equal(ours, longer.stream.batch(longer.drawn(STEPS + step), SEQUENCES))
-        assert not np.array_equal(ours, longer.stream.batch(longer.drawn(step), SEQUENCES))
+        ours = run.position.stream.batch(run.position.drawn(step), SEQUENCES)
+        assert np.array_equal(ours, longer.position.stream.batch(longer.position.drawn(STEPS + step), SEQUENCES))
+        assert not np.array_equal(ours, longer.position.stream.batch(longer.position.drawn(step), SEQUENCES))
     run.close()
     longer.close()
 
@@ -627,15 +627,15 @@ def test_other_data_after_growth_begin_a_stream_of_their_own(data, tmp_path, lar
     out = tmp_path / "run"
     mixture = {"train": {str(data / "text"): 1, str(data / "code"): 3}}
     run = begun(data, out, larger, data=mixture)
-    assert (run.new_stream, run.stream_number, run.drawn(0)) == (True, 1, 0)
-    assert not np.array_equal(run.stream.batch(0, SEQUENCES), Stream(run.data.mixture, 5).batch(0, SEQUENCES))
+    assert (run.position.new, run.position.number, run.position.drawn(0)) == (True, 1, 0)
+    assert not np.array_equal(run.position.stream.batch(0, SEQUENCES), Stream(run.data.mixture, 5).batch(0, SEQUENCES))
     run.go()
     assert [row["event"] for row in rows_of(out) if row["event"]][1:] == ["data stream 1 begins"]
     stream = open_source(str(out)).record["stream"]
     assert (stream["number"], stream["drawn"]) == (1, STEPS * SEQUENCES)
     # And goes on when the run does.
     again = begun(data, tmp_path / "again", out, data=mixture)
-    assert (again.new_stream, again.stream_number, again.drawn(0)) == (False, 1, STEPS * SEQUENCES)
+    assert (again.position.new, again.position.number, again.position.drawn(0)) == (False, 1, STEPS * SEQUENCES)
     again.close()
 
 
@@ -651,7 +651,7 @@ def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, wh
     assert [int(tree[name]) for name in ("count", "step", "schedule_step")] == [0, 0, 0]
     assert same_tree(tree["params"], stacked(open_source(str(whole))))
     assert not any(np.any(leaf) for slot in ("mu", "nu") for leaf in jax.tree.leaves(tree[slot]))
-    assert run.drawn(0) == run.tokens(0) == 0
+    assert run.position.drawn(0) == run.position.tokens(0) == 0
     run.close()
 
 
@@ -660,5 +660,5 @@ def test_a_context_of_its_own(data, tmp_path, whole):
     model = asdict(replace(TINY, context=8))
     run = Run(resolve(values(data) | {"model": model}), tmp_path / "run", open_source(str(whole)), str(whole))
     assert run.hf_config["max_position_embeddings"] == 8
-    assert run.new_stream
+    assert run.position.new
     run.close()

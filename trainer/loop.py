@@ -29,7 +29,7 @@ from trainer import curves, growth
 from trainer.checkpoint import Checkpoints, from_source, last_step
 from trainer.config import Config, neox
 from trainer.corpus import Corpus, open_corpus
-from trainer.data import Stream, validation_batches
+from trainer.data import validation_batches
 from trainer.directory import begin, is_remote
 from trainer.history import EARLIER, History
 from trainer.hosts import writes
@@ -37,6 +37,7 @@ from trainer.interrupt import Interrupt
 from trainer.model import initial_params
 from trainer.optimizer import Multipliers
 from trainer.plateau import reduced, reduction
+from trainer.position import Position
 from trainer.report import Report, Result
 from trainer.sharding import layout, place
 from trainer.step import State, abstract_state, check_precision, initial_state, make_eval_step, make_train_step
@@ -73,7 +74,8 @@ class Run:
         last = self.checkpoints.last
         self.first = self.step = last or 0
         self.resumed = last is not None and not self._grows_now(last)
-        self._begin_counts(self._resume(last) if self.resumed else self._begin())
+        record = self._resume(last) if self.resumed else self._begin()
+        self.position = Position(self.config, self.model, self.data.mixture, record, self.first)
         self.multipliers = self._multipliers()
         self._make_train_step(self.history.validation_losses() if self.resumed else [])
         self.eval_step = make_eval_step(self.config, self.model, self.layout)
@@ -160,48 +162,12 @@ class Run:
         *before, training = self.lineage
         return growth.owed("on" if training["multipliers"] else "off", before, self.model)
 
-    def _begin_counts(self, record: dict[str, Any]) -> None:
-        """Tokens and FLOPs since the lineage began, and the place in the data stream."""
-        self.tokens_per_step = self.config.batch.sequences * self.config.model.context
-        self.flops_per_step = self.tokens_per_step * self.model.flops_per_token(self.config.model.context)
-        self.tokens_before = record.get("tokens", 0) - self.first * self.tokens_per_step
-        self.flops_before = record.get("flops", 0.0) - self.first * self.flops_per_step
-        place = record.get("stream") or {"number": 0, "seed": self.config.seed, "drawn": 0, "fingerprint": None}
-        self.stream = Stream(self.data.mixture, place["seed"])
-        self.stream_number, drawn = place["number"], place["drawn"]
-        self.new_stream = place["fingerprint"] not in (None, self.stream.fingerprint)
-        if self.new_stream:
-            # Other data: a stream of its own, so that a text that is in both is not drawn in the same order again.
-            self.stream = Stream(self.data.mixture, place["seed"] + 1)
-            self.stream_number, drawn = place["number"] + 1, 0
-        self.drawn_before = drawn - self.first * self.config.batch.sequences
-
-    def drawn(self, step: int) -> int:
-        """Sequences drawn from the stream when `step` steps are done."""
-        return self.drawn_before + step * self.config.batch.sequences
-
-    def tokens(self, step: int) -> int:
-        """Tokens seen since the lineage began, at a step of this run."""
-        return self.tokens_before + step * self.tokens_per_step
-
-    def flops(self, step: int) -> float:
-        """FLOPs spent since the lineage began, at a step of this run."""
-        return self.flops_before + step * self.flops_per_step
-
     def record(self) -> dict[str, Any]:
         """The run's position, for a checkpoint."""
-        return {
-            "tokens": self.tokens(self.step),
-            "flops": self.flops(self.step),
+        return self.position.record(self.step) | {
             "validation_loss": self.history.validation_loss(self.step),
             "reduction": self.reduction,
             "validation_windows": self.data.validation_fingerprint(self.config.eval.windows),
-            "stream": {
-                "number": self.stream_number,
-                "seed": self.stream.seed,
-                "drawn": self.drawn(self.step),
-                "fingerprint": self.stream.fingerprint,
-            },
         }
 
     def go(self) -> Result:
@@ -236,7 +202,7 @@ class Run:
             f"model: {model.layer} layers, embed {model.embed}, {model.head} heads, mlp {model.mlp}, "
             f"{self.model.parameters:,} parameters{origin}"
         )
-        for line in (*self.data.facts(self.drawn(self.config.schedule.steps)), *self.asked.notes):
+        for line in (*self.data.facts(self.position.drawn(self.config.schedule.steps)), *self.asked.notes):
             self.report.say(line)
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
@@ -246,19 +212,19 @@ class Run:
             self.report.say(beginning)
         for line in growth.facts(self.lineage, self.model, self.config.dropout):
             self.report.say(line)
-        if self.new_stream:
-            self.report.say(f"other data than those drawn from so far: data stream {self.stream_number} begins")
-            self._row(self.step, event=f"data stream {self.stream_number} begins")
+        if self.position.new:
+            self.report.say(f"other data than those drawn from so far: data stream {self.position.number} begins")
+            self._row(self.step, event=f"data stream {self.position.number} begins")
 
     def _row(self, step: int, **values: Any) -> None:
-        self.history.add(step=step, tokens=self.tokens(step), flops=self.flops(step), **values)
+        self.history.add(step=step, tokens=self.position.tokens(step), flops=self.position.flops(step), **values)
 
     def _train(self) -> None:
         """The loop: while a step is computed, the next batch is drawn and the last step's metrics are read."""
         pending = None
         self.timed = (time.monotonic(), self.step)
         while self.step < self.until and self.interrupt.stop is None:
-            self.state, metrics = self.train_step(self.state, self._next_batch())
+            self.state, metrics = self.train_step(self.state, self.position.next_batch(self.step, self.layout))
             self.step += 1
             if pending is not None:
                 self._note(*pending)
@@ -274,18 +240,6 @@ class Run:
                 self.timed = (time.monotonic(), self.step)
         if pending is not None:
             self._note(*pending)
-
-    def _next_batch(self) -> jax.Array:
-        """The next step's tokens [A, B, T+1] on the mesh, each process drawing the sequences of its devices."""
-        parts, first = self.config.batch.accumulation, self.drawn(self.step)
-        count = self.config.batch.sequences // parts
-
-        def draw(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[1].indices(count)
-            return np.stack([self.stream.batch(first + part * count + start, stop - start) for part in range(parts)])
-
-        shape = (parts, count, self.config.model.context + 1)
-        return jax.make_array_from_callback(shape, self.layout.batch(1), draw)
 
     def _save_due(self) -> bool:
         settings = self.config.checkpoint
@@ -306,15 +260,17 @@ class Run:
             return
         now = time.monotonic()
         begun, first = self.timed
-        speed = (self.tokens(step) - self.tokens(first)) / max(now - begun, 1e-9)
+        speed = (self.position.tokens(step) - self.position.tokens(first)) / max(now - begun, 1e-9)
         self.timed = (now, step)
         self._row(step, tokens_per_second=round(speed, 1), **values)
         self.report.row(step, values["loss"], values["learning_rate"], speed)
 
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
+        position = self.position
+        first, last = position.drawn(step - 1), position.drawn(step) - 1
         raise GrowkitError(
             f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}), in sequences "
-            f"{self.drawn(step - 1)} to {self.drawn(step) - 1} of data stream {self.stream_number}; {self._last_good()}"
+            f"{first} to {last} of data stream {position.number}; {self._last_good()}"
         )
 
     def _last_good(self) -> str:
@@ -333,8 +289,8 @@ class Run:
             raise GrowkitError(f"the validation loss at step {self.step} is {loss}; {self._last_good()}")
         self._row(self.step, validation_loss=loss)
         self.report.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 30)):.2f}")
-        if self.drawn(self.step):
-            self.report.say(self.data.drawn(self.stream, self.drawn(self.step)))
+        if self.position.drawn(self.step):
+            self.report.say(self.data.drawn(self.position.stream, self.position.drawn(self.step)))
         if self.step == self.first and not self.resumed:
             self._compare(loss)
         self._heed_plateau()
