@@ -25,7 +25,7 @@ import numpy as np
 from convert.evaluate import hugging_face_model
 from convert.neox import exported
 from growkit.checkpoint import open_source, write_output
-from growkit.checkpoint.tensor import Contents, made
+from growkit.checkpoint.tensor import Contents, copy_of, in_memory
 from growkit.evaluation import harness
 from growkit.evaluation.questions import questions
 from growkit.neox import NeoX, write_config
@@ -87,7 +87,7 @@ def write_model(directory: Path, model: NeoX, tokenizer: TextTokenizer) -> tuple
         array = (0.02 * generator.standard_normal(shape, np.float32) + (row.initialisation == "ones")).astype(
             np.float32
         )
-        recipes[name] = made(shape, array.dtype, lambda array=array: array)
+        recipes[name] = copy_of(in_memory(array))
     (directory / "tokenizer").mkdir()
     write_tokenizer(directory / "tokenizer", tokenizer)
     files = {path.name: path.read_bytes() for path in (directory / "tokenizer").iterdir()}
@@ -96,7 +96,7 @@ def write_model(directory: Path, model: NeoX, tokenizer: TextTokenizer) -> tuple
         directory / "checkpoint", "checkpoint", Contents(write_config(model), {"params": recipes}, [], record, files)
     )
     source = open_source(str(directory / "checkpoint"))
-    write_output(directory / "huggingface", "huggingface", exported(source), source)
+    write_output(directory / "huggingface", "huggingface", exported(source), [source])
     return directory / "checkpoint", directory / "huggingface"
 
 
@@ -123,7 +123,7 @@ def compare(ours, theirs, asked: list[harness.Question]) -> None:
 
 @click.command()
 @click.option("--data", type=Path)
-@click.option("--limit", default=16)
+@click.option("--limit", default=6)
 @click.option("--batch", default=8)
 @click.option("--layers", default=4)
 @click.option("--embed", default=256)
