@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, read_json, write_directory
 from growkit.checkpoint.orbax import META, is_checkpoint, open_checkpoint, write_checkpoint
 from growkit.checkpoint.output import Progress, check_output, committed
+from growkit.checkpoint.remote import check_free, fetched, is_remote, path_of, reaching, send
 from growkit.checkpoint.tensor import Contents, Source
 from growkit.errors import GrowkitError, UsageError, nearest
 
@@ -24,10 +27,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def open_source(text: str) -> Source:
     """Open what SRC names. Raises UsageError when it names nothing, GrowkitError when what it names is broken."""
     path = locate(text)
-    if is_checkpoint(path):
-        return open_checkpoint(path)
-    if is_directory(path):
-        return open_directory(path)
+    here = fetched(path) if is_remote(path) else path
+    if is_checkpoint(here) or is_directory(here):
+        source = (open_checkpoint if is_checkpoint(here) else open_directory)(here)
+        source.path = path
+        return source
     raise GrowkitError(
         f"{path} is not a model: it has neither config.json (a Hugging Face directory) nor "
         f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
@@ -38,7 +42,9 @@ def locate(text: str) -> Path:
     """The directory that SRC names, downloaded if it is a Hub id."""
     if not text:
         raise UsageError("the source is an empty name; name a directory")
-    path = Path(os.path.expanduser(text))
+    path = path_of(text)
+    if is_remote(path):
+        return _locate_remote(path)
     if path.is_dir():
         return checkpoint_of_run(path, None) if (path / CHECKPOINTS).is_dir() else path
     if path.exists():
@@ -52,6 +58,17 @@ def locate(text: str) -> Path:
     near = nearest(path.name, beside)
     hint = f"; did you mean {str(path.parent / near)!r}?" if near else ""
     raise UsageError(f"there is no such directory: {text}{hint}")
+
+
+def _locate_remote(path: Any) -> Any:
+    """As `locate`, in a bucket."""
+    with reaching(path):
+        if path.is_dir():
+            return checkpoint_of_run(path, None) if (path / CHECKPOINTS).is_dir() else path
+        name, _, at = os.fspath(path).rpartition("@")
+        if "/" in name and (path_of(name) / CHECKPOINTS).is_dir():
+            return checkpoint_of_run(path_of(name), at)
+    raise UsageError(f"there is no such directory: {path}")
 
 
 def checkpoint_of_run(run: Path, at: str | None) -> Path:
@@ -94,8 +111,19 @@ def _download(name: str, revision: str | None) -> Path:
     return Path(found)
 
 
+def check_writable(out: Any, sources: Sequence[Source], force: bool) -> None:
+    """Raise UsageError when `out` must not be written: it exists, or it is, holds or lies within a source."""
+    if is_remote(out):
+        check_free(out, force)
+        if out in [source.path for source in sources]:
+            raise UsageError(f"the output is the source: {out}; the source is never written to, name another directory")
+        return
+    for path in [source.path for source in sources if not is_remote(source.path)] or [None]:
+        check_output(out, path, force)
+
+
 def write_output(
-    out: Path,
+    out: Any,
     kind: str,
     contents: Contents,
     sources: Sequence[Source] = (),
@@ -104,8 +132,12 @@ def write_output(
     shard: int = SHARD,
 ) -> None:
     """Write `contents`, made of `sources`, as `kind` ('huggingface' or 'checkpoint') to `out`: whole, or not at all."""
-    for path in [source.path for source in sources] or [None]:
-        check_output(out, path, force)
+    check_writable(out, sources, force)
+    if is_remote(out):
+        with tempfile.TemporaryDirectory(prefix="growkit-") as here:
+            write_output(Path(here) / "out", kind, contents, sources, False, progress, shard)
+            send(Path(here) / "out", out, force)
+        return
     with committed(out, force) as new:
         if kind == "checkpoint":
             write_checkpoint(new, contents, progress)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from growkit.cli.terminal import shard_option, write
@@ -21,12 +19,12 @@ def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, sh
     The optimizer's moments, the step and the tokenizer are those of the last SRC. Sums are in float64.
     """
     from growkit.average import averaged
-    from growkit.checkpoint import open_source
+    from growkit.checkpoint import open_source, path_of
 
     sources = [open_source(each) for each in src]
     contents = averaged(sources, None if weights is None else _numbers(weights))
     last = sources[-1]
-    write(sources, contents, Path(out), last.kind, force, shard)
+    write(sources, contents, path_of(out), last.kind, force, shard)
     shares = ", ".join(f"{share:.4g}" for share in contents.lineage[-1]["weights"])
     click.echo(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
     click.echo(

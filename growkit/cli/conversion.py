@@ -19,10 +19,10 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
     A directory has no moments: training from OUT starts Adam at count 0.
     """
     from convert.neox import imported
-    from growkit.checkpoint import open_source
+    from growkit.checkpoint import open_source, path_of
 
     source = open_source(hf_dir)
-    write([source], imported(source), Path(out), "checkpoint", force)
+    write([source], imported(source), path_of(out), "checkpoint", force)
     click.echo(
         f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in {hf_dir}, count 0"
     )
@@ -42,20 +42,20 @@ def export(
     """Turn SRC into the Hugging Face directory OUT: safetensors, config, tokenizer, model card with the lineage."""
     from convert.neox import exported
     from convert.reference import require_transformers
-    from growkit.checkpoint import open_source
+    from growkit.checkpoint import open_source, path_of
 
     source = open_source(src)
     contents = exported(source, dtype, evaluation_of(source, Path(evaluation)) if evaluation is not None else "")
     if check:
         require_transformers()
-    write([source], contents, Path(out), "huggingface", force, shard)
+    write([source], contents, path_of(out), "huggingface", force, shard)
     written = contents.lineage[-1]["dtype"]
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
     click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
     if "tokenizer.json" not in source.files:
         click.echo(f"note: {src} carries no tokenizer.json, so {out} has none; put one there before tokenizing with it")
     if check:
-        click.echo(compare(source, Path(out), written))
+        click.echo(compare(source, path_of(out), written))
 
 
 def evaluation_of(source, path: Path) -> str:
@@ -73,12 +73,14 @@ def compare(source, out: Path, dtype: str) -> str:
     import numpy as np
 
     from convert.reference import transformers_logits
+    from growkit.checkpoint.remote import fetched, is_remote
     from growkit.errors import GrowkitError
     from trainer.model import logits_of
 
     length = min(128, source.model.context)
     tokens = np.random.default_rng(0).integers(0, source.model.vocab, (2, length))
-    ours, theirs = logits_of(source, tokens), transformers_logits(out, "float32")(tokens)
+    here = fetched(out) if is_remote(out) else out
+    ours, theirs = logits_of(source, tokens), transformers_logits(here, "float32")(tokens)
     gap, size = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
     # Rounding the weights to fewer bits moves logits by about that precision; anything more is a wrong conversion.
     rounding = {"bfloat16": 5e-2, "float16": 5e-3}.get(dtype, 1e-4) if dtype != str(source.dtype) else 1e-4

@@ -165,7 +165,7 @@ def _grow(
     src: str, out: str, plan_of, moments: str, noise: str, seed: str, check: str | None, shard: str, **output
 ) -> None:
     """Open the source, plan its growth with the options, refuse what cannot be, then grow."""
-    from growkit.checkpoint import check_output, open_source
+    from growkit.checkpoint import check_writable, open_source, path_of
     from growkit.errors import UsageError
     from growkit.plan import with_options
 
@@ -175,13 +175,13 @@ def _grow(
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     source = open_source(src)
     plan = with_options(plan_of(source.model), moments, **values)
-    check_output(Path(out), source.path, output["force"])
+    check_writable(path_of(out), [source], output["force"])
     shard_bytes(shard, source.kind)
     if tokens is not None:
         from growkit.cli.comparing import check_possible
 
         check_possible(source, tokens)
-    grow(source, plan, Path(out), shard=shard, tokens=tokens, **output)
+    grow(source, plan, path_of(out), shard=shard, tokens=tokens, **output)
 
 
 def grow(
