@@ -53,7 +53,7 @@ def objects(path) -> dict[str, bytes]:
 
 def same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> bool:
     """Equal but for where the source lay and when Orbax wrote."""
-    told = ("metadata", "lineage.json", "_CHECKPOINT_METADATA")
+    told = ("metadata", "lineage.json", "_CHECKPOINT_METADATA", "commit_success.txt")
     weights = [{n: b for n, b in each.items() if not n.endswith(told)} for each in (ours, theirs)]
     return ours.keys() == theirs.keys() and weights[0] == weights[1]
 
@@ -80,6 +80,7 @@ def test_other_growth_is_not_the_same(tmp_path, bucket, source):
 
 def test_a_run_in_a_bucket_is_named_as_on_a_disk(tmp_path, bucket):
     for step in (5, 10):
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
         save_checkpoint(tmp_path / "run" / "checkpoints" / str(step), seed=step, step=step)
     there = sent(tmp_path / "run", bucket / "run")
     assert open_source(there).record["step"] == 10
