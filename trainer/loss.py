@@ -52,7 +52,7 @@ def _grouped_sum(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
         losses = cross_entropy(_logits(hidden, head_VxE), targets)
         return total + (losses * mask_GxB[..., None]).sum((1, 2)), None
 
-    return jax.lax.scan(add, _zeros(hidden_GxBxTxE), _pieces(hidden_GxBxTxE, targets_GxBxT))[0].sum()
+    return jax.lax.scan(add, _zeros(hidden_GxBxTxE), _pieces(hidden_GxBxTxE, targets_GxBxT, layout))[0].sum()
 
 
 def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
@@ -74,7 +74,7 @@ def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
     if layout:
         to_head_GxVxE = layout.constrain(to_head_GxVxE, layout.named(BATCH, *COMPUTED["vocab"], None))
     start = (_zeros(hidden_GxBxTxE), to_head_GxVxE)
-    (total, to_head), to_hidden = jax.lax.scan(add, start, _pieces(hidden_GxBxTxE, targets_GxBxT))
+    (total, to_head), to_hidden = jax.lax.scan(add, start, _pieces(hidden_GxBxTxE, targets_GxBxT, layout))
     to_hidden = jnp.moveaxis(to_hidden, 0, 2).reshape(hidden_GxBxTxE.shape)
     to_head = to_head.sum(0).astype(head_VxE.dtype)
     if layout:
@@ -99,10 +99,12 @@ def _zeros(hidden_GxBxTxE: jax.Array) -> jax.Array:
     return jnp.zeros(len(hidden_GxBxTxE), jnp.promote_types(hidden_GxBxTxE.dtype, jnp.float32))
 
 
-def _pieces(hidden_GxBxTxE: jax.Array, targets_GxBxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pieces(hidden_GxBxTxE: jax.Array, targets_GxBxT: jax.Array, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
     """Hidden states [N, G, B, T/N, E] and targets [N, G, B, T/N]: time in N equal pieces, sequences kept together."""
     groups, batch, time = targets_GxBxT.shape
-    limit = max(1, ROWS.get(jax.default_backend(), ROWS_ELSEWHERE) // batch)
+    # Not always this machine's: a step can be compiled for devices that are elsewhere.
+    platform = layout.platform if layout else jax.default_backend()
+    limit = max(1, ROWS.get(platform, ROWS_ELSEWHERE) // batch)
     length = max(size for size in range(1, time + 1) if time % size == 0 and size <= limit)
 
     def cut(array):

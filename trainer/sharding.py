@@ -70,6 +70,11 @@ class Layout:
         return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
     @property
+    def platform(self) -> str:
+        """What the devices are: cpu, gpu or tpu, be they here or not."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def whole(self) -> NamedSharding:
         """A copy on every device."""
         return self.named()
