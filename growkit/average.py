@@ -51,9 +51,11 @@ def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Reci
     dtype = tensors[-1].dtype
 
     def mean(*arrays: np.ndarray) -> np.ndarray:
-        total = np.zeros(arrays[0].shape, WIDE)
+        total, part = np.zeros(arrays[0].shape, WIDE), np.empty(arrays[0].shape, WIDE)
         for array, share in zip(arrays, shares, strict=True):
-            total += array.astype(WIDE) * WIDE(share)
+            part[...] = array
+            part *= WIDE(share)
+            total += part
         return rounded(name, total, dtype)
 
     return mapped(tensors, dtype, mean)

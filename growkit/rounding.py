@@ -15,13 +15,12 @@ def rounded(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         twice = array.dtype == np.float64 and dtype == ml_dtypes.bfloat16
         narrow = (_odd_float32(array) if twice else array).astype(dtype)
-    if dtype.itemsize < array.dtype.itemsize or dtype == np.float16:
-        too_large = np.isinf(narrow) & np.isfinite(array)
-        if too_large.any():
-            raise GrowkitError(
-                f"the parameter {name!r} holds {array[too_large].flat[0]:.6g}, and {dtype} ends at "
-                f"{float(ml_dtypes.finfo(dtype).max):.6g}; bfloat16 and float32 reach 3e+38"
-            )
+    infinite = np.isinf(narrow)
+    if infinite.any() and (too_large := infinite & np.isfinite(array)).any():
+        raise GrowkitError(
+            f"the parameter {name!r} holds {array[too_large].flat[0]:.6g}, and {dtype} ends at "
+            f"{float(ml_dtypes.finfo(dtype).max):.6g}; bfloat16 and float32 reach 3e+38"
+        )
     return narrow
 
 

@@ -15,6 +15,7 @@ import yaml
 from etils import epath
 
 from growkit import __version__
+from growkit.checkpoint.remote import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX
@@ -23,11 +24,6 @@ from trainer.hosts import writes
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether a path lies in a bucket, whose objects appear whole and can be neither appended to nor locked."""
-    return "://" in os.fspath(path)
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

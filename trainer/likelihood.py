@@ -84,7 +84,7 @@ class Likelihood:
     def _start(self, texts: list[list[int]], scored: list[int]) -> list[tuple[jax.Array, jax.Array]]:
         """Losses and hits of the last tokens of each text, one after another, in parts, begun on the device."""
         time = bucket(max(map(len, texts)) - 1, self.window)
-        tokens_BxT = np.zeros((self.batch, time), np.int32)
+        tokens_BxT = np.zeros((self._height(len(texts)), time), np.int32)
         positions, targets = [], []
         for row, (text, count) in enumerate(zip(texts, scored, strict=True)):
             tokens_BxT[row, : len(text) - 1] = text[:-1]
@@ -95,6 +95,13 @@ class Likelihood:
             self._losses(self.params, hidden_NxE, *piece)
             for piece in self._pieces(np.concatenate(positions), np.concatenate(targets))
         ]
+
+    def _height(self, count: int) -> int:
+        """How many texts are computed for `count`: the batch, or of its halves the smallest that holds them."""
+        size = self.batch
+        while size % (2 * self.layout.shards) == 0 and size // 2 >= count:
+            size //= 2
+        return size
 
     def _pieces(self, positions: np.ndarray, targets: np.ndarray) -> Iterator[tuple[jax.Array, ...]]:
         """Both in pieces of `rows`, the last filled up with zeros."""
