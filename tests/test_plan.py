@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
 from trainer import plan
 from trainer.accelerators import TPUS, parse_slice, peak_flops
+from trainer.checkpoint import last_step
 from trainer.config import resolve
 from trainer.sharding import alone
 from trainer.step import State
+from trainer.tokens import TokenWriter
 from trainer.values import read_values
 
 GIB = 2**30
@@ -250,3 +254,38 @@ def test_a_step_compiled_for_a_slice_and_one_that_does_not_fit(monkeypatch, caps
     sentence = said.err.splitlines()[-1]
     assert "at least" in said.out and sentence.startswith("growkit: the step does not fit: it needs at least")
     assert "; batch.accumulation=65536 would make it fit" in sentence
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """A small run's command line."""
+    (tmp_path / "tokens").mkdir()
+    with TokenWriter(tmp_path / "tokens", 64) as writer:
+        writer.add(np.random.default_rng(0).integers(0, 64, 2000))
+    manifest = {**writer.summary(), "vocab_size": 64, "end_of_text": 0}
+    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest))
+    model = "model={layer: 2, embed: 16, head: 2, mlp: 32, vocab: 64, context: 64, rotary_pct: 0.5}"
+    sizes = ["batch.sequences=16", "schedule.steps=2", "schedule.warmup=1", "eval.windows=2", "data.held_out=0.3"]
+    data = f"data.train={tmp_path / 'tokens'}"
+    return ["train", "tiny", "--out", str(tmp_path / "run"), model, data, *sizes]
+
+
+def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "available_on", lambda devices: 2**20)
+    monkeypatch.setattr(plan, "remedies", lambda config, mesh: [[("batch.accumulation=16",)]])
+    assert run(arguments) == 1
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("growkit: the step does not fit: it needs")
+    assert "; batch.accumulation=16 would make it fit, at" in sentence
+    assert last_step(tmp_path / "run") is None
+    # The sibling: with the memory that there is, the same command begins and ends.
+    monkeypatch.undo()
+    assert run(arguments) == 0
+    assert "memory: a step takes" in capsys.readouterr().err
+
+
+def test_a_run_compiles_its_step_once(arguments, caplog):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        assert run(arguments) == 0
+    compiled = [record for record in caplog.messages if "Finished XLA compilation of jit(train_step)" in record]
+    assert len(compiled) == 1

@@ -36,6 +36,7 @@ from trainer.hosts import writes
 from trainer.interrupt import Interrupt
 from trainer.model import initial_params
 from trainer.optimizer import Multipliers
+from trainer.plan import require_fit
 from trainer.plateau import reduced, reduction
 from trainer.position import Position
 from trainer.report import Report, Result
@@ -177,6 +178,8 @@ class Run:
             self.until = int(self.config.grow.at)
         with Interrupt() as self.interrupt, Report(self.directory.name, steps, self.first) as self.report:
             self._announce()
+            if self.step < self.until:
+                self.report.say(require_fit(self.config, self.layout, self.train_step, self.like))
             self._validate_if_due()
             self._measure_if_due()
             self._train()

@@ -306,3 +306,18 @@ def advice(tried: Sequence[Trial]) -> str:
         return "no remat policy, sharding, microbatch or shorter context makes it fit; take more or larger devices"
     last = tried[-1]
     return f"{' '.join(last.changes)} would make it fit, at {last.memory.peak / GIB:.1f} GiB"
+
+
+def require_fit(config: Config, made: Layout, step: Any, like: Any) -> str:
+    """Compile the step that a run is about to take; returns what it needs, in words.
+
+    The step's first call finds it compiled. Raises GrowkitError, with advice, when its devices have not the memory.
+    """
+    available = available_on(made.mesh.local_devices)
+    memory = measured(step.lower(like, batch_like(config, made)), like, available)
+    if memory.fits:
+        return f"memory: a step takes {memory.peak / GIB:.2f} of {available / GIB:.1f} GiB a device"
+    devices = list(made.mesh.devices.flat)
+    on = Target("here", devices, len(devices), available, None, "device")
+    tried = list(trials(config, dict(made.mesh.shape), lambda config: plan(config, on).memory))
+    raise GrowkitError(f"{shortage(memory, on.place)}; {advice(tried)}")
