@@ -179,4 +179,4 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_resumes(root,
 def test_half_of_what_processes_need_to_meet_is_refused(monkeypatch):
     monkeypatch.setenv(COUNT, "2")
     with pytest.raises(UsageError, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, all three"):
-        join()
+        join.__wrapped__()  # past what an earlier test of this process was told
