@@ -61,6 +61,14 @@ def transformers_logits(path: Path, tokens: np.ndarray, dtype: str = "float32"):
     return logits.numpy(), tuple(table[0, :, :half].numpy() for table in rotary)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_apart(tmp_path_factory):
+    """Processes that tests start keep their compiled programs where the session's files are, and not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        yield
+
+
 @pytest.fixture
 def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))

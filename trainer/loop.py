@@ -41,6 +41,7 @@ from trainer.plateau import reduced, reduction
 from trainer.position import Position
 from trainer.report import Report, Result
 from trainer.sharding import layout, place
+from trainer.speed import Stopwatch, Utilization
 from trainer.step import State, abstract_state, check_precision, initial_state, make_eval_step, make_train_step
 from trainer.tasks import Asked
 
@@ -77,6 +78,7 @@ class Run:
         self.resumed = last is not None and not self._grows_now(last)
         record = self._resume(last) if self.resumed else self._begin()
         self.position = Position(self.config, self.model, self.data.mixture, record, self.first)
+        self.utilization = self._utilization()
         self.multipliers = self._multipliers()
         self._make_train_step(self.history.validation_losses() if self.resumed else [])
         self.eval_step = make_eval_step(self.config, self.model, self.layout)
@@ -117,6 +119,7 @@ class Run:
         self.reduction = reduction(losses, self.config.schedule, self.lineage)
         config, grown_at = reduced(self.config, self.reduction), growth.grown_at(self.lineage)
         self.train_step = make_train_step(config, self.model, self.multipliers, self.layout, grown_at)
+        self.compiled = False
 
     def _new_state(self) -> State:
         """A new model's state, made where it lies."""
@@ -163,6 +166,10 @@ class Run:
         *before, training = self.lineage
         return growth.owed("on" if training["multipliers"] else "off", before, self.model)
 
+    def _utilization(self) -> Utilization:
+        devices = self.layout.mesh.devices
+        return Utilization(devices.flat[0], devices.size, self.model.flops_per_token(self.config.model.context))
+
     def record(self) -> dict[str, Any]:
         """The run's position, for a checkpoint."""
         return self.position.record(self.step) | {
@@ -205,7 +212,8 @@ class Run:
             f"model: {model.layer} layers, embed {model.embed}, {model.head} heads, mlp {model.mlp}, "
             f"{self.model.parameters:,} parameters{origin}"
         )
-        for line in (*self.data.facts(self.position.drawn(self.config.schedule.steps)), *self.asked.notes):
+        drawn = self.position.drawn(self.config.schedule.steps)
+        for line in (*self.data.facts(drawn), *self.asked.notes, self.utilization.formula):
             self.report.say(line)
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
@@ -225,10 +233,12 @@ class Run:
     def _train(self) -> None:
         """The loop: while a step is computed, the next batch is drawn and the last step's metrics are read."""
         pending = None
-        self.timed = (time.monotonic(), self.step)
+        self.stopwatch = Stopwatch(self.position.tokens(self.step))
         while self.step < self.until and self.interrupt.stop is None:
             self.state, metrics = self.train_step(self.state, self.position.next_batch(self.step, self.layout))
             self.step += 1
+            if not self.compiled:
+                self._first_done(metrics)
             if pending is not None:
                 self._note(*pending)
             pending = (self.step, metrics)
@@ -240,9 +250,16 @@ class Run:
                 self._measure_if_due()
                 if save:
                     self._save()
-                self.timed = (time.monotonic(), self.step)
+                self.stopwatch.set(self.position.tokens(self.step))
         if pending is not None:
             self._note(*pending)
+
+    def _first_done(self, metrics: dict[str, jax.Array]) -> None:
+        """Wait for the first step of a program, so that compiling it counts neither as speed nor in the time left."""
+        jax.block_until_ready(metrics)
+        self.compiled = True
+        self.stopwatch.set(self.position.tokens(self.step))
+        self.report.compiled(self.step)
 
     def _save_due(self) -> bool:
         settings = self.config.checkpoint
@@ -261,12 +278,9 @@ class Run:
             self._refuse_non_finite(step, values)
         if step % self.config.log.every and step != self.until:
             return
-        now = time.monotonic()
-        begun, first = self.timed
-        speed = (self.position.tokens(step) - self.position.tokens(first)) / max(now - begun, 1e-9)
-        self.timed = (now, step)
-        self._row(step, tokens_per_second=round(speed, 1), **values)
-        self.report.row(step, values["loss"], values["learning_rate"], speed)
+        speed = self.stopwatch.read(self.position.tokens(step))
+        self._row(step, tokens_per_second=speed and round(speed, 1), **values)
+        self.report.row(step, values["loss"], values["learning_rate"], self.utilization.words(speed))
 
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
         position = self.position

@@ -23,14 +23,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def thousands(number: float) -> str:
-    """12,345 as 12.3k."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
-
-
 @dataclass(frozen=True)
 class Result:
     """How a run ended: at which step, by which signal (None: it is finished), with which validation loss."""
@@ -45,7 +37,7 @@ class Report:
 
     def __init__(self, name: str, steps: int, first: int = 0):
         self.name, self.steps, self.first = name, steps, first
-        self.begun = time.monotonic()
+        self.begun = (time.monotonic(), first)
         self.shown = writes()
         self.live = self.shown and sys.stderr.isatty()
         self.bar: Any = None
@@ -71,16 +63,22 @@ class Report:
         if self.bar is not None:
             self.bar.stop()
 
-    def row(self, step: int, loss: float, rate: float, speed: float) -> None:
-        """Show a row of metrics: loss in nats a token, rate of learning, speed in tokens a second."""
-        words = f"loss {loss:.4f}  ppl {math.exp(min(loss, 30)):.2f}  {thousands(speed)} tokens/s"
+    def compiled(self, step: int) -> None:
+        """Step `step` is done and what it needed is compiled: the time that is left is reckoned from here."""
+        self.begun = (time.monotonic(), step)
+
+    def row(self, step: int, loss: float, rate: float, speed: str) -> None:
+        """Show a row of metrics: loss in nats a token, rate of learning, speed in words."""
+        words = f"loss {loss:.4f}  ppl {math.exp(min(loss, 30)):.2f}  {speed}"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, words=words)
             return
         if not self.shown:
             return
-        left = (self.steps - step) * (time.monotonic() - self.begun) / max(step - self.first, 1)
-        click.echo(f"{self.name}  step {step}/{self.steps}  {words}  lr {rate:.2e}  left {duration(left)}", err=True)
+        begun, first = self.begun
+        each = (time.monotonic() - begun) / (step - first) if step > first else None
+        left = "unknown yet" if each is None else duration((self.steps - step) * each)
+        click.echo(f"{self.name}  step {step}/{self.steps}  {words}  lr {rate:.2e}  left {left}", err=True)
 
     def say(self, words: str) -> None:
         """A line of its own."""

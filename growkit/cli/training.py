@@ -129,6 +129,7 @@ def train_run(
     from trainer.config import resolve
     from trainer.directory import existing, with_model_of
     from trainer.growth import planned
+    from trainer.programs import keep_programs
     from trainer.stages import train as train_on
 
     # Orbax logs its errors with tracebacks and raises them too: they are shown once, as a sentence.
@@ -148,6 +149,7 @@ def train_run(
         raise UsageError("the grow section grows the model of --from; give one, or say when in this run (grow.at)")
     elif not values.get("model"):
         raise UsageError("there is no model to train: the configuration has no model section, and --from is not given")
+    keep_programs()
     return train_on(resolve(values), out, source, start, allow_gap, branch)
 
 
