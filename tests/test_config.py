@@ -12,11 +12,10 @@ from trainer.config import (
     Config,
     Dropout,
     Model,
-    changed_keys,
     neox,
     resolve,
 )
-from trainer.directory import with_model_of
+from trainer.directory import changed_keys, with_model_of
 from trainer.values import presets, read_values
 
 

@@ -2,7 +2,7 @@
 
 The defaults are the recipe of a public 760M-parameter GPT grown from 580M: peak learning rate 2.0e-4, 2000
 warm-up steps, cosine to 10 %, AdamW (0.9, 0.95) with decay 0.1, dropout 0.1, 0.5M tokens a batch, bfloat16.
-Knows names, types and which values may change when a run is resumed; leaves what they do to others.
+Knows names, types and the rules for values; leaves what they do to others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,6 @@ from typing import Any
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.evaluation.catalogue import named
 from growkit.neox import NeoX
-
-# Values that may differ between a run and its resumption: they change what is kept and shown and which devices
-# compute, never what is trained.
-CHANGEABLE = ("mesh", "checkpoint", "eval", "log")
 
 
 @dataclass(frozen=True)
@@ -186,9 +182,15 @@ class Eval:
 
 @dataclass(frozen=True)
 class Log:
-    """A row of metrics every `every` steps."""
+    """A row of metrics every `every` steps, also to TensorBoard's files in RUN, and to a project of Weights & Biases.
+
+    profile: FIRST:LAST, the steps after which a trace by JAX's profiler begins and ends; empty for none.
+    """
 
     every: int = 10
+    tensorboard: bool = False
+    wandb: str = ""
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -403,17 +405,3 @@ def neox(model: Model) -> NeoX:
         return NeoX(**dataclasses.asdict(model))
     except GrowkitError as problem:
         raise UsageError(f"the model section asks for what cannot be: {problem}") from None
-
-
-def changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
-    """The dotted keys in which two resolved configurations differ, those that may change left out."""
-    changed = []
-    for key in sorted(before.keys() | after.keys()):
-        if not where and key in CHANGEABLE:
-            continue
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and not where.startswith("data."):
-            changed += changed_keys(old, new, f"{where}{key}.")
-        elif old != new:
-            changed.append(f"{where}{key}")
-    return changed

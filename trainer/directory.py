@@ -19,11 +19,14 @@ from growkit.checkpoint.remote import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX
-from trainer.config import Config, changed_keys, resolve, resolve_model
+from trainer.config import Config, resolve, resolve_model
 from trainer.hosts import writes
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+# Values that may differ between a run and its resumption: they change what is kept and shown and which devices
+# compute, never what is trained.
+CHANGEABLE = ("mesh", "checkpoint", "eval", "log")
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
@@ -68,6 +71,20 @@ def hold(directory: epath.Path) -> IO[str] | None:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
+    """The dotted keys in which two resolved configurations differ, those that may change left out."""
+    changed = []
+    for key in sorted(before.keys() | after.keys()):
+        if not where and key in CHANGEABLE:
+            continue
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and not where.startswith("data."):
+            changed += changed_keys(old, new, f"{where}{key}.")
+        elif old != new:
+            changed.append(f"{where}{key}")
+    return changed
 
 
 def check_same(stored: dict[str, Any], config: Config, start: str | None, source: Source | None) -> None:

@@ -78,14 +78,15 @@ class History:
         self.rows = self.rows[: next(begun, None)]
         self.flush()
 
-    def add(self, **values: Any) -> None:
-        """Append a row."""
+    def add(self, **values: Any) -> dict[str, str]:
+        """Append a row; returns it as text."""
         row = {column: _text(values.get(column)) for column in COLUMNS}
         self.rows.append(row)
         # Objects of a bucket cannot be appended to: there the file is written whole, by `flush`.
         if writes() and not is_remote(self.run):
             with (self.run / METRICS).open("a") as file:
                 file.write(render([row]).split("\n", 1)[1])
+        return row
 
     def flush(self) -> None:
         """Write the file whole."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ from trainer.sharding import layout, place
 from trainer.speed import Stopwatch, Utilization
 from trainer.step import State, abstract_state, check_precision, initial_state, make_eval_step, make_train_step
 from trainer.tasks import Asked
+from trainer.trace import Trace
+from trainer.writers import Writers
 
 DRAWN_EVERY = 60.0
 
@@ -70,6 +73,7 @@ class Run:
         self._lay_out(config, neox(config.model))
         self.data: Corpus = open_corpus(config, source)
         self.asked = Asked(config.eval)
+        self.writers, self.trace = Writers(config), Trace(config.log.profile, self.directory)
         self.held = begin(self.directory, config, start, source, last_step(self.directory) is not None)
         self.checkpoints = Checkpoints(self.directory, config.checkpoint)
         self.history = History(self.directory)
@@ -183,7 +187,9 @@ class Run:
         steps = self.until = self.config.schedule.steps
         if self.growth_to_come and self.config.grow.at != "plateau":
             self.until = int(self.config.grow.at)
-        with Interrupt() as self.interrupt, Report(self.directory.name, steps, self.first) as self.report:
+        report = Report(self.directory.name, steps, self.first)
+        with Interrupt() as self.interrupt, report as self.report, closing(self.writers), closing(self.trace):
+            self.writers.begin(self.directory, self.first)
             self._announce()
             if self.step < self.until:
                 self.report.say(require_fit(self.config, self.layout, self.train_step, self.like))
@@ -228,13 +234,16 @@ class Run:
             self._row(self.step, event=f"data stream {self.position.number} begins")
 
     def _row(self, step: int, **values: Any) -> None:
-        self.history.add(step=step, tokens=self.position.tokens(step), flops=self.position.flops(step), **values)
+        position = self.position
+        row = self.history.add(step=step, tokens=position.tokens(step), flops=position.flops(step), **values)
+        self.writers.add(row)
 
     def _train(self) -> None:
         """The loop: while a step is computed, the next batch is drawn and the last step's metrics are read."""
         pending = None
         self.stopwatch = Stopwatch(self.position.tokens(self.step))
         while self.step < self.until and self.interrupt.stop is None:
+            self.trace.at(self.step, self.state)
             self.state, metrics = self.train_step(self.state, self.position.next_batch(self.step, self.layout))
             self.step += 1
             if not self.compiled:
@@ -251,6 +260,7 @@ class Run:
                 if save:
                     self._save()
                 self.stopwatch.set(self.position.tokens(self.step))
+        self.trace.at(self.step, self.state)
         if pending is not None:
             self._note(*pending)
 
