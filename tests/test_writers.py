@@ -8,7 +8,6 @@ import signal
 import struct
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from test_training import compiled_once, data, new_run, same_state, send_at, state_of  # noqa: F401 (fixtures)
 
