@@ -1,11 +1,12 @@
 """Growth on disk against copying a file of the same size, and against what else grows models.
 
-    python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM] [--only KIND]
+    python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM] [--alone]
+                                 [--only huggingface|checkpoint|scale]
 
-Expect, against `cp -r` of the grown output, page cache warm: depth 0.6 to 0.8, width and combined growth about 1,
-average about 1 on Hugging Face directories, and about 1 on trainer checkpoints; a naive transformers script and
-mergekit several times as long, in memory as large as the model. Needs disk and free memory for about five times the
-model (2.7 GB at 0.6B parameters in float32).
+Expect, against `cp -r` of the grown output, page cache warm: growth in one to two times the copy, depending on how the
+machine gives out memory (docs/benchmarks.md has both a good hour and a bad one), in less than 100 MB; a naive
+transformers script and mergekit eight to fifteen times as long, in memory as large as the model. Needs disk and
+free memory for about five times the model (2.7 GB at 0.6B parameters in float32).
 
 Everything is a command of its own, timed from start to end, in turns within a round; printed are the medians of each,
 of its ratio to cp in the same round, and its peak anonymous memory. Once as it is and once with a sync of the file
@@ -202,7 +203,9 @@ def jobs(model: NeoX, directory: Path) -> dict[str, tuple[NeoX, Callable[[Path, 
     }
 
 
-def by_kind(kind: str, model: NeoX, directory: Path, rounds: int, program: str | None) -> None:
+def by_kind(
+    kind: str, model: NeoX, directory: Path, rounds: int, program: str | None = None, others: bool = False
+) -> None:
     """All jobs on one kind of source; each is compared with a copy of its own output."""
     sample, out, other = directory / "sample", directory / "out", directory / "other"
     for name, (begun, words) in jobs(model, directory).items():
@@ -216,7 +219,7 @@ def by_kind(kind: str, model: NeoX, directory: Path, rounds: int, program: str |
         subprocess.run(command(sample), check=True, stdout=subprocess.DEVNULL)
         copy = Contender("cp -r", lambda out: ["cp", "-r", str(sample), str(out)])
         contenders = [copy, Contender("growkit", command)]
-        if name == "depth" and kind == "huggingface":
+        if name == "depth" and others:
             contenders += rivals(source, model.layer, model.layer * 4 // 3, program)
         compare(f"{kind} {name}", contenders, out, rounds)
         shutil.rmtree(sample)
@@ -247,16 +250,17 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--parameters", type=float, default=0.6, choices=SIZES, help="in billions")
     options.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="its mergekit-yaml program")
+    options.add_argument("--alone", action="store_true", help="leave transformers and mergekit out")
     options.add_argument("--only", choices=("huggingface", "checkpoint", "scale"))
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.dir, prefix="surgery-") as name:
         directory, model = Path(name), model_of(chosen.parameters)
         warm(directory, 4 * 4 * model.parameters)
         if chosen.only in (None, "huggingface"):
-            by_kind("huggingface", model, directory, chosen.rounds, chosen.mergekit)
+            by_kind("huggingface", model, directory, chosen.rounds, chosen.mergekit, not chosen.alone)
         if chosen.only in (None, "checkpoint"):
             # A checkpoint holds every parameter three times: a third of the layers, tied, make about as many bytes.
-            by_kind("checkpoint", replace(model, layer=model.layer // 3, tied=True), directory, chosen.rounds, None)
+            by_kind("checkpoint", replace(model, layer=model.layer // 3, tied=True), directory, chosen.rounds)
         if chosen.only in (None, "scale"):
             scale(directory, chosen.rounds)
 
