@@ -13,7 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from trainer.directory import is_remote, write_whole
+from growkit.checkpoint.remote import is_remote
+from trainer.directory import write_whole
 from trainer.hosts import writes
 
 METRICS = "metrics.csv"

@@ -22,6 +22,7 @@ from etils import epath
 
 from growkit import __version__
 from growkit.checkpoint import open_source
+from growkit.checkpoint.remote import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError
 from growkit.neox import NeoX, write_config
@@ -31,7 +32,7 @@ from trainer.checkpoint import Checkpoints, from_source, last_step
 from trainer.config import Config, neox
 from trainer.corpus import Corpus, open_corpus
 from trainer.data import validation_batches
-from trainer.directory import begin, is_remote
+from trainer.directory import begin
 from trainer.history import EARLIER, History
 from trainer.hosts import writes
 from trainer.interrupt import Interrupt

@@ -37,7 +37,7 @@ Request = tuple[Any, list[int], list[int]]
 class Question:
     """A task ready to be asked. name: the task's, or bpb/PART. chosen: which of the harness's documents, None for all.
 
-    files: sha256 of local files by path. requests: how many texts a model has to score.
+    files: sha256 of local files by path.
     """
 
     name: str
