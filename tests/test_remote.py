@@ -125,3 +125,12 @@ def test_what_is_not_there(bucket, capsys, monkeypatch):
     monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", missing)
     assert run(["inspect", "gs://bucket/nothing"]) == 1
     assert "pip install gcsfs" in capsys.readouterr().err
+
+
+def test_what_other_libraries_read_of_a_bucket_is_here(tmp_path, bucket, capsys):
+    pytest.importorskip("torch")
+    there = sent(save_checkpoint(tmp_path / "source"), bucket / "source")
+    assert run(["export", there, str(bucket / "out"), "--check"]) == 0
+    assert "logits of transformers and of JAX differ by at most" in capsys.readouterr().out
+    found = open_source(str(bucket / "out"))
+    assert str(found.path) == "gs://bucket/out" and (found.here / "config.json").is_file()

@@ -28,14 +28,17 @@ def open_source(text: str) -> Source:
     """Open what SRC names. Raises UsageError when it names nothing, GrowkitError when what it names is broken."""
     path = locate(text)
     here = fetched(path) if is_remote(path) else path
-    if is_checkpoint(here) or is_directory(here):
-        source = (open_checkpoint if is_checkpoint(here) else open_directory)(here)
-        source.path = path
-        return source
-    raise GrowkitError(
-        f"{path} is not a model: it has neither config.json (a Hugging Face directory) nor "
-        f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
-    )
+    if is_checkpoint(here):
+        source = open_checkpoint(here)
+    elif is_directory(here):
+        source = open_directory(here)
+    else:
+        raise GrowkitError(
+            f"{path} is not a model: it has neither config.json (a Hugging Face directory) nor "
+            f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
+        )
+    source.path = path
+    return source
 
 
 def locate(text: str) -> Path:

@@ -147,6 +147,7 @@ class Contents:
 class Source:
     """A model on disk, opened for reading: nothing but headers is in memory.
 
+    path: what it is called, which may be in a bucket; here: the directory on this machine that holds its files.
     tensors: slot -> name in files -> Tensor, one a layer. weights: every file that holds tensor bytes.
     read_files: gives the small files beside the weights (tokenizer and the like), by name.
     """
@@ -160,6 +161,7 @@ class Source:
     record: dict[str, Any]
     read_files: Callable[[], dict[str, bytes]]
     stamps: dict[Path, tuple[int, int]] = field(init=False)
+    here: Path = field(init=False)
 
     def __post_init__(self):
         if not isinstance(self.lineage, list):
@@ -174,6 +176,7 @@ class Source:
             except GrowkitError as problem:
                 raise GrowkitError(f"{self.path}: {'' if slot == 'params' else slot + ': '}{problem}") from None
             self.tensors[slot] = kept
+        self.here = self.path
         self.stamps = {path: _stamp(path) for path in self.weights}
 
     @cached_property

@@ -273,7 +273,7 @@ def _logits(source, ids):
         return logits_of(source, ids)
     from convert.reference import transformers_logits
 
-    return transformers_logits(source.path, "float32")(ids)
+    return transformers_logits(source.here, "float32")(ids)
 
 
 def _loss(logits, ids) -> float:

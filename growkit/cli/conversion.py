@@ -73,14 +73,13 @@ def compare(source, out: Path, dtype: str) -> str:
     import numpy as np
 
     from convert.reference import transformers_logits
-    from growkit.checkpoint.remote import fetched, is_remote
+    from growkit.checkpoint import open_source
     from growkit.errors import GrowkitError
     from trainer.model import logits_of
 
     length = min(128, source.model.context)
     tokens = np.random.default_rng(0).integers(0, source.model.vocab, (2, length))
-    here = fetched(out) if is_remote(out) else out
-    ours, theirs = logits_of(source, tokens), transformers_logits(here, "float32")(tokens)
+    ours, theirs = logits_of(source, tokens), transformers_logits(open_source(str(out)).here, "float32")(tokens)
     gap, size = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
     # Rounding the weights to fewer bits moves logits by about that precision; anything more is a wrong conversion.
     rounding = {"bfloat16": 5e-2, "float16": 5e-3}.get(dtype, 1e-4) if dtype != str(source.dtype) else 1e-4

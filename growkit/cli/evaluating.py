@@ -115,7 +115,7 @@ def loaded(source, tokenizer, window: int, batch: int):
     from convert.evaluate import hugging_face_model
 
     prefix = tokenizer.end_of_text_id if isinstance(source.model, NeoX) else None
-    return hugging_face_model(source.path, prefix, window, batch)
+    return hugging_face_model(source.here, prefix, window, batch)
 
 
 def answers(name: str, asked: list, model) -> list:
