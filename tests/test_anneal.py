@@ -13,8 +13,8 @@ from growkit.cli import run as run_command
 from growkit.cli.training import train_run
 from growkit.depth import plan_depth
 from growkit.errors import UsageError
+from growkit.quantity import count_of
 from growkit.surgery import grown
-from trainer.anneal import tokens_of
 
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 STEP = SEQUENCES * TINY.context
@@ -137,10 +137,10 @@ def test_a_run_that_annealing_did_not_begin(source, tmp_path, capsys):
     [("5B", 5 * 10**9), ("500M", 5 * 10**8), ("1e9", 10**9), ("2.5b", 25 * 10**8), ("12", 12), ("1_000", 1000)],
 )
 def test_counts_of_tokens(text, count):
-    assert tokens_of(text) == count
+    assert count_of(text, "--tokens") == count
 
 
 @pytest.mark.parametrize("text", ["", "B", "0", "-1", "1.5", "nan", "inf", "5 B 3", "1e99999999999"])
 def test_counts_that_are_none(text):
     with pytest.raises(UsageError, match="whole number above 0"):
-        tokens_of(text)
+        count_of(text, "--tokens")

@@ -8,7 +8,6 @@ warm-up-stable-decay schedules. Knows what configuration that is; leaves the tra
 from __future__ import annotations
 
 import os
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -23,22 +22,8 @@ from trainer.growth import grown_at
 from trainer.schedule import learning_rate
 from trainer.values import overridden
 
-UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 # What an annealing takes from the run or works out itself.
 SETTLED = ("model", "grow", "schedule", "optimizer.learning_rate")
-
-
-def tokens_of(text: str) -> int:
-    """A count of tokens as one writes it: 5B, 500M, 1e9, 2.5B, 1_000_000. Raises UsageError."""
-    unit = UNITS.get(text[-1:].upper())
-    try:
-        count = Decimal(text[:-1] if unit else text) * (unit or 1)
-        right = 1 <= count < 10**18 and count == int(count)
-    except ArithmeticError:
-        right = False
-    if not right:
-        raise UsageError(f"--tokens is a whole number above 0, as 5B, 500M, 1e9 or 1000000, got {text!r}")
-    return int(count)
 
 
 def annealed(name: str, to: float, tokens: int, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

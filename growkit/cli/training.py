@@ -98,10 +98,11 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     the last one that RUN trained with, without a warm-up. The lineage records the branch. The same command given
     again resumes RUN2.
     """
-    from trainer.anneal import annealed, resumed, tokens_of
+    from growkit.quantity import count_of
+    from trainer.anneal import annealed, resumed
     from trainer.hosts import join, writes
 
-    count = tokens_of(tokens)
+    count = count_of(tokens, "--tokens")
     join()
     values, branch = resumed(out, to, count, list(overrides)) or annealed(src, to, count, list(overrides))
     steps = values["schedule"]["steps"]
