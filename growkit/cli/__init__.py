@@ -23,6 +23,7 @@ VERBS = {
     "tokenize": ("training", "Turn text into token files."),
     "train": ("training", "Train a new model, or train on a grown or imported one."),
     "plan": ("planning", "Say what a run would need, by compiling its step for a slice of TPUs, a GPU or this CPU."),
+    "advise": ("advising", "Say what published laws and your own studies say about when to grow, and from what."),
     "anneal": ("training", "Bring a run's learning rate down over some more tokens, in a run of its own."),
     "depth": ("growing", "Grow a model in depth, optimizer state included."),
     "width": ("growing", "Grow a model in width, its function preserved."),
