@@ -52,14 +52,19 @@ def test_attention():
     assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
 
 
-def test_attention_with_dropout():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_attention_with_dropout(platform):
     q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
     key = jax.random.key(3)
     kept = jax.random.bernoulli(key, 0.7, (*SHAPE[:3], SHAPE[2]))
     assert not kept.all()
-    assert_same_gradients(lambda *a: causal_attention(*a, key, 0.3), lambda *a: plain_attention(*a, kept, 0.3), q, k, v)
+
+    def ours(*arguments):
+        return causal_attention(*arguments, key, 0.3, platform)
+
+    assert_same_gradients(ours, lambda *a: plain_attention(*a, kept, 0.3), q, k, v)
     with pytest.raises(AssertionError):
-        assert_same_gradients(lambda *a: causal_attention(*a, key, 0.3), plain_attention, q, k, v)
+        assert_same_gradients(ours, plain_attention, q, k, v)
 
 
 def test_attention_looks_at_the_past_only():

@@ -92,6 +92,11 @@ class Parameters(nn.Module):
         """What a module hands on to those it is made of."""
         return {"model": self.model, "precision": self.precision, "layout": self.layout}
 
+    @property
+    def platform(self) -> str:
+        """What the program is for: the layout's devices, which need not be here, or else this machine's."""
+        return self.layout.platform if self.layout else jax.default_backend()
+
     def parameter(self, name: str, dtype: Any = None) -> jax.Array:
         """The parameter `name` of this module, in the compute dtype unless told, laid out to compute with."""
         row = row_at(self.model, (*self.path, name))
@@ -150,9 +155,9 @@ class Attention(Parameters):
         q_BxHxTxD, k_BxHxTxD, v_BxHxTxD = qkv.transpose(3, 0, 2, 1, 4)
         drops = not deterministic and self.dropout.attention > 0
         key = self.make_rng("dropout") if drops else None
-        mixed_BxHxTxD = causal_attention(
-            rotate(q_BxHxTxD, rotary), rotate(k_BxHxTxD, rotary), v_BxHxTxD, key, self.dropout.attention
-        )
+        q_BxHxTxD, k_BxHxTxD = rotate(q_BxHxTxD, rotary), rotate(k_BxHxTxD, rotary)
+        dropout, platform = self.dropout.attention, self.platform
+        mixed_BxHxTxD = causal_attention(q_BxHxTxD, k_BxHxTxD, v_BxHxTxD, key, dropout, platform)
         return Linear(**common, name="dense")(mixed_BxHxTxD.swapaxes(1, 2).reshape(x_BxTxE.shape))
 
 
