@@ -17,6 +17,7 @@ from trainer import plan
 from trainer.accelerators import TPUS, parse_slice, peak_flops
 from trainer.checkpoint import last_step
 from trainer.config import resolve
+from trainer.kernels import splash_attention
 from trainer.sharding import alone
 from trainer.step import State
 from trainer.tokens import TokenWriter
@@ -86,7 +87,7 @@ def test_time_and_cost_by_the_formula():
     config = resolve(read_values("760m", []))
     slice_ = parse_slice("v3-32")
     on = plan.Target("v3-32", [None] * 32, slice_.chips, GIB, slice_.chips * slice_.accelerator.peak, "core")
-    made = plan.Plan(config, plan.neox(config.model), on, {}, plan.Memory(0, 0, 0, 0, 1), 0.0)
+    made = plan.Plan(config, plan.neox(config.model), on, {}, plan.Choice("xla", ""), plan.Memory(0, 0, 0, 0, 1), 0.0)
     # 24 blocks of 12 d^2 and a tied head are multiplied; the attention's 12 layer d context.
     weights, attention = 24 * 12 * 1536**2 + 50304 * 1536, 12 * 24 * 1536 * 1024
     flops = 512 * 1024 * (6 * weights + attention)
@@ -106,6 +107,17 @@ def test_products_are_counted_as_often_as_they_run():
 
     counted = [plan.product_flops(jax.make_jaxpr(f)(jnp.ones((8, 8))).jaxpr) for f in (once, looped)]
     assert counted == [2 * 8**3, 5 * 2 * 8**3]
+    # A kernel's blocks and a mesh's devices: two products forward, three for q's gradient, four for k's and v's, and
+    # the output times its gradient.
+    made = alone()
+    spec = made.named("data").spec
+
+    def attention(q):
+        each = jax.shard_map(splash_attention, mesh=made.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+        return each(q, q, q).sum()
+
+    traced = jax.make_jaxpr(jax.grad(attention))(jnp.ones((3, 2, 256, 16)))
+    assert plan.product_flops(traced.jaxpr) == 3 * 2 * (2 * 256 * 16) * (9 * 256 + 1)
 
 
 def test_what_is_computed_again_counts_again():
@@ -195,6 +207,7 @@ def test_a_plan_for_this_machine(capsys):
     assert said["memory"]["parameters"] == 4 * said["parameters"]
     assert said["memory"]["optimizer"] == 8 * said["parameters"] + 4
     assert said["tokens"] == 500 * 16 * 128
+    assert said["attention"]["name"] == "xla"
 
 
 def test_a_plan_that_does_not_fit_ends_with_one_sentence_and_exit_code_1(monkeypatch, capsys):
@@ -281,7 +294,8 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monk
     # The sibling: with the memory that there is, the same command begins and ends.
     monkeypatch.undo()
     assert run(arguments) == 0
-    assert "memory: a step takes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "memory: a step takes" in said and "attention: XLA, which has no other for a cpu" in said
 
 
 def test_a_run_compiles_its_step_once(arguments, caplog):

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,6 +25,8 @@ from growkit.checkpoint import open_source
 from growkit.errors import UsageError
 from growkit.neox import NeoX, write_config
 from growkit.surgery import stacked
+from trainer import kernels
+from trainer.attention import causal_attention
 from trainer.checkpoint import Checkpoints, from_source, to_tree
 from trainer.config import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
 from trainer.model import initial_params
@@ -268,6 +271,29 @@ def test_a_state_moves_between_topologies_bit_for_bit(tmp_path):
     assert wrong != found["trained"]
 
 
+def spread_kernel(*over):
+    """How far splash attention's gradients on the mesh are from XLA's on one device; over: of heads, then of time."""
+    lay = sharding.layout(replace(CONFIG, mesh=MESHES["mixed"]), MODEL)
+    q, k, v = (np.random.default_rng(seed).normal(size=(4, 4, 256, 16)).astype(np.float32) for seed in range(3))
+
+    def gradients(attention):
+        return jax.jit(jax.grad(lambda *a: (attention(*a) ** 2).sum(), (0, 1, 2)))(q, k, v)
+
+    def spread(*inputs):
+        return kernels.kernel_attention("splash", *inputs, lay)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "splash_attention", partial(kernels.splash_attention, interpret=True))
+        patch.setitem(kernels.COMPUTED, "head", over)
+        ours, theirs = gradients(spread), gradients(lambda *a: causal_attention(*a, None, 0.0))
+    return max(float(abs(mine - plain).max()) for mine, plain in zip(ours, theirs, strict=True))
+
+
+def test_a_kernel_on_eight_devices_computes_what_one_does():
+    right, wrong = emulated("kernel")
+    assert right < 1e-4 < 0.1 < wrong, "each device its own heads, and not its own part of the past"
+
+
 def main(what, cases="", mutation=""):
     """What the process with eight devices prints."""
     global tokens
@@ -276,6 +302,8 @@ def main(what, cases="", mutation=""):
         tokens = lambda step, parts=1: np.tile(right(step, parts)[:, : 16 // parts // 8], (1, 8, 1))  # noqa: E731
     if what == "trajectories":
         print(json.dumps(emulate(json.loads(cases))))
+    elif what == "kernel":
+        print(json.dumps([spread_kernel("tensor"), spread_kernel(None, "tensor")]))
     else:
         print(json.dumps(moved(cases)))
 

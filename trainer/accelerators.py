@@ -125,3 +125,16 @@ def peak_flops(device: Any) -> float | None:
     """The peak dense bfloat16 FLOP/s of a device of JAX's; None for one that is not known."""
     kind = str(device.device_kind)
     return next((peak for name, peak in sorted(PEAKS.items(), reverse=True) if kind.startswith(name)), None)
+
+
+def tpu_generation(device: Any) -> int:
+    """4 of a "TPU v4", 5 of a "TPU v5 lite", 7 of a "TPU7x"; 0 of what is no TPU."""
+    found = re.match(r"TPU ?v?(\d+)", str(device.device_kind))
+    return int(found[1]) if found else 0
+
+
+def compute_capability(device: Any) -> float:
+    """Of an NVIDIA GPU: 8.0 and more from Ampere on, 9.0 from Hopper on; 0 of what is none."""
+    if not str(device.device_kind).startswith("NVIDIA"):
+        return 0.0
+    return float(device.compute_capability)

@@ -208,7 +208,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """A run. attention: auto takes the kernel of the devices where its rules allow, xla none; or splash, or cudnn."""
 
     model: Model = field(default_factory=Model)
     dropout: Dropout = field(default_factory=Dropout)
@@ -223,6 +223,7 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
     remat: str = "none"
+    attention: str = "auto"
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -353,6 +354,7 @@ CHOICES = {
     "precision.params": ("float32", "bfloat16", "float64"),
     "precision.compute": ("float32", "bfloat16", "float64"),
     "remat": ("none", "dots", "full"),
+    "attention": ("auto", "xla", "splash", "cudnn"),
     "optimizer.multipliers": ("auto", "on", "off"),
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
 }

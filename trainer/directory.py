@@ -26,7 +26,7 @@ CONFIG = "config.yaml"
 LOCK = ".lock"
 # Values that may differ between a run and its resumption: they change what is kept and shown and which devices
 # compute, never what is trained.
-CHANGEABLE = ("mesh", "checkpoint", "eval", "log")
+CHANGEABLE = ("mesh", "attention", "remat", "checkpoint", "eval", "log")
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

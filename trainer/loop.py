@@ -36,6 +36,7 @@ from trainer.directory import begin
 from trainer.history import EARLIER, History
 from trainer.hosts import writes
 from trainer.interrupt import Interrupt
+from trainer.kernels import chosen
 from trainer.model import initial_params
 from trainer.optimizer import Multipliers
 from trainer.plan import require_fit
@@ -220,7 +221,8 @@ class Run:
             f"{self.model.parameters:,} parameters{origin}"
         )
         drawn = self.position.drawn(self.config.schedule.steps)
-        for line in (*self.data.facts(drawn), *self.asked.notes, self.utilization.formula):
+        attention = chosen(self.config, self.model, self.layout).words
+        for line in (*self.data.facts(drawn), *self.asked.notes, attention, self.utilization.formula):
             self.report.say(line)
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")

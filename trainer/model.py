@@ -28,6 +28,7 @@ from growkit.surgery import stacked
 from trainer.activation import gelu
 from trainer.attention import causal_attention
 from trainer.config import Dropout, Precision
+from trainer.kernels import kernel_attention
 from trainer.sharding import Layout
 
 REMAT = {
@@ -144,6 +145,7 @@ class Embedding(Parameters):
 
 class Attention(Parameters):
     dropout: Dropout
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool) -> jax.Array:
@@ -153,11 +155,14 @@ class Attention(Parameters):
         # The fused dimension is [head, 3, head_dim]: each head's query, key and value lie together.
         qkv = qkv.reshape(batch, time, model.head, 3, model.head_dim)
         q_BxHxTxD, k_BxHxTxD, v_BxHxTxD = qkv.transpose(3, 0, 2, 1, 4)
-        drops = not deterministic and self.dropout.attention > 0
-        key = self.make_rng("dropout") if drops else None
         q_BxHxTxD, k_BxHxTxD = rotate(q_BxHxTxD, rotary), rotate(k_BxHxTxD, rotary)
-        dropout, platform = self.dropout.attention, self.platform
-        mixed_BxHxTxD = causal_attention(q_BxHxTxD, k_BxHxTxD, v_BxHxTxD, key, dropout, platform)
+        if self.kernel == "xla":
+            drops = not deterministic and self.dropout.attention > 0
+            key = self.make_rng("dropout") if drops else None
+            dropout, platform = self.dropout.attention, self.platform
+            mixed_BxHxTxD = causal_attention(q_BxHxTxD, k_BxHxTxD, v_BxHxTxD, key, dropout, platform)
+        else:
+            mixed_BxHxTxD = kernel_attention(self.kernel, q_BxHxTxD, k_BxHxTxD, v_BxHxTxD, self.layout)
         return Linear(**common, name="dense")(mixed_BxHxTxD.swapaxes(1, 2).reshape(x_BxTxE.shape))
 
 
@@ -170,12 +175,13 @@ class MLP(Parameters):
 
 class Block(Parameters):
     dropout: Dropout
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool) -> tuple[jax.Array, None]:
         common = self.common
         drop = nn.Dropout(self.dropout.hidden, deterministic=deterministic)
-        attention = Attention(**common, dropout=self.dropout, name="attention")
+        attention = Attention(**common, dropout=self.dropout, kernel=self.kernel, name="attention")
         mlp = MLP(**common, name="mlp")
         attended = drop(attention(LayerNorm(**common, name="input_layernorm")(x_BxTxE), rotary, deterministic))
         norm = LayerNorm(**common, name="post_attention_layernorm")
@@ -192,6 +198,8 @@ class GPTNeoX(Parameters):
 
     dropout: Dropout = Dropout(0.0, 0.0, 0.0)
     remat: str = "none"
+    # xla, or a kernel, which reads sequences of the configured context and drops no attention weights
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(
@@ -213,7 +221,9 @@ class GPTNeoX(Parameters):
             length=self.model.layer,
         )
         rotary = tuple(jnp.asarray(table) for table in rotary)
-        x_BxTxE, _ = layers(**common, dropout=self.dropout, name="layers")(x_BxTxE, rotary, deterministic)
+        x_BxTxE, _ = layers(**common, dropout=self.dropout, kernel=self.kernel, name="layers")(
+            x_BxTxE, rotary, deterministic
+        )
         x_BxTxE = LayerNorm(**common, name="final_layer_norm")(x_BxTxE)
         if not head:
             return x_BxTxE

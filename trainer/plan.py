@@ -22,6 +22,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.neox import NeoX
 from trainer.accelerators import GIB, parse_slice, peak_flops
 from trainer.config import Config, neox, resolve
+from trainer.kernels import Choice, chosen
 from trainer.sharding import Layout, layout
 from trainer.step import abstract_state, make_train_step
 from trainer.values import overridden
@@ -181,16 +182,30 @@ def _one_line(problem: Exception) -> str:
 
 
 def product_flops(jaxpr: Any) -> float:
-    """FLOPs of a program's matrix products, a loop's as often as it runs: what is computed again counts again."""
+    """FLOPs of a program's matrix products, a loop's as often as it runs: what is computed again counts again.
+
+    Of a kernel in Pallas every block counts, those that a causal mask spares too; cuDNN's are not seen.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2.0 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(product_flops(inner) for inner in jaxprs_in_params(equation.params))
+        total += _times(equation) * sum(product_flops(inner) for inner in jaxprs_in_params(equation.params))
     return total
+
+
+def _times(equation: Any) -> int:
+    """How often what is in an equation is computed, on all devices together."""
+    match equation.primitive.name:
+        case "scan":
+            return equation.params["length"]
+        case "pallas_call":
+            return math.prod(equation.params["grid_mapping"].grid)
+        case "shard_map":
+            return equation.params["mesh"].size
+    return 1
 
 
 @dataclass(frozen=True)
@@ -201,6 +216,7 @@ class Plan:
     model: NeoX
     target: Target
     mesh: dict[str, int]
+    attention: Choice
     memory: Memory
     computed: float
 
@@ -235,7 +251,8 @@ def plan(config: Config, on: Target) -> Plan:
     step, like = make_train_step(config, model, layout=made), abstract_state(config, model, made)
     traced = step.trace(like, batch_like(config, made))
     memory = measured(traced.lower(), like, on.available)
-    return Plan(config, model, on, dict(made.mesh.shape), memory, product_flops(traced.jaxpr))
+    attention = chosen(config, model, made)
+    return Plan(config, model, on, dict(made.mesh.shape), attention, memory, product_flops(traced.jaxpr))
 
 
 @dataclass(frozen=True)

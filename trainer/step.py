@@ -19,6 +19,7 @@ from growkit.errors import UsageError
 from growkit.neox import NeoX
 from growkit.spec import Row
 from trainer.config import Config
+from trainer.kernels import chosen
 from trainer.loss import token_losses_sum
 from trainer.model import GPTNeoX
 from trainer.optimizer import Multipliers, adamw, global_norm
@@ -95,7 +96,8 @@ def make_train_step(
     grown_at: see `learning_rate`.
     """
     layout = layout or alone()
-    network = GPTNeoX(model, config.precision, config.dropout, config.remat, layout=layout)
+    kernel = chosen(config, model, layout).name
+    network = GPTNeoX(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
     optimizer = adamw(config.optimizer, model, multipliers)
     drops = any((config.dropout.hidden, config.dropout.attention, config.dropout.embedding))
     places = state_shardings(config, model, layout)
@@ -126,7 +128,7 @@ def make_eval_step(
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """The jitted validation: (params, tokens [B, T+1], mask [B]) -> summed loss, nats, of unmasked sequences."""
     layout = layout or alone()
-    network = GPTNeoX(model, config.precision, layout=layout)
+    network = GPTNeoX(model, config.precision, kernel=chosen(config, model, layout).name, layout=layout)
 
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
         return loss_sum(network, params, tokens_BxT1, None, mask_B)
