@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,26 @@ def test_nothing_heavy_is_imported_early(statement):
 
 def test_help_does_without_numpy():
     assert "numpy" not in loaded_by("from growkit.cli import run; assert run(['--help']) == 0")
+
+
+def threads_after(statement: str) -> int:
+    """Threads of a fresh interpreter after a statement that leaves the environment as it was."""
+    code = (
+        f"import os, sys\nbefore = dict(os.environ)\n{statement}\nassert dict(os.environ) == before\n"
+        "print('threads', len(os.listdir('/proc/self/task')), file=sys.stderr)"
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OPENBLAS", "OMP", "GOTO"))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split("threads")[-1])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_verbs_import_numpy_without_threads_that_spin():
+    verb = "from growkit.cli import run; assert run(['depth', '--help']) == 0; import numpy"
+    assert threads_after(verb) == 1
+    if threads_after("import numpy") == 1:
+        pytest.skip("this numpy starts no threads of its own, or there is one core")
 
 
 def test_what_is_heavy_would_be_seen():
