@@ -65,7 +65,8 @@ class Blocks:
         )
         self.after = row.unfused(plan.grown.sizes)
         self.by_rule = moment == VALUE or moment_fate(plan, row, moment, layer) == "map"
-        self.scale = share_scale(row, plan.maps, moment, layer) if self.by_rule else None
+        scale = share_scale(row, plan.maps, moment, layer) if self.by_rule else None
+        self.scale = None if scale is None else _narrowed(scale)
         self.noise_place = noise_place(row, plan) if moment == VALUE else None
         self.unit_bytes = math.prod(self.after[self.lead :]) * tensor.dtype.itemsize
         self.rows_per_unit = math.prod(self.before[self.lead : len(first)])
@@ -134,10 +135,13 @@ class Blocks:
         """Copies with their shares and noise, before padding."""
         whole = rows[-1] - rows[0] == len(rows) - 1
         array = block[rows[0] : rows[-1] + 1] if whole else block[rows]
+        # Equal shares are multiplied by once, before there are copies.
+        equal = factor is None or math.prod(factor.shape[1:]) == 1
+        array = multiplied(array, factor) if equal else array
         for place, name in enumerate(self.names[self.lead :], 1):
             if name in self.plan.maps:
                 array = gathered(array, self.plan.maps[name].index, place)
-        array = multiplied(array, factor)
+        array = array if equal else multiplied(array, factor)
         if self.noise_place is None:
             return array
         number, following = self._numbers(units), self._following(units)
@@ -200,3 +204,11 @@ class Blocks:
         """What makes the random fill of some units, of which `first` come before."""
         seed, spread = self.plan.seed, self.plan.model.initializer_range
         return lambda shape, what: uniform(seed, f"{self.name} {what}", shape, np, spread, first * math.prod(shape[1:]))
+
+
+def _narrowed(scale: np.ndarray) -> np.ndarray:
+    """A scale with one entry along every dimension that it is the same along."""
+    for place in range(scale.ndim):
+        first = scale.take([0], axis=place)
+        scale = first if (scale == first).all() else scale
+    return scale
