@@ -10,8 +10,9 @@ free memory for about five times the model (2.7 GB at 0.6B parameters in float32
 
 Everything is a command of its own, timed from start to end, in turns within a round; printed are the medians of each,
 of its ratio to cp in the same round, and its peak anonymous memory. Once as it is and once with a sync of the file
-system at the end. The first touch of memory costs a virtual machine more than a copy does, so all of it that the
-page cache will need is touched before the first round.
+system at the end. The first touch of memory costs a virtual machine more than a copy does, and one that gives free
+memory back to its host touches for the first time again seconds later, so before every command as much is touched as
+it will write.
 """
 
 from __future__ import annotations
@@ -91,10 +92,11 @@ class Contender:
     command: Callable[[Path], list[str]]
 
 
-def run(contender: Contender, out: Path, synced: bool) -> tuple[float, float]:
-    """Seconds, and megabytes of anonymous memory at the peak."""
+def run(contender: Contender, out: Path, synced: bool, size: int) -> tuple[float, float]:
+    """Seconds, and megabytes of anonymous memory at the peak, of a command that writes `size` bytes."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    warm(out.parent, size)
     started = time.perf_counter()
     process = subprocess.Popen(contender.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0.0
@@ -127,14 +129,19 @@ def warm(directory: Path, size: int) -> None:
     (directory / "warm").unlink()
 
 
-def compare(what: str, contenders: list[Contender], out: Path, rounds: int) -> None:
-    """Time all contenders in turns; the first is the copy that the ratios are to."""
+def bytes_of(directory: Path) -> int:
+    """Bytes of all files."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def compare(what: str, contenders: list[Contender], out: Path, rounds: int, size: int) -> None:
+    """Time all contenders, which write `size` bytes, in turns; the first is the copy that the ratios are to."""
     for synced in (False, True):
         seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
         memory = dict.fromkeys(seconds, 0.0)
         for _ in range(rounds):
             for each in contenders:
-                taken, peak = run(each, out, synced)
+                taken, peak = run(each, out, synced, size)
                 seconds[each.name].append(taken)
                 memory[each.name] = max(memory[each.name], peak)
         copy = seconds[contenders[0].name]
@@ -221,7 +228,7 @@ def by_kind(
         contenders = [copy, Contender("growkit", command)]
         if name == "depth" and others:
             contenders += rivals(source, model.layer, model.layer * 4 // 3, program)
-        compare(f"{kind} {name}", contenders, out, rounds)
+        compare(f"{kind} {name}", contenders, out, rounds, bytes_of(sample))
         shutil.rmtree(sample)
         shutil.rmtree(other, ignore_errors=True)
     for source in directory.glob(f"{kind}-*"):
@@ -233,11 +240,11 @@ def scale(directory: Path, rounds: int) -> None:
     for billions in SIZES:
         model = model_of(billions)
         source = build(directory / "source", model, "huggingface", np.dtype(ml_dtypes.bfloat16))
-        target = model.layer * 4 // 3
+        target, source_size = model.layer * 4 // 3, bytes_of(source)
         words = [*GROWKIT, "depth", "--map", f"{model.layer}:{target}", str(source)]
         each = Contender("growkit", lambda out, words=words: [*words, str(out)])
-        runs = [run(each, directory / "out", False) for _ in range(rounds)]
-        size = sum(file.stat().st_size for file in (directory / "out").iterdir()) / 1e9
+        runs = [run(each, directory / "out", False, source_size * 4 // 3) for _ in range(rounds)]
+        size = bytes_of(directory / "out") / 1e9
         seconds, peak = statistics.median(taken for taken, _ in runs), max(peak for _, peak in runs)
         print(f"{billions:4}B: {size:6.2f} GB out, {seconds:6.2f} s, {size / seconds:5.2f} GB/s, {peak:4.0f} MB")
         shutil.rmtree(source)
@@ -255,7 +262,6 @@ def main() -> None:
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.dir, prefix="surgery-") as name:
         directory, model = Path(name), model_of(chosen.parameters)
-        warm(directory, 4 * 4 * model.parameters)
         if chosen.only in (None, "huggingface"):
             by_kind("huggingface", model, directory, chosen.rounds, chosen.mergekit, not chosen.alone)
         if chosen.only in (None, "checkpoint"):
