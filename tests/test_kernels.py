@@ -115,7 +115,8 @@ H100, A100, V100 = on("NVIDIA H100", "9.0"), on("NVIDIA A100", "8.0"), on("Tesla
         (V100, [], "xla", "Ampere or later"),
         (H100, ["dropout.attention=0.1"], "xla", "cuDNN flash attention needs dropout.attention 0"),
         (H100, ["model.head=8"], "xla", "head_dim is 192; cuDNN flash attention needs a multiple of 8 up to 128"),
-        (on("cpu"), [], "xla", "attention: XLA, which has no other for a cpu"),
+        (on("cpu"), ["model.context=128"], "xla", "attention: XLA, there being no kernel for a cpu"),
+        (on("cpu"), [], "xla", "attention: XLA, there being no kernel for a cpu, in 4 blocks of queries"),
     ],
 )  # fmt: skip
 def test_the_kernel_by_rule(layout, changes, name, words):

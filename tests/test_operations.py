@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trainer import attention
 from trainer import loss as loss_module
 from trainer.activation import gelu
-from trainer.attention import causal_attention
+from trainer.attention import blocks, causal_attention
 from trainer.loss import cross_entropy, token_losses_sum
+from trainer.matmul import project
 
 SHAPE = (2, 3, 12, 4)
 
@@ -47,13 +49,45 @@ def assert_same_gradients(ours, theirs, *arguments, bound=1e-12):
         np.testing.assert_allclose(mine, plain, rtol=0, atol=bound)
 
 
-def test_attention():
+@pytest.mark.parametrize(("platform", "time", "count"), [("cpu", 12, 4), ("cpu", 11, 1), ("tpu", 12, 1)])
+def test_attention(platform, time, count, monkeypatch):
+    """By blocks of queries on a CPU, where they come out even."""
+    monkeypatch.setattr(attention, "SHORTEST", 3)
+    q, k, v = (random(*SHAPE, seed=seed)[:, :, :time] for seed in range(3))
+    assert len(blocks(time, platform)) == count
+    assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0, platform), plain_attention, q, k, v)
+
+
+def test_blocks_that_lack_a_part_of_their_past_are_not_attention(monkeypatch):
+    monkeypatch.setattr(attention, "SHORTEST", 3)
     q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
-    assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
+    monkeypatch.setattr(attention, "_sum", lambda parts: parts[-1])
+    with pytest.raises(AssertionError):
+        assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
+    monkeypatch.undo()
+    assert len(blocks(12, "cpu")) == 1 and len(blocks(256, "cpu")) == 4
+    monkeypatch.setattr(attention, "blocks", lambda time, platform: [(0, 3), (0, 3), (6, 9), (9, 12)])
+    with pytest.raises(AssertionError):
+        assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_attention_with_dropout(platform):
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3)])
+def test_projection(platform, inputs, outputs):
+    """Whichever of the operands is the narrower."""
+    x, weight = random(2, 5, inputs), random(outputs, inputs, seed=1)
+
+    def plain(x, weight):
+        return x @ weight.T
+
+    assert_same_gradients(lambda x, w: project(x, w, platform), plain, x, weight)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(lambda x, w: project(x, jax.lax.stop_gradient(w), platform), plain, x, weight)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_attention_with_dropout(platform, monkeypatch):
+    monkeypatch.setattr(attention, "SHORTEST", 3)
     q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
     key = jax.random.key(3)
     kept = jax.random.bernoulli(key, 0.7, (*SHAPE[:3], SHAPE[2]))
@@ -82,9 +116,11 @@ def test_gelu():
         assert_same_gradients(gelu, lambda x: jax.nn.gelu(x, approximate=True), x)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("rows", [1, 6, 1000])
-def test_loss(monkeypatch, rows):
-    monkeypatch.setattr(loss_module, "ROWS", {"cpu": rows})
+def test_loss(monkeypatch, rows, platform):
+    monkeypatch.setattr(loss_module, "ROWS", {platform: rows})
+    monkeypatch.setattr(loss_module, "_platform", lambda layout: platform)
     batch, time, embed, vocab = 3, 8, 5, 11
     hidden, head = random(batch, time, embed), random(vocab, embed, seed=1)
     targets = np.random.default_rng(2).integers(0, vocab, (batch, time))

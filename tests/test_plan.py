@@ -295,7 +295,7 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monk
     monkeypatch.undo()
     assert run(arguments) == 0
     said = capsys.readouterr().err
-    assert "memory: a step takes" in said and "attention: XLA, which has no other for a cpu" in said
+    assert "memory: a step takes" in said and "attention: XLA, there being no kernel for a cpu" in said
 
 
 def test_a_run_compiles_its_step_once(arguments, caplog):

@@ -2,8 +2,8 @@
 
 q, k, v [B, H, T, D] in, their mixture [B, H, T, D] out. The backward pass keeps the attention weights and
 computes their gradient in closed form; left to automatic differentiation, the same program spends more time
-around its matrix products than in them. Knows softmax and dropout of weights; leaves projections, heads and
-rotary positions to the model.
+around its matrix products than in them. On a CPU it goes by blocks of queries. Knows softmax and dropout of weights;
+leaves projections, heads and rotary positions to the model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+from trainer.matmul import matmul_transposed
+
+# Blocks of queries, each taken with no keys but those of its past: N of them leave (N + 1) / 2N of the work. On a
+# CPU, where each operation does what it is told to and no more.
+BLOCKS = {"cpu": 4}
+SHORTEST = 64  # queries of a block; shorter ones cost more to compile than they save
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -32,30 +39,61 @@ def causal_attention(
     return _forward(q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, key, dropout, platform)[0]
 
 
+def blocks(time: int, platform: str) -> list[tuple[int, int]]:
+    """The first and last query of each block, the last not included; one block where they would be short or unequal."""
+    count = BLOCKS.get(platform, 1)
+    size = time // count if time % count == 0 and time >= count * SHORTEST else time
+    return [(first, first + size) for first in range(0, time, size)]
+
+
 def _forward(q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, key, dropout, platform):
-    time, depth = q_BxHxTxD.shape[-2:]
+    batch, heads, time, _ = q_BxHxTxD.shape
+    kept = None if key is None else jax.random.bernoulli(key, 1.0 - dropout, (batch, heads, time, time))
+    mixed, weights = [], []
+    for first, last in blocks(time, platform):
+        weights.append(_weights(q_BxHxTxD[:, :, first:last], k_BxHxSxD[:, :, :last]))
+        dropped = _dropped(weights[-1], _part(kept, first, last), dropout, platform)
+        mixed.append(jnp.einsum("bhts,bhsd->bhtd", dropped, v_BxHxSxD[:, :, :last]))
+    return jnp.concatenate(mixed, 2), (q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, kept)
+
+
+def _weights(q_BxHxTxD, k_BxHxSxD):
+    """The attention weights of the last T of S positions."""
+    (time, depth), keys = q_BxHxTxD.shape[-2:], k_BxHxSxD.shape[-2]
     wide = jnp.promote_types(q_BxHxTxD.dtype, jnp.float32)
     scores_BxHxTxS = jnp.einsum("bhtd,bhsd->bhts", q_BxHxTxD, k_BxHxSxD, preferred_element_type=wide)
-    causal_TxS = jnp.tril(jnp.ones((time, time), bool))
+    causal_TxS = jnp.tril(jnp.ones((time, keys), bool), keys - time)
     scores_BxHxTxS = jnp.where(causal_TxS, scores_BxHxTxS / math.sqrt(depth), -jnp.inf)
-    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxD.dtype)
-    kept = None if key is None else jax.random.bernoulli(key, 1.0 - dropout, weights_BxHxTxS.shape)
-    mixed = jnp.einsum("bhts,bhsd->bhtd", _dropped(weights_BxHxTxS, kept, dropout, platform), v_BxHxSxD)
-    return mixed, (q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights_BxHxTxS, kept)
+    return jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxD.dtype)
 
 
 def _backward(dropout, platform, saved, gradient_BxHxTxD):
-    q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights_BxHxTxS, kept = saved
-    dropped_BxHxTxS = _dropped(weights_BxHxTxS, kept, dropout, platform)
-    to_v = jnp.einsum("bhts,bhtd->bhsd", dropped_BxHxTxS, gradient_BxHxTxD)
-    to_weights = jnp.einsum("bhtd,bhsd->bhts", gradient_BxHxTxD, v_BxHxSxD)
-    to_weights = _dropped(to_weights, kept, dropout, platform)
-    wide = weights_BxHxTxS.astype(jnp.promote_types(weights_BxHxTxS.dtype, jnp.float32))
-    to_scores = wide * (to_weights - (to_weights * wide).sum(-1, keepdims=True))
-    to_scores = (to_scores / math.sqrt(q_BxHxTxD.shape[-1])).astype(q_BxHxTxD.dtype)
-    to_q = jnp.einsum("bhts,bhsd->bhtd", to_scores, k_BxHxSxD)
-    to_k = jnp.einsum("bhts,bhtd->bhsd", to_scores, q_BxHxTxD)
-    return to_q, to_k, to_v, None
+    q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, kept = saved
+    to_q, to_k, to_v = [], [], []
+    for (first, last), weights_BxHxTxS in zip(blocks(q_BxHxTxD.shape[2], platform), weights, strict=True):
+        part, gradient = _part(kept, first, last), gradient_BxHxTxD[:, :, first:last]
+        dropped_BxHxTxS = _dropped(weights_BxHxTxS, part, dropout, platform)
+        to_v.append(matmul_transposed(dropped_BxHxTxS, gradient, platform))
+        to_weights = jnp.einsum("bhtd,bhsd->bhts", gradient, v_BxHxSxD[:, :, :last])
+        to_weights = _dropped(to_weights, part, dropout, platform)
+        wide = weights_BxHxTxS.astype(jnp.promote_types(weights_BxHxTxS.dtype, jnp.float32))
+        to_scores = wide * (to_weights - (to_weights * wide).sum(-1, keepdims=True))
+        to_scores = (to_scores / math.sqrt(q_BxHxTxD.shape[-1])).astype(q_BxHxTxD.dtype)
+        to_q.append(jnp.einsum("bhts,bhsd->bhtd", to_scores, k_BxHxSxD[:, :, :last]))
+        to_k.append(matmul_transposed(to_scores, q_BxHxTxD[:, :, first:last], platform))
+    return jnp.concatenate(to_q, 2), _sum(to_k), _sum(to_v), None
+
+
+def _part(kept: jax.Array | None, first: int, last: int) -> jax.Array | None:
+    return None if kept is None else kept[:, :, first:last, :last]
+
+
+def _sum(parts: list[jax.Array]) -> jax.Array:
+    """The sum of gradients of the first positions, the last one being of all of them."""
+    *shorter, total = parts
+    for part in shorter:
+        total = total.at[:, :, : part.shape[2]].add(part)
+    return total
 
 
 def _dropped(weights: jax.Array, kept: jax.Array | None, dropout: float, platform: str) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from growkit.errors import UsageError
 from growkit.neox import NeoX
 from trainer.accelerators import compute_capability, tpu_generation
+from trainer.attention import blocks
 from trainer.config import Config
 from trainer.sharding import BATCH, COMPUTED, Layout
 
@@ -52,7 +53,9 @@ def chosen(config: Config, model: NeoX, layout: Layout) -> Choice:
         takes = f"auto, xla or {kernel}" if kernel else "auto or xla"
         raise UsageError(f"attention={asked} is not for a {layout.platform}; here it may be {takes}")
     if kernel is None:
-        return Choice("xla", f"which has no other for a {layout.platform}")
+        count = len(blocks(config.model.context, layout.platform))
+        parts = f", in {count} blocks of queries" if count > 1 else ""
+        return Choice("xla", f"there being no kernel for a {layout.platform}{parts}")
     for holds, fact, need in _rules(kernel, config, model, layout.mesh.devices.flat[0]):
         if not holds and asked == kernel:
             raise UsageError(f"attention={kernel} needs {need}, and {fact}; attention=auto takes XLA then")

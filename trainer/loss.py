@@ -57,6 +57,9 @@ def _grouped_sum(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
 
 def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
     wide = _zeros(hidden_GxBxTxE).dtype
+    # The order of the head's gradient. On a CPU a product's left operand is first laid out by what it is summed
+    # over: the narrow hidden states are, and not the logits.
+    narrow_left = _platform(layout) == "cpu"
 
     def add(carry, piece):
         total, to_head = carry
@@ -66,17 +69,20 @@ def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
         # The gradient of a token's loss to its logits: the probabilities, less one at the target.
         probability = jax.nn.softmax(logits, axis=-1) - jax.nn.one_hot(targets, logits.shape[-1], dtype=wide)
         to_logits = (probability * mask_GxB[..., None, None]).astype(hidden.dtype)
-        to_head = to_head + jnp.einsum("gbtv,gbte->gve", to_logits, hidden, preferred_element_type=wide)
+        operands = ("gbte,gbtv->gev", hidden, to_logits) if narrow_left else ("gbtv,gbte->gve", to_logits, hidden)
+        to_head = to_head + jnp.einsum(*operands, preferred_element_type=wide)
         to_hidden = jnp.einsum("gbtv,ve->gbte", to_logits, head_VxE)
         return (total + (losses * mask_GxB[..., None]).sum((1, 2)), to_head), to_hidden
 
-    to_head_GxVxE = jnp.zeros((len(hidden_GxBxTxE), *head_VxE.shape), wide)
+    sides = [(head_VxE.shape[0], *COMPUTED["vocab"]), (head_VxE.shape[1], None)][:: -1 if narrow_left else 1]
+    to_head = jnp.zeros((len(hidden_GxBxTxE), *(size for size, _ in sides)), wide)
     if layout:
-        to_head_GxVxE = layout.constrain(to_head_GxVxE, layout.named(BATCH, *COMPUTED["vocab"], None))
-    start = (_zeros(hidden_GxBxTxE), to_head_GxVxE)
+        to_head = layout.constrain(to_head, layout.named(BATCH, *(axis for _, axis in sides)))
+    start = (_zeros(hidden_GxBxTxE), to_head)
     (total, to_head), to_hidden = jax.lax.scan(add, start, _pieces(hidden_GxBxTxE, targets_GxBxT, layout))
     to_hidden = jnp.moveaxis(to_hidden, 0, 2).reshape(hidden_GxBxTxE.shape)
     to_head = to_head.sum(0).astype(head_VxE.dtype)
+    to_head = to_head.T if narrow_left else to_head
     if layout:
         to_head = layout.constrain(to_head, layout.named(layout.reduced["vocab"], layout.reduced["embed"]))
     return total.sum(), (to_hidden, to_head)
@@ -99,12 +105,15 @@ def _zeros(hidden_GxBxTxE: jax.Array) -> jax.Array:
     return jnp.zeros(len(hidden_GxBxTxE), jnp.promote_types(hidden_GxBxTxE.dtype, jnp.float32))
 
 
+def _platform(layout: Layout | None) -> str:
+    """What the program is for. Not always this machine: a step can be compiled for devices that are elsewhere."""
+    return layout.platform if layout else jax.default_backend()
+
+
 def _pieces(hidden_GxBxTxE: jax.Array, targets_GxBxT: jax.Array, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
     """Hidden states [N, G, B, T/N, E] and targets [N, G, B, T/N]: time in N equal pieces, sequences kept together."""
     groups, batch, time = targets_GxBxT.shape
-    # Not always this machine's: a step can be compiled for devices that are elsewhere.
-    platform = layout.platform if layout else jax.default_backend()
-    limit = max(1, ROWS.get(platform, ROWS_ELSEWHERE) // batch)
+    limit = max(1, ROWS.get(_platform(layout), ROWS_ELSEWHERE) // batch)
     length = max(size for size in range(1, time + 1) if time % size == 0 and size <= limit)
 
     def cut(array):

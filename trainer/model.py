@@ -29,6 +29,7 @@ from trainer.activation import gelu
 from trainer.attention import causal_attention
 from trainer.config import Dropout, Precision
 from trainer.kernels import kernel_attention
+from trainer.matmul import project
 from trainer.sharding import Layout
 
 REMAT = {
@@ -117,7 +118,7 @@ class Parameters(nn.Module):
 class Linear(Parameters):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...i,oi->...o", x, self.parameter("weight")) + self.parameter("bias")
+        return project(x, self.parameter("weight"), self.platform) + self.parameter("bias")
 
 
 class LayerNorm(Parameters):
