@@ -53,6 +53,10 @@ from trainer.writers import Writers
 DRAWN_EVERY = 60.0
 
 
+class Diverged(GrowkitError):
+    """A loss or a gradient was not finite."""
+
+
 class Run:
     """A run in progress. `source` is the model it starts from, None for a new one or when the run has a checkpoint."""
 
@@ -184,12 +188,12 @@ class Run:
             "validation_windows": self.data.validation_fingerprint(self.config.eval.windows),
         }
 
-    def go(self) -> Result:
-        """Train to the end, or until a signal; the run is saved either way."""
+    def go(self, show: type[Report] = Report) -> Result:
+        """Train to the end, or until a signal; the run is saved either way. show: what the user sees of it."""
         steps = self.until = self.config.schedule.steps
         if self.growth_to_come and self.config.grow.at != "plateau":
             self.until = int(self.config.grow.at)
-        report = Report(self.directory.name, steps, self.first)
+        report = show(self.directory.name, steps, self.first)
         with Interrupt() as self.interrupt, report as self.report, closing(self.writers), closing(self.trace):
             self.writers.begin(self.directory, self.first)
             self._announce()
@@ -298,7 +302,7 @@ class Run:
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
         position = self.position
         first, last = position.drawn(step - 1), position.drawn(step) - 1
-        raise GrowkitError(
+        raise Diverged(
             f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}), in sequences "
             f"{first} to {last} of data stream {position.number}; {self._last_good()}"
         )
@@ -316,7 +320,7 @@ class Run:
         if loss is None:
             return
         if not math.isfinite(loss):
-            raise GrowkitError(f"the validation loss at step {self.step} is {loss}; {self._last_good()}")
+            raise Diverged(f"the validation loss at step {self.step} is {loss}; {self._last_good()}")
         self._row(self.step, validation_loss=loss)
         self.report.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 30)):.2f}")
         if self.position.drawn(self.step):

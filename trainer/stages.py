@@ -13,7 +13,7 @@ from typing import Any
 from growkit.checkpoint.tensor import Source
 from trainer.config import Config
 from trainer.loop import Run
-from trainer.report import Result
+from trainer.report import Report, Result
 
 
 def train(
@@ -23,11 +23,12 @@ def train(
     start: str | None = None,
     allow_gap: bool = False,
     branch: dict[str, Any] | None = None,
+    show: type[Report] = Report,
 ) -> Result:
-    """Begin the run `out` or go on with it, to its end or to a signal; arguments as `trainer.loop.Run`'s."""
-    result = Run(config, out, source, start, allow_gap, branch).go()
+    """Begin the run `out` or go on with it, to its end or to a signal; arguments as those of `trainer.loop.Run`."""
+    result = Run(config, out, source, start, allow_gap, branch).go(show)
     while result.signal is None and result.step < config.schedule.steps:
         # What has ended lies in cycles (Orbax's threads and futures), and the grown model needs its room.
         gc.collect()
-        result = Run(config, out, None, start, allow_gap).go()
+        result = Run(config, out, None, start, allow_gap).go(show)
     return result

@@ -6,6 +6,7 @@ Knows the presets and how YAML is read; leaves which keys there are and what the
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     for override in overrides:
         _apply(values, override)
     return values
+
+
+def merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with others laid over them, section by section."""
+    both = dict(below)
+    for key, value in above.items():
+        inner = both.get(key)
+        both[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return both
 
 
 def _read_text(name: str) -> str:

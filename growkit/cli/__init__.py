@@ -36,6 +36,7 @@ VERBS = {
     "import": ("conversion", "Turn a Hugging Face directory into a trainer checkpoint."),
     "export": ("conversion", "Turn a model into a Hugging Face directory."),
     "evaluate": ("evaluating", "Measure models on benchmarks and on text."),
+    "study": ("studying", "Measure what growth saves on your data: from scratch beside grown, many ways."),
     "generate": ("training", "Continue a text with a model."),
 }
 TERMINATED = 75

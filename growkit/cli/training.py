@@ -117,11 +117,16 @@ def exit_code(result) -> int:
 
 
 def train_run(
-    values: dict, out: str | Path, start: str | None = None, allow_gap: bool = False, branch: dict | None = None
+    values: dict,
+    out: str | Path,
+    start: str | None = None,
+    allow_gap: bool = False,
+    branch: dict | None = None,
+    show: type | None = None,
 ):
     """Train by nested configuration values, from a source or anew, or resume; returns the loop's result.
 
-    branch: what the lineage says of a run that another verb than train begins.
+    branch: what the lineage says of a run that another verb than train begins. show: the `Report` that the user sees.
     """
     from growkit.checkpoint import open_source
     from growkit.errors import UsageError
@@ -131,6 +136,7 @@ def train_run(
     from trainer.directory import existing, with_model_of
     from trainer.growth import planned
     from trainer.programs import keep_programs
+    from trainer.report import Report
     from trainer.stages import train as train_on
 
     # Orbax logs its errors with tracebacks and raises them too: they are shown once, as a sentence.
@@ -151,7 +157,7 @@ def train_run(
     elif not values.get("model"):
         raise UsageError("there is no model to train: the configuration has no model section, and --from is not given")
     keep_programs()
-    return train_on(resolve(values), out, source, start, allow_gap, branch)
+    return train_on(resolve(values), out, source, start, allow_gap, branch, show or Report)
 
 
 @click.command()

@@ -1,0 +1,174 @@
+"""What the runs of a study say: losses at equal compute, and the compute that reaches the from-scratch loss.
+
+Arithmetic over finished runs, nothing else. A run counts by its last validation loss, at the end of its own schedule:
+losses on the way, at a high learning rate, are no measure of what a shorter run would have reached. Between two runs
+of an arm the loss is taken as linear in the logarithm of FLOPs; beyond them nothing is said.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from growkit import __version__
+from growkit.neox import NeoX
+from trainer.study.design import LARGEST_SHARE, SCRATCH, Design
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is done. flops: its own; flops_before: its sources'; loss: the last validation's, nats a token."""
+
+    name: str
+    seed: int
+    learning_rate: float
+    budget: float | None
+    tried: bool
+    steps: int
+    tokens: int
+    flops: float
+    flops_before: float
+    loss: float
+    seconds: float
+    run: str
+
+    @property
+    def spent(self) -> float:
+        """FLOPs of the run and its sources."""
+        return self.flops + self.flops_before
+
+
+@dataclass(frozen=True)
+class Reached:
+    """FLOPs at which a loss was reached; at_most: by the shortest run already, so that fewer might have done."""
+
+    flops: float
+    at_most: bool
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over seeds: mean and sample standard deviation (None for a single run); None where a run has none."""
+
+    mean: float | None
+    std: float | None
+    runs: int
+
+
+def spread(values: Sequence[float | None]) -> Spread:
+    """The mean and standard deviation of a figure; without a mean as soon as one seed has no figure."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return Spread(None, None, len(values))
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+def reached(points: Iterable[tuple[float, float]], target: float) -> Reached | None:
+    """Where the loss falls to `target` along (FLOPs, loss) points; None when no point is as low."""
+    ordered = sorted(points)
+    if ordered and ordered[0][1] <= target:
+        return Reached(ordered[0][0], at_most=True)
+    for (flops, loss), (further, lower) in zip(ordered, ordered[1:], strict=False):
+        if lower <= target:
+            part = (loss - target) / (loss - lower)
+            return Reached(math.exp(math.log(flops) + part * math.log(further / flops)), at_most=False)
+    return None
+
+
+class Outcome:
+    """The finished runs of a study, as far as it has come."""
+
+    def __init__(self, study: Design, runs: Sequence[Finished]):
+        self.study, self.runs = study, list(runs)
+
+    def best_rate(self, name: str) -> float | None:
+        """The learning rate of the lowest loss among those tried, at the first seed; None before any was."""
+        tried = [run for run in self.runs if run.name == name and run.tried]
+        return min(tried, key=lambda run: (run.loss, run.learning_rate)).learning_rate if tried else None
+
+    def of(self, name: str, seed: int | None = None) -> list[Finished]:
+        """The runs of scratch or an arm at its best learning rate, by compute."""
+        rate = self.best_rate(name)
+        chosen = [run for run in self.runs if run.name == name and run.learning_rate == rate]
+        return sorted((run for run in chosen if seed in (None, run.seed)), key=lambda run: run.spent)
+
+    def seeds(self, name: str) -> list[int]:
+        """The seeds for which an arm, and scratch beside it, is complete."""
+        counts = {seed: len(self.of(name, seed)) for seed in self.study.seeds}
+        return [s for s, count in counts.items() if count == len(self.study.budgets) and self.of(SCRATCH, s)]
+
+    def reached(self, name: str, seed: int) -> Reached | None:
+        """Where an arm reaches the from-scratch loss of the same seed, its sources' FLOPs included."""
+        points = [(run.spent, run.loss) for run in self.of(name, seed)]
+        return reached(points, self.of(SCRATCH, seed)[-1].loss)
+
+    def saved(self, name: str, seed: int, sources: bool = True) -> float | None:
+        """The part of the from-scratch FLOPs saved at equal loss, the sources' FLOPs counted or not (Gopher's way)."""
+        found = self.reached(name, seed)
+        if found is None:
+            return None
+        before = 0.0 if sources else self.of(name, seed)[0].flops_before
+        return 1 - (found.flops - before) / self.of(SCRATCH, seed)[-1].flops
+
+    def best_arms(self) -> list[str]:
+        """The arms that take the further seeds: the most saved at the first one, then the lowest loss at its end."""
+
+        def order(name: str) -> tuple[float, float]:
+            seed = self.study.seeds[0]
+            saved = self.saved(name, seed)
+            return (-math.inf if saved is None else saved, -self.of(name, seed)[-1].loss)
+
+        within = [name for name in self.study.arms if self.study.share(name) <= LARGEST_SHARE]
+        ranked = sorted(within or self.study.arms, key=order, reverse=True)
+        return ranked[: self.study.best or None]
+
+    def arm(self, name: str) -> dict[str, Any]:
+        """What is reported of an arm."""
+        part, seeds = self.study.arms[name], self.seeds(name)
+        growth = part.values.get("grow") or {}
+        ends = [self.of(name, seed) for seed in seeds]
+        return {
+            "name": name,
+            "operator": ", ".join(f"{key} {value}" for key, value in growth.items()),
+            "sources": self.study.chain(name),
+            "share": self.study.share(name),
+            "within_share": self.study.share(name) <= LARGEST_SHARE,
+            "rewarmup": self.study.warmup(name),
+            "learning_rate": self.best_rate(name),
+            "reached": bool(seeds) and all(self.reached(name, seed) is not None for seed in seeds),
+            "at_least": any((found := self.reached(name, seed)) and found.at_most for seed in seeds),
+            "saved": asdict(spread([self.saved(name, seed) for seed in seeds])),
+            "saved_without_source": asdict(spread([self.saved(name, seed, sources=False) for seed in seeds])),
+            "loss": asdict(spread([runs[-1].loss for runs in ends])),
+            "ahead": asdict(spread([self.of(SCRATCH, s)[-1].loss - r[-1].loss for s, r in zip(seeds, ends, strict=True)])),
+        }
+
+    def results(self) -> dict[str, Any]:
+        """The study as `results.json` holds it."""
+        study, scratch = self.study, self.of(SCRATCH)
+        source = next(iter(study.sources.values()))
+        first = next(run for run in self.runs if run.name in study.sources)
+        return {
+            "format": 1,
+            "growkit": __version__,
+            "target": sizes(study.model),
+            "source": sizes(source.model),
+            "tokens": {"scratch": scratch[-1].tokens, "source": first.tokens},
+            "seeds": list(study.seeds),
+            "scratch": {
+                "learning_rate": self.best_rate(SCRATCH),
+                "flops": scratch[-1].flops,
+                "loss": asdict(spread([run.loss for run in scratch])),
+            },
+            "arms": [self.arm(name) for name in study.arms],
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+
+def sizes(model: NeoX) -> dict[str, int]:
+    """What a model is, in numbers."""
+    kept = ("layer", "embed", "head", "mlp", "vocab", "context")
+    return {name: getattr(model, name) for name in kept} | {"parameters": model.parameters}

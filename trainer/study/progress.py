@@ -1,0 +1,96 @@
+"""What the user sees of a study while it goes: which run of how many, its loss, the time left for all of them.
+
+Knows FLOPs done and to come, from which the time left is reckoned; leaves what runs there are to `course`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from trainer.report import duration
+
+
+class Progress:
+    """A bar over all FLOPs of a study on a terminal, a line for each run elsewhere. Use as a context manager."""
+
+    def __init__(self):
+        self.live = sys.stderr.isatty()
+        self.bar: Any = None
+        self.begun, self.done, self.running, self.left, self.words = time.monotonic(), 0.0, 0.0, 0.0, ""
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"),
+                           console=Console(stderr=True))  # fmt: skip
+            self.task = self.bar.add_task("study", words="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *problem) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def begin(self, words: str, left: float) -> None:
+        """A run begins. left: FLOPs of it and of all after it."""
+        self.words, self.left, self.running = words, left, 0.0
+        self._show("compiling")
+
+    def step(self, flops: float, loss: float) -> None:
+        """The run has done so many FLOPs."""
+        self.running = flops
+        self._show(f"loss {loss:.4f}, {self.time_left()} left")
+
+    def end(self, flops: float, words: str) -> None:
+        """The run is done, in so many FLOPs; words: what came of it."""
+        self.done, self.left, self.running = self.done + flops, self.left - flops, 0.0
+        self.say(f"{self.words}: {words}; {self.time_left()} left")
+
+    def say(self, words: str) -> None:
+        """A line of its own."""
+        if self.bar is not None:
+            self.bar.console.print(words, highlight=False, soft_wrap=True)
+        else:
+            click.echo(words, err=True)
+
+    def time_left(self) -> str:
+        """By the FLOPs a second since this command began."""
+        done = self.done + self.running
+        seconds = time.monotonic() - self.begun
+        return duration((self.left - self.running) * seconds / done) if done else "unknown time"
+
+    def _show(self, words: str) -> None:
+        if self.bar is not None:
+            total, done = self.done + self.left, self.done + self.running
+            self.bar.update(self.task, description=self.words, total=total, completed=done, words=words)
+
+
+class Beside:
+    """What a run shows of itself, in the place of `trainer.report.Report`: its steps, to the study's progress."""
+
+    def __init__(self, progress: Progress, flops_per_step: float):
+        self.progress, self.flops_per_step = progress, flops_per_step
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *problem) -> None:
+        pass
+
+    def compiled(self, step: int) -> None:
+        pass
+
+    def row(self, step: int, loss: float, rate: float, speed: str) -> None:
+        self.progress.step(step * self.flops_per_step, loss)
+
+    def say(self, words: str) -> None:
+        """Only warnings: the rest is in the run's own files."""
+        if words.startswith("warning"):
+            self.progress.say(f"{self.progress.words}: {words}")
