@@ -74,9 +74,10 @@ def trajectory(config):
     """The losses and gradient norms of some steps, the validation after them, and what the compiled step is like."""
     lay = sharding.layout(config, MODEL)
     state, parts, found = started(config, lay), config.batch.accumulation, []
-    step = make_train_step(config, MODEL, None, lay).lower(state, tokens(0, parts)).compile()
+    made = make_train_step(config, MODEL, None, lay)
+    step = made.trace(state, tokens(0, parts)).lower().compile()
     for number in range(STEPS):
-        state, metrics = step(state, sharding.place(tokens(number, parts), lay.batch(1)))
+        state, metrics = step(state, sharding.place(tokens(number, parts), lay.batch(1)), made.numbers)
         found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     mask = np.arange(16) < 13
     loss = float(make_eval_step(config, MODEL, lay)(state.params, tokens(99)[0], mask))

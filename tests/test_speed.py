@@ -61,7 +61,7 @@ def first_row(data, out, monkeypatch, **log):  # noqa: F811
             begun.append(True)
             return step(*arguments)
 
-        stepped.lower = step.lower
+        stepped.trace, stepped.memory = step.trace, step.memory
         return stepped
 
     monkeypatch.setattr(trainer.loop, "make_train_step", slow)

@@ -94,7 +94,7 @@ class Run:
         self.eval_step = make_eval_step(self.config, self.model, self.layout)
         self.tasks = self.asked.of(self.config, self.model, self.layout, self.files, self.directory)
         self.saved_at = time.monotonic()
-        self.drawn_at = 0.0
+        self.drawn_at = time.monotonic()
 
     def _lay_out(self, config: Config, model: NeoX) -> None:
         """Take the configuration and the model that this loop trains, and where its state lies."""

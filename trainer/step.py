@@ -7,7 +7,8 @@ and what becomes of the state to the loop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +19,17 @@ from jax.sharding import NamedSharding
 from growkit.errors import UsageError
 from growkit.neox import NeoX
 from growkit.spec import Row
-from trainer.config import Config
+from trainer.config import Config, Optimizer, Precision
 from trainer.kernels import chosen
 from trainer.loss import token_losses_sum
 from trainer.model import GPTNeoX
 from trainer.optimizer import Multipliers, adamw, global_norm
-from trainer.schedule import learning_rate
+from trainer.schedule import numbers
+from trainer.schedule import rate as schedule_rate
 from trainer.sharding import Layout, alone
+
+# Programs of other models that a process keeps: those of a study's sources and target, of a growth within a run.
+PROGRAMS = 16
 
 
 class State(NamedTuple):
@@ -83,44 +88,73 @@ def _as_moments(network: GPTNeoX, gradient: Any) -> Any:
     return jax.tree.map(layout.constrain, gradient, network.model.table.tree(layout.moment))
 
 
+class TrainStep:
+    """(state, tokens [A, B, T+1]) -> (state, metrics), with the numbers of one run; the state given is donated.
+
+    Metrics: loss in nats a token, gradient_norm before the clip, learning_rate. The program takes the numbers as
+    arguments, so that runs of one model that differ in learning rate, schedule or seed share it. memory: what it was
+    found to need, by the shape of a batch, for whoever asks again.
+    """
+
+    def __init__(self, program: Any, memory: dict[Any, Any], numbers: dict[str, float]):
+        self.program, self.memory, self.numbers = program, memory, numbers
+
+    def __call__(self, state: State, tokens_AxBxT1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        return self.program(state, tokens_AxBxT1, self.numbers)
+
+    def trace(self, state: Any, tokens_AxBxT1: Any) -> Any:
+        """The program as JAX traced it, from which it is lowered; nothing of it is computed."""
+        return self.program.trace(state, tokens_AxBxT1, self.numbers)
+
+
 def make_train_step(
     config: Config,
     model: NeoX,
     multipliers: Multipliers | None = None,
     layout: Layout | None = None,
     grown_at: int | None = None,
-) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """The jitted step: (state, tokens [A, B, T+1]) -> (state, metrics); the state given is donated.
-
-    Metrics: loss in nats a token, gradient_norm before the clip, learning_rate. layout: None for the first device.
-    grown_at: see `learning_rate`.
-    """
+) -> TrainStep:
+    """The step of a run. layout: None for the first device. grown_at: see `learning_rate`."""
     layout = layout or alone()
     kernel = chosen(config, model, layout).name
     network = GPTNeoX(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
-    optimizer = adamw(config.optimizer, model, multipliers)
-    drops = any((config.dropout.hidden, config.dropout.attention, config.dropout.embedding))
-    places = state_shardings(config, model, layout)
+    # What the numbers say, and what `multipliers` settles, is no part of the program.
+    settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto")
+    make = _program if multipliers is None else _program.__wrapped__
+    run = numbers(config.schedule, config.optimizer.learning_rate, grown_at) | {"seed": config.seed}
+    return TrainStep(*make(network, settings, config.schedule.kind, multipliers), run)
 
-    def train_step(state: State, tokens_AxBxT1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if drops else None
+
+@lru_cache(maxsize=PROGRAMS)
+def _program(
+    network: GPTNeoX, settings: Optimizer, kind: str, multipliers: Multipliers | None
+) -> tuple[Any, dict[Any, Any]]:
+    """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics); and a place for what it needs."""
+    model, layout, dropout = network.model, network.layout, network.dropout
+    optimizer = adamw(settings, model, multipliers)
+    drops = any((dropout.hidden, dropout.attention, dropout.embedding))
+    places = jax.tree.map(lambda leaf: leaf.sharding, _abstract(network.precision, settings, model, layout))
+
+    def train_step(state: State, tokens_AxBxT1: jax.Array, numbers: dict[str, jax.Array]) -> tuple[State, dict]:
+        key = jax.random.fold_in(jax.random.key(numbers["seed"]), state.step) if drops else None
         loss, gradient = gradients(network, state.params, tokens_AxBxT1, key)
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
         params = _as_moments(network, state.params)
         direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
-        rate = learning_rate(config.schedule, config.optimizer.learning_rate, state.schedule_step, grown_at)
+        rate = schedule_rate(kind, numbers, state.schedule_step)
         updates = jax.tree.map(lambda update, param: (-rate * update).astype(param.dtype), direction, params)
         norm = global_norm(gradient, multipliers.clip if multipliers else None)
         metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
         params = _as_moments(network, optax.apply_updates(params, updates))
         return State(params, optimizer_state, state.step + 1, state.schedule_step + 1), metrics
 
-    return jax.jit(
+    program = jax.jit(
         train_step,
-        in_shardings=(places, layout.batch(1)),
+        in_shardings=(places, layout.batch(1), layout.whole),
         out_shardings=(places, layout.whole),
         donate_argnums=0,
     )
+    return program, {}
 
 
 def make_eval_step(
@@ -128,12 +162,16 @@ def make_eval_step(
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """The jitted validation: (params, tokens [B, T+1], mask [B]) -> summed loss, nats, of unmasked sequences."""
     layout = layout or alone()
-    network = GPTNeoX(model, config.precision, kernel=chosen(config, model, layout).name, layout=layout)
+    return _evaluation(GPTNeoX(model, config.precision, kernel=chosen(config, model, layout).name, layout=layout))
 
+
+@lru_cache(maxsize=PROGRAMS)
+def _evaluation(network: GPTNeoX) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
         return loss_sum(network, params, tokens_BxT1, None, mask_B)
 
-    places = (model.table.tree(layout.stored), layout.batch(), layout.batch())
+    layout = network.layout
+    places = (network.model.table.tree(layout.stored), layout.batch(), layout.batch())
     return jax.jit(eval_step, in_shardings=places, out_shardings=layout.whole)
 
 
@@ -146,18 +184,17 @@ def initial_state(config: Config, model: NeoX, params: Any) -> State:
 
 def abstract_state(config: Config, model: NeoX, layout: Layout) -> State:
     """The shapes, dtypes and places of a state, nothing of it computed."""
-    dtype, sizes = jnp.dtype(config.precision.params), model.sizes
+    return _abstract(config.precision, config.optimizer, model, layout)
+
+
+def _abstract(precision: Precision, settings: Optimizer, model: NeoX, layout: Layout) -> State:
+    dtype, sizes = jnp.dtype(precision.params), model.sizes
 
     def lie(place: Callable[[Row], NamedSharding]) -> dict[str, Any]:
         return model.table.tree(lambda row: jax.ShapeDtypeStruct(row.stacked_shape(sizes), dtype, sharding=place(row)))
 
     params, moments = lie(layout.stored), lie(layout.moment)
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.whole)
-    optimizer = jax.eval_shape(adamw(config.optimizer, model).init, params)
+    optimizer = jax.eval_shape(adamw(settings, model).init, params)
     optimizer = optax.tree.set(optimizer, mu=moments, nu=moments, count=counter)
     return State(params, optimizer, counter, counter)
-
-
-def state_shardings(config: Config, model: NeoX, layout: Layout) -> State:
-    """Where every array of a state lies: parameters, moments, and the counters on every device."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, layout))

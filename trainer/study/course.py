@@ -100,7 +100,9 @@ class Course:
     def _source(self, task: Task) -> Finished | None:
         """The finished run that a run begins from."""
         chain = self.study.chain(task.name)
-        return next((run for run in self.outcome.runs if chain and (run.name, run.seed) == (chain[-1], task.seed)), None)
+        return next(
+            (run for run in self.outcome.runs if chain and (run.name, run.seed) == (chain[-1], task.seed)), None
+        )
 
     def _train(
         self, task: Task, values: dict[str, Any], directory: Path, start: str | None

@@ -159,7 +159,9 @@ def design(values: dict[str, Any]) -> Design:
         sources[name] = _source(name, stated, base, sources)
     arms = {name: _arm(name, stated, config, sources, rates) for name, stated in _parts(section, "arms").items()}
     if clash := sorted((sources.keys() & arms.keys()) | ({SCRATCH} & (sources.keys() | arms.keys()))):
-        raise UsageError(f"study: the name {clash[0]!r} is given twice; scratch, sources and arms share one set of names")
+        raise UsageError(
+            f"study: the name {clash[0]!r} is given twice; scratch, sources and arms share one set of names"
+        )
     seeds = tuple(int(seed) for seed in _numbers(section, "seeds", [config.seed]))
     budgets = tuple(sorted(_numbers(section, "budgets", [1.0])))
     best = section.get("best", 0)
@@ -228,7 +230,7 @@ def _arm(
     own = _numbers(stated, "learning_rates", list(rates))
     if len(own) > len(rates):
         raise UsageError(
-            f"{where} tries {len(own)} learning rates and scratch {len(rates)}: scratch must have as many tries at least"
+            f"{where} tries {len(own)} learning rates and scratch {len(rates)}: scratch must have at least as many"
         )
     return Part(start, values, model, learning_rates=own)
 

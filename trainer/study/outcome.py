@@ -67,8 +67,8 @@ def spread(values: Sequence[float | None]) -> Spread:
 
 
 def reached(points: Iterable[tuple[float, float]], target: float) -> Reached | None:
-    """Where the loss falls to `target` along (FLOPs, loss) points; None when no point is as low."""
-    ordered = sorted(points)
+    """Where the loss falls to `target` along (FLOPs, loss) points, the finite ones; None when none is as low."""
+    ordered = sorted(point for point in points if math.isfinite(point[1]))
     if ordered and ordered[0][1] <= target:
         return Reached(ordered[0][0], at_most=True)
     for (flops, loss), (further, lower) in zip(ordered, ordered[1:], strict=False):
@@ -143,7 +143,9 @@ class Outcome:
             "saved": asdict(spread([self.saved(name, seed) for seed in seeds])),
             "saved_without_source": asdict(spread([self.saved(name, seed, sources=False) for seed in seeds])),
             "loss": asdict(spread([runs[-1].loss for runs in ends])),
-            "ahead": asdict(spread([self.of(SCRATCH, s)[-1].loss - r[-1].loss for s, r in zip(seeds, ends, strict=True)])),
+            "ahead": asdict(
+                spread([self.of(SCRATCH, s)[-1].loss - r[-1].loss for s, r in zip(seeds, ends, strict=True)])
+            ),
         }
 
     def results(self) -> dict[str, Any]:

@@ -28,8 +28,8 @@ class Progress:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"),
-                           console=Console(stderr=True))  # fmt: skip
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"))
+            self.bar = Bar(*columns, console=Console(stderr=True))
             self.task = self.bar.add_task("study", words="")
             self.bar.start()
         return self

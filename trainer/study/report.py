@@ -66,13 +66,15 @@ def notes(outcome: Outcome, results: dict[str, Any]) -> list[str]:
     lines = [
         f"Target: {target['layer']} layers, embed {target['embed']}, {target['parameters']:,} parameters; from scratch "
         f"{results['tokens']['scratch']:,} tokens, {results['scratch']['flops']:.3g} FLOPs.",
-        f"Arms end at {budgets} of those FLOPs, sources included, each run with a schedule of its own. Loss: nats a token "
-        f"on held-out text at {largest:g}. Better by: loss from scratch minus that, seed by seed. "
+        f"Arms end at {budgets} of those FLOPs, sources included, each run with a schedule of its own. Loss: nats a "
+        f"token on held-out text at {largest:g}. Better by: loss from scratch minus that, seed by seed. "
         "Saved: of the from-scratch FLOPs, to its final loss, between runs linear in the logarithm of FLOPs.",
         "Mean ± one standard deviation over seeds (in brackets how many); a best learning rate is in bold.",
     ]
     if any(not arm["within_share"] for arm in results["arms"]):
-        lines.append(f"* The source takes more than {LARGEST_SHARE:.0%} of the from-scratch FLOPs: not in the headline.")
+        lines.append(
+            f"* The source takes more than {LARGEST_SHARE:.0%} of the from-scratch FLOPs: not in the headline."
+        )
     return [*lines, headline(results)]
 
 
@@ -168,7 +170,14 @@ def _draw_scratch(axes, outcome: Outcome, out: Path) -> None:
         course = [row for row in parse((out / "runs" / run.run / METRICS).read_text()) if row["validation_loss"]]
         flops, losses = [float(row["flops"]) for row in course], [float(row["validation_loss"]) for row in course]
         first = run.seed == outcome.study.seeds[0]
-        axes.plot(flops[1:], losses[1:], "-", color="#888888", linewidth=1, label="from scratch, on its way" if first else None)
+        axes.plot(
+            flops[1:],
+            losses[1:],
+            "-",
+            color="#888888",
+            linewidth=1,
+            label="from scratch, on its way" if first else None,
+        )
         axes.plot([run.flops], [run.loss], "*", color="black", markersize=10, label="from scratch" if first else None)
         axes.axhline(run.loss, color="#888888", linewidth=0.5, linestyle=":")
 

@@ -1,0 +1,309 @@
+"""Studies: budgets that are kept, arithmetic by hand, every run the trainer's own, and nothing done twice."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+from dataclasses import replace
+
+import pytest
+import yaml
+from test_training import data, values  # noqa: F401 (data is a fixture)
+
+import trainer.study.course
+from growkit.checkpoint import open_source
+from growkit.cli import run as run_command
+from growkit.cli.training import train_run
+from growkit.errors import UsageError
+from growkit.evidence import read_study
+from trainer.history import parse
+from trainer.report import Result
+from trainer.study.course import Course
+from trainer.study.design import SCRATCH, Task, design
+from trainer.study.outcome import Finished, Outcome, Reached, reached, spread
+from trainer.study.report import headline, markdown
+
+NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
+STUDY = {
+    "learning_rates": [1e-3, 4e-3],
+    "seeds": [0, 1],
+    "best": 1,
+    "budgets": [1.0, 0.6],
+    "sources": {
+        "half": {"share": 0.2, "model": {"layer": 1}},
+        "narrow": {"share": 0.25, "model": {"embed": 8, "head": 1, "mlp": 16}},
+    },
+    "arms": {
+        "replicate": {"from": "half", "grow": {"map": "1:2"}},
+        "clone": {"from": "narrow", "grow": {"embed": "2x", "noise": 0.1}, "learning_rates": [1e-3]},
+    },
+}
+
+
+def nested(root, **changed):
+    """A study of a model with two layers, twelve steps from scratch; keys with dots change its study section."""
+    section = copy.deepcopy(STUDY)
+    for key, value in changed.items():
+        node = section
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    made = values(root, dropout=NO_DROPOUT, batch={"accumulation": 1}, schedule={"steps": 12, "warmup": 2})
+    return made | {"study": section}
+
+
+@pytest.fixture(scope="module")
+def file(data, tmp_path_factory):  # noqa: F811
+    """The study's file, its paths absolute."""
+    path = tmp_path_factory.mktemp("design") / "study.yaml"
+    path.write_text(yaml.safe_dump(nested(data), sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(file, tmp_path_factory):
+    """The study, run by the command."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    assert run_command(["study", str(file), "--out", str(out)]) == 0
+    return out
+
+
+def finished(name, seed=0, rate=1.0, budget=None, flops=0.0, before=0.0, loss=0.0, tried=True):
+    run = f"{name}-{seed}-{rate}-{budget}"
+    return Finished(name, seed, rate, budget, tried, 1, 1, flops, before, loss, 1.0, run)
+
+
+def test_arms_and_their_sources_together_stay_within_the_budget(data):  # noqa: F811
+    study = design(nested(data))
+    assert study.budgets == (0.6, 1.0)
+    for task in study.tasks(list(study.arms)):
+        own = study.steps(task) * study.flops_per_step(task.name)
+        before = sum(study.steps(Task(name, task.seed)) * study.flops_per_step(name) for name in study.chain(task.name))
+        wanted = study.sources[task.name].share if task.name in study.sources else task.budget
+        slack = sum(study.flops_per_step(name) for name in (task.name, *study.chain(task.name))) / 2
+        assert abs(own + before - wanted * study.flops) <= slack
+
+
+def test_a_source_is_cheaper_a_step_and_the_target_is_what_scratch_trains(data):  # noqa: F811
+    study = design(nested(data))
+    assert study.flops_per_step("half") < study.flops_per_step("replicate") == study.flops_per_step(SCRATCH)
+    assert study.steps(Task("half", 0)) > 0.2 * study.steps(Task(SCRATCH, 0))
+    assert study.arms["clone"].model.sizes == study.model.sizes
+
+
+def test_all_runs_are_planned_before_the_first(data):  # noqa: F811
+    study = design(nested(data))
+    first = [task for task in study.tasks() if task.seed == 0]
+    assert [t.name for t in first] == [SCRATCH] * 2 + ["half", "narrow"] + ["replicate"] * 3 + ["clone"] * 2
+    further = [t for t in study.tasks(["clone"]) if t.seed == 1]
+    assert [t.name for t in further] == [SCRATCH, "narrow", "clone", "clone"]
+    every = design(nested(data, best=0))
+    assert {t.name for t in every.tasks() if t.seed == 1} == {SCRATCH, "half", "narrow", "replicate", "clone"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"arms__replicate__grow": {"map": "1:3"}}, "does not end in the model.*layer 3 and not 2"),
+        ({"arms__replicate__grow": None}, "does not end in the model.*layer 1 and not 2"),
+        ({"arms__replicate__from": "halve"}, "names a source.*did you mean 'half'"),
+        ({"arms__replicate__grow": {"methods": "1:2"}}, "study.arms.replicate: unknown key grow.methods"),
+        ({"arms__replicate__learning_rates": [1, 2, 3]}, "tries 3 learning rates and scratch 2"),
+        ({"arms__replicate__optimizer": {"learning_rate": 1.0}}, "learning_rates"),
+        ({"sources__half__share": 1.5}, "above 0 and below 1"),
+        ({"sources__half__share": 0.5}, "replicate with a budget of 0.6.*sources take 0.5"),
+        ({"sources__half__model": {"layers": 1}}, "unknown key model.layers"),
+        ({"budgets": [0.2]}, "replicate with a budget of 0.2"),
+        ({"seeds": [0, 0]}, "seeds is a list of different numbers"),
+        ({"learning_rates": [-1.0]}, "learning_rates is a list of different numbers above 0"),
+        ({"best": "two"}, "study.best is a number of arms"),
+        ({"arms": {"scratch": STUDY["arms"]["replicate"]}}, "'scratch' is given twice"),
+        ({"arms": {"a/b": STUDY["arms"]["replicate"]}}, "letters, digits"),
+        ({"arms": {}}, "study.arms is a section"),
+        ({"seed": 1}, "unknown key study.seed.*did you mean 'seeds'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(data, changed, words):  # noqa: F811
+    with pytest.raises(UsageError, match=words):
+        design(nested(data, **changed))
+
+
+def test_a_study_needs_its_section_and_a_model(data):  # noqa: F811
+    made = nested(data)
+    with pytest.raises(UsageError, match="study is a section"):
+        design({key: value for key, value in made.items() if key != "study"})
+    with pytest.raises(UsageError, match="needs a model section"):
+        design({key: value for key, value in made.items() if key != "model"})
+    with pytest.raises(UsageError, match="of its arms and sources"):
+        design(made | {"grow": {"map": "1:2"}})
+
+
+def test_compute_to_a_loss_by_hand():
+    points = [(400.0, 3.0), (100.0, 4.0), (200.0, 3.5)]
+    assert reached(points, 4.5) == Reached(100.0, at_most=True)
+    assert reached(points, 3.75).flops == pytest.approx(100 * math.sqrt(2))
+    assert reached(points, 3.0).flops == pytest.approx(400.0) and not reached(points, 3.0).at_most
+    assert reached(points, 2.9) is None and reached([], 1.0) is None
+    assert reached([(1.0, math.inf), (2.0, 4.0), (4.0, 3.0)], 3.0) == Reached(pytest.approx(4.0), at_most=False)
+
+
+def test_spread_by_hand():
+    assert spread([1.0, 3.0]).mean == 2.0 and spread([1.0, 3.0]).std == pytest.approx(math.sqrt(2))
+    assert spread([1.0]).std is None
+    assert spread([1.0, None]).mean is None and spread([]).mean is None
+
+
+@pytest.fixture
+def outcome(data):  # noqa: F811
+    """Scratch reaches 3.0 for 100 FLOPs; replicate, with 20 for its source, for 60 and so for 40 of its own."""
+    runs = [
+        finished(SCRATCH, 0, 1e-3, 1.0, 100.0, loss=3.2),
+        finished(SCRATCH, 0, 4e-3, 1.0, 100.0, loss=3.0),
+        finished("half", 0, 4e-3, None, 20.0, loss=4.0, tried=False),
+        finished("narrow", 0, 4e-3, None, 25.0, loss=4.0, tried=False),
+        finished("replicate", 0, 1e-3, 0.6, 40.0, 20.0, loss=3.0),
+        finished("replicate", 0, 4e-3, 0.6, 40.0, 20.0, loss=3.1),
+        finished("replicate", 0, 1e-3, 1.0, 80.0, 20.0, loss=2.9, tried=False),
+        finished("clone", 0, 1e-3, 0.6, 35.0, 25.0, loss=3.3),
+        finished("clone", 0, 1e-3, 1.0, 75.0, 25.0, loss=3.1, tried=False),
+    ]
+    return Outcome(design(nested(data)), runs)
+
+
+def test_saving_by_hand_counted_both_ways(outcome):
+    assert outcome.best_rate(SCRATCH) == 4e-3 and outcome.best_rate("replicate") == 1e-3
+    assert outcome.saved("replicate", 0) == pytest.approx(0.4)
+    assert outcome.saved("replicate", 0, sources=False) == pytest.approx(0.6)
+    assert outcome.saved("clone", 0) is None
+    assert outcome.best_arms() == ["replicate"]
+    report = outcome.results()
+    replicate, clone = report["arms"]
+    assert replicate["saved"] == {"mean": pytest.approx(0.4), "std": None, "runs": 1} and replicate["at_least"]
+    assert replicate["ahead"]["mean"] == pytest.approx(0.1) and not clone["reached"]
+    assert clone["saved"]["mean"] is None and "not reached" in markdown(outcome, report)
+    assert "replicate saves at least 40.0 % (1) " in headline(report)
+
+
+def test_the_sources_compute_makes_the_difference(outcome):
+    """The sibling: forget what the sources cost, and the saving with them equals the one without."""
+    outcome.runs = [replace(run, flops_before=0.0) for run in outcome.runs]
+    assert outcome.saved("replicate", 0) == outcome.saved("replicate", 0, sources=False) != pytest.approx(0.4)
+
+
+def test_a_source_beyond_the_share_is_not_in_the_headline(data, outcome):  # noqa: F811
+    outcome.study = design(nested(data, sources__half__share=0.3))
+    report = outcome.results()
+    assert not report["arms"][0]["within_share"] and outcome.best_arms() == ["clone"]
+    assert headline(report).startswith("No arm") and "not in the headline" in markdown(outcome, report)
+
+
+def test_a_study_from_end_to_end(done):
+    results = json.loads((done / "results.json").read_text())
+    runs = results["runs"]
+    counts = {
+        name: sum(run["name"] == name for run in runs) for name in (SCRATCH, "half", "narrow", "replicate", "clone")
+    }
+    best = max(results["arms"], key=lambda arm: arm["loss"]["runs"])
+    assert best["loss"]["runs"] == 2 and counts[SCRATCH] == 3 and counts["half"] + counts["narrow"] == 3
+    assert all(math.isfinite(run["loss"]) for run in runs)
+    for file in ("report.md", "runs.csv", "study.png"):
+        assert (done / file).stat().st_size
+    assert len((done / "runs.csv").read_text().splitlines()) == 1 + len(runs)
+    study = read_study(str(done))
+    assert [arm.name for arm in study.arms] == ["replicate", "clone"] and study.source_tokens < study.tokens
+
+
+def test_the_ledger_is_the_trainers_own(done):
+    """FLOPs and losses as each run's own metrics have them, its sources' included."""
+    for run in json.loads((done / "results.json").read_text())["runs"]:
+        last = [
+            row for row in parse((done / "runs" / run["run"] / "metrics.csv").read_text()) if row["validation_loss"]
+        ][-1]
+        assert float(last["flops"]) == pytest.approx(run["flops"] + run["flops_before"], rel=1e-12)
+        assert float(last["validation_loss"]) == run["loss"]
+
+
+def test_models_worth_evaluating_are_kept_and_the_others_are_not(done):
+    results = json.loads((done / "results.json").read_text())
+    kept = {path.parent.name for path in done.glob("runs/*/checkpoints")}
+    rates = {arm["name"]: arm["learning_rate"] for arm in results["arms"]} | {
+        SCRATCH: results["scratch"]["learning_rate"]
+    }
+    last = [run for run in results["runs"] if (run["seed"], run["budget"]) == (0, 1.0)]
+    ends = {run["run"] for run in last if run["learning_rate"] == rates[run["name"]]}
+    sources = {run["run"] for run in results["runs"] if run["budget"] is None}
+    assert kept == ends | sources
+    assert open_source(str(done / "runs" / min(ends))).model.layer == 2
+
+
+def test_an_arms_run_is_what_the_train_verb_does(done, data, tmp_path):  # noqa: F811
+    """And another seed is another run."""
+    run = next(r for r in json.loads((done / "results.json").read_text())["runs"] if r["name"] == "clone")
+    kept = json.loads((done / "runs" / run["run"] / "result.json").read_text())
+    result = train_run(kept["values"], tmp_path / "run", str(done / "runs" / kept["from"]))
+    assert result.validation_loss == run["loss"]
+    other = train_run(kept["values"] | {"seed": 5}, tmp_path / "other", str(done / "runs" / kept["from"]))
+    assert other.validation_loss != run["loss"]
+
+
+class Stopping:
+    """train_run that is stopped by a signal in one run, halfway, and counts its calls."""
+
+    def __init__(self, monkeypatch, at):
+        self.calls, self.at = 0, at
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, values, out, start=None, show=None):
+        self.calls += 1
+        if self.calls == self.at:
+            row = trainer.study.course.Beside.row
+
+            def stop(beside, step, *metrics):
+                signal.raise_signal(signal.SIGTERM)
+                row(beside, step, *metrics)
+
+            with self.monkeypatch.context() as patch:
+                patch.setattr(trainer.study.course.Beside, "row", stop)
+                return train_run(values, out, start, show=show)
+        return train_run(values, out, start, show=show)
+
+
+def test_a_study_that_was_stopped_goes_on_and_gives_the_same(done, file, data, tmp_path, monkeypatch):  # noqa: F811
+    study = design(nested(data) | {"log": {"every": 1}})
+    whole = json.loads((done / "results.json").read_text())
+    stopping = Stopping(monkeypatch, at=5)
+    course = Course(study, tmp_path / "out", stopping)
+    assert course.go() == signal.SIGTERM and stopping.calls == 5
+    resumed = Course(study, tmp_path / "out", Stopping(monkeypatch, at=0))
+    assert resumed.go() is None
+    assert resumed.train.calls == len(whole["runs"]) - 4
+    losses = [(run.name, run.seed, run.loss) for run in resumed.outcome.runs]
+    assert losses == [(run["name"], run["seed"], run["loss"]) for run in whole["runs"]]
+
+
+def test_by_the_command_a_study_that_exists_needs_resume(done, file, capsys):
+    assert run_command(["study", str(file), "--out", str(done)]) == 2
+    assert "--resume goes on" in capsys.readouterr().err
+    before = (done / "results.json").read_bytes()
+    assert run_command(["study", str(file), "--out", str(done), "--resume"]) == 0
+    assert (done / "results.json").read_bytes() == before
+    assert run_command(["study", str(file), "batch.sequences=2", "--out", str(done), "--resume"]) == 2
+    assert "other values" in capsys.readouterr().err
+
+
+def test_a_rate_that_diverges_is_a_try_and_not_the_end(data, tmp_path):  # noqa: F811
+    def train(values, out, start=None, show=None):
+        if values["optimizer"]["learning_rate"] == 4e-3:
+            raise trainer.study.course.Diverged("step 3 is not finite")
+        return Result(12, None, 3.0 + len(str(out)) / 1e4)
+
+    course = Course(design(nested(data)), tmp_path / "out", train)
+    course._prune = lambda: None
+    assert course.go() is None
+    assert course.outcome.best_rate(SCRATCH) == 1e-3
+    again = Course(design(nested(data)), tmp_path / "out", train)
+    assert again.go() is None and again.outcome.runs == course.outcome.runs
+    assert sum(math.isinf(run.loss) for run in again.outcome.runs) == 2
