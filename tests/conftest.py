@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,18 @@ def programs_apart(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def programs_of_patched_code(request):
+    """A test that may patch what a step is made of shares no compiled step with other tests."""
+    made = sys.modules.get("trainer.step")
+    patched = made is not None and "monkeypatch" in request.fixturenames
+    if patched:
+        made.forget_programs()
+    yield
+    if patched:
+        made.forget_programs()
 
 
 @pytest.fixture

@@ -87,6 +87,47 @@ def test_parts_divided_by_their_own_size_are_not(params, monkeypatch):
     assert gap(parted[2], whole[2]) > 1e-3
 
 
+def changed(**sections):
+    """The plain configuration with other values in some sections, and as many that a run alone has."""
+    return dataclasses.replace(PLAIN, **sections)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed(optimizer=dataclasses.replace(PLAIN.optimizer, learning_rate=0.25)),
+        changed(schedule=dataclasses.replace(PLAIN.schedule, steps=7, warmup=3, floor=0.5)),
+        changed(seed=4),
+    ],
+    ids=["rate", "schedule", "seed"],
+)
+def test_one_program_serves_runs_that_differ_in_numbers(params, other):
+    """And gives what a program of their own gives; rates and schedules do make a difference."""
+    before = make_train_step(PLAIN, TINY)
+    shared = make_train_step(other, TINY)
+    assert shared.program is before.program
+    together = run(other, params, steps=3, make=lambda config: shared)
+    trainer.step.forget_programs()
+    alone = run(other, params, steps=3, make=lambda config: make_train_step(config, TINY))
+    np.testing.assert_array_equal(together[0], alone[0])
+    assert gap(together[2], alone[2]) == 0
+    assert (gap(together[2], run(PLAIN, params, steps=3)[2]) > 1e-6) == (other.seed == PLAIN.seed)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed(dropout=Dropout(0.2, 0.0, 0.0)),
+        changed(remat="full"),
+        changed(schedule=dataclasses.replace(PLAIN.schedule, kind="linear")),
+        changed(optimizer=dataclasses.replace(PLAIN.optimizer, beta2=0.9)),
+    ],
+    ids=["dropout", "remat", "kind", "beta2"],
+)
+def test_what_is_another_computation_is_another_program(other):
+    assert make_train_step(other, TINY).program is not make_train_step(PLAIN, TINY).program
+
+
 def test_the_first_loss_is_that_of_a_guess(params):
     assert run(PLAIN, params)[0][0] == pytest.approx(math.log(TINY.vocab), abs=0.05)
 

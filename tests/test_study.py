@@ -87,6 +87,14 @@ def test_arms_and_their_sources_together_stay_within_the_budget(data):  # noqa: 
         assert abs(own + before - wanted * study.flops) <= slack
 
 
+def test_noise_is_of_the_studys_seed(data):  # noqa: F811
+    study = design(nested(data))
+    seeds = [study.values(Task("clone", seed, None, 1.0), 1e-3)["grow"].get("seed") for seed in (0, 1)]
+    assert seeds == [0, 1]
+    stated = design(nested(data, arms__clone__grow={"embed": "2x", "noise": 0.1, "seed": 7}))
+    assert stated.values(Task("clone", 1, None, 1.0), 1e-3)["grow"]["seed"] == 7
+
+
 def test_a_source_is_cheaper_a_step_and_the_target_is_what_scratch_trains(data):  # noqa: F811
     study = design(nested(data))
     assert study.flops_per_step("half") < study.flops_per_step("replicate") == study.flops_per_step(SCRATCH)
@@ -240,12 +248,14 @@ def test_models_worth_evaluating_are_kept_and_the_others_are_not(done):
 
 
 def test_an_arms_run_is_what_the_train_verb_does(done, data, tmp_path):  # noqa: F811
-    """And another seed is another run."""
+    """And another learning rate is another run."""
     run = next(r for r in json.loads((done / "results.json").read_text())["runs"] if r["name"] == "clone")
     kept = json.loads((done / "runs" / run["run"] / "result.json").read_text())
     result = train_run(kept["values"], tmp_path / "run", str(done / "runs" / kept["from"]))
     assert result.validation_loss == run["loss"]
-    other = train_run(kept["values"] | {"seed": 5}, tmp_path / "other", str(done / "runs" / kept["from"]))
+    other = train_run(
+        kept["values"] | {"optimizer": {"learning_rate": 2e-3}}, tmp_path / "other", str(done / "runs" / kept["from"])
+    )
     assert other.validation_loss != run["loss"]
 
 

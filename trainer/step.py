@@ -121,8 +121,9 @@ def make_train_step(
     # What the numbers say, and what `multipliers` settles, is no part of the program.
     settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto")
     make = _program if multipliers is None else _program.__wrapped__
-    run = numbers(config.schedule, config.optimizer.learning_rate, grown_at) | {"seed": config.seed}
-    return TrainStep(*make(network, settings, config.schedule.kind, multipliers), run)
+    schedule = numbers(config.schedule, config.optimizer.learning_rate, grown_at)
+    program, memory = make(network, settings, config.schedule.kind, multipliers)
+    return TrainStep(program, memory, schedule | {"seed": config.seed})
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -135,13 +136,13 @@ def _program(
     drops = any((dropout.hidden, dropout.attention, dropout.embedding))
     places = jax.tree.map(lambda leaf: leaf.sharding, _abstract(network.precision, settings, model, layout))
 
-    def train_step(state: State, tokens_AxBxT1: jax.Array, numbers: dict[str, jax.Array]) -> tuple[State, dict]:
-        key = jax.random.fold_in(jax.random.key(numbers["seed"]), state.step) if drops else None
+    def train_step(state: State, tokens_AxBxT1: jax.Array, run: dict[str, jax.Array]) -> tuple[State, dict]:
+        key = jax.random.fold_in(jax.random.key(run["seed"]), state.step) if drops else None
         loss, gradient = gradients(network, state.params, tokens_AxBxT1, key)
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
         params = _as_moments(network, state.params)
         direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
-        rate = schedule_rate(kind, numbers, state.schedule_step)
+        rate = schedule_rate(kind, run, state.schedule_step)
         updates = jax.tree.map(lambda update, param: (-rate * update).astype(param.dtype), direction, params)
         norm = global_norm(gradient, multipliers.clip if multipliers else None)
         metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
@@ -173,6 +174,12 @@ def _evaluation(network: GPTNeoX) -> Callable[[Any, jax.Array, jax.Array], jax.A
     layout = network.layout
     places = (network.model.table.tree(layout.stored), layout.batch(), layout.batch())
     return jax.jit(eval_step, in_shardings=places, out_shardings=layout.whole)
+
+
+def forget_programs() -> None:
+    """Let go of the programs kept in this process."""
+    _program.cache_clear()
+    _evaluation.cache_clear()
 
 
 def initial_state(config: Config, model: NeoX, params: Any) -> State:

@@ -118,7 +118,8 @@ class Design:
         values = merged(copy.deepcopy(dict(self.base)), {"optimizer": {"learning_rate": learning_rate}})
         if task.name != SCRATCH:
             part = (self.arms | self.sources)[task.name]
-            values = merged(values, part.values | {"model": asdict(part.model)})
+            noise = {"grow": {"seed": task.seed}} if part.start else {}
+            values = merged(values, merged(noise, part.values) | {"model": asdict(part.model)})
         return merged(values, {"seed": task.seed, "schedule": {"steps": self.steps(task)}})
 
     def warmup(self, arm: str) -> int:
