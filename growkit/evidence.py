@@ -30,7 +30,8 @@ class Measured:
 class Arm:
     """An operator in a study. saved: the part (0 to 1) of from-scratch's FLOPs that it saves to from-scratch's loss.
 
-    saved_without_source leaves the source's FLOPs out; rewarmup is in steps; reached: whether the loss was.
+    saved_without_source leaves the source's FLOPs out; rewarmup is in steps; reached: whether the loss was; at_least:
+    by its shortest run already, so that it may save more.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Arm:
     saved_without_source: Measured
     rewarmup: int | None
     reached: bool
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def _arm(values: Mapping[str, Any]) -> Arm:
         _measured(values["saved_without_source"]),
         None if values["rewarmup"] is None else int(values["rewarmup"]),
         bool(values["reached"]),
+        bool(values.get("at_least")),
     )
 
 

@@ -182,6 +182,14 @@ def study(path: Path, **changes) -> str:
     return str(path)
 
 
+def test_a_saving_may_be_a_bound(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    study(tmp_path / "mine", arms=[RESULTS["arms"][0] | {"at_least": True}])
+    assert run(["advise", "--target", "760M", "--source", "580M", "--tokens", "41B", "--study", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert "at least" in out and "25.0%" in out and "37.5%" in out
+
+
 def test_a_study_is_told_as_it_was_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     study(tmp_path / "mine")
@@ -194,7 +202,7 @@ def test_a_study_is_told_as_it_was_measured(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     replicate, clone = (next(line for line in out.splitlines() if name in line) for name in ("│ replicate", "│ clone"))
     assert all(words in replicate for words in ("25.0% ± 2.0%", "37.5% ± 3.0%", " 20 ", "1.4e+20"))
-    assert clone.count("loss not reached") == 2 and "%" not in clone
+    assert clone.count("loss not reached") == 2 and "%" not in clone and "at least" not in replicate
     assert "your study mine" in out and "published, not measured here" in out and "EXTRAPOLATION" in out
 
 

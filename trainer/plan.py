@@ -331,9 +331,10 @@ def require_fit(config: Config, made: Layout, step: Any, like: Any) -> str:
     The step's first call finds it compiled. Raises GrowkitError, with advice, when its devices have not the memory.
     """
     available, batch = available_on(made.mesh.local_devices), batch_like(config, made)
-    if batch.shape not in step.memory:
-        step.memory[batch.shape] = measured(step.trace(like, batch).lower(), like, available)
-    memory = step.memory[batch.shape]
+    asked = (batch.shape, available)
+    if asked not in step.memory:
+        step.memory[asked] = measured(step.trace(like, batch).lower(), like, available)
+    memory = step.memory[asked]
     if memory.fits:
         return f"memory: a step takes {memory.peak / GIB:.2f} of {available / GIB:.1f} GiB a device"
     devices = list(made.mesh.devices.flat)

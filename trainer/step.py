@@ -93,7 +93,7 @@ class TrainStep:
 
     Metrics: loss in nats a token, gradient_norm before the clip, learning_rate. The program takes the numbers as
     arguments, so that runs of one model that differ in learning rate, schedule or seed share it. memory: what it was
-    found to need, by the shape of a batch, for whoever asks again.
+    found to need, for whoever asks again.
     """
 
     def __init__(self, program: Any, memory: dict[Any, Any], numbers: dict[str, float]):

@@ -247,7 +247,8 @@ def _arms(made, study) -> list[tuple]:
         reached = arm.reached or arm.saved.mean is None
         words = arm.operator if reached else f"{arm.operator}; not every run reached the loss"
         steps = "-" if arm.rewarmup is None else str(arm.rewarmup)
-        rows.append((arm.name, words, steps, _spread(arm.saved), _spread(arm.saved_without_source), _here(made, arm)))
+        figures = (_spread(saved, arm.at_least) for saved in (arm.saved, arm.saved_without_source))
+        rows.append((arm.name, words, steps, *figures, _here(made, arm)))
     return rows
 
 
@@ -256,11 +257,12 @@ def _here(made, arm) -> float | None:
     return None if arm.saved.mean is None else made.to_same_loss(arm.saved.mean, True)
 
 
-def _spread(measured) -> str:
+def _spread(measured, at_least: bool) -> str:
     if measured.mean is None:
         return {0: "no run yet", 1: "loss not reached"}.get(measured.runs, "loss not reached by every run")
     spread = "" if measured.std is None else f" ± {measured.std:.1%}"
-    return f"{measured.mean:.1%}{spread} ({measured.runs} run{'' if measured.runs == 1 else 's'})"
+    more = "at least " if at_least else ""
+    return f"{more}{measured.mean:.1%}{spread} ({measured.runs} run{'' if measured.runs == 1 else 's'})"
 
 
 def _notes(made, chosen: bool, devices: Devices | None) -> list[tuple[str, str]]:
