@@ -23,7 +23,7 @@ from trainer.report import Result
 from trainer.study.course import Course
 from trainer.study.design import SCRATCH, Task, design
 from trainer.study.outcome import Finished, Outcome, Reached, reached, spread
-from trainer.study.report import headline, markdown
+from trainer.study.report import headline, markdown, write
 
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 STUDY = {
@@ -164,6 +164,14 @@ def test_spread_by_hand():
     assert spread([1.0, None]).mean is None and spread([]).mean is None
 
 
+def test_a_report_can_be_made_after_the_first_run(data, tmp_path):  # noqa: F811
+    known = Outcome(design(nested(data)), [finished(SCRATCH, 0, 1e-3, 1.0, 100.0, loss=3.2)])
+    write(known, tmp_path, picture=False)
+    table = (tmp_path / "report.md").read_text()
+    assert "| scratch |" in table and "| replicate |" not in table and "No arm reached" in table
+    assert read_study(str(tmp_path)).arms[0].saved.mean is None
+
+
 @pytest.fixture
 def outcome(data):  # noqa: F811
     """Scratch reaches 3.0 for 100 FLOPs; replicate, with 20 for its source, for 60 and so for 40 of its own."""
@@ -284,12 +292,12 @@ class Stopping:
 def test_a_study_that_was_stopped_goes_on_and_gives_the_same(done, file, data, tmp_path, monkeypatch):  # noqa: F811
     study = design(nested(data) | {"log": {"every": 1}})
     whole = json.loads((done / "results.json").read_text())
-    stopping = Stopping(monkeypatch, at=5)
-    course = Course(study, tmp_path / "out", stopping)
+    stopping, known = Stopping(monkeypatch, at=5), []
+    course = Course(study, tmp_path / "out", stopping, known.append)
     assert course.go() == signal.SIGTERM and stopping.calls == 5
-    resumed = Course(study, tmp_path / "out", Stopping(monkeypatch, at=0))
+    resumed = Course(study, tmp_path / "out", Stopping(monkeypatch, at=0), known.append)
     assert resumed.go() is None
-    assert resumed.train.calls == len(whole["runs"]) - 4
+    assert resumed.train.calls == len(whole["runs"]) - 4 and len(known) == 4 + len(whole["runs"])
     losses = [(run.name, run.seed, run.loss) for run in resumed.outcome.runs]
     assert losses == [(run["name"], run["seed"], run["loss"]) for run in whole["runs"]]
 
@@ -310,10 +318,10 @@ def test_a_rate_that_diverges_is_a_try_and_not_the_end(data, tmp_path):  # noqa:
             raise trainer.study.course.Diverged("step 3 is not finite")
         return Result(12, None, 3.0 + len(str(out)) / 1e4)
 
-    course = Course(design(nested(data)), tmp_path / "out", train)
+    course = Course(design(nested(data)), tmp_path / "out", train, lambda known: None)
     course._prune = lambda: None
     assert course.go() is None
     assert course.outcome.best_rate(SCRATCH) == 1e-3
-    again = Course(design(nested(data)), tmp_path / "out", train)
+    again = Course(design(nested(data)), tmp_path / "out", train, lambda known: None)
     assert again.go() is None and again.outcome.runs == course.outcome.runs
     assert sum(math.isinf(run.loss) for run in again.outcome.runs) == 2

@@ -16,8 +16,8 @@ import click
 def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> int:
     """Train CONFIG's model from scratch, and grow it in the ways of its study section, and compare.
 
-    DIR gets a table (report.md), every run (runs.csv, results.json) and a picture (study.png), after every run. Stopped
-    by Ctrl-C or SIGTERM, the same command with --resume goes on.
+    DIR gets a table (report.md) and every run (runs.csv, results.json), after each of them, and a picture (study.png)
+    at the end. Stopped by Ctrl-C or SIGTERM, or killed, the same command with --resume goes on.
     """
     from growkit.cli.training import exit_code, train_run
     from growkit.errors import UsageError
@@ -33,7 +33,7 @@ def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> in
     directory = Path(out)
     if directory.exists() and not resume and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(f"{directory} exists; --resume goes on with the study in it, or name another --out")
-    course = Course(made, directory, train_run)
+    course = Course(made, directory, train_run, lambda known: report.write(known, directory, picture=False))
     signal = course.go()
     if signal is not None:
         click.echo(f"{directory}: stopped; the same command with --resume goes on")

@@ -37,11 +37,11 @@ Train = Callable[..., Result]
 
 
 class Course:
-    """A study on its way in the directory `out`."""
+    """A study on its way in the directory `out`. after: called with what is known after each run."""
 
-    def __init__(self, study: Design, out: Path, train: Train):
+    def __init__(self, study: Design, out: Path, train: Train, after: Callable[[Outcome], None]):
         # Absolute, because a run that is resumed must name its source as before.
-        self.study, self.out, self.train = study, out.absolute(), train
+        self.study, self.out, self.train, self.after = study, out.absolute(), train, after
         self.outcome = Outcome(study, [])
 
     def go(self) -> int | None:
@@ -54,6 +54,7 @@ class Course:
                 if stopped is not None:
                     return stopped
                 self._prune()
+                self.after(self.outcome)
         return None
 
     def _order(self) -> Iterator[tuple[Task, float]]:

@@ -152,13 +152,13 @@ class Outcome:
         """The study as `results.json` holds it."""
         study, scratch = self.study, self.of(SCRATCH)
         source = next(iter(study.sources.values()))
-        first = next(run for run in self.runs if run.name in study.sources)
+        trained = [run.tokens for run in self.runs if run.name in study.sources]
         return {
             "format": 1,
             "growkit": __version__,
             "target": sizes(study.model),
             "source": sizes(source.model),
-            "tokens": {"scratch": scratch[-1].tokens, "source": first.tokens},
+            "tokens": {"scratch": scratch[-1].tokens, "source": trained[0] if trained else 0},
             "seeds": list(study.seeds),
             "scratch": {
                 "learning_rate": self.best_rate(SCRATCH),
