@@ -131,6 +131,8 @@ def test_all_runs_are_planned_before_the_first(data):  # noqa: F811
         ({"arms": {"scratch": STUDY["arms"]["replicate"]}}, "'scratch' is given twice"),
         ({"arms": {"a/b": STUDY["arms"]["replicate"]}}, "letters, digits"),
         ({"arms": {}}, "study.arms is a section"),
+        ({"arms__clone__against": "replicates"}, "names another arm.*did you mean 'replicate'"),
+        ({"arms__clone__against": "clone"}, "names another arm, got 'clone'"),
         ({"seed": 1}, "unknown key study.seed.*did you mean 'seeds'"),
     ],
 )
@@ -201,6 +203,24 @@ def test_saving_by_hand_counted_both_ways(outcome):
     assert replicate["ahead"]["mean"] == pytest.approx(0.1) and not clone["reached"]
     assert clone["saved"]["mean"] is None and "not reached" in markdown(outcome, report)
     assert "replicate saves at least 40.0 % (1) " in headline(report)
+
+
+@pytest.mark.parametrize(("third", "words"), [(3.1, "better"), (2.99, "within the spread"), (None, "too few seeds")])
+def test_arms_are_told_apart_by_their_spread(data, third, words):  # noqa: F811
+    """By hand: three times -0.3; then -0.3, -0.3 and -0.11, whose mean is -0.237 and whose deviation 0.110."""
+    study = design(nested(data, budgets=[1.0], seeds=[0, 1, 2], best=0, arms__clone__against="replicate"))
+    runs = []
+    for seed, (one, other) in enumerate(((3.0, 3.3), (3.1, 3.4), (third, 3.4 if third == 3.1 else 3.1))):
+        if one is None:
+            continue
+        runs += [
+            finished(SCRATCH, seed, 1e-3, 1.0, 100.0, loss=3.0, tried=seed == 0),
+            finished("replicate", seed, 1e-3, 1.0, 80.0, 20.0, loss=other, tried=seed == 0),
+            finished("clone", seed, 1e-3, 1.0, 75.0, 25.0, loss=one, tried=seed == 0),
+        ]
+    outcome = Outcome(study, runs)
+    assert outcome.difference("replicate") is None
+    assert words in markdown(outcome, outcome.results())
 
 
 def test_the_sources_compute_makes_the_difference(outcome):

@@ -8,7 +8,9 @@ A study's file is a configuration of the trainer's with one section more:
       best: 2                             the arms that are run with every seed; 0 for all of them
       budgets: [0.5, 0.75, 1.0]           where arms end: parts of the from-scratch FLOPs, their sources' included
       sources: {half: {share: 0.2, model: {layer: 3}}}
-      arms: {replicate: {from: half, grow: {map: "3:6"}}}
+      arms:
+        replicate: {from: half, grow: {map: "3:6"}}
+        reset: {from: half, grow: {map: "3:6", moments: reset}, against: replicate}
 
 Knows the section, its rules, and the length of every run; leaves training to `course`.
 """
@@ -29,7 +31,7 @@ from trainer.values import merged
 
 SCRATCH = "scratch"
 SECTION = ("learning_rates", "seeds", "best", "budgets", "sources", "arms")
-SOURCE, ARM = ("from", "share"), ("from", "learning_rates")
+SOURCE, ARM = ("from", "share"), ("from", "learning_rates", "against")
 LARGEST_SHARE = 0.25
 
 
@@ -49,13 +51,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
-    """A source or an arm: the source it begins from, and its own values. share: a source's part of scratch's FLOPs."""
+    """A source or an arm: the source it begins from, and its own values.
+
+    share: a source's part of scratch's FLOPs. against: the arm that an arm differs from in one thing.
+    """
 
     start: str | None
     values: Mapping[str, Any]
     model: NeoX
     share: float = 0.0
     learning_rates: tuple[float, ...] = ()
+    against: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,10 @@ def design(values: dict[str, Any]) -> Design:
     for name, stated in _parts(section, "sources").items():
         sources[name] = _source(name, stated, base, sources)
     arms = {name: _arm(name, stated, config, sources, rates) for name, stated in _parts(section, "arms").items()}
+    for name, arm in arms.items():
+        if arm.against is not None and (arm.against not in arms or arm.against == name):
+            near = did_you_mean(str(arm.against), arms)
+            raise UsageError(f"study.arms.{name}.against names another arm, got {arm.against!r}{near}")
     if clash := sorted((sources.keys() & arms.keys()) | ({SCRATCH} & (sources.keys() | arms.keys()))):
         raise UsageError(
             f"study: the name {clash[0]!r} is given twice; scratch, sources and arms share one set of names"
@@ -233,7 +243,7 @@ def _arm(
         raise UsageError(
             f"{where} tries {len(own)} learning rates and scratch {len(rates)}: scratch must have at least as many"
         )
-    return Part(start, values, model, learning_rates=own)
+    return Part(start, values, model, learning_rates=own, against=stated.get("against"))
 
 
 def _own(stated: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str | None, dict[str, Any]]:

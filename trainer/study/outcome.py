@@ -143,10 +143,20 @@ class Outcome:
             "saved": asdict(spread([self.saved(name, seed) for seed in seeds])),
             "saved_without_source": asdict(spread([self.saved(name, seed, sources=False) for seed in seeds])),
             "loss": asdict(spread([runs[-1].loss for runs in ends])),
+            "against": part.against,
+            "difference": None if part.against is None else asdict(self.difference(name)),
             "ahead": asdict(
                 spread([self.of(SCRATCH, s)[-1].loss - r[-1].loss for s, r in zip(seeds, ends, strict=True)])
             ),
         }
+
+    def difference(self, name: str) -> Spread | None:
+        """The last loss minus that of the arm it is held against, seed by seed; None where it is held against none."""
+        against = self.study.arms[name].against
+        if against is None:
+            return None
+        seeds = [seed for seed in self.seeds(name) if seed in self.seeds(against)]
+        return spread([self.of(name, seed)[-1].loss - self.of(against, seed)[-1].loss for seed in seeds])
 
     def results(self) -> dict[str, Any]:
         """The study as `results.json` holds it."""

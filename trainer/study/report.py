@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ from trainer.history import METRICS, parse
 from trainer.study.design import LARGEST_SHARE, SCRATCH
 from trainer.study.outcome import Finished, Outcome
 
+PAIRS = ("arm", "against", "difference in loss", "")
+# Differences are told apart from chance by so many standard deviations, over at least so many seeds.
+DEVIATIONS, SEEDS = 2, 3
+PAIRED = (
+    "Difference: an arm's loss minus the other's at the largest budget, seed by seed; better or worse where its mean "
+    f"is beyond {DEVIATIONS} standard deviations, over {SEEDS} seeds or more."
+)
 HEAD = ("arm", "from, FLOPs", "learning rates", "loss", "better by", "saved", "saved, source not counted")
 
 
@@ -56,6 +63,21 @@ def rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[list[str]]:
         saved = [_percent(arm[key], more) for key in ("saved", "saved_without_source")]
         loss, ahead = _figure(arm["loss"], 4), _figure(arm["ahead"], 4, sign="+")
         yield [arm["name"], source, _tries(outcome, arm["name"]), loss, ahead, *saved]
+
+
+def pairs(results: dict[str, Any]) -> Iterator[list[str]]:
+    """The cells of the table of arms that differ from another in one thing."""
+    for arm in results["arms"]:
+        difference = arm["difference"]
+        if not difference or difference["mean"] is None:
+            continue
+        if difference["runs"] < SEEDS:
+            words = "too few seeds"
+        elif abs(difference["mean"]) > DEVIATIONS * difference["std"]:
+            words = "better" if difference["mean"] < 0 else "worse"
+        else:
+            words = "within the spread"
+        yield [arm["name"], arm["against"], _figure(difference, 4, sign="+"), words]
 
 
 def notes(outcome: Outcome, results: dict[str, Any]) -> list[str]:
@@ -93,9 +115,15 @@ def headline(results: dict[str, Any]) -> str:
 
 def markdown(outcome: Outcome, results: dict[str, Any]) -> str:
     """The table and its notes in Markdown."""
-    lines = [HEAD, ["---"] + ["---:"] * (len(HEAD) - 1), *rows(outcome, results)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n\n".join([table, *notes(outcome, results), "![loss over compute](study.png)"]) + "\n"
+    tables = [_table(HEAD, list(rows(outcome, results)))]
+    if found := list(pairs(results)):
+        tables += [_table(PAIRS, found), PAIRED]
+    return "\n\n".join([*tables, *notes(outcome, results), "![loss over compute](study.png)"]) + "\n"
+
+
+def _table(head: Sequence[str], cells: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def show(outcome: Outcome) -> None:
@@ -107,10 +135,12 @@ def show(outcome: Outcome) -> None:
 
     results = outcome.results()
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    table = Table(*HEAD, show_edge=False, header_style="bold")
-    for row in rows(outcome, results):
-        table.add_row(*(cell.replace("**", "") for cell in row))
-    console.print(table)
+    for head, cells in ((HEAD, list(rows(outcome, results))), (PAIRS, list(pairs(results)))):
+        table = Table(*head, show_edge=False, header_style="bold")
+        for row in cells:
+            table.add_row(*(cell.replace("**", "") for cell in row))
+        if cells:
+            console.print(table)
     for line in notes(outcome, results):
         console.print(line, highlight=False, soft_wrap=True)
 
