@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from etils import epath
 
 from growkit.checkpoint import open_source
 from growkit.errors import UsageError
@@ -22,6 +23,7 @@ from growkit.neox import NeoX
 from trainer.checkpoint import last_step
 from trainer.hosts import COORDINATOR, COUNT, NUMBER, join
 from trainer.tokens import TokenWriter
+from trainer.watch import Watch
 
 TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 SEQUENCES, STEPS = 8, 8
@@ -29,15 +31,18 @@ SEQUENCES, STEPS = 8, 8
 # The command line in a process of its own. It notes what it draws, and may send itself a signal or draw what the
 # first process draws.
 DRIVER = """
-import json, os, sys
+import json, os, sys, time
 from trainer.data import Stream
 batch = Stream.batch
-log, number, step, wrong = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "wrong"
+log, number, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+wrong, slow = sys.argv[4] == "wrong", sys.argv[4] == "slow"
 def drawing(self, drawn, count):
     if wrong:
         drawn -= drawn % 4
     with open(log, "a") as file:
         print(json.dumps([drawn, count]), file=file)
+    if slow and os.environ.get("JAX_PROCESS_ID") == "1" and drawn >= 16:
+        time.sleep(4.0 if drawn < 20 else 0.0)
     if number and drawn >= step:
         os.kill(os.getpid(), number)
     return batch(self, drawn, count)
@@ -76,7 +81,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def trained(root, out, count, devices=1, stop=None, wrong=""):
+def trained(root, out, count, devices=1, stop=None, wrong="", more=()):
     """Train in `count` processes; stop: (process, signal, sequences drawn at which). Returns (codes, what was said)."""
     port, processes = free_port(), []
     for process in range(count):
@@ -89,7 +94,7 @@ def trained(root, out, count, devices=1, stop=None, wrong=""):
             environment |= {COORDINATOR: f"127.0.0.1:{port}", COUNT: str(count), NUMBER: str(process)}
         number, drawn = (int(stop[1]), stop[2]) if stop and stop[0] == process else (0, 0)
         arguments = [f"{out}.{process}.log", str(number), str(drawn), wrong]
-        command = ["train", str(root / "run.yaml"), "--out", str(out)]
+        command = ["train", str(root / "run.yaml"), "--out", str(out), *more]
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", DRIVER, *arguments, *command],
@@ -180,3 +185,30 @@ def test_half_of_what_processes_need_to_meet_is_refused(monkeypatch):
     monkeypatch.setenv(COUNT, "2")
     with pytest.raises(UsageError, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, all three"):
         join.__wrapped__()  # past what an earlier test of this process was told
+
+
+def test_the_process_that_the_others_wait_for_is_named(root, two):
+    out = root / "slow"
+    codes, said = trained(root, out, 2, devices=2, wrong="slow", more=["log.stalled=1"])
+    assert codes == [0, 0], said
+    assert "the others wait for process 1 on " in said[0]
+    assert losses(out) == losses(two[0]) and not (out / ".met").exists()
+    # The sibling: with the time-out that there is by itself, two seconds are no stall.
+    assert "the others wait" not in two[1][0]
+
+
+class Alone:
+    alone, met = True, 0
+
+
+def test_who_is_behind_and_for_how_long():
+    watch = Watch(Alone(), 10.0, print, epath.Path("run"))
+    moved = {0: (5, "a"), 1: (4, "b"), 2: (4, "c")}
+    assert watch.look(moved, 100.0) is None and watch.look(moved, 109.0) is None
+    said = watch.look(moved, 111.0)
+    assert said == "the others wait for process 1 on b, process 2 on c, which have not gone on for 11 s"
+    assert watch.look(moved, 120.0) is None and "for 11 s" in watch.look(moved, 122.0)
+    # Slow is not stalled: it goes on. Nor are processes that have all met equally often, as while all compile.
+    assert watch.look({0: (6, "a"), 1: (5, "b"), 2: (5, "c")}, 140.0) is None
+    level = {0: (7, "a"), 1: (7, "b"), 2: (7, "c")}
+    assert [watch.look(level, now) for now in (150.0, 200.0, 300.0)] == [None] * 3

@@ -184,13 +184,15 @@ class Eval:
 class Log:
     """A row of metrics every `every` steps, also to TensorBoard's files in RUN, and to a project of Weights & Biases.
 
-    profile: FIRST:LAST, the steps after which a trace by JAX's profiler begins and ends; empty for none.
+    profile: FIRST:LAST, the steps after which a trace by JAX's profiler begins and ends; empty for none. stalled:
+    seconds after which processes that the others wait for are named; 0 for never.
     """
 
     every: int = 10
     tensorboard: bool = False
     wandb: str = ""
     profile: str = ""
+    stalled: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,7 @@ AT_LEAST_ZERO = (
     "checkpoint.minutes",
     "checkpoint.keep_every",
     "eval.limit",
+    "log.stalled",
 )
 FRACTIONS = (
     "dropout.hidden",

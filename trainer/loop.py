@@ -48,6 +48,7 @@ from trainer.speed import Stopwatch, Utilization
 from trainer.step import State, abstract_state, check_precision, initial_state, make_eval_step, make_train_step
 from trainer.tasks import Asked
 from trainer.trace import Trace
+from trainer.watch import Watch
 from trainer.writers import Writers
 
 DRAWN_EVERY = 60.0
@@ -194,7 +195,13 @@ class Run:
         if self.growth_to_come and self.config.grow.at != "plateau":
             self.until = int(self.config.grow.at)
         report = show(self.directory.name, steps, self.first)
-        with Interrupt() as self.interrupt, report as self.report, closing(self.writers), closing(self.trace):
+        with (
+            Interrupt() as self.interrupt,
+            report as self.report,
+            closing(self.writers),
+            closing(self.trace),
+            Watch(self.interrupt.agreement, self.config.log.stalled, self.report.say, self.directory),
+        ):
             self.writers.begin(self.directory, self.first)
             self._announce()
             if self.step < self.until:
