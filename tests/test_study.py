@@ -233,6 +233,8 @@ def test_a_source_beyond_the_share_is_not_in_the_headline(data, outcome):  # noq
     outcome.study = design(nested(data, sources__half__share=0.3))
     report = outcome.results()
     assert not report["arms"][0]["within_share"] and outcome.best_arms() == ["clone"]
+    outcome.study = design(nested(data, sources__half__share=0.3, best=0))
+    assert outcome.best_arms() == ["replicate", "clone"]
     assert headline(report).startswith("No arm") and "not in the headline" in markdown(outcome, report)
 
 

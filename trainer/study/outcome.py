@@ -121,9 +121,10 @@ class Outcome:
             saved = self.saved(name, seed)
             return (-math.inf if saved is None else saved, -self.of(name, seed)[-1].loss)
 
+        if not self.study.best:
+            return list(self.study.arms)
         within = [name for name in self.study.arms if self.study.share(name) <= LARGEST_SHARE]
-        ranked = sorted(within or self.study.arms, key=order, reverse=True)
-        return ranked[: self.study.best or None]
+        return sorted(within or self.study.arms, key=order, reverse=True)[: self.study.best]
 
     def arm(self, name: str) -> dict[str, Any]:
         """What is reported of an arm."""
