@@ -207,7 +207,7 @@ def test_who_is_behind_and_for_how_long():
     assert watch.look(moved, 100.0) is None and watch.look(moved, 109.0) is None
     said = watch.look(moved, 111.0)
     assert said == "the others wait for process 1 on b, process 2 on c, which have not gone on for 11 s"
-    assert watch.look(moved, 120.0) is None and "for 11 s" in watch.look(moved, 122.0)
+    assert watch.look(moved, 120.0) is None and "for 22 s" in watch.look(moved, 122.0)
     # Slow is not stalled: it goes on. Nor are processes that have all met equally often, as while all compile.
     assert watch.look({0: (6, "a"), 1: (5, "b"), 2: (5, "c")}, 140.0) is None
     level = {0: (7, "a"), 1: (7, "b"), 2: (7, "c")}

@@ -216,7 +216,8 @@ class Run:
             self._draw(final=True)
         loss = self.history.validation_loss(self.step)
         finished = self.step == steps and loss is not None
-        return Result(self.step, None if finished else self.interrupt.stop, loss)
+        stop = self.interrupt.stop
+        return Result(self.step, None if finished else stop, loss, stop)
 
     def close(self) -> None:
         """Wait for what is being saved, then let others into RUN. After a failure the end of the process does it."""

@@ -25,11 +25,15 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: at which step, by which signal (None: it is finished), with which validation loss."""
+    """How a run ended: at which step, by which signal (None: it is finished), with which validation loss.
+
+    heard: a signal that came, be it when the run was as good as finished.
+    """
 
     step: int
     signal: int | None
     validation_loss: float | None
+    heard: int | None = None
 
 
 class Report:

@@ -27,7 +27,8 @@ class Watch:
 
     def __init__(self, agreement: Agreement, seconds: float, say: Callable[[str], None], run: epath.Path):
         self.agreement, self.seconds, self.say, self.place = agreement, seconds, say, run / PLACE
-        self.least, self.since = -1, time.monotonic()
+        self.least = -1
+        self.since = self.said = time.monotonic()
         self.ended = threading.Event()
 
     def __enter__(self) -> Watch:
@@ -57,17 +58,18 @@ class Watch:
     def _heard(self) -> dict[int, tuple[int, str]]:
         """{process: (how often it has met the others, its host)} of those that have told."""
         told = {int(note.name): note.read_text().split() for note in self.place.iterdir()}
-        return {process: (int(met), host) for process, (met, host) in told.items()}
+        # Notes of a run that was killed may be of more processes than there are now.
+        return {number: (int(met), host) for number, (met, host) in told.items() if number < jax.process_count()}
 
     def look(self, heard: Mapping[int, tuple[int, str]], now: float) -> str | None:
         """What to say at a time `now`, in seconds: which processes are behind, when they have been for long enough."""
         counts = {met for met, _ in heard.values()}
         if len(counts) < 2 or min(counts) != self.least:
-            self.least, self.since = min(counts, default=-1), now
+            self.least, self.since, self.said = min(counts, default=-1), now, now
             return None
-        if now - self.since < self.seconds:
+        if now - self.said < self.seconds:
             return None
-        waited, self.since = now - self.since, now
+        waited, self.said = now - self.since, now
         behind = sorted((process, host) for process, (met, host) in heard.items() if met == self.least)
         names = ", ".join(f"process {process} on {host}" for process, host in behind)
         return (

@@ -22,9 +22,9 @@ from typing import Any
 from etils import epath
 
 from growkit.checkpoint.tensor import json_bytes
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from trainer.config import resolve
-from trainer.directory import write_whole
+from trainer.directory import changed_keys, write_whole
 from trainer.loop import Diverged
 from trainer.report import Result
 from trainer.study.design import SCRATCH, Design, Task
@@ -48,9 +48,11 @@ class Course:
         """Do every run that is not done; returns the signal that stopped it, None at the end."""
         with Progress() as self.progress:
             for number, (task, left) in enumerate(self._order(), 1):
-                rate = task.learning_rate or self._rate(task.name)
-                self.progress.begin(f"[{number}/{len(self.tasks)}] {self._name(task, rate)}", left)
-                stopped = self._do(task, rate)
+                # A source may have a learning rate of its own.
+                values = self.study.values(task, task.learning_rate or self._rate(task.name))
+                name = self._name(task, resolve(values).optimizer.learning_rate)
+                self.progress.begin(f"[{number}/{len(self.tasks)}] {name}", left)
+                stopped = self._do(task, values, name)
                 if stopped is not None:
                     return stopped
                 self._prune()
@@ -69,34 +71,32 @@ class Course:
 
     def _rate(self, name: str) -> float:
         """The learning rate settled for a run: the best tried, for a source the best from scratch."""
-        return self.outcome.best_rate(SCRATCH if name in self.study.sources else name)
+        tried = SCRATCH if name in self.study.sources else name
+        rate = self.outcome.best_rate(tried)
+        if tried == SCRATCH and math.isinf(self.outcome.of(tried)[0].loss):
+            rates = ", ".join(f"{each:g}" for each in self.study.learning_rates)
+            raise GrowkitError(f"from scratch no run stayed finite at any learning rate ({rates}); try lower ones")
+        return rate
 
     def _name(self, task: Task, rate: float) -> str:
         budget = f"-budget{task.budget:g}" if task.name in self.study.arms else ""
         return f"{task.name}-seed{task.seed}-lr{rate:g}{budget}"
 
-    def _directory(self, task: Task, rate: float) -> Path:
-        return self.out / "runs" / self._name(task, rate)
-
-    def _do(self, task: Task, rate: float) -> int | None:
-        """Do a run, or read that it was done; returns the signal that stopped it."""
-        values, directory = self.study.values(task, rate), self._directory(task, rate)
-        source = self._source(task)
-        start = None if source is None else str(self.out / "runs" / source.run)
-        begun_from = source and source.run
-        done = self._read(directory, values, begun_from)
+    def _do(self, task: Task, values: dict[str, Any], name: str) -> int | None:
+        """Do a run, or read that it was done; returns the signal that stopped it, or came at its end."""
+        source, directory, signal = self._source(task), self.out / "runs" / name, None
+        done = self._read(directory, values, source and source.run)
         if done is None:
             began = time.monotonic()
-            loss, stopped = self._train(task, values, directory, start)
-            if stopped is not None:
-                return stopped
-            done = self._made(task, resolve(values).optimizer.learning_rate, source, loss, time.monotonic() - began)
-            self._write(directory, values, begun_from, done)
+            loss, signal, ended = self._train(task, values, directory, source)
+            if not ended:
+                return signal
+            done = self._made(task, values, name, source, loss, time.monotonic() - began)
+            self._write(directory, values, source and source.run, done)
             words = "did not stay finite" if math.isinf(loss) else f"loss {loss:.4f} in {done.seconds:.0f} s"
             self.progress.end(done.flops, words)
-        tried = task.learning_rate is not None
-        self.outcome.runs.append(replace(done, tried=tried))
-        return None
+        self.outcome.runs.append(replace(done, tried=task.learning_rate is not None))
+        return signal
 
     def _source(self, task: Task) -> Finished | None:
         """The finished run that a run begins from."""
@@ -106,48 +106,57 @@ class Course:
         )
 
     def _train(
-        self, task: Task, values: dict[str, Any], directory: Path, start: str | None
-    ) -> tuple[float, int | None]:
-        """The last validation loss of a run, infinite where it did not stay finite; the signal that stopped it."""
+        self, task: Task, values: dict[str, Any], directory: Path, source: Finished | None
+    ) -> tuple[float, int | None, bool]:
+        """A run's last validation loss, infinite where it did not stay finite; a signal that came; whether it ended."""
 
         def show(name: str, steps: int, first: int) -> Beside:
-            return Beside(self.progress, self.study.flops_per_step(task.name))
+            return Beside(self.progress, self.study.flops_per_step(task.name), first)
 
+        start = None if source is None else str(self.out / "runs" / source.run)
         try:
             result = self.train(values, directory, start, show=show)
-        except Diverged:
-            return math.inf, None
+        except Diverged as problem:
+            if task.name in self.study.sources:
+                own = f"study.sources.{task.name}.optimizer.learning_rate"
+                raise GrowkitError(f"{directory}: {problem}; a source needs a lower learning rate: {own}") from None
+            return math.inf, None, True
         finally:
             # What has ended lies in cycles, and the next model needs its room.
             gc.collect()
-        return (math.nan if result.validation_loss is None else result.validation_loss), result.signal
+        return result.validation_loss or math.nan, result.heard, result.signal is None
 
-    def _made(self, task: Task, rate: float, source: Finished | None, loss: float, seconds: float) -> Finished:
-        config = self.study.config
-        steps = self.study.steps(task)
+    def _made(
+        self, task: Task, values: dict[str, Any], name: str, source: Finished | None, loss: float, seconds: float
+    ) -> Finished:
         return Finished(
             name=task.name,
             seed=task.seed,
-            learning_rate=rate,
+            learning_rate=resolve(values).optimizer.learning_rate,
             budget=task.budget,
             tried=task.learning_rate is not None,
-            steps=steps,
-            tokens=steps * config.batch.sequences * config.model.context,
-            flops=steps * self.study.flops_per_step(task.name),
+            steps=self.study.steps(task),
+            tokens=self.study.tokens(task),
+            flops=self.study.steps(task) * self.study.flops_per_step(task.name),
             flops_before=source.spent if source else 0.0,
             loss=loss,
             seconds=seconds,
-            run=self._name(task, rate),
+            run=name,
         )
 
-    def _read(self, directory: Path, values: dict[str, Any], start: str | None) -> Finished | None:
+    def _read(self, directory: Path, values: dict[str, Any], source: str | None) -> Finished | None:
         """A run that was done before. Raises UsageError when it was done by other values."""
         path = directory / RESULT
         if not path.exists():
             return None
         kept = json.loads(path.read_text())
-        if (kept["values"], kept["from"]) != (json.loads(json.dumps(values)), start):
-            raise UsageError(f"{directory} was trained by other values than the study has now; name another --out")
+        changed = changed_keys(kept["values"], values)
+        # Which windows a loss is of may change in a run that is resumed, and not between runs that are compared.
+        changed += [] if kept["values"].get("eval") == values.get("eval") else ["eval"]
+        if kept["from"] != source:
+            changed.append(f"its source ({kept['from']} then, {source} now)")
+        if changed:
+            raise UsageError(f"{directory} was trained by other values of {', '.join(changed)}; name another --out")
         run = kept["finished"]
         return Finished(**run | {"loss": math.inf if run["loss"] is None else run["loss"]})
 

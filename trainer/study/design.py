@@ -18,6 +18,7 @@ Knows the section, its rules, and the length of every run; leaves training to `c
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -32,6 +33,9 @@ from trainer.values import merged
 SCRATCH = "scratch"
 SECTION = ("learning_rates", "seeds", "best", "budgets", "sources", "arms")
 SOURCE, ARM = ("from", "share"), ("from", "learning_rates", "against")
+# What a source or an arm may have otherwise than scratch: all else would make losses or FLOPs no longer comparable.
+OTHERWISE, SETTLED = ("grow", "schedule", "optimizer", "dropout"), ("steps", "continued")
+SMALLER = ("layer", "embed", "head", "mlp")
 LARGEST_SHARE = 0.25
 
 
@@ -115,6 +119,11 @@ class Design:
             own = task.budget - self.share(task.name)
         return round(own * self.flops / self.flops_per_step(task.name))
 
+    def tokens(self, task: Task) -> int:
+        """How many tokens a run takes."""
+        config = self.config
+        return self.steps(task) * config.batch.sequences * config.model.context
+
     def rates(self, name: str) -> tuple[float, ...]:
         """The learning rates to try for scratch or an arm."""
         return self.learning_rates if name == SCRATCH else self.arms[name].learning_rates
@@ -125,7 +134,7 @@ class Design:
         if task.name != SCRATCH:
             part = (self.arms | self.sources)[task.name]
             noise = {"grow": {"seed": task.seed}} if part.start else {}
-            values = merged(values, merged(noise, part.values) | {"model": asdict(part.model)})
+            values = merged(values, merged(noise, part.values)) | {"model": asdict(part.model)}
         return merged(values, {"seed": task.seed, "schedule": {"steps": self.steps(task)}})
 
     def warmup(self, arm: str) -> int:
@@ -164,9 +173,9 @@ def design(values: dict[str, Any]) -> Design:
     sources: dict[str, Part] = {}
     for name, stated in _parts(section, "sources").items():
         sources[name] = _source(name, stated, base, sources)
-    arms = {name: _arm(name, stated, config, sources, rates) for name, stated in _parts(section, "arms").items()}
+    arms = {name: _arm(name, stated, base, sources, rates) for name, stated in _parts(section, "arms").items()}
     for name, arm in arms.items():
-        if arm.against is not None and (arm.against not in arms or arm.against == name):
+        if arm.against is not None and (arm.against not in [*arms] or arm.against == name):
             near = did_you_mean(str(arm.against), arms)
             raise UsageError(f"study.arms.{name}.against names another arm, got {arm.against!r}{near}")
     if clash := sorted((sources.keys() & arms.keys()) | ({SCRATCH} & (sources.keys() | arms.keys()))):
@@ -196,49 +205,53 @@ def _parts(section: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
     """The sources or arms, by names that can be those of files."""
     parts = _section(section.get(kind), f"study.{kind}")
     for name, stated in parts.items():
-        if not re.fullmatch(r"\w[\w.+-]*", str(name)):
-            raise UsageError(f"study.{kind}: a name is of letters, digits and . _ + -, got {name!r}")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UsageError(f"study.{kind}: a name is text of letters, digits and . _ + -, got {name!r}")
         _section(stated, f"study.{kind}.{name}")
     return parts
 
 
-def _numbers(section: dict[str, Any], key: str, default: list[float]) -> tuple[float, ...]:
-    """Distinct numbers above 0 (seeds: at least 0)."""
+def _numbers(section: dict[str, Any], key: str, default: list[float], where: str = "study") -> tuple[float, ...]:
+    """Distinct finite numbers above 0; seeds are whole and at least 0."""
     stated = section.get(key, default)
     try:
         numbers = [float(value) for value in (stated if isinstance(stated, list) else [stated])]
     except (TypeError, ValueError):
         numbers = []
-    right = [number for number in numbers if number > 0 or (key == "seeds" and number == 0)]
+    seeds = key == "seeds"
+    right = [n for n in numbers if math.isfinite(n) and (n > 0 or seeds and n == 0) and (not seeds or n == int(n))]
     if not numbers or right != numbers or len(set(numbers)) < len(numbers):
-        raise UsageError(f"study: {key} is a list of different numbers above 0, got {stated!r}")
+        rule = "whole numbers of at least 0" if seeds else "numbers above 0"
+        raise UsageError(f"{where}.{key} is a list of different {rule}, got {stated!r}")
     return tuple(numbers)
 
 
-def _source(name: str, stated: dict[str, Any], base: Mapping[str, Any], earlier: Mapping[str, Part]) -> Part:
+def _source(name: str, stated: dict[str, Any], base: dict[str, Any], earlier: Mapping[str, Part]) -> Part:
     """A source: a smaller model trained anew, or grown from an earlier source."""
     where = f"study.sources.{name}"
-    start, values = _own(stated, SOURCE, where)
-    if start is not None:
-        return Part(start, values, _grown(where, start, values, earlier), _share(stated, where))
-    model = resolve(merged(copy.deepcopy(dict(base)), {"model": values.get("model", {})})).model
-    return Part(None, values, neox(model), _share(stated, where))
+    if "from" in stated:
+        values = _own(stated, base, (*SOURCE, *OTHERWISE), where)
+        return Part(stated["from"], values, _grown(where, stated["from"], values, earlier), _share(stated, where))
+    values = _own(stated, base, ("share", "model", *OTHERWISE[1:]), where)
+    _section(values.get("model"), f"{where}.model", SMALLER)
+    return Part(None, values, neox(resolve(merged(base, values)).model), _share(stated, where))
 
 
 def _arm(
-    name: str, stated: dict[str, Any], config: Config, sources: Mapping[str, Part], rates: tuple[float, ...]
+    name: str, stated: dict[str, Any], base: dict[str, Any], sources: Mapping[str, Part], rates: tuple[float, ...]
 ) -> Part:
     """An arm: it grows a source into the model that scratch trains."""
     where = f"study.arms.{name}"
-    start, values = _own(stated, ARM, where)
+    values = _own(stated, base, (*ARM, *OTHERWISE), where)
     if "learning_rate" in (values.get("optimizer") or {}):
         raise UsageError(f"{where}: an arm's learning rates are those it tries; give them as {where}.learning_rates")
-    model, target = _grown(where, start, values, sources), neox(config.model)
+    start = stated.get("from")
+    model, target = _grown(where, start, values, sources), neox(resolve(base).model)
     if model.sizes != target.sizes:
-        ends = ", ".join(f"{axis} {size} and not {target.sizes[axis]}" for axis, size in model.sizes.items()
-                         if size != target.sizes[axis])  # fmt: skip
+        sizes = ((axis, size, target.sizes[axis]) for axis, size in model.sizes.items())
+        ends = ", ".join(f"{axis} {size} and not {wanted}" for axis, size, wanted in sizes if size != wanted)
         raise UsageError(f"{where} does not end in the model that is trained from scratch: {ends}")
-    own = _numbers(stated, "learning_rates", list(rates))
+    own = _numbers(stated, "learning_rates", list(rates), where)
     if len(own) > len(rates):
         raise UsageError(
             f"{where} tries {len(own)} learning rates and scratch {len(rates)}: scratch must have at least as many"
@@ -246,33 +259,47 @@ def _arm(
     return Part(start, values, model, learning_rates=own, against=stated.get("against"))
 
 
-def _own(stated: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str | None, dict[str, Any]]:
-    """The source a part begins from, and its values for the trainer, checked."""
-    values = {key: value for key, value in stated.items() if key not in keys}
+def _own(stated: dict[str, Any], base: dict[str, Any], keys: tuple[str, ...], where: str) -> dict[str, Any]:
+    """A part's own values for the trainer, checked: all that it states may be otherwise than scratch's."""
+    _section(stated, where, keys)
+    values = {key: value for key, value in stated.items() if key in ("model", *OTHERWISE)}
+    schedule = values.get("schedule")
+    for key in SETTLED:
+        if isinstance(schedule, dict) and key in schedule:
+            raise UsageError(f"{where}.schedule.{key}: budgets and shares say how long a run is, and each begins anew")
     try:
-        resolve({key: value for key, value in values.items() if key != "model"})
+        if resolve(merged(base, values)).grow.at:
+            raise UsageError("grow.at: a study grows a model at the start of a run")
     except UsageError as problem:
         raise UsageError(f"{where}: {problem}") from None
-    return stated.get("from"), values
+    return values
 
 
 def _share(stated: dict[str, Any], where: str) -> float:
-    share = stated.get("share")
-    if not isinstance(share, float | int) or not 0 < share < 1:
-        raise UsageError(f"{where}.share is the part of the from-scratch FLOPs it is trained for, above 0 and below 1")
-    return float(share)
+    try:
+        share = float(stated["share"])
+    except (KeyError, TypeError, ValueError):
+        share = math.nan
+    if not 0 < share < 1:
+        raise UsageError(
+            f"{where}.share is the part of the from-scratch FLOPs that it is trained for, above 0 and below 1, got "
+            f"{stated.get('share')!r}"
+        )
+    return share
 
 
-def _grown(where: str, start: str | None, values: dict[str, Any], sources: Mapping[str, Part]) -> NeoX:
+def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str, Part]) -> NeoX:
     """The model that a grow section makes of a source's."""
-    if start not in sources:
+    if not isinstance(start, str) or start not in sources:
         near = did_you_mean(str(start), sources)
         raise UsageError(f"{where}.from names a source given before it ({', '.join(sources)}), got {start!r}{near}")
     try:
         plan = planned(resolve({"grow": values.get("grow")}).grow, sources[start].model)
     except GrowkitError as problem:
         raise UsageError(f"{where}: {problem}") from None
-    return plan.grown if plan else sources[start].model
+    if plan is None:
+        raise UsageError(f"{where} grows nothing: give it a grow section, as {{map: 3:6}} or {{embed: 2x}}")
+    return plan.grown
 
 
 def _check_lengths(study: Design) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from growkit import __version__
 from growkit.neox import NeoX
-from trainer.study.design import LARGEST_SHARE, SCRATCH, Design
+from trainer.study.design import LARGEST_SHARE, SCRATCH, Design, Task
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Spread:
 
 
 def spread(values: Sequence[float | None]) -> Spread:
-    """The mean and standard deviation of a figure; without a mean as soon as one seed has no figure."""
-    known = [value for value in values if value is not None]
+    """The mean and standard deviation of a figure; without a mean as soon as one seed has none, or no finite one."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if not known or len(known) < len(values):
         return Spread(None, None, len(values))
     return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
@@ -69,6 +69,8 @@ def spread(values: Sequence[float | None]) -> Spread:
 def reached(points: Iterable[tuple[float, float]], target: float) -> Reached | None:
     """Where the loss falls to `target` along (FLOPs, loss) points, the finite ones; None when none is as low."""
     ordered = sorted(point for point in points if math.isfinite(point[1]))
+    if not math.isfinite(target):
+        return None
     if ordered and ordered[0][1] <= target:
         return Reached(ordered[0][0], at_most=True)
     for (flops, loss), (further, lower) in zip(ordered, ordered[1:], strict=False):
@@ -114,17 +116,23 @@ class Outcome:
         return 1 - (found.flops - before) / self.of(SCRATCH, seed)[-1].flops
 
     def best_arms(self) -> list[str]:
-        """The arms that take the further seeds: the most saved at the first one, then the lowest loss at its end."""
-
-        def order(name: str) -> tuple[float, float]:
-            seed = self.study.seeds[0]
-            saved = self.saved(name, seed)
-            return (-math.inf if saved is None else saved, -self.of(name, seed)[-1].loss)
-
+        """The arms that take the further seeds: those that save most at the first one."""
         if not self.study.best:
             return list(self.study.arms)
         within = [name for name in self.study.arms if self.study.share(name) <= LARGEST_SHARE]
-        return sorted(within or self.study.arms, key=order, reverse=True)[: self.study.best]
+        ranked = sorted(within or self.study.arms, key=lambda name: self._order(name, self.study.seeds[0]))
+        return ranked[: self.study.best]
+
+    def _order(self, name: str, seed: int) -> tuple[float, float]:
+        """Arms in order of compute to the from-scratch loss, in percent; those that tie by the loss at one budget.
+
+        Budgets are met to a step, so that arms which reach it in their shortest run tie: there it is that run's loss.
+        """
+        found, runs = self.reached(name, seed), self.of(name, seed)
+        if found is None:
+            return (math.inf, runs[-1].loss)
+        percent = round(100 * found.flops / self.of(SCRATCH, seed)[-1].flops)
+        return (percent, runs[0].loss if found.at_most else runs[-1].loss)
 
     def arm(self, name: str) -> dict[str, Any]:
         """What is reported of an arm."""
@@ -135,6 +143,7 @@ class Outcome:
             "name": name,
             "operator": ", ".join(f"{key} {value}" for key, value in growth.items()),
             "sources": self.study.chain(name),
+            "source": sizes(self.study.sources[self.study.chain(name)[-1]].model),
             "share": self.study.share(name),
             "within_share": self.study.share(name) <= LARGEST_SHARE,
             "rewarmup": self.study.warmup(name),
@@ -162,14 +171,13 @@ class Outcome:
     def results(self) -> dict[str, Any]:
         """The study as `results.json` holds it."""
         study, scratch = self.study, self.of(SCRATCH)
-        source = next(iter(study.sources.values()))
-        trained = [run.tokens for run in self.runs if run.name in study.sources]
+        first = study.chain(next(iter(study.arms)))[-1]
         return {
             "format": 1,
             "growkit": __version__,
             "target": sizes(study.model),
-            "source": sizes(source.model),
-            "tokens": {"scratch": scratch[-1].tokens, "source": trained[0] if trained else 0},
+            "source": sizes(study.sources[first].model),
+            "tokens": {"scratch": scratch[-1].tokens, "source": study.tokens(Task(first, study.seeds[0]))},
             "seeds": list(study.seeds),
             "scratch": {
                 "learning_rate": self.best_rate(SCRATCH),
@@ -177,7 +185,7 @@ class Outcome:
                 "loss": asdict(spread([run.loss for run in scratch])),
             },
             "arms": [self.arm(name) for name in study.arms],
-            "runs": [asdict(run) for run in self.runs],
+            "runs": [asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None} for run in self.runs],
         }
 
 

@@ -13,6 +13,9 @@ import click
 
 from trainer.report import duration
 
+# How the lines of a run begin that a study shows: warnings, a signal's, a stalled host's.
+SHOWN = ("warning", "stopping", "the others wait")
+
 
 class Progress:
     """A bar over all FLOPs of a study on a terminal, a line for each run elsewhere. Use as a context manager."""
@@ -20,7 +23,8 @@ class Progress:
     def __init__(self):
         self.live = sys.stderr.isatty()
         self.bar: Any = None
-        self.begun, self.done, self.running, self.left, self.words = time.monotonic(), 0.0, 0.0, 0.0, ""
+        self.begun, self.words = time.monotonic(), ""
+        self.done = self.running = self.left = self.skipped = 0.0
 
     def __enter__(self) -> Progress:
         if self.live:
@@ -40,7 +44,7 @@ class Progress:
 
     def begin(self, words: str, left: float) -> None:
         """A run begins. left: FLOPs of it and of all after it."""
-        self.words, self.left, self.running = words, left, 0.0
+        self.words, self.left, self.running, self.skipped = words, left, 0.0, 0.0
         self._show("compiling")
 
     def step(self, flops: float, loss: float) -> None:
@@ -48,9 +52,14 @@ class Progress:
         self.running = flops
         self._show(f"loss {loss:.4f}, {self.time_left()} left")
 
+    def skip(self, flops: float) -> None:
+        """The run goes on where so many FLOPs were done before this command."""
+        self.skipped, self.left = flops, self.left - flops
+
     def end(self, flops: float, words: str) -> None:
         """The run is done, in so many FLOPs; words: what came of it."""
-        self.done, self.left, self.running = self.done + flops, self.left - flops, 0.0
+        here = flops - self.skipped
+        self.done, self.left, self.running = self.done + here, self.left - here, 0.0
         self.say(f"{self.words}: {words}; {self.time_left()} left")
 
     def say(self, words: str) -> None:
@@ -75,8 +84,9 @@ class Progress:
 class Beside:
     """What a run shows of itself, in the place of `trainer.report.Report`: its steps, to the study's progress."""
 
-    def __init__(self, progress: Progress, flops_per_step: float):
-        self.progress, self.flops_per_step = progress, flops_per_step
+    def __init__(self, progress: Progress, flops_per_step: float, first: int):
+        self.progress, self.flops_per_step, self.first = progress, flops_per_step, first
+        progress.skip(first * flops_per_step)
 
     def __enter__(self) -> Beside:
         return self
@@ -88,9 +98,9 @@ class Beside:
         pass
 
     def row(self, step: int, loss: float, rate: float, speed: str) -> None:
-        self.progress.step(step * self.flops_per_step, loss)
+        self.progress.step((step - self.first) * self.flops_per_step, loss)
 
     def say(self, words: str) -> None:
-        """Only warnings: the rest is in the run's own files."""
-        if words.startswith("warning"):
+        """Only what must be known at once: the rest is in the run's own files."""
+        if words.startswith(SHOWN):
             self.progress.say(f"{self.progress.words}: {words}")

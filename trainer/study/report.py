@@ -22,6 +22,8 @@ from trainer.history import METRICS, parse
 from trainer.study.design import LARGEST_SHARE, SCRATCH
 from trainer.study.outcome import Finished, Outcome
 
+# Matplotlib's, without the grey that is scratch's.
+COLOURS = tuple(f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9))
 PAIRS = ("arm", "against", "difference in loss", "")
 # Differences are told apart from chance by so many standard deviations, over at least so many seeds.
 DEVIATIONS, SEEDS = 2, 3
@@ -29,7 +31,7 @@ PAIRED = (
     "Difference: an arm's loss minus the other's at the largest budget, seed by seed; better or worse where its mean "
     f"is beyond {DEVIATIONS} standard deviations, over {SEEDS} seeds or more."
 )
-HEAD = ("arm", "from, FLOPs", "learning rates", "loss", "better by", "saved", "saved, source not counted")
+HEAD = ("arm", "source, its part of FLOPs", "learning rates", "loss", "better by", "saved", "saved, source not counted")
 
 
 def write(outcome: Outcome, out: Path, picture: bool = True) -> None:
@@ -105,11 +107,13 @@ def headline(results: dict[str, Any]) -> str:
     arms = [arm for arm in results["arms"] if arm["within_share"] and arm["saved"]["mean"] is not None]
     if not arms:
         return "No arm reached the from-scratch loss within its budgets."
-    best = max(arms, key=lambda arm: (arm["saved"]["runs"], arm["saved"]["mean"]))
+    # Of those with most seeds, in percent, as in the choice of arms; ties by the loss at the end.
+    best = max(arms, key=lambda arm: (arm["saved"]["runs"], round(100 * arm["saved"]["mean"]), -arm["loss"]["mean"]))
     more = "at least " if best["at_least"] else ""
     return (
-        f"{best['name']} saves {_percent(best['saved'], more)} of the from-scratch FLOPs, its source's included, and "
-        f"{_percent(best['saved_without_source'], more)} without them."
+        f"The best of {len(results['arms'])} arms, {best['name']}, saves {_percent(best['saved'], more)} of the "
+        f"from-scratch FLOPs, its source's included, and {_percent(best['saved_without_source'], more)} without them; "
+        "the seed that it was chosen by counts in these."
     )
 
 
@@ -152,7 +156,7 @@ def _tries(outcome: Outcome, name: str) -> str:
 
 
 def _figure(spread: dict[str, Any], places: int, sign: str = "", scale: float = 1, unit: str = "") -> str:
-    if spread["mean"] is None or math.isinf(spread["mean"]):
+    if spread["mean"] is None:
         return "-"
     text = f"{spread['mean'] * scale:{sign}.{places}f}"
     if spread["std"] is not None:
@@ -181,7 +185,7 @@ def draw(outcome: Outcome, out: Path) -> None:
                 line = outcome.of(name, seed)
                 flops = [run.spent if included else run.flops for run in line]
                 label = name if seed == outcome.study.seeds[0] else None
-                axes.plot(flops, [run.loss for run in line], "o-", color=f"C{number}", markersize=4, label=label)
+                axes.plot(flops, [run.loss for run in line], "o-", color=COLOURS[number % 9], markersize=4, label=label)
         counted = "the source's included" if included else "the source's not counted"
         axes.set(xlabel=f"training FLOPs, {counted}", xscale="log", title="loss at the end of each run")
         axes.grid(True, which="both", alpha=0.25)
@@ -215,6 +219,8 @@ def _draw_scratch(axes, outcome: Outcome, out: Path) -> None:
 def _zoom(axes, outcome: Outcome) -> None:
     """Show the losses of ends, and not the course's beginning."""
     ends = [run.loss for name in (SCRATCH, *outcome.study.arms) for run in outcome.of(name) if math.isfinite(run.loss)]
+    if not ends:
+        return
     low, high = min(ends), max(ends)
     room = 0.15 * (high - low) or 0.1
     axes.set_ylim(low - room, high + room)
