@@ -115,5 +115,8 @@ def _next(source, plan, out: Path) -> str:
 
 
 def _tied(plan) -> str:
-    by = "dropout or --noise separates" if "embed" in plan.tied_copies else "dropout, --noise or --spread separates"
-    return f"copies of {', '.join(plan.tied_copies)} stay equal, for equal copies get equal gradients; only {by} them"
+    by = "--noise separates" if "embed" in plan.tied_copies else "--noise or --spread separates"
+    return (
+        f"copies of {', '.join(plan.tied_copies)} stay equal, for equal copies get equal gradients; only {by} them, "
+        "and dropout, slowly"
+    )
