@@ -140,4 +140,10 @@ def test_the_rules_bite():
     assert imported(ast.parse("from convert.neox import x\nimport a.b as c")) == {"convert", "a"}
     with pytest.raises(AssertionError, match="in full"):
         imported(ast.parse("from . import axes"))
-    assert len(FILES) > 25 and {path.parent.name for path in FILES} == {*PACKAGES, "checkpoint", "cli", "evaluation", "study"}
+    assert len(FILES) > 25 and {path.parent.name for path in FILES} == {
+        *PACKAGES,
+        "checkpoint",
+        "cli",
+        "evaluation",
+        "study",
+    }

@@ -84,7 +84,7 @@ def test_arms_and_their_sources_together_stay_within_the_budget(data):  # noqa: 
         before = sum(study.steps(Task(name, task.seed)) * study.flops_per_step(name) for name in study.chain(task.name))
         wanted = study.sources[task.name].share if task.name in study.sources else task.budget
         slack = sum(study.flops_per_step(name) for name in (task.name, *study.chain(task.name))) / 2
-        assert abs(own + before - wanted * study.flops) <= slack
+        assert abs(own + before - wanted * study.flops_of_scratch) <= slack
 
 
 def test_noise_is_of_the_studys_seed(data):  # noqa: F811
@@ -173,7 +173,7 @@ def test_growth_in_stages_counts_all_its_sources(data):  # noqa: F811
     names = [task.name for task in study.tasks() if task.seed == 0]
     assert names == [SCRATCH] * 2 + ["first", "second"] + ["twice"] * 3
     end = Task("twice", 0, None, 1.0)
-    assert study.steps(end) == round(0.75 * study.flops / study.flops_per_step("twice"))
+    assert study.steps(end) == round(0.75 * study.flops_of_scratch / study.flops_per_step("twice"))
 
 
 def test_a_study_needs_its_section_and_a_model(data):  # noqa: F811
@@ -399,6 +399,7 @@ def test_a_run_that_diverges_is_a_run_and_not_the_end(data, tmp_path, what):  # 
     )
     again = course_of(data, tmp_path, lambda name: pytest.fail("nothing is done again"))
     assert again.go() is None and again.outcome.runs == course.outcome.runs
+    assert all(again._is_done(task) for task in again.tasks) and again.progress.left == 0
 
 
 @pytest.mark.parametrize(

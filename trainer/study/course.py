@@ -50,7 +50,7 @@ class Course:
             for number, (task, left) in enumerate(self._order(), 1):
                 # A source may have a learning rate of its own.
                 values = self.study.values(task, task.learning_rate or self._rate(task.name))
-                name = self._name(task, resolve(values).optimizer.learning_rate)
+                name = self._named(task, f"{resolve(values).optimizer.learning_rate:g}")
                 self.progress.begin(f"[{number}/{len(self.tasks)}] {name}", left)
                 stopped = self._do(task, values, name)
                 if stopped is not None:
@@ -60,14 +60,19 @@ class Course:
         return None
 
     def _order(self) -> Iterator[tuple[Task, float]]:
-        """The runs in order, the arms that take further seeds chosen on the way; with the FLOPs from each on."""
+        """The runs in order, the arms that take further seeds chosen on the way; with the FLOPs left from each on."""
         first = self.study.seeds[0]
         for further in (False, True):
             self.tasks = list(self.study.tasks(self.outcome.best_arms() if further else None))
-            flops = [self.study.steps(task) * self.study.flops_per_step(task.name) for task in self.tasks]
+            flops = [0.0 if self._is_done(task) else self.study.flops(task) for task in self.tasks]
             for number, task in enumerate(self.tasks):
                 if (task.seed != first) == further:
                     yield task, sum(flops[number:])
+
+    def _is_done(self, task: Task) -> bool:
+        """Whether there is a result of a run, be its learning rate not known yet."""
+        rate = "*" if task.learning_rate is None else f"{task.learning_rate:g}"
+        return any((self.out / "runs").glob(f"{self._named(task, rate)}/{RESULT}"))
 
     def _rate(self, name: str) -> float:
         """The learning rate settled for a run: the best tried, for a source the best from scratch."""
@@ -78,9 +83,9 @@ class Course:
             raise GrowkitError(f"from scratch no run stayed finite at any learning rate ({rates}); try lower ones")
         return rate
 
-    def _name(self, task: Task, rate: float) -> str:
+    def _named(self, task: Task, rate: str) -> str:
         budget = f"-budget{task.budget:g}" if task.name in self.study.arms else ""
-        return f"{task.name}-seed{task.seed}-lr{rate:g}{budget}"
+        return f"{task.name}-seed{task.seed}-lr{rate}{budget}"
 
     def _do(self, task: Task, values: dict[str, Any], name: str) -> int | None:
         """Do a run, or read that it was done; returns the signal that stopped it, or came at its end."""
@@ -137,7 +142,7 @@ class Course:
             tried=task.learning_rate is not None,
             steps=self.study.steps(task),
             tokens=self.study.tokens(task),
-            flops=self.study.steps(task) * self.study.flops_per_step(task.name),
+            flops=self.study.flops(task),
             flops_before=source.spent if source else 0.0,
             loss=loss,
             seconds=seconds,

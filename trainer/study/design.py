@@ -95,9 +95,12 @@ class Design:
         context = config.model.context
         return config.batch.sequences * context * model.flops_per_token(context)
 
+    def flops(self, task: Task) -> float:
+        """FLOPs of a run, without its sources'."""
+        return self.steps(task) * self.flops_per_step(task.name)
+
     @property
-    def flops(self) -> float:
-        """FLOPs of the training from scratch."""
+    def flops_of_scratch(self) -> float:
         return self.config.schedule.steps * self.flops_per_step(SCRATCH)
 
     def chain(self, name: str) -> list[str]:
@@ -117,7 +120,7 @@ class Design:
             own = self.sources[task.name].share
         else:
             own = task.budget - self.share(task.name)
-        return round(own * self.flops / self.flops_per_step(task.name))
+        return round(own * self.flops_of_scratch / self.flops_per_step(task.name))
 
     def tokens(self, task: Task) -> int:
         """How many tokens a run takes."""
