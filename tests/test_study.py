@@ -178,7 +178,7 @@ def test_growth_in_stages_counts_all_its_sources(data):  # noqa: F811
 
 def test_a_study_needs_its_section_and_a_model(data):  # noqa: F811
     made = nested(data)
-    with pytest.raises(UsageError, match="study is a section"):
+    with pytest.raises(UsageError, match="has no study section"):
         design({key: value for key, value in made.items() if key != "study"})
     with pytest.raises(UsageError, match="needs a model section"):
         design({key: value for key, value in made.items() if key != "model"})

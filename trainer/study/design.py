@@ -166,7 +166,9 @@ class Design:
 def design(values: dict[str, Any]) -> Design:
     """The study that nested values describe. Raises UsageError."""
     base = {key: value for key, value in values.items() if key != "study"}
-    section = _section(values.get("study"), "study", SECTION)
+    if values.get("study") is None:
+        raise UsageError("the configuration has no study section, which says what to compare: its sources and arms")
+    section = _section(values["study"], "study", SECTION)
     if not base.get("model"):
         raise UsageError("a study needs a model section: the model that is trained from scratch and grown to")
     if base.get("grow"):
