@@ -99,7 +99,7 @@ def test_data_by_path_list_or_weights(text, expected):
         ({"optimizer": {"beta2": 1}}, ["optimizer.beta2 must lie in [0, 1)"]),
         ({"optimizer": 3}, ["optimizer is a section of values, got 3"]),
         ({"model": {"tied": "yes"}}, ["model.tied must be true or false", "'yes'"]),
-        ({"remat": "ful"}, ["remat must be one of none, dots, full", "did you mean 'full'"]),
+        ({"remat": "ful"}, ["remat must be one of auto, none, dots, full", "did you mean 'full'"]),
         ({"remat": 1}, ["remat must be text"]),
         ({"precision": {"compute": "fp32"}}, ["precision.compute must be one of", "'fp32'"]),
         ({"schedule": {"steps": 10, "warmup": 11}}, ["schedule.warmup must be at most schedule.steps (10), got 11"]),

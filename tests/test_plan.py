@@ -19,7 +19,7 @@ from trainer.checkpoint import last_step
 from trainer.config import resolve
 from trainer.kernels import splash_attention
 from trainer.sharding import alone
-from trainer.step import State
+from trainer.step import State, forget_programs
 from trainer.tokens import TokenWriter
 from trainer.values import read_values
 
@@ -296,6 +296,40 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monk
     assert run(arguments) == 0
     said = capsys.readouterr().err
     assert "memory: a step takes" in said and "attention: XLA, there being no kernel for a cpu" in said
+
+
+def test_the_mildest_policy_that_fits_is_settled_on():
+    peaks = {"none": 30, "dots": 20, "full": 10}
+
+    def settled(policy, available):
+        config = tiny(f"remat={policy}")
+        return plan.settled(config, lambda each: plan.Memory(0, 0, peaks[each.remat], 0, available)).remat
+
+    assert [settled("auto", available) for available in (35, 25, 15, 5)] == ["none", "dots", "full", "full"]
+    assert [settled("dots", available) for available in (35, 5)] == ["dots", "dots"]
+
+
+def test_a_run_takes_the_policy_that_fits(arguments, monkeypatch, capsys):
+    """Without any the step is pretended to need twice what there is, with dots little."""
+    sizes = {"none": 2**21, "dots": 2**10}
+
+    def pretended(lowered, like, available):
+        policy = "dots" if asked else "none"
+        asked.append(policy)
+        return plan.Memory(0, 0, sizes[policy], 0, available)
+
+    asked = []
+    monkeypatch.setattr(plan, "available_on", lambda devices: 2**20)
+    monkeypatch.setattr(plan, "measured", pretended)
+    assert run([*arguments, "remat=auto"]) == 0
+    said = capsys.readouterr().err
+    assert "with remat dots" in said and asked == ["none", "dots"]
+    # The sibling: told to do without, the same run does not begin.
+    asked.clear()
+    forget_programs()
+    monkeypatch.setattr(plan, "remedies", lambda config, mesh: [])
+    assert run([*arguments[:2], "--out", f"{arguments[3]}2", *arguments[4:], "remat=none"]) == 1
+    assert "does not fit" in capsys.readouterr().err
 
 
 def test_a_run_compiles_its_step_once(arguments, caplog):

@@ -356,7 +356,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 CHOICES = {
     "precision.params": ("float32", "bfloat16", "float64"),
     "precision.compute": ("float32", "bfloat16", "float64"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("auto", "none", "dots", "full"),
     "attention": ("auto", "xla", "splash", "cudnn"),
     "optimizer.multipliers": ("auto", "on", "off"),
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),

@@ -39,7 +39,7 @@ from trainer.interrupt import Interrupt
 from trainer.kernels import chosen
 from trainer.model import initial_params
 from trainer.optimizer import Multipliers
-from trainer.plan import require_fit
+from trainer.plan import fitting, require_fit
 from trainer.plateau import reduced, reduction
 from trainer.position import Position
 from trainer.report import Report, Result
@@ -129,7 +129,8 @@ class Run:
         """The program of a step, at the learning rate that the plateaus of these validation losses leave."""
         self.reduction = reduction(losses, self.config.schedule, self.lineage)
         config, grown_at = reduced(self.config, self.reduction), growth.grown_at(self.lineage)
-        self.train_step = make_train_step(config, self.model, self.multipliers, self.layout, grown_at)
+        others = (self.model, self.multipliers, self.layout, grown_at)
+        self.train_step = fitting(config, self.layout, self.like, lambda each: make_train_step(each, *others))
         self.compiled = False
 
     def _new_state(self) -> State:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,9 +24,10 @@ from trainer.accelerators import GIB, parse_slice, peak_flops
 from trainer.config import Config, neox, resolve
 from trainer.kernels import Choice, chosen
 from trainer.sharding import Layout, layout
-from trainer.step import abstract_state, make_train_step
+from trainer.step import TrainStep, abstract_state, make_train_step
 from trainer.values import overridden
 
+POLICIES = ("none", "dots", "full")  # of rematerialisation, the mildest first
 SHORTEST = 128  # tokens of context below which no advice goes
 # libtpu: ask no cloud what this machine is, take no lock and write no logs, for nothing here runs on a TPU.
 ALONE = {
@@ -246,6 +247,7 @@ class Plan:
 
 def plan(config: Config, on: Target) -> Plan:
     """Compile a configuration's train step for devices. Raises UsageError for what does not divide over them."""
+    config = settled(config, lambda policy: plan(policy, on).memory)
     model = neox(config.model)
     made = layout(config, model, on.devices)
     step, like = make_train_step(config, model, layout=made), abstract_state(config, model, made)
@@ -270,7 +272,7 @@ def changed(config: Config, changes: Sequence[str]) -> Config:
 
 def remedies(config: Config, mesh: dict[str, int]) -> list[list[tuple[str, ...]]]:
     """Changes that lower the peak, in the order to be tried: remat, sharding, microbatch, context; mildest first."""
-    policies = ("none", "dots", "full")
+    milder = POLICIES if config.remat == "auto" else POLICIES[: POLICIES.index(config.remat) + 1]
     shards = mesh["data"] * mesh["fsdp"]
     part = config.batch.sequences // config.batch.accumulation
     zero1 = [] if config.mesh.zero1 or shards == 1 else [("mesh.zero1=true",)]
@@ -283,7 +285,7 @@ def remedies(config: Config, mesh: dict[str, int]) -> list[list[tuple[str, ...]]
     ]
     halves = (config.model.context >> power for power in range(1, 20))
     return [
-        [(f"remat={policy}",) for policy in policies[policies.index(config.remat) + 1 :]],
+        [(f"remat={policy}",) for policy in POLICIES if policy not in milder],
         zero1 + fsdp,
         accumulation,
         [(f"model.context={length}",) for length in halves if length >= SHORTEST],
@@ -325,18 +327,39 @@ def advice(tried: Sequence[Trial]) -> str:
     return f"{' '.join(last.changes)} would make it fit, at {last.memory.peak / GIB:.1f} GiB"
 
 
-def require_fit(config: Config, made: Layout, step: Any, like: Any) -> str:
-    """Compile the step that a run is about to take; returns what it needs, in words.
+def settled(config: Config, measure: Callable[[Config], Memory]) -> Config:
+    """The configuration with the mildest remat policy whose step fits, the last when none does; others as they are."""
+    if config.remat != "auto":
+        return config
+    *milder, last = (replace(config, remat=policy) for policy in POLICIES)
+    return next((each for each in milder if measure(each).fits), last)
 
-    The step's first call finds it compiled. Raises GrowkitError, with advice, when its devices have not the memory.
-    """
+
+def fitting(config: Config, made: Layout, like: Any, make: Callable[[Config], TrainStep]) -> TrainStep:
+    """The step that `make` makes of a configuration, its remat policy settled by the memory of a layout's devices."""
+    steps = {policy: make(replace(config, remat=policy)) for policy in POLICIES if config.remat in (policy, "auto")}
+    return steps[settled(config, lambda each: needed(each, made, steps[each.remat], like)).remat]
+
+
+def needed(config: Config, made: Layout, step: TrainStep, like: Any) -> Memory:
+    """What a step takes of the devices that it is for, compiled if it was not yet."""
     available, batch = available_on(made.mesh.local_devices), batch_like(config, made)
     asked = (batch.shape, available)
     if asked not in step.memory:
         step.memory[asked] = measured(step.trace(like, batch).lower(), like, available)
-    memory = step.memory[asked]
+    return step.memory[asked]
+
+
+def require_fit(config: Config, made: Layout, step: TrainStep, like: Any) -> str:
+    """Compile the step that a run is about to take; returns what it needs, in words.
+
+    The step's first call finds it compiled. Raises GrowkitError, with advice, when its devices have not the memory.
+    """
+    memory = needed(config, made, step, like)
+    available = memory.available
     if memory.fits:
-        return f"memory: a step takes {memory.peak / GIB:.2f} of {available / GIB:.1f} GiB a device"
+        policy = f", with remat {step.remat}" if config.remat == "auto" else ""
+        return f"memory: a step takes {memory.peak / GIB:.2f} of {available / GIB:.1f} GiB a device{policy}"
     devices = list(made.mesh.devices.flat)
     on = Target("here", devices, len(devices), available, None, "device")
     tried = list(trials(config, dict(made.mesh.shape), lambda config: plan(config, on).memory))

@@ -93,11 +93,11 @@ class TrainStep:
 
     Metrics: loss in nats a token, gradient_norm before the clip, learning_rate. The program takes the numbers as
     arguments, so that runs of one model that differ in learning rate, schedule or seed share it. memory: what it was
-    found to need, for whoever asks again.
+    found to need, for whoever asks again; remat: the policy it was made with.
     """
 
-    def __init__(self, program: Any, memory: dict[Any, Any], numbers: dict[str, float]):
-        self.program, self.memory, self.numbers = program, memory, numbers
+    def __init__(self, program: Any, memory: dict[Any, Any], numbers: dict[str, float], remat: str):
+        self.program, self.memory, self.numbers, self.remat = program, memory, numbers, remat
 
     def __call__(self, state: State, tokens_AxBxT1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         return self.program(state, tokens_AxBxT1, self.numbers)
@@ -114,7 +114,7 @@ def make_train_step(
     layout: Layout | None = None,
     grown_at: int | None = None,
 ) -> TrainStep:
-    """The step of a run. layout: None for the first device. grown_at: see `learning_rate`."""
+    """The step of a run, its remat policy settled. layout: None for the first device. grown_at: see `learning_rate`."""
     layout = layout or alone()
     kernel = chosen(config, model, layout).name
     network = GPTNeoX(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
@@ -123,7 +123,7 @@ def make_train_step(
     make = _program if multipliers is None else _program.__wrapped__
     schedule = numbers(config.schedule, config.optimizer.learning_rate, grown_at)
     program, memory = make(network, settings, config.schedule.kind, multipliers)
-    return TrainStep(program, memory, schedule | {"seed": config.seed})
+    return TrainStep(program, memory, schedule | {"seed": config.seed}, config.remat)
 
 
 @lru_cache(maxsize=PROGRAMS)
