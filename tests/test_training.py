@@ -496,7 +496,7 @@ def test_a_number_that_is_not_finite_stops_the_run(name, data, tmp_path):
         bad = jnp.where(state.step == 7, jnp.nan, metrics[name])
         return state, metrics | {name: bad}
 
-    wrong.lower = right.lower  # what the run compiles before it begins
+    wrong.trace, wrong.memory = right.trace, right.memory  # what the run compiles before it begins
     run.train_step = wrong
     with pytest.raises(GrowkitError) as caught:
         run.go()
