@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from trainer.sharding import BATCH, COMPUTED, Layout
+from trainer.sharding import BATCH, COMPUTED, Layout, platform_of
 
 # Rows (sequences x time) whose logits are held at once. On a CPU a piece should stay in the caches.
 ROWS = {"cpu": 256}
@@ -59,7 +59,7 @@ def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
     wide = _zeros(hidden_GxBxTxE).dtype
     # The order of the head's gradient. On a CPU a product's left operand is first laid out by what it is summed
     # over: the narrow hidden states are, and not the logits.
-    narrow_left = _platform(layout) == "cpu"
+    narrow_left = platform_of(layout) == "cpu"
 
     def add(carry, piece):
         total, to_head = carry
@@ -105,15 +105,10 @@ def _zeros(hidden_GxBxTxE: jax.Array) -> jax.Array:
     return jnp.zeros(len(hidden_GxBxTxE), jnp.promote_types(hidden_GxBxTxE.dtype, jnp.float32))
 
 
-def _platform(layout: Layout | None) -> str:
-    """What the program is for. Not always this machine: a step can be compiled for devices that are elsewhere."""
-    return layout.platform if layout else jax.default_backend()
-
-
 def _pieces(hidden_GxBxTxE: jax.Array, targets_GxBxT: jax.Array, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
     """Hidden states [N, G, B, T/N, E] and targets [N, G, B, T/N]: time in N equal pieces, sequences kept together."""
     groups, batch, time = targets_GxBxT.shape
-    limit = max(1, ROWS.get(_platform(layout), ROWS_ELSEWHERE) // batch)
+    limit = max(1, ROWS.get(platform_of(layout), ROWS_ELSEWHERE) // batch)
     length = max(size for size in range(1, time + 1) if time % size == 0 and size <= limit)
 
     def cut(array):

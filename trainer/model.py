@@ -30,7 +30,7 @@ from trainer.attention import causal_attention
 from trainer.config import Dropout, Precision
 from trainer.kernels import kernel_attention
 from trainer.matmul import project
-from trainer.sharding import Layout
+from trainer.sharding import Layout, platform_of
 
 REMAT = {
     "none": None,
@@ -96,8 +96,7 @@ class Parameters(nn.Module):
 
     @property
     def platform(self) -> str:
-        """What the program is for: the layout's devices, which need not be here, or else this machine's."""
-        return self.layout.platform if self.layout else jax.default_backend()
+        return platform_of(self.layout)
 
     def parameter(self, name: str, dtype: Any = None) -> jax.Array:
         """The parameter `name` of this module, in the compute dtype unless told, laid out to compute with."""

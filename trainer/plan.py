@@ -247,7 +247,10 @@ class Plan:
 
 def plan(config: Config, on: Target) -> Plan:
     """Compile a configuration's train step for devices. Raises UsageError for what does not divide over them."""
-    config = settled(config, lambda policy: plan(policy, on).memory)
+    if config.remat == "auto":
+        plans: dict[str, Plan] = {}
+        policy = settled(config, lambda each: plans.setdefault(each.remat, plan(each, on)).memory)
+        return plans.get(policy.remat) or plan(policy, on)
     model = neox(config.model)
     made = layout(config, model, on.devices)
     step, like = make_train_step(config, model, layout=made), abstract_state(config, model, made)

@@ -132,6 +132,11 @@ def _gathered_backward(there, back, saved, gradient):
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+def platform_of(layout: Layout | None) -> str:
+    """What a program is for: a layout's devices, which need not be here, or without one this machine's."""
+    return layout.platform if layout else jax.default_backend()
+
+
 def alone() -> Layout:
     """Everything on the first device."""
     return Layout(make_mesh(config.Mesh(data=1), jax.devices()[:1]))

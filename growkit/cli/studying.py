@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import click
@@ -27,8 +26,6 @@ def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> in
     from trainer.study.design import design
     from trainer.values import read_values
 
-    # Orbax logs its errors with tracebacks and raises them too: they are shown once, as a sentence.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     made = design(read_values(config, list(overrides)))
     directory = Path(out)
     if directory.exists() and not resume and (not directory.is_dir() or any(directory.iterdir())):

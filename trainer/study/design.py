@@ -22,6 +22,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
@@ -80,11 +81,11 @@ class Design:
     sources: Mapping[str, Part]
     arms: Mapping[str, Part]
 
-    @property
+    @cached_property
     def config(self) -> Config:
         return resolve(dict(self.base))
 
-    @property
+    @cached_property
     def model(self) -> NeoX:
         return neox(self.config.model)
 

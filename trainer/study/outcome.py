@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from growkit import __version__
+from growkit.evidence import FORMAT, Measured
 from growkit.neox import NeoX
 from trainer.study.design import LARGEST_SHARE, SCRATCH, Design, Task
 
@@ -49,21 +50,15 @@ class Reached:
     at_most: bool
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A figure over seeds: mean and sample standard deviation (None for a single run); None where a run has none."""
+def spread(values: Sequence[float | None]) -> Measured:
+    """The mean and sample standard deviation of a figure over seeds (None for a single one).
 
-    mean: float | None
-    std: float | None
-    runs: int
-
-
-def spread(values: Sequence[float | None]) -> Spread:
-    """The mean and standard deviation of a figure; without a mean as soon as one seed has none, or no finite one."""
+    Without a mean as soon as one seed has no figure, or no finite one.
+    """
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known or len(known) < len(values):
-        return Spread(None, None, len(values))
-    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+        return Measured(None, None, len(values))
+    return Measured(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
 def reached(points: Iterable[tuple[float, float]], target: float) -> Reached | None:
@@ -160,7 +155,7 @@ class Outcome:
             ),
         }
 
-    def difference(self, name: str) -> Spread | None:
+    def difference(self, name: str) -> Measured | None:
         """The last loss minus that of the arm it is held against, seed by seed; None where it is held against none."""
         against = self.study.arms[name].against
         if against is None:
@@ -173,7 +168,7 @@ class Outcome:
         study, scratch = self.study, self.of(SCRATCH)
         first = study.chain(next(iter(study.arms)))[-1]
         return {
-            "format": 1,
+            "format": FORMAT,
             "growkit": __version__,
             "target": sizes(study.model),
             "source": sizes(study.sources[first].model),

@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from growkit.checkpoint.tensor import json_bytes
+from growkit.evidence import RESULTS
 from trainer.directory import write_whole
 from trainer.history import METRICS, parse
 from trainer.study.design import LARGEST_SHARE, SCRATCH
@@ -41,7 +42,7 @@ def write(outcome: Outcome, out: Path, picture: bool = True) -> None:
     write_whole(epath.Path(out / "report.md"), markdown(outcome, results).encode())
     if picture:
         draw(outcome, out)
-    write_whole(epath.Path(out / "results.json"), json_bytes(results))
+    write_whole(epath.Path(out / RESULTS), json_bytes(results))
 
 
 def runs_csv(runs: list[Finished]) -> str:
