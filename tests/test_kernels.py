@@ -158,7 +158,6 @@ def test_a_step_takes_the_kernel_that_is_printed(dropout, kernels):
     config = resolve(read_values("tiny", ["precision.compute=bfloat16", f"dropout.attention={dropout}"]))
     model = neox(config.model)
     made = layout(config, model, target("v5e-8").devices)
-    lowered = make_train_step(config, model, layout=made).lower(
-        abstract_state(config, model, made), batch_like(config, made)
-    )
+    step = make_train_step(config, model, layout=made)
+    lowered = step.trace(abstract_state(config, model, made), batch_like(config, made)).lower()
     assert ("tpu_custom_call" in lowered.as_text()) == kernels == (chosen(config, model, made).name == "splash")
