@@ -124,9 +124,9 @@ def save_directory(path: Path, model: NeoX = SMALL, dtype: str = "float32", seed
     return path
 
 
-def save_checkpoint(path: Path, model: NeoX = SMALL, seed: int = 0, **record) -> Path:
+def save_checkpoint(path: Path, model: NeoX = SMALL, seed: int = 0, dtype: str = "float32", **record) -> Path:
     """A trainer checkpoint of random parameters and moments (nu positive), with counters and files."""
-    slots = {slot: random_tensors(model, "float32", seed + n) for n, slot in enumerate(("params", "mu", "nu"))}
+    slots = {slot: random_tensors(model, dtype, seed + n) for n, slot in enumerate(("params", "mu", "nu"))}
     slots["nu"] = {name: np.square(array) for name, array in slots["nu"].items()}
     recipes = {
         slot: {name: copy_of(in_memory(array)) for name, array in tensors.items()} for slot, tensors in slots.items()

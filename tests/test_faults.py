@@ -20,8 +20,7 @@ LARGER = replace(SMALL, embed=256, mlp=1024, vocab=4000)
 KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-os.environ["JAX_PLATFORMS"] = "cpu"
-import orbax.checkpoint, growkit.cli.growing, growkit.checkpoint.orbax, growkit.depth, growkit.surgery
+import growkit.cli.growing, growkit.checkpoint.orbax, growkit.depth, growkit.surgery
 from growkit.checkpoint import output
 from growkit.cli import run
 

@@ -25,7 +25,7 @@ from conftest import (
     save_transformers_model,
 )
 
-from growkit.checkpoint import open_source, write_output
+from growkit.checkpoint import open_source, orbax, write_output
 from growkit.checkpoint.huggingface import INDEX, read_header
 from growkit.checkpoint.output import committed
 from growkit.checkpoint.tensor import Contents, copy_of
@@ -231,9 +231,68 @@ def test_stock_orbax_restores_what_is_written(tmp_path):
     assert source.files == BESIDE
 
 
+def save_with_orbax(path: Path, plain: Path, **stored) -> Path:
+    """The checkpoint at `plain`, written by stock Orbax; stored: options of its handler of trees."""
+    import orbax.checkpoint as ocp
+
+    items = {item: ocp.args.JsonSave(json.loads((plain / item / "metadata").read_text())) for item in ("meta", "files")}
+    handlers = {item: ocp.JsonCheckpointHandler() for item in items} | {"state": ocp.PyTreeCheckpointHandler(**stored)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        checkpointer.save(path.resolve(), ocp.args.Composite(state=ocp.args.PyTreeSave(tree_of(plain)), **items))
+    return path
+
+
+def as_orbax_has_it(path: Path) -> dict[str, object]:
+    """Every file of a checkpoint: JSON decoded, without the times and the words in which a commit is told."""
+
+    def content(file: Path):
+        if file.name == "commit_success.txt":
+            return True
+        if file.parent.parent.name == "state" and file.name != ".zarray":
+            return file.read_bytes()
+        decoded = json.loads(file.read_text())
+        return {key: value for key, value in decoded.items() if not key.endswith("_timestamp_nsecs")}
+
+    return {str(file.relative_to(path)): content(file) for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_written_is_what_stock_orbax_writes(tmp_path, dtype):
+    ours = save_checkpoint(tmp_path / "ours", dtype=dtype)
+    theirs = save_with_orbax(tmp_path / "theirs", ours, use_ocdbt=False, use_compression=False)
+    assert as_orbax_has_it(ours) == as_orbax_has_it(theirs)
+
+
+BENT = {
+    "an array's header": ("_zarr_header", lambda made: made | {"order": "F"}),
+    "the tree": ("_tree_metadata", lambda made: made | {"use_zarr3": True}),
+    "a chunk's name": ("_chunk", lambda made: f"c/{made}".replace("/", "")),
+}
+
+
+@pytest.mark.parametrize("bent", BENT)
+def test_a_checkpoint_written_otherwise_is_told_from_orbaxs(tmp_path, monkeypatch, bent):
+    theirs = save_with_orbax(
+        tmp_path / "theirs", save_checkpoint(tmp_path / "ours"), use_ocdbt=False, use_compression=False
+    )
+    name, change = BENT[bent]
+    right = getattr(orbax, name)
+    monkeypatch.setattr(orbax, name, lambda given: change(right(given)))
+    assert as_orbax_has_it(save_checkpoint(tmp_path / "bent")) != as_orbax_has_it(theirs)
+
+
+def test_a_checkpoint_is_grown_without_jax_and_orbax(tmp_path, checkpoint):
+    code = (
+        "import sys; from growkit.cli import run; assert run(sys.argv[1:]) == 0; print(*sys.modules, file=sys.stderr)"
+    )
+    words = ["depth", "--map", "3:4", str(checkpoint), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stderr.split()}
+    assert "numpy" in loaded and not loaded & {"jax", "orbax", "tensorstore", "torch", "transformers", "matplotlib"}
+
+
 def save_as_others_do(path: Path, how: str) -> Path:
     """The checkpoint of `save_checkpoint`, stored otherwise."""
-    import orbax.checkpoint as ocp
     import tensorstore
 
     plain = save_checkpoint(path.parent / "plain")
@@ -247,13 +306,7 @@ def save_as_others_do(path: Path, how: str) -> Path:
             spec = {"driver": "zarr", "kvstore": f"file://{header.parent}/", "metadata": {"chunks": chunks}}
             tensorstore.open(spec, create=True, dtype=array.dtype, shape=array.shape).result().write(array).result()
         return path
-    tree = tree_of(plain)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=how != "compressed", use_zarr3=how == "zarr3")
-    items = {item: ocp.args.JsonSave(json.loads((plain / item / "metadata").read_text())) for item in ("meta", "files")}
-    json_handlers = {item: ocp.JsonCheckpointHandler() for item in items}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler, **json_handlers)) as checkpointer:
-        checkpointer.save(path.resolve(), ocp.args.Composite(state=ocp.args.PyTreeSave(tree), **items))
-    return path
+    return save_with_orbax(path, plain, use_ocdbt=how != "compressed", use_zarr3=how == "zarr3")
 
 
 def tree_leaf(directory: Path) -> np.ndarray:

@@ -6,23 +6,19 @@
 
 Layers are stacked in the first dimension. To readers each layer is a tensor of its own, under its name in
 files. Uncompressed whole arrays are read by offset, without orbax or jax; anything else (sharded,
-compressed, OCDBT) through tensorstore. Writing goes through Orbax with a leaf type whose bytes are written
-piece by piece beforehand. Knows the layout on disk; leaves meaning to the table and runs to the trainer.
+compressed, OCDBT) through tensorstore. Written is, without either, what Orbax would write of the same arrays,
+which a test compares. Knows the layout on disk; leaves meaning to the table and runs to the trainer.
 """
 
 from __future__ import annotations
 
 import base64
-import importlib
 import json
-import logging
 import math
 import os
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +29,7 @@ import numpy as np
 from growkit.architecture import Architecture
 from growkit.checkpoint.huggingface import read_json
 from growkit.checkpoint.output import Job, Progress, create_file, fill
-from growkit.checkpoint.tensor import SLOTS, Contents, Recipe, Source, Tensor, raw
+from growkit.checkpoint.tensor import SLOTS, Contents, Recipe, Source, Tensor, copy_of, in_memory, raw
 from growkit.configuration import read_config
 from growkit.errors import GrowkitError
 from growkit.spec import Row
@@ -42,6 +38,14 @@ STATE, META, FILES = "state", "meta", "files"
 # Bytes of decoded chunks that are kept, so that a chunk of several blocks or layers is decoded once.
 CACHED = 32 << 20
 COUNTERS = ("count", "step", "schedule_step")
+# What buckets have in place of a rename: Orbax takes a directory there for finished once it holds this.
+COMMITTED = "commit_success.txt"
+ORBAX_HANDLERS = "orbax.checkpoint._src.handlers"
+HANDLERS = {
+    FILES: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
+    META: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
+    STATE: f"{ORBAX_HANDLERS}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
+}
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -118,7 +122,7 @@ def _open_array(state: Path, name: str, described: Mapping[str, Any]) -> Array:
         return _through_tensorstore(state, name, described)
     header = read_json(state / name / ".zarray")
     shape, dtype = tuple(header["shape"]), _dtype(header["dtype"])
-    chunk = state / name / (".".join("0" for _ in shape) or "0")
+    chunk = state / name / _chunk(shape)
     plain = header["compressor"] is None and not header["filters"] and header["order"] == "C" and dtype.isnative
     if not plain or tuple(header["chunks"]) != shape:
         return _through_tensorstore(state, name, described)
@@ -129,6 +133,11 @@ def _open_array(state: Path, name: str, described: Mapping[str, Any]) -> Array:
             f"{chunk} is cut off: an array of {list(shape)} {dtype} takes {size} bytes, the file has {found}"
         )
     return Array(shape, dtype, file=chunk)
+
+
+def _chunk(shape: tuple[int, ...]) -> str:
+    """The file of an array's first, or only, chunk in Zarr version 2."""
+    return ".".join("0" for _ in shape) or "0"
 
 
 def _dtype(name: str) -> np.dtype:
@@ -199,40 +208,32 @@ def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array of one recipe a layer (or a single one), laid end to end; `file` holds its bytes once they are made."""
+    """An array of one recipe a layer (or a single one), laid end to end."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     recipes: tuple[Recipe, ...]
-    file: Path | None = None
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def leaves(contents: Contents, model: Architecture) -> dict[str, Any]:
-    """The tree of an output's arrays: slots of stacked leaves, and the counters."""
-    tree: dict[str, Any] = {slot: {} for slot in contents.recipes}
+def leaves(contents: Contents, model: Architecture) -> dict[tuple[str, ...], Leaf]:
+    """Every array of an output, by its path in the tree: slots of stacked arrays, and the counters."""
+    found: dict[tuple[str, ...], Leaf] = {}
     for slot, recipes in contents.recipes.items():
         for row in model.table.rows:
             layers = range(model.layer) if row.stacked else [None]
             parts = tuple(recipes[row.named(layer)] for layer in layers)
             _check_one_dtype(row, parts)
             shape = ((model.layer,) if row.stacked else ()) + parts[0].shape
-            node = tree[slot]
-            for key in row.path[:-1]:
-                node = node.setdefault(key, {})
-            node[row.path[-1]] = Leaf(shape, parts[0].dtype, parts)
-    return tree | {name: np.asarray(contents.record.get(name, 0), np.int32) for name in COUNTERS}
+            found[(slot, *row.path)] = Leaf(shape, parts[0].dtype, parts)
+    for name in COUNTERS:
+        value = np.asarray(contents.record.get(name, 0), np.int32)
+        found[(name,)] = Leaf((), value.dtype, (copy_of(in_memory(value)),))
+    return found
 
 
 def _check_one_dtype(row: Row, parts: tuple[Recipe, ...]) -> None:
@@ -248,91 +249,45 @@ def _check_one_dtype(row: Row, parts: tuple[Recipe, ...]) -> None:
 def write_checkpoint(path: Path, contents: Contents, progress: Progress | None = None) -> None:
     """Write `contents` at `path`, which must not exist, as a trainer checkpoint that stock Orbax restores.
 
-    The arrays are written beside it while Orbax is being imported, which takes as long as writing a gigabyte, and
-    moved to where Orbax wants them.
+    What says that an item, and then the whole, is complete comes last.
     """
-    tree = leaves(contents, read_config(contents.config))
-    importing = threading.Thread(target=importlib.import_module, args=("orbax.checkpoint",), daemon=True)
-    importing.start()
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as arrays:
-        written = _written(tree, Path(arrays), progress)
-        importing.join()
-        _save(path, written, contents)
-
-
-def _save(path: Path, tree: Mapping[str, Any], contents: Contents) -> None:
-    import orbax.checkpoint as ocp
-
+    begun = time.time_ns()
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
-    items = {
-        STATE: ocp.args.PyTreeSave(tree),
-        META: ocp.args.JsonSave({"config": contents.config, "lineage": contents.lineage, "record": record}),
-        FILES: ocp.args.JsonSave(encode_files(contents.files)),
-    }
-    with _quiet():
-        state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=_registry(ocp))
-        json_handlers = {item: ocp.JsonCheckpointHandler() for item in (META, FILES)}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{STATE: state}, **json_handlers)) as checkpointer:
-            checkpointer.save(path.resolve(), ocp.args.Composite(**items))
+    about = {"config": contents.config, "lineage": contents.lineage, "record": record}
+    arrays = leaves(contents, read_config(contents.config))
+    path.mkdir()
+    _write_arrays(path / STATE, arrays, progress)
+    for item, value in ((META, about), (FILES, encode_files(contents.files))):
+        (path / item).mkdir()
+        (path / item / "metadata").write_text(json.dumps(value))
+    for item in (STATE, META, FILES):
+        (path / item / COMMITTED).write_text(f"{item} is complete")
+    (path / COMMITTED).write_text("all items are complete")
+    stamps = {"init_timestamp_nsecs": begun, "commit_timestamp_nsecs": time.time_ns()}
+    described = {"item_handlers": HANDLERS, "metrics": {}, "performance_metrics": {}, **stamps, "custom_metadata": {}}
+    (path / "_CHECKPOINT_METADATA").write_text(json.dumps(described))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax warns of what this use of it does not need (merging OCDBT, metadata of jax arrays)."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _registry(ocp: Any) -> Any:
-    """Orbax's handlers for the leaf types of an output: numpy counters, and leaves whose bytes are written already."""
-
-    class LeafHandler(ocp.type_handlers.NumpyHandler):
-        async def serialize(self, values, infos, args=None):
-            # A future and not the work itself: Orbax makes the directories between the two.
-            return [ocp.future.CommitFutureAwaitingContractedSignals(self.write(values, infos), name="growkit")]
-
-        async def write(self, values, infos):
-            for value, info in zip(values, infos, strict=True):
-                await info.await_path_creation()
-                _place(value, Path(info.path))
-
-    return ocp.type_handlers.create_type_handler_registry(
-        (Leaf, LeafHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
-    )
-
-
-def _written(tree: Mapping[str, Any], directory: Path, progress: Progress | None) -> dict[str, Any]:
-    """The tree with every leaf's bytes in a file of its own below `directory`, its layers one after another."""
+def _write_arrays(state: Path, arrays: Mapping[tuple[str, ...], Leaf], progress: Progress | None) -> None:
+    """Every array as one raw chunk in Zarr version 2, in a directory of its own, and what Orbax says of them all."""
+    state.mkdir()
     jobs: list[Job] = []
-
-    def begun(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: begun(child) for key, child in node.items()}
-        if not isinstance(node, Leaf):
-            return node
-        path = directory / str(len(jobs))
-        file, part = create_file(path, node.nbytes), node.nbytes // len(node.recipes)
-        jobs.extend(Job(recipe, file, number * part) for number, recipe in enumerate(node.recipes))
-        return replace(node, file=path)
-
     try:
-        written = {key: begun(child) for key, child in tree.items()}
+        for keys, leaf in arrays.items():
+            directory = state / ".".join(keys)
+            directory.mkdir()
+            (directory / ".zarray").write_text(json.dumps(_zarr_header(leaf)))
+            file, part = create_file(directory / _chunk(leaf.shape), leaf.size), leaf.size // len(leaf.recipes)
+            jobs.extend(Job(recipe, file, number * part) for number, recipe in enumerate(leaf.recipes))
         fill(jobs, progress)
     finally:
         for file in {job.file for job in jobs}:
             os.close(file)
-    return written
+    (state / "_METADATA").write_text(json.dumps(_tree_metadata(arrays)))
 
 
-def _place(leaf: Leaf, directory: Path) -> None:
-    """Make a leaf's file an array of one raw chunk in Zarr version 2."""
-    directory.mkdir(parents=True, exist_ok=True)
-    header = {
+def _zarr_header(leaf: Leaf) -> dict[str, Any]:
+    return {
         "chunks": leaf.shape,
         "compressor": None,
         "dimension_separator": ".",
@@ -343,5 +298,16 @@ def _place(leaf: Leaf, directory: Path) -> None:
         "shape": leaf.shape,
         "zarr_format": 2,
     }
-    (directory / ".zarray").write_text(json.dumps(header))
-    os.rename(leaf.file, directory / ".".join("0" for _ in leaf.shape))
+
+
+def _tree_metadata(arrays: Mapping[tuple[str, ...], Leaf]) -> dict[str, Any]:
+    """What Orbax's handler of trees writes of nested dicts of numpy arrays; 2 is its type of a dict's key."""
+    tree = {
+        str(keys): {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+        for keys in sorted(arrays)
+    }
+    options = {"use_ocdbt": False, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
+    return {"tree_metadata": tree, **options, "custom_metadata": None}
