@@ -11,8 +11,8 @@ free memory for about five times the model (2.7 GB at 0.6B parameters in float32
 Everything is a command of its own, timed from start to end, in turns within a round; printed are the medians of each,
 of its ratio to cp in the same round, and its peak anonymous memory. Once as it is and once with a sync of the file
 system at the end. The first touch of memory costs a virtual machine more than a copy does, and one that gives free
-memory back to its host touches for the first time again seconds later, so before every command as much is touched as
-it will write.
+memory back to its host touches for the first time again seconds later; so before every command the page cache is
+filled, from a file without blocks, and what is written takes its memory from there, as on a machine in use.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from growkit.checkpoint.huggingface import read_header
 from growkit.checkpoint.tensor import BLOCK, Contents, Recipe
 from growkit.neox import NeoX, write_config
 
+# Python programs run compiled, as installed ones are.
+COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
 # 18 layers of embed 1536, untied: 0.66B parameters. The other sizes keep the proportions.
 MODEL = NeoX(layer=18, embed=1536, head=12, mlp=6144, vocab=50304, context=1024, rotary_pct=0.25, tied=False)
@@ -92,13 +94,13 @@ class Contender:
     command: Callable[[Path], list[str]]
 
 
-def run(contender: Contender, out: Path, synced: bool, size: int) -> tuple[float, float]:
-    """Seconds, and megabytes of anonymous memory at the peak, of a command that writes `size` bytes."""
+def run(contender: Contender, out: Path, synced: bool, read: list[Path]) -> tuple[float, float]:
+    """Seconds, and megabytes of anonymous memory at the peak, of a command; `read`: the directories it reads."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    warm(out.parent, size)
+    warm(out.parent, read)
     started = time.perf_counter()
-    process = subprocess.Popen(contender.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(contender.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=COMPILED)
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
@@ -121,12 +123,16 @@ def anonymous(process: int) -> float:
     return int(lines[0].split()[1]) / 1000 if lines else 0.0
 
 
-def warm(directory: Path, size: int) -> None:
-    """Touch as much memory as the page cache will need, by writing a file and removing it."""
-    with open(directory / "warm", "wb") as file:
-        for _ in range(size // BLOCK):
-            file.write(bytes(BLOCK))
-    (directory / "warm").unlink()
+def warm(directory: Path, read: list[Path]) -> None:
+    """Fill the page cache with a file of one hole, then with what the command will read."""
+    hole, buffer = directory / "hole", bytearray(4 * BLOCK)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with open(hole, "wb") as file:
+        file.truncate(memory * 9 // 10)
+    for path in [hole, *(file for each in read for file in each.rglob("*") if file.is_file())]:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def bytes_of(directory: Path) -> int:
@@ -134,14 +140,14 @@ def bytes_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def compare(what: str, contenders: list[Contender], out: Path, rounds: int, size: int) -> None:
-    """Time all contenders, which write `size` bytes, in turns; the first is the copy that the ratios are to."""
+def compare(what: str, contenders: list[Contender], out: Path, rounds: int, read: list[Path]) -> None:
+    """Time all contenders, which read `read`, in turns; the first is the copy that the ratios are to."""
     for synced in (False, True):
         seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
         memory = dict.fromkeys(seconds, 0.0)
         for _ in range(rounds):
             for each in contenders:
-                taken, peak = run(each, out, synced, size)
+                taken, peak = run(each, out, synced, read)
                 seconds[each.name].append(taken)
                 memory[each.name] = max(memory[each.name], peak)
         copy = seconds[contenders[0].name]
@@ -228,7 +234,8 @@ def by_kind(
         contenders = [copy, Contender("growkit", command)]
         if name == "depth" and others:
             contenders += rivals(source, model.layer, model.layer * 4 // 3, program)
-        compare(f"{kind} {name}", contenders, out, rounds, bytes_of(sample))
+        read = [sample, source, *([other] if other.exists() else [])]
+        compare(f"{kind} {name}", contenders, out, rounds, read)
         shutil.rmtree(sample)
         shutil.rmtree(other, ignore_errors=True)
     for source in directory.glob(f"{kind}-*"):
@@ -240,10 +247,9 @@ def scale(directory: Path, rounds: int) -> None:
     for billions in SIZES:
         model = model_of(billions)
         source = build(directory / "source", model, "huggingface", np.dtype(ml_dtypes.bfloat16))
-        target, source_size = model.layer * 4 // 3, bytes_of(source)
-        words = [*GROWKIT, "depth", "--map", f"{model.layer}:{target}", str(source)]
+        words = [*GROWKIT, "depth", "--map", f"{model.layer}:{model.layer * 4 // 3}", str(source)]
         each = Contender("growkit", lambda out, words=words: [*words, str(out)])
-        runs = [run(each, directory / "out", False, source_size * 4 // 3) for _ in range(rounds)]
+        runs = [run(each, directory / "out", False, [source]) for _ in range(rounds)]
         size = bytes_of(directory / "out") / 1e9
         seconds, peak = statistics.median(taken for taken, _ in runs), max(peak for _, peak in runs)
         print(f"{billions:4}B: {size:6.2f} GB out, {seconds:6.2f} s, {size / seconds:5.2f} GB/s, {peak:4.0f} MB")

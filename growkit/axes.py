@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,6 +41,12 @@ class AxisMap:
     def copies(self) -> np.ndarray:
         """int [source]: how many new units copy each old one."""
         return np.bincount(self.index, minlength=self.source)
+
+    @cached_property
+    def stretches(self) -> list[slice]:
+        """The old units that new ones copy one after another, in the order of the new ones."""
+        cuts = np.flatnonzero(np.diff(self.index) != 1) + 1
+        return [slice(int(part[0]), int(part[-1]) + 1) for part in np.split(self.index, cuts) if len(part)]
 
     @property
     def preserves_sums(self) -> bool:

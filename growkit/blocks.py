@@ -9,10 +9,10 @@ the whole. Knows only how to cut.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from growkit.plan import Plan
 from growkit.spec import Row
 
 Piece = tuple[int, np.ndarray]
+# First source unit, first new unit, how many.
+Stretch = tuple[int, int, int]
 
 
 def grown_recipe(tensor: Tensor, row: Row, plan: Plan, moment: int, layer: int | None) -> Recipe:
@@ -67,80 +69,86 @@ class Blocks:
         self.by_rule = moment == VALUE or moment_fate(plan, row, moment, layer) == "map"
         scale = share_scale(row, plan.maps, moment, layer) if self.by_rule else None
         self.scale = None if scale is None else _narrowed(scale)
+        # The scale of every unit, where it is the same.
+        alike = self.scale is not None and max(self.scale.shape[: self.lead]) == 1
+        self.uniform = self.scale[(0,) * self.lead][None] if alike else None
         self.noise_place = noise_place(row, plan) if moment == VALUE else None
         self.unit_bytes = math.prod(self.after[self.lead :]) * tensor.dtype.itemsize
         self.rows_per_unit = math.prod(self.before[self.lead : len(first)])
-        self.order, self.count = self._copies_by_source()
-        self.begin = np.cumsum(self.count) - self.count
+        self.stretches = self._stretches()
         padded = [name for name in self.names if name in plan.pads]
         # Whether equal copies differ by where they lie.
         self.placed = self.noise_place is not None or bool(padded)
         self.outer = self._rule("embed") if "embed" in padded and self.names[0] == "embed" else None
         self.sum: np.ndarray | None = None
 
-    def _copies_by_source(self) -> tuple[np.ndarray, np.ndarray]:
-        """The new units sorted by the source unit they copy, and how many copies each source unit has."""
+    def _stretches(self) -> list[list[Stretch]]:
+        """All first copies, then all second ones, and so on: by source unit, as stretches that go up by one."""
         origin = np.zeros((), np.int64)
         for name, size in zip(self.names[: self.lead], self.before, strict=False):
             axis_map = self.plan.maps.get(name)
             origin = origin[..., None] * size + (np.arange(size) if axis_map is None else axis_map.index)
-        units = math.prod(self.before[: self.lead])
-        return np.argsort(origin.reshape(-1), kind="stable"), np.bincount(origin.reshape(-1), minlength=units)
+        order = np.argsort(origin.reshape(-1), kind="stable")
+        count = np.bincount(origin.reshape(-1), minlength=math.prod(self.before[: self.lead]))
+        begin, found = np.cumsum(count) - count, []
+        for number in range(count.max(initial=0)):
+            sources = np.flatnonzero(count > number)
+            units = order[begin[sources] + number]
+            cuts = np.flatnonzero((np.diff(units) != 1) | (np.diff(sources) != 1)) + 1
+            borders = pairwise([0, *cuts.tolist(), len(units)])
+            found.append([(int(sources[first]), int(units[first]), last - first) for first, last in borders])
+        return found
 
     def pieces(self) -> Iterator[Piece]:
         """(byte offset, array) of every block, once for each of its places."""
         for start, stop in self._source_blocks():
-            block = self._read(start, stop)
-            before: tuple[Any, Any] = (None, None)
-            for rows, units in self._runs(start, stop):
+            block, made, before = self._read(start, stop), None, None
+            for first, last, unit in self._runs(start, stop):
+                units = np.arange(unit, unit + last - first)
                 factor = self._factor(units)
-                if self.placed or not (np.array_equal(rows, before[0]) and np.array_equal(factor, before[1])):
-                    array = self._finished(self._copied(block, rows, units, factor), units)
-                before = rows, factor
-                yield int(units[0]) * self.unit_bytes, array
+                if made != (first, last) or self.placed or not _same(factor, before):
+                    array = self._finished(self._copied(block[first - start : last - start], units, factor), units)
+                made, before = (first, last), factor
+                yield unit * self.unit_bytes, array
         yield from self._added()
 
     def _source_blocks(self) -> Iterator[tuple[int, int]]:
         """(first, last) source units of each block."""
         step = max(1, BLOCK // self.unit_bytes, self.tensor.stride // self.rows_per_unit)
         step = 1 if self.apart else step
-        units = len(self.count)
+        units = math.prod(self.before[: self.lead])
         yield from ((start, min(start + step, units)) for start in range(0, units, step))
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         array = self.tensor.rows(start * self.rows_per_unit, stop * self.rows_per_unit)
         return array.reshape(stop - start, *self.before[self.lead :])
 
-    def _runs(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows of the block, new units) of every stretch of consecutive new units that copy them."""
-        count = self.count[start:stop]
-        begin = self.begin[start:stop]
-        for number in range(count.max(initial=0)):
-            rows = np.flatnonzero(count > number)
-            units = self.order[begin[rows] + number]
-            cuts = np.flatnonzero(np.diff(units) != 1) + 1
-            for first, last in pairwise([0, *cuts, len(units)]):
-                yield rows[first:last], units[first:last]
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(first and last source unit, first new unit) of every stretch of copies of a block."""
+        for stretches in self.stretches:
+            at = max(0, bisect_right(stretches, start, key=lambda stretch: stretch[0]) - 1)
+            while at < len(stretches) and stretches[at][0] < stop:
+                source, unit, length = stretches[at]
+                first, last = max(source, start), min(source + length, stop)
+                if first < last:
+                    yield first, last, unit + first - source
+                at += 1
 
     def _factor(self, units: np.ndarray) -> np.ndarray | None:
         """The part of the scale that is these units', [units or 1, ...]."""
-        if self.scale is None:
-            return None
-        if max(self.scale.shape[: self.lead]) == 1:
-            return self.scale[(0,) * self.lead][None]
+        if self.scale is None or self.uniform is not None:
+            return self.uniform
         at = np.unravel_index(units, self.copied[: self.lead])
         return self.scale[tuple(i * (size > 1) for i, size in zip(at, self.scale.shape, strict=False))]
 
-    def _copied(self, block: np.ndarray, rows: np.ndarray, units: np.ndarray, factor: np.ndarray | None) -> np.ndarray:
-        """Copies with their shares and noise, before padding."""
-        whole = rows[-1] - rows[0] == len(rows) - 1
-        array = block[rows[0] : rows[-1] + 1] if whole else block[rows]
+    def _copied(self, array: np.ndarray, units: np.ndarray, factor: np.ndarray | None) -> np.ndarray:
+        """Copies of source units, with their shares and noise, before padding."""
         # Equal shares are multiplied by once, before there are copies.
         equal = factor is None or math.prod(factor.shape[1:]) == 1
         array = multiplied(array, factor) if equal else array
         for place, name in enumerate(self.names[self.lead :], 1):
             if name in self.plan.maps:
-                array = gathered(array, self.plan.maps[name].index, place)
+                array = gathered(array, self.plan.maps[name], place)
         array = array if equal else multiplied(array, factor)
         if self.noise_place is None:
             return array
@@ -185,7 +193,7 @@ class Blocks:
 
     def _added(self) -> Iterator[Piece]:
         """The units that padding adds, after the old ones."""
-        old, new = len(self.order), math.prod(self.after[: self.lead])
+        old, new = (math.prod(sizes[: self.lead]) for sizes in (self.copied, self.after))
         step = max(1, BLOCK // self.unit_bytes)
         for start in range(old, new, step):
             units = np.arange(start, min(start + step, new))
@@ -204,6 +212,10 @@ class Blocks:
         """What makes the random fill of some units, of which `first` come before."""
         seed, spread = self.plan.seed, self.plan.model.initializer_range
         return lambda shape, what: uniform(seed, f"{self.name} {what}", shape, np, spread, first * math.prod(shape[1:]))
+
+
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def _narrowed(scale: np.ndarray) -> np.ndarray:

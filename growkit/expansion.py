@@ -48,18 +48,17 @@ def expand(
 def _copied(array: Any, row: Row, maps: Mapping[str, AxisMap]) -> Any:
     for place, axis in enumerate(row.axes):
         if axis.name in maps:
-            array = gathered(array, maps[axis.name].index, place)
+            array = gathered(array, maps[axis.name], place)
     return array
 
 
-def gathered(array: Any, index: np.ndarray, place: int) -> Any:
-    """The entries `index` of an array along dimension `place`."""
-    cuts = np.flatnonzero(np.diff(index) != 1) + 1
-    if not isinstance(array, np.ndarray) or len(cuts) > FEW:
-        return array.take(index, axis=place)
+def gathered(array: Any, axis_map: AxisMap, place: int) -> Any:
+    """The entries of an array that a map copies, along dimension `place`."""
+    if not isinstance(array, np.ndarray) or len(axis_map.stretches) > FEW:
+        return array.take(axis_map.index, axis=place)
     # A few stretches of neighbours are copied faster than as many single entries.
-    stretches = (slice(part[0], part[-1] + 1) for part in np.split(index, cuts))
-    return np.concatenate([array[(slice(None),) * place + (part,)] for part in stretches], axis=place)
+    before = (slice(None),) * place
+    return np.concatenate([array[(*before, stretch)] for stretch in axis_map.stretches], axis=place)
 
 
 def multiplied(array: Any, scale: np.ndarray | None) -> Any:

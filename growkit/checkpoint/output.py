@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import queue
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -149,10 +149,12 @@ def create_file(path: Path, size: int) -> int:
 
 
 def fill(jobs: list[Job], progress: Progress | None = None) -> None:
-    """Make the bytes of all jobs, two at a time, in pieces of 1 MiB, and write each at its place."""
-    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        todo.put(job)
+    """Make the bytes of all jobs, two at a time, in pieces of 1 MiB, and write each at its place.
+
+    The largest come first, so that both threads end together; those of one size go through all files before the next
+    of a file, for writes to one file wait for each other.
+    """
+    todo = deque(sorted(jobs, key=lambda job: (-job.recipe.size, job.offset)))
     stop = threading.Event()
     progress = progress or (lambda done: None)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -167,14 +169,14 @@ def fill(jobs: list[Job], progress: Progress | None = None) -> None:
             stop.set()
 
 
-def _work(todo: queue.SimpleQueue[Job], stop: threading.Event, progress: Progress) -> None:
+def _work(todo: deque[Job], stop: threading.Event, progress: Progress) -> None:
     buffer = memoryview(bytearray(PIECE))
     opened: dict[Path, int] = {}
     try:
         while not stop.is_set():
             try:
-                job = todo.get_nowait()
-            except queue.Empty:
+                job = todo.popleft()
+            except IndexError:
                 return
             for done in _write(job, buffer, opened):
                 progress(done)

@@ -234,10 +234,16 @@ def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
     """The array at a span, in memory of its own."""
     array = np.empty(shape, dtype)
     buffer = memoryview(array.reshape(-1).view(np.uint8))
-    with open(span.path, "rb") as file:
-        file.seek(span.offset)
-        if file.readinto(buffer) != span.size:
-            raise GrowkitError(f"{span.path} ends before the tensor at byte {span.offset} does")
+    file = os.open(span.path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < span.size:
+            count = os.preadv(file, [buffer[done:]], span.offset + done)
+            if count == 0:
+                raise GrowkitError(f"{span.path} ends before the tensor at byte {span.offset} does")
+            done += count
+    finally:
+        os.close(file)
     return array
 
 
