@@ -7,7 +7,7 @@ parameters and are no mean of anything, so the last one's are kept. Knows what m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -50,15 +50,30 @@ def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Reci
     tensors = [source.tensors["params"][name] for source in sources]
     dtype = tensors[-1].dtype
 
-    def mean(*arrays: np.ndarray) -> np.ndarray:
-        total, part = np.zeros(arrays[0].shape, WIDE), np.empty(arrays[0].shape, WIDE)
-        for array, share in zip(arrays, shares, strict=True):
-            part[...] = array
-            part *= WIDE(share)
-            total += part
-        return rounded(name, total, dtype)
+    def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        added = WeightedSum(shares)
+        yield from mapped(tensors, dtype, lambda *arrays: rounded(name, added.of(arrays), dtype)).pieces()
 
-    return mapped(tensors, dtype, mean)
+    return Recipe(tensors[-1].shape, dtype, pieces=pieces)
+
+
+class WeightedSum:
+    """Sums of arrays with weights, in float64; their memory is had once, which costs more than summing does."""
+
+    def __init__(self, shares: Sequence[float]):
+        self.shares = [WIDE(share) for share in shares]
+        self.memory = np.empty((2, 0), WIDE)
+
+    def of(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The sum of arrays of one shape; it is overwritten by the next."""
+        shape, size = arrays[0].shape, arrays[0].size
+        if size > self.memory.shape[1]:
+            self.memory = np.empty((2, size), WIDE)
+        total, part = (memory[:size].reshape(shape) for memory in self.memory)
+        np.multiply(arrays[0], self.shares[0], out=total, dtype=WIDE)
+        for array, share in zip(arrays[1:], self.shares[1:], strict=True):
+            total += np.multiply(array, share, out=part, dtype=WIDE)
+        return total
 
 
 def normalised(weights: Sequence[float], count: int) -> list[float]:
