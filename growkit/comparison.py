@@ -1,6 +1,6 @@
 """Models on disk against each other: two sources tensor by tensor, an output against its source and its plan.
 
-Never more than one tensor of each side is in memory. Knows what equal means and finds where it ends; leaves
+Never more than a block of each side is in memory. Knows what equal means and finds where it ends; leaves
 printing, and what a model computes, to others.
 """
 
@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from growkit.checkpoint.tensor import SLOTS, Recipe, Source, Tensor
+from growkit.checkpoint.tensor import BLOCK, SLOTS, Recipe, Source, Tensor
 from growkit.errors import GrowkitError, UsageError
 from growkit.plan import Plan, plan_from
 from growkit.surgery import grown
 
-PIECE = 1 << 20
 EQUAL, DIFFERS = "equal", "differs"
 
 Progress = Callable[[int], None]
@@ -54,32 +53,29 @@ def compared(a: Source, b: Source, progress: Progress = lambda done: None) -> It
 def _compared(slot: str, name: str, ours: Tensor, theirs: Tensor) -> Comparison:
     if ours.shape != theirs.shape:
         return Comparison(slot, name, DIFFERS, None, f"shape {list(ours.shape)} and {list(theirs.shape)}")
-    a, b = ours.read(), theirs.read()
-    if ours.dtype != theirs.dtype:
-        return Comparison(slot, name, DIFFERS, largest_difference(a, b), f"{ours.dtype} and {theirs.dtype}")
-    if not differing(a, b)[0]:
-        return Comparison(slot, name, EQUAL, 0.0)
-    return Comparison(slot, name, DIFFERS, largest_difference(a, b))
+    detail = "" if ours.dtype == theirs.dtype else f"{ours.dtype} and {theirs.dtype}"
+    same, largest = not detail, 0.0
+    for start, stop in max(ours, theirs, key=lambda tensor: tensor.stride).strides(BLOCK):
+        a, b = ours.rows(start, stop), theirs.rows(start, stop)
+        if detail or differing(a, b)[0]:
+            same, largest = False, float(np.maximum(largest, largest_difference(a, b)))
+    return Comparison(slot, name, EQUAL if same else DIFFERS, largest, detail)
 
 
 def differing(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     """How many numbers of two arrays of one shape and dtype have other bits, and the place of the first, in C order."""
     bits = np.dtype(f"u{a.dtype.itemsize}")
     other = np.ascontiguousarray(a).reshape(-1).view(bits) != np.ascontiguousarray(b).reshape(-1).view(bits)
-    return int(other.sum()), int(other.argmax())
+    return int(other.sum()), int(other.argmax()) if other.size else 0
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     """The largest |a - b| in float64; NaN where only one side is a number."""
-    ours, theirs = a.reshape(-1), b.reshape(-1)
-    largest = 0.0
-    for start in range(0, ours.size, PIECE):
-        one, other = (array[start : start + PIECE].astype(np.float64) for array in (ours, theirs))
-        with np.errstate(invalid="ignore"):
-            gap = np.abs(one - other)
-        gap[(one == other) | (np.isnan(one) & np.isnan(other))] = 0.0
-        largest = float(np.maximum(largest, gap.max()))
-    return largest
+    one, other = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(one - other)
+    gap[(one == other) | (np.isnan(one) & np.isnan(other))] = 0.0
+    return float(gap.max(initial=0.0))
 
 
 def fields_differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -150,8 +146,11 @@ def _mismatch(recipe: Recipe, tensor: Tensor) -> str | None:
     """How a tensor differs from what its recipe makes, in words."""
     if recipe.dtype != tensor.dtype:
         return f"is {tensor.dtype}, growth makes it {recipe.dtype}"
-    count, place = differing(recipe.array(), tensor.read())
+    count, first = 0, math.prod(tensor.shape)
+    for start, block in recipe.blocks():
+        other, place = differing(block, tensor.numbers(start, start + block.size))
+        count, first = count + other, min(first, start + place) if other else first
     if not count:
         return None
-    first = [int(index) for index in np.unravel_index(place, tensor.shape)]
-    return f"differs in {count:,} of {math.prod(tensor.shape):,} numbers, the first at {first}"
+    place = [int(index) for index in np.unravel_index(first, tensor.shape)]
+    return f"differs in {count:,} of {math.prod(tensor.shape):,} numbers, the first at {place}"

@@ -587,6 +587,7 @@ small, large, out, *words = sys.argv[1:]
 assert run([*words, small, out + "small"]) == 0
 began = peak()
 assert run([*words, large, out]) == 0
+assert run(["verify", large, out]) == 0 and run(["diff", out, out]) == 0
 grown = peak()
 stacked(open_source(large))
 print(began, grown, peak(), file=sys.stderr)

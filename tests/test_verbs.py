@@ -13,7 +13,7 @@ from conftest import contents_of, save_checkpoint, save_directory
 from tokenizers import Tokenizer, models
 
 from growkit import blocks, comparison
-from growkit.checkpoint import open_source
+from growkit.checkpoint import open_source, tensor
 from growkit.cli import run
 from growkit.neox import NeoX, write_config
 from growkit.plan import Plan
@@ -335,10 +335,22 @@ def test_the_largest_difference():
     assert comparison.differing(a, np.float32([1, np.nan, np.inf, 0.0])) == (1, 3)
     assert comparison.largest_difference(a, np.float32([1.5, np.nan, np.inf, 0])) == 0.5
     assert np.isnan(comparison.largest_difference(a, np.float32([1, 0, np.inf, 0])))
-    long = np.zeros(comparison.PIECE + 5)
-    other = long.copy()
-    other[-1] = 3
-    assert comparison.largest_difference(long, other) == 3
+
+
+def test_differences_are_found_in_every_block(monkeypatch):
+    monkeypatch.setattr(tensor, "BLOCK", 64)
+    monkeypatch.setattr(comparison, "BLOCK", 64)
+    ours = np.zeros((40, 3), np.float32)
+    theirs = ours.copy()
+    assert comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs))).verdict == "equal"
+    theirs[7, 1], theirs[39, 2] = 1, np.nan
+    found = comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs)))
+    assert found.verdict == "differs" and np.isnan(found.largest)
+    theirs[39, 2] = -3
+    assert comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs))).largest == 3
+    for recipe in (tensor.zeros(ours.shape, ours.dtype), tensor.copy_of(tensor.in_memory(ours))):
+        assert comparison._mismatch(recipe, tensor.in_memory(ours)) is None
+        assert "2 of 120 numbers, the first at [7, 1]" in comparison._mismatch(recipe, tensor.in_memory(theirs))
 
 
 # verify

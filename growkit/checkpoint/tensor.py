@@ -61,6 +61,12 @@ class Tensor:
         """All of it. A tensor without dimensions is one row."""
         return self.rows(0, self.shape[0] if self.shape else 1)
 
+    def numbers(self, start: int, stop: int) -> np.ndarray:
+        """The numbers from one place to another (exclusive), in C order."""
+        row = math.prod(self.shape[1:])
+        first, last = start // max(1, row), -(-stop // max(1, row))
+        return self.rows(first, last).reshape(-1)[start - first * row : stop - first * row]
+
     def strides(self, limit: int) -> Iterator[tuple[int, int]]:
         """(first, last) rows of blocks of about `limit` bytes, at the borders that are stored where there are any."""
         count = self.shape[0] if self.shape else 1
@@ -90,14 +96,25 @@ class Recipe:
 
     def array(self) -> np.ndarray:
         """The whole tensor, made in memory."""
-        if self.copied is not None:
-            return read_span(self.copied, self.shape, self.dtype)
-        array = np.zeros(self.shape, self.dtype)
-        flat = array.reshape(-1)
-        for offset, piece in self.pieces() if self.pieces else ():
-            start = offset // self.dtype.itemsize
-            flat[start : start + piece.size] = piece.reshape(-1)
-        return array
+        array = np.empty(math.prod(self.shape), self.dtype)
+        for start, block in self.blocks():
+            array[start : start + block.size] = block
+        return array.reshape(self.shape)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(place of the first, numbers) of flat blocks that make up the tensor, in any order."""
+        width = self.dtype.itemsize
+        if self.pieces is not None:
+            yield from ((offset // width, piece.reshape(-1)) for offset, piece in self.pieces())
+            return
+        count, step = math.prod(self.shape), BLOCK // width
+        for start in range(0, count, step):
+            size = min(step, count - start)
+            if self.copied is None:
+                yield start, np.zeros(size, self.dtype)
+            else:
+                part = Span(self.copied.path, self.copied.offset + start * width, size * width)
+                yield start, read_span(part, (size,), self.dtype)
 
 
 def copy_of(tensor: Tensor) -> Recipe:
