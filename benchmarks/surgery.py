@@ -3,10 +3,10 @@
     python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM] [--alone]
                                  [--only huggingface|checkpoint|scale]
 
-Expect, against `cp -r` of the grown output, page cache warm: growth of directories in 0.7 to 1.4 times the copy, of
-checkpoints in 1.3 to 3 times, in about 100 MB or less; a naive
-transformers script and mergekit eight to fifteen times as long, in memory as large as the model. Needs disk and
-free memory for about five times the model (2.7 GB at 0.6B parameters in float32).
+Expect, against `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy on directories and on checkpoints
+alike, an average of two in 1.0 to 1.8 times, in 20 to 45 MB; a naive transformers script and mergekit five to eleven
+times as long, in memory as large as the model. Needs disk and memory for about five times the model (2.7 GB at 0.6B
+parameters in float32); three rounds of everything take 20 minutes on two cores.
 
 Everything is a command of its own, timed from start to end, in turns within a round; printed are the medians of each,
 of its ratio to cp in the same round, and its peak anonymous memory. Once as it is and once with a sync of the file
