@@ -19,17 +19,23 @@ PARITY = 0x1BD11BDA
 UNIT = math.sqrt(3) / 2**23
 
 
-def threefry(key: tuple[int, int], high: Any, low: Any, xp: Any = np) -> Any:
-    """The first word, uint32, of Threefry-2x32 of each counter (high, low), uint32 arrays of one shape."""
+def threefry(key: tuple[Any, Any], high: Any, low: Any, xp: Any = np, rounds: int = 20) -> Any:
+    """The first word, uint32, of Threefry-2x32 of each counter (high, low), uint32 arrays that broadcast.
+
+    key: two words, numbers or uint32 arrays without dimensions. rounds: 13 are the fewest that pass all tests of
+    BigCrush (Salmon et al., SC'11, section 4), 20 have the margin that the authors advise.
+    """
     keys = [xp.uint32(word) for word in (*key, key[0] ^ key[1] ^ PARITY)]
     first, second = high + keys[0], low + keys[1]
-    for group in range(5):
-        for rotation in ROTATIONS[group % 2]:
-            first = first + second
-            second = (second << xp.uint32(rotation)) | (second >> xp.uint32(32 - rotation))
-            second = second ^ first
-        first = first + keys[(group + 1) % 3]
-        second = second + keys[(group + 2) % 3] + xp.uint32(group + 1)
+    for number in range(rounds):
+        group, place = divmod(number, 4)
+        rotation = ROTATIONS[group % 2][place]
+        first = first + second
+        second = (second << xp.uint32(rotation)) | (second >> xp.uint32(32 - rotation))
+        second = second ^ first
+        if place == 3:
+            first = first + keys[(group + 1) % 3]
+            second = second + keys[(group + 2) % 3] + xp.uint32(group + 1)
     return first
 
 

@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from trainer.dropout import kept
 from trainer.matmul import matmul_transposed
 
 # Blocks of queries, each taken with no keys but those of its past: N of them leave (N + 1) / 2N of the work. On a
@@ -48,13 +49,13 @@ def blocks(time: int, platform: str) -> list[tuple[int, int]]:
 
 def _forward(q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, key, dropout, platform):
     batch, heads, time, _ = q_BxHxTxD.shape
-    kept = None if key is None else jax.random.bernoulli(key, 1.0 - dropout, (batch, heads, time, time))
+    mask = None if key is None else kept(jax.random.key_data(key), dropout, (batch, heads, time, time))
     mixed, weights = [], []
     for first, last in blocks(time, platform):
         weights.append(_weights(q_BxHxTxD[:, :, first:last], k_BxHxSxD[:, :, :last]))
-        dropped = _dropped(weights[-1], _part(kept, first, last), dropout, platform)
+        dropped = _dropped(weights[-1], _part(mask, first, last), dropout, platform)
         mixed.append(jnp.einsum("bhts,bhsd->bhtd", dropped, v_BxHxSxD[:, :, :last]))
-    return jnp.concatenate(mixed, 2), (q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, kept)
+    return jnp.concatenate(mixed, 2), (q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask)
 
 
 def _weights(q_BxHxTxD, k_BxHxSxD):
@@ -68,10 +69,10 @@ def _weights(q_BxHxTxD, k_BxHxSxD):
 
 
 def _backward(dropout, platform, saved, gradient_BxHxTxD):
-    q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, kept = saved
+    q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask = saved
     to_q, to_k, to_v = [], [], []
     for (first, last), weights_BxHxTxS in zip(blocks(q_BxHxTxD.shape[2], platform), weights, strict=True):
-        part, gradient = _part(kept, first, last), gradient_BxHxTxD[:, :, first:last]
+        part, gradient = _part(mask, first, last), gradient_BxHxTxD[:, :, first:last]
         dropped_BxHxTxS = _dropped(weights_BxHxTxS, part, dropout, platform)
         to_v.append(matmul_transposed(dropped_BxHxTxS, gradient, platform))
         to_weights = jnp.einsum("bhtd,bhsd->bhts", gradient, v_BxHxSxD[:, :, :last])
@@ -84,8 +85,8 @@ def _backward(dropout, platform, saved, gradient_BxHxTxD):
     return jnp.concatenate(to_q, 2), _sum(to_k), _sum(to_v), None
 
 
-def _part(kept: jax.Array | None, first: int, last: int) -> jax.Array | None:
-    return None if kept is None else kept[:, :, first:last, :last]
+def _part(mask: jax.Array | None, first: int, last: int) -> jax.Array | None:
+    return None if mask is None else mask[:, :, first:last, :last]
 
 
 def _sum(parts: list[jax.Array]) -> jax.Array:
@@ -96,10 +97,10 @@ def _sum(parts: list[jax.Array]) -> jax.Array:
     return total
 
 
-def _dropped(weights: jax.Array, kept: jax.Array | None, dropout: float, platform: str) -> jax.Array:
-    if kept is None:
+def _dropped(weights: jax.Array, mask: jax.Array | None, dropout: float, platform: str) -> jax.Array:
+    if mask is None:
         return weights
-    dropped = jnp.where(kept, weights / (1.0 - dropout), 0).astype(weights.dtype)
+    dropped = jnp.where(mask, weights / (1.0 - dropout), 0).astype(weights.dtype)
     # Without the barrier the compiler for v4 and v5p (libtpu 0.0.42) ends in a stack overflow on large steps.
     return jax.lax.optimization_barrier(dropped) if platform == "tpu" else dropped
 

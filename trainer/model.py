@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from growkit.surgery import stacked
 from trainer.activation import gelu
 from trainer.attention import causal_attention
 from trainer.config import Dropout, Precision
+from trainer.dropout import HiddenDropout
 from trainer.kernels import kernel_attention
 from trainer.matmul import project
 from trainer.sharding import Layout, platform_of
@@ -180,7 +182,7 @@ class Block(Parameters):
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool) -> tuple[jax.Array, None]:
         common = self.common
-        drop = nn.Dropout(self.dropout.hidden, deterministic=deterministic)
+        drop = partial(HiddenDropout(self.dropout.hidden), deterministic=deterministic)
         attention = Attention(**common, dropout=self.dropout, kernel=self.kernel, name="attention")
         mlp = MLP(**common, name="mlp")
         attended = drop(attention(LayerNorm(**common, name="input_layernorm")(x_BxTxE), rotary, deterministic))
@@ -209,7 +211,7 @@ class GPTNeoX(Parameters):
         embed = Embedding(**common, name="embed_in")
         rotary = rotary_tables(self.model, tokens_BxT.shape[1]) if rotary is None else rotary
         x_BxTxE = self.along_batch(embed(tokens_BxT))
-        x_BxTxE = nn.Dropout(self.dropout.embedding)(x_BxTxE, deterministic=deterministic)
+        x_BxTxE = HiddenDropout(self.dropout.embedding)(x_BxTxE, deterministic)
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False, static_argnums=(3,))
