@@ -22,8 +22,8 @@ UNIT = math.sqrt(3) / 2**23
 def threefry(key: tuple[Any, Any], high: Any, low: Any, xp: Any = np, rounds: int = 20) -> Any:
     """The first word, uint32, of Threefry-2x32 of each counter (high, low), uint32 arrays that broadcast.
 
-    key: two words, numbers or uint32 arrays without dimensions. rounds: 13 are the fewest that pass all tests of
-    BigCrush (Salmon et al., SC'11, section 4), 20 have the margin that the authors advise.
+    key: two words, numbers or uint32 arrays without dimensions. rounds: with 13 or more its
+    authors knew of no flaw in September 2011, 20 have a margin (Random123, threefry.h).
     """
     keys = [xp.uint32(word) for word in (*key, key[0] ^ key[1] ^ PARITY)]
     first, second = high + keys[0], low + keys[1]

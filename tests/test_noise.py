@@ -18,22 +18,26 @@ from trainer.config import Batch, Config, Dropout, Optimizer, Precision, Schedul
 from trainer.model import initial_params
 from trainer.step import initial_state, make_train_step
 
-# Random123's known answers for Threefry-2x32 with 20 rounds: key, counter, first word.
+# Random123's known answers for Threefry-2x32: rounds, key, counter, first word.
 KNOWN = [
-    ((0x00000000, 0x00000000), (0x00000000, 0x00000000), 0x6B200159),
-    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), 0x1CB996FC),
-    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), 0xC4923A9C),
+    (20, (0x00000000, 0x00000000), (0x00000000, 0x00000000), 0x6B200159),
+    (20, (0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), 0x1CB996FC),
+    (20, (0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), 0xC4923A9C),
+    (13, (0x00000000, 0x00000000), (0x00000000, 0x00000000), 0x9D1C5EC6),
+    (13, (0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), 0xFD36D048),
+    (13, (0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), 0xBA3E4725),
 ]
 
 
-@pytest.mark.parametrize("key,counter,word", KNOWN)
-def test_known_answers(key, counter, word):
+@pytest.mark.parametrize("rounds,key,counter,word", KNOWN)
+def test_known_answers(rounds, key, counter, word):
     high, low = (np.array([half], np.uint32) for half in counter)
     with np.errstate(over="ignore"):
-        assert threefry(key, high, low)[0] == word
+        assert threefry(key, high, low, rounds=rounds)[0] == word
         # One bit of the key or the counter is another number.
-        assert threefry((key[0] ^ 1, key[1]), high, low)[0] != word
-        assert threefry(key, high, low ^ np.uint32(1))[0] != word
+        assert threefry((key[0] ^ 1, key[1]), high, low, rounds=rounds)[0] != word
+        assert threefry(key, high, low ^ np.uint32(1), rounds=rounds)[0] != word
+        assert threefry(key, high, low, rounds=rounds - 1)[0] != word
 
 
 @pytest.mark.parametrize("make", [centred, lambda *args: uniform(*args, spread=0.02)], ids=["centred", "uniform"])
