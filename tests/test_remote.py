@@ -100,9 +100,16 @@ def test_an_output_in_a_bucket_is_replaced_with_force_only(bucket, source, capsy
 
 def test_what_makes_a_directory_load_is_sent_last_and_a_failure_leaves_nothing(bucket, source, capsys, monkeypatch):
     there, names, copy = sent(source, bucket / "source"), [], remote._copy
-    monkeypatch.setattr(remote, "_copy", lambda file, to: names.append(to.name) or copy(file, to))
+
+    def noted(file, to):
+        names.extend([to.name] if str(to).startswith("gs://") else [])
+        copy(file, to)
+
+    monkeypatch.setattr(remote, "_copy", noted)
     assert run(["depth", "--map", "3:4", there, str(bucket / "out")]) == 0
     assert names[-1] in ("config.json", "_CHECKPOINT_METADATA")
+    told = {*remote.LAST, "commit_success.txt"}
+    assert all(name in told for name in names[min(names.index(name) for name in told & set(names)) :])
 
     def fails(file, to):
         if str(to).startswith("gs://bucket/broken") and to.name in ("config.json", "_CHECKPOINT_METADATA"):

@@ -19,7 +19,7 @@ from typing import Any
 from growkit.errors import GrowkitError, UsageError
 
 # A directory without these is none that loads, to growkit, Orbax or transformers.
-LAST = ("_METADATA", "_CHECKPOINT_METADATA", "model.safetensors.index.json", "config.json")
+LAST = ("_METADATA", "commit_success.txt", "_CHECKPOINT_METADATA", "model.safetensors.index.json", "config.json")
 PIECE = 16 << 20
 
 
