@@ -13,6 +13,7 @@ from trainer import attention
 from trainer import loss as loss_module
 from trainer.activation import gelu
 from trainer.attention import blocks, causal_attention
+from trainer.dropout import kept
 from trainer.loss import cross_entropy, token_losses_sum
 from trainer.matmul import project
 
@@ -29,10 +30,10 @@ def random(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-def plain_attention(q, k, v, kept=None, dropout=0.0):
+def plain_attention(q, k, v, mask=None, dropout=0.0):
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[-1])
     weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf), axis=-1)
-    weights = weights if kept is None else jnp.where(kept, weights / (1 - dropout), 0)
+    weights = weights if mask is None else jnp.where(mask, weights / (1 - dropout), 0)
     return jnp.einsum("bhts,bhsd->bhtd", weights, v)
 
 
@@ -90,13 +91,13 @@ def test_attention_with_dropout(platform, monkeypatch):
     monkeypatch.setattr(attention, "SHORTEST", 3)
     q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
     key = jax.random.key(3)
-    kept = jax.random.bernoulli(key, 0.7, (*SHAPE[:3], SHAPE[2]))
-    assert not kept.all()
+    mask = kept(jax.random.key_data(key), 0.3, (*SHAPE[:3], SHAPE[2]))
+    assert not mask.all()
 
     def ours(*arguments):
         return causal_attention(*arguments, key, 0.3, platform)
 
-    assert_same_gradients(ours, lambda *a: plain_attention(*a, kept, 0.3), q, k, v)
+    assert_same_gradients(ours, lambda *a: plain_attention(*a, mask, 0.3), q, k, v)
     with pytest.raises(AssertionError):
         assert_same_gradients(ours, plain_attention, q, k, v)
 
