@@ -58,7 +58,7 @@ def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Reci
 
 
 class WeightedSum:
-    """Sums of arrays with weights, in float64; their memory is had once, which costs more than summing does."""
+    """Sums of arrays with weights, in float64, in memory that is had once: having it anew costs more than summing."""
 
     def __init__(self, shares: Sequence[float]):
         self.shares = [WIDE(share) for share in shares]

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from trainer.dropout import kept
+from trainer.dropout import kept, masked
 from trainer.matmul import matmul_transposed
 
 # Blocks of queries, each taken with no keys but those of its past: N of them leave (N + 1) / 2N of the work. On a
@@ -100,7 +100,7 @@ def _sum(parts: list[jax.Array]) -> jax.Array:
 def _dropped(weights: jax.Array, mask: jax.Array | None, dropout: float, platform: str) -> jax.Array:
     if mask is None:
         return weights
-    dropped = jnp.where(mask, weights / (1.0 - dropout), 0).astype(weights.dtype)
+    dropped = masked(weights, mask, dropout)
     # Without the barrier the compiler for v4 and v5p (libtpu 0.0.42) ends in a stack overflow on large steps.
     return jax.lax.optimization_barrier(dropped) if platform == "tpu" else dropped
 

@@ -42,13 +42,18 @@ def _places(shape: tuple[int, ...], first: int, last: int) -> jax.Array:
     return place
 
 
+def masked(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
+    """x scaled up by 1 / (1 - rate) where the mask is True, else 0."""
+    return jnp.where(mask, x / (1.0 - rate), 0).astype(x.dtype)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dropped(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
     """x with numbers set to 0 with probability `rate` and the rest scaled up by 1 / (1 - rate).
 
     words: uint32 [2], the key's. Its gradient is made by the same mask again, so nothing but the key is kept for it.
     """
-    return jnp.where(kept(words, rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+    return masked(x, kept(words, rate, x.shape), rate)
 
 
 def _forward(x: jax.Array, words: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from growkit.checkpoint.huggingface import INDEX
+from growkit.checkpoint.orbax import COMMITTED
 from growkit.errors import GrowkitError, UsageError
 
 # A directory without these is none that loads, to growkit, Orbax or transformers.
-LAST = ("_METADATA", "commit_success.txt", "_CHECKPOINT_METADATA", "model.safetensors.index.json", "config.json")
+LAST = ("_METADATA", COMMITTED, "_CHECKPOINT_METADATA", INDEX, "config.json")
 PIECE = 16 << 20
 
 
