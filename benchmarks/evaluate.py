@@ -22,15 +22,15 @@ from pathlib import Path
 import click
 import numpy as np
 
-from convert.evaluate import hugging_face_model
-from convert.neox import exported
-from growkit.checkpoint import open_source, write_output
+from convert.directory import exported
+from convert.harness import hugging_face_model
+from growkit.checkpoint.location import open_source, write_output
 from growkit.checkpoint.tensor import Contents, copy_of, in_memory
 from growkit.evaluation import harness
 from growkit.evaluation.questions import questions
-from growkit.neox import NeoX, write_config
-from trainer.evaluate import jax_model
-from trainer.tokenizer import TextTokenizer, train_tokenizer, write_tokenizer
+from growkit.models.gpt_neox import NeoX, write_config
+from trainer.data.tokenizer import TextTokenizer, train_tokenizer, write_tokenizer
+from trainer.evaluate.harness import jax_model
 
 ROUNDS = 3
 # Words in what is asked and in what is scored, about as in the real items.
@@ -56,12 +56,18 @@ def write_items(directory: Path, count: int) -> None:
     asked, scored = LENGTHS["piqa"]
     write(
         "piqa.jsonl",
-        [{"goal": text(asked), "sol1": text(scored), "sol2": text(scored), "label": 0} for _ in range(count)],
+        [
+            {"goal": text(asked), "sol1": text(scored), "sol2": text(scored), "label": 0}
+            for _ in range(count)
+        ],
     )
     asked, scored = LENGTHS["arc_easy"]
     write(
         "arc_easy.jsonl",
-        [{"question": text(asked), "choices": [text(scored) for _ in range(4)], "gold": 0} for _ in range(count)],
+        [
+            {"question": text(asked), "choices": [text(scored) for _ in range(4)], "gold": 0}
+            for _ in range(count)
+        ],
     )
     asked, scored = LENGTHS["hellaswag"]
     rows = [
@@ -84,16 +90,18 @@ def write_model(directory: Path, model: NeoX, tokenizer: TextTokenizer) -> tuple
     recipes = {}
     for name, row, _ in model.table.names(model.sizes):
         shape = row.shape(model.sizes)
-        array = (0.02 * generator.standard_normal(shape, np.float32) + (row.initialisation == "ones")).astype(
-            np.float32
-        )
+        array = (
+            0.02 * generator.standard_normal(shape, np.float32) + (row.initialisation == "ones")
+        ).astype(np.float32)
         recipes[name] = copy_of(in_memory(array))
     (directory / "tokenizer").mkdir()
     write_tokenizer(directory / "tokenizer", tokenizer)
     files = {path.name: path.read_bytes() for path in (directory / "tokenizer").iterdir()}
     record = {"count": 0, "step": 0, "schedule_step": 0, "tokens": 0}
     write_output(
-        directory / "checkpoint", "checkpoint", Contents(write_config(model), {"params": recipes}, [], record, files)
+        directory / "checkpoint",
+        "checkpoint",
+        Contents(write_config(model), {"params": recipes}, [], record, files),
     )
     source = open_source(str(directory / "checkpoint"))
     write_output(directory / "huggingface", "huggingface", exported(source), [source])
@@ -118,7 +126,9 @@ def compare(ours, theirs, asked: list[harness.Question]) -> None:
             f"{question.name}: {question.documents} documents, JAX {medians[0]:.2f} s (at first {first[0]:.2f} s), "
             f"transformers {medians[1]:.2f} s (at first {first[1]:.2f} s), ratio {medians[0] / medians[1]:.2f}"
         )
-    click.echo(f"all: JAX {total[0]:.1f} s, transformers {total[1]:.1f} s, ratio {total[0] / total[1]:.2f}")
+    click.echo(
+        f"all: JAX {total[0]:.1f} s, transformers {total[1]:.1f} s, ratio {total[0] / total[1]:.2f}"
+    )
 
 
 @click.command()
@@ -129,8 +139,18 @@ def compare(ours, theirs, asked: list[harness.Question]) -> None:
 @click.option("--embed", default=256)
 @click.option("--vocab", default=50304)
 @click.option("--context", default=1024)
-def main(data: Path | None, limit: int, batch: int, layers: int, embed: int, vocab: int, context: int) -> None:
-    model = NeoX(layer=layers, embed=embed, head=embed // 64, mlp=4 * embed, vocab=vocab, context=context, tied=True)
+def main(
+    data: Path | None, limit: int, batch: int, layers: int, embed: int, vocab: int, context: int
+) -> None:
+    model = NeoX(
+        layer=layers,
+        embed=embed,
+        head=embed // 64,
+        mlp=4 * embed,
+        vocab=vocab,
+        context=context,
+        tied=True,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         if data is None:

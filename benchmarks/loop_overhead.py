@@ -20,9 +20,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from trainer.config import resolve
-from trainer.loop import Run
-from trainer.tokens import TokenWriter
+from trainer.config.sections import resolve
+from trainer.data.tokens import TokenWriter
+from trainer.run.loop import Run
 
 ROUNDS, STEPS, EVERY = 6, 40, 10
 MODEL = {"layer": 6, "embed": 128, "head": 4, "mlp": 512, "vocab": 2048, "context": 256}
@@ -59,7 +59,9 @@ def loop_seconds(tokens: Path, directory: Path) -> tuple[float, Run]:
     run = Run(configuration(tokens), directory)
     with contextlib.redirect_stderr(io.StringIO()):
         run.go()
-    speeds = [float(row["tokens_per_second"]) for row in run.history.rows if row["tokens_per_second"]][1:]
+    speeds = [
+        float(row["tokens_per_second"]) for row in run.history.rows if row["tokens_per_second"]
+    ][1:]
     return SEQUENCES * MODEL["context"] / statistics.median(speeds), run
 
 

@@ -36,16 +36,18 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from growkit.checkpoint import write_output
 from growkit.checkpoint.huggingface import read_header
+from growkit.checkpoint.location import write_output
 from growkit.checkpoint.tensor import BLOCK, Contents, Recipe
-from growkit.neox import NeoX, write_config
+from growkit.models.gpt_neox import NeoX, write_config
 
 # Python programs run compiled, as installed ones are.
 COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
 # 18 layers of embed 1536, untied: 0.66B parameters. The other sizes keep the proportions.
-MODEL = NeoX(layer=18, embed=1536, head=12, mlp=6144, vocab=50304, context=1024, rotary_pct=0.25, tied=False)
+MODEL = NeoX(
+    layer=18, embed=1536, head=12, mlp=6144, vocab=50304, context=1024, rotary_pct=0.25, tied=False
+)
 SIZES = {0.1: (12, 768), 0.6: (18, 1536), 2.0: (32, 2176)}
 NAIVE = """
 import sys, torch, transformers
@@ -77,10 +79,18 @@ def build(path: Path, model: NeoX, kind: str, dtype: np.dtype, seed: int = 0) ->
 
     def recipe(shape: tuple[int, ...]) -> Recipe:
         size = int(np.prod(shape))
-        pieces = [(start, noise[: min(len(noise), size - start)]) for start in range(0, size, len(noise))]
-        return Recipe(shape, dtype, pieces=lambda: ((start * dtype.itemsize, piece) for start, piece in pieces))
+        pieces = [
+            (start, noise[: min(len(noise), size - start)]) for start in range(0, size, len(noise))
+        ]
+        return Recipe(
+            shape,
+            dtype,
+            pieces=lambda: ((start * dtype.itemsize, piece) for start, piece in pieces),
+        )
 
-    recipes = {name: recipe(row.shape(model.sizes)) for name, row, _ in model.table.names(model.sizes)}
+    recipes = {
+        name: recipe(row.shape(model.sizes)) for name, row, _ in model.table.names(model.sizes)
+    }
     slots = ("params", "mu", "nu") if kind == "checkpoint" else ("params",)
     write_output(path, kind, Contents(write_config(model), dict.fromkeys(slots, recipes), []))
     return path
@@ -100,7 +110,9 @@ def run(contender: Contender, out: Path, synced: bool, read: list[Path]) -> tupl
     os.sync()
     warm(out.parent, read)
     started = time.perf_counter()
-    process = subprocess.Popen(contender.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=COMPILED)
+    process = subprocess.Popen(
+        contender.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=COMPILED
+    )
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
@@ -140,7 +152,9 @@ def bytes_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def compare(what: str, contenders: list[Contender], out: Path, rounds: int, read: list[Path]) -> None:
+def compare(
+    what: str, contenders: list[Contender], out: Path, rounds: int, read: list[Path]
+) -> None:
     """Time all contenders, which read `read`, in turns; the first is the copy that the ratios are to."""
     for synced in (False, True):
         seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
@@ -152,7 +166,9 @@ def compare(what: str, contenders: list[Contender], out: Path, rounds: int, read
                 memory[each.name] = max(memory[each.name], peak)
         copy = seconds[contenders[0].name]
         for name, taken in seconds.items():
-            ratio = statistics.median(mine / theirs for mine, theirs in zip(taken, copy, strict=True))
+            ratio = statistics.median(
+                mine / theirs for mine, theirs in zip(taken, copy, strict=True)
+            )
             line = f"{ratio:5.2f} x cp  {statistics.median(taken):6.2f} s  {memory[name]:6.0f} MB"
             print(f"{what:27} {'with sync' if synced else '':10} {name:20} {line}", flush=True)
     shutil.rmtree(out, ignore_errors=True)
@@ -172,7 +188,9 @@ def with_buffers(source: Path, layer: int) -> Path:
     shutil.copy(source / "config.json", old)
     names = dict.fromkeys(buffers, "buffers.safetensors")
     names |= dict.fromkeys(read_header(source / "model.safetensors"), "parameters.safetensors")
-    (old / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (old / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": names})
+    )
     return old
 
 
@@ -199,25 +217,47 @@ def rivals(source: Path, layer: int, target: int, program: str | None) -> list[C
     return found
 
 
-def jobs(model: NeoX, directory: Path) -> dict[str, tuple[NeoX, Callable[[Path, Path, Path], list[str]]]]:
+def jobs(
+    model: NeoX, directory: Path
+) -> dict[str, tuple[NeoX, Callable[[Path, Path, Path], list[str]]]]:
     """Every growth that is timed: name -> (the source's model, the command by source, other source and output).
 
     Sources that grow in width have a quarter of the layers, so that all outputs have about the same size.
     """
     target, small = model.layer * 4 // 3, replace(model, layer=max(1, model.layer // 4))
-    grown = replace(small, layer=small.layer * 4 // 3, head=model.head * 2, embed=model.embed * 2, mlp=model.mlp * 2)
+    grown = replace(
+        small,
+        layer=small.layer * 4 // 3,
+        head=model.head * 2,
+        embed=model.embed * 2,
+        mlp=model.mlp * 2,
+    )
     like = directory / "like.json"
     like.write_text(json.dumps(write_config(grown)))
     return {
-        "depth": (model, lambda source, other, out: ["depth", "--map", f"{model.layer}:{target}", source, out]),
-        "average of two": (model, lambda source, other, out: ["average", source, other, "--out", out]),
+        "depth": (
+            model,
+            lambda source, other, out: ["depth", "--map", f"{model.layer}:{target}", source, out],
+        ),
+        "average of two": (
+            model,
+            lambda source, other, out: ["average", source, other, "--out", out],
+        ),
         "width": (small, lambda source, other, out: ["width", "--embed", "2x", source, out]),
-        "depth and width": (small, lambda source, other, out: ["grow", "--like", like, source, out]),
+        "depth and width": (
+            small,
+            lambda source, other, out: ["grow", "--like", like, source, out],
+        ),
     }
 
 
 def by_kind(
-    kind: str, model: NeoX, directory: Path, rounds: int, program: str | None = None, others: bool = False
+    kind: str,
+    model: NeoX,
+    directory: Path,
+    rounds: int,
+    program: str | None = None,
+    others: bool = False,
 ) -> None:
     """All jobs on one kind of source; each is compared with a copy of its own output."""
     sample, out, other = directory / "sample", directory / "out", directory / "other"
@@ -252,27 +292,40 @@ def scale(directory: Path, rounds: int) -> None:
         runs = [run(each, directory / "out", False, [source]) for _ in range(rounds)]
         size = bytes_of(directory / "out") / 1e9
         seconds, peak = statistics.median(taken for taken, _ in runs), max(peak for _, peak in runs)
-        print(f"{billions:4}B: {size:6.2f} GB out, {seconds:6.2f} s, {size / seconds:5.2f} GB/s, {peak:4.0f} MB")
+        print(
+            f"{billions:4}B: {size:6.2f} GB out, {seconds:6.2f} s, {size / seconds:5.2f} GB/s, {peak:4.0f} MB"
+        )
         shutil.rmtree(source)
         shutil.rmtree(directory / "out")
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--dir", type=Path, help="where to work; a temporary directory by default")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--parameters", type=float, default=0.6, choices=SIZES, help="in billions")
-    options.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="its mergekit-yaml program")
+    options.add_argument(
+        "--mergekit", default=shutil.which("mergekit-yaml"), help="its mergekit-yaml program"
+    )
     options.add_argument("--alone", action="store_true", help="leave transformers and mergekit out")
     options.add_argument("--only", choices=("huggingface", "checkpoint", "scale"))
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.dir, prefix="surgery-") as name:
         directory, model = Path(name), model_of(chosen.parameters)
         if chosen.only in (None, "huggingface"):
-            by_kind("huggingface", model, directory, chosen.rounds, chosen.mergekit, not chosen.alone)
+            by_kind(
+                "huggingface", model, directory, chosen.rounds, chosen.mergekit, not chosen.alone
+            )
         if chosen.only in (None, "checkpoint"):
             # A checkpoint holds every parameter three times: a third of the layers, tied, make about as many bytes.
-            by_kind("checkpoint", replace(model, layer=model.layer // 3, tied=True), directory, chosen.rounds)
+            by_kind(
+                "checkpoint",
+                replace(model, layer=model.layer // 3, tied=True),
+                directory,
+                chosen.rounds,
+            )
         if chosen.only in (None, "scale"):
             scale(directory, chosen.rounds)
 

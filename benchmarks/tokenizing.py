@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 
 from growkit.cli.quickstart import standard_library
-from trainer.processes import cores
-from trainer.text import open_inputs
-from trainer.tokenize import tokenize
-from trainer.tokenizer import load_tokenizer, train_tokenizer
+from trainer.data.processes import cores
+from trainer.data.text import open_inputs
+from trainer.data.tokenize import tokenize
+from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXT_BYTES, VOCAB = 30_000_000, 8192
 BATCH = 1 << 21  # characters: as many as keep the library's memory at some hundred megabytes
@@ -32,7 +32,9 @@ BATCH = 1 << 21  # characters: as many as keep the library's memory at some hund
 def prepare(directory: Path) -> tuple[list[Path], Path]:
     """Text and a tokenizer that every machine has."""
     texts = [text for _, text in standard_library(TEXT_BYTES)]
-    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (directory / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     (directory / "tokenizer.json").write_bytes(train_tokenizer(texts[::10], VOCAB).json)
     return [directory / "text.jsonl"], directory / "tokenizer.json"
 
@@ -60,12 +62,16 @@ def bare(encode, groups: list[list[str]]) -> None:
         encode(group, add_special_tokens=False)
 
 
-def measure(texts: list[Path], tokenizer: Path, rounds: int, directory: Path) -> dict[str, list[float]]:
+def measure(
+    texts: list[Path], tokenizer: Path, rounds: int, directory: Path
+) -> dict[str, list[float]]:
     """Seconds of each way in each round."""
     groups = batches(list(open_inputs(texts).documents()))
     library = load_tokenizer(tokenizer).tokenizer
     ways = {
-        "growkit tokenize": lambda: tokenize(texts, directory / "out", tokenizer, force=True, processes=cores()),
+        "growkit tokenize": lambda: tokenize(
+            texts, directory / "out", tokenizer, force=True, processes=cores()
+        ),
         "encode_batch": lambda: bare(library.encode_batch, groups),
         "encode_batch_fast": lambda: bare(library.encode_batch_fast, groups),
     }
@@ -90,7 +96,9 @@ def main() -> None:
         times = measure(texts, tokenizer, options.rounds, directory)
         manifest = json.loads((directory / "out" / "manifest.json").read_text())
     size = manifest["bytes"] / 1e6
-    print(f"{size:.1f} MB of text, {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {cores()} cores")
+    print(
+        f"{size:.1f} MB of text, {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {cores()} cores"
+    )
     ours = times.pop("growkit tokenize")
     print(f"growkit tokenize: {size / statistics.median(ours):.2f} MB/s")
     for way, theirs in times.items():

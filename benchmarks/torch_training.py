@@ -12,16 +12,18 @@ import numpy as np
 import torch
 import transformers
 
-from growkit.neox import NeoX, write_config
-from growkit.spec import Row
-from trainer.config import Dropout, Optimizer
+from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.notation import Row
+from trainer.config.sections import Dropout, Optimizer
 
 
 def make_network(model: NeoX, dropout: Dropout, seed: int = 0, device: str = "cpu") -> Any:
     """A new model in float32 with PyTorch's own attention (scaled_dot_product_attention)."""
     torch.manual_seed(seed)
     dropouts = {"hidden_dropout": dropout.hidden, "attention_dropout": dropout.attention}
-    config = transformers.GPTNeoXConfig(**write_config(model), **dropouts, attn_implementation="sdpa", use_cache=False)
+    config = transformers.GPTNeoXConfig(
+        **write_config(model), **dropouts, attn_implementation="sdpa", use_cache=False
+    )
     return transformers.GPTNeoXForCausalLM(config).to(device).train()
 
 
@@ -30,17 +32,26 @@ def as_tree(network: Any, model: NeoX) -> dict[str, Any]:
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
 
     def leaf(row: Row) -> np.ndarray:
-        return np.stack([tensors[row.named(n)] for n in range(model.layer)]) if row.stacked else tensors[row.named()]
+        return (
+            np.stack([tensors[row.named(n)] for n in range(model.layer)])
+            if row.stacked
+            else tensors[row.named()]
+        )
 
     return model.table.tree(leaf)
 
 
-def make_step(network: Any, settings: Optimizer, compiled: bool, compute: str) -> Callable[[Any], Any]:
+def make_step(
+    network: Any, settings: Optimizer, compiled: bool, compute: str
+) -> Callable[[Any], Any]:
     """tokens [B, T+1] -> loss: forward, backward, clip by the global norm, and one fused AdamW update."""
     parameters = list(network.parameters())
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     betas = (settings.beta1, settings.beta2)
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas, settings.eps, fused=True)
     dtype, device = getattr(torch, compute), parameters[0].device.type
@@ -48,7 +59,9 @@ def make_step(network: Any, settings: Optimizer, compiled: bool, compute: str) -
     def loss_of(tokens: Any) -> Any:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             logits = network(input_ids=tokens[:, :-1]).logits
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+            return torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
+            )
 
     loss_of = torch.compile(loss_of) if compiled else loss_of
 

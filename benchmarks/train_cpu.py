@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch_training import as_tree, make_network, make_step
 
-from trainer.config import Config, neox, resolve
-from trainer.step import initial_state, make_train_step
+from trainer.config.sections import Config, neox, resolve
+from trainer.step.update import initial_state, make_train_step
 
 ROUNDS, STEPS, THREADS = 10, 3, 2
 CONFIG = {
@@ -37,7 +37,10 @@ OURS, EAGER, COMPILED = "trainer", "PyTorch, eager", "PyTorch, torch.compile"
 def jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
     """tokens [B, T+1] -> loss of the trainer's step, which keeps its state here."""
     model = neox(config.model)
-    state, step = initial_state(config, model, jax.tree.map(jax.numpy.array, params)), make_train_step(config, model)
+    state, step = (
+        initial_state(config, model, jax.tree.map(jax.numpy.array, params)),
+        make_train_step(config, model),
+    )
 
     def run(tokens: np.ndarray) -> float:
         nonlocal state
@@ -65,7 +68,11 @@ def seconds(run: Callable[[np.ndarray], float], batches: np.ndarray) -> float:
 def competitors(config: Config, first: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
     """The steps by name, each compiled and warm; torch.compile only where it works (it needs a C++ compiler)."""
     params = as_tree(make_network(neox(config.model), config.dropout), neox(config.model))
-    steps = {OURS: jax_step(config, params), EAGER: torch_step(config, False), COMPILED: torch_step(config, True)}
+    steps = {
+        OURS: jax_step(config, params),
+        EAGER: torch_step(config, False),
+        COMPILED: torch_step(config, True),
+    }
     for name in list(steps):
         try:
             seconds(steps[name], first)
@@ -88,12 +95,12 @@ def main() -> None:
         raise SystemExit(f"these are not the same training: losses {losses}")
     for name in steps:
         median = statistics.median(row[name] for row in rounds)
-        line = f"{name:24} {1e3 * median:7.1f} ms a step, {sequences * context / median:7.0f} tokens/s"
+        line = (
+            f"{name:24} {1e3 * median:7.1f} ms a step, {sequences * context / median:7.0f} tokens/s"
+        )
         ratios = sorted(row[name] / row[OURS] for row in rounds)
         if name != OURS:
-            line += (
-                f"; trainer's tokens/s over it {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            )
+            line += f"; trainer's tokens/s over it {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(line)
 
 

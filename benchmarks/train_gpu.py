@@ -23,8 +23,8 @@ import torch
 from torch_training import as_tree, make_network, make_step
 from train_cpu import jax_step, seconds
 
-from trainer.config import Config, neox, resolve
-from trainer.values import read_values
+from trainer.config.sections import Config, neox, resolve
+from trainer.config.values import read_values
 
 ROUNDS, STEPS = 5, 10
 # Dense bfloat16 FLOP/s by what JAX calls the device: NVIDIA's data sheets.
@@ -53,7 +53,10 @@ def row(config: Config) -> str:
     """The figures of one configuration, both sides from the same parameters."""
     model, batch = neox(config.model), config.batch.sequences * config.model.context
     network = make_network(model, config.dropout, device="cuda")
-    steps = {"trainer": jax_step(config, as_tree(network, model)), "PyTorch": torch_step(config, network)}
+    steps = {
+        "trainer": jax_step(config, as_tree(network, model)),
+        "PyTorch": torch_step(config, network),
+    }
     shape = (STEPS, config.batch.sequences, config.model.context + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape)
     for step in steps.values():
@@ -63,7 +66,11 @@ def row(config: Config) -> str:
     words = []
     for name in steps:
         speed = batch / statistics.median(times[name] for times in rounds)
-        share = f"MFU {speed * model.flops_per_token() / peak:.1%}" if peak else "MFU unknown: the peak is not listed"
+        share = (
+            f"MFU {speed * model.flops_per_token() / peak:.1%}"
+            if peak
+            else "MFU unknown: the peak is not listed"
+        )
         words.append(f"{name} {speed:.0f} tokens/s, {share}")
     ratio = statistics.median(times["PyTorch"] / times["trainer"] for times in rounds)
     return f"{'; '.join(words)}; trainer's tokens/s over PyTorch's {ratio:.2f}"

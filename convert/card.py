@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from growkit.neox import NeoX
+from growkit.models.gpt_neox import NeoX
 
 HEAD = """---
 library_name: transformers
@@ -44,7 +44,9 @@ def short_count(number: float) -> str:
     """757,070,848 as 757.1M."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:.2f}{unit}" if number < 10 * size else f"{number / size:.1f}{unit}"
+            return (
+                f"{number / size:.2f}{unit}" if number < 10 * size else f"{number / size:.1f}{unit}"
+            )
     return str(int(number))
 
 
@@ -68,19 +70,25 @@ def in_words(entry: dict[str, Any]) -> str:
     operation = entry.get("operation", "unknown")
     source = entry.get("source", {})
     trained = (
-        f", after {source['step']} steps and {short_count(source['tokens'])} tokens" if source.get("tokens") else ""
+        f", after {source['step']} steps and {short_count(source['tokens'])} tokens"
+        if source.get("tokens")
+        else ""
     )
     if operation == "train":
         return f"train: {entry.get('start', 'continued')}"
     if "sizes" in entry:
         return f"{operation}: {_growth(entry)}, function {entry['function']}{trained}"
-    return f"{operation} to {entry['dtype']}{trained}" if "dtype" in entry else f"{operation}{trained}"
+    return (
+        f"{operation} to {entry['dtype']}{trained}" if "dtype" in entry else f"{operation}{trained}"
+    )
 
 
 def _growth(entry: dict[str, Any]) -> str:
     """What grew and how, and the options that were not the default ones."""
     before, after = entry["sizes"]["before"], entry["sizes"]["after"]
-    changed = ", ".join(f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis])
+    changed = ", ".join(
+        f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis]
+    )
     options = [f"moments {entry['moments']}"] if entry.get("moments", "map") != "map" else []
     options += [f"noise {entry['noise']:g}"] if entry.get("noise") else []
     return ", ".join([f"{changed} by {entry['method']}", *options])

@@ -57,7 +57,9 @@ def transformers_logits(path: Path, dtype: str | None = None) -> Callable[[np.nd
 
     def logits(tokens_BxT: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return network(torch.from_numpy(np.asarray(tokens_BxT, np.int64))).logits.double().numpy()
+            return (
+                network(torch.from_numpy(np.asarray(tokens_BxT, np.int64))).logits.double().numpy()
+            )
 
     return logits
 
@@ -69,5 +71,7 @@ def transformers_text(path: Path, prompt: str, tokens: int) -> str:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     inputs = tokenizer(prompt, return_tensors="pt")
-    found = network.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0, repetition_penalty=1.3)
+    found = network.generate(
+        **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0, repetition_penalty=1.3
+    )
     return tokenizer.decode(found[0])

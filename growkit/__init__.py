@@ -1,6 +1,6 @@
 """growkit grows trained GPT-NeoX models in depth and width, with their optimizer state.
 
-`growkit.grow(tree, plan)` grows parameters and optimizer states in memory; see `growkit.tree`.
+`growkit.grow(tree, plan)` grows parameters and optimizer states in memory; see `growkit.growth.tree`.
 """
 
 __version__ = "0.1.0"
@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     """`grow`, imported when it is first asked for, so that `import growkit` stays light."""
     if name == "grow":
-        from growkit.tree import grow
+        from growkit.growth.tree import grow
 
         return grow
     raise AttributeError(f"module 'growkit' has no attribute {name!r}")

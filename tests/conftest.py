@@ -13,7 +13,7 @@ import pytest
 from growkit.checkpoint.huggingface import NAMES
 from growkit.checkpoint.orbax import write_checkpoint
 from growkit.checkpoint.tensor import Contents, copy_of, in_memory
-from growkit.neox import NeoX, write_config
+from growkit.models.gpt_neox import NeoX, write_config
 
 SMALL = NeoX(layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False)
 
@@ -73,7 +73,7 @@ def programs_apart(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def programs_of_patched_code(request):
     """A test that may patch what a step is made of shares no compiled step with other tests."""
-    made = sys.modules.get("trainer.step")
+    made = sys.modules.get("trainer.step.update")
     patched = made is not None and "monkeypatch" in request.fixturenames
     if patched:
         made.forget_programs()
@@ -88,7 +88,11 @@ def tokens() -> np.ndarray:
 
 
 # What may lie beside a model's weights: text, and bytes that are no text.
-BESIDE = {"tokenizer.json": b'{"version": "1.0"}', "LICENSE": b"free", "spiece.model": b"\xff\x00\xfe"}
+BESIDE = {
+    "tokenizer.json": b'{"version": "1.0"}',
+    "LICENSE": b"free",
+    "spiece.model": b"\xff\x00\xfe",
+}
 
 
 def random_tensors(model: NeoX, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
@@ -105,7 +109,10 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     """A safetensors file, written by the format's description and not by growkit's writer."""
     header, data = {}, b""
     for name, array in tensors.items():
-        kind = NAMES.get(array.dtype) or {"bool": "BOOL", "uint8": "U8", "int64": "I64"}[str(array.dtype)]
+        kind = (
+            NAMES.get(array.dtype)
+            or {"bool": "BOOL", "uint8": "U8", "int64": "I64"}[str(array.dtype)]
+        )
         offsets = [len(data), len(data) + array.nbytes]
         header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": offsets}
         data += array.tobytes()
@@ -114,7 +121,9 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def save_directory(path: Path, model: NeoX = SMALL, dtype: str = "float32", seed: int = 0, **config) -> Path:
+def save_directory(
+    path: Path, model: NeoX = SMALL, dtype: str = "float32", seed: int = 0, **config
+) -> Path:
     """A Hugging Face directory of random parameters with small files beside them; needs neither torch nor jax."""
     path.mkdir(parents=True)
     save_tensors(path / "model.safetensors", random_tensors(model, dtype, seed))
@@ -124,12 +133,18 @@ def save_directory(path: Path, model: NeoX = SMALL, dtype: str = "float32", seed
     return path
 
 
-def save_checkpoint(path: Path, model: NeoX = SMALL, seed: int = 0, dtype: str = "float32", **record) -> Path:
+def save_checkpoint(
+    path: Path, model: NeoX = SMALL, seed: int = 0, dtype: str = "float32", **record
+) -> Path:
     """A trainer checkpoint of random parameters and moments (nu positive), with counters and files."""
-    slots = {slot: random_tensors(model, dtype, seed + n) for n, slot in enumerate(("params", "mu", "nu"))}
+    slots = {
+        slot: random_tensors(model, dtype, seed + n)
+        for n, slot in enumerate(("params", "mu", "nu"))
+    }
     slots["nu"] = {name: np.square(array) for name, array in slots["nu"].items()}
     recipes = {
-        slot: {name: copy_of(in_memory(array)) for name, array in tensors.items()} for slot, tensors in slots.items()
+        slot: {name: copy_of(in_memory(array)) for name, array in tensors.items()}
+        for slot, tensors in slots.items()
     }
     record = {"count": 70, "step": 70, "schedule_step": 70, "tokens": 9000} | record
     write_checkpoint(path, Contents(write_config(model), recipes, [], record, BESIDE))
@@ -138,4 +153,8 @@ def save_checkpoint(path: Path, model: NeoX = SMALL, seed: int = 0, dtype: str =
 
 def contents_of(path: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative path, to see that nothing changed."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }

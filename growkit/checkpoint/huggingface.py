@@ -16,10 +16,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from growkit.checkpoint.files import json_bytes, read_json
 from growkit.checkpoint.output import Job, Progress, create_file, fill
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, json_bytes, raw
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, raw
 from growkit.errors import GrowkitError
-from growkit.neox import BUFFERS
+from growkit.models.gpt_neox import BUFFERS
 
 INDEX = "model.safetensors.index.json"
 LINEAGE = "lineage.json"
@@ -30,7 +31,12 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 # Integer and boolean tensors are buffers of old checkpoints; they are named and passed over.
-BUFFER_DTYPES = {"BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+BUFFER_DTYPES = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD = 5_000_000_000
 WHOLE = "model.safetensors"
@@ -72,7 +78,9 @@ def open_directory(path: Path) -> Source:
     for file in files:
         found = read_header(file)
         if twice := tensors.keys() & found.keys():
-            raise GrowkitError(f"{path} holds the tensor {min(twice)!r} twice, the second time in {file.name}")
+            raise GrowkitError(
+                f"{path} holds the tensor {min(twice)!r} twice, the second time in {file.name}"
+            )
         tensors |= found
     _check_index(path, files, tensors)
     return Source(
@@ -87,16 +95,6 @@ def open_directory(path: Path) -> Source:
     )
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises GrowkitError when it is not one."""
-    try:
-        return json.loads(path.read_text())
-    except OSError as problem:
-        raise GrowkitError(f"cannot read {path}: {problem.strerror}") from None
-    except (ValueError, RecursionError) as problem:
-        raise GrowkitError(f"{path} is not valid JSON: {problem}") from None
-
-
 def _weight_files(path: Path) -> list[Path]:
     """The files that transformers would read: the whole one, else the index's shards, else all there are."""
     index = path / INDEX
@@ -106,12 +104,18 @@ def _weight_files(path: Path) -> list[Path]:
         files = sorted(path.glob("*.safetensors"))
         if not files:
             others = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
-            hint = f"; it has {others[0]}: save it from transformers as safetensors first" if others else ""
+            hint = (
+                f"; it has {others[0]}: save it from transformers as safetensors first"
+                if others
+                else ""
+            )
             raise GrowkitError(f"{path} has a config.json but no .safetensors file{hint}")
         return files
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
         raise GrowkitError(f"{index} has no weight_map of tensor names to file names")
     files = [path / name for name in sorted(set(weight_map.values()))]
     for file in files:
@@ -142,7 +146,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError):
-            raise GrowkitError(f"{path} has a garbled safetensors header: {length} bytes that are not JSON") from None
+            raise GrowkitError(
+                f"{path} has a garbled safetensors header: {length} bytes that are not JSON"
+            ) from None
     if not isinstance(header, dict):
         raise GrowkitError(f"{path} has a garbled safetensors header: it is not a JSON object")
     header.pop("__metadata__", None)
@@ -156,17 +162,23 @@ def _tensor(path: Path, name: str, entry: Any, base: int, total: int) -> Tensor:
             raise ValueError
         size = math.prod(shape)
     except (TypeError, KeyError, ValueError):
-        raise GrowkitError(f"{path} has a garbled safetensors header at the tensor {name!r}") from None
+        raise GrowkitError(
+            f"{path} has a garbled safetensors header at the tensor {name!r}"
+        ) from None
     dtype = (DTYPES | (BUFFER_DTYPES if name.endswith(BUFFERS) else {})).get(kind)
     if dtype is None:
-        raise GrowkitError(f"{path}: the tensor {name!r} has dtype {kind}, and growkit reads {', '.join(DTYPES)}")
+        raise GrowkitError(
+            f"{path}: the tensor {name!r} has dtype {kind}, and growkit reads {', '.join(DTYPES)}"
+        )
     if end - start != size * dtype.itemsize:
         raise GrowkitError(
             f"{path}: the tensor {name!r} of shape {list(shape)} and dtype {kind} takes {size * dtype.itemsize} bytes, "
             f"its header says {end - start}"
         )
     if base + end > total:
-        raise GrowkitError(f"{path} is cut off: the tensor {name!r} ends at byte {base + end}, the file has {total}")
+        raise GrowkitError(
+            f"{path} is cut off: the tensor {name!r} ends at byte {base + end}, the file has {total}"
+        )
     return raw(path, base + start, shape, dtype)
 
 
@@ -184,7 +196,9 @@ def _carried(path: Path) -> dict[str, bytes]:
     }
 
 
-def write_directory(path: Path, contents: Contents, progress: Progress | None = None, shard: int = SHARD) -> None:
+def write_directory(
+    path: Path, contents: Contents, progress: Progress | None = None, shard: int = SHARD
+) -> None:
     """Write a Hugging Face directory of `contents`' params at `path`, which must not exist; the index comes last.
 
     shard: bytes of tensors a file holds at most (one larger tensor gets a file of its own).
@@ -208,11 +222,15 @@ def write_directory(path: Path, contents: Contents, progress: Progress | None = 
         (path / name).write_bytes(content)
     # transformers 4 reads torch_dtype, 5 reads dtype.
     dtype = str(next(iter(recipes.values())).dtype)
-    (path / "config.json").write_bytes(json_bytes(contents.config | {"torch_dtype": dtype, "dtype": dtype}))
+    (path / "config.json").write_bytes(
+        json_bytes(contents.config | {"torch_dtype": dtype, "dtype": dtype})
+    )
     (path / LINEAGE).write_bytes(json_bytes(contents.lineage))
     if len(shards) > 1:
         total = sum(recipe.size for recipe in recipes.values())
-        (path / INDEX).write_bytes(json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        (path / INDEX).write_bytes(
+            json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
+        )
 
 
 def _shards(recipes: dict[str, Recipe], limit: int) -> list[list[str]]:
@@ -243,4 +261,7 @@ def _begin_shard(path: Path, recipes: dict[str, Recipe]) -> list[Job]:
     file = create_file(path, 8 + len(text) + offset)
     os.pwrite(file, struct.pack("<Q", len(text)) + text, 0)
     base = 8 + len(text)
-    return [Job(recipe, file, base + header[name]["data_offsets"][0]) for name, recipe in recipes.items()]
+    return [
+        Job(recipe, file, base + header[name]["data_offsets"][0])
+        for name, recipe in recipes.items()
+    ]

@@ -26,13 +26,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from growkit.architecture import Architecture
-from growkit.checkpoint.huggingface import read_json
+from growkit.checkpoint.files import read_json
 from growkit.checkpoint.output import Job, Progress, create_file, fill
-from growkit.checkpoint.tensor import SLOTS, Contents, Recipe, Source, Tensor, copy_of, in_memory, raw
-from growkit.configuration import read_config
+from growkit.checkpoint.tensor import (
+    SLOTS,
+    Contents,
+    Recipe,
+    Source,
+    Tensor,
+    copy_of,
+    in_memory,
+    raw,
+)
 from growkit.errors import GrowkitError
-from growkit.spec import Row
+from growkit.models import read_config
+from growkit.models.architecture import Architecture
+from growkit.models.notation import Row
 
 STATE, META, FILES = "state", "meta", "files"
 # Bytes of decoded chunks that are kept, so that a chunk of several blocks or layers is decoded once.
@@ -66,7 +75,9 @@ class Array:
         """All of it, or one layer; of a stacked array no more than the layer asked for is ever read."""
         shape = self.shape if layer is None else self.shape[1:]
         if self.file is not None:
-            return raw(self.file, (layer or 0) * math.prod(shape) * self.dtype.itemsize, shape, self.dtype)
+            return raw(
+                self.file, (layer or 0) * math.prod(shape) * self.dtype.itemsize, shape, self.dtype
+            )
         part = self.store if layer is None else self.store[layer]
         chunk = self.store.chunk_layout.read_chunk.shape or ()
         stride = next(iter(chunk[len(self.shape) - len(shape) :]), 1)
@@ -81,7 +92,9 @@ def _read_store(part: Any) -> np.ndarray:
     try:
         return np.asarray(part.read().result())
     except ValueError as problem:
-        raise GrowkitError(f"cannot read an array of the checkpoint: {str(problem).splitlines()[0]}") from None
+        raise GrowkitError(
+            f"cannot read an array of the checkpoint: {str(problem).splitlines()[0]}"
+        ) from None
 
 
 def open_checkpoint(path: Path) -> Source:
@@ -94,10 +107,16 @@ def open_checkpoint(path: Path) -> Source:
         arrays = {name: _open_array(path / STATE, name, described) for name in names}
         model = read_config(config)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise GrowkitError(f"{path} is an Orbax checkpoint, but not one of growkit's trainer") from None
+        raise GrowkitError(
+            f"{path} is an Orbax checkpoint, but not one of growkit's trainer"
+        ) from None
     except GrowkitError as problem:
         raise GrowkitError(f"{path}: {problem}") from None
-    slots = [slot for slot in SLOTS if slot == "params" or any(name.startswith(f"{slot}.") for name in arrays)]
+    slots = [
+        slot
+        for slot in SLOTS
+        if slot == "params" or any(name.startswith(f"{slot}.") for name in arrays)
+    ]
     counters = {name: int(arrays[name].tensor().read()) for name in COUNTERS if name in arrays}
     return Source(
         path=path,
@@ -123,7 +142,12 @@ def _open_array(state: Path, name: str, described: Mapping[str, Any]) -> Array:
     header = read_json(state / name / ".zarray")
     shape, dtype = tuple(header["shape"]), _dtype(header["dtype"])
     chunk = state / name / _chunk(shape)
-    plain = header["compressor"] is None and not header["filters"] and header["order"] == "C" and dtype.isnative
+    plain = (
+        header["compressor"] is None
+        and not header["filters"]
+        and header["order"] == "C"
+        and dtype.isnative
+    )
     if not plain or tuple(header["chunks"]) != shape:
         return _through_tensorstore(state, name, described)
     size = math.prod(shape) * dtype.itemsize
@@ -155,9 +179,13 @@ def _through_tensorstore(state: Path, name: str, described: Mapping[str, Any]) -
     )
     driver = "zarr3" if described.get("use_zarr3") else "zarr"
     try:
-        array = tensorstore.open({"driver": driver, "kvstore": store}, read=True, context=_cache()).result()
+        array = tensorstore.open(
+            {"driver": driver, "kvstore": store}, read=True, context=_cache()
+        ).result()
     except ValueError as problem:
-        raise GrowkitError(f"cannot read the array {name!r} of {state}: {str(problem).splitlines()[0]}") from None
+        raise GrowkitError(
+            f"cannot read the array {name!r} of {state}: {str(problem).splitlines()[0]}"
+        ) from None
     return Array(tuple(array.shape), array.dtype.numpy_dtype, store=array)
 
 
@@ -181,7 +209,9 @@ def _by_layer(arrays: Mapping[str, Array], slot: str, model: Architecture) -> di
 
 
 def _refuse(name: str, rows: Mapping[str, Row]) -> Row:
-    raise GrowkitError(f"no row of the axis table covers the array {name!r}; the rows are {', '.join(rows)}")
+    raise GrowkitError(
+        f"no row of the axis table covers the array {name!r}; the rows are {', '.join(rows)}"
+    )
 
 
 def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
@@ -264,11 +294,19 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
         (path / item / COMMITTED).write_text(f"{item} is complete")
     (path / COMMITTED).write_text("all items are complete")
     stamps = {"init_timestamp_nsecs": begun, "commit_timestamp_nsecs": time.time_ns()}
-    described = {"item_handlers": HANDLERS, "metrics": {}, "performance_metrics": {}, **stamps, "custom_metadata": {}}
+    described = {
+        "item_handlers": HANDLERS,
+        "metrics": {},
+        "performance_metrics": {},
+        **stamps,
+        "custom_metadata": {},
+    }
     (path / "_CHECKPOINT_METADATA").write_text(json.dumps(described))
 
 
-def _write_arrays(state: Path, arrays: Mapping[tuple[str, ...], Leaf], progress: Progress | None) -> None:
+def _write_arrays(
+    state: Path, arrays: Mapping[tuple[str, ...], Leaf], progress: Progress | None
+) -> None:
     """Every array as one raw chunk in Zarr version 2, in a directory of its own, and what Orbax says of them all."""
     state.mkdir()
     jobs: list[Job] = []
@@ -277,8 +315,13 @@ def _write_arrays(state: Path, arrays: Mapping[tuple[str, ...], Leaf], progress:
             directory = state / ".".join(keys)
             directory.mkdir()
             (directory / ".zarray").write_text(json.dumps(_zarr_header(leaf)))
-            file, part = create_file(directory / _chunk(leaf.shape), leaf.size), leaf.size // len(leaf.recipes)
-            jobs.extend(Job(recipe, file, number * part) for number, recipe in enumerate(leaf.recipes))
+            file, part = (
+                create_file(directory / _chunk(leaf.shape), leaf.size),
+                leaf.size // len(leaf.recipes),
+            )
+            jobs.extend(
+                Job(recipe, file, number * part) for number, recipe in enumerate(leaf.recipes)
+            )
         fill(jobs, progress)
     finally:
         for file in {job.file for job in jobs}:

@@ -44,9 +44,15 @@ def check_output(out: Path, source: Path | None, force: bool) -> None:
     if source is not None:
         here, there = out.resolve(), source.resolve()
         if here == there:
-            raise UsageError(f"the output is the source: {out}; the source is never written to, name another directory")
+            raise UsageError(
+                f"the output is the source: {out}; the source is never written to, name another directory"
+            )
         # Files of the source may be links, as in the Hub's cache: what they lead to is the source as well.
-        linked = [file.resolve() for file in source.iterdir() if file.is_symlink()] if source.is_dir() else []
+        linked = (
+            [file.resolve() for file in source.iterdir() if file.is_symlink()]
+            if source.is_dir()
+            else []
+        )
         if there in here.parents or any(here in (path, *path.parents) for path in (there, *linked)):
             raise UsageError(
                 f"the output {out} and the source {source} lie one within the other; name another directory"
@@ -55,9 +61,13 @@ def check_output(out: Path, source: Path | None, force: bool) -> None:
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
-        raise UsageError(f"the output is not a directory, and --force replaces directories only: {out}")
+        raise UsageError(
+            f"the output is not a directory, and --force replaces directories only: {out}"
+        )
     if any(out.iterdir()) and not any((out / mark).exists() for mark in MARKS):
-        raise UsageError(f"the output is neither empty nor a model, so --force does not replace it: {out}")
+        raise UsageError(
+            f"the output is neither empty nor a model, so --force does not replace it: {out}"
+        )
 
 
 @contextmanager
@@ -122,7 +132,9 @@ def _put_back(work: Path, out: Path) -> None:
 
 def _refuse_existing(out: Path, force: bool) -> None:
     if os.path.lexists(out) and not force:
-        raise UsageError(f"the output exists: {out}; use --force to replace it, or name another directory")
+        raise UsageError(
+            f"the output exists: {out}; use --force to replace it, or name another directory"
+        )
 
 
 def _remove_empty(parents: list[Path]) -> None:

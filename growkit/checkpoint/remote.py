@@ -25,20 +25,6 @@ LAST = ("_METADATA", COMMITTED, "_CHECKPOINT_METADATA", INDEX, "config.json")
 PIECE = 16 << 20
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path lies in a bucket."""
-    return "://" in os.fspath(path)
-
-
-def path_of(text: str) -> Any:
-    """The path that a user typed: of a bucket if it begins with gs:// or the like, else of this machine."""
-    if not is_remote(text):
-        return Path(os.path.expanduser(text))
-    from etils import epath
-
-    return epath.Path(text)
-
-
 @contextmanager
 def reaching(path: Any) -> Iterator[None]:
     """Storage fails in as many ways as there are libraries for it; a user needs one sentence."""
@@ -48,8 +34,12 @@ def reaching(path: Any) -> Iterator[None]:
         raise
     except ImportError as problem:
         scheme = os.fspath(path).split("://")[0]
-        package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(scheme, f"fsspec's library for {scheme}://")
-        raise GrowkitError(f"{path} needs a library that is not installed: pip install {package}") from problem
+        package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(
+            scheme, f"fsspec's library for {scheme}://"
+        )
+        raise GrowkitError(
+            f"{path} needs a library that is not installed: pip install {package}"
+        ) from problem
     except Exception as problem:
         words = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         raise GrowkitError(f"cannot reach {path}: {words[:300]}") from problem
@@ -71,7 +61,9 @@ def check_free(out: Any, force: bool) -> None:
     """Raise UsageError when there is something at `out` and it is not to be replaced."""
     with reaching(out):
         if not force and out.exists():
-            raise UsageError(f"the output exists: {out}; use --force to replace it, or name another directory")
+            raise UsageError(
+                f"the output exists: {out}; use --force to replace it, or name another directory"
+            )
 
 
 def send(here: Path, out: Any, force: bool) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from growkit.architecture import Architecture
-from growkit.configuration import read_config
 from growkit.errors import GrowkitError
+from growkit.models import read_config
+from growkit.models.architecture import Architecture
 
 SLOTS = ("params", "mu", "nu")
 SAMPLE = 4096
@@ -77,7 +77,9 @@ class Tensor:
 
 def in_memory(array: np.ndarray) -> Tensor:
     """An array as a tensor."""
-    return Tensor(array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array)
+    return Tensor(
+        array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array
+    )
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,9 @@ class Source:
             try:
                 self.model.table.cover(shapes, self.model.sizes, self.model.fields)
             except GrowkitError as problem:
-                raise GrowkitError(f"{self.path}: {'' if slot == 'params' else slot + ': '}{problem}") from None
+                raise GrowkitError(
+                    f"{self.path}: {'' if slot == 'params' else slot + ': '}{problem}"
+                ) from None
             self.tensors[slot] = kept
         self.here = self.path
         self.stamps = {path: _stamp(path) for path in self.weights}
@@ -234,7 +238,9 @@ class Source:
         """Raise GrowkitError when a file of the source was written to since it was opened."""
         for path, stamp in self.stamps.items():
             if _stamp(path) != stamp:
-                raise GrowkitError(f"the source changed while it was being read: {path}; run the command again")
+                raise GrowkitError(
+                    f"the source changed while it was being read: {path}; run the command again"
+                )
 
 
 def sample(tensor: Tensor) -> bytes:
@@ -244,7 +250,9 @@ def sample(tensor: Tensor) -> bytes:
         return tensor.read().tobytes()
     with open(span.path, "rb") as file:
         starts = (0, max(0, span.size // 2 - SAMPLE // 2), max(0, span.size - SAMPLE))
-        return b"".join(os.pread(file.fileno(), min(SAMPLE, span.size), span.offset + start) for start in starts)
+        return b"".join(
+            os.pread(file.fileno(), min(SAMPLE, span.size), span.offset + start) for start in starts
+        )
 
 
 def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -280,8 +288,3 @@ def raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Ten
 def _stamp(path: Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
-
-
-def json_bytes(value: Mapping[str, Any] | list) -> bytes:
-    """How growkit writes JSON: indented, with a newline at the end."""
-    return (json.dumps(value, indent=2) + "\n").encode()

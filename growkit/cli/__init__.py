@@ -20,24 +20,45 @@ from growkit.errors import GrowkitError
 
 # verb: (file that holds it, one line for the list of verbs)
 VERBS = {
-    "quickstart": ("quickstart", "Train, grow, train on and export a small model on this machine's own text."),
-    "tokenize": ("training", "Turn text into token files."),
-    "train": ("training", "Train a new model, or train on a grown or imported one."),
-    "plan": ("planning", "Say what a run would need, by compiling its step for a slice of TPUs, a GPU or this CPU."),
-    "advise": ("advising", "Say what published laws and your own studies say about when to grow, and from what."),
-    "anneal": ("training", "Bring a run's learning rate down over some more tokens, in a run of its own."),
-    "depth": ("growing", "Grow a model in depth, optimizer state included."),
-    "width": ("growing", "Grow a model in width, its function preserved."),
-    "grow": ("growing", "Grow a model to the sizes of another, in depth and width at once."),
-    "average": ("averaging", "Average the parameters of several checkpoints."),
-    "inspect": ("comparing", "Say what a model on disk is."),
-    "diff": ("comparing", "Compare two models, tensor by tensor."),
-    "verify": ("comparing", "Recompute a grown model from its source and compare every byte."),
-    "import": ("conversion", "Turn a Hugging Face directory into a trainer checkpoint."),
-    "export": ("conversion", "Turn a model into a Hugging Face directory."),
-    "evaluate": ("evaluating", "Measure models on benchmarks and on text."),
-    "study": ("studying", "Measure what growth saves on your data: from scratch beside grown, many ways."),
-    "generate": ("training", "Continue a text with a model."),
+    "quickstart": (
+        "growkit.cli.quickstart",
+        "Train, grow, train on and export a small model on this machine's own text.",
+    ),
+    "tokenize": ("trainer.cli.training", "Turn text into token files."),
+    "train": ("trainer.cli.training", "Train a new model, or train on a grown or imported one."),
+    "plan": (
+        "trainer.cli.planning",
+        "Say what a run would need, by compiling its step for a slice of TPUs, a GPU or this CPU.",
+    ),
+    "advise": (
+        "trainer.cli.advising",
+        "Say what published laws and your own studies say about when to grow, and from what.",
+    ),
+    "anneal": (
+        "trainer.cli.training",
+        "Bring a run's learning rate down over some more tokens, in a run of its own.",
+    ),
+    "depth": ("growkit.cli.growing", "Grow a model in depth, optimizer state included."),
+    "width": ("growkit.cli.growing", "Grow a model in width, its function preserved."),
+    "grow": (
+        "growkit.cli.growing",
+        "Grow a model to the sizes of another, in depth and width at once.",
+    ),
+    "average": ("growkit.cli.averaging", "Average the parameters of several checkpoints."),
+    "inspect": ("growkit.cli.comparing", "Say what a model on disk is."),
+    "diff": ("growkit.cli.comparing", "Compare two models, tensor by tensor."),
+    "verify": (
+        "growkit.cli.comparing",
+        "Recompute a grown model from its source and compare every byte.",
+    ),
+    "import": ("convert.cli", "Turn a Hugging Face directory into a trainer checkpoint."),
+    "export": ("convert.cli", "Turn a model into a Hugging Face directory."),
+    "evaluate": ("growkit.cli.evaluating", "Measure models on benchmarks and on text."),
+    "study": (
+        "trainer.cli.studying",
+        "Measure what growth saves on your data: from scratch beside grown, many ways.",
+    ),
+    "generate": ("trainer.cli.training", "Continue a text with a model."),
 }
 TERMINATED = 75
 INTERRUPTED = 130
@@ -57,7 +78,7 @@ class Verbs(click.Group):
         if name not in VERBS:
             return None
         _import_numpy()
-        module = importlib.import_module(f"growkit.cli.{VERBS[name][0]}")
+        module = importlib.import_module(VERBS[name][0])
         return module.COMMANDS[name]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -70,7 +91,9 @@ class Verbs(click.Group):
         except click.UsageError:
             from growkit.errors import did_you_mean
 
-            raise click.UsageError(f"there is no verb {args[0]!r}{did_you_mean(args[0], VERBS)}", ctx) from None
+            raise click.UsageError(
+                f"there is no verb {args[0]!r}{did_you_mean(args[0], VERBS)}", ctx
+            ) from None
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,7 +143,8 @@ def run(arguments: list[str] | None = None) -> int:
         return 1
     except OSError as problem:
         click.echo(
-            f"growkit: {problem.strerror or problem}{f': {problem.filename}' if problem.filename else ''}", err=True
+            f"growkit: {problem.strerror or problem}{f': {problem.filename}' if problem.filename else ''}",
+            err=True,
         )
         return 1
 

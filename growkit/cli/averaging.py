@@ -9,8 +9,12 @@ from growkit.cli.terminal import shard_option, write
 
 @click.command()
 @click.argument("src", nargs=-1, required=True)
-@click.option("--out", required=True, metavar="OUT", help="Where the average goes; of the last SRC's kind.")
-@click.option("--weights", metavar="W,W,...", help="A weight for each SRC, in order; equal ones by default.")
+@click.option(
+    "--out", required=True, metavar="OUT", help="Where the average goes; of the last SRC's kind."
+)
+@click.option(
+    "--weights", metavar="W,W,...", help="A weight for each SRC, in order; equal ones by default."
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @shard_option
 def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, shard: str) -> None:
@@ -18,8 +22,9 @@ def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, sh
 
     The optimizer's moments, the step and the tokenizer are those of the last SRC. Sums are in float64.
     """
-    from growkit.average import averaged
-    from growkit.checkpoint import open_source, path_of
+    from growkit.checkpoint.files import path_of
+    from growkit.checkpoint.location import open_source
+    from growkit.surgery.average import averaged
 
     sources = [open_source(each) for each in src]
     contents = averaged(sources, None if weights is None else _numbers(weights))
@@ -40,7 +45,9 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(each) for each in text.split(",")]
     except ValueError:
-        raise UsageError(f"--weights takes numbers with commas between them, as 1,1,2; got {text!r}") from None
+        raise UsageError(
+            f"--weights takes numbers with commas between them, as 1,1,2; got {text!r}"
+        ) from None
 
 
 COMMANDS = {"average": average}

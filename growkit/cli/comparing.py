@@ -29,7 +29,7 @@ def inspect(src: str, as_json: bool) -> None:
     """Say what SRC is: sizes, parameters, optimizer state, tokenizer, lineage."""
     from dataclasses import asdict
 
-    from growkit.checkpoint import open_source
+    from growkit.checkpoint.location import open_source
 
     source = open_source(src)
     facts = {
@@ -72,7 +72,9 @@ def _model_lines(kind: str, model: dict) -> list[str]:
     head = f"{'tied' if model['tied'] else 'untied'} head"
     size = f"{model['layer']} layers, embed {model['embed']}"
     if kind != "gpt_neox":
-        heads = f"{model['kv'] * model['group']} heads of {model['head_dim']} in {model['kv']} groups"
+        heads = (
+            f"{model['kv'] * model['group']} heads of {model['head_dim']} in {model['kv']} groups"
+        )
         return [f"model        {kind}: {size}, {heads}, {common}", f"             {head}"]
     residual = "parallel" if model["parallel_residual"] else "sequential"
     return [
@@ -105,8 +107,8 @@ def diff(a: str, b: str, as_json: bool) -> int:
     """
     from dataclasses import asdict
 
-    from growkit.checkpoint import open_source
-    from growkit.comparison import compared, fields_differing, model_of
+    from growkit.checkpoint.location import open_source
+    from growkit.surgery.comparison import compared, fields_differing, model_of
 
     one, other = open_source(a), open_source(b)
     with progress_bar("comparing", one.size + other.size) as progress:
@@ -120,16 +122,27 @@ def diff(a: str, b: str, as_json: bool) -> int:
     }
     both = "mu" in one.tensors and "mu" in other.tensors
     same_count = not both or facts["count"][0] == facts["count"][1]
-    equal = not facts["model"] and same_count and all(tensor.verdict == "equal" for tensor in tensors)
+    equal = (
+        not facts["model"] and same_count and all(tensor.verdict == "equal" for tensor in tensors)
+    )
     if as_json:
-        click.echo(json_text({"equal": equal} | facts | {"tensors": [asdict(tensor) for tensor in tensors]}))
+        click.echo(
+            json_text(
+                {"equal": equal} | facts | {"tensors": [asdict(tensor) for tensor in tensors]}
+            )
+        )
     else:
         click.echo(_diff_text(facts, tensors, equal, same_count))
     return 0 if equal else 1
 
 
 def _side(source) -> dict:
-    return {"path": str(source.path), "kind": source.kind, "dtype": str(source.dtype), "slots": list(source.tensors)}
+    return {
+        "path": str(source.path),
+        "kind": source.kind,
+        "dtype": str(source.dtype),
+        "slots": list(source.tensors),
+    }
 
 
 def _diff_text(facts: dict, tensors: list, equal: bool, same_count: bool) -> str:
@@ -138,17 +151,25 @@ def _diff_text(facts: dict, tensors: list, equal: bool, same_count: bool) -> str
         for name, side in (("A", facts["a"]), ("B", facts["b"]))
     ]
     model, config = (
-        ", ".join(f"{key} {a} and {b}" for key, (a, b) in facts[part].items()) for part in ("model", "config")
+        ", ".join(f"{key} {a} and {b}" for key, (a, b) in facts[part].items())
+        for part in ("model", "config")
     )
     lines.append(f"model       {model or 'the same sizes and options'}")
-    lines += [f"config      {config}{'' if model else ' (not part of the function)'}"] if config else []
+    lines += (
+        [f"config      {config}{'' if model else ' (not part of the function)'}"] if config else []
+    )
     lines += [] if same_count else ["count       {} and {}".format(*facts["count"])]
     for slot in dict.fromkeys(tensor.slot for tensor in tensors):
         found = [tensor.verdict for tensor in tensors if tensor.slot == slot]
-        counts = [f"{found.count(verdict)} {verdict.replace('differs', 'differ')}" for verdict in dict.fromkeys(found)]
+        counts = [
+            f"{found.count(verdict)} {verdict.replace('differs', 'differ')}"
+            for verdict in dict.fromkeys(found)
+        ]
         lines.append(f"{slot:<11} {', '.join(counts)}")
         lines += [
-            f"  {_tensor_line(tensor)}" for tensor in tensors if tensor.slot == slot and tensor.verdict != "equal"
+            f"  {_tensor_line(tensor)}"
+            for tensor in tensors
+            if tensor.slot == slot and tensor.verdict != "equal"
         ]
     return "\n".join([*lines, "equal" if equal else "different"])
 
@@ -167,9 +188,9 @@ def verify(src: str, out: str) -> None:
     Names the first tensor that differs and exits 1. For the machine that grew OUT: another may round a mean or a
     product otherwise. Configuration and Adam's count are compared as well.
     """
-    from growkit.checkpoint import open_source
-    from growkit.comparison import first_mismatch, last_growth, recorded_plan
+    from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
+    from growkit.surgery.comparison import first_mismatch, last_growth, recorded_plan
 
     source, result = open_source(src), open_source(out)
     plan = recorded_plan(source, result)
@@ -179,7 +200,9 @@ def verify(src: str, out: str) -> None:
         wrong = first_mismatch(source, result, plan, progress)
     note = f"{out} was grown from {origin.get('path')}, whose fingerprint was another than that of {src}"
     if wrong:
-        raise GrowkitError(f"{out} is not what its plan makes of {src}: {wrong}{f'; {note}' if another else ''}")
+        raise GrowkitError(
+            f"{out} is not what its plan makes of {src}: {wrong}{f'; {note}' if another else ''}"
+        )
     tensors = sum(len(slot) for slot in result.tensors.values())
     click.echo(
         f"verified: all {tensors:,} tensors of {out} ({result.size / 1e6:,.1f} MB) are what {plan.verb} makes of {src}"
@@ -193,7 +216,9 @@ def check_possible(source, tokens: int) -> None:
     from growkit.errors import UsageError
 
     if tokens < 2:
-        raise UsageError(f"--check takes at least 2 tokens, since the loss is that of the next one; got {tokens}")
+        raise UsageError(
+            f"--check takes at least 2 tokens, since the loss is that of the next one; got {tokens}"
+        )
     if source.model.kind == "gpt_neox":
         return
     from convert.reference import require_transformers
@@ -209,7 +234,7 @@ def check(source, out: Path, plan, tokens: int) -> dict:
     """The losses of source and result (nats a token), the largest difference of their logits, and what that means."""
     import numpy as np
 
-    from growkit.checkpoint import open_source
+    from growkit.checkpoint.location import open_source
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     result = open_source(str(out))
@@ -268,7 +293,7 @@ def _encoded(source, tokens: int) -> list[int] | None:
 def _logits(source, ids):
     """The logits [B, T, V] of a model on disk, computed in float32."""
     if source.model.kind == "gpt_neox":
-        from trainer.model import logits_of
+        from trainer.model.decoder import logits_of
 
         return logits_of(source, ids)
     from convert.reference import transformers_logits
@@ -284,7 +309,9 @@ def _loss(logits, ids) -> float:
     for row, tokens in zip(logits, ids, strict=True):
         wide = row[:-1].astype(np.float64)
         wide -= wide.max(-1, keepdims=True)
-        losses.append(np.log(np.exp(wide).sum(-1)) - np.take_along_axis(wide, tokens[1:, None], -1)[:, 0])
+        losses.append(
+            np.log(np.exp(wide).sum(-1)) - np.take_along_axis(wide, tokens[1:, None], -1)[:, 0]
+        )
     return float(np.mean(losses))
 
 

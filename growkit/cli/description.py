@@ -15,7 +15,7 @@ NOT_PRESERVED = "not preserved: a copied layer adds its part once more, so the l
 
 def describe(source, plan, size: int, out: Path) -> str:
     """What a plan will do, for a reader at a terminal."""
-    from growkit.depth import picture
+    from growkit.growth.depth import picture
 
     before, after = plan.model, plan.grown
     lines = [
@@ -40,7 +40,9 @@ def describe(source, plan, size: int, out: Path) -> str:
 
 def changes(before: dict[str, int], after: dict[str, int]) -> str:
     """'layer 18 -> 24, mlp 64 -> 128': the axes whose sizes differ."""
-    return ", ".join(f"{axis} {before[axis]} -> {after[axis]}" for axis in after if before[axis] != after[axis])
+    return ", ".join(
+        f"{axis} {before[axis]} -> {after[axis]}" for axis in after if before[axis] != after[axis]
+    )
 
 
 def _padding(plan) -> list[str]:
@@ -67,7 +69,9 @@ def _function(source, plan) -> str:
         return NOT_PRESERVED
     narrow = source.dtype.itemsize < 4
     return (
-        f"preserved, to the rounding of the weights to {source.dtype} (--check measures it)" if narrow else "preserved"
+        f"preserved, to the rounding of the weights to {source.dtype} (--check measures it)"
+        if narrow
+        else "preserved"
     )
 
 
@@ -76,19 +80,27 @@ def _optimizer(source, plan) -> str:
     if "mu" not in source.tensors:
         return "none in the source: training starts its moments at zero"
     inserted = " (zero in inserted layers)" if "layer" in plan.maps else ""
-    mu, nu = (f"grown by the rule{inserted}", "grown by the rule") if plan.preserved else ("zero", "copied")
+    mu, nu = (
+        (f"grown by the rule{inserted}", "grown by the rule")
+        if plan.preserved
+        else ("zero", "copied")
+    )
     words = {
         "map": f"mu {mu}, nu {nu}",
         "copy": "mu and nu copied as they are",
         "nu-only": f"mu zero, nu {nu}",
         "reset": "mu, nu and count zero",
     }[plan.moments]
-    return words if plan.moments == "reset" else f"{words}, count kept ({source.record.get('count', 0)})"
+    return (
+        words
+        if plan.moments == "reset"
+        else f"{words}, count kept ({source.record.get('count', 0)})"
+    )
 
 
 def _rates(source, plan) -> str:
     """What preserves the training as well as the function: the learning rate's multipliers, where they do."""
-    from growkit.expansion import share_scale
+    from growkit.growth.rule import share_scale
 
     if not plan.continues:
         return "the function is the source's now, the training that follows is not"

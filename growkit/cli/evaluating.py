@@ -17,10 +17,19 @@ import click
     help="Of lambada, piqa, hellaswag, winogrande, arc_easy, arc_challenge and bpb, with commas; default: all.",
 )
 @click.option(
-    "--limit", type=int, metavar="N", help="Items of a task at most. Default: all, and 3000 documents for bpb."
+    "--limit",
+    type=int,
+    metavar="N",
+    help="Items of a task at most. Default: all, and 3000 documents for bpb.",
 )
-@click.option("--data", metavar="DIR", help="Items from DIR/TASK*.jsonl and DIR/bpb/* and not from the Hub.")
-@click.option("--output", metavar="FILE.json", help="Keep the figures, and FILE.md with the tables for a model card.")
+@click.option(
+    "--data", metavar="DIR", help="Items from DIR/TASK*.jsonl and DIR/bpb/* and not from the Hub."
+)
+@click.option(
+    "--output",
+    metavar="FILE.json",
+    help="Keep the figures, and FILE.md with the tables for a model card.",
+)
 @click.option("--batch", default=8, show_default=True, metavar="N", help="Texts at once.")
 @click.option("--force", is_flag=True, help="Replace FILE.json and FILE.md if they exist.")
 def evaluate(
@@ -48,11 +57,22 @@ def evaluate(
     names = None if tasks is None else named(tasks)
     kept = None if output is None else outputs(output, force)
     models = opened(src)
-    asked = questions(names, Path(data) if data is not None else None, limit, lambda words: click.echo(words, err=True))
+    asked = questions(
+        names,
+        Path(data) if data is not None else None,
+        limit,
+        lambda words: click.echo(words, err=True),
+    )
     window = min(source.model.context for _, source, _ in models)
     if len({source.model.context for _, source, _ in models}) > 1:
         click.echo(f"note: contexts differ, so every model reads at most {window} tokens", err=True)
-    settings = {"limit": limit, "data": data, "batch": batch, "max_length": window, "dtype": "float32"}
+    settings = {
+        "limit": limit,
+        "data": data,
+        "batch": batch,
+        "max_length": window,
+        "dtype": "float32",
+    }
     record = report.new_record(settings)
     for text, source, tokenizer in models:
         results = answers(text, asked, loaded(source, tokenizer, window, batch))
@@ -69,12 +89,16 @@ def outputs(text: str, force: bool) -> tuple[Path, Path]:
 
     path = Path(text)
     if path.suffix != ".json":
-        raise UsageError(f"--output is the name of a .json file (a .md is written beside it), got {text!r}")
+        raise UsageError(
+            f"--output is the name of a .json file (a .md is written beside it), got {text!r}"
+        )
     both = path, path.with_suffix(".md")
     for each in both:
         if each.is_dir() or (each.exists() and not force):
             raise UsageError(
-                f"the output exists: {each}; --force replaces it" if each.is_file() else f"{each} is no file"
+                f"the output exists: {each}; --force replaces it"
+                if each.is_file()
+                else f"{each} is no file"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     return both
@@ -82,16 +106,18 @@ def outputs(text: str, force: bool) -> tuple[Path, Path]:
 
 def opened(texts: tuple[str, ...]) -> list[tuple]:
     """(SRC, source, tokenizer) of each, all that can be refused before a model is loaded refused."""
-    from growkit.checkpoint import open_source
+    from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
     from growkit.evaluation.harness import require_harness
-    from growkit.neox import require_neox
-    from trainer.tokenizer import carried_tokenizer
+    from growkit.models.gpt_neox import require_neox
+    from trainer.data.tokenizer import carried_tokenizer
 
     found = []
     for text in texts:
         source = open_source(text)
-        require_harness(*(("torch", "transformers", "accelerate") if source.kind == "huggingface" else ()))
+        require_harness(
+            *(("torch", "transformers", "accelerate") if source.kind == "huggingface" else ())
+        )
         if source.kind == "checkpoint":
             require_neox(source.model, source.path)
         tokenizer = carried_tokenizer(source.files, source.path)
@@ -106,13 +132,13 @@ def opened(texts: tuple[str, ...]) -> list[tuple]:
 
 def loaded(source, tokenizer, window: int, batch: int):
     """The model of a source as the harness asks it: transformers' for a directory, ours for a checkpoint."""
-    from growkit.neox import NeoX
+    from growkit.models.gpt_neox import NeoX
 
     if source.kind == "checkpoint":
-        from trainer.evaluate import jax_model
+        from trainer.evaluate.harness import jax_model
 
         return jax_model(source, tokenizer, window, batch)
-    from convert.evaluate import hugging_face_model
+    from convert.harness import hugging_face_model
 
     prefix = tokenizer.end_of_text_id if isinstance(source.model, NeoX) else None
     return hugging_face_model(source.here, prefix, window, batch)
@@ -128,7 +154,10 @@ def answers(name: str, asked: list, model) -> list:
         with bar(f"{name}: {question.name} ({number} of {len(asked)})", model):
             results.append(ask(model, question))
         seconds = time.monotonic() - began
-        click.echo(f"{name}: {question.name}, {question.documents:,} documents in {seconds:.1f} s", err=True)
+        click.echo(
+            f"{name}: {question.name}, {question.documents:,} documents in {seconds:.1f} s",
+            err=True,
+        )
     return results
 
 
@@ -141,9 +170,20 @@ def bar(words: str, model):
         yield
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(words, total=None)
         model.expect = lambda count: progress.update(task, total=count)

@@ -13,10 +13,10 @@ import click
 
 from growkit.cli.description import describe
 from growkit.cli.terminal import json_text, shard_bytes, shard_option, write
-from growkit.depth import FORM
-from growkit.depth import METHODS as DEPTH_METHODS
-from growkit.plan import MOMENTS
-from growkit.width import METHODS as WIDTH_METHODS
+from growkit.growth.depth import FORM
+from growkit.growth.depth import METHODS as DEPTH_METHODS
+from growkit.growth.plan import MOMENTS
+from growkit.growth.width import METHODS as WIDTH_METHODS
 
 TOKENS = "1024"
 
@@ -26,7 +26,10 @@ class Growing(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         followed = zip(args, [*args[1:], ""], strict=True)
-        words = [f"--check={TOKENS}" if word == "--check" and not after.isdigit() else word for word, after in followed]
+        words = [
+            f"--check={TOKENS}" if word == "--check" and not after.isdigit() else word
+            for word, after in followed
+        ]
         return super().parse_args(ctx, words)
 
 
@@ -60,8 +63,14 @@ def growing_options(command):
 
 
 @click.command(cls=Growing)
-@click.option("--map", "layers", required=True, metavar="MAP", help=f"{FORM.removeprefix('--map takes ')}.")
-@click.option("--method", metavar="|".join(DEPTH_METHODS), help="Which layers SOURCE:TARGET copies; replicate.")
+@click.option(
+    "--map", "layers", required=True, metavar="MAP", help=f"{FORM.removeprefix('--map takes ')}."
+)
+@click.option(
+    "--method",
+    metavar="|".join(DEPTH_METHODS),
+    help="Which layers SOURCE:TARGET copies; replicate.",
+)
 @growing_options
 def depth(layers: str, method: str | None, src: str, out: str, **options) -> None:
     """Grow SRC in depth into OUT: parameters, and the optimizer's moments where SRC has them.
@@ -70,7 +79,7 @@ def depth(layers: str, method: str | None, src: str, out: str, **options) -> Non
     2112.11446, section G.3.3). --method nearest rounds to nearest, stack repeats the whole model (0,1,2,0,1,2),
     identity inserts copies that add nothing yet, so that the function is preserved. OUT is of the same kind as SRC.
     """
-    from growkit.depth import plan_depth
+    from growkit.growth.depth import plan_depth
 
     _grow(src, out, lambda model: plan_depth(model, layers, method), **options)
 
@@ -79,13 +88,18 @@ def depth(layers: str, method: str | None, src: str, out: str, **options) -> Non
 @click.option("--embed", metavar="SIZE", help="The residual stream, as 2048 or 2x.")
 @click.option("--heads", metavar="SIZE", help="The attention heads, as 16 or 2x.")
 @click.option("--mlp", metavar="SIZE", help="The units of each mlp, as 8192 or 2x.")
-@click.option("--head-dim", metavar="SIZE", help="The dimensions of a head, as 96; as many stay rotated.")
+@click.option(
+    "--head-dim", metavar="SIZE", help="The dimensions of a head, as 96; as many stay rotated."
+)
 @click.option(
     "--method", metavar="|".join(WIDTH_METHODS),
     help="embed by copies (whole multiples) or by padding (any size); copies where they are exact.",
 )  # fmt: skip
 @click.option(
-    "--spread", default="0", metavar="S", help="How uneven the shares of copied heads and mlp units are, < 1."
+    "--spread",
+    default="0",
+    metavar="S",
+    help="How uneven the shares of copied heads and mlp units are, < 1.",
 )
 @growing_options
 def width(embed, heads, mlp, head_dim, method, spread, src: str, out: str, **options) -> None:
@@ -93,14 +107,24 @@ def width(embed, heads, mlp, head_dim, method, spread, src: str, out: str, **opt
 
     What is not given follows: embed is heads x head_dim, and mlp keeps its ratio to embed.
     """
-    from growkit.width import plan_width
+    from growkit.growth.width import plan_width
 
     share = _number("spread", spread)
-    _grow(src, out, lambda model: plan_width(model, embed, heads, mlp, head_dim, method, share), **options)
+    _grow(
+        src,
+        out,
+        lambda model: plan_width(model, embed, heads, mlp, head_dim, method, share),
+        **options,
+    )
 
 
 @click.command("grow", cls=Growing)
-@click.option("--like", required=True, metavar="TARGET", help="A preset, a trainer's YAML, a config.json, or a model.")
+@click.option(
+    "--like",
+    required=True,
+    metavar="TARGET",
+    help="A preset, a trainer's YAML, a config.json, or a model.",
+)
 @growing_options
 def grow_like(like: str, src: str, out: str, **options) -> None:
     """Grow SRC into OUT with the sizes of another model: every axis that differs, in one pass.
@@ -108,17 +132,17 @@ def grow_like(like: str, src: str, out: str, **options) -> None:
     Layers are replicated; width is copied where copies are exact and padded elsewhere. What growth keeps (context,
     how many dimensions are rotated) stays SRC's; vocabulary, a tied head and the kind of residual must agree.
     """
-    from growkit.width import plan_like
+    from growkit.growth.width import plan_like
 
     _grow(src, out, lambda model: plan_like(model, like_model(like, model)), **options)
 
 
 def like_model(text: str, model):
     """The model that --like names, what it leaves open being `model`'s. Raises UsageError."""
-    from growkit.checkpoint import open_source
-    from growkit.checkpoint.huggingface import read_json
-    from growkit.configuration import read_config
+    from growkit.checkpoint.files import read_json
+    from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError, UsageError
+    from growkit.models import read_config
 
     path = Path(os.path.expanduser(text))
     config = path / "config.json" if path.is_dir() else path
@@ -137,8 +161,8 @@ def _preset_model(text: str, model):
     from dataclasses import replace
 
     from growkit.errors import UsageError
-    from trainer.config import resolve, resolve_model
-    from trainer.values import read_values
+    from trainer.config.sections import resolve, resolve_model
+    from trainer.config.values import read_values
 
     values = read_values(text, [])
     resolve(values)
@@ -158,16 +182,27 @@ def _number(option: str, text: str, whole: bool = False) -> float | int:
     try:
         return int(text) if whole else float(text)
     except ValueError:
-        raise UsageError(f"--{option} takes a {'whole ' if whole else ''}number, got {text!r}") from None
+        raise UsageError(
+            f"--{option} takes a {'whole ' if whole else ''}number, got {text!r}"
+        ) from None
 
 
 def _grow(
-    src: str, out: str, plan_of, moments: str, noise: str, seed: str, check: str | None, shard: str, **output
+    src: str,
+    out: str,
+    plan_of,
+    moments: str,
+    noise: str,
+    seed: str,
+    check: str | None,
+    shard: str,
+    **output,
 ) -> None:
     """Open the source, plan its growth with the options, refuse what cannot be, then grow."""
-    from growkit.checkpoint import check_writable, open_source, path_of
+    from growkit.checkpoint.files import path_of
+    from growkit.checkpoint.location import check_writable, open_source
     from growkit.errors import UsageError
-    from growkit.plan import with_options
+    from growkit.growth.plan import with_options
 
     values = {"noise": _number("noise", noise), "seed": _number("seed", seed, whole=True)}
     tokens = None if check is None else _number("check", check, whole=True)
@@ -196,7 +231,7 @@ def grow(
 ) -> None:
     """Print what a plan will do, then do it; tokens: how many to check the result on, None for no check."""
     from growkit.cli.comparing import check, check_kept, check_words
-    from growkit.surgery import grown
+    from growkit.surgery.grow import grown
 
     contents = grown(source, plan)
     if not as_json:

@@ -19,7 +19,15 @@ import click
 LAYERS, GROWN_LAYERS = 2, 4
 TEXT_BYTES = 8_000_000
 VOCAB = 1024
-MODEL = {"layer": LAYERS, "embed": 64, "head": 4, "mlp": 256, "vocab": VOCAB, "context": 128, "tied": True}
+MODEL = {
+    "layer": LAYERS,
+    "embed": 64,
+    "head": 4,
+    "mlp": 256,
+    "vocab": VOCAB,
+    "context": 128,
+    "tied": True,
+}
 RECIPE = {
     "dropout": {"hidden": 0.0, "attention": 0.0, "embedding": 0.0},
     "precision": {"params": "float32", "compute": "float32"},
@@ -34,7 +42,9 @@ MARK = "quickstart.json"
 
 
 @click.command()
-@click.option("--out", default="quickstart", show_default=True, metavar="DIR", help="Where everything goes.")
+@click.option(
+    "--out", default="quickstart", show_default=True, metavar="DIR", help="Where everything goes."
+)
 def quickstart(out: str) -> int:
     """Train a small model, grow it in depth with its optimizer, train on, export, and load it in transformers.
 
@@ -57,13 +67,17 @@ def _begin(directory: Path) -> None:
     """Make the directory, or check that it is a quickstart's of the same sizes. Raises UsageError."""
     from growkit.errors import UsageError
 
-    sizes = json.dumps({"model": MODEL, "grown": GROWN_LAYERS, "steps": [SOURCE_STEPS, FURTHER_STEPS]})
+    sizes = json.dumps(
+        {"model": MODEL, "grown": GROWN_LAYERS, "steps": [SOURCE_STEPS, FURTHER_STEPS]}
+    )
     mark = directory / MARK
     foreign = directory.is_dir() and any(directory.iterdir()) and not mark.exists()
     if foreign or (directory.exists() and not directory.is_dir()):
         raise UsageError(f"{directory} exists and is not a quickstart's; name another --out")
     if mark.exists() and mark.read_text() != sizes:
-        raise UsageError(f"{directory} is a quickstart's of other sizes, by another version; name another --out")
+        raise UsageError(
+            f"{directory} is a quickstart's of other sizes, by another version; name another --out"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     mark.write_text(sizes)
 
@@ -74,9 +88,9 @@ def _say(number: int, words: str) -> None:
 
 def _prepare_text(directory: Path) -> int:
     from growkit.cli.terminal import counter
-    from trainer.processes import cores
-    from trainer.tokenize import tokenize_documents
-    from trainer.tokenizer import train_tokenizer
+    from trainer.data.processes import cores
+    from trainer.data.tokenize import tokenize_documents
+    from trainer.data.tokenizer import train_tokenizer
 
     _say(1, "tokenize the Python standard library's source")
     if not (directory / "tokens").exists():
@@ -85,9 +99,13 @@ def _prepare_text(directory: Path) -> int:
         tokenizer = train_tokenizer(texts[::4], VOCAB)
         with counter("tokenizing") as progress:
             names = ["Python standard library"]
-            tokenize_documents(texts, directory / "tokens", tokenizer, names, False, progress, cores())
+            tokenize_documents(
+                texts, directory / "tokens", tokenizer, names, False, progress, cores()
+            )
     manifest = json.loads((directory / "tokens" / "manifest.json").read_text())
-    click.echo(f"{manifest['documents']:,} files, {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,}")
+    click.echo(
+        f"{manifest['documents']:,} files, {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,}"
+    )
     return 0
 
 
@@ -95,18 +113,27 @@ def standard_library(limit: int) -> list[tuple[str, str]]:
     """(name, text) of the interpreter's own source files, about `limit` bytes of them, spread over all."""
     root = Path(sysconfig.get_paths()["stdlib"])
     aside = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    files = [path for path in sorted(root.rglob("*.py")) if not aside & set(path.relative_to(root).parts)]
+    files = [
+        path for path in sorted(root.rglob("*.py")) if not aside & set(path.relative_to(root).parts)
+    ]
     total = sum(path.stat().st_size for path in files)
     keep = min(1.0, limit / max(total, 1))
-    chosen = [path for number, path in enumerate(files) if math.floor((number + 1) * keep) > math.floor(number * keep)]
+    chosen = [
+        path
+        for number, path in enumerate(files)
+        if math.floor((number + 1) * keep) > math.floor(number * keep)
+    ]
     # Shuffled, so that the held-out end is text like the rest.
     random.Random(0).shuffle(chosen)
-    texts = ((path.relative_to(root).as_posix(), path.read_text("utf-8", errors="ignore")) for path in chosen)
+    texts = (
+        (path.relative_to(root).as_posix(), path.read_text("utf-8", errors="ignore"))
+        for path in chosen
+    )
     return [(name, text) for name, text in texts if text.strip()]
 
 
 def _run(directory: Path, name: str, values: dict, start: str | None) -> int:
-    from growkit.cli.training import exit_code, train_run
+    from trainer.cli.training import exit_code, train_run
 
     data = {"data": {"train": {str(directory / "tokens"): 1.0}}}
     result = train_run(RECIPE | data | values, directory / name, start)
@@ -124,14 +151,21 @@ def _train_source(directory: Path) -> int:
 
 
 def _grow(directory: Path) -> int:
-    from growkit.checkpoint import open_source
+    from growkit.checkpoint.location import open_source
     from growkit.cli.growing import grow
-    from growkit.depth import plan_depth
+    from growkit.growth.depth import plan_depth
 
     _say(3, f"grow it to {GROWN_LAYERS} layers: growkit depth --map {LAYERS}:{GROWN_LAYERS}")
     if not (directory / "grown").exists():
         source = open_source(str(directory / "source"))
-        grow(source, plan_depth(source.model, f"{LAYERS}:{GROWN_LAYERS}"), directory / "grown", False, False, False)
+        grow(
+            source,
+            plan_depth(source.model, f"{LAYERS}:{GROWN_LAYERS}"),
+            directory / "grown",
+            False,
+            False,
+            False,
+        )
     return 0
 
 
@@ -141,7 +175,7 @@ def _train_grown(directory: Path) -> int:
 
 
 def _train_control(directory: Path) -> int:
-    from growkit.checkpoint import open_source
+    from growkit.checkpoint.location import open_source
 
     small, grown = (open_source(str(directory / name)).model for name in ("source", "grown"))
     steps = round(FURTHER_STEPS * grown.flops_per_token() / small.flops_per_token())
@@ -150,8 +184,8 @@ def _train_control(directory: Path) -> int:
 
 
 def _export(directory: Path) -> int:
-    from convert.neox import exported
-    from growkit.checkpoint import open_source
+    from convert.directory import exported
+    from growkit.checkpoint.location import open_source
     from growkit.cli.terminal import write
 
     _say(6, "export, load in transformers, generate")
@@ -164,14 +198,16 @@ def _export(directory: Path) -> int:
 
 
 def _load_in_transformers(source, hf: Path) -> None:
-    from growkit.cli.conversion import compare
+    from convert.cli import compare
 
     try:
         from convert.reference import transformers_text
 
         text = transformers_text(hf, PROMPT, 60)
     except ImportError as problem:
-        click.echo(f"{problem.name} is not installed, so nothing was loaded in it; pip install 'growkit[hf]' brings it")
+        click.echo(
+            f"{problem.name} is not installed, so nothing was loaded in it; pip install 'growkit[hf]' brings it"
+        )
         return
     click.echo(compare(source, hf, "float32"))
     click.echo(f"transformers continues {PROMPT!r} from {hf}:\n{text}")
@@ -181,11 +217,16 @@ def _show(directory: Path) -> None:
     """The table and the picture of what growth did."""
     from etils import epath
 
-    from trainer import curves
-    from trainer.history import History
+    from trainer.log import curves
+    from trainer.log.history import History
 
-    histories = {name: History(epath.Path(directory / name)) for name in ("source", "trained", "control")}
-    losses = {name: [row for row in history.rows if row["validation_loss"]] for name, history in histories.items()}
+    histories = {
+        name: History(epath.Path(directory / name)) for name in ("source", "trained", "control")
+    }
+    losses = {
+        name: [row for row in history.rows if row["validation_loss"]]
+        for name, history in histories.items()
+    }
     further = float(losses["trained"][-1]["flops"]) - float(losses["trained"][0]["flops"])
     rows = [
         ("small model, before growth", losses["source"][-1]),

@@ -26,7 +26,14 @@ def progress_bar(what: str, total: int):
         yield lambda done: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -61,13 +68,18 @@ def shard_bytes(text: str | None, kind: str) -> int:
     if not found or float(found[1]) == 0:
         raise UsageError(f"--max-shard-size is a number with B, KB, MB or GB, as 5GB; got {text!r}")
     if kind != "huggingface":
-        raise UsageError("--max-shard-size is for Hugging Face directories, and the output is a trainer checkpoint")
-    return int(float(found[1]) * {"B": 1, None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]])
+        raise UsageError(
+            "--max-shard-size is for Hugging Face directories, and the output is a trainer checkpoint"
+        )
+    return int(
+        float(found[1])
+        * {"B": 1, None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[found[2]]
+    )
 
 
 def write(sources, contents, out: Path, kind: str, force: bool, shard: str | None = None) -> None:
     """Write the contents made of the sources to `out`, a bar of bytes on the terminal; see `growkit.checkpoint`."""
-    from growkit.checkpoint import write_output
+    from growkit.checkpoint.location import write_output
 
     # Orbax imports jax; an output is written by this machine's processor, whatever else it has.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -85,7 +97,9 @@ def counter(what: str):
         return f"{what}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text, {speed:,.1f} MB/s"
 
     if not sys.stderr.isatty():
-        yield _every(LINE_EVERY, begun, lambda *counts: print(words(*counts), file=sys.stderr, flush=True))
+        yield _every(
+            LINE_EVERY, begun, lambda *counts: print(words(*counts), file=sys.stderr, flush=True)
+        )
         return
     from rich.console import Console
     from rich.status import Status

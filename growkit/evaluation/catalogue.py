@@ -85,7 +85,9 @@ def named(text: str) -> list[str]:
         raise UsageError(f"there is no task in {text!r}; the tasks are {', '.join(NAMES)}")
     for name in names:
         if name not in NAMES:
-            raise UsageError(f"there is no task {name!r}; the tasks are {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
+            raise UsageError(
+                f"there is no task {name!r}; the tasks are {', '.join(NAMES)}{did_you_mean(name, NAMES)}"
+            )
     return names
 
 
@@ -105,6 +107,7 @@ def is_full(name: str, documents: int, total: int) -> bool:
 def published(names: Sequence[str]) -> dict[str, dict[tuple[str, str], float]]:
     """Reference rows for the tasks given: model -> (task, metric) -> figure; models without any left out."""
     rows = {
-        model: {key: value for key, value in figures.items() if key[0] in names} for model, figures in PUBLISHED.items()
+        model: {key: value for key, value in figures.items() if key[0] in names}
+        for model, figures in PUBLISHED.items()
     }
     return {model: figures for model, figures in rows.items() if figures}

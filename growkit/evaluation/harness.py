@@ -80,7 +80,9 @@ def require_harness(*others: str) -> None:
 def versions() -> dict[str, str]:
     """The versions of the libraries that a figure rests on."""
     names = ("lm_eval", "datasets", "tokenizers", "jax", "torch", "transformers")
-    return {"growkit": __version__} | {name: version(name) for name in names if importlib.util.find_spec(name)}
+    return {"growkit": __version__} | {
+        name: version(name) for name in names if importlib.util.find_spec(name)
+    }
 
 
 def local_question(items: Items) -> Question:
@@ -90,9 +92,13 @@ def local_question(items: Items) -> Question:
         from lm_eval.api.task import ConfigurableTask
 
         name = items.name.split("/")[0]
-        config = yaml.safe_load((files("growkit.evaluation") / "tasks" / f"{name}.yaml").read_text())
+        config = yaml.safe_load(
+            (files("growkit.evaluation") / "tasks" / f"{name}.yaml").read_text()
+        )
         data = {config["test_split"]: datasets.Dataset.from_list(items.documents)}
-        task = ConfigurableTask(config=config | {"num_fewshot": 0, "custom_dataset": lambda **_: data})
+        task = ConfigurableTask(
+            config=config | {"num_fewshot": 0, "custom_dataset": lambda **_: data}
+        )
     return Question(items.name, task, len(items.documents), items.total, files=items.files)
 
 
@@ -104,7 +110,9 @@ def hub_question(name: str, limit: int | None) -> Question:
         folder, own = Path(lm_eval.tasks.__file__).parent / TASKS[name].folder, TASKS[name].harness
         try:
             # One folder and not all of them: to read ten thousand task files takes many seconds.
-            task = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False).load([own])["tasks"][own]
+            task = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False).load(
+                [own]
+            )["tasks"][own]
         except Exception as problem:  # whatever the network, the Hub or its libraries say, the user needs one sentence
             words = next(iter(str(problem).strip().splitlines()), "no answer")
             raise GrowkitError(
@@ -207,7 +215,9 @@ class Windowed:
 
     def count_cut(self, requests: Sequence[Request]) -> None:
         """Add the requests whose context loses its beginning."""
-        self.cut += sum(len(context) + len(scored) > self.max_length + 1 for _, context, scored in requests)
+        self.cut += sum(
+            len(context) + len(scored) > self.max_length + 1 for _, context, scored in requests
+        )
 
 
 def joined(owners: Sequence[int], scores: Sequence[tuple[float, bool]]) -> list[tuple[float, bool]]:

@@ -51,20 +51,28 @@ def parts(directory: Path) -> dict[str, list[Path]]:
     folder = directory / BPB
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        files = sorted(file for file in path.rglob("*") if is_text(file)) if path.is_dir() else [path]
+        files = (
+            sorted(file for file in path.rglob("*") if is_text(file)) if path.is_dir() else [path]
+        )
         files = [file for file in files if is_text(file)]
         if not files:
             continue
         name = path.name if path.is_dir() else path.name.removesuffix(".gz").rsplit(".", 1)[0]
         if name in found:
-            raise UsageError(f"{folder} has both {found[name][0].name} and {path.name}, two texts of one name")
+            raise UsageError(
+                f"{folder} has both {found[name][0].name} and {path.name}, two texts of one name"
+            )
         found[name.lower().replace("-", "_") if name.lower().startswith("pile") else name] = files
     return found
 
 
 def is_text(path: Path) -> bool:
     """Whether a file is one that bits per byte are taken of."""
-    return path.is_file() and not path.name.startswith(".") and path.name.removesuffix(".gz").endswith(TEXTS)
+    return (
+        path.is_file()
+        and not path.name.startswith(".")
+        and path.name.removesuffix(".gz").endswith(TEXTS)
+    )
 
 
 def read_items(task: str, path: Path, limit: int | None) -> Items:
@@ -97,7 +105,9 @@ def read_texts(name: str, files: list[Path], limit: int | None) -> Items:
 
     items.documents = drawn(texts(), limit)
     if not items.documents:
-        raise GrowkitError(f"{files[0] if len(files) == 1 else files[0].parent} holds no text: every document is empty")
+        raise GrowkitError(
+            f"{files[0] if len(files) == 1 else files[0].parent} holds no text: every document is empty"
+        )
     return items
 
 
@@ -131,7 +141,9 @@ class Columns:
 
     def value(self, column: str) -> Any:
         if column not in self.row:
-            raise self.broken(f"the column {column!r} is missing; the line has {', '.join(self.row) or 'none'}")
+            raise self.broken(
+                f"the column {column!r} is missing; the line has {', '.join(self.row) or 'none'}"
+            )
         return self.row[column]
 
     def text(self, column: str, may_be_empty: bool = False) -> str:
@@ -157,7 +169,9 @@ class Columns:
     def number(self, column: str, choices: int) -> int:
         value = self.value(column)
         if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)) or int(value) >= choices:
-            raise self.broken(f"the column {column!r} must be a number from 0 to {choices - 1}, got {value!r}")
+            raise self.broken(
+                f"the column {column!r} must be a number from 0 to {choices - 1}, got {value!r}"
+            )
         return int(value)
 
 
@@ -165,7 +179,9 @@ def _lambada(columns: Columns) -> Row:
     text = columns.text("text")
     context, space, last = text.rpartition(" ")
     if not space or not last:
-        raise columns.broken("the column 'text' must be a passage and a last word, with a space between them")
+        raise columns.broken(
+            "the column 'text' must be a passage and a last word, with a space between them"
+        )
     return {"context": context, "target": f" {last}"}
 
 
@@ -211,12 +227,18 @@ def _arc(columns: Columns) -> Row:
         inner = Columns(choices, f"{columns.where}, in the column 'choices'")
         texts, labels, key = inner.texts("text"), inner.texts("label"), columns.text("answerKey")
         if len(labels) != len(texts) or key not in labels:
-            raise columns.broken(f"the column 'answerKey' must be one of the {len(texts)} labels {labels}, got {key!r}")
+            raise columns.broken(
+                f"the column 'answerKey' must be one of the {len(texts)} labels {labels}, got {key!r}"
+            )
         gold = labels.index(key)
     else:
         texts = columns.texts("choices")
         gold = columns.number("gold", len(texts))
-    return {"query": f"Question: {columns.text('question')}\nAnswer:", "choices": texts, "gold": gold}
+    return {
+        "query": f"Question: {columns.text('question')}\nAnswer:",
+        "choices": texts,
+        "gold": gold,
+    }
 
 
 DOCUMENTS: dict[str, Callable[[Columns], Row]] = {
@@ -237,7 +259,9 @@ def rows_of(path: Path) -> Iterator[tuple[int, Row]]:
         except ValueError as problem:
             raise GrowkitError(f"{path}, line {number}: not JSON ({problem})") from None
         if not isinstance(row, dict):
-            raise GrowkitError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}")
+            raise GrowkitError(
+                f"{path}, line {number}: must be a JSON object, got {type(row).__name__}"
+            )
         yield number, row
 
 

@@ -36,13 +36,19 @@ def questions(
                 say(f"note: {each.empty} empty documents of {each.name} are left out")
             found.append(harness.local_question(each))
     if not found:
-        raise UsageError(f"{data} has no items of any task: looked for {', '.join(map(_looked_for, NAMES))}")
+        raise UsageError(
+            f"{data} has no items of any task: looked for {', '.join(map(_looked_for, NAMES))}"
+        )
     return found
 
 
-def _from_hub(names: list[str] | None, limit: int | None, say: Callable[[str], None]) -> list[harness.Question]:
+def _from_hub(
+    names: list[str] | None, limit: int | None, say: Callable[[str], None]
+) -> list[harness.Question]:
     if names and BPB in names:
-        raise UsageError("bits per byte are of local text: give --data DIR with files or folders of it in DIR/bpb")
+        raise UsageError(
+            "bits per byte are of local text: give --data DIR with files or folders of it in DIR/bpb"
+        )
     found = []
     for name in names or TASKS:
         say(f"{name}: items from the Hugging Face Hub")
@@ -57,7 +63,10 @@ def _task(name: str, data: Path, limit: int | None) -> list[items.Items]:
 
 def _parts(data: Path, limit: int | None) -> list[items.Items]:
     found = items.parts(data)
-    return [items.read_texts(part, files, BPB_LIMIT if limit is None else limit) for part, files in found.items()]
+    return [
+        items.read_texts(part, files, BPB_LIMIT if limit is None else limit)
+        for part, files in found.items()
+    ]
 
 
 def _looked_for(name: str) -> str:

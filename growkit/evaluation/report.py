@@ -11,14 +11,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from growkit.checkpoint.tensor import Source, json_bytes
+from growkit.checkpoint.files import json_bytes
+from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation.catalogue import BPB, SEED, is_full, published, title
 from growkit.evaluation.harness import Answer, json_of, versions
 
 Record = dict[str, Any]
 Key = tuple[str, str]
-METRICS = {"acc": "acc, %", "acc_norm": "acc_norm, %", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+METRICS = {
+    "acc": "acc, %",
+    "acc_norm": "acc_norm, %",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+}
 PERCENT = ("acc", "acc_norm")
 
 
@@ -55,7 +61,10 @@ def read(path: Path) -> Record:
         record = json.loads(path.read_text())
         for model in record["models"]:
             for result in model["results"]:
-                {metric: (figure["value"], figure["standard_error"]) for metric, figure in result["figures"].items()}
+                {
+                    metric: (figure["value"], figure["standard_error"])
+                    for metric, figure in result["figures"].items()
+                }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise GrowkitError(f"{path} is not what growkit evaluate --output writes") from None
     return record
@@ -66,20 +75,32 @@ def of_model(record: Record, source: Source, path: Path) -> Record:
     models = [model for model in record["models"] if model["fingerprint"] == source.fingerprint]
     if not models:
         names = ", ".join(model["source"] for model in record["models"])
-        raise UsageError(f"{path} has figures of {names}, and none of {source.path} as it is; evaluate that first")
+        raise UsageError(
+            f"{path} has figures of {names}, and none of {source.path} as it is; evaluate that first"
+        )
     return record | {"models": [models[-1] | {"source": "this model"}]}
 
 
 def tables(record: Record) -> Iterator[tuple[list[tuple[str, str]], list[list[str]]]]:
     """The tables, tasks and then bits per byte: (title, metric) of each column, and rows, the model's name first."""
-    names = list(dict.fromkeys(result["name"] for model in record["models"] for result in model["results"]))
-    for parts in ([n for n in names if not n.startswith(BPB)], [n for n in names if n.startswith(BPB)]):
+    names = list(
+        dict.fromkeys(result["name"] for model in record["models"] for result in model["results"])
+    )
+    for parts in (
+        [n for n in names if not n.startswith(BPB)],
+        [n for n in names if n.startswith(BPB)],
+    ):
         if not parts:
             continue
         keys = [(name, metric) for name in parts for metric in _metrics(record, name)]
-        rows = [[model["source"], *(_measured(model, key) for key in keys)] for model in record["models"]]
+        rows = [
+            [model["source"], *(_measured(model, key) for key in keys)]
+            for model in record["models"]
+        ]
         for model, figures in published([name for name in parts if _full(record, name)]).items():
-            rows.append([f"{model}, published", *(_shown(key[1], figures.get(key), None) for key in keys)])
+            rows.append(
+                [f"{model}, published", *(_shown(key[1], figures.get(key), None) for key in keys)]
+            )
         yield [(title(name), METRICS[metric]) for name, metric in keys], rows
 
 
@@ -95,9 +116,13 @@ def notes(record: Record) -> list[str]:
     for model in record["models"]:
         cut = ", ".join(f"{title(r['name'])} {r['cut']}" for r in model["results"] if r["cut"])
         if cut:
-            lines.append(f"Requests to {model['source']} that are longer, their contexts cut on the left: {cut}.")
+            lines.append(
+                f"Requests to {model['source']} that are longer, their contexts cut on the left: {cut}."
+            )
     if any(published([r["name"]]) and _full(record, r["name"]) for r in first["results"]):
-        lines.append("Published figures: GPT-Neo's README (tasks), arXiv 2101.00027 (bits per byte).")
+        lines.append(
+            "Published figures: GPT-Neo's README (tasks), arXiv 2101.00027 (bits per byte)."
+        )
     return lines
 
 
@@ -136,7 +161,9 @@ def show(record: Record) -> None:
 
 
 def _metrics(record: Record, name: str) -> list[str]:
-    return next(list(r["figures"]) for m in record["models"] for r in m["results"] if r["name"] == name)
+    return next(
+        list(r["figures"]) for m in record["models"] for r in m["results"] if r["name"] == name
+    )
 
 
 def _measured(model: Record, key: Key) -> str:
@@ -164,5 +191,7 @@ def _count(result: Record) -> str:
 
 
 def _full(record: Record, name: str) -> bool:
-    results: Sequence[Record] = [r for m in record["models"] for r in m["results"] if r["name"] == name]
+    results: Sequence[Record] = [
+        r for m in record["models"] for r in m["results"] if r["name"] == name
+    ]
     return all(is_full(name, result["documents"], result["total"]) for result in results)

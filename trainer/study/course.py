@@ -21,12 +21,13 @@ from typing import Any
 
 from etils import epath
 
-from growkit.checkpoint.tensor import json_bytes
+from growkit.checkpoint.files import json_bytes
 from growkit.errors import GrowkitError, UsageError
-from trainer.config import resolve
-from trainer.directory import changed_keys, write_whole
-from trainer.loop import Diverged
-from trainer.report import Result
+from trainer.config.sections import resolve
+from trainer.devices.hosts import write_once
+from trainer.log.report import Result
+from trainer.run.directory import changed_keys
+from trainer.run.loop import Diverged
 from trainer.study.design import SCRATCH, Design, Task
 from trainer.study.outcome import Finished, Outcome
 from trainer.study.progress import Beside, Progress
@@ -80,7 +81,9 @@ class Course:
         rate = self.outcome.best_rate(tried)
         if tried == SCRATCH and math.isinf(self.outcome.of(tried)[0].loss):
             rates = ", ".join(f"{each:g}" for each in self.study.learning_rates)
-            raise GrowkitError(f"from scratch no run stayed finite at any learning rate ({rates}); try lower ones")
+            raise GrowkitError(
+                f"from scratch no run stayed finite at any learning rate ({rates}); try lower ones"
+            )
         return rate
 
     def _named(self, task: Task, rate: str) -> str:
@@ -98,7 +101,11 @@ class Course:
                 return signal
             done = self._made(task, values, name, source, loss, time.monotonic() - began)
             self._write(directory, values, source and source.run, done)
-            words = "did not stay finite" if math.isinf(loss) else f"loss {loss:.4f} in {done.seconds:.0f} s"
+            words = (
+                "did not stay finite"
+                if math.isinf(loss)
+                else f"loss {loss:.4f} in {done.seconds:.0f} s"
+            )
             self.progress.end(done.flops, words)
         self.outcome.runs.append(replace(done, tried=task.learning_rate is not None))
         return signal
@@ -107,7 +114,12 @@ class Course:
         """The finished run that a run begins from."""
         chain = self.study.chain(task.name)
         return next(
-            (run for run in self.outcome.runs if chain and (run.name, run.seed) == (chain[-1], task.seed)), None
+            (
+                run
+                for run in self.outcome.runs
+                if chain and (run.name, run.seed) == (chain[-1], task.seed)
+            ),
+            None,
         )
 
     def _train(
@@ -124,7 +136,9 @@ class Course:
         except Diverged as problem:
             if task.name in self.study.sources:
                 own = f"study.sources.{task.name}.optimizer.learning_rate"
-                raise GrowkitError(f"{directory}: {problem}; a source needs a lower learning rate: {own}") from None
+                raise GrowkitError(
+                    f"{directory}: {problem}; a source needs a lower learning rate: {own}"
+                ) from None
             return math.inf, None, True
         finally:
             # What has ended lies in cycles, and the next model needs its room.
@@ -132,7 +146,13 @@ class Course:
         return result.validation_loss or math.nan, result.heard, result.signal is None
 
     def _made(
-        self, task: Task, values: dict[str, Any], name: str, source: Finished | None, loss: float, seconds: float
+        self,
+        task: Task,
+        values: dict[str, Any],
+        name: str,
+        source: Finished | None,
+        loss: float,
+        seconds: float,
     ) -> Finished:
         return Finished(
             name=task.name,
@@ -161,15 +181,19 @@ class Course:
         if kept["from"] != source:
             changed.append(f"its source ({kept['from']} then, {source} now)")
         if changed:
-            raise UsageError(f"{directory} was trained by other values of {', '.join(changed)}; name another --out")
+            raise UsageError(
+                f"{directory} was trained by other values of {', '.join(changed)}; name another --out"
+            )
         run = kept["finished"]
         return Finished(**run | {"loss": math.inf if run["loss"] is None else run["loss"]})
 
-    def _write(self, directory: Path, values: dict[str, Any], start: str | None, done: Finished) -> None:
+    def _write(
+        self, directory: Path, values: dict[str, Any], start: str | None, done: Finished
+    ) -> None:
         run = asdict(done) | {"loss": None if math.isinf(done.loss) else done.loss}
         content = json_bytes({"values": values, "from": start, "finished": run})
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(epath.Path(directory / RESULT), content)
+        write_once(epath.Path(directory / RESULT), content)
 
     def _prune(self) -> None:
         """Keep the checkpoints of sources, and of the first seed's longest run of each arm, as models to evaluate."""

@@ -26,10 +26,10 @@ from functools import cached_property
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
-from growkit.neox import NeoX
-from trainer.config import Config, neox, resolve
-from trainer.growth import planned
-from trainer.values import merged
+from growkit.models.gpt_neox import NeoX
+from trainer.config.sections import Config, neox, resolve
+from trainer.config.values import merged
+from trainer.run.growth import planned
 
 SCRATCH = "scratch"
 SECTION = ("learning_rates", "seeds", "best", "budgets", "sources", "arms")
@@ -134,7 +134,9 @@ class Design:
 
     def values(self, task: Task, learning_rate: float) -> dict[str, Any]:
         """The configuration of a run, as the trainer reads it. A source may have a learning rate of its own."""
-        values = merged(copy.deepcopy(dict(self.base)), {"optimizer": {"learning_rate": learning_rate}})
+        values = merged(
+            copy.deepcopy(dict(self.base)), {"optimizer": {"learning_rate": learning_rate}}
+        )
         if task.name != SCRATCH:
             part = (self.arms | self.sources)[task.name]
             noise = {"grow": {"seed": task.seed}} if part.start else {}
@@ -143,7 +145,9 @@ class Design:
 
     def warmup(self, arm: str) -> int:
         """Steps of the warm-up after an arm's growth."""
-        return resolve(self.values(Task(arm, self.seeds[0], None, self.budgets[-1]), 1.0)).schedule.warmup
+        return resolve(
+            self.values(Task(arm, self.seeds[0], None, self.budgets[-1]), 1.0)
+        ).schedule.warmup
 
     def tasks(self, chosen: list[str] | None = None) -> Iterator[Task]:
         """Every run, in order. chosen: the arms that take the further seeds; None while that is not known."""
@@ -168,23 +172,36 @@ def design(values: dict[str, Any]) -> Design:
     """The study that nested values describe. Raises UsageError."""
     base = {key: value for key, value in values.items() if key != "study"}
     if values.get("study") is None:
-        raise UsageError("the configuration has no study section, which says what to compare: its sources and arms")
+        raise UsageError(
+            "the configuration has no study section, which says what to compare: its sources and arms"
+        )
     section = _section(values["study"], "study", SECTION)
     if not base.get("model"):
-        raise UsageError("a study needs a model section: the model that is trained from scratch and grown to")
+        raise UsageError(
+            "a study needs a model section: the model that is trained from scratch and grown to"
+        )
     if base.get("grow"):
-        raise UsageError("a study's grow sections are those of its arms and sources: study.arms.NAME.grow")
+        raise UsageError(
+            "a study's grow sections are those of its arms and sources: study.arms.NAME.grow"
+        )
     config = resolve(base)
     rates = _numbers(section, "learning_rates", [config.optimizer.learning_rate])
     sources: dict[str, Part] = {}
     for name, stated in _parts(section, "sources").items():
         sources[name] = _source(name, stated, base, sources)
-    arms = {name: _arm(name, stated, base, sources, rates) for name, stated in _parts(section, "arms").items()}
+    arms = {
+        name: _arm(name, stated, base, sources, rates)
+        for name, stated in _parts(section, "arms").items()
+    }
     for name, arm in arms.items():
         if arm.against is not None and (arm.against not in [*arms] or arm.against == name):
             near = did_you_mean(str(arm.against), arms)
-            raise UsageError(f"study.arms.{name}.against names another arm, got {arm.against!r}{near}")
-    if clash := sorted((sources.keys() & arms.keys()) | ({SCRATCH} & (sources.keys() | arms.keys()))):
+            raise UsageError(
+                f"study.arms.{name}.against names another arm, got {arm.against!r}{near}"
+            )
+    if clash := sorted(
+        (sources.keys() & arms.keys()) | ({SCRATCH} & (sources.keys() | arms.keys()))
+    ):
         raise UsageError(
             f"study: the name {clash[0]!r} is given twice; scratch, sources and arms share one set of names"
         )
@@ -203,7 +220,9 @@ def _section(value: Any, where: str, keys: tuple[str, ...] | None = None) -> dic
         raise UsageError(f"{where} is a section of values, got {value!r}")
     for key in value if keys else ():
         if key not in keys:
-            raise UsageError(f"unknown key {where}.{key}; the keys here are {', '.join(keys)}{did_you_mean(key, keys)}")
+            raise UsageError(
+                f"unknown key {where}.{key}; the keys here are {', '.join(keys)}{did_you_mean(key, keys)}"
+            )
     return value
 
 
@@ -212,12 +231,16 @@ def _parts(section: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
     parts = _section(section.get(kind), f"study.{kind}")
     for name, stated in parts.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-            raise UsageError(f"study.{kind}: a name is text of letters, digits and . _ + -, got {name!r}")
+            raise UsageError(
+                f"study.{kind}: a name is text of letters, digits and . _ + -, got {name!r}"
+            )
         _section(stated, f"study.{kind}.{name}")
     return parts
 
 
-def _numbers(section: dict[str, Any], key: str, default: list[float], where: str = "study") -> tuple[float, ...]:
+def _numbers(
+    section: dict[str, Any], key: str, default: list[float], where: str = "study"
+) -> tuple[float, ...]:
     """Distinct finite numbers above 0; seeds are whole and at least 0."""
     stated = section.get(key, default)
     try:
@@ -225,37 +248,56 @@ def _numbers(section: dict[str, Any], key: str, default: list[float], where: str
     except (TypeError, ValueError):
         numbers = []
     seeds = key == "seeds"
-    right = [n for n in numbers if math.isfinite(n) and (n > 0 or seeds and n == 0) and (not seeds or n == int(n))]
+    right = [
+        n
+        for n in numbers
+        if math.isfinite(n) and (n > 0 or seeds and n == 0) and (not seeds or n == int(n))
+    ]
     if not numbers or right != numbers or len(set(numbers)) < len(numbers):
         rule = "whole numbers of at least 0" if seeds else "numbers above 0"
         raise UsageError(f"{where}.{key} is a list of different {rule}, got {stated!r}")
     return tuple(numbers)
 
 
-def _source(name: str, stated: dict[str, Any], base: dict[str, Any], earlier: Mapping[str, Part]) -> Part:
+def _source(
+    name: str, stated: dict[str, Any], base: dict[str, Any], earlier: Mapping[str, Part]
+) -> Part:
     """A source: a smaller model trained anew, or grown from an earlier source."""
     where = f"study.sources.{name}"
     if "from" in stated:
         values = _own(stated, base, (*SOURCE, *OTHERWISE), where)
-        return Part(stated["from"], values, _grown(where, stated["from"], values, earlier), _share(stated, where))
+        return Part(
+            stated["from"],
+            values,
+            _grown(where, stated["from"], values, earlier),
+            _share(stated, where),
+        )
     values = _own(stated, base, ("share", "model", *OTHERWISE[1:]), where)
     _section(values.get("model"), f"{where}.model", SMALLER)
     return Part(None, values, neox(resolve(merged(base, values)).model), _share(stated, where))
 
 
 def _arm(
-    name: str, stated: dict[str, Any], base: dict[str, Any], sources: Mapping[str, Part], rates: tuple[float, ...]
+    name: str,
+    stated: dict[str, Any],
+    base: dict[str, Any],
+    sources: Mapping[str, Part],
+    rates: tuple[float, ...],
 ) -> Part:
     """An arm: it grows a source into the model that scratch trains."""
     where = f"study.arms.{name}"
     values = _own(stated, base, (*ARM, *OTHERWISE), where)
     if "learning_rate" in (values.get("optimizer") or {}):
-        raise UsageError(f"{where}: an arm's learning rates are those it tries; give them as {where}.learning_rates")
+        raise UsageError(
+            f"{where}: an arm's learning rates are those it tries; give them as {where}.learning_rates"
+        )
     start = stated.get("from")
     model, target = _grown(where, start, values, sources), neox(resolve(base).model)
     if model.sizes != target.sizes:
         sizes = ((axis, size, target.sizes[axis]) for axis, size in model.sizes.items())
-        ends = ", ".join(f"{axis} {size} and not {wanted}" for axis, size, wanted in sizes if size != wanted)
+        ends = ", ".join(
+            f"{axis} {size} and not {wanted}" for axis, size, wanted in sizes if size != wanted
+        )
         raise UsageError(f"{where} does not end in the model that is trained from scratch: {ends}")
     own = _numbers(stated, "learning_rates", list(rates), where)
     if len(own) > len(rates):
@@ -265,14 +307,18 @@ def _arm(
     return Part(start, values, model, learning_rates=own, against=stated.get("against"))
 
 
-def _own(stated: dict[str, Any], base: dict[str, Any], keys: tuple[str, ...], where: str) -> dict[str, Any]:
+def _own(
+    stated: dict[str, Any], base: dict[str, Any], keys: tuple[str, ...], where: str
+) -> dict[str, Any]:
     """A part's own values for the trainer, checked: all that it states may be otherwise than scratch's."""
     _section(stated, where, keys)
     values = {key: value for key, value in stated.items() if key in ("model", *OTHERWISE)}
     schedule = values.get("schedule")
     for key in SETTLED:
         if isinstance(schedule, dict) and key in schedule:
-            raise UsageError(f"{where}.schedule.{key}: budgets and shares say how long a run is, and each begins anew")
+            raise UsageError(
+                f"{where}.schedule.{key}: budgets and shares say how long a run is, and each begins anew"
+            )
     try:
         if resolve(merged(base, values)).grow.at:
             raise UsageError("grow.at: a study grows a model at the start of a run")
@@ -298,13 +344,17 @@ def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str,
     """The model that a grow section makes of a source's."""
     if not isinstance(start, str) or start not in sources:
         near = did_you_mean(str(start), sources)
-        raise UsageError(f"{where}.from names a source given before it ({', '.join(sources)}), got {start!r}{near}")
+        raise UsageError(
+            f"{where}.from names a source given before it ({', '.join(sources)}), got {start!r}{near}"
+        )
     try:
         plan = planned(resolve({"grow": values.get("grow")}).grow, sources[start].model)
     except GrowkitError as problem:
         raise UsageError(f"{where}: {problem}") from None
     if plan is None:
-        raise UsageError(f"{where} grows nothing: give it a grow section, as {{map: 3:6}} or {{embed: 2x}}")
+        raise UsageError(
+            f"{where} grows nothing: give it a grow section, as {{map: 3:6}} or {{embed: 2x}}"
+        )
     return plan.grown
 
 
@@ -315,5 +365,9 @@ def _check_lengths(study: Design) -> None:
             resolve(study.values(task, 1.0))
         except UsageError as problem:
             budget = f" with a budget of {task.budget:g} of scratch's FLOPs" if task.budget else ""
-            spent = f", of which its sources take {study.share(task.name):g}" if study.share(task.name) else ""
+            spent = (
+                f", of which its sources take {study.share(task.name):g}"
+                if study.share(task.name)
+                else ""
+            )
             raise UsageError(f"study: {task.name}{budget}{spent}: {problem}") from None

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from growkit import __version__
-from growkit.evidence import FORMAT, Measured
-from growkit.neox import NeoX
+from growkit.models.gpt_neox import NeoX
 from trainer.study.design import LARGEST_SHARE, SCRATCH, Design, Task
+from trainer.study.evidence import FORMAT, Measured
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def spread(values: Sequence[float | None]) -> Measured:
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known or len(known) < len(values):
         return Measured(None, None, len(values))
-    return Measured(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+    return Measured(
+        statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
+    )
 
 
 def reached(points: Iterable[tuple[float, float]], target: float) -> Reached | None:
@@ -71,7 +73,9 @@ def reached(points: Iterable[tuple[float, float]], target: float) -> Reached | N
     for (flops, loss), (further, lower) in zip(ordered, ordered[1:], strict=False):
         if lower <= target:
             part = (loss - target) / (loss - lower)
-            return Reached(math.exp(math.log(flops) + part * math.log(further / flops)), at_most=False)
+            return Reached(
+                math.exp(math.log(flops) + part * math.log(further / flops)), at_most=False
+            )
     return None
 
 
@@ -84,18 +88,28 @@ class Outcome:
     def best_rate(self, name: str) -> float | None:
         """The learning rate of the lowest loss among those tried, at the first seed; None before any was."""
         tried = [run for run in self.runs if run.name == name and run.tried]
-        return min(tried, key=lambda run: (run.loss, run.learning_rate)).learning_rate if tried else None
+        return (
+            min(tried, key=lambda run: (run.loss, run.learning_rate)).learning_rate
+            if tried
+            else None
+        )
 
     def of(self, name: str, seed: int | None = None) -> list[Finished]:
         """The runs of scratch or an arm at its best learning rate, by compute."""
         rate = self.best_rate(name)
         chosen = [run for run in self.runs if run.name == name and run.learning_rate == rate]
-        return sorted((run for run in chosen if seed in (None, run.seed)), key=lambda run: run.spent)
+        return sorted(
+            (run for run in chosen if seed in (None, run.seed)), key=lambda run: run.spent
+        )
 
     def seeds(self, name: str) -> list[int]:
         """The seeds for which an arm, and scratch beside it, is complete."""
         counts = {seed: len(self.of(name, seed)) for seed in self.study.seeds}
-        return [s for s, count in counts.items() if count == len(self.study.budgets) and self.of(SCRATCH, s)]
+        return [
+            s
+            for s, count in counts.items()
+            if count == len(self.study.budgets) and self.of(SCRATCH, s)
+        ]
 
     def reached(self, name: str, seed: int) -> Reached | None:
         """Where an arm reaches the from-scratch loss of the same seed, its sources' FLOPs included."""
@@ -115,7 +129,9 @@ class Outcome:
         if not self.study.best:
             return list(self.study.arms)
         within = [name for name in self.study.arms if self.study.share(name) <= LARGEST_SHARE]
-        ranked = sorted(within or self.study.arms, key=lambda name: self._order(name, self.study.seeds[0]))
+        ranked = sorted(
+            within or self.study.arms, key=lambda name: self._order(name, self.study.seeds[0])
+        )
         return ranked[: self.study.best]
 
     def _order(self, name: str, seed: int) -> tuple[float, float]:
@@ -144,14 +160,23 @@ class Outcome:
             "rewarmup": self.study.warmup(name),
             "learning_rate": self.best_rate(name),
             "reached": bool(seeds) and all(self.reached(name, seed) is not None for seed in seeds),
-            "at_least": any((found := self.reached(name, seed)) and found.at_most for seed in seeds),
+            "at_least": any(
+                (found := self.reached(name, seed)) and found.at_most for seed in seeds
+            ),
             "saved": asdict(spread([self.saved(name, seed) for seed in seeds])),
-            "saved_without_source": asdict(spread([self.saved(name, seed, sources=False) for seed in seeds])),
+            "saved_without_source": asdict(
+                spread([self.saved(name, seed, sources=False) for seed in seeds])
+            ),
             "loss": asdict(spread([runs[-1].loss for runs in ends])),
             "against": part.against,
             "difference": None if part.against is None else asdict(self.difference(name)),
             "ahead": asdict(
-                spread([self.of(SCRATCH, s)[-1].loss - r[-1].loss for s, r in zip(seeds, ends, strict=True)])
+                spread(
+                    [
+                        self.of(SCRATCH, s)[-1].loss - r[-1].loss
+                        for s, r in zip(seeds, ends, strict=True)
+                    ]
+                )
             ),
         }
 
@@ -161,7 +186,9 @@ class Outcome:
         if against is None:
             return None
         seeds = [seed for seed in self.seeds(name) if seed in self.seeds(against)]
-        return spread([self.of(name, seed)[-1].loss - self.of(against, seed)[-1].loss for seed in seeds])
+        return spread(
+            [self.of(name, seed)[-1].loss - self.of(against, seed)[-1].loss for seed in seeds]
+        )
 
     def results(self) -> dict[str, Any]:
         """The study as `results.json` holds it."""
@@ -172,7 +199,10 @@ class Outcome:
             "growkit": __version__,
             "target": sizes(study.model),
             "source": sizes(study.sources[first].model),
-            "tokens": {"scratch": scratch[-1].tokens, "source": study.tokens(Task(first, study.seeds[0]))},
+            "tokens": {
+                "scratch": scratch[-1].tokens,
+                "source": study.tokens(Task(first, study.seeds[0])),
+            },
             "seeds": list(study.seeds),
             "scratch": {
                 "learning_rate": self.best_rate(SCRATCH),
@@ -180,7 +210,10 @@ class Outcome:
                 "loss": asdict(spread([run.loss for run in scratch])),
             },
             "arms": [self.arm(name) for name in study.arms],
-            "runs": [asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None} for run in self.runs],
+            "runs": [
+                asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None}
+                for run in self.runs
+            ],
         }
 
 

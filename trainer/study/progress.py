@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from trainer.report import duration
+from trainer.log.report import duration
 
 # How the lines of a run begin that a study shows: warnings, a signal's, a stalled host's.
 SHOWN = ("warning", "stopping", "the others wait")
@@ -32,7 +32,11 @@ class Progress:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[words]}"),
+            )
             self.bar = Bar(*columns, console=Console(stderr=True))
             self.task = self.bar.add_task("study", words="")
             self.bar.start()
@@ -78,11 +82,13 @@ class Progress:
     def _show(self, words: str) -> None:
         if self.bar is not None:
             total, done = self.done + self.left, self.done + self.running
-            self.bar.update(self.task, description=self.words, total=total, completed=done, words=words)
+            self.bar.update(
+                self.task, description=self.words, total=total, completed=done, words=words
+            )
 
 
 class Beside:
-    """What a run shows of itself, in the place of `trainer.report.Report`: its steps, to the study's progress."""
+    """What a run shows of itself, in the place of `trainer.log.report.Report`: its steps, to the study's progress."""
 
     def __init__(self, progress: Progress, flops_per_step: float, first: int):
         self.progress, self.flops_per_step, self.first = progress, flops_per_step, first

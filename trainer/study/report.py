@@ -16,11 +16,11 @@ from typing import Any
 
 from etils import epath
 
-from growkit.checkpoint.tensor import json_bytes
-from growkit.evidence import RESULTS
-from trainer.directory import write_whole
-from trainer.history import METRICS, parse
+from growkit.checkpoint.files import json_bytes
+from trainer.devices.hosts import write_once
+from trainer.log.history import METRICS, parse
 from trainer.study.design import LARGEST_SHARE, SCRATCH
+from trainer.study.evidence import RESULTS
 from trainer.study.outcome import Finished, Outcome
 
 # Matplotlib's, without the grey that is scratch's.
@@ -32,17 +32,25 @@ PAIRED = (
     "Difference: an arm's loss minus the other's at the largest budget, seed by seed; better or worse where its mean "
     f"is beyond {DEVIATIONS} standard deviations, over {SEEDS} seeds or more."
 )
-HEAD = ("arm", "source, its part of FLOPs", "learning rates", "loss", "better by", "saved", "saved, source not counted")
+HEAD = (
+    "arm",
+    "source, its part of FLOPs",
+    "learning rates",
+    "loss",
+    "better by",
+    "saved",
+    "saved, source not counted",
+)
 
 
 def write(outcome: Outcome, out: Path, picture: bool = True) -> None:
     """Write all files of a study into `out`, each whole or not at all."""
     results = outcome.results()
-    write_whole(epath.Path(out / "runs.csv"), runs_csv(outcome.runs).encode())
-    write_whole(epath.Path(out / "report.md"), markdown(outcome, results).encode())
+    write_once(epath.Path(out / "runs.csv"), runs_csv(outcome.runs).encode())
+    write_once(epath.Path(out / "report.md"), markdown(outcome, results).encode())
     if picture:
         draw(outcome, out)
-    write_whole(epath.Path(out / RESULTS), json_bytes(results))
+    write_once(epath.Path(out / RESULTS), json_bytes(results))
 
 
 def runs_csv(runs: list[Finished]) -> str:
@@ -61,7 +69,11 @@ def rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[list[str]]:
     for arm in results["arms"]:
         if not arm["loss"]["runs"]:
             continue
-        source = ", ".join(arm["sources"]) + f", {arm['share']:.0%}" + ("" if arm["within_share"] else " *")
+        source = (
+            ", ".join(arm["sources"])
+            + f", {arm['share']:.0%}"
+            + ("" if arm["within_share"] else " *")
+        )
         more = "at least " if arm["at_least"] else ""
         saved = [_percent(arm[key], more) for key in ("saved", "saved_without_source")]
         loss, ahead = _figure(arm["loss"], 4), _figure(arm["ahead"], 4, sign="+")
@@ -105,11 +117,20 @@ def notes(outcome: Outcome, results: dict[str, Any]) -> list[str]:
 
 def headline(results: dict[str, Any]) -> str:
     """The best arm's saving, in a sentence."""
-    arms = [arm for arm in results["arms"] if arm["within_share"] and arm["saved"]["mean"] is not None]
+    arms = [
+        arm for arm in results["arms"] if arm["within_share"] and arm["saved"]["mean"] is not None
+    ]
     if not arms:
         return "No arm reached the from-scratch loss within its budgets."
     # Of those with most seeds, in percent, as in the choice of arms; ties by the loss at the end.
-    best = max(arms, key=lambda arm: (arm["saved"]["runs"], round(100 * arm["saved"]["mean"]), -arm["loss"]["mean"]))
+    best = max(
+        arms,
+        key=lambda arm: (
+            arm["saved"]["runs"],
+            round(100 * arm["saved"]["mean"]),
+            -arm["loss"]["mean"],
+        ),
+    )
     more = "at least " if best["at_least"] else ""
     return (
         f"The best of {len(results['arms'])} arms, {best['name']}, saves {_percent(best['saved'], more)} of the "
@@ -123,7 +144,9 @@ def markdown(outcome: Outcome, results: dict[str, Any]) -> str:
     tables = [_table(HEAD, list(rows(outcome, results)))]
     if found := list(pairs(results)):
         tables += [_table(PAIRS, found), PAIRED]
-    return "\n\n".join([*tables, *notes(outcome, results), "![loss over compute](study.png)"]) + "\n"
+    return (
+        "\n\n".join([*tables, *notes(outcome, results), "![loss over compute](study.png)"]) + "\n"
+    )
 
 
 def _table(head: Sequence[str], cells: list[list[str]]) -> str:
@@ -153,10 +176,14 @@ def show(outcome: Outcome) -> None:
 def _tries(outcome: Outcome, name: str) -> str:
     """The learning rates tried, the best in bold."""
     best = outcome.best_rate(name)
-    return ", ".join(f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in outcome.study.rates(name))
+    return ", ".join(
+        f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in outcome.study.rates(name)
+    )
 
 
-def _figure(spread: dict[str, Any], places: int, sign: str = "", scale: float = 1, unit: str = "") -> str:
+def _figure(
+    spread: dict[str, Any], places: int, sign: str = "", scale: float = 1, unit: str = ""
+) -> str:
     if spread["mean"] is None:
         return "-"
     text = f"{spread['mean'] * scale:{sign}.{places}f}"
@@ -186,9 +213,18 @@ def draw(outcome: Outcome, out: Path) -> None:
                 line = outcome.of(name, seed)
                 flops = [run.spent if included else run.flops for run in line]
                 label = name if seed == outcome.study.seeds[0] else None
-                axes.plot(flops, [run.loss for run in line], "o-", color=COLOURS[number % 9], markersize=4, label=label)
+                axes.plot(
+                    flops,
+                    [run.loss for run in line],
+                    "o-",
+                    color=COLOURS[number % 9],
+                    markersize=4,
+                    label=label,
+                )
         counted = "the source's included" if included else "the source's not counted"
-        axes.set(xlabel=f"training FLOPs, {counted}", xscale="log", title="loss at the end of each run")
+        axes.set(
+            xlabel=f"training FLOPs, {counted}", xscale="log", title="loss at the end of each run"
+        )
         axes.grid(True, which="both", alpha=0.25)
     panels[0].set_ylabel("validation loss, nats a token")
     _zoom(panels[0], outcome)
@@ -196,14 +232,21 @@ def draw(outcome: Outcome, out: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
-    write_whole(epath.Path(out / "study.png"), picture.getvalue())
+    write_once(epath.Path(out / "study.png"), picture.getvalue())
 
 
 def _draw_scratch(axes, outcome: Outcome, out: Path) -> None:
     """The run from scratch at its best learning rate: its course as a line, its end as a star and a level."""
     for run in outcome.of(SCRATCH):
-        course = [row for row in parse((out / "runs" / run.run / METRICS).read_text()) if row["validation_loss"]]
-        flops, losses = [float(row["flops"]) for row in course], [float(row["validation_loss"]) for row in course]
+        course = [
+            row
+            for row in parse((out / "runs" / run.run / METRICS).read_text())
+            if row["validation_loss"]
+        ]
+        flops, losses = (
+            [float(row["flops"]) for row in course],
+            [float(row["validation_loss"]) for row in course],
+        )
         first = run.seed == outcome.study.seeds[0]
         axes.plot(
             flops[1:],
@@ -213,13 +256,25 @@ def _draw_scratch(axes, outcome: Outcome, out: Path) -> None:
             linewidth=1,
             label="from scratch, on its way" if first else None,
         )
-        axes.plot([run.flops], [run.loss], "*", color="black", markersize=10, label="from scratch" if first else None)
+        axes.plot(
+            [run.flops],
+            [run.loss],
+            "*",
+            color="black",
+            markersize=10,
+            label="from scratch" if first else None,
+        )
         axes.axhline(run.loss, color="#888888", linewidth=0.5, linestyle=":")
 
 
 def _zoom(axes, outcome: Outcome) -> None:
     """Show the losses of ends, and not the course's beginning."""
-    ends = [run.loss for name in (SCRATCH, *outcome.study.arms) for run in outcome.of(name) if math.isfinite(run.loss)]
+    ends = [
+        run.loss
+        for name in (SCRATCH, *outcome.study.arms)
+        for run in outcome.of(name)
+        if math.isfinite(run.loss)
+    ]
     if not ends:
         return
     low, high = min(ends), max(ends)

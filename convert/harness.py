@@ -1,0 +1,67 @@
+"""A Hugging Face directory as lm-evaluation-harness asks it: by the harness's own `hf` model, in float32.
+
+Adds a count of the contexts that are cut and a progress of growkit's own. Imports lm_eval, torch and transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from growkit.errors import GrowkitError
+from growkit.evaluation.harness import Request, Windowed, joined, quiet
+
+
+class HuggingFaceModel(Windowed, HFLM):
+    """The harness's model of a directory; its bars are silent, `expect` and `advance` are told instead."""
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        self.expect(sum(-(-length // self.max_length) for length in lengths))
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        pieces, owners = self.windows(requests)
+        # A rolling text's windows come a batch at a time, with a batch size of their own.
+        if override_bs is None:
+            self.count_cut(requests)
+            self.expect(len(pieces))
+        return joined(
+            owners,
+            super()._loglikelihood_tokens(pieces, disable_tqdm=True, override_bs=override_bs),
+        )
+
+    def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
+        logits = super()._model_call(inps, *rest, **options)
+        self.advance(len(inps))
+        return logits
+
+
+def hugging_face_model(path: Path, prefix: int | None, window: int, batch: int) -> HuggingFaceModel:
+    """The model of a directory. prefix: the token before a text without context, None for the tokenizer's own choice.
+
+    Raises GrowkitError where transformers cannot load it.
+    """
+    with quiet():
+        try:
+            return HuggingFaceModel(
+                pretrained=str(path),
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                dtype="float32",
+                max_length=window,
+                batch_size=batch,
+                prefix_token_id=prefix,
+            )
+        except (
+            Exception
+        ) as problem:  # transformers raises whatever it meets; the user needs one sentence
+            words = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            raise GrowkitError(f"transformers cannot load {path} ({words[:300]})") from problem

@@ -1,0 +1,145 @@
+"""Axis maps: which old unit each new unit copies, and what share of it the new one carries.
+
+`AxisMap(index, share)`: new unit i is a copy of old unit index[i] and carries share[i] of it. Where the
+shares of every old unit sum to 1, whoever sums over the axis finds the old sum again. Maps compose, and
+maps of different axes act independently. Knows nothing of transformers, files or arrays of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """A map from `source` old units to len(index) new ones.
+
+    index: int [new], the old unit each new unit copies.
+    share: float64 [new], the part of it that the new unit carries.
+    """
+
+    index: np.ndarray
+    share: np.ndarray
+    source: int
+
+    def __post_init__(self):
+        if len(self.index) != len(self.share):
+            raise ValueError(f"{len(self.index)} indices but {len(self.share)} shares")
+        if len(self.index) and not 0 <= self.index.min() <= self.index.max() < self.source:
+            raise ValueError(
+                f"indices run from {self.index.min()} to {self.index.max()}, source has {self.source} units"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def copies(self) -> np.ndarray:
+        """int [source]: how many new units copy each old one."""
+        return np.bincount(self.index, minlength=self.source)
+
+    @cached_property
+    def stretches(self) -> list[slice]:
+        """The old units that new ones copy one after another, in the order of the new ones."""
+        cuts = np.flatnonzero(np.diff(self.index) != 1) + 1
+        return [
+            slice(int(part[0]), int(part[-1]) + 1)
+            for part in np.split(self.index, cuts)
+            if len(part)
+        ]
+
+    @property
+    def preserves_sums(self) -> bool:
+        """Whether the shares of every old unit sum to 1."""
+        sums = np.bincount(self.index, weights=self.share, minlength=self.source)
+        return bool(np.allclose(sums, 1.0, rtol=0, atol=1e-12))
+
+    @property
+    def next_copy(self) -> np.ndarray:
+        """int [new]: the next new unit with the same source, after the last the first; itself where it is alone."""
+        order = np.argsort(self.index, kind="stable")
+        ends = np.cumsum(self.copies)
+        following = np.arange(1, len(self) + 1)
+        last = ends[self.copies > 0] - 1
+        following[last] = (ends - self.copies)[self.copies > 0]
+        result = np.empty(len(self), np.int64)
+        result[order] = order[following]
+        return result
+
+    def then(self, after: AxisMap) -> AxisMap:
+        """This map followed by `after`: one map that does both."""
+        if after.source != len(self):
+            raise ValueError(
+                f"maps do not meet: the first makes {len(self)} units, the second takes {after.source}"
+            )
+        return AxisMap(self.index[after.index], self.share[after.index] * after.share, self.source)
+
+
+def listed(index: Sequence[int], source: int, share: Sequence[float] | None = None) -> AxisMap:
+    """The map an explicit list of old units gives; every share 1 unless told."""
+    index = np.asarray(index, np.int64)
+    return AxisMap(
+        index, np.ones(len(index)) if share is None else np.asarray(share, np.float64), source
+    )
+
+
+def replicate(source: int, target: int) -> AxisMap:
+    """Each unit replicated in place, 0,0,1,1,...: floor(i * source / target), share 1.
+
+    Gopher (arXiv 2112.11446), section G.3.3, gives round(i / target * source) for layers; to nearest it runs
+    out of range when doubling, so the floor is taken, in integers.
+    """
+    return listed(np.arange(target) * source // target, source)
+
+
+def nearest(source: int, target: int) -> AxisMap:
+    """Each unit replicated in place: i * source / target to nearest, half up, clipped to the last unit; share 1."""
+    index = (2 * np.arange(target) * source + target) // (2 * target)
+    return listed(np.minimum(index, source - 1), source)
+
+
+def stack(source: int, target: int) -> AxisMap:
+    """Units 0..source-1 repeated whole, 0,1,2,0,1,2: i mod source, share 1 (G_stack, arXiv 2405.15319)."""
+    return listed(np.arange(target) % source, source)
+
+
+def inserted(source: int, target: int) -> AxisMap:
+    """Copies inserted after their originals, the originals with share 1 and the copies with 0.
+
+    LLaMA-Pro (arXiv 2401.02415), section 3.1: whoever sums over the axis finds the old sum.
+    """
+    index = np.arange(target) * source // target
+    first = np.concatenate([[True], index[1:] != index[:-1]])
+    return AxisMap(index, first.astype(np.float64), source)
+
+
+def tile(source: int, target: int) -> AxisMap:
+    """Units 0..source-1 repeated whole, each copy with an equal share of its source's one."""
+    index = np.arange(target) % source
+    return AxisMap(index, 1.0 / np.bincount(index, minlength=source)[index], source)
+
+
+def repeat(source: int, target: int) -> AxisMap:
+    """Each unit repeated in place, each copy with an equal share of its source's one."""
+    index = np.arange(target) * source // target
+    return AxisMap(index, 1.0 / np.bincount(index, minlength=source)[index], source)
+
+
+def uneven(even: AxisMap, spread: float) -> AxisMap:
+    """A map of the same copies with shares that differ by up to `spread` (below 1) of themselves, summing as before.
+
+    Copies that carry different shares have different gradients, so training tells them apart.
+    """
+    number = np.zeros(len(even))
+    seen = np.zeros(even.source, np.int64)
+    for unit, source in enumerate(even.index):
+        number[unit] = seen[source]
+        seen[source] += 1
+    # Evenly spaced weights around 1 for the copies 0..c-1 of a source; their mean is 1.
+    count = seen[even.index]
+    weight = 1.0 + spread * np.where(count > 1, 2.0 * number / np.maximum(count - 1, 1) - 1.0, 0.0)
+    return AxisMap(even.index, even.share * weight, even.source)

@@ -1,0 +1,191 @@
+"""Plans of growth: from intention to axis maps and paddings, resolved, with what follows from them.
+
+A `Plan` is all that growth needs: the model before and after, the map of every axis that is copied, the new
+size of every axis that is padded, what becomes of the moments, noise. Knows what a plan preserves and how it is
+recorded and read again; the notations of depth and width are in `growkit.growth.depth` and `growkit.growth.width`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from growkit.errors import UsageError, did_you_mean
+from growkit.growth.axes import AxisMap
+from growkit.models.architecture import Architecture
+
+MOMENTS = ("map", "copy", "reset", "nu-only")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A growth, resolved: nothing in it is a default any more.
+
+    maps: axis -> copies with shares. pads: axis -> new size, see `growkit.growth.padding`. moments: 'map' (the rule),
+    'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only' (mu zero). noise: its standard
+    deviation in units of the model's initializer_range. notes: what was completed by rule, in words.
+    """
+
+    verb: str
+    method: str
+    model: Architecture
+    grown: Architecture
+    maps: dict[str, AxisMap]
+    pads: dict[str, int] = field(default_factory=dict)
+    moments: str = "map"
+    noise: float = 0.0
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.moments not in MOMENTS:
+            near = did_you_mean(self.moments, MOMENTS)
+            raise UsageError(
+                f"--moments is one of {', '.join(MOMENTS)}, got {self.moments!r}{near}"
+            )
+        if not 0 <= self.noise < float("inf"):
+            raise UsageError(f"--noise is a number of at least 0, got {self.noise}")
+
+    @property
+    def preserved(self) -> bool:
+        """Whether the grown model computes the source's function."""
+        return all(preserves(axis, axis_map) for axis, axis_map in self.maps.items())
+
+    @property
+    def continues(self) -> bool:
+        """Whether, with the multipliers, training goes on exactly as the small model's would: width by copies alone."""
+        copied = any(len(axis_map) > axis_map.source for axis_map in self.maps.values())
+        exact = self.preserved and not self.pads and self.moments == "map" and not self.noise
+        return copied and exact and "layer" not in self.maps
+
+    @property
+    def tied_copies(self) -> tuple[str, ...]:
+        """The axes whose copies stay equal for ever, because equal copies have equal gradients, whatever the moments.
+
+        Noise and uneven shares separate copies, and so do the random new columns of a padding they read: that of
+        head_dim all but the units of mlp, that of embed those as well.
+        """
+        if self.noise:
+            return ()
+        separated = (
+            self.maps.keys()
+            if "embed" in self.pads
+            else self.maps.keys() - {"mlp"}
+            if self.pads
+            else set()
+        )
+        wide = {
+            axis: m for axis, m in self.maps.items() if axis != "layer" and (m.copies > 1).any()
+        }
+        return tuple(
+            axis for axis, axis_map in wide.items() if axis not in separated and _even(axis_map)
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value of the plan, for the lineage."""
+        maps = {
+            axis: {"index": m.index.tolist(), "share": m.share.tolist()}
+            for axis, m in self.maps.items()
+        }
+        return {
+            "operation": self.verb,
+            "method": self.method,
+            "maps": maps,
+            "pads": self.pads,
+            "sizes": {"before": self.model.sizes, "after": self.grown.sizes},
+            "moments": self.moments,
+            "count": "reset" if self.moments == "reset" else "kept",
+            "noise": self.noise,
+            "seed": self.seed,
+            "function": "preserved" if self.preserved else "not preserved",
+        }
+
+
+def plan_from(entry: Mapping[str, Any], model: Architecture) -> Plan:
+    """The plan that a lineage entry records, for a model of the sizes before it."""
+    maps = {
+        axis: AxisMap(
+            np.asarray(m["index"], np.int64), np.asarray(m["share"], np.float64), model.sizes[axis]
+        )
+        for axis, m in entry["maps"].items()
+    }
+    return planned(
+        entry["operation"], entry["method"], model, maps, entry["pads"],
+        moments=entry["moments"], noise=entry["noise"], seed=entry["seed"],
+    )  # fmt: skip
+
+
+def with_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
+    """The plan with what growing verbs have in common. Raises UsageError for values that cannot be meant for it."""
+    plan = replace(plan, moments=moments, noise=noise, seed=seed)
+    if noise and not any(
+        axis != "layer" and (axis_map.copies > 1).any() for axis, axis_map in plan.maps.items()
+    ):
+        raise UsageError(
+            "--noise separates the copies of units in width, and this growth makes none; leave it out"
+        )
+    if plan.grown.sizes == plan.model.sizes and plan.preserved:
+        raise UsageError(
+            "nothing grows: the map gives every layer of the source once, in its order"
+        )
+    return plan
+
+
+def planned(
+    verb: str,
+    method: str,
+    model: Architecture,
+    maps: Mapping[str, AxisMap],
+    pads: Mapping[str, int] | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan of maps and pads for a model, the grown model worked out from them."""
+    pads = dict(pads or {})
+    sizes = model.sizes | {axis: len(axis_map) for axis, axis_map in maps.items()} | pads
+    if "embed" in maps or "embed" in pads or not model.coupled:
+        grown_sizes = sizes
+    else:
+        grown_sizes = sizes | {"embed": sizes[model.heads] * sizes["head_dim"]}
+    eps = model.norm_eps * model.embed / pads["embed"] if "embed" in pads else None
+    return Plan(verb, method, model, model.resized(grown_sizes, eps), dict(maps), pads, **options)
+
+
+def preserves(axis: str, axis_map: AxisMap) -> bool:
+    """Whether a map of this axis leaves the function as it was.
+
+    layer: one copy of each source with share 1, in the sources' order, all others 0. embed: as many copies of
+    every unit, with equal shares, because a norm averages over them. Any other: shares that sum to 1.
+    """
+    if axis == "layer":
+        kept = axis_map.index[axis_map.share == 1.0]
+        return bool(np.isin(axis_map.share, (0.0, 1.0)).all()) and np.array_equal(
+            kept, np.arange(axis_map.source)
+        )
+    if axis == "embed":
+        uniform = len(set(axis_map.copies.tolist())) == 1
+        return uniform and bool(
+            np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=0, atol=1e-12)
+        )
+    return axis_map.preserves_sums
+
+
+def _even(axis_map: AxisMap) -> bool:
+    return bool(np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=1e-9))
+
+
+def combined(verb: str, plans: list[Plan], model: Architecture) -> Plan:
+    """One plan that does what several do, on axes of their own. Raises UsageError when two want the same axis."""
+    maps: dict[str, AxisMap] = {}
+    pads: dict[str, int] = {}
+    for plan in plans:
+        taken = sorted((plan.maps.keys() | plan.pads.keys()) & (maps.keys() | pads.keys()))
+        if taken:
+            raise UsageError(f"two growths of the axis {taken[0]!r} at once; grow twice instead")
+        maps |= plan.maps
+        pads |= plan.pads
+    method = "; ".join(plan.method for plan in plans)
+    notes = tuple(note for plan in plans for note in plan.notes)
+    return replace(planned(verb, method, model, maps, pads), notes=notes)

@@ -1,0 +1,114 @@
+"""The mean of several checkpoints: parameters averaged, all else the last one's.
+
+The mean of late checkpoints of a run often predicts better than any of them (Izmailov et al., "Averaging
+weights leads to wider optima and better generalization", arXiv 1803.05407). Moments belong to one set of
+parameters and are no mean of anything, so the last one's are kept. Knows what may be averaged and how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from growkit.checkpoint.rounding import rounded
+from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_of, mapped
+from growkit.errors import UsageError
+from growkit.surgery.comparison import fields_differing, model_of
+from growkit.surgery.grow import provenance
+
+WIDE = np.float64
+
+
+def averaged(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Contents:
+    """The weighted mean, summed in float64 and rounded once to the last source's dtype; weights are normalised.
+
+    Raises UsageError for fewer than two sources, sources of different models, and weights that do not fit.
+    """
+    check_alike(sources)
+    shares = normalised(weights or [1.0] * len(sources), len(sources))
+    last = sources[-1]
+    slots = {
+        slot: {name: copy_of(tensor) for name, tensor in tensors.items()}
+        for slot, tensors in last.tensors.items()
+    }
+    entry = provenance(last) | {
+        "operation": "average",
+        "averaged": [provenance(source)["source"] for source in sources],
+        "weights": shares,
+    }
+    return Contents(
+        config=last.config,
+        recipes=slots
+        | {"params": {name: _mean(sources, shares, name) for name in last.tensors["params"]}},
+        lineage=[*last.lineage, entry],
+        # A validation loss is that of the parameters it was measured with.
+        record={key: value for key, value in last.record.items() if key != "validation_loss"},
+        files=last.files,
+    )
+
+
+def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Recipe:
+    tensors = [source.tensors["params"][name] for source in sources]
+    dtype = tensors[-1].dtype
+
+    def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        added = WeightedSum(shares)
+        yield from mapped(
+            tensors, dtype, lambda *arrays: rounded(name, added.of(arrays), dtype)
+        ).pieces()
+
+    return Recipe(tensors[-1].shape, dtype, pieces=pieces)
+
+
+class WeightedSum:
+    """Sums of arrays with weights, in float64, in memory that is had once: having it anew costs more than summing."""
+
+    def __init__(self, shares: Sequence[float]):
+        self.shares = [WIDE(share) for share in shares]
+        self.memory = np.empty((2, 0), WIDE)
+
+    def of(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The sum of arrays of one shape; it is overwritten by the next."""
+        shape, size = arrays[0].shape, arrays[0].size
+        if size > self.memory.shape[1]:
+            self.memory = np.empty((2, size), WIDE)
+        total, part = (memory[:size].reshape(shape) for memory in self.memory)
+        np.multiply(arrays[0], self.shares[0], out=total, dtype=WIDE)
+        for array, share in zip(arrays[1:], self.shares[1:], strict=True):
+            total += np.multiply(array, share, out=part, dtype=WIDE)
+        return total
+
+
+def normalised(weights: Sequence[float], count: int) -> list[float]:
+    """The weights as shares of their sum. Raises UsageError for the wrong number of them and for what is no weight."""
+    if len(weights) != count:
+        raise UsageError(
+            f"--weights takes one weight a model: {count} models, {len(weights)} weights"
+        )
+    wrong = [weight for weight in weights if not 0 < weight < float("inf")]
+    if wrong:
+        raise UsageError(
+            f"a weight is a number above 0, got {wrong[0]}; leave the model out instead"
+        )
+    return [weight / sum(weights) for weight in weights]
+
+
+def check_alike(sources: Sequence[Source]) -> None:
+    """Raise UsageError unless there are two sources or more, each given once, all of one model."""
+    if len(sources) < 2:
+        raise UsageError("an average is of two models or more; name further ones")
+    paths = [source.path.resolve() for source in sources]
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise UsageError(
+                f"{sources[number].path} is given twice; give it once, with a weight of 2"
+            )
+    for source in sources[:-1]:
+        different = fields_differing(model_of(source), model_of(sources[-1]))
+        if different:
+            field, (ours, theirs) = next(iter(different.items()))
+            raise UsageError(
+                f"only models of one shape have a mean: {field} is {ours} in {source.path} and {theirs} in "
+                f"{sources[-1].path}"
+            )

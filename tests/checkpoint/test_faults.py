@@ -1,0 +1,156 @@
+"""Growth that is killed at any moment, and what other tools leave behind: outputs are whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, contents_of, save_checkpoint, save_directory
+
+from growkit.checkpoint import huggingface
+from growkit.cli import run
+
+KILLS = 30
+LARGER = replace(SMALL, embed=256, mlp=1024, vocab=20000)
+# One process imports everything once; each growth is a fork of it, killed after a random part of its usual time.
+KILLER = """
+import json, os, random, shutil, signal, sys, time
+from pathlib import Path
+import growkit.cli.growing, growkit.checkpoint.orbax, growkit.growth.depth, growkit.surgery.grow
+from growkit.checkpoint import output
+from growkit.cli import run
+
+source, out, kills, broken = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if broken == "in place":
+    from contextlib import contextmanager
+    import growkit.checkpoint
+
+    @contextmanager
+    def in_place(out, force=False):
+        yield out
+
+    growkit.checkpoint.committed = in_place
+
+def contents(path):
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name not in VARIES}
+
+VARIES = ("_CHECKPOINT_METADATA", "_METADATA")
+
+def grow():
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(run(["depth", "--map", "3:4", str(source), str(out)]))
+    return child
+
+begun = time.monotonic()
+assert os.waitpid(grow(), 0)[1] == 0
+usual = time.monotonic() - begun
+whole, found = contents(out), {"absent": 0, "whole": 0, "half": 0, "left": 0}
+shutil.rmtree(out)
+moments = random.Random(0)
+for _ in range(kills):
+    child = grow()
+    time.sleep(moments.uniform(0, 1.1 * usual))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found["left"] += out.with_name(f".{out.name}.partial").exists()
+    state = "absent" if not out.exists() else "whole" if contents(out) == whole else "half"
+    found[state] += 1
+    shutil.rmtree(out, ignore_errors=True)
+print(json.dumps(found))
+"""
+
+
+def killed(source: Path, out: Path, broken: str = "") -> dict[str, int]:
+    """How often the output was absent, whole or half written after a kill, and how often work was left lying."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(source), str(out), str(KILLS), broken],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(params=["huggingface", "checkpoint"])
+def source(tmp_path, request) -> Path:
+    save = save_directory if request.param == "huggingface" else save_checkpoint
+    return save(tmp_path / "source", LARGER)
+
+
+def test_a_growth_killed_at_any_moment_leaves_all_or_nothing(tmp_path, source):
+    before = contents_of(source)
+    found = killed(source, tmp_path / "out")
+    assert found["half"] == 0 and found["absent"] + found["whole"] == KILLS
+    assert found["left"], "no kill came while the output was being written"
+    assert contents_of(source) == before
+    assert run(["depth", "--map", "3:4", str(source), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert run(["verify", str(source), str(tmp_path / "out")]) == 0
+
+
+def test_an_output_written_in_place_would_be_left_half_written(tmp_path, source):
+    assert killed(source, tmp_path / "out", "in place")["half"]
+
+
+def test_no_shard_of_an_older_and_larger_output_is_left_beside_the_new(tmp_path):
+    source, out = save_directory(tmp_path / "source"), tmp_path / "out"
+    command = ["depth", "--map", "3:6", str(source), str(out), "--max-shard-size"]
+    assert run([*command, "20KB"]) == 0
+    many = {path.name for path in out.glob("*.safetensors")}
+    assert len(many) > 3 and (out / "model.safetensors.index.json").exists()
+    assert run([*command, "1GB", "--force"]) == 0
+    assert {path.name for path in out.iterdir() if "safetensors" in path.name} == {
+        "model.safetensors"
+    }
+    assert run([*command, "60KB", "--force"]) == 0
+    few = {path.name for path in out.glob("*.safetensors")}
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert few == set(index["weight_map"].values()) and len(few) < len(many)
+    assert run(["verify", str(source), str(out)]) == 0
+
+
+def test_a_directory_is_not_one_that_loads_until_all_of_it_is_there(tmp_path, monkeypatch):
+    source, seen = save_directory(tmp_path / "source"), []
+
+    def watched(jobs, progress):
+        (work,) = tmp_path.glob(".out.partial/new")
+        seen.append({path.name for path in work.iterdir()})
+        assert not (tmp_path / "out").exists()
+        return fill(jobs, progress)
+
+    fill = huggingface.fill
+    monkeypatch.setattr(huggingface, "fill", watched)
+    assert (
+        run(
+            [
+                "depth",
+                "--map",
+                "3:6",
+                str(source),
+                str(tmp_path / "out"),
+                "--max-shard-size",
+                "20KB",
+            ]
+        )
+        == 0
+    )
+    # What makes a directory load, its configuration and its index, is written when the shards are full.
+    assert seen and not any(
+        {"config.json", "model.safetensors.index.json"} & names for names in seen
+    )
+
+
+def test_shards_are_of_directories_only(tmp_path, capsys):
+    source = save_checkpoint(tmp_path / "source")
+    assert (
+        run(
+            ["depth", "--map", "3:4", str(source), str(tmp_path / "out"), "--max-shard-size", "1GB"]
+        )
+        == 2
+    )
+    assert "--max-shard-size is for Hugging Face directories" in capsys.readouterr().err

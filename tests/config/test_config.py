@@ -1,0 +1,246 @@
+"""Configuration: what is written is what is run, or one sentence says which key is wrong and what would be right."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from growkit.errors import UsageError
+from growkit.models.gpt_neox import NeoX
+from trainer.config.sections import (
+    Config,
+    Dropout,
+    Model,
+    neox,
+    resolve,
+)
+from trainer.config.values import presets, read_values
+from trainer.run.directory import changed_keys, with_model_of
+
+
+def refusal(values, *fragments):
+    """Resolving the values raises UsageError, one sentence that names these things."""
+    with pytest.raises(UsageError) as caught:
+        resolve(values)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_defaults_are_the_recipe():
+    config = Config()
+    optimizer, schedule = config.optimizer, config.schedule
+    assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.eps) == (
+        2.0e-4,
+        0.9,
+        0.95,
+        1e-8,
+    )
+    assert (optimizer.weight_decay, optimizer.clip) == (0.1, 1.0)
+    assert (schedule.steps, schedule.warmup, schedule.floor) == (82_000, 2_000, 0.1)
+    assert config.dropout == Dropout(hidden=0.1, attention=0.1, embedding=0.0)
+    assert (config.model.context, config.batch.sequences) == (1024, 512)
+    assert (config.precision.params, config.precision.compute) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("preset", ["760m", "recipe"])
+def test_the_presets_of_the_recipe_state_the_defaults(preset):
+    different = changed_keys(Config().to_dict(), resolve(read_values(preset, [])).to_dict())
+    assert set(different) <= {"remat"}
+
+
+# Millions of parameters: all of a tied model, all of an untied one, those beside the embedding.
+SIZES = {
+    "580m": (587, 665, 510),
+    "760m": (757, 834, 680),
+    "1b": (1097, 1174, 1020),
+    "small": (124, 162, 85),
+}
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_resolves_to_the_size_it_states(preset):
+    config = resolve(read_values(preset, []))
+    model = neox(config.model)
+    tied, untied = (dataclasses.replace(model, tied=tied).parameters for tied in (True, False))
+    beside = tied - model.vocab * model.embed
+    if preset in SIZES:
+        assert tuple(round(count / 1e6) for count in (tied, untied, beside)) == SIZES[preset]
+    if preset == "tiny":
+        assert round(beside / 1e6, 1) == 1.2
+
+
+def test_a_file_and_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "optimizer: {learning_rate: 2e-4, clip: 1}\nschedule:\n  steps: 50\neval:\ndata: {train: a}\n"
+    )
+    overrides = [
+        "schedule.warmup=5",
+        "schedule.steps=60",
+        "eval.every=7",
+        "optimizer.eps=1e-9",
+        "data.held_out=0",
+    ]
+    config = resolve(read_values(str(path), overrides))
+    # YAML reads 2e-4 as text and 1 as a whole number; the fields are floats.
+    assert (config.optimizer.learning_rate, config.optimizer.clip, config.optimizer.eps) == (
+        0.0002,
+        1.0,
+        1e-9,
+    )
+    numbers = dataclasses.asdict(config.optimizer) | {"multipliers": 0.0}
+    assert {type(value) for value in numbers.values()} == {float}
+    assert (config.schedule.steps, config.schedule.warmup, config.eval.every) == (60, 5, 7)
+    assert config.data.train == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("a", {"a": 1.0}),
+        ("[a, b]", {"a": 1.0, "b": 1.0}),
+        ("{a: 3, b: 2e-1}", {"a": 3.0, "b": 0.2}),
+    ],
+)
+def test_data_by_path_list_or_weights(text, expected):
+    assert resolve(read_values("tiny", [f"data.train={text}"])).data.train == expected
+
+
+@pytest.mark.parametrize(
+    "values,fragments",
+    [
+        ({"optimiser": {}}, ["optimiser", "did you mean 'optimizer'"]),
+        (
+            {"optimizer": {"learning_rat": 1}},
+            ["optimizer.learning_rat;", "did you mean 'learning_rate'"],
+        ),
+        ({"optimizer": {"lr": 1}}, ["optimizer.lr", "the keys here are learning_rate, beta1"]),
+        ({"batch": {"sequences": "many"}}, ["batch.sequences must be a whole number", "'many'"]),
+        ({"batch": {"sequences": 4.0}}, ["batch.sequences must be a whole number", "4.0"]),
+        ({"batch": {"sequences": True}}, ["batch.sequences must be a whole number", "True"]),
+        (
+            {"batch": {"sequences": 6, "accumulation": 4}},
+            ["(6) must be a multiple of batch.accumulation (4)"],
+        ),
+        (
+            {"optimizer": {"learning_rate": "fast"}},
+            ["optimizer.learning_rate must be a number", "'fast'"],
+        ),
+        (
+            {"optimizer": {"learning_rate": float("nan")}},
+            ["optimizer.learning_rate must be a number", "nan"],
+        ),
+        (
+            {"optimizer": {"learning_rate": "inf"}},
+            ["optimizer.learning_rate must be a number", "'inf'"],
+        ),
+        ({"optimizer": {"learning_rate": -1e-4}}, ["optimizer.learning_rate must be above 0"]),
+        ({"optimizer": {"beta2": 1}}, ["optimizer.beta2 must lie in [0, 1)"]),
+        ({"optimizer": 3}, ["optimizer is a section of values, got 3"]),
+        ({"model": {"tied": "yes"}}, ["model.tied must be true or false", "'yes'"]),
+        ({"remat": "ful"}, ["remat must be one of auto, none, dots, full", "did you mean 'full'"]),
+        ({"remat": 1}, ["remat must be text"]),
+        ({"precision": {"compute": "fp32"}}, ["precision.compute must be one of", "'fp32'"]),
+        (
+            {"schedule": {"steps": 10, "warmup": 11}},
+            ["schedule.warmup must be at most schedule.steps (10), got 11"],
+        ),
+        ({"schedule": {"steps": 0}}, ["schedule.steps must be at least 1"]),
+        ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last must be at least 1"]),
+        ({"seed": 2**31}, ["seed must lie between 0 and 2147483647"]),
+        ({"data": {"train": {"a": 0}}}, ["a weight must be above 0, a has 0"]),
+        ({"data": {"train": 3}}, ["data.train must be a path, a list of paths"]),
+    ],
+)
+def test_refusals(values, fragments):
+    refusal(values, *fragments)
+
+
+@pytest.mark.parametrize(
+    "override,fragment",
+    [
+        ("seed", "an override is key=value"),
+        ("=3", "an override is key=value"),
+        ("seed=[1", "the value of seed cannot be read"),
+        ("remat.x=1", "remat is a value, not a section"),
+    ],
+)
+def test_overrides_that_cannot_be_read(override, fragment):
+    with pytest.raises(UsageError, match="(?s)" + fragment):
+        read_values("760m", [override])
+
+
+def test_sizes_that_contradict_each_other():
+    with pytest.raises(UsageError, match="multiple of num_attention_heads, got 100 and 12"):
+        neox(Model(embed=100))
+
+
+def test_changed_keys_are_named_and_what_may_change_is_not():
+    before = Config().to_dict()
+    after = resolve(
+        {
+            "optimizer": {"clip": 2},
+            "seed": 1,
+            "data": {"train": ["a"]},
+            "checkpoint": {"every": 1},
+            "eval": {"windows": 1},
+            "log": {"every": 1},
+        }
+    ).to_dict()
+    assert changed_keys(before, after) == ["data.train", "optimizer.clip", "seed"]
+    assert changed_keys(after, after) == []
+
+
+SOURCE = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+
+
+def test_a_source_fills_the_model_section():
+    values = with_model_of({"seed": 3}, SOURCE, "here")
+    assert neox(resolve(values).model) == SOURCE
+    longer = with_model_of({"model": {"context": 32, "layer": 2}}, SOURCE, "here")
+    assert neox(resolve(longer).model) == dataclasses.replace(SOURCE, context=32)
+
+
+def test_a_stated_value_is_compared_as_the_number_it_is():
+    """YAML reads 1e-5 as text; it is the source's 1e-05 all the same."""
+    assert with_model_of(
+        {"model": {"layer_norm_eps": "1e-5", "rotary_base": 10000}}, SOURCE, "here"
+    )
+
+
+@pytest.mark.parametrize(
+    "section,fragment",
+    [
+        (
+            {"layer": 3, "tied": False},
+            "than here: layer is 3 in the one and 2 in the other, tied is False",
+        ),
+        ({"layers": 2}, "unknown key model.layers; the keys here are layer, "),
+        ("large", "model is a section of values, got 'large'"),
+        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps is 1e-06 in the one and 1e-05 in the other"),
+    ],
+)
+def test_a_model_section_that_is_not_the_sources(section, fragment):
+    with pytest.raises(UsageError) as caught:
+        with_model_of({"model": section}, SOURCE, "here")
+    assert fragment in str(caught.value)
+
+
+def test_a_map_of_layers_is_no_number_to_the_base_of_60(tmp_path):
+    (tmp_path / "grow.yaml").write_text(
+        "grow: {map: 18:24, embed: 2x, mlp: 4096}\noptimizer: {multipliers: on}\n"
+    )
+    config = resolve(read_values(str(tmp_path / "grow.yaml"), ["grow.heads=16"]))
+    assert (config.grow.map, config.grow.embed, config.grow.mlp, config.grow.heads) == (
+        "18:24",
+        "2x",
+        "4096",
+        "16",
+    )
+    assert config.optimizer.multipliers == "on"
+    assert (
+        resolve(read_values("recipe", ["grow.map=18:24", "optimizer.multipliers=off"])).grow.map
+        == "18:24"
+    )

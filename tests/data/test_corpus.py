@@ -1,0 +1,120 @@
+"""The data a configuration names: data sets of one file or many, parts of them, and what is said of them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from growkit.errors import UsageError
+from trainer.config.sections import resolve
+from trainer.data.corpus import open_corpus, open_set
+from trainer.data.stream import Stream
+from trainer.data.text import Shard
+from trainer.data.tokenize import tokenize
+from trainer.data.tokenizer import train_tokenizer
+
+MODEL = {"layer": 1, "embed": 8, "head": 1, "mlp": 8, "vocab": 300, "context": 8}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A text as a whole, in three shards, and another text."""
+    place = tmp_path_factory.mktemp("tokens")
+    words = [f"{number} cats sat on {number * 7} mats" for number in range(300)]
+    for number, name in enumerate("abc"):
+        (place / f"{name}.txt").write_text("\n".join(words[number::3]))
+    (place / "given.json").write_bytes(train_tokenizer(words, 280).json)
+    files = [place / f"{name}.txt" for name in "abc"]
+    tokenize(files, place / "whole", place / "given.json")
+    tokenize(files[:1], place / "other", place / "given.json")
+    for number in (1, 2, 3):
+        tokenize(files, place / f"shard-{number}", place / "given.json", shard=Shard(number, 3))
+    return place
+
+
+def corpus(tokens, train, **data):
+    train = {str(tokens / name): weight for name, weight in train.items()}
+    return open_corpus(
+        resolve({"model": MODEL, "data": {"train": train, "held_out": 0.1} | data}), None
+    )
+
+
+def windows_of(data, number=0):
+    windows = data.mixture.parts[number][2]
+    return [tuple(windows[each].tolist()) for each in range(len(windows))]
+
+
+def test_shards_by_a_pattern_are_one_data_set(tokens):
+    joined = corpus(tokens, {"shard-*": 1})
+    each = corpus(tokens, {f"shard-{number}": 1 for number in (1, 2, 3)})
+    assert len(joined.mixture.parts) == len(joined.validation) == 1
+    assert windows_of(joined) == [
+        window for number in range(3) for window in windows_of(each, number)
+    ]
+    assert sum(map(len, joined.validation)) == sum(map(len, each.validation))
+    assert joined.tokenizer == each.tokenizer
+
+
+def test_the_shards_are_the_whole(tokens):
+    shards = [opened.tokens for opened in open_set(str(tokens / "shard-*"))]
+    np.testing.assert_array_equal(np.concatenate(shards), open_set(str(tokens / "whole"))[0].tokens)
+    # Two of the three would not be.
+    assert sum(map(len, shards[:2])) < len(open_set(str(tokens / "whole"))[0])
+
+
+def test_a_shard_that_is_missing_is_named(tokens):
+    with pytest.raises(UsageError, match="holds shard 3/3 0 times; each is needed once"):
+        corpus(tokens, {"shard-[12]": 1})
+
+
+def test_a_pattern_that_matches_nothing(tokens):
+    with pytest.raises(UsageError, match=r"no token data matches .*nothing-\*"):
+        corpus(tokens, {"nothing-*": 1})
+
+
+def test_validation_may_be_a_pattern(tokens):
+    data = corpus(tokens, {"other": 1}, validation={str(tokens / "shard-*"): 1})
+    assert len(data.validation) == 1
+    assert len(data.validation[0]) == sum(
+        (len(each) - 1) // 8 for each in open_set(str(tokens / "shard-*"))
+    )
+
+
+def test_a_fraction_of_a_data_set_is_drawn(tokens):
+    whole = corpus(tokens, {"whole": 1, "other": 1})
+    part = corpus(tokens, {"whole": 1, "other": 1}, fraction={str(tokens / "whole"): 0.25})
+    assert windows_of(part) == windows_of(whole)[: round(len(windows_of(whole)) / 4)]
+    assert windows_of(part, 1) == windows_of(whole, 1)
+    assert part.validation_fingerprint(10) == whole.validation_fingerprint(10)
+    assert Stream(part.mixture, 0).fingerprint != Stream(whole.mixture, 0).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("fraction", "fragment"),
+    [
+        ({"whle": 0.5}, "data.fraction names .*whle, .*did you mean .*whole"),
+        ({"whole": 1.5}, "at most 1, .* has 1.5"),
+    ],
+)
+def test_fractions_that_make_no_sense(tokens, fraction, fragment):
+    with pytest.raises(UsageError, match=fragment):
+        corpus(
+            tokens,
+            {"whole": 1},
+            fraction={str(tokens / name): value for name, value in fraction.items()},
+        )
+
+
+def test_what_was_drawn_is_said(tokens):
+    data = corpus(tokens, {"whole": 3, "other": 1})
+    sizes = [len(windows) for _, _, windows in data.mixture.parts]
+    said = data.drawn(Stream(data.mixture, 0), 400)
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", said)]
+    epochs = [float(epoch) for epoch in re.findall(r"\(([\d.]+) epochs\)", said)]
+    assert said.startswith("drawn so far, of 400 sequences: ")
+    assert shares == pytest.approx([75, 25], rel=0.011)
+    assert epochs == pytest.approx([300 / sizes[0], 100 / sizes[1]], rel=0.02)
+    facts = data.facts(400)
+    assert f"75.0% of the sequences, {300 / sizes[0]:.2f} epochs by the end" in facts[0]

@@ -1,0 +1,122 @@
+"""Metrics: what is added is what is read, through a kill, a resumption and a growth."""
+
+from __future__ import annotations
+
+from etils import epath
+
+from trainer.log.history import CARRIED, COLUMNS, History, parse, render
+
+
+def begun(path, earlier=b""):
+    path.mkdir(exist_ok=True)
+    history = History(epath.Path(path))
+    history.begin(earlier)
+    return history
+
+
+def test_rows_round_trip(tmp_path):
+    history = begun(tmp_path / "run")
+    history.add(step=0, tokens=0, event='start, grown: layer 2 to "3"')
+    history.add(
+        step=1, tokens=64, flops=1.5e20, loss=0.1 + 0.2, learning_rate=2e-4, tokens_per_second=12.5
+    )
+    again = History(epath.Path(tmp_path / "run"))
+    assert again.rows == history.rows == parse(render(history.rows))
+    assert set(again.rows[1]) == set(COLUMNS)
+    # Every digit: a resumed run's file must be the uninterrupted one's to the bit.
+    assert float(again.rows[1]["loss"]) == 0.1 + 0.2
+    assert again.rows[0]["event"] == 'start, grown: layer 2 to "3"'
+
+
+def test_a_line_cut_off_by_a_kill_is_forgotten(tmp_path):
+    history = begun(tmp_path / "run")
+    for step in (1, 2, 3):
+        history.add(step=step, tokens=64 * step, loss=1.0, event="data stream 1 begins")
+    path = tmp_path / "run" / "metrics.csv"
+    whole = path.read_text()
+    line = whole.rindex("\n", 0, -1) + 1
+    for cut in range(line, len(whole)):
+        path.write_text(whole[:cut])
+        assert [row["step"] for row in History(epath.Path(tmp_path / "run")).rows] == ["1", "2"]
+    path.write_text(whole)
+    assert len(History(epath.Path(tmp_path / "run")).rows) == 3
+
+
+def test_keep_until_forgets_later_rows_in_the_file_too(tmp_path):
+    history = begun(tmp_path / "run")
+    for step in (0, 5, 10, 15):
+        history.add(step=step, tokens=step, loss=1.0)
+    history.keep_until(10)
+    history.add(step=11, tokens=11, loss=2.0)
+    again = History(epath.Path(tmp_path / "run"))
+    assert (
+        [row["step"] for row in again.rows]
+        == ["0", "5", "10", "11"]
+        == [row["step"] for row in history.rows]
+    )
+
+
+def test_beginning_anew_forgets_what_a_killed_run_left(tmp_path):
+    begun(tmp_path / "run").add(step=0, tokens=0, event="start")
+    begun(tmp_path / "run").add(step=0, tokens=0, event="start")
+    assert len(History(epath.Path(tmp_path / "run")).rows) == 1
+
+
+def test_validation_loss_is_the_steps_own(tmp_path):
+    history = begun(tmp_path / "run")
+    history.add(step=1, tokens=1, loss=3.0)
+    history.add(step=1, tokens=1, validation_loss=2.5)
+    history.add(step=11, tokens=1, validation_loss=1.5)
+    assert [history.validation_loss(step) for step in (1, 11, 0)] == [2.5, 1.5, None]
+
+
+def test_the_last_file_stands_when_writing_the_next_fails(tmp_path, monkeypatch):
+    history = begun(tmp_path / "run")
+    history.add(step=1, tokens=1, loss=3.0)
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(history.run), "write_bytes", full)
+    try:
+        history.flush()
+    except OSError:
+        assert len(History(epath.Path(tmp_path / "run")).rows) == 1
+    else:
+        raise AssertionError("a full disk went unnoticed")
+
+
+def many_rows(history):
+    for step in range(3 * CARRIED):
+        history.add(step=step, tokens=step, loss=1.0)
+        if step % 100 == 0:
+            history.add(step=step, tokens=step, validation_loss=1.0)
+    history.add(step=step, tokens=step, event="data stream 1 begins")
+
+
+def kinds(rows):
+    return (
+        sum(bool(row["loss"]) for row in rows),
+        sum(bool(row["validation_loss"]) for row in rows),
+        sum(bool(row["event"]) for row in rows),
+    )
+
+
+def test_what_is_carried_is_thinned_but_for_validations_and_events(tmp_path):
+    history = begun(tmp_path / "run")
+    many_rows(history)
+    carried = parse(history.carried().decode())
+    assert kinds(history.rows) == (3 * CARRIED, 3 * CARRIED // 100, 1)
+    assert kinds(carried) == (CARRIED, 3 * CARRIED // 100, 1)
+    steps = [int(row["step"]) for row in carried]
+    assert steps == sorted(steps)
+
+
+def test_what_is_carried_becomes_the_earlier_rows_of_the_next_run(tmp_path):
+    first = begun(tmp_path / "first")
+    first.add(step=1, tokens=64, loss=3.0)
+    second = begun(tmp_path / "second", first.carried())
+    second.add(step=1, tokens=128, loss=2.0)
+    again = History(epath.Path(tmp_path / "second"))
+    assert again.earlier == first.rows
+    assert [row["tokens"] for row in parse(again.carried().decode())] == ["64", "128"]

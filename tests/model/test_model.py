@@ -1,0 +1,135 @@
+"""The model is Hugging Face's: logits equal transformers' through files on disk, and a changed model's do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, save_transformers_model, transformers_logits
+
+from growkit.checkpoint.location import open_source
+from growkit.surgery.grow import stacked
+from trainer.config.sections import Dropout, Precision
+from trainer.model.decoder import GPTNeoX, initial_params, row_at
+
+VARIANTS = [
+    (pct, parallel, tied)
+    for pct in (0.25, 1.0)
+    for parallel in (True, False)
+    for tied in (True, False)
+]
+
+
+def our_logits(source, tokens, dtype, rotary=None, **change):
+    model = replace(source.model, **change)
+    network = GPTNeoX(model, Precision(params=dtype, compute=dtype))
+    return np.asarray(
+        jax.jit(network.apply)({"params": stacked(source, dtype=dtype)}, tokens, rotary=rotary)
+    )
+
+
+@pytest.mark.parametrize("pct,parallel,tied", VARIANTS)
+@pytest.mark.parametrize("dtype,bound", [("float32", 1e-4), ("float64", 1e-10)])
+def test_logits_equal_transformers(tmp_path, tokens, pct, parallel, tied, dtype, bound):
+    model = replace(SMALL, rotary_pct=pct, parallel_residual=parallel, tied=tied)
+    source = open_source(save_transformers_model(tmp_path / "hf", model, dtype).as_posix())
+    theirs, rotary = transformers_logits(tmp_path / "hf", tokens, dtype)
+    with jax.enable_x64(dtype == "float64"):
+        # transformers takes sine and cosine in float32 whatever the dtype, good to one unit in the last place:
+        # in float64 that unit is all the difference, so the proof uses its tables.
+        ours = our_logits(source, tokens, dtype, rotary if dtype == "float64" else None)
+    assert ours.dtype == dtype
+    assert np.abs(ours - theirs).max() < bound
+    assert np.abs(theirs).max() > 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"parallel_residual": False}, {"rotary_pct": 1.0}, {"layer_norm_eps": 1e-2}]
+)
+def test_a_changed_model_has_other_logits(tmp_path, tokens, change):
+    source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
+    theirs, _ = transformers_logits(tmp_path / "hf", tokens)
+    assert np.abs(our_logits(source, tokens, "float32", **change) - theirs).max() > 1e-3
+
+
+def test_heads_split_any_other_way_have_other_logits(tmp_path, tokens):
+    source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
+    theirs, _ = transformers_logits(tmp_path / "hf", tokens)
+    params = stacked(source)
+    fused = params["layers"]["attention"]["query_key_value"]["weight"]
+    shape = fused.shape
+    wrong = fused.reshape(shape[0], 3, SMALL.head, SMALL.head_dim, -1).swapaxes(1, 2).reshape(shape)
+    params["layers"]["attention"]["query_key_value"]["weight"] = wrong
+    network = GPTNeoX(SMALL, Precision("float32", "float32"))
+    assert (
+        np.abs(np.asarray(jax.jit(network.apply)({"params": params}, tokens)) - theirs).max() > 1e-3
+    )
+
+
+def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
+    source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
+    theirs, _ = transformers_logits(tmp_path / "hf", tokens)
+    network = GPTNeoX(SMALL, Precision("float32", "bfloat16"))
+    ours = np.asarray(jax.jit(network.apply)({"params": stacked(source)}, tokens))
+    assert ours.dtype == np.float32
+    assert 1e-4 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
+
+
+def test_initial_tree_is_the_tables():
+    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    leaves = {
+        tuple(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert set(leaves) == {row.path for row in SMALL.table.rows}
+    for path, leaf in leaves.items():
+        row = row_at(SMALL, path)
+        expected = ((SMALL.layer,) if row.stacked else ()) + row.shape(SMALL.sizes)
+        assert leaf.shape == expected
+        spread = float(np.std(leaf))
+        wanted = {"ones": 0.0, "zeros": 0.0, "normal": SMALL.initializer_range}[row.initialisation]
+        if row.stacked and row.stacked.read and row.initialisation == "normal":
+            wanted /= np.sqrt(2 * SMALL.layer)
+        assert spread == pytest.approx(wanted, rel=0.1), path
+
+
+def test_layers_begin_different():
+    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    weight = params["layers"]["mlp"]["dense_h_to_4h"]["weight"]
+    assert not np.array_equal(weight[0], weight[1])
+
+
+@pytest.mark.parametrize("where", ["hidden", "attention", "embedding"])
+def test_each_dropout_acts_and_only_when_training(where, tokens):
+    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    network = GPTNeoX(
+        SMALL,
+        Precision("float32", "float32"),
+        Dropout(**({"hidden": 0.0, "attention": 0.0} | {where: 0.5})),
+    )
+    apply = jax.jit(
+        lambda key: network.apply({"params": params}, tokens, False, rngs={"dropout": key})
+    )
+    plain, key = jax.jit(network.apply)({"params": params}, tokens), jax.random.key(0)
+    assert not np.allclose(plain, apply(key))
+    assert np.array_equal(apply(key), apply(key))
+    assert not np.array_equal(apply(key), apply(jax.random.key(1)))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialising_changes_no_gradient(remat, tokens):
+    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+
+    def gradient(policy):
+        network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(0.1, 0.1, 0.0), policy)
+        key = {"dropout": jax.random.key(0)}
+        return jax.tree.leaves(
+            jax.jit(
+                jax.grad(lambda p: network.apply({"params": p}, tokens, False, rngs=key).var())
+            )(params)
+        )
+
+    for ours, theirs in zip(gradient(remat), gradient("none"), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)

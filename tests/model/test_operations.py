@@ -1,0 +1,181 @@
+"""The operations with backward passes of their own: equal to automatic differentiation of the plain formulas."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer.model import attention
+from trainer.model.activation import gelu
+from trainer.model.attention import blocks, causal_attention
+from trainer.model.dropout import kept
+from trainer.model.matmul import project
+from trainer.step import loss as loss_module
+from trainer.step.loss import cross_entropy, token_losses_sum
+
+SHAPE = (2, 3, 12, 4)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def plain_attention(q, k, v, mask=None, dropout=0.0):
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(
+        jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf), axis=-1
+    )
+    weights = weights if mask is None else jnp.where(mask, weights / (1 - dropout), 0)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, v)
+
+
+def assert_same_gradients(ours, theirs, *arguments, bound=1e-12):
+    """Values and gradients (of a random projection of the output) agree in every argument."""
+    projection = random(*theirs(*arguments).shape, seed=9)
+    pair = [
+        jax.jit(
+            jax.value_and_grad(
+                lambda *a, f=f: (f(*a) * projection).sum(), tuple(range(len(arguments)))
+            )
+        )(*arguments)
+        for f in (ours, theirs)
+    ]
+    for mine, plain in zip(*(jax.tree.leaves(found) for found in pair), strict=True):
+        np.testing.assert_allclose(mine, plain, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("platform", "time", "count"), [("cpu", 12, 4), ("cpu", 11, 1), ("tpu", 12, 1)]
+)
+def test_attention(platform, time, count, monkeypatch):
+    """By blocks of queries on a CPU, where they come out even."""
+    monkeypatch.setattr(attention, "SHORTEST", 3)
+    q, k, v = (random(*SHAPE, seed=seed)[:, :, :time] for seed in range(3))
+    assert len(blocks(time, platform)) == count
+    assert_same_gradients(
+        lambda *a: causal_attention(*a, None, 0.0, platform), plain_attention, q, k, v
+    )
+
+
+def test_blocks_that_lack_a_part_of_their_past_are_not_attention(monkeypatch):
+    monkeypatch.setattr(attention, "SHORTEST", 3)
+    q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
+    monkeypatch.setattr(attention, "_sum", lambda parts: parts[-1])
+    with pytest.raises(AssertionError):
+        assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
+    monkeypatch.undo()
+    assert len(blocks(12, "cpu")) == 1 and len(blocks(256, "cpu")) == 4
+    monkeypatch.setattr(
+        attention, "blocks", lambda time, platform: [(0, 3), (0, 3), (6, 9), (9, 12)]
+    )
+    with pytest.raises(AssertionError):
+        assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3)])
+def test_projection(platform, inputs, outputs):
+    """Whichever of the operands is the narrower."""
+    x, weight = random(2, 5, inputs), random(outputs, inputs, seed=1)
+
+    def plain(x, weight):
+        return x @ weight.T
+
+    assert_same_gradients(lambda x, w: project(x, w, platform), plain, x, weight)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(
+            lambda x, w: project(x, jax.lax.stop_gradient(w), platform), plain, x, weight
+        )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_attention_with_dropout(platform, monkeypatch):
+    monkeypatch.setattr(attention, "SHORTEST", 3)
+    q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
+    key = jax.random.key(3)
+    mask = kept(jax.random.key_data(key), 0.3, (*SHAPE[:3], SHAPE[2]))
+    assert not mask.all()
+
+    def ours(*arguments):
+        return causal_attention(*arguments, key, 0.3, platform)
+
+    assert_same_gradients(ours, lambda *a: plain_attention(*a, mask, 0.3), q, k, v)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(ours, plain_attention, q, k, v)
+
+
+def test_attention_looks_at_the_past_only():
+    q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
+    later = v.at[:, :, 5:].add(1.0)
+    before, after = (causal_attention(q, k, values, None, 0.0) for values in (v, later))
+    np.testing.assert_array_equal(before[:, :, :5], after[:, :, :5])
+    assert not np.allclose(before[:, :, 5:], after[:, :, 5:])
+
+
+def test_gelu():
+    x = random(5, 7) * 3
+    assert_same_gradients(gelu, lambda x: jax.nn.gelu(x, approximate=False), x)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(gelu, lambda x: jax.nn.gelu(x, approximate=True), x)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("rows", [1, 6, 1000])
+def test_loss(monkeypatch, rows, platform):
+    monkeypatch.setattr(loss_module, "ROWS", {platform: rows})
+    monkeypatch.setattr(loss_module, "platform_of", lambda layout: platform)
+    batch, time, embed, vocab = 3, 8, 5, 11
+    hidden, head = random(batch, time, embed), random(vocab, embed, seed=1)
+    targets = np.random.default_rng(2).integers(0, vocab, (batch, time))
+    mask = jnp.asarray([1.0, 0.0, 1.0])
+
+    def plain(hidden, head):
+        return (cross_entropy(hidden @ head.T, targets) * mask[:, None]).sum()
+
+    assert_same_gradients(lambda h, w: token_losses_sum(h, w, targets, mask), plain, hidden, head)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(
+            lambda h, w: token_losses_sum(h, w, targets, jnp.ones(3)), plain, hidden, head
+        )
+
+
+def test_loss_holds_no_more_logits_than_a_piece():
+    batch, time, embed, vocab = 4, 256, 8, 512
+    arguments = (
+        random(batch, time, embed),
+        random(vocab, embed),
+        np.zeros((batch, time), int),
+        jnp.ones(batch),
+    )
+    gradient = jax.jit(jax.grad(token_losses_sum, (0, 1))).lower(*arguments).compile()
+    everything = batch * time * vocab * 8
+    assert gradient.memory_analysis().temp_size_in_bytes < everything
+    plain = (
+        jax.jit(jax.grad(lambda h, w, t, m: cross_entropy(h @ w.T, t).sum(), (0, 1)))
+        .lower(*arguments)
+        .compile()
+    )
+    assert plain.memory_analysis().temp_size_in_bytes >= everything
+
+
+def test_narrow_numbers_are_summed_wide():
+    hidden, head = random(2, 16, 8).astype(jnp.bfloat16), random(32, 8).astype(jnp.bfloat16)
+    total = token_losses_sum(hidden, head, np.zeros((2, 16), int), jnp.ones(2, jnp.float32))
+    assert total.dtype == jnp.float32
+    q = random(*SHAPE).astype(jnp.bfloat16)
+    assert causal_attention(q, q, q, None, 0.0).dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        causal_attention(q, q, q, None, 0.0).astype(jnp.float32),
+        plain_attention(*(q.astype(jnp.float32),) * 3),
+        atol=0.05,
+    )

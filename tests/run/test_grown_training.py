@@ -1,0 +1,167 @@
+"""What growth asks of a training: made at its start, with its multipliers, checked by its first validation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_training import data, state_of, values  # noqa: F401 (data is a fixture)
+
+from growkit.checkpoint.location import open_source, write_output
+from growkit.errors import GrowkitError, UsageError
+from growkit.growth.plan import with_options
+from growkit.growth.width import plan_width
+from growkit.surgery.grow import grown
+from trainer.cli.training import train_run
+from trainer.log.history import parse
+
+NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
+RECIPE = {"dropout": NO_DROPOUT, "batch": {"accumulation": 1}, "eval": {"every": 4}}
+
+
+def recipe(root, **sections):
+    """A configuration without a model section, for --from."""
+    made = values(root, **(RECIPE | sections))
+    made.pop("model")
+    return made
+
+
+@pytest.fixture(scope="module")
+def small(data, tmp_path_factory):  # noqa: F811
+    """A small model trained for a dozen steps, validated at the last."""
+    out = tmp_path_factory.mktemp("small") / "run"
+    train_run(values(data, **RECIPE), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wide(small, tmp_path_factory):
+    """The same with twice the width, on disk."""
+    source = open_source(str(small))
+    out = tmp_path_factory.mktemp("wide") / "grown"
+    write_output(out, "checkpoint", grown(source, plan_width(source.model, embed="2x")), [source])
+    return out
+
+
+def rows(out):
+    return parse((out / "metrics.csv").read_text())
+
+
+@pytest.mark.parametrize(
+    "section", [{"map": "2:3"}, {"embed": "2x"}, {"map": "2:3", "embed": 40, "seed": 3}]
+)
+def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):  # noqa: F811
+    from trainer.config.sections import resolve
+    from trainer.run.growth import planned
+
+    source = open_source(str(small))
+    plan = planned(resolve({"grow": section}).grow, source.model)
+    write_output(tmp_path / "grown", "checkpoint", grown(source, plan), [source])
+    train_run(recipe(data), tmp_path / "disk", str(tmp_path / "grown"))
+    train_run(recipe(data, grow=section), tmp_path / "start", str(small))
+    ours, theirs = state_of(tmp_path / "start"), state_of(tmp_path / "disk")
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert open_source(str(tmp_path / "start")).model == plan.grown
+    # The same command again finds the run finished; another growth is another run.
+    assert train_run(recipe(data, grow=section), tmp_path / "start", str(small)).signal is None
+    with pytest.raises(UsageError, match=r"grow.map \(.* then, 2:4 now\)"):
+        train_run(recipe(data, grow=section | {"map": "2:4"}), tmp_path / "start", str(small))
+
+
+def losses(out):
+    return [float(row["loss"]) for row in rows(out) if row["loss"]]
+
+
+def test_an_exactly_widened_model_goes_on_as_the_small_one_would(data, small, wide, tmp_path):  # noqa: F811
+    schedule = {"schedule": {"steps": 24, "continued": True}}
+    train_run(recipe(data, **schedule), tmp_path / "small", str(small))
+    for setting in ("auto", "on", "off"):
+        train_run(
+            recipe(data, optimizer={"multipliers": setting}, **schedule),
+            tmp_path / setting,
+            str(wide),
+        )
+    np.testing.assert_allclose(losses(tmp_path / "auto"), losses(tmp_path / "small"), rtol=2e-4)
+    assert losses(tmp_path / "on") == losses(tmp_path / "auto")
+    assert np.abs(np.subtract(losses(tmp_path / "off"), losses(tmp_path / "small"))).max() > 1e-2
+    assert open_source(str(tmp_path / "auto")).lineage[-1]["multipliers"] is True
+    assert open_source(str(tmp_path / "off")).lineage[-1]["multipliers"] is False
+
+
+def test_a_schedule_begins_again_unless_it_is_continued(data, wide, tmp_path):  # noqa: F811
+    train_run(recipe(data), tmp_path / "again", str(wide))
+    train_run(recipe(data, schedule={"continued": True}), tmp_path / "on", str(wide))
+    assert (
+        state_of(tmp_path / "again")["schedule_step"],
+        state_of(tmp_path / "on")["schedule_step"],
+    ) == (12, 24)
+
+
+def test_multipliers_stay_when_a_run_is_trained_on(data, wide, tmp_path):  # noqa: F811
+    train_run(recipe(data), tmp_path / "first", str(wide))
+    train_run(recipe(data), tmp_path / "second", str(tmp_path / "first"))
+    train_run(
+        recipe(data, optimizer={"multipliers": "off"}),
+        tmp_path / "without",
+        str(tmp_path / "first"),
+    )
+    train_run(recipe(data), tmp_path / "later", str(tmp_path / "without"))
+    applied = [
+        open_source(str(tmp_path / name)).lineage[-1]["multipliers"]
+        for name in ("second", "without", "later")
+    ]
+    assert applied == [True, False, False]
+
+
+def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys):  # noqa: F811
+    train_run(recipe(data), tmp_path / "run", str(wide))
+    assert "growth was exact: the source's validation loss was" in capsys.readouterr().err
+    source = open_source(str(small))
+    plan = plan_width(source.model, embed="2x")
+    contents = grown(source, plan)
+    contents.config["layer_norm_eps"] = 10.0
+    write_output(tmp_path / "broken", "checkpoint", contents, [source])
+    with pytest.raises(
+        GrowkitError, match="growth was exact, but the validation loss went from .* --allow-gap"
+    ):
+        train_run(recipe(data), tmp_path / "refused", str(tmp_path / "broken"))
+    train_run(recipe(data), tmp_path / "refused", str(tmp_path / "broken"), allow_gap=True)
+    train_run(recipe(data, eval={"windows": 5}), tmp_path / "others", str(wide))
+    assert "no validation loss on these windows" in capsys.readouterr().err
+
+
+def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys):  # noqa: F811
+    train_run(recipe(data), tmp_path / "tied", str(wide))
+    assert (
+        "the copies of embed, head, mlp have equal gradients and dropout is 0"
+        in capsys.readouterr().err
+    )
+    train_run(recipe(data, dropout={"hidden": 0.1}), tmp_path / "dropout", str(wide))
+    train_run(recipe(data, grow={"embed": "2x", "noise": 0.1}), tmp_path / "noise", str(small))
+    assert "equal gradients" not in capsys.readouterr().err
+
+
+def test_noise_is_not_exact_continuation(small):
+    source = open_source(str(small))
+    plan = with_options(plan_width(source.model, embed="2x"), noise=0.1)
+    assert plan.preserved and not plan.continues
+
+
+@pytest.mark.parametrize(
+    "section,said",
+    [
+        ({"noise": 0.1}, "has options but no growth"),
+        ({"map": "3:4"}, "the source has 2"),
+        ({"embed": "1x"}, "nothing grows"),
+        ({"depth_method": "stack"}, "has options but no growth"),
+    ],
+)
+def test_growth_that_cannot_be_meant(data, small, tmp_path, section, said):  # noqa: F811
+    with pytest.raises(UsageError, match=said):
+        train_run(recipe(data, grow=section), tmp_path / "run", str(small))
+    assert not (tmp_path / "run").exists()
+
+
+def test_growth_needs_a_source(data, tmp_path):  # noqa: F811
+    with pytest.raises(UsageError, match="--from"):
+        train_run(values(data, grow={"map": "2:3"}), tmp_path / "run")

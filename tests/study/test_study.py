@@ -1,0 +1,522 @@
+"""Studies: budgets that are kept, arithmetic by hand, every run the trainer's own, and nothing done twice."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+from dataclasses import replace
+
+import pytest
+import yaml
+from test_training import data, values  # noqa: F401 (data is a fixture)
+
+import trainer.study.course
+from growkit.checkpoint.location import open_source
+from growkit.cli import run as run_command
+from growkit.errors import GrowkitError, UsageError
+from trainer.cli.training import train_run
+from trainer.log.history import parse
+from trainer.log.report import Result
+from trainer.study.course import Course
+from trainer.study.design import SCRATCH, Task, design
+from trainer.study.evidence import read_study
+from trainer.study.outcome import Finished, Outcome, Reached, reached, spread
+from trainer.study.report import headline, markdown, write
+
+NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
+STUDY = {
+    "learning_rates": [1e-3, 4e-3],
+    "seeds": [0, 1],
+    "best": 1,
+    "budgets": [1.0, 0.6],
+    "sources": {
+        "half": {"share": 0.2, "model": {"layer": 1}},
+        "narrow": {"share": 0.25, "model": {"embed": 8, "head": 1, "mlp": 16}},
+    },
+    "arms": {
+        "replicate": {"from": "half", "grow": {"map": "1:2"}},
+        "clone": {
+            "from": "narrow",
+            "grow": {"embed": "2x", "noise": 0.1},
+            "learning_rates": [1e-3],
+        },
+    },
+}
+
+
+def nested(root, **changed):
+    """A study of a model with two layers, twelve steps from scratch; keys with dots change its study section."""
+    section = copy.deepcopy(STUDY)
+    for key, value in changed.items():
+        node = section
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    made = values(
+        root, dropout=NO_DROPOUT, batch={"accumulation": 1}, schedule={"steps": 12, "warmup": 2}
+    )
+    return made | {"study": section}
+
+
+@pytest.fixture(scope="module")
+def file(data, tmp_path_factory):  # noqa: F811
+    """The study's file, its paths absolute."""
+    path = tmp_path_factory.mktemp("design") / "study.yaml"
+    path.write_text(yaml.safe_dump(nested(data), sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(file, tmp_path_factory):
+    """The study, run by the command."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    assert run_command(["study", str(file), "--out", str(out)]) == 0
+    return out
+
+
+def finished(name, seed=0, rate=1.0, budget=None, flops=0.0, before=0.0, loss=0.0, tried=True):
+    run = f"{name}-{seed}-{rate}-{budget}"
+    return Finished(name, seed, rate, budget, tried, 1, 1, flops, before, loss, 1.0, run)
+
+
+def test_arms_and_their_sources_together_stay_within_the_budget(data):  # noqa: F811
+    study = design(nested(data))
+    assert study.budgets == (0.6, 1.0)
+    for task in study.tasks(list(study.arms)):
+        own = study.steps(task) * study.flops_per_step(task.name)
+        before = sum(
+            study.steps(Task(name, task.seed)) * study.flops_per_step(name)
+            for name in study.chain(task.name)
+        )
+        wanted = study.sources[task.name].share if task.name in study.sources else task.budget
+        slack = sum(study.flops_per_step(name) for name in (task.name, *study.chain(task.name))) / 2
+        assert abs(own + before - wanted * study.flops_of_scratch) <= slack
+
+
+def test_noise_is_of_the_studys_seed(data):  # noqa: F811
+    study = design(nested(data))
+    seeds = [
+        study.values(Task("clone", seed, None, 1.0), 1e-3)["grow"].get("seed") for seed in (0, 1)
+    ]
+    assert seeds == [0, 1]
+    stated = design(nested(data, arms__clone__grow={"embed": "2x", "noise": 0.1, "seed": 7}))
+    assert stated.values(Task("clone", 1, None, 1.0), 1e-3)["grow"]["seed"] == 7
+
+
+def test_a_source_is_cheaper_a_step_and_the_target_is_what_scratch_trains(data):  # noqa: F811
+    study = design(nested(data))
+    assert (
+        study.flops_per_step("half")
+        < study.flops_per_step("replicate")
+        == study.flops_per_step(SCRATCH)
+    )
+    assert study.steps(Task("half", 0)) > 0.2 * study.steps(Task(SCRATCH, 0))
+    assert study.arms["clone"].model.sizes == study.model.sizes
+
+
+def test_all_runs_are_planned_before_the_first(data):  # noqa: F811
+    study = design(nested(data))
+    first = [task for task in study.tasks() if task.seed == 0]
+    assert [t.name for t in first] == [SCRATCH] * 2 + ["half", "narrow"] + ["replicate"] * 3 + [
+        "clone"
+    ] * 2
+    further = [t for t in study.tasks(["clone"]) if t.seed == 1]
+    assert [t.name for t in further] == [SCRATCH, "narrow", "clone", "clone"]
+    every = design(nested(data, best=0))
+    assert {t.name for t in every.tasks() if t.seed == 1} == {
+        SCRATCH,
+        "half",
+        "narrow",
+        "replicate",
+        "clone",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"arms__replicate__grow": {"map": "1:3"}}, "does not end in the model.*layer 3 and not 2"),
+        ({"arms__replicate__grow": None}, "study.arms.replicate grows nothing"),
+        ({"arms__replicate__from": "halve"}, "names a source.*did you mean 'half'"),
+        (
+            {"arms__replicate__grow": {"methods": "1:2"}},
+            "study.arms.replicate: unknown key grow.methods",
+        ),
+        ({"arms__replicate__learning_rates": [1, 2, 3]}, "tries 3 learning rates and scratch 2"),
+        ({"arms__replicate__optimizer": {"learning_rate": 1.0}}, "learning_rates"),
+        ({"sources__half__share": 1.5}, "above 0 and below 1, got 1.5"),
+        ({"sources__half__share": 0.5}, "replicate with a budget of 0.6.*sources take 0.5"),
+        ({"sources__half__model": {"layers": 1}}, "half: unknown key model.layers"),
+        (
+            {"sources__half__model": {"layer": 1, "context": 8}},
+            "unknown key study.sources.half.model.context",
+        ),
+        ({"sources__half__grow": {"map": "1:2"}}, "unknown key study.sources.half.grow"),
+        ({"arms__replicate__batch": {"sequences": 8}}, "unknown key study.arms.replicate.batch"),
+        ({"arms__replicate__model": {"layer": 4}}, "unknown key study.arms.replicate.model"),
+        (
+            {"arms__replicate__schedule": {"steps": 8}},
+            "study.arms.replicate.schedule.steps: budgets",
+        ),
+        (
+            {"arms__replicate__schedule": {"continued": True}},
+            "study.arms.replicate.schedule.continued",
+        ),
+        ({"arms__replicate__grow": {"map": "1:2", "at": 3}}, "study.arms.replicate: grow.at"),
+        ({"arms__replicate__from": ["half"]}, "names a source.*got .'half'"),
+        ({"arms__clone__against": ["replicate"]}, "names another arm"),
+        ({"sources": {50: STUDY["sources"]["half"]}}, "a name is text"),
+        ({"budgets": [math.inf]}, "budgets is a list of different numbers above 0"),
+        ({"seeds": [0, 1.5]}, "seeds is a list of different whole numbers"),
+        ({"budgets": [0.2]}, "replicate with a budget of 0.2"),
+        ({"seeds": [0, 0]}, "seeds is a list of different whole numbers"),
+        ({"learning_rates": [-1.0]}, "learning_rates is a list of different numbers above 0"),
+        ({"best": "two"}, "study.best is a number of arms"),
+        ({"arms": {"scratch": STUDY["arms"]["replicate"]}}, "'scratch' is given twice"),
+        ({"arms": {"a/b": STUDY["arms"]["replicate"]}}, "letters, digits"),
+        ({"arms": {}}, "study.arms is a section"),
+        ({"arms__clone__against": "replicates"}, "names another arm.*did you mean 'replicate'"),
+        ({"arms__clone__against": "clone"}, "names another arm, got 'clone'"),
+        ({"seed": 1}, "unknown key study.seed.*did you mean 'seeds'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(data, changed, words):  # noqa: F811
+    with pytest.raises(UsageError, match=words):
+        design(nested(data, **changed))
+
+
+def test_a_part_is_checked_with_the_values_that_it_lies_over(data):  # noqa: F811
+    made = nested(
+        data, arms__replicate__dropout={"hidden": 0.1}, arms__replicate__schedule={"warmup": 1}
+    )
+    arm = design(made | {"batch": {"sequences": 48, "accumulation": 3}}).values(
+        Task("replicate", 0, None, 1.0), 1e-3
+    )
+    assert (
+        arm["dropout"]["hidden"] == 0.1
+        and arm["schedule"]["warmup"] == 1
+        and arm["batch"]["sequences"] == 48
+    )
+
+
+def test_growth_in_stages_counts_all_its_sources(data):  # noqa: F811
+    made = nested(data)
+    made["model"]["layer"] = 4
+    section = made["study"]
+    section["sources"] = {
+        "first": {"share": 0.1, "model": {"layer": 1}},
+        "second": {"from": "first", "share": 0.15, "grow": {"map": "1:2"}},
+    }
+    section["arms"] = {"twice": {"from": "second", "grow": {"map": "2:4"}}}
+    study = design(made | {"schedule": {"steps": 40, "warmup": 2}})
+    assert study.chain("twice") == ["first", "second"] and study.share("twice") == pytest.approx(
+        0.25
+    )
+    names = [task.name for task in study.tasks() if task.seed == 0]
+    assert names == [SCRATCH] * 2 + ["first", "second"] + ["twice"] * 3
+    end = Task("twice", 0, None, 1.0)
+    assert study.steps(end) == round(0.75 * study.flops_of_scratch / study.flops_per_step("twice"))
+
+
+def test_a_study_needs_its_section_and_a_model(data):  # noqa: F811
+    made = nested(data)
+    with pytest.raises(UsageError, match="has no study section"):
+        design({key: value for key, value in made.items() if key != "study"})
+    with pytest.raises(UsageError, match="needs a model section"):
+        design({key: value for key, value in made.items() if key != "model"})
+    with pytest.raises(UsageError, match="of its arms and sources"):
+        design(made | {"grow": {"map": "1:2"}})
+
+
+def test_compute_to_a_loss_by_hand():
+    points = [(400.0, 3.0), (100.0, 4.0), (200.0, 3.5)]
+    assert reached(points, 4.5) == Reached(100.0, at_most=True)
+    assert reached(points, 3.75).flops == pytest.approx(100 * math.sqrt(2))
+    assert reached(points, 3.0).flops == pytest.approx(400.0) and not reached(points, 3.0).at_most
+    assert reached(points, 2.9) is None and reached([], 1.0) is None
+    assert reached([(1.0, math.inf), (2.0, 4.0), (4.0, 3.0)], 3.0) == Reached(
+        pytest.approx(4.0), at_most=False
+    )
+
+
+def test_spread_by_hand():
+    assert spread([1.0, 3.0]).mean == 2.0 and spread([1.0, 3.0]).std == pytest.approx(math.sqrt(2))
+    assert spread([1.0]).std is None
+    assert spread([1.0, None]).mean is None and spread([]).mean is None
+
+
+def test_a_report_can_be_made_after_the_first_run(data, tmp_path):  # noqa: F811
+    known = Outcome(design(nested(data)), [finished(SCRATCH, 0, 1e-3, 1.0, 100.0, loss=3.2)])
+    write(known, tmp_path, picture=False)
+    table = (tmp_path / "report.md").read_text()
+    assert "| scratch |" in table and "| replicate |" not in table and "No arm reached" in table
+    assert read_study(str(tmp_path)).arms[0].saved.mean is None
+
+
+@pytest.fixture
+def outcome(data):  # noqa: F811
+    """Scratch reaches 3.0 for 100 FLOPs; replicate, with 20 for its source, for 60 and so for 40 of its own."""
+    runs = [
+        finished(SCRATCH, 0, 1e-3, 1.0, 100.0, loss=3.2),
+        finished(SCRATCH, 0, 4e-3, 1.0, 100.0, loss=3.0),
+        finished("half", 0, 4e-3, None, 20.0, loss=4.0, tried=False),
+        finished("narrow", 0, 4e-3, None, 25.0, loss=4.0, tried=False),
+        finished("replicate", 0, 1e-3, 0.6, 40.0, 20.0, loss=3.0),
+        finished("replicate", 0, 4e-3, 0.6, 40.0, 20.0, loss=3.1),
+        finished("replicate", 0, 1e-3, 1.0, 80.0, 20.0, loss=2.9, tried=False),
+        finished("clone", 0, 1e-3, 0.6, 35.0, 25.0, loss=3.3),
+        finished("clone", 0, 1e-3, 1.0, 75.0, 25.0, loss=3.1, tried=False),
+    ]
+    return Outcome(design(nested(data)), runs)
+
+
+def test_saving_by_hand_counted_both_ways(outcome):
+    assert outcome.best_rate(SCRATCH) == 4e-3 and outcome.best_rate("replicate") == 1e-3
+    assert outcome.saved("replicate", 0) == pytest.approx(0.4)
+    assert outcome.saved("replicate", 0, sources=False) == pytest.approx(0.6)
+    assert outcome.saved("clone", 0) is None
+    assert outcome.best_arms() == ["replicate"]
+    report = outcome.results()
+    replicate, clone = report["arms"]
+    assert (
+        replicate["saved"] == {"mean": pytest.approx(0.4), "std": None, "runs": 1}
+        and replicate["at_least"]
+    )
+    assert replicate["ahead"]["mean"] == pytest.approx(0.1) and not clone["reached"]
+    assert clone["saved"]["mean"] is None and "not reached" in markdown(outcome, report)
+    assert "replicate, saves at least 40.0 % (1) of" in headline(report)
+
+
+@pytest.mark.parametrize(
+    ("third", "words"), [(3.1, "better"), (3.05, "within the spread"), (None, "too few seeds")]
+)
+def test_arms_are_told_apart_by_their_spread(data, third, words):  # noqa: F811
+    """By hand: three times -0.3; then -0.3, -0.3 and -0.05, whose mean is -0.217 and whose deviation 0.144."""
+    study = design(
+        nested(data, budgets=[1.0], seeds=[0, 1, 2], best=0, arms__clone__against="replicate")
+    )
+    runs = []
+    for seed, (one, other) in enumerate(
+        ((3.0, 3.3), (3.1, 3.4), (third, 3.4 if third == 3.1 else 3.1))
+    ):
+        if one is None:
+            continue
+        runs += [
+            finished(SCRATCH, seed, 1e-3, 1.0, 100.0, loss=3.0, tried=seed == 0),
+            finished("replicate", seed, 1e-3, 1.0, 80.0, 20.0, loss=other, tried=seed == 0),
+            finished("clone", seed, 1e-3, 1.0, 75.0, 25.0, loss=one, tried=seed == 0),
+        ]
+    outcome = Outcome(study, runs)
+    assert outcome.difference("replicate") is None
+    assert words in markdown(outcome, outcome.results())
+
+
+def test_the_sources_compute_makes_the_difference(outcome):
+    """The sibling: forget what the sources cost, and the saving with them equals the one without."""
+    outcome.runs = [replace(run, flops_before=0.0) for run in outcome.runs]
+    assert (
+        outcome.saved("replicate", 0)
+        == outcome.saved("replicate", 0, sources=False)
+        != pytest.approx(0.4)
+    )
+
+
+def test_a_source_beyond_the_share_is_not_in_the_headline(data, outcome):  # noqa: F811
+    outcome.study = design(nested(data, sources__half__share=0.3))
+    report = outcome.results()
+    assert not report["arms"][0]["within_share"] and outcome.best_arms() == ["clone"]
+    outcome.study = design(nested(data, sources__half__share=0.3, best=0))
+    assert outcome.best_arms() == ["replicate", "clone"]
+    assert headline(report).startswith("No arm") and "not in the headline" in markdown(
+        outcome, report
+    )
+
+
+def test_a_study_from_end_to_end(done):
+    results = json.loads((done / "results.json").read_text())
+    runs = results["runs"]
+    counts = {
+        name: sum(run["name"] == name for run in runs)
+        for name in (SCRATCH, "half", "narrow", "replicate", "clone")
+    }
+    best = max(results["arms"], key=lambda arm: arm["loss"]["runs"])
+    assert (
+        best["loss"]["runs"] == 2
+        and counts[SCRATCH] == 3
+        and counts["half"] + counts["narrow"] == 3
+    )
+    assert all(math.isfinite(run["loss"]) for run in runs)
+    for file in ("report.md", "runs.csv", "study.png"):
+        assert (done / file).stat().st_size
+    assert len((done / "runs.csv").read_text().splitlines()) == 1 + len(runs)
+    study = read_study(str(done))
+    assert [arm.name for arm in study.arms] == [
+        "replicate",
+        "clone",
+    ] and study.source_tokens < study.tokens
+
+
+def test_the_ledger_is_the_trainers_own(done):
+    """FLOPs and losses as each run's own metrics have them, its sources' included."""
+    for run in json.loads((done / "results.json").read_text())["runs"]:
+        last = [
+            row
+            for row in parse((done / "runs" / run["run"] / "metrics.csv").read_text())
+            if row["validation_loss"]
+        ][-1]
+        assert float(last["flops"]) == pytest.approx(run["flops"] + run["flops_before"], rel=1e-12)
+        assert float(last["validation_loss"]) == run["loss"]
+
+
+def test_models_worth_evaluating_are_kept_and_the_others_are_not(done):
+    results = json.loads((done / "results.json").read_text())
+    kept = {path.parent.name for path in done.glob("runs/*/checkpoints")}
+    rates = {arm["name"]: arm["learning_rate"] for arm in results["arms"]} | {
+        SCRATCH: results["scratch"]["learning_rate"]
+    }
+    last = [run for run in results["runs"] if (run["seed"], run["budget"]) == (0, 1.0)]
+    ends = {run["run"] for run in last if run["learning_rate"] == rates[run["name"]]}
+    sources = {run["run"] for run in results["runs"] if run["budget"] is None}
+    assert kept == ends | sources
+    assert open_source(str(done / "runs" / min(ends))).model.layer == 2
+
+
+def test_an_arms_run_is_what_the_train_verb_does(done, data, tmp_path):  # noqa: F811
+    """And another learning rate is another run."""
+    run = next(
+        r for r in json.loads((done / "results.json").read_text())["runs"] if r["name"] == "clone"
+    )
+    kept = json.loads((done / "runs" / run["run"] / "result.json").read_text())
+    result = train_run(kept["values"], tmp_path / "run", str(done / "runs" / kept["from"]))
+    assert result.validation_loss == run["loss"]
+    other = train_run(
+        kept["values"] | {"optimizer": {"learning_rate": 2e-3}},
+        tmp_path / "other",
+        str(done / "runs" / kept["from"]),
+    )
+    assert other.validation_loss != run["loss"]
+
+
+class Stopping:
+    """train_run that is stopped by a signal in one run, halfway, and counts its calls."""
+
+    def __init__(self, monkeypatch, at):
+        self.calls, self.at = 0, at
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, values, out, start=None, show=None):
+        self.calls += 1
+        if self.calls == self.at:
+            row = trainer.study.course.Beside.row
+
+            def stop(beside, step, *metrics):
+                signal.raise_signal(signal.SIGTERM)
+                row(beside, step, *metrics)
+
+            with self.monkeypatch.context() as patch:
+                patch.setattr(trainer.study.course.Beside, "row", stop)
+                return train_run(values, out, start, show=show)
+        return train_run(values, out, start, show=show)
+
+
+def test_a_study_that_was_stopped_goes_on_and_gives_the_same(
+    done, file, data, tmp_path, monkeypatch
+):  # noqa: F811
+    study = design(nested(data) | {"log": {"every": 1}})
+    whole = json.loads((done / "results.json").read_text())
+    stopping, known = Stopping(monkeypatch, at=5), []
+    course = Course(study, tmp_path / "out", stopping, known.append)
+    assert course.go() == signal.SIGTERM and stopping.calls == 5
+    resumed = Course(study, tmp_path / "out", Stopping(monkeypatch, at=0), known.append)
+    assert resumed.go() is None
+    assert resumed.train.calls == len(whole["runs"]) - 4 and len(known) == 4 + len(whole["runs"])
+    losses = [(run.name, run.seed, run.loss) for run in resumed.outcome.runs]
+    assert losses == [(run["name"], run["seed"], run["loss"]) for run in whole["runs"]]
+
+
+def test_by_the_command_a_study_that_exists_needs_resume(done, file, capsys):
+    assert run_command(["study", str(file), "--out", str(done)]) == 2
+    assert "--resume goes on" in capsys.readouterr().err
+    before = (done / "results.json").read_bytes()
+    assert run_command(["study", str(file), "--out", str(done), "--resume"]) == 0
+    assert (done / "results.json").read_bytes() == before
+    assert (
+        run_command(["study", str(file), "batch.sequences=2", "--out", str(done), "--resume"]) == 2
+    )
+    assert "other values" in capsys.readouterr().err
+
+
+class Pretended:
+    """train_run without training, which does not stay finite where it is told so."""
+
+    def __init__(self, diverges):
+        self.diverges = diverges
+
+    def __call__(self, values, out, start=None, show=None):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.csv").write_text("step,tokens,flops,validation_loss\n")
+        if self.diverges(out.name):
+            raise trainer.study.course.Diverged("step 3 is not finite")
+        return Result(12, None, 3.0 + len(out.name) / 1e4)
+
+
+def course_of(data, out, diverges):  # noqa: F811
+    return Course(
+        design(nested(data)),
+        out,
+        Pretended(diverges),
+        lambda known: write(known, out, picture=False),
+    )
+
+
+@pytest.mark.parametrize("what", ["lr0.004", "clone-seed1", "scratch-seed1", "clone"])
+def test_a_run_that_diverges_is_a_run_and_not_the_end(data, tmp_path, what):  # noqa: F811
+    course = course_of(data, tmp_path, lambda name: what in name)
+    assert course.go() is None
+    write(course.outcome, tmp_path)
+    lost = [run for run in course.outcome.runs if math.isinf(run.loss)]
+    assert lost and course.outcome.best_rate(SCRATCH) == 1e-3
+    assert all(
+        run["loss"] is None or run["loss"] > 0
+        for run in json.loads((tmp_path / "results.json").read_text())["runs"]
+    )
+    again = course_of(data, tmp_path, lambda name: pytest.fail("nothing is done again"))
+    assert again.go() is None and again.outcome.runs == course.outcome.runs
+    assert all(again._is_done(task) for task in again.tasks) and again.progress.left == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("scratch-seed0", "from scratch no run stayed finite at any learning rate .0.001, 0.004.;"),
+        ("half", "a source needs"),
+    ],
+)
+def test_a_study_without_a_baseline_or_a_source_ends_with_a_sentence(data, tmp_path, what, words):  # noqa: F811
+    with pytest.raises(GrowkitError, match=words):
+        course_of(data, tmp_path, lambda name: what in name).go()
+
+
+def test_a_signal_at_the_end_of_a_run_ends_the_study_after_it(data, tmp_path):  # noqa: F811
+    class Told(Pretended):
+        def __call__(self, values, out, start=None, show=None):
+            return replace(super().__call__(values, out, start, show), heard=signal.SIGTERM)
+
+    course = Course(design(nested(data)), tmp_path, Told(lambda name: False), lambda known: None)
+    assert course.go() == signal.SIGTERM and len(course.outcome.runs) == 1
+    assert course_of(data, tmp_path, lambda name: name == "scratch-seed0-lr0.001").go() is None
+
+
+def test_ties_at_the_shortest_run_are_broken_by_its_loss(outcome):
+    """Both reach it there, replicate by a step less; clone is the lower."""
+    at = {"replicate": (40.0, 2.99), "clone": (35.2, 2.5)}
+    outcome.runs = [
+        replace(run, flops=at[run.name][0], loss=at[run.name][1]) if run.budget == 0.6 else run
+        for run in outcome.runs
+    ]
+    assert outcome.saved("replicate", 0) > outcome.saved("clone", 0) and outcome.best_arms() == [
+        "clone"
+    ]

@@ -1,0 +1,349 @@
+"""Token files: a stream of token ids on disk, in Megatron's indexed format, as a memory map.
+
+Knows the two files of that format (`.bin`, the ids of all documents end to end; `.idx`, where each
+document lies in it), as GPT-NeoX and Pythia publish their data, and the `manifest.json` that stands
+beside a pair made by growkit. Leaves text and tokenizers to `trainer.data.tokenize`, and windows, shuffling
+and batches to `trainer.data.stream`. Token files live on a local disk, because they are memory-mapped.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from growkit.errors import GrowkitError, UsageError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+MANIFEST = "manifest.json"
+STEM = "tokens"
+
+_HEADER = struct.Struct(
+    "<9sQBQQ"
+)  # magic, version, dtype code, sequences, length of the document index
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_FLOAT_CODES = (6, 7)  # the format allows floats; they cannot be token ids
+_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+_BYTES_PER_SEQUENCE = 4 + 8  # an int32 length and an int64 pointer
+_SEQUENCES_AT_ONCE = 1 << 20
+_LONGEST_DOCUMENT = 2**31 - 1  # lengths are int32
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype Megatron stores ids of this vocabulary in: uint16 below 65500 ids, else int32."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+class TokenWriter:
+    """Writes documents, one at a time, to `directory/tokens.bin`, and `directory/tokens.idx` at close.
+
+    A context manager: leaving it closes the writer, except after an error, when no index is written. Holds
+    four bytes of memory a document. The directory must exist.
+    """
+
+    def __init__(self, directory: str | os.PathLike, vocab_size: int):
+        self.dtype = token_dtype(vocab_size)
+        self.tokens = 0
+        self._vocab_size = vocab_size
+        self._index_path = Path(directory) / f"{STEM}.idx"
+        self._lengths = array.array("i")
+        self._hash = hashlib.sha256()
+        self._bin = open(Path(directory) / f"{STEM}.bin", "wb")  # noqa: SIM115 (closed by close)
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append one document, ids of shape [length]; see `add_all`."""
+        self.add_all(ids, [np.size(ids)])
+
+    def add_all(self, ids: np.ndarray, lengths: Sequence[int]) -> None:
+        """Append documents laid end to end: ids of shape [sum of lengths].
+
+        Raises UsageError when an id is negative or not below `vocab_size`, and GrowkitError when a document
+        is longer than the format can say (2**31 - 1 tokens).
+        """
+        ids = np.asarray(ids)
+        if ids.size and (ids.min() < 0 or ids.max() >= self._vocab_size):
+            raise UsageError(
+                f"token ids must lie in 0..{self._vocab_size - 1} for a vocabulary of {self._vocab_size}; "
+                f"from document {self.documents} on there are ids from {ids.min()} to {ids.max()}"
+            )
+        if max(lengths, default=0) > _LONGEST_DOCUMENT:
+            raise GrowkitError(
+                f"a document holds at most {_LONGEST_DOCUMENT} tokens, and from document {self.documents} on there is "
+                f"one of {max(lengths)}; split it"
+            )
+        data = ids.astype(self.dtype).tobytes()
+        self._bin.write(data)
+        self._hash.update(data)
+        self._lengths.extend(lengths)
+        self.tokens += ids.size
+
+    @property
+    def documents(self) -> int:
+        """How many documents have been added."""
+        return len(self._lengths)
+
+    def summary(self) -> dict:
+        """What a manifest says of the files: documents, tokens, dtype and the sha256 of `tokens.bin`."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "dtype": self.dtype.name,
+            "bin_sha256": self._hash.hexdigest(),
+        }
+
+    def close(self) -> None:
+        """Finish `tokens.bin` and write `tokens.idx`."""
+        self._bin.close()
+        lengths = np.frombuffer(self._lengths, "i4") if self._lengths else np.zeros(0, "i4")
+        ends = np.cumsum(lengths, dtype="i8") * self.dtype.itemsize
+        with open(self._index_path, "wb") as index:
+            code = _CODES[self.dtype]
+            index.write(_HEADER.pack(MAGIC, VERSION, code, self.documents, self.documents + 1))
+            index.write(lengths.astype("<i4").tobytes())
+            index.write((ends - lengths * np.int64(self.dtype.itemsize)).astype("<i8").tobytes())
+            index.write(np.arange(self.documents + 1, dtype="<i8").tobytes())
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._bin.close()
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The content of an `.idx` file, as views of its memory map."""
+
+    dtype: np.dtype
+    lengths: np.ndarray  # [sequences] int32, tokens
+    pointers: np.ndarray  # [sequences] int64, bytes into the .bin
+    documents: np.ndarray  # [documents + 1] int64, sequences
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """A token stream on disk, open for reading. Make one with `TokenFile.open`.
+
+    `tokens` is a read-only memory map of the whole stream, shape [tokens]; `manifest` is the content of
+    `manifest.json`, or None for a bare Megatron pair.
+    """
+
+    name: str
+    tokens: np.ndarray
+    manifest: dict | None
+    bin_path: Path
+    index_path: Path
+    _index: _Index
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> TokenFile:
+        """Open a directory made by `tokenize`, or a Megatron pair by its prefix or by either file's name.
+
+        Checks the index whole, and the `.bin` and the manifest by sizes and counts only; `verify` reads the
+        ids too. Raises UsageError when there is no such data, GrowkitError when the files are broken.
+        """
+        prefix = _prefix(path)
+        bin_path, index_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        index = _read_index(index_path)
+        tokens = _map_tokens(bin_path, index_path, index)
+        manifest_path = bin_path.with_name(MANIFEST)
+        ours = bin_path.stem == STEM and manifest_path.is_file()
+        manifest = _read_manifest(manifest_path, index, len(tokens)) if ours else None
+        return cls(os.fspath(path), tokens, manifest, bin_path, index_path, index)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The integer type the ids are stored in."""
+        return self._index.dtype
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """Where documents begin and end, int64 [documents + 1], in tokens: from 0 to `len(self)`."""
+        starts = np.append(self._index.pointers // self.dtype.itemsize, len(self))
+        # A builder that was never told of documents leaves the single entry 0: then each sequence is one.
+        return starts if len(self._index.documents) == 1 else starts[self._index.documents]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell data sets apart, whatever they are called.
+
+        From the manifest's sha256 of the ids, or without a manifest from the index and the `.bin`'s size.
+        """
+        if self.manifest is not None:
+            return self.manifest["bin_sha256"][:16]
+        with open(self.index_path, "rb") as index:
+            digest = hashlib.file_digest(index, "sha256")
+        digest.update(str(self.tokens.nbytes).encode())
+        return digest.hexdigest()[:16]
+
+
+def verify(token_file: TokenFile) -> None:
+    """Read the whole `.bin` and compare its sha256 with the manifest's.
+
+    Raises GrowkitError when they differ, UsageError when there is no manifest to compare with.
+    """
+    if token_file.manifest is None:
+        raise UsageError(
+            f"only data with a {MANIFEST} can be verified, and {token_file.name} has none"
+        )
+    with open(token_file.bin_path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    expected = token_file.manifest["bin_sha256"]
+    if found != expected:
+        raise GrowkitError(
+            f"{token_file.bin_path} has changed since it was made: its sha256 is {found[:16]}..., and the "
+            f"manifest says {expected[:16]}...; tokenize the text again"
+        )
+
+
+def _prefix(path: str | os.PathLike) -> Path:
+    """The common name of a pair, without `.bin` and `.idx`."""
+    name = os.fspath(path)
+    if "://" in name:
+        raise UsageError(
+            f"token files are memory-mapped from a local disk: copy {name} to one first"
+        )
+    if os.path.isdir(name):
+        prefix = os.path.join(name, STEM)
+    else:
+        prefix = name[:-4] if name.endswith((".bin", ".idx")) else name
+    _check_pair(name, prefix)
+    return Path(prefix)
+
+
+def _check_pair(name: str, prefix: str) -> None:
+    """Refuse a name behind which the two files do not stand."""
+    missing = [f"{prefix}{end}" for end in (".bin", ".idx") if not os.path.isfile(f"{prefix}{end}")]
+    if len(missing) == 1:
+        raise GrowkitError(f"a token file is a .bin and an .idx, and {missing[0]} is missing")
+    if missing and os.path.isdir(name):
+        raise UsageError(
+            f"{name} is a directory without {STEM}.bin and {STEM}.idx; make them with tokenize"
+        )
+    if missing:
+        raise UsageError(
+            f"no token data at {name}: neither a directory, nor {missing[0]} and {missing[1]}"
+        )
+
+
+def _read_index(path: Path) -> _Index:
+    """Map an `.idx` file and check it against itself."""
+    if path.stat().st_size < _HEADER.size:
+        raise GrowkitError(f"{path} is cut short: an index has at least {_HEADER.size} bytes")
+    data = np.memmap(path, mode="r")
+    magic, version, code, sequences, boundaries = _HEADER.unpack(data[: _HEADER.size].tobytes())
+    _check_header(path, magic, version, code)
+    expected = _HEADER.size + sequences * _BYTES_PER_SEQUENCE + boundaries * 8
+    if data.size != expected:
+        raise GrowkitError(
+            f"{path} is {'cut short' if data.size < expected else 'too long'}: {sequences} sequences and "
+            f"{boundaries} document boundaries take {expected} bytes, and it has {data.size}"
+        )
+    if not sequences:
+        raise GrowkitError(f"{path} is empty: it lists no sequences")
+    lengths_end = _HEADER.size + sequences * 4
+    pointers_end = lengths_end + sequences * 8
+    index = _Index(
+        np.dtype(_DTYPES[code]),
+        data[_HEADER.size : lengths_end].view("<i4"),
+        data[lengths_end:pointers_end].view("<i8"),
+        data[pointers_end:].view("<i8"),
+    )
+    _check_documents(path, index)
+    return index
+
+
+def _check_header(path: Path, magic: bytes, version: int, code: int) -> None:
+    if magic != MAGIC:
+        raise GrowkitError(
+            f"{path} is not a Megatron index: it begins with {magic!r} instead of {MAGIC!r}"
+        )
+    if version != VERSION:
+        raise GrowkitError(
+            f"{path} has index version {version}; only version {VERSION} can be read"
+        )
+    if code in _FLOAT_CODES:
+        raise GrowkitError(
+            f"{path} says the data are floats (dtype code {code}); token ids are integers"
+        )
+    if code not in _DTYPES:
+        raise GrowkitError(f"{path} has dtype code {code}; the integer types are {sorted(_DTYPES)}")
+
+
+def _check_documents(path: Path, index: _Index) -> None:
+    """The document index rises from 0 to the number of sequences (or is the single entry 0)."""
+    boundaries, sequences = index.documents, len(index.lengths)
+    if not len(boundaries) or boundaries[0] != 0:
+        raise GrowkitError(f"the document index of {path} must begin with 0")
+    if len(boundaries) > 1 and (boundaries[-1] != sequences or (np.diff(boundaries) < 0).any()):
+        raise GrowkitError(
+            f"the document index of {path} must rise from 0 to its {sequences} sequences; it ends at {boundaries[-1]}"
+        )
+
+
+def _map_tokens(path: Path, index_path: Path, index: _Index) -> np.ndarray:
+    """Map the `.bin` after checking that the sequences of the index fill it end to end."""
+    expected = _check_contiguous(index_path, index)
+    size = path.stat().st_size
+    if size != expected:
+        raise GrowkitError(
+            f"{path} is {'cut short' if size < expected else 'too long'}: its index says {expected} bytes of "
+            f"{index.dtype.name} tokens, and it has {size}"
+        )
+    if not size:
+        raise GrowkitError(f"{path} is empty: it holds no tokens")
+    return np.memmap(path, dtype=index.dtype, mode="r")
+
+
+def _check_contiguous(path: Path, index: _Index) -> int:
+    """The bytes that the sequences take, laid end to end; raises GrowkitError when they are not."""
+    end = 0
+    for first in range(0, len(index.lengths), _SEQUENCES_AT_ONCE):
+        some = slice(first, first + _SEQUENCES_AT_ONCE)
+        sizes = index.lengths[some].astype(np.int64) * index.dtype.itemsize
+        ends = end + np.cumsum(sizes)
+        wrong = (ends - sizes != index.pointers[some]) | (sizes < 0)
+        if wrong.any():
+            sequence = first + int(np.argmax(wrong))
+            raise GrowkitError(
+                f"{path} is broken: sequence {sequence} does not begin where the one before it ends"
+            )
+        end = int(ends[-1])
+    return end
+
+
+def _read_manifest(path: Path, index: _Index, tokens: int) -> dict:
+    """The manifest beside a pair, after checking that it speaks of that pair."""
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise GrowkitError(f"{path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise GrowkitError(f"{path} must hold a JSON object, not a {type(manifest).__name__}")
+    found = {"tokens": tokens, "documents": len(index.documents) - 1, "dtype": index.dtype.name}
+    missing = {*found, "bin_sha256", "vocab_size", "end_of_text"} - set(manifest)
+    if missing:
+        raise GrowkitError(
+            f"{path} lacks {min(missing)!r}; tokenize the text again, or remove the manifest"
+        )
+    for key, value in found.items():
+        if manifest[key] != value:
+            raise GrowkitError(
+                f"{path} says {key} = {manifest[key]!r}, and the files beside it {value!r}"
+            )
+    return manifest

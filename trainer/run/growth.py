@@ -1,0 +1,155 @@
+"""Growth as the trainer meets it: made at start or on the way, and what a lineage's growths ask of the training.
+
+Knows the configuration's grow section, which multipliers the optimizer owes, whether a validation loss must be the
+source's, where a re-warm-up begins, and when copies stay equal. Leaves plans to growkit and training to the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from growkit.errors import GrowkitError, UsageError
+from growkit.growth.depth import plan_depth
+from growkit.growth.multipliers import Lineage, continues, growths_after, growths_owed, multipliers
+from growkit.growth.plan import Plan, combined, plan_from, with_options
+from growkit.growth.width import plan_width
+from growkit.models.gpt_neox import NeoX
+from trainer.config.sections import Config, Dropout, Grow, Model, neox
+from trainer.log.history import GROWN
+from trainer.step.optimizer import Multipliers
+from trainer.step.plateau import plateaus
+
+# By how much a validation loss, nats a token, may differ after exact growth: what rounding explains.
+ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
+
+
+def planned(settings: Grow, model: NeoX) -> Plan | None:
+    """The plan of a grow section for the source's model, None when it grows nothing. Raises UsageError."""
+    plans = []
+    if settings.map:
+        plans.append(plan_depth(model, settings.map, settings.depth_method))
+    sizes = {
+        name: getattr(settings, name) or None for name in ("embed", "heads", "mlp", "head_dim")
+    }
+    if any(sizes.values()):
+        plans.append(
+            plan_width(model, **sizes, method=settings.width_method or None, spread=settings.spread)
+        )
+    if not plans:
+        if settings != Grow():
+            raise UsageError(
+                "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp or head_dim"
+            )
+        return None
+    plan = plans[0] if len(plans) == 1 else combined("grow", plans, model)
+    return with_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
+
+
+def later(config: Config) -> Plan | None:
+    """The plan of the growth that comes on the way, None when there is none. Raises UsageError."""
+    return planned(config.grow, neox(config.model)) if config.grow.at else None
+
+
+def due(config: Config, step: int, losses: Sequence[float]) -> bool:
+    """Whether the growth on the way comes at this step, by its number or by the validation losses so far."""
+    if config.grow.at == "plateau":
+        return bool(plateaus(losses, config.schedule.plateau))
+    return step >= int(config.grow.at)
+
+
+def grown_config(config: Config, plan: Plan) -> Config:
+    """The configuration that a run goes by once that growth is made: the grown model, the schedule going on."""
+    return replace(
+        config, model=Model(**asdict(plan.grown)), schedule=replace(config.schedule, continued=True)
+    )
+
+
+def last_growths(lineage: Lineage) -> list[Mapping[str, Any]]:
+    """The growths at the end of a source's lineage, which no training has followed."""
+    return growths_after(lineage, lambda entry: entry.get("operation") == "train")
+
+
+def owed(setting: str, lineage: Lineage, model: NeoX) -> Multipliers | None:
+    """The multipliers to apply to a model of this lineage, None for none. setting: on, off or auto."""
+    growths = growths_owed(lineage)
+    if setting == "off" or not growths or (setting == "auto" and not continues(lineage)):
+        return None
+    return Multipliers(**multipliers(model, growths))
+
+
+def gap_allowed(config: Config) -> float:
+    """Nats a token by which exact growth may move the validation loss, in this run's arithmetic."""
+    return max(ROUNDING[config.precision.params], ROUNDING[config.precision.compute])
+
+
+def grown_at(lineage: Lineage) -> int | None:
+    """The step of the present schedule at which the model was last grown; None for a schedule begun since.
+
+    lineage: this training's entry last.
+    """
+    for entry in reversed(lineage):
+        if "maps" in entry:
+            return entry["source"].get("schedule_step", 0)
+        if entry.get("operation") != "train" or not entry["config"]["schedule"].get("continued"):
+            return None
+    return None
+
+
+def beginning(lineage: Lineage, step: int) -> str:
+    """The first event of a run, or of what follows a growth at a step of it: which sizes grew, where any did."""
+    came_from = lineage[-2] if len(lineage) > 1 else {}
+    if "sizes" not in came_from:
+        return "start"
+    before, after = came_from["sizes"]["before"], came_from["sizes"]["after"]
+    changed = ", ".join(
+        f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis]
+    )
+    return f"{GROWN}: {changed}" if step else f"start, {GROWN}: {changed}"
+
+
+def facts(lineage: Lineage, model: NeoX, dropout: Dropout) -> Iterator[str]:
+    """What the growths before this training mean for it, in sentences."""
+    if lineage[-1]["multipliers"]:
+        yield "exact growth in width: learning rates, eps and clip weights are multiplied for each parameter"
+    if tied := tied_axes(lineage[:-1], model, dropout):
+        yield (
+            f"warning: the copies of {', '.join(tied)} have equal gradients and dropout is 0, so they stay equal; "
+            f"grow with --noise or --spread, or train with dropout"
+        )
+
+
+def compared(
+    lineage: Lineage, loss: float, source: Mapping[str, Any], windows: str, allowed: float
+) -> str | None:
+    """What the first validation loss after exact growth is beside the source's last one; None without such growth.
+
+    source: the source's record. windows: what the validation ran on. Raises GrowkitError where the two losses differ
+    by more than `allowed`.
+    """
+    growths = last_growths(lineage)
+    if not growths or any(entry["function"] != "preserved" for entry in growths):
+        return None
+    before = source.get("validation_loss")
+    if before is None or source.get("validation_windows") != windows:
+        return (
+            "growth was exact; the source has no validation loss on these windows to compare with"
+        )
+    if abs(loss - before) > allowed:
+        raise GrowkitError(
+            f"growth was exact, but the validation loss went from {before:.6f} to {loss:.6f}, by more than the "
+            f"{allowed:g} that rounding explains; --allow-gap trains on all the same"
+        )
+    return (
+        f"growth was exact: the source's validation loss was {before:.6f}, this one's is {loss:.6f}"
+    )
+
+
+def tied_axes(lineage: Lineage, model: NeoX, dropout: Dropout) -> tuple[str, ...]:
+    """The axes whose copies, made by the last growth, will stay equal: exact copies, trained without dropout."""
+    growths = last_growths(lineage)
+    if not growths or dropout.hidden or dropout.attention or dropout.embedding:
+        return ()
+    entry = growths[-1]
+    return plan_from(entry, model.resized(entry["sizes"]["before"])).tied_copies

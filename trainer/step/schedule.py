@@ -1,0 +1,70 @@
+"""The learning rate as a function of the step: warm-up, one of a few shapes, and a warm-up once more after growth.
+
+Written out and not taken from optax.schedules because a run's first update takes the first warm-up step and its
+last one ends at the floor exactly; the tests hold it against optax's. Knows no optimizer and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.config.sections import Schedule
+
+# From the part of the fall that is done, 0 to 1, to the height above the floor that is left, 1 to 0.
+SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "cosine": lambda part: 0.5 * (1 + jnp.cos(jnp.pi * part)),
+    "linear": lambda part: 1 - part,
+    "wsd": lambda part: 1 - part,
+    "constant": jnp.ones_like,
+}
+
+
+def numbers(schedule: Schedule, peak: float, grown_at: int | None = None) -> dict[str, float]:
+    """What `rate` reads of a schedule but for its kind; arguments as `learning_rate`'s."""
+    begin = (
+        schedule.steps - round(schedule.decay * schedule.steps)
+        if schedule.kind == "wsd"
+        else schedule.warmup
+    )
+    again = grown_at is not None and schedule.rewarmup
+    return {
+        "peak": peak,
+        "warmup": max(schedule.warmup, 1),
+        "begin": begin,
+        "length": max(schedule.steps - begin, 1),
+        "floor": schedule.floor,
+        # Without growth a warm-up of one step that is long over.
+        "grown_at": grown_at if again else -1,
+        "rewarmup": schedule.rewarmup if again else 1,
+    }
+
+
+def rate(kind: str, numbers: Mapping[str, Any], step: jax.Array | int) -> jax.Array:
+    """The rate of the update after `step` updates since the branch point: step 0 takes the first warm-up step.
+
+    The numbers may be traced, so that one program serves every schedule of a kind.
+    """
+    step = jnp.asarray(step + 1, jnp.result_type(float))
+    part = jnp.clip((step - numbers["begin"]) / numbers["length"], 0.0, 1.0)
+    after = numbers["floor"] + (1 - numbers["floor"]) * SHAPES[kind](part)
+    height = jnp.where(step < numbers["warmup"], step / numbers["warmup"], after)
+    return (
+        numbers["peak"]
+        * height
+        * jnp.clip((step - numbers["grown_at"]) / numbers["rewarmup"], 0.0, 1.0)
+    )
+
+
+def learning_rate(
+    schedule: Schedule, peak: float, step: jax.Array | int, grown_at: int | None = None
+) -> jax.Array:
+    """The rate of a schedule with this peak at a step.
+
+    grown_at: the step of this schedule at which the model was grown, from which schedule.rewarmup counts; None for
+    no growth within the schedule.
+    """
+    return rate(schedule.kind, numbers(schedule, peak, grown_at), step)
