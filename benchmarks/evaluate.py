@@ -28,7 +28,8 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.checkpoint.tensor import Contents, copy_of, in_memory
 from growkit.evaluation import harness
 from growkit.evaluation.questions import questions
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokenizer import TextTokenizer, train_tokenizer, write_tokenizer
 from trainer.evaluate.harness import jax_model
 
@@ -84,14 +85,14 @@ def write_items(directory: Path, count: int) -> None:
     write("bpb/text.jsonl", [{"text": text(1500)} for _ in range(max(1, count // 10))])
 
 
-def write_model(directory: Path, model: NeoX, tokenizer: TextTokenizer) -> tuple[Path, Path]:
+def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) -> tuple[Path, Path]:
     """The same random parameters as a checkpoint and as a Hugging Face directory."""
     generator = np.random.default_rng(0)
     recipes = {}
     for name, row, _ in model.table.names(model.sizes):
         shape = row.shape(model.sizes)
         array = (
-            0.02 * generator.standard_normal(shape, np.float32) + (row.initialisation == "ones")
+            0.02 * generator.standard_normal(shape, np.float32) + (row.begins == "ones")
         ).astype(np.float32)
         recipes[name] = copy_of(in_memory(array))
     (directory / "tokenizer").mkdir()
@@ -101,7 +102,7 @@ def write_model(directory: Path, model: NeoX, tokenizer: TextTokenizer) -> tuple
     write_output(
         directory / "checkpoint",
         "checkpoint",
-        Contents(write_config(model), {"params": recipes}, [], record, files),
+        Contents(model.config(), {"params": recipes}, [], record, files),
     )
     source = open_source(str(directory / "checkpoint"))
     write_output(directory / "huggingface", "huggingface", exported(source), [source])
@@ -142,7 +143,7 @@ def compare(ours, theirs, asked: list[harness.Question]) -> None:
 def main(
     data: Path | None, limit: int, batch: int, layers: int, embed: int, vocab: int, context: int
 ) -> None:
-    model = NeoX(
+    model = GPT_NEOX.model(
         layer=layers,
         embed=embed,
         head=embed // 64,

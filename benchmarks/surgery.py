@@ -39,13 +39,14 @@ from safetensors.numpy import save_file
 from growkit.checkpoint.huggingface import read_header
 from growkit.checkpoint.location import write_output
 from growkit.checkpoint.tensor import BLOCK, Contents, Recipe
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
 
 # Python programs run compiled, as installed ones are.
 COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
 # 18 layers of embed 1536, untied: 0.66B parameters. The other sizes keep the proportions.
-MODEL = NeoX(
+MODEL = GPT_NEOX.model(
     layer=18, embed=1536, head=12, mlp=6144, vocab=50304, context=1024, rotary_pct=0.25, tied=False
 )
 SIZES = {0.1: (12, 768), 0.6: (18, 1536), 2.0: (32, 2176)}
@@ -65,13 +66,13 @@ grown.save_pretrained(out)
 """
 
 
-def model_of(billions: float) -> NeoX:
+def model_of(billions: float) -> Architecture:
     """The model of about that many parameters."""
     layer, embed = SIZES[billions]
-    return replace(MODEL, layer=layer, embed=embed, head=embed // 128, mlp=4 * embed)
+    return MODEL.change(layer=layer, embed=embed, head=embed // 128, mlp=4 * embed)
 
 
-def build(path: Path, model: NeoX, kind: str, dtype: np.dtype, seed: int = 0) -> Path:
+def build(path: Path, model: Architecture, kind: str, dtype: np.dtype, seed: int = 0) -> Path:
     """A model of random numbers on disk, with moments if it is a checkpoint."""
     if path.exists():
         return path
@@ -92,7 +93,7 @@ def build(path: Path, model: NeoX, kind: str, dtype: np.dtype, seed: int = 0) ->
         name: recipe(row.shape(model.sizes)) for name, row, _ in model.table.names(model.sizes)
     }
     slots = ("params", "mu", "nu") if kind == "checkpoint" else ("params",)
-    write_output(path, kind, Contents(write_config(model), dict.fromkeys(slots, recipes), []))
+    write_output(path, kind, Contents(model.config(), dict.fromkeys(slots, recipes), []))
     return path
 
 
@@ -218,13 +219,13 @@ def rivals(source: Path, layer: int, target: int, program: str | None) -> list[C
 
 
 def jobs(
-    model: NeoX, directory: Path
+    model: Architecture, directory: Path
 ) -> dict[str, tuple[NeoX, Callable[[Path, Path, Path], list[str]]]]:
     """Every growth that is timed: name -> (the source's model, the command by source, other source and output).
 
     Sources that grow in width have a quarter of the layers, so that all outputs have about the same size.
     """
-    target, small = model.layer * 4 // 3, replace(model, layer=max(1, model.layer // 4))
+    target, small = model.layer * 4 // 3, model.change(layer=max(1, model.layer // 4))
     grown = replace(
         small,
         layer=small.layer * 4 // 3,
@@ -233,7 +234,7 @@ def jobs(
         mlp=model.mlp * 2,
     )
     like = directory / "like.json"
-    like.write_text(json.dumps(write_config(grown)))
+    like.write_text(json.dumps(grown.config()))
     return {
         "depth": (
             model,
@@ -253,7 +254,7 @@ def jobs(
 
 def by_kind(
     kind: str,
-    model: NeoX,
+    model: Architecture,
     directory: Path,
     rounds: int,
     program: str | None = None,
@@ -322,7 +323,7 @@ def main() -> None:
             # A checkpoint holds every parameter three times: a third of the layers, tied, make about as many bytes.
             by_kind(
                 "checkpoint",
-                replace(model, layer=model.layer // 3, tied=True),
+                model.change(layer=model.layer // 3, tied=True),
                 directory,
                 chosen.rounds,
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 
 HEAD = """---
 library_name: transformers
@@ -15,7 +15,7 @@ pipeline_tag: text-generation
 tags: [gpt_neox, growkit]
 ---
 
-# GPT-NeoX, {size}
+# GPT-Architecture, {size}
 
 | | |
 | --- | --- |
@@ -50,7 +50,7 @@ def short_count(number: float) -> str:
     return str(int(number))
 
 
-def model_card(model: NeoX, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
+def model_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
     """README.md of an exported model, its lineage in words; the entries themselves are in lineage.json.
 
     evaluation: tables and notes in Markdown, where it was measured.

@@ -20,7 +20,6 @@ from growkit.checkpoint.files import json_bytes, read_json
 from growkit.checkpoint.output import Job, Progress, create_file, fill
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, raw
 from growkit.errors import GrowkitError
-from growkit.models.gpt_neox import BUFFERS
 
 INDEX = "model.safetensors.index.json"
 LINEAGE = "lineage.json"

@@ -19,7 +19,7 @@ from growkit.checkpoint.orbax import META, is_checkpoint, open_checkpoint, write
 from growkit.checkpoint.output import Progress, check_output, committed
 from growkit.checkpoint.remote import check_free, fetched, reaching, send
 from growkit.checkpoint.tensor import Contents, Source
-from growkit.errors import GrowkitError, UsageError, nearest
+from growkit.errors import GrowkitError, UsageError, find_nearest
 
 CHECKPOINTS = "checkpoints"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -59,7 +59,7 @@ def locate(text: str) -> Path:
     if HUB_ID.fullmatch(name or text) and "/" in text and not Path(text.split("/")[0]).exists():
         return _download(name or text, at if name else None)
     beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = nearest(path.name, beside)
+    near = find_nearest(path.name, beside)
     hint = f"; did you mean {str(path.parent / near)!r}?" if near else ""
     raise UsageError(f"there is no such directory: {text}{hint}")
 

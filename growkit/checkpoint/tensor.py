@@ -191,7 +191,7 @@ class Source:
                 kept.pop(self.model.head_name, None)
             shapes = {name: tensor.shape for name, tensor in kept.items()}
             try:
-                self.model.table.cover(shapes, self.model.sizes, self.model.fields)
+                self.model.table.check_covered(shapes, self.model.sizes, self.model.fields)
             except GrowkitError as problem:
                 raise GrowkitError(
                     f"{self.path}: {'' if slot == 'params' else slot + ': '}{problem}"

@@ -78,7 +78,7 @@ def _model_lines(kind: str, model: dict) -> list[str]:
         return [f"model        {kind}: {size}, {heads}, {common}", f"             {head}"]
     residual = "parallel" if model["parallel_residual"] else "sequential"
     return [
-        f"model        GPT-NeoX: {size}, {model['head']} heads of {model['head_dim']}, {common}",
+        f"model        GPT-Architecture: {size}, {model['head']} heads of {model['head_dim']}, {common}",
         f"             rotary {model['rotary_pct']:g} of head_dim, {residual} residual, {head}",
     ]
 
@@ -108,11 +108,11 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from dataclasses import asdict
 
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.comparison import compared, fields_differing, model_of
+    from growkit.surgery.comparison import compare_sources, fields_differing, model_of
 
     one, other = open_source(a), open_source(b)
     with progress_bar("comparing", one.size + other.size) as progress:
-        tensors = list(compared(one, other, progress))
+        tensors = list(compare_sources(one, other, progress))
     facts = {
         "a": _side(one),
         "b": _side(other),

@@ -15,7 +15,7 @@ NOT_PRESERVED = "not preserved: a copied layer adds its part once more, so the l
 
 def describe(source, plan, size: int, out: Path) -> str:
     """What a plan will do, for a reader at a terminal."""
-    from growkit.growth.depth import picture
+    from growkit.growth.depth import draw_map
 
     before, after = plan.model, plan.grown
     lines = [
@@ -24,7 +24,7 @@ def describe(source, plan, size: int, out: Path) -> str:
         f"sizes       {changes(before.sizes, after.sizes)}",
         *(f"growth      {words}" for words in plan.method.split("; ")),
         *(f"by rule     {note}" for note in plan.notes),
-        *([picture(plan.maps["layer"].index.tolist())] if "layer" in plan.maps else []),
+        *([draw_map(plan.maps["layer"].index.tolist())] if "layer" in plan.maps else []),
         *(f"padding     {words}" for words in _padding(plan)),
         *([f"noise       {_noise(plan)}"] if plan.noise else []),
         f"parameters  {before.parameters:,} -> {after.parameters:,} ({after.parameters / before.parameters:.2f}x)",

@@ -109,7 +109,7 @@ def opened(texts: tuple[str, ...]) -> list[tuple]:
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
     from growkit.evaluation.harness import require_harness
-    from growkit.models.gpt_neox import require_neox
+    from growkit.models import require_trained
     from trainer.data.tokenizer import carried_tokenizer
 
     found = []
@@ -119,7 +119,7 @@ def opened(texts: tuple[str, ...]) -> list[tuple]:
             *(("torch", "transformers", "accelerate") if source.kind == "huggingface" else ())
         )
         if source.kind == "checkpoint":
-            require_neox(source.model, source.path)
+            require_trained(source.model, source.path)
         tokenizer = carried_tokenizer(source.files, source.path)
         if tokenizer.vocab_size > source.model.vocab:
             raise GrowkitError(
@@ -132,7 +132,6 @@ def opened(texts: tuple[str, ...]) -> list[tuple]:
 
 def loaded(source, tokenizer, window: int, batch: int):
     """The model of a source as the harness asks it: transformers' for a directory, ours for a checkpoint."""
-    from growkit.models.gpt_neox import NeoX
 
     if source.kind == "checkpoint":
         from trainer.evaluate.harness import jax_model
@@ -140,7 +139,7 @@ def loaded(source, tokenizer, window: int, batch: int):
         return jax_model(source, tokenizer, window, batch)
     from convert.harness import hugging_face_model
 
-    prefix = tokenizer.end_of_text_id if isinstance(source.model, NeoX) else None
+    prefix = tokenizer.end_of_text_id if source.model.kind == "gpt_neox" else None
     return hugging_face_model(source.here, prefix, window, batch)
 
 

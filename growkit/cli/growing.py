@@ -172,7 +172,7 @@ def _preset_model(text: str, model):
     if model.kind != "gpt_neox":
         raise UsageError(f"it describes a gpt_neox model, the source is a {model.kind} one")
     sizes = model.sizes | {axis: stated.pop(axis) for axis in model.fields if axis in stated}
-    return replace(model.resized(sizes), **stated)
+    return replace(model.resize(sizes), **stated)
 
 
 def _number(option: str, text: str, whole: bool = False) -> float | int:
@@ -202,14 +202,14 @@ def _grow(
     from growkit.checkpoint.files import path_of
     from growkit.checkpoint.location import check_writable, open_source
     from growkit.errors import UsageError
-    from growkit.growth.plan import with_options
+    from growkit.growth.plan import set_options
 
     values = {"noise": _number("noise", noise), "seed": _number("seed", seed, whole=True)}
     tokens = None if check is None else _number("check", check, whole=True)
     if tokens is not None and output["dry_run"]:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     source = open_source(src)
-    plan = with_options(plan_of(source.model), moments, **values)
+    plan = set_options(plan_of(source.model), moments, **values)
     check_writable(path_of(out), [source], output["force"])
     shard_bytes(shard, source.kind)
     if tokens is not None:
@@ -231,9 +231,9 @@ def grow(
 ) -> None:
     """Print what a plan will do, then do it; tokens: how many to check the result on, None for no check."""
     from growkit.cli.comparing import check, check_kept, check_words
-    from growkit.surgery.grow import grown
+    from growkit.surgery.grow import prepare_growth
 
-    contents = grown(source, plan)
+    contents = prepare_growth(source, plan)
     if not as_json:
         click.echo(describe(source, plan, contents.size, out))
     found = None

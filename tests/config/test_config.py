@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import (
     Config,
     Dropout,
@@ -63,7 +63,7 @@ SIZES = {
 def test_every_preset_resolves_to_the_size_it_states(preset):
     config = resolve(read_values(preset, []))
     model = neox(config.model)
-    tied, untied = (dataclasses.replace(model, tied=tied).parameters for tied in (True, False))
+    tied, untied = (model.change(tied=tied).parameters for tied in (True, False))
     beside = tied - model.vocab * model.embed
     if preset in SIZES:
         assert tuple(round(count / 1e6) for count in (tied, untied, beside)) == SIZES[preset]
@@ -193,14 +193,14 @@ def test_changed_keys_are_named_and_what_may_change_is_not():
     assert changed_keys(after, after) == []
 
 
-SOURCE = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+SOURCE = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 
 
 def test_a_source_fills_the_model_section():
     values = with_model_of({"seed": 3}, SOURCE, "here")
     assert neox(resolve(values).model) == SOURCE
     longer = with_model_of({"model": {"context": 32, "layer": 2}}, SOURCE, "here")
-    assert neox(resolve(longer).model) == dataclasses.replace(SOURCE, context=32)
+    assert neox(resolve(longer).model) == SOURCE.change(context=32)
 
 
 def test_a_stated_value_is_compared_as_the_number_it_is():

@@ -19,13 +19,13 @@ from etils import epath
 
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokens import TokenWriter
 from trainer.devices.hosts import COORDINATOR, COUNT, NUMBER, join
 from trainer.run.checkpoint import last_step
 from trainer.run.watch import Watch
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 SEQUENCES, STEPS = 8, 8
 
 # The command line in a process of its own. It notes what it draws, and may send itself a signal or draw what the

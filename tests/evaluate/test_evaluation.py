@@ -23,7 +23,8 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation import harness, items, report
 from growkit.evaluation.catalogue import NAMES, SEED, TASKS, is_full, named, published
 from growkit.evaluation.questions import questions
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokenizer import carried_tokenizer, train_tokenizer
 from trainer.evaluate.harness import jax_model
 from trainer.evaluate.likelihood import bucket
@@ -31,7 +32,7 @@ from trainer.model.decoder import logits_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 WINDOW = 48
-MODEL = NeoX(layer=2, embed=32, head=4, mlp=64, vocab=320, context=WINDOW, tied=True)
+MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=320, context=WINDOW, tied=True)
 WORDS = "the cat sat on a mat and was glad of its hat while rain fell over towns where no dog ever slept".split()  # noqa: SIM905
 
 ROWS = {
@@ -107,7 +108,7 @@ def tokenizer():
 
 
 def save_model(
-    path: Path, tokenizer, model: NeoX = MODEL, scale: float = 1.0, files: bool = True
+    path: Path, tokenizer, model: Architecture = MODEL, scale: float = 1.0, files: bool = True
 ) -> Path:
     """A trainer checkpoint of random parameters with its tokenizer."""
     tensors = random_tensors(model)
@@ -126,7 +127,7 @@ def save_model(
         else {}
     )
     record = {"count": 0, "step": 0, "schedule_step": 0, "tokens": 0}
-    write_checkpoint(path, Contents(write_config(model), {"params": recipes}, [], record, beside))
+    write_checkpoint(path, Contents(model.config(), {"params": recipes}, [], record, beside))
     return path
 
 
@@ -517,7 +518,7 @@ def test_models_of_different_contexts_read_the_same_window(
     tmp_path, checkpoint, tokenizer, data, capsys
 ):
     short = save_model(
-        tmp_path / "short", tokenizer, NeoX(**{**vars(MODEL), "context": 32}), scale=0.5
+        tmp_path / "short", tokenizer, MODEL.change(context=32), scale=0.5
     )
     kept = tmp_path / "scores.json"
     words = ["--data", data, "--tasks", "piqa,bpb", "--output", kept]
@@ -665,7 +666,7 @@ def test_a_broken_text_is_named(content, words, tmp_path, checkpoint, capsys):
 def test_models_that_cannot_be_asked(tmp_path, tokenizer, data, capsys):
     bare = save_model(tmp_path / "bare", tokenizer, files=False)
     assert "carries no tokenizer.json" in refused(capsys, 1, bare, "--data", data)
-    small = save_model(tmp_path / "small", tokenizer, NeoX(**{**vars(MODEL), "vocab": 280}))
+    small = save_model(tmp_path / "small", tokenizer, MODEL.change(vocab=280))
     assert "gives ids up to 289, and the vocabulary of the model is 280" in refused(
         capsys, 1, small, "--data", data
     )

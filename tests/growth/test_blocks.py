@@ -10,19 +10,19 @@ from conftest import random_tensors
 from test_growth import held
 
 from growkit.checkpoint.tensor import Tensor
-from growkit.growth.axes import listed, repeat
-from growkit.growth.plan import planned
+from growkit.growth.axes import make_map, repeat
+from growkit.growth.plan import build_plan
 from growkit.growth.width import plan_width
-from growkit.models.gpt_neox import NeoX
-from growkit.models.llama import Llama
+from growkit.models.gpt_neox import GPT_NEOX
+from growkit.models.llama import LLAMA
 from growkit.surgery import blocks
 from growkit.surgery import grow as surgery
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
-LLAMA = Llama(layer=1, embed=16, kv=2, group=2, head_dim=8, mlp=20, vocab=24, context=16)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
+LLAMA = LLAMA.model(layer=1, embed=16, kv=2, group=2, head_dim=8, mlp=20, vocab=24, context=16)
 UNEVEN_COPIES = {
-    "head": listed([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
-    "mlp": listed(
+    "head": make_map([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
+    "mlp": make_map(
         [*range(12), 3, 3, 7, 0],
         12,
         [0.5, 1, 1, 0.25, 1, 1, 1, 0.9, 1, 1, 1, 1, 0.25, 0.5, 0.1, 0.5],
@@ -33,7 +33,7 @@ PLANS = {
     "three": plan_width(TINY, embed="3x", mlp=40, spread=0.5),
     "noise": dataclasses.replace(plan_width(TINY, embed="3x"), noise=0.3, seed=7),
     "mlp": plan_width(TINY, mlp=30),
-    "heads out of order": planned("width", "test", TINY, UNEVEN_COPIES | {"embed": repeat(16, 32)}),
+    "heads out of order": build_plan("width", "test", TINY, UNEVEN_COPIES | {"embed": repeat(16, 32)}),
     "mean-pad": plan_width(TINY, embed=24, mlp=16),
     "head_dim": plan_width(TINY, head_dim=12),
     "head_dim and heads": plan_width(TINY, heads=4, head_dim=12, embed=48),
@@ -50,7 +50,7 @@ def recipes(plan, dtype="float32"):
     slots = {
         slot: random_tensors(plan.model, dtype, seed) for seed, slot in enumerate(surgery.MOMENTS)
     }
-    return surgery.grown(held(plan.model, **slots), plan).recipes
+    return surgery.prepare_growth(held(plan.model, **slots), plan).recipes
 
 
 def arrays(plan, dtype="float32"):

@@ -13,7 +13,7 @@ import pytest
 from growkit.growth.noise import centred, threefry, uniform
 from growkit.growth.tree import grow
 from growkit.growth.width import plan_width
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import initial_params
 from trainer.step.update import initial_state, make_train_step
@@ -93,7 +93,7 @@ def test_tensors_too_large_for_the_counter_are_refused():
         uniform(0, "a", (1 << 16, 1 << 16))
 
 
-TINY = NeoX(
+TINY = GPT_NEOX.model(
     layer=1,
     embed=8,
     head=2,

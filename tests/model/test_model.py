@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ VARIANTS = [
 
 
 def our_logits(source, tokens, dtype, rotary=None, **change):
-    model = replace(source.model, **change)
+    model = source.model.change(**change)
     network = GPTNeoX(model, Precision(params=dtype, compute=dtype))
     return np.asarray(
         jax.jit(network.apply)({"params": stacked(source, dtype=dtype)}, tokens, rotary=rotary)
@@ -33,7 +31,7 @@ def our_logits(source, tokens, dtype, rotary=None, **change):
 @pytest.mark.parametrize("pct,parallel,tied", VARIANTS)
 @pytest.mark.parametrize("dtype,bound", [("float32", 1e-4), ("float64", 1e-10)])
 def test_logits_equal_transformers(tmp_path, tokens, pct, parallel, tied, dtype, bound):
-    model = replace(SMALL, rotary_pct=pct, parallel_residual=parallel, tied=tied)
+    model = SMALL.change(rotary_pct=pct, parallel_residual=parallel, tied=tied)
     source = open_source(save_transformers_model(tmp_path / "hf", model, dtype).as_posix())
     theirs, rotary = transformers_logits(tmp_path / "hf", tokens, dtype)
     with jax.enable_x64(dtype == "float64"):
@@ -89,8 +87,8 @@ def test_initial_tree_is_the_tables():
         expected = ((SMALL.layer,) if row.stacked else ()) + row.shape(SMALL.sizes)
         assert leaf.shape == expected
         spread = float(np.std(leaf))
-        wanted = {"ones": 0.0, "zeros": 0.0, "normal": SMALL.initializer_range}[row.initialisation]
-        if row.stacked and row.stacked.read and row.initialisation == "normal":
+        wanted = {"ones": 0.0, "zeros": 0.0, "normal": SMALL.initializer_range}[row.begins]
+        if row.stacked and row.stacked.read and row.begins == "normal":
             wanted /= np.sqrt(2 * SMALL.layer)
         assert spread == pytest.approx(wanted, rel=0.1), path
 

@@ -12,7 +12,7 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
-from growkit.surgery.grow import grown
+from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
 from trainer.config.quantity import count_of
 
@@ -151,7 +151,7 @@ def test_annealings_that_cannot_be(given, said, source, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["huggingface", "checkpoint"])
 def test_what_is_no_runs_checkpoint_has_no_schedule(kind, source, tmp_path, capsys):
     of = open_source(str(source))
-    contents = exported(of) if kind == "huggingface" else grown(of, plan_depth(of.model, "2:3"))
+    contents = exported(of) if kind == "huggingface" else prepare_growth(of, plan_depth(of.model, "2:3"))
     write_output(tmp_path / "model", kind, contents)
     assert anneal(tmp_path / "model", tmp_path / "run") == 2
     said = capsys.readouterr().err

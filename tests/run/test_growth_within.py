@@ -23,7 +23,7 @@ from test_training import (  # noqa: F401 (fixtures)
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
-from growkit.surgery.grow import grown
+from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
@@ -70,7 +70,7 @@ def on_disk(small, data, tmp_path_factory):  # noqa: F811
     root, runs = tmp_path_factory.mktemp("disk"), {}
     source = open_source(f"{small}@{AT}")
     write_output(
-        root / "grown", "checkpoint", grown(source, plan_depth(source.model, "2:3")), [source]
+        root / "grown", "checkpoint", prepare_growth(source, plan_depth(source.model, "2:3")), [source]
     )
     for rewarmup in (3, 0):
         sections = settings(data, schedule={"continued": True, "rewarmup": rewarmup})

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -24,8 +24,8 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.models.gpt_neox import NeoX
-from growkit.surgery.grow import grown, stacked
+from growkit.models.gpt_neox import GPT_NEOX
+from growkit.surgery.grow import prepare_growth, stacked
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
@@ -38,7 +38,7 @@ from trainer.step.optimizer import Multipliers
 # After a restore that fails, Orbax leaves coroutines behind that complain when they are collected, whenever that is.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 SEQUENCES, STEPS = 4, 12
 
 
@@ -599,7 +599,7 @@ def larger(whole, tmp_path_factory):
     """The uninterrupted run's last checkpoint, grown from two layers to three."""
     out = tmp_path_factory.mktemp("larger") / "grown"
     source = open_source(str(whole))
-    write_output(out, source.kind, grown(source, plan_depth(source.model, "2:3")), [source])
+    write_output(out, source.kind, prepare_growth(source, plan_depth(source.model, "2:3")), [source])
     return out
 
 
@@ -723,7 +723,7 @@ def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, wh
 
 def test_a_context_of_its_own(data, tmp_path, whole):
     """The context may differ from the source's; the windows are others then, and so is the data stream."""
-    model = asdict(replace(TINY, context=8))
+    model = asdict(TINY.change(context=8))
     run = Run(
         resolve(values(data) | {"model": model}),
         tmp_path / "run",

@@ -14,14 +14,14 @@ import pytest
 
 from growkit.growth.axes import tile
 from growkit.growth.rule import MU, NU, VALUE, expand, share_scale
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import row_at
 from trainer.run.checkpoint import from_tree, to_tree
 from trainer.step.optimizer import Multipliers, adamw, clip_by_norm, decay_mask, global_norm
 from trainer.step.update import initial_state, make_train_step
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5, tied=False)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5, tied=False)
 MATRICES = {"embed_in", "embed_out", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 SETTINGS = Optimizer(learning_rate=1e-2, eps=1e-5, weight_decay=0.3, clip=1.0)
 RATE, STEPS = 1e-2, 20
@@ -43,7 +43,7 @@ def parameters(model=TINY):
         for key in row.path[:-1]:
             node = node.setdefault(key, {})
         shape = ((model.layer,) if row.stacked else ()) + row.shape(model.sizes)
-        node[row.path[-1]] = 0.1 * random.normal(size=shape) + (row.initialisation == "ones")
+        node[row.path[-1]] = 0.1 * random.normal(size=shape) + (row.begins == "ones")
     return tree
 
 
@@ -131,7 +131,7 @@ def test_decay_of_everything_is_not(monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_acts_on_the_matrices(tied):
-    model = dataclasses.replace(TINY, tied=tied)
+    model = TINY.change(tied=tied)
     mask = decay_mask(model)
     assert jax.tree.structure(mask) == jax.tree.structure(parameters(model))
     for path, decayed in jax.tree_util.tree_leaves_with_path(mask):
@@ -266,7 +266,7 @@ def losses(step, state):
 @lru_cache
 def small(tied):
     """A small model trained for a few steps, so that it has moments and counts, and the losses of its further ones."""
-    model = dataclasses.replace(TINY, tied=tied)
+    model = TINY.change(tied=tied)
     state = initial_state(CONFIG, model, jax.tree.map(jnp.asarray, parameters(model)))
     step = make_train_step(CONFIG, model)
     for number in range(BEFORE):
@@ -294,7 +294,7 @@ def with_multipliers(tied=False, **change):
 
 
 def enlarged(model):
-    return model.resized(model.sizes | {axis: len(axis_map) for axis, axis_map in MAPS.items()})
+    return model.resize(model.sizes | {axis: len(axis_map) for axis, axis_map in MAPS.items()})
 
 
 def grown(tied=False, params=VALUE, mu=MU, nu=NU):

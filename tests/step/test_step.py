@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import trainer.step.update
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import initial_params
 from trainer.step.update import initial_state, make_eval_step, make_train_step
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 CONFIG = Config(
     dropout=Dropout(0.0, 0.0, 0.0),
     precision=Precision("float32", "float32"),
@@ -200,7 +200,7 @@ def golden_params():
             node = node.setdefault(key, {})
         shape = ((TINY.layer,) if row.stacked else ()) + row.shape(TINY.sizes)
         node[row.path[-1]] = (
-            0.2 * random.normal(size=shape) + (row.initialisation == "ones")
+            0.2 * random.normal(size=shape) + (row.begins == "ones")
         ).astype(np.float32)
     return tree
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
@@ -142,7 +141,7 @@ def test_presets_and_models_take_what_their_sizes_do(tmp_path, capsys):
     assert found["target"]["parameters"] - found["target"]["without_embeddings"] == 50304 * 1536
     assert found["source"]["name"] == "6 layers of 760m" and found["source"]["recommended"]
     assert found["source"]["factor"] == pytest.approx(4, abs=1e-3) and not found["law"]["outside"]
-    save_directory(tmp_path / "target", replace(SMALL, layer=6))
+    save_directory(tmp_path / "target", SMALL.change(layer=6))
     save_checkpoint(tmp_path / "source", SMALL)
     found = said(
         capsys,

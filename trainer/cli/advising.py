@@ -127,10 +127,9 @@ def _configured(name: str):
 
 
 def _measured_size(name: str, model):
-    from growkit.models.gpt_neox import NeoX
     from trainer.study.advice import Size
 
-    flops = model.flops_per_token() if isinstance(model, NeoX) else 6.0 * model.parameters
+    flops = model.flops_per_token() if model.kind == "gpt_neox" else 6.0 * model.parameters
     embeddings = model.vocab * model.embed * (1 if model.tied else 2)
     return Size(name, model.parameters, model.parameters - embeddings, flops, model.embed)
 
@@ -145,7 +144,7 @@ def recommended(target, model):
         return Size.counted(short(count), count)
     layers = max(LEAST_LAYERS, round(model.layer / FACTOR))
     return _measured_size(
-        f"{layers} layers of {target.name}", model.resized(model.sizes | {"layer": layers})
+        f"{layers} layers of {target.name}", model.resize(model.sizes | {"layer": layers})
     )
 
 

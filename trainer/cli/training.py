@@ -172,7 +172,7 @@ def train_run(
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
-    from growkit.models.gpt_neox import NeoX, require_neox
+    from growkit.models import require_trained
     from trainer.config.sections import resolve
     from trainer.devices.programs import keep_programs
     from trainer.log.report import Report
@@ -191,7 +191,7 @@ def train_run(
         values = with_model_of(values, NeoX(**stored["config"]["model"]), start)
     elif start:
         source = open_source(start)
-        require_neox(source.model, start)
+        require_trained(source.model, start)
         plan = planned(grow, source.model) if not grow.at else None
         values = with_model_of(values, plan.grown if plan else source.model, start)
     elif values.get("grow") and not grow.at:
@@ -233,10 +233,10 @@ def continued(source, prompt: str, tokens: int, temperature: float, seed: int) -
     from tokenizers import Tokenizer
 
     from growkit.errors import GrowkitError, UsageError
-    from growkit.models.gpt_neox import require_neox
+    from growkit.models import require_trained
     from trainer.evaluate.generate import continuation
 
-    require_neox(source.model, str(source.path))
+    require_trained(source.model, str(source.path))
     if tokens < 1:
         raise UsageError(f"--tokens must be at least 1, got {tokens}")
     if "tokenizer.json" not in source.files:

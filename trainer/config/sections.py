@@ -16,7 +16,7 @@ from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.evaluation.catalogue import named
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -428,7 +428,7 @@ def _value(config: Config, key: str) -> Any:
     return value
 
 
-def neox(model: Model) -> NeoX:
+def neox(model: Model) -> Architecture:
     """The architecture a model section describes. Raises UsageError for sizes that contradict each other."""
     try:
         return NeoX(**dataclasses.asdict(model))

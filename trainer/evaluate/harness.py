@@ -13,7 +13,7 @@ from lm_eval.api.model import TemplateLM
 
 from growkit.checkpoint.tensor import Source
 from growkit.evaluation.harness import Request, Windowed, joined
-from growkit.models.gpt_neox import require_neox
+from growkit.models import require_trained
 from growkit.surgery.grow import stacked
 from trainer.config.sections import Mesh, Precision
 from trainer.data.tokenizer import TextTokenizer
@@ -75,7 +75,7 @@ def jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int)
 
     Raises UsageError for an architecture that the trainer does not compute.
     """
-    model = require_neox(source.model, source.path)
+    model = require_trained(source.model, source.path)
     layout = Layout(make_mesh(Mesh(), jax.local_devices()))
     network = GPTNeoX(model, Precision("float32", "float32"), layout=layout)
     params = jax.device_put(stacked(source, dtype="float32"), model.table.tree(layout.stored))

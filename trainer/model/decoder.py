@@ -1,4 +1,4 @@
-"""GPT-NeoX in Flax: tokens in, logits out, exactly as Hugging Face defines it.
+"""GPT-Architecture in Flax: tokens in, logits out, exactly as Hugging Face defines it.
 
 Flax's linen is used where it carries weight: it lifts one block into a scan over stacked layers (so that
 depth does not change compile time), threads dropout and initialisation keys, and rematerialises. Linen and
@@ -23,7 +23,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_policies
 
 from growkit.checkpoint.tensor import Source
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from growkit.surgery.grow import stacked
 from trainer.config.sections import Dropout, Precision
@@ -46,7 +46,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def rotary_tables(model: NeoX, time: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(model: Architecture, time: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine [T, R/2] of the rotary angles.
 
     As Hugging Face has them, angles and tables are rounded to float32 whatever the model's precision is; the
@@ -68,19 +68,19 @@ def rotate(x_BxHxTxD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Arr
     )
 
 
-def row_at(model: NeoX, path: tuple[str, ...]) -> Row:
+def row_at(model: Architecture, path: tuple[str, ...]) -> Row:
     """The table's row for a path in the parameter tree."""
     return next(row for row in model.table.rows if row.path == path)
 
 
-def initializer(model: NeoX, row: Row) -> Any:
+def initializer(model: Architecture, row: Row) -> Any:
     """How a row begins. Weights that write into the residual stream start smaller by 1/sqrt(2 layers).
 
     Source: GPT-2 (Radford et al. 2019), section 2.3.
     """
-    if row.initialisation == "ones":
+    if row.begins == "ones":
         return nn.initializers.ones
-    if row.initialisation == "zeros":
+    if row.begins == "zeros":
         return nn.initializers.zeros
     writes_residual = row.stacked is not None and row.stacked.read
     return nn.initializers.normal(
@@ -91,7 +91,7 @@ def initializer(model: NeoX, row: Row) -> Any:
 class Parameters(nn.Module):
     """A module whose parameters are rows of the axis table, found by the module's own path."""
 
-    model: NeoX
+    model: Architecture
     precision: Precision
     layout: Layout | None = field(default=None, kw_only=True)
 
@@ -260,7 +260,7 @@ class GPTNeoX(Parameters):
         return self.computed(weight, row_at(self.model, (name, "weight")))
 
 
-def initial_params(model: NeoX, precision: Precision, seed: int) -> Any:
+def initial_params(model: Architecture, precision: Precision, seed: int) -> Any:
     """A new model's parameter tree, by the table's initialisations."""
     network = GPTNeoX(model, precision)
     return jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from growkit.errors import GrowkitError, UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, neox, resolve
 from trainer.config.values import overridden
 from trainer.devices.accelerators import GIB, parse_slice, peak_flops
@@ -236,7 +236,7 @@ class Plan:
     """A configuration on devices. flops: of a step, by the formula; computed: matrix products of the step's program."""
 
     config: Config
-    model: NeoX
+    model: Architecture
     target: Target
     mesh: dict[str, int]
     attention: Choice

@@ -18,7 +18,7 @@ from growkit import __version__
 from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, resolve, resolve_model
 from trainer.devices.hosts import write_once, writes
 
@@ -99,7 +99,7 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def with_model_of(values: dict[str, Any], model: NeoX, origin: str) -> dict[str, Any]:
+def with_model_of(values: dict[str, Any], model: Architecture, origin: str) -> dict[str, Any]:
     """Nested configuration values with the model section filled from a source's model.
 
     Raises UsageError where the values state another model; the context alone may differ.

@@ -13,9 +13,9 @@ from typing import Any
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.growth.multipliers import Lineage, continues, growths_after, growths_owed, multipliers
-from growkit.growth.plan import Plan, combined, plan_from, with_options
+from growkit.growth.plan import Plan, combine_plans, read_plan, set_options
 from growkit.growth.width import plan_width
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Dropout, Grow, Model, neox
 from trainer.log.history import GROWN
 from trainer.step.optimizer import Multipliers
@@ -25,7 +25,7 @@ from trainer.step.plateau import plateaus
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
 
 
-def planned(settings: Grow, model: NeoX) -> Plan | None:
+def planned(settings: Grow, model: Architecture) -> Plan | None:
     """The plan of a grow section for the source's model, None when it grows nothing. Raises UsageError."""
     plans = []
     if settings.map:
@@ -43,8 +43,8 @@ def planned(settings: Grow, model: NeoX) -> Plan | None:
                 "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp or head_dim"
             )
         return None
-    plan = plans[0] if len(plans) == 1 else combined("grow", plans, model)
-    return with_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
+    plan = plans[0] if len(plans) == 1 else combine_plans("grow", plans, model)
+    return set_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
 
 
 def later(config: Config) -> Plan | None:
@@ -71,7 +71,7 @@ def last_growths(lineage: Lineage) -> list[Mapping[str, Any]]:
     return growths_after(lineage, lambda entry: entry.get("operation") == "train")
 
 
-def owed(setting: str, lineage: Lineage, model: NeoX) -> Multipliers | None:
+def owed(setting: str, lineage: Lineage, model: Architecture) -> Multipliers | None:
     """The multipliers to apply to a model of this lineage, None for none. setting: on, off or auto."""
     growths = growths_owed(lineage)
     if setting == "off" or not growths or (setting == "auto" and not continues(lineage)):
@@ -109,7 +109,7 @@ def beginning(lineage: Lineage, step: int) -> str:
     return f"{GROWN}: {changed}" if step else f"start, {GROWN}: {changed}"
 
 
-def facts(lineage: Lineage, model: NeoX, dropout: Dropout) -> Iterator[str]:
+def facts(lineage: Lineage, model: Architecture, dropout: Dropout) -> Iterator[str]:
     """What the growths before this training mean for it, in sentences."""
     if lineage[-1]["multipliers"]:
         yield "exact growth in width: learning rates, eps and clip weights are multiplied for each parameter"
@@ -146,10 +146,10 @@ def compared(
     )
 
 
-def tied_axes(lineage: Lineage, model: NeoX, dropout: Dropout) -> tuple[str, ...]:
+def tied_axes(lineage: Lineage, model: Architecture, dropout: Dropout) -> tuple[str, ...]:
     """The axes whose copies, made by the last growth, will stay equal: exact copies, trained without dropout."""
     growths = last_growths(lineage)
     if not growths or dropout.hidden or dropout.attention or dropout.embedding:
         return ()
     entry = growths[-1]
-    return plan_from(entry, model.resized(entry["sizes"]["before"])).tied_copies
+    return read_plan(entry, model.resize(entry["sizes"]["before"])).tied_copies

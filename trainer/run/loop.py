@@ -25,8 +25,8 @@ from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError
-from growkit.models.gpt_neox import NeoX, write_config
-from growkit.surgery.grow import grown_source, provenance
+from growkit.models.architecture import Architecture
+from growkit.surgery.grow import open_grown, provenance
 from trainer.config.sections import Config, neox
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.data.stream import validation_batches
@@ -107,7 +107,7 @@ class Run:
         self.saved_at = time.monotonic()
         self.drawn_at = time.monotonic()
 
-    def _lay_out(self, config: Config, model: NeoX) -> None:
+    def _lay_out(self, config: Config, model: Architecture) -> None:
         """Take the configuration and the model that this loop trains, and where its state lies."""
         self.config, self.model, self.layout = config, model, layout(config, model)
         self.like = abstract_state(config, model, self.layout)
@@ -173,12 +173,12 @@ class Run:
             if source and not self.growth_to_come
             else None
         )
-        source = grown_source(source, plan) if plan else source
+        source = open_grown(source, plan) if plan else source
         continued = self.config.schedule.continued
         state = from_source(source, self.like, continued) if source else self._new_state()
         self.state = state._replace(step=place(np.int32(self.step), self.like.step.sharding))
         base = source.config if source else {"bos_token_id": end, "eos_token_id": end}
-        self.hf_config = write_config(self.model, base)
+        self.hf_config = self.model.config(base)
         before = source.lineage if source else []
         applied = growth.owed(self.config.optimizer.multipliers, before, self.model) is not None
         entry |= {"operation": "train", "multipliers": applied, "config": self.config.to_dict()}

@@ -13,7 +13,7 @@ from typing import Any
 from growkit.evaluation import harness
 from growkit.evaluation.catalogue import named
 from growkit.evaluation.questions import questions
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Eval
 from trainer.data.tokenizer import carried_tokenizer
 from trainer.devices.sharding import Layout
@@ -40,7 +40,7 @@ class Asked:
             )
 
     def of(
-        self, config: Config, model: NeoX, layout: Layout, files: Mapping[str, bytes], run: Any
+        self, config: Config, model: Architecture, layout: Layout, files: Mapping[str, bytes], run: Any
     ) -> Tasks | None:
         """The same, to be asked of a run's model by the tokenizer among its files; None without tasks."""
         if not self.questions:

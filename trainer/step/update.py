@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config.sections import Config, Optimizer, Precision
 from trainer.devices.sharding import Layout, alone
@@ -126,7 +126,7 @@ class TrainStep:
 
 def make_train_step(
     config: Config,
-    model: NeoX,
+    model: Architecture,
     multipliers: Multipliers | None = None,
     layout: Layout | None = None,
     grown_at: int | None = None,
@@ -182,7 +182,7 @@ def _program(
 
 
 def make_eval_step(
-    config: Config, model: NeoX, layout: Layout | None = None
+    config: Config, model: Architecture, layout: Layout | None = None
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """The jitted validation: (params, tokens [B, T+1], mask [B]) -> summed loss, nats, of unmasked sequences."""
     layout = layout or alone()
@@ -207,19 +207,19 @@ def forget_programs() -> None:
     _evaluation.cache_clear()
 
 
-def initial_state(config: Config, model: NeoX, params: Any) -> State:
+def initial_state(config: Config, model: Architecture, params: Any) -> State:
     """A state at step 0 with fresh moments around `params`."""
     # Two zeros and not one twice: the state's buffers are donated, each once.
     zeros = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     return State(params, adamw(config.optimizer, model).init(params), *zeros)
 
 
-def abstract_state(config: Config, model: NeoX, layout: Layout) -> State:
+def abstract_state(config: Config, model: Architecture, layout: Layout) -> State:
     """The shapes, dtypes and places of a state, nothing of it computed."""
     return _abstract(config.precision, config.optimizer, model, layout)
 
 
-def _abstract(precision: Precision, settings: Optimizer, model: NeoX, layout: Layout) -> State:
+def _abstract(precision: Precision, settings: Optimizer, model: Architecture, layout: Layout) -> State:
     dtype, sizes = jnp.dtype(precision.params), model.sizes
 
     def lie(place: Callable[[Row], NamedSharding]) -> dict[str, Any]:

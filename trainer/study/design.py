@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, neox, resolve
 from trainer.config.values import merged
 from trainer.run.growth import planned
@@ -63,7 +63,7 @@ class Part:
 
     start: str | None
     values: Mapping[str, Any]
-    model: NeoX
+    model: Architecture
     share: float = 0.0
     learning_rates: tuple[float, ...] = ()
     against: str | None = None
@@ -86,7 +86,7 @@ class Design:
         return resolve(dict(self.base))
 
     @cached_property
-    def model(self) -> NeoX:
+    def model(self) -> Architecture:
         return neox(self.config.model)
 
     def flops_per_step(self, name: str) -> float:
@@ -340,7 +340,7 @@ def _share(stated: dict[str, Any], where: str) -> float:
     return share
 
 
-def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str, Part]) -> NeoX:
+def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str, Part]) -> Architecture:
     """The model that a grow section makes of a source's."""
     if not isinstance(start, str) or start not in sources:
         near = did_you_mean(str(start), sources)

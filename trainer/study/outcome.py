@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from growkit import __version__
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.study.design import LARGEST_SHARE, SCRATCH, Design, Task
 from trainer.study.evidence import FORMAT, Measured
 
@@ -217,7 +217,7 @@ class Outcome:
         }
 
 
-def sizes(model: NeoX) -> dict[str, int]:
+def sizes(model: Architecture) -> dict[str, int]:
     """What a model is, in numbers."""
     kept = ("layer", "embed", "head", "mlp", "vocab", "context")
     return {name: getattr(model, name) for name in kept} | {"parameters": model.parameters}
