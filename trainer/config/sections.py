@@ -428,7 +428,7 @@ def _value(config: Config, key: str) -> Any:
     return value
 
 
-def neox(model: Model) -> NeoX:
+def build_architecture(model: Model) -> NeoX:
     """The architecture a model section describes. Raises UsageError for sizes that contradict each other."""
     try:
         return NeoX(**dataclasses.asdict(model))
