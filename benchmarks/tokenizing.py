@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from growkit.cli.quickstart import standard_library
-from trainer.data.processes import cores
+from trainer.data.processes import count_cores
 from trainer.data.text import open_inputs
 from trainer.data.tokenize import tokenize
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
@@ -66,11 +66,11 @@ def measure(
     texts: list[Path], tokenizer: Path, rounds: int, directory: Path
 ) -> dict[str, list[float]]:
     """Seconds of each way in each round."""
-    groups = batches(list(open_inputs(texts).documents()))
+    groups = batches(list(open_inputs(texts).read_documents()))
     library = load_tokenizer(tokenizer).tokenizer
     ways = {
         "growkit tokenize": lambda: tokenize(
-            texts, directory / "out", tokenizer, force=True, processes=cores()
+            texts, directory / "out", tokenizer, force=True, processes=count_cores()
         ),
         "encode_batch": lambda: bare(library.encode_batch, groups),
         "encode_batch_fast": lambda: bare(library.encode_batch_fast, groups),
@@ -97,7 +97,7 @@ def main() -> None:
         manifest = json.loads((directory / "out" / "manifest.json").read_text())
     size = manifest["bytes"] / 1e6
     print(
-        f"{size:.1f} MB of text, {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {cores()} cores"
+        f"{size:.1f} MB of text, {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {count_cores()} cores"
     )
     ours = times.pop("growkit tokenize")
     print(f"growkit tokenize: {size / statistics.median(ours):.2f} MB/s")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch_training import as_tree, make_network, make_step
 
-from trainer.config.sections import Config, neox, resolve
+from trainer.config.sections import Config, build_architecture, resolve
 from trainer.step.update import initial_state, make_train_step
 
 ROUNDS, STEPS, THREADS = 10, 3, 2
@@ -36,7 +36,7 @@ OURS, EAGER, COMPILED = "trainer", "PyTorch, eager", "PyTorch, torch.compile"
 
 def jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
     """tokens [B, T+1] -> loss of the trainer's step, which keeps its state here."""
-    model = neox(config.model)
+    model = build_architecture(config.model)
     state, step = (
         initial_state(config, model, jax.tree.map(jax.numpy.array, params)),
         make_train_step(config, model),
@@ -52,7 +52,7 @@ def jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
 
 def torch_step(config: Config, compiled: bool) -> Callable[[np.ndarray], float]:
     """The same of PyTorch's."""
-    network = make_network(neox(config.model), config.dropout)
+    network = make_network(build_architecture(config.model), config.dropout)
     step = make_step(network, config.optimizer, compiled, config.precision.compute)
     return lambda tokens: float(step(torch.from_numpy(tokens)))
 
@@ -67,7 +67,7 @@ def seconds(run: Callable[[np.ndarray], float], batches: np.ndarray) -> float:
 
 def competitors(config: Config, first: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
     """The steps by name, each compiled and warm; torch.compile only where it works (it needs a C++ compiler)."""
-    params = as_tree(make_network(neox(config.model), config.dropout), neox(config.model))
+    params = as_tree(make_network(build_architecture(config.model), config.dropout), build_architecture(config.model))
     steps = {
         OURS: jax_step(config, params),
         EAGER: torch_step(config, False),

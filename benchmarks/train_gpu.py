@@ -23,7 +23,7 @@ import torch
 from torch_training import as_tree, make_network, make_step
 from train_cpu import jax_step, seconds
 
-from trainer.config.sections import Config, neox, resolve
+from trainer.config.sections import Config, build_architecture, resolve
 from trainer.config.values import read_values
 
 ROUNDS, STEPS = 5, 10
@@ -51,7 +51,7 @@ def torch_step(config: Config, network):
 
 def row(config: Config) -> str:
     """The figures of one configuration, both sides from the same parameters."""
-    model, batch = neox(config.model), config.batch.sequences * config.model.context
+    model, batch = build_architecture(config.model), config.batch.sequences * config.model.context
     network = make_network(model, config.dropout, device="cuda")
     steps = {
         "trainer": jax_step(config, as_tree(network, model)),

@@ -110,7 +110,7 @@ def opened(texts: tuple[str, ...]) -> list[tuple]:
     from growkit.errors import GrowkitError
     from growkit.evaluation.harness import require_harness
     from growkit.models import require_trained
-    from trainer.data.tokenizer import carried_tokenizer
+    from trainer.data.tokenizer import load_model_tokenizer
 
     found = []
     for text in texts:
@@ -120,7 +120,7 @@ def opened(texts: tuple[str, ...]) -> list[tuple]:
         )
         if source.kind == "checkpoint":
             require_trained(source.model, source.path)
-        tokenizer = carried_tokenizer(source.files, source.path)
+        tokenizer = load_model_tokenizer(source.files, source.path)
         if tokenizer.vocab_size > source.model.vocab:
             raise GrowkitError(
                 f"the tokenizer of {source.path} gives ids up to {tokenizer.vocab_size - 1}, and the vocabulary of the "

@@ -88,7 +88,7 @@ def _say(number: int, words: str) -> None:
 
 def _prepare_text(directory: Path) -> int:
     from growkit.cli.terminal import counter
-    from trainer.data.processes import cores
+    from trainer.data.processes import count_cores
     from trainer.data.tokenize import tokenize_documents
     from trainer.data.tokenizer import train_tokenizer
 
@@ -100,7 +100,7 @@ def _prepare_text(directory: Path) -> int:
         with counter("tokenizing") as progress:
             names = ["Python standard library"]
             tokenize_documents(
-                texts, directory / "tokens", tokenizer, names, False, progress, cores()
+                texts, directory / "tokens", tokenizer, names, False, progress, count_cores()
             )
     manifest = json.loads((directory / "tokens" / "manifest.json").read_text())
     click.echo(

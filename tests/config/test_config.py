@@ -12,10 +12,10 @@ from trainer.config.sections import (
     Config,
     Dropout,
     Model,
-    neox,
+    build_architecture,
     resolve,
 )
-from trainer.config.values import presets, read_values
+from trainer.config.values import list_presets, read_values
 from trainer.run.directory import changed_keys, with_model_of
 
 
@@ -59,10 +59,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("preset", list_presets())
 def test_every_preset_resolves_to_the_size_it_states(preset):
     config = resolve(read_values(preset, []))
-    model = neox(config.model)
+    model = build_architecture(config.model)
     tied, untied = (model.change(tied=tied).parameters for tied in (True, False))
     beside = tied - model.vocab * model.embed
     if preset in SIZES:
@@ -174,7 +174,7 @@ def test_overrides_that_cannot_be_read(override, fragment):
 
 def test_sizes_that_contradict_each_other():
     with pytest.raises(UsageError, match="multiple of num_attention_heads, got 100 and 12"):
-        neox(Model(embed=100))
+        build_architecture(Model(embed=100))
 
 
 def test_changed_keys_are_named_and_what_may_change_is_not():
@@ -198,9 +198,9 @@ SOURCE = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16,
 
 def test_a_source_fills_the_model_section():
     values = with_model_of({"seed": 3}, SOURCE, "here")
-    assert neox(resolve(values).model) == SOURCE
+    assert build_architecture(resolve(values).model) == SOURCE
     longer = with_model_of({"model": {"context": 32, "layer": 2}}, SOURCE, "here")
-    assert neox(resolve(longer).model) == SOURCE.change(context=32)
+    assert build_architecture(resolve(longer).model) == SOURCE.change(context=32)
 
 
 def test_a_stated_value_is_compared_as_the_number_it_is():

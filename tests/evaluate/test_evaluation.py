@@ -25,7 +25,7 @@ from growkit.evaluation.catalogue import NAMES, SEED, TASKS, is_full, named, pub
 from growkit.evaluation.questions import questions
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
-from trainer.data.tokenizer import carried_tokenizer, train_tokenizer
+from trainer.data.tokenizer import load_model_tokenizer, train_tokenizer
 from trainer.evaluate.harness import jax_model
 from trainer.evaluate.likelihood import bucket
 from trainer.model.decoder import logits_of
@@ -145,7 +145,7 @@ def directory(checkpoint):
 @pytest.fixture(scope="module")
 def in_jax(checkpoint):
     source = open_source(str(checkpoint))
-    return jax_model(source, carried_tokenizer(source.files, source.path), WINDOW, 4)
+    return jax_model(source, load_model_tokenizer(source.files, source.path), WINDOW, 4)
 
 
 @pytest.fixture(scope="module")

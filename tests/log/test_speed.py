@@ -108,7 +108,7 @@ def setting(monkeypatch):
 
 def test_programs_are_kept_with_the_user(setting, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    programs.keep_programs()
+    programs.enable_program_cache()
     # A CPU's go by the machine's name.
     kept = tmp_path / "growkit" / "programs" / programs.platform.node()
     assert setting.jax_compilation_cache_dir == str(kept)
@@ -119,5 +119,5 @@ def test_programs_are_kept_with_the_user(setting, tmp_path, monkeypatch):
 )
 def test_programs_are_kept_where_the_environment_says(name, value, setting, monkeypatch):
     monkeypatch.setenv(name, value)
-    programs.keep_programs()
+    programs.enable_program_cache()
     assert setting.jax_compilation_cache_dir is None

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from growkit.errors import UsageError
-from trainer.config.sections import Mesh, neox, resolve
+from trainer.config.sections import Mesh, build_architecture, resolve
 from trainer.config.values import read_values
-from trainer.devices.sharding import Layout, layout, make_mesh
+from trainer.devices.sharding import Layout, make_layout, make_mesh
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
 from trainer.model.kernels import chosen, cudnn_attention, kernel_attention, splash_attention
@@ -97,7 +97,7 @@ def on(kind: str, capability: str = ""):
 
 def choice(layout, *changes):
     config = resolve(read_values("760m", ["dropout.attention=0", *changes]))
-    return chosen(config, neox(config.model), layout)
+    return chosen(config, build_architecture(config.model), layout)
 
 
 H100, A100, V100 = on("NVIDIA H100", "9.0"), on("NVIDIA A100", "8.0"), on("Tesla V100", "7.0")
@@ -165,7 +165,7 @@ def test_splash_attention_is_compiled_for_a_slice(name):
     def summed(q, k, v):
         return kernel_attention("splash", q, k, v, made).astype(jnp.float32).sum()
 
-    like = jax.ShapeDtypeStruct((8, 4, 256, 80), jnp.bfloat16, sharding=made.batch())
+    like = jax.ShapeDtypeStruct((8, 4, 256, 80), jnp.bfloat16, sharding=made.batch_sharding())
     compiled = jax.jit(jax.grad(summed, (0, 1, 2))).lower(like, like, like).compile()
     assert compiled.as_text().count("tpu_custom_call") >= 3, (
         "forward, and backward for q and for k and v"
@@ -178,8 +178,8 @@ def test_a_step_takes_the_kernel_that_is_printed(dropout, kernels):
     config = resolve(
         read_values("tiny", ["precision.compute=bfloat16", f"dropout.attention={dropout}"])
     )
-    model = neox(config.model)
-    made = layout(config, model, target("v5e-8").devices)
+    model = build_architecture(config.model)
+    made = make_layout(config, model, target("v5e-8").devices)
     step = make_train_step(config, model, layout=made)
     lowered = step.trace(abstract_state(config, model, made), batch_like(config, made)).lower()
     assert (

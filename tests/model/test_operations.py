@@ -133,7 +133,7 @@ def test_gelu():
 @pytest.mark.parametrize("rows", [1, 6, 1000])
 def test_loss(monkeypatch, rows, platform):
     monkeypatch.setattr(loss_module, "ROWS", {platform: rows})
-    monkeypatch.setattr(loss_module, "platform_of", lambda layout: platform)
+    monkeypatch.setattr(loss_module, "target_platform", lambda layout: platform)
     batch, time, embed, vocab = 3, 8, 5, 11
     hidden, head = random(batch, time, embed), random(vocab, embed, seed=1)
     targets = np.random.default_rng(2).integers(0, vocab, (batch, time))

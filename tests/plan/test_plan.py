@@ -17,7 +17,7 @@ from trainer.config.sections import resolve
 from trainer.config.values import read_values
 from trainer.data.tokens import TokenWriter
 from trainer.devices.accelerators import TPUS, parse_slice, peak_flops
-from trainer.devices.sharding import alone
+from trainer.devices.sharding import make_single_device_layout
 from trainer.model.kernels import splash_attention
 from trainer.plan import plan
 from trainer.run.checkpoint import last_step
@@ -95,7 +95,7 @@ def test_time_and_cost_by_the_formula():
     )
     made = plan.Plan(
         config,
-        plan.neox(config.model),
+        plan.build_architecture(config.model),
         on,
         {},
         plan.Choice("xla", ""),
@@ -125,8 +125,8 @@ def test_products_are_counted_as_often_as_they_run():
     assert counted == [2 * 8**3, 5 * 2 * 8**3]
     # A kernel's blocks and a mesh's devices: two products forward, three for q's gradient, four for k's and v's, and
     # the output times its gradient.
-    made = alone()
-    spec = made.named("data").spec
+    made = make_single_device_layout()
+    spec = made.make_sharding("data").spec
 
     def attention(q):
         each = jax.shard_map(
@@ -140,8 +140,8 @@ def test_products_are_counted_as_often_as_they_run():
 
 def test_what_is_computed_again_counts_again():
     def computed(config):
-        model = plan.neox(config.model)
-        made = plan.layout(config, model, jax.devices("cpu")[:1])
+        model = plan.build_architecture(config.model)
+        made = plan.make_layout(config, model, jax.devices("cpu")[:1])
         step = plan.make_train_step(config, model, layout=made)
         traced = step.trace(plan.abstract_state(config, model, made), plan.batch_like(config, made))
         return plan.product_flops(traced.jaxpr), 16 * 128 * model.flops_per_token(128)
@@ -173,7 +173,7 @@ class Refuses:
 
 
 def test_a_program_that_was_refused_never_fits():
-    like = State(jax.ShapeDtypeStruct((4,), jnp.float32, sharding=alone().whole), {}, None, None)
+    like = State(jax.ShapeDtypeStruct((4,), jnp.float32, sharding=make_single_device_layout().replicated), {}, None, None)
     memory = plan.measured(Refuses("RESOURCE_EXHAUSTED: of no known form"), like, 100 * GIB)
     assert memory.parameters == 16 and not memory.fits
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):

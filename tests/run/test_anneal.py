@@ -14,7 +14,7 @@ from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
 from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
-from trainer.config.quantity import count_of
+from trainer.config.quantity import parse_count
 
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 STEP = SEQUENCES * TINY.context
@@ -178,7 +178,7 @@ def test_a_run_that_annealing_did_not_begin(source, tmp_path, capsys):
     ],
 )
 def test_counts_of_tokens(text, count):
-    assert count_of(text, "--tokens") == count
+    assert parse_count(text, "--tokens") == count
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_counts_of_tokens(text, count):
 )
 def test_counts_that_are_none(text):
     with pytest.raises(UsageError, match="whole number above 0"):
-        count_of(text, "--tokens")
+        parse_count(text, "--tokens")

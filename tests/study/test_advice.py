@@ -168,7 +168,7 @@ def test_days_and_cost_are_those_of_the_plan(capsys):
     on = plan.Target(
         "v3-32", [None] * 32, part.chips, 1, part.chips * part.accelerator.peak, "core"
     )
-    made = plan.Plan(config, plan.neox(config.model), on, {}, None, plan.Memory(0, 0, 0, 0, 1), 0.0)
+    made = plan.Plan(config, plan.build_architecture(config.model), on, {}, None, plan.Memory(0, 0, 0, 0, 1), 0.0)
     tokens = str(config.schedule.steps * made.tokens_per_step)
     options = ("--target", "760m", "--tokens", tokens, "--topology", "v3-32", "--price", "2")
     found = said(capsys, *options, "--mfu", "0.3")["scratch"]

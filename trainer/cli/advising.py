@@ -58,7 +58,7 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
     """
     from growkit.cli.terminal import json_text
     from growkit.errors import UsageError
-    from trainer.config.quantity import count_of
+    from trainer.config.quantity import parse_count
     from trainer.study.advice import Growth
     from trainer.study.evidence import read_study
 
@@ -66,9 +66,9 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
         raise UsageError("the budget is either --tokens or --flops, and one of them is needed")
     large, model = size_of(target, "--target")
     if flops is None:
-        budget = count_of(tokens, "--tokens") * large.flops_per_token
+        budget = parse_count(tokens, "--tokens") * large.flops_per_token
     else:
-        budget = float(count_of(flops, "--flops", 1e36))
+        budget = float(parse_count(flops, "--flops", 1e36))
     small = recommended(large, model) if source is None else size_of(source, "--source")[0]
     if budget < large.flops_per_token:
         raise UsageError(
@@ -95,20 +95,20 @@ def size_of(text: str, option: str):
     """(the size, its architecture or None) that a count of parameters, a preset, a YAML file or SRC names."""
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
-    from trainer.config.quantity import count_of
-    from trainer.config.values import presets
+    from trainer.config.quantity import parse_count
+    from trainer.config.values import list_presets
     from trainer.study.advice import Size
 
     # 760M is a count and 760m a preset, which says more.
-    if text in presets() or text.endswith((".yaml", ".yml")):
+    if text in list_presets() or text.endswith((".yaml", ".yml")):
         model = _configured(text)
         return _measured_size(text, model), model
     try:
         if text[:1].isdigit() and "/" not in text and not os.path.exists(text):
-            return Size.counted(text, count_of(text, "a count")), None
+            return Size.counted(text, parse_count(text, "a count")), None
         model = open_source(text).model
     except UsageError as problem:
-        known = ", ".join(presets())
+        known = ", ".join(list_presets())
         raise UsageError(
             f"{option} takes a count as 760M, a preset ({known}) or a model; {problem}"
         ) from None
@@ -117,13 +117,13 @@ def size_of(text: str, option: str):
 
 def _configured(name: str):
     from growkit.errors import UsageError
-    from trainer.config.sections import neox, resolve
+    from trainer.config.sections import build_architecture, resolve
     from trainer.config.values import read_values
 
     values = read_values(name, [])
     if not values.get("model"):
         raise UsageError(f"{name} has no model section, so it has no size")
-    return neox(resolve(values).model)
+    return build_architecture(resolve(values).model)
 
 
 def _measured_size(name: str, model):
@@ -136,12 +136,12 @@ def _measured_size(name: str, model):
 
 def recommended(target, model):
     """The source of the size that G_stack recommends: a fourth of the layers, or of a bare count."""
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
     from trainer.study.advice import FACTOR, Size
 
     if model is None:
         count = max(1, target.parameters // FACTOR)
-        return Size.counted(short(count), count)
+        return Size.counted(format_count(count), count)
     layers = max(LEAST_LAYERS, round(model.layer / FACTOR))
     return _measured_size(
         f"{layers} layers of {target.name}", model.resize(model.sizes | {"layer": layers})
@@ -237,22 +237,22 @@ def _time(devices: Devices | None, flops: float | None) -> list[str]:
 
 def _budgets(made) -> list[tuple]:
     """(what, tokens, FLOPs): from scratch, and the same compute with growth by the timing law."""
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
 
-    rows = [(f"from scratch: {_named(made.target)}", short(made.tokens), made.flops)]
+    rows = [(f"from scratch: {_named(made.target)}", format_count(made.tokens), made.flops)]
     if made.affordable:
         rest = made.flops - made.source_flops
         rows += [
-            (f"source: {_named(made.source)}", short(made.source_tokens), made.source_flops),
-            (f"then grown to {made.target.name}", short(made.target_tokens), rest),
+            (f"source: {_named(made.source)}", format_count(made.source_tokens), made.source_flops),
+            (f"then grown to {made.target.name}", format_count(made.target_tokens), rest),
         ]
     return rows
 
 
 def _named(size) -> str:
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
 
-    return size.name if size.embed is None else f"{size.name} ({short(size.parameters)})"
+    return size.name if size.embed is None else f"{size.name} ({format_count(size.parameters)})"
 
 
 def _claims(made) -> list[tuple]:
@@ -269,10 +269,10 @@ def _claims(made) -> list[tuple]:
 
 
 def _sizes(study) -> str:
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
 
-    sizes = f"{short(study.source)} to {short(study.target)} parameters"
-    return f"{sizes}, {short(study.source_tokens)} tokens for the source, {short(study.tokens)} from scratch"
+    sizes = f"{format_count(study.source)} to {format_count(study.target)} parameters"
+    return f"{sizes}, {format_count(study.source_tokens)} tokens for the source, {format_count(study.tokens)} from scratch"
 
 
 def _arms(made, study) -> list[tuple]:
@@ -333,11 +333,11 @@ def _counting(size) -> str:
 
 
 def _when(made) -> str:
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
     from trainer.study.advice import LARGEST_SHARE
 
     share = made.source_flops / made.flops
-    asked = f"{short(made.source_tokens)} tokens, {f'{share:.1%} of' if share < 1 else f'{share:.3g} times'} the budget"
+    asked = f"{format_count(made.source_tokens)} tokens, {f'{share:.1%} of' if share < 1 else f'{share:.3g} times'} the budget"
     if made.affordable:
         return f"grow when {made.source.name} has seen {asked}"
     return (
@@ -347,12 +347,12 @@ def _when(made) -> str:
 
 
 def _range(made) -> str:
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
     from trainer.study.advice import FACTOR, FITTED
 
     if outside := made.outside():
         return f"EXTRAPOLATION, outside of what the law was fitted to: {'; '.join(outside)}"
-    sizes = f"targets of {short(min(FITTED))} to {short(max(FITTED))}"
+    sizes = f"targets of {format_count(min(FITTED))} to {format_count(max(FITTED))}"
     return f"inside of what the law was fitted to: {sizes}, growth by {FACTOR} in depth, and budgets as this at this size"
 
 

@@ -50,12 +50,12 @@ def tokenize(
     Written in Megatron's indexed format (tokens.bin, tokens.idx) with a manifest; end-of-text ends each document.
     """
     from growkit.cli.terminal import counter
-    from trainer.data.processes import cores
+    from trainer.data.processes import count_cores
     from trainer.data.text import Shard
     from trainer.data.tokenize import tokenize as tokenize_files
 
     part = Shard.parse(shard) if shard else None
-    number = cores() if processes is None else processes
+    number = count_cores() if processes is None else processes
     with counter("tokenizing") as progress:
         manifest = tokenize_files(
             list(text), out, tokenizer, train_bpe, force, progress, number, part
@@ -97,15 +97,15 @@ def train(
     the run saved.
     """
     from trainer.config.values import read_values
-    from trainer.devices.hosts import join
+    from trainer.devices.hosts import join_cluster
 
-    join()
+    join_cluster()
     return _told(out, train_run(read_values(config, list(overrides)), out, start, allow_gap))
 
 
 def _told(out: str, result) -> int:
     """Say how a run ended; returns the exit code."""
-    from trainer.devices.hosts import writes
+    from trainer.devices.hosts import is_writer
 
     loss = (
         f", validation loss {result.validation_loss:.4f}"
@@ -113,7 +113,7 @@ def _told(out: str, result) -> int:
         else ""
     )
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
-    if writes():
+    if is_writer():
         click.echo(f"{out}: step {result.step}{loss}, {state}")
     return exit_code(result)
 
@@ -135,17 +135,17 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     the last one that RUN trained with, without a warm-up. The lineage records the branch. The same command given
     again resumes RUN2.
     """
-    from trainer.config.quantity import count_of
-    from trainer.devices.hosts import join, writes
+    from trainer.config.quantity import parse_count
+    from trainer.devices.hosts import join_cluster, is_writer
     from trainer.run.anneal import annealed, resumed
 
-    count = count_of(tokens, "--tokens")
-    join()
+    count = parse_count(tokens, "--tokens")
+    join_cluster()
     values, branch = resumed(out, to, count, list(overrides)) or annealed(
         src, to, count, list(overrides)
     )
     steps = values["schedule"]["steps"]
-    if writes():
+    if is_writer():
         click.echo(
             f"{out}: learning rate {branch['from']:g} to {to:g}, linearly over {steps:,} steps",
             err=True,
@@ -174,7 +174,7 @@ def train_run(
     from growkit.errors import UsageError
     from growkit.models import require_trained
     from trainer.config.sections import resolve
-    from trainer.devices.programs import keep_programs
+    from trainer.devices.programs import enable_program_cache
     from trainer.log.report import Report
     from trainer.run.checkpoint import last_step
     from trainer.run.directory import existing, with_model_of
@@ -202,7 +202,7 @@ def train_run(
         raise UsageError(
             "there is no model to train: the configuration has no model section, and --from is not given"
         )
-    keep_programs()
+    enable_program_cache()
     return train_on(resolve(values), out, source, start, allow_gap, branch, show or Report)
 
 

@@ -428,7 +428,7 @@ def _value(config: Config, key: str) -> Any:
     return value
 
 
-def neox(model: Model) -> Architecture:
+def build_architecture(model: Model) -> Architecture:
     """The architecture a model section describes. Raises UsageError for sizes that contradict each other."""
     try:
         return NeoX(**dataclasses.asdict(model))

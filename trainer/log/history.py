@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from growkit.checkpoint.files import is_remote
-from trainer.devices.hosts import write_once, writes
+from trainer.devices.hosts import write_once, is_writer
 
 METRICS = "metrics.csv"
 EARLIER = "history.csv"
@@ -87,7 +87,7 @@ class History:
         row = {column: _text(values.get(column)) for column in COLUMNS}
         self.rows.append(row)
         # Objects of a bucket cannot be appended to: there the file is written whole, by `flush`.
-        if writes() and not is_remote(self.run):
+        if is_writer() and not is_remote(self.run):
             with (self.run / METRICS).open("a") as file:
                 file.write(render([row]).split("\n", 1)[1])
         return row

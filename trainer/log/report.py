@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from trainer.devices.hosts import writes
+from trainer.devices.hosts import is_writer
 
 
 def duration(seconds: float) -> str:
@@ -42,7 +42,7 @@ class Report:
     def __init__(self, name: str, steps: int, first: int = 0):
         self.name, self.steps, self.first = name, steps, first
         self.begun = (time.monotonic(), first)
-        self.shown = writes()
+        self.shown = is_writer()
         self.live = self.shown and sys.stderr.isatty()
         self.bar: Any = None
 

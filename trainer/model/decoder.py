@@ -27,7 +27,7 @@ from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from growkit.surgery.grow import stacked
 from trainer.config.sections import Dropout, Precision
-from trainer.devices.sharding import Layout, platform_of
+from trainer.devices.sharding import Layout, target_platform
 from trainer.model.activation import gelu
 from trainer.model.attention import causal_attention
 from trainer.model.dropout import HiddenDropout
@@ -102,7 +102,7 @@ class Parameters(nn.Module):
 
     @property
     def platform(self) -> str:
-        return platform_of(self.layout)
+        return target_platform(self.layout)
 
     def parameter(self, name: str, dtype: Any = None) -> jax.Array:
         """The parameter `name` of this module, in the compute dtype unless told, laid out to compute with."""
@@ -115,11 +115,11 @@ class Parameters(nn.Module):
 
     def computed(self, value: jax.Array, row: Row) -> jax.Array:
         """A row's parameter, laid out to compute with."""
-        return value if self.layout is None else self.layout.gathered(value, row)
+        return value if self.layout is None else self.layout.gather_parameter(value, row)
 
     def along_batch(self, x: jax.Array) -> jax.Array:
         """x, whose first dimension is the batch, laid out by it."""
-        return x if self.layout is None else self.layout.constrain(x, self.layout.batch())
+        return x if self.layout is None else self.layout.constrain(x, self.layout.batch_sharding())
 
 
 class Linear(Parameters):

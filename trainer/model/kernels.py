@@ -20,7 +20,7 @@ from growkit.errors import UsageError
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config
 from trainer.devices.accelerators import compute_capability, tpu_generation
-from trainer.devices.sharding import BATCH, COMPUTED, Layout
+from trainer.devices.sharding import BATCH_AXES, COMPUTE_RULES, Layout
 from trainer.model.attention import blocks
 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}
@@ -120,7 +120,7 @@ def kernel_attention(
         name
     ]
     if layout is not None and layout.mesh.size > 1:
-        spec = layout.named(BATCH, *COMPUTED["head"]).spec
+        spec = layout.make_sharding(BATCH_AXES, *COMPUTE_RULES["head"]).spec
         # A kernel says nothing of how its result varies over the mesh, which would be checked.
         attention = jax.shard_map(
             attention,

@@ -20,10 +20,10 @@ from jax.extend.core import jaxprs_in_params
 
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, neox, resolve
-from trainer.config.values import overridden
+from trainer.config.sections import Config, build_architecture, resolve
+from trainer.config.values import apply_overrides
 from trainer.devices.accelerators import GIB, parse_slice, peak_flops
-from trainer.devices.sharding import Layout, layout
+from trainer.devices.sharding import Layout, make_layout
 from trainer.model.kernels import Choice, chosen
 from trainer.step.update import TrainStep, abstract_state, make_train_step
 
@@ -149,7 +149,7 @@ def batch_like(config: Config, made: Layout) -> jax.ShapeDtypeStruct:
     """The shape and place of a step's tokens."""
     parts = config.batch.accumulation
     shape = (parts, config.batch.sequences // parts, config.model.context + 1)
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=made.batch(1))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=made.batch_sharding(1))
 
 
 def _bytes(tree: Any) -> int:
@@ -273,8 +273,8 @@ def plan(config: Config, on: Target) -> Plan:
         plans: dict[str, Plan] = {}
         policy = settled(config, lambda each: plans.setdefault(each.remat, plan(each, on)).memory)
         return plans.get(policy.remat) or plan(policy, on)
-    model = neox(config.model)
-    made = layout(config, model, on.devices)
+    model = build_architecture(config.model)
+    made = make_layout(config, model, on.devices)
     step, like = make_train_step(config, model, layout=made), abstract_state(config, model, made)
     traced = step.trace(like, batch_like(config, made))
     memory = measured(traced.lower(), like, on.available)
@@ -294,7 +294,7 @@ class Trial:
 
 def changed(config: Config, changes: Sequence[str]) -> Config:
     """A configuration with key=value changes."""
-    return resolve(overridden(config.to_dict(), list(changes)))
+    return resolve(apply_overrides(config.to_dict(), list(changes)))
 
 
 def remedies(config: Config, mesh: dict[str, int]) -> list[list[tuple[str, ...]]]:

@@ -16,7 +16,7 @@ from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError
 from trainer.config.sections import Config, resolve
-from trainer.config.values import overridden
+from trainer.config.values import apply_overrides
 from trainer.run.checkpoint import last_step
 from trainer.run.directory import existing
 from trainer.run.growth import grown_at
@@ -104,4 +104,4 @@ def _overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise UsageError(
                 f"an annealing takes {key} from the run, or from --to and --tokens; it cannot be given"
             )
-    return overridden(values, overrides)
+    return apply_overrides(values, overrides)

@@ -20,7 +20,7 @@ from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, resolve, resolve_model
-from trainer.devices.hosts import write_once, writes
+from trainer.devices.hosts import write_once, is_writer
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -35,7 +35,7 @@ def hold(directory: epath.Path) -> IO[str] | None:
     None for a bucket, which nothing holds, and for the other processes of the same run. Raises GrowkitError when
     another process holds RUN.
     """
-    if is_remote(directory) or not writes():
+    if is_remote(directory) or not is_writer():
         return None
     # Opened for appending: opening must not erase the holder's process id.
     file = open(directory / LOCK, "a+")  # noqa: SIM115 (the caller closes it)

@@ -16,7 +16,7 @@ from growkit.growth.multipliers import Lineage, continues, growths_after, growth
 from growkit.growth.plan import Plan, combine_plans, read_plan, set_options
 from growkit.growth.width import plan_width
 from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, Dropout, Grow, Model, neox
+from trainer.config.sections import Config, Dropout, Grow, Model, build_architecture
 from trainer.log.history import GROWN
 from trainer.step.optimizer import Multipliers
 from trainer.step.plateau import plateaus
@@ -49,7 +49,7 @@ def planned(settings: Grow, model: Architecture) -> Plan | None:
 
 def later(config: Config) -> Plan | None:
     """The plan of the growth that comes on the way, None when there is none. Raises UsageError."""
-    return planned(config.grow, neox(config.model)) if config.grow.at else None
+    return planned(config.grow, build_architecture(config.model)) if config.grow.at else None
 
 
 def due(config: Config, step: int, losses: Sequence[float]) -> bool:

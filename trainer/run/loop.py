@@ -27,11 +27,11 @@ from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.surgery.grow import open_grown, provenance
-from trainer.config.sections import Config, neox
+from trainer.config.sections import Config, build_architecture
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.data.stream import validation_batches
-from trainer.devices.hosts import writes
-from trainer.devices.sharding import layout, place
+from trainer.devices.hosts import is_writer
+from trainer.devices.sharding import make_layout, place
 from trainer.log import curves
 from trainer.log.history import EARLIER, History
 from trainer.log.report import Report, Result
@@ -84,8 +84,8 @@ class Run:
         self.growth_to_come = growth.later(config)
         if self.growth_to_come:
             # Refused now where the grown model does not lie on the mesh, and not when its step has come.
-            layout(growth.grown_config(config, self.growth_to_come), self.growth_to_come.grown)
-        self._lay_out(config, neox(config.model))
+            make_layout(growth.grown_config(config, self.growth_to_come), self.growth_to_come.grown)
+        self._lay_out(config, build_architecture(config.model))
         self.data: Corpus = open_corpus(config, source)
         self.asked = Asked(config.eval)
         self.writers, self.trace = Writers(config), Trace(config.log.profile, self.directory)
@@ -109,7 +109,7 @@ class Run:
 
     def _lay_out(self, config: Config, model: Architecture) -> None:
         """Take the configuration and the model that this loop trains, and where its state lies."""
-        self.config, self.model, self.layout = config, model, layout(config, model)
+        self.config, self.model, self.layout = config, model, make_layout(config, model)
         self.like = abstract_state(config, model, self.layout)
 
     def _grows_now(self, last: int) -> bool:
@@ -260,7 +260,7 @@ class Run:
         drawn = self.position.drawn(self.config.schedule.steps)
         attention = chosen(self.config, self.model, self.layout).words
         for line in (
-            *self.data.facts(drawn),
+            *self.data.describe(drawn),
             *self.asked.notes,
             attention,
             self.utilization.formula,
@@ -380,7 +380,7 @@ class Run:
             f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 30)):.2f}"
         )
         if self.position.drawn(self.step):
-            self.report.say(self.data.drawn(self.position.stream, self.position.drawn(self.step)))
+            self.report.say(self.data.describe_drawn(self.position.stream, self.position.drawn(self.step)))
         if self.step == self.first and not self.resumed:
             self._compare(loss)
         self._heed_plateau()
@@ -425,7 +425,7 @@ class Run:
     def validate(self) -> float | None:
         """The mean loss, nats a token, on the fixed windows; None when a signal cut it short."""
         settings = self.config
-        shards, windows = self.layout.shards, settings.eval.windows
+        shards, windows = self.layout.batch_shards, settings.eval.windows
         batch = min(
             settings.batch.sequences // settings.batch.accumulation, -(-windows // shards) * shards
         )
@@ -434,7 +434,7 @@ class Run:
         for tokens, mask in validation_batches(self.data.validation, batch, windows):
             if self.interrupt.stopped():
                 return None
-            parts = (place(part, self.layout.batch()) for part in (tokens, mask))
+            parts = (place(part, self.layout.batch_sharding()) for part in (tokens, mask))
             sums.append(self.eval_step(self.state.params, *parts))
             count += int(mask.sum()) * settings.model.context
             # One batch ahead of the device and no more, so that a signal need not wait for all of them.
@@ -456,7 +456,7 @@ class Run:
 
     def _draw(self, final: bool = False) -> None:
         """The picture, at most once a minute and at the end."""
-        if not writes() or not final and time.monotonic() - self.drawn_at < DRAWN_EVERY:
+        if not is_writer() or not final and time.monotonic() - self.drawn_at < DRAWN_EVERY:
             return
         rows = self.history.earlier + self.history.rows
         if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):

@@ -80,4 +80,4 @@ class Position:
                 ]
             )
 
-        return jax.make_array_from_callback((parts, count, self.context + 1), layout.batch(1), draw)
+        return jax.make_array_from_callback((parts, count, self.context + 1), layout.batch_sharding(1), draw)

@@ -15,7 +15,7 @@ from growkit.evaluation.catalogue import named
 from growkit.evaluation.questions import questions
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Eval
-from trainer.data.tokenizer import carried_tokenizer
+from trainer.data.tokenizer import load_model_tokenizer
 from trainer.devices.sharding import Layout
 from trainer.model.decoder import GPTNeoX
 
@@ -51,7 +51,7 @@ class Asked:
         network = GPTNeoX(model, config.precision, layout=layout)
         batch = min(BATCH, config.batch.sequences // config.batch.accumulation)
         likelihood = Likelihood(network, None, config.model.context, batch)
-        return Tasks(self.questions, JaxModel(likelihood, carried_tokenizer(files, run)))
+        return Tasks(self.questions, JaxModel(likelihood, load_model_tokenizer(files, run)))
 
 
 class Stopped(Exception):

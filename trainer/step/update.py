@@ -20,7 +20,7 @@ from growkit.errors import UsageError
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config.sections import Config, Optimizer, Precision
-from trainer.devices.sharding import Layout, alone
+from trainer.devices.sharding import Layout, make_single_device_layout
 from trainer.model.decoder import GPTNeoX
 from trainer.model.kernels import chosen
 from trainer.step.loss import token_losses_sum
@@ -100,7 +100,7 @@ def gradients(
 def _as_moments(network: GPTNeoX, gradient: Any) -> Any:
     """A gradient laid out as the moments that take it in."""
     layout = network.layout
-    return jax.tree.map(layout.constrain, gradient, network.model.table.tree(layout.moment))
+    return jax.tree.map(layout.constrain, gradient, network.model.table.tree(layout.moment_sharding))
 
 
 class TrainStep:
@@ -132,7 +132,7 @@ def make_train_step(
     grown_at: int | None = None,
 ) -> TrainStep:
     """The step of a run, its remat policy settled. layout: None for the first device. grown_at: see `learning_rate`."""
-    layout = layout or alone()
+    layout = layout or make_single_device_layout()
     kernel = chosen(config, model, layout).name
     network = GPTNeoX(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
     # What the numbers say, and what `multipliers` settles, is no part of the program.
@@ -174,8 +174,8 @@ def _program(
 
     program = jax.jit(
         train_step,
-        in_shardings=(places, layout.batch(1), layout.whole),
-        out_shardings=(places, layout.whole),
+        in_shardings=(places, layout.batch_sharding(1), layout.replicated),
+        out_shardings=(places, layout.replicated),
         donate_argnums=0,
     )
     return program, {}
@@ -185,7 +185,7 @@ def make_eval_step(
     config: Config, model: Architecture, layout: Layout | None = None
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """The jitted validation: (params, tokens [B, T+1], mask [B]) -> summed loss, nats, of unmasked sequences."""
-    layout = layout or alone()
+    layout = layout or make_single_device_layout()
     return _evaluation(
         GPTNeoX(model, config.precision, kernel=chosen(config, model, layout).name, layout=layout)
     )
@@ -197,8 +197,8 @@ def _evaluation(network: GPTNeoX) -> Callable[[Any, jax.Array, jax.Array], jax.A
         return loss_sum(network, params, tokens_BxT1, None, mask_B)
 
     layout = network.layout
-    places = (network.model.table.tree(layout.stored), layout.batch(), layout.batch())
-    return jax.jit(eval_step, in_shardings=places, out_shardings=layout.whole)
+    places = (network.model.table.tree(layout.parameter_sharding), layout.batch_sharding(), layout.batch_sharding())
+    return jax.jit(eval_step, in_shardings=places, out_shardings=layout.replicated)
 
 
 def forget_programs() -> None:
@@ -227,8 +227,8 @@ def _abstract(precision: Precision, settings: Optimizer, model: Architecture, la
             lambda row: jax.ShapeDtypeStruct(row.stacked_shape(sizes), dtype, sharding=place(row))
         )
 
-    params, moments = lie(layout.stored), lie(layout.moment)
-    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.whole)
+    params, moments = lie(layout.parameter_sharding), lie(layout.moment_sharding)
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
     optimizer = jax.eval_shape(adamw(settings, model).init, params)
     optimizer = optax.tree.set(optimizer, mu=moments, nu=moments, count=counter)
     return State(params, optimizer, counter, counter)

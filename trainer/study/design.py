@@ -27,8 +27,8 @@ from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, neox, resolve
-from trainer.config.values import merged
+from trainer.config.sections import Config, build_architecture, resolve
+from trainer.config.values import merge_values
 from trainer.run.growth import planned
 
 SCRATCH = "scratch"
@@ -87,7 +87,7 @@ class Design:
 
     @cached_property
     def model(self) -> Architecture:
-        return neox(self.config.model)
+        return build_architecture(self.config.model)
 
     def flops_per_step(self, name: str) -> float:
         """FLOPs of a step of a run of that name, forward and backward."""
@@ -134,14 +134,14 @@ class Design:
 
     def values(self, task: Task, learning_rate: float) -> dict[str, Any]:
         """The configuration of a run, as the trainer reads it. A source may have a learning rate of its own."""
-        values = merged(
+        values = merge_values(
             copy.deepcopy(dict(self.base)), {"optimizer": {"learning_rate": learning_rate}}
         )
         if task.name != SCRATCH:
             part = (self.arms | self.sources)[task.name]
             noise = {"grow": {"seed": task.seed}} if part.start else {}
-            values = merged(values, merged(noise, part.values)) | {"model": asdict(part.model)}
-        return merged(values, {"seed": task.seed, "schedule": {"steps": self.steps(task)}})
+            values = merge_values(values, merge_values(noise, part.values)) | {"model": asdict(part.model)}
+        return merge_values(values, {"seed": task.seed, "schedule": {"steps": self.steps(task)}})
 
     def warmup(self, arm: str) -> int:
         """Steps of the warm-up after an arm's growth."""
@@ -274,7 +274,7 @@ def _source(
         )
     values = _own(stated, base, ("share", "model", *OTHERWISE[1:]), where)
     _section(values.get("model"), f"{where}.model", SMALLER)
-    return Part(None, values, neox(resolve(merged(base, values)).model), _share(stated, where))
+    return Part(None, values, build_architecture(resolve(merge_values(base, values)).model), _share(stated, where))
 
 
 def _arm(
@@ -292,7 +292,7 @@ def _arm(
             f"{where}: an arm's learning rates are those it tries; give them as {where}.learning_rates"
         )
     start = stated.get("from")
-    model, target = _grown(where, start, values, sources), neox(resolve(base).model)
+    model, target = _grown(where, start, values, sources), build_architecture(resolve(base).model)
     if model.sizes != target.sizes:
         sizes = ((axis, size, target.sizes[axis]) for axis, size in model.sizes.items())
         ends = ", ".join(
@@ -320,7 +320,7 @@ def _own(
                 f"{where}.schedule.{key}: budgets and shares say how long a run is, and each begins anew"
             )
     try:
-        if resolve(merged(base, values)).grow.at:
+        if resolve(merge_values(base, values)).grow.at:
             raise UsageError("grow.at: a study grows a model at the start of a run")
     except UsageError as problem:
         raise UsageError(f"{where}: {problem}") from None
