@@ -12,7 +12,7 @@ import pytest
 
 from growkit.checkpoint.huggingface import NAMES
 from growkit.checkpoint.orbax import write_checkpoint
-from growkit.checkpoint.tensor import Contents, copy_of, in_memory
+from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.models.gpt_neox import NeoX, write_config
 
 SMALL = NeoX(layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False)
@@ -143,7 +143,7 @@ def save_checkpoint(
     }
     slots["nu"] = {name: np.square(array) for name, array in slots["nu"].items()}
     recipes = {
-        slot: {name: copy_of(in_memory(array)) for name, array in tensors.items()}
+        slot: {name: copy_tensor(wrap_array(array)) for name, array in tensors.items()}
         for slot, tensors in slots.items()
     }
     record = {"count": 70, "step": 70, "schedule_step": 70, "tokens": 9000} | record

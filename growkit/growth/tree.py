@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.errors import GrowkitError, nearest
+from growkit.errors import GrowkitError, find_nearest
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import grow_tensor
@@ -174,6 +174,6 @@ def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:
 
 def _unknown(path: tuple[Any, ...], rows: Mapping[tuple[str, ...], Row]) -> str:
     name = ".".join(map(str, path))
-    best = nearest(name, [".".join(known) for known in rows], likeness=0.4)
+    best = find_nearest(name, [".".join(known) for known in rows], likeness=0.4)
     hint = f"; the nearest row is {rows[tuple(best.split('.'))].name}" if best else ""
     return f"no row of the axis table covers the parameter {name!r}{hint}"

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from growkit.errors import GrowkitError, nearest
+from growkit.errors import GrowkitError, find_nearest
 
 INITIALISATIONS = ("normal", "ones", "zeros")
 CONDITIONS = ("tied", "untied")
@@ -108,7 +108,7 @@ class Table:
             layer = row.match(name)
             if layer is not None:
                 return row, layer
-        best = nearest(name, [row.named(0) for row in self.rows], likeness=0.4)
+        best = find_nearest(name, [row.named(0) for row in self.rows], likeness=0.4)
         hint = f"; the nearest row is {self.match(best)[0].name}" if best else ""
         raise GrowkitError(f"no row of the axis table covers the parameter {name!r}{hint}")
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from growkit import __version__
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, zeros
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, zeros
 from growkit.growth.multipliers import STATED, in_words
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
@@ -60,28 +58,8 @@ def _recipe(source: Source, plan: Plan, slot: str, row: Row, layer: int | None) 
     if moment != VALUE and moment_fate(plan, row, moment, layer) == "zero":
         return zeros(shape, tensor.dtype)
     if not needs_work(row, plan, moment, layer):
-        return copy_of(tensor)
+        return copy_tensor(tensor)
     return grown_recipe(tensor, row, plan, moment, layer)
-
-
-def stacked(source: Source, slot: str = "params", dtype: Any = None) -> dict[str, Any]:
-    """A slot as the trainer's tree: nested dicts of numpy arrays, layers stacked first; one copy in memory.
-
-    dtype: what to convert to, or None for the source's own (the widest where layers differ).
-    """
-    model = source.model
-
-    def leaf(row: Row) -> np.ndarray:
-        layers = range(model.layer) if row.stacked else [None]
-        tensors = [source.tensors[slot][row.named(layer)] for layer in layers]
-        array = np.empty(
-            (len(tensors), *tensors[0].shape), dtype or np.result_type(*(t.dtype for t in tensors))
-        )
-        for place, tensor in enumerate(tensors):
-            array[place] = tensor.read()
-        return array if row.stacked else array[0]
-
-    return model.table.tree(leaf)
 
 
 def grown_source(source: Source, plan: Plan) -> Source:
@@ -105,4 +83,4 @@ def grown_source(source: Source, plan: Plan) -> Source:
 
 def _made_when_read(recipe: Recipe) -> Tensor:
     """A recipe as a tensor. Rows are cut from the whole, so read it whole."""
-    return Tensor(recipe.shape, recipe.dtype, lambda start, stop: recipe.array()[start:stop])
+    return Tensor(recipe.shape, recipe.dtype, lambda start, stop: recipe.make_array()[start:stop])
