@@ -22,12 +22,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from convert.directory import exported
-from convert.harness import hugging_face_model
+from convert.directory import convert_to_directory
+from convert.harness import load_hugging_face_model
 from growkit.checkpoint.location import open_source, write_output
-from growkit.checkpoint.tensor import Contents, copy_of, in_memory
+from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.evaluation import harness
-from growkit.evaluation.questions import questions
+from growkit.evaluation.questions import collect_questions
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokenizer import TextTokenizer, train_tokenizer, write_tokenizer
@@ -94,7 +94,7 @@ def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) 
         array = (
             0.02 * generator.standard_normal(shape, np.float32) + (row.begins == "ones")
         ).astype(np.float32)
-        recipes[name] = copy_of(in_memory(array))
+        recipes[name] = copy_tensor(wrap_array(array))
     (directory / "tokenizer").mkdir()
     write_tokenizer(directory / "tokenizer", tokenizer)
     files = {path.name: path.read_bytes() for path in (directory / "tokenizer").iterdir()}
@@ -105,7 +105,7 @@ def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) 
         Contents(model.config(), {"params": recipes}, [], record, files),
     )
     source = open_source(str(directory / "checkpoint"))
-    write_output(directory / "huggingface", "huggingface", exported(source), [source])
+    write_output(directory / "huggingface", "huggingface", convert_to_directory(source), [source])
     return directory / "checkpoint", directory / "huggingface"
 
 
@@ -159,9 +159,9 @@ def main(
             write_items(data, limit)
         tokenizer = train_tokenizer([prose(20_000, random.Random(1))], 4096)
         checkpoint, directory = write_model(root, model, tokenizer)
-        asked = questions(None, data, limit, lambda words: None)
+        asked = collect_questions(None, data, limit, lambda words: None)
         ours = jax_model(open_source(str(checkpoint)), tokenizer, context, batch)
-        theirs = hugging_face_model(directory, tokenizer.end_of_text_id, context, batch)
+        theirs = load_hugging_face_model(directory, tokenizer.end_of_text_id, context, batch)
         compare(ours, theirs, asked)
 
 

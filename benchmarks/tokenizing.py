@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from growkit.cli.quickstart import standard_library
+from growkit.cli.quickstart import read_standard_library
 from trainer.data.processes import count_cores
 from trainer.data.text import open_inputs
 from trainer.data.tokenize import tokenize
@@ -31,7 +31,7 @@ BATCH = 1 << 21  # characters: as many as keep the library's memory at some hund
 
 def prepare(directory: Path) -> tuple[list[Path], Path]:
     """Text and a tokenizer that every machine has."""
-    texts = [text for _, text in standard_library(TEXT_BYTES)]
+    texts = [text for _, text in read_standard_library(TEXT_BYTES)]
     (directory / "text.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )

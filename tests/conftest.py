@@ -12,7 +12,7 @@ import pytest
 
 from growkit.checkpoint.huggingface import NAMES
 from growkit.checkpoint.orbax import write_checkpoint
-from growkit.checkpoint.tensor import Contents, copy_of, in_memory
+from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 
@@ -144,7 +144,7 @@ def save_checkpoint(
     }
     slots["nu"] = {name: np.square(array) for name, array in slots["nu"].items()}
     recipes = {
-        slot: {name: copy_of(in_memory(array)) for name, array in tensors.items()}
+        slot: {name: copy_tensor(wrap_array(array)) for name, array in tensors.items()}
         for slot, tensors in slots.items()
     }
     record = {"count": 70, "step": 70, "schedule_step": 70, "tokens": 9000} | record

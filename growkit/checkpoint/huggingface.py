@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from growkit.checkpoint.files import json_bytes, read_json
+from growkit.checkpoint.files import encode_json, read_json
 from growkit.checkpoint.output import Job, Progress, create_file, fill
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, raw
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, open_raw
 from growkit.errors import GrowkitError
 
 INDEX = "model.safetensors.index.json"
@@ -178,7 +178,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int, total: int) -> Tensor:
         raise GrowkitError(
             f"{path} is cut off: the tensor {name!r} ends at byte {base + end}, the file has {total}"
         )
-    return raw(path, base + start, shape, dtype)
+    return open_raw(path, base + start, shape, dtype)
 
 
 def _carried(path: Path) -> dict[str, bytes]:
@@ -222,13 +222,13 @@ def write_directory(
     # transformers 4 reads torch_dtype, 5 reads dtype.
     dtype = str(next(iter(recipes.values())).dtype)
     (path / "config.json").write_bytes(
-        json_bytes(contents.config | {"torch_dtype": dtype, "dtype": dtype})
+        encode_json(contents.config | {"torch_dtype": dtype, "dtype": dtype})
     )
-    (path / LINEAGE).write_bytes(json_bytes(contents.lineage))
+    (path / LINEAGE).write_bytes(encode_json(contents.lineage))
     if len(shards) > 1:
         total = sum(recipe.size for recipe in recipes.values())
         (path / INDEX).write_bytes(
-            json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
+            encode_json({"metadata": {"total_size": total}, "weight_map": weight_map})
         )
 
 

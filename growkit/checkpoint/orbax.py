@@ -34,9 +34,9 @@ from growkit.checkpoint.tensor import (
     Recipe,
     Source,
     Tensor,
-    copy_of,
-    in_memory,
-    raw,
+    copy_tensor,
+    open_raw,
+    wrap_array,
 )
 from growkit.errors import GrowkitError
 from growkit.models import read_config
@@ -71,11 +71,11 @@ class Array:
     file: Path | None = None
     store: Any = None
 
-    def tensor(self, layer: int | None = None) -> Tensor:
+    def as_tensor(self, layer: int | None = None) -> Tensor:
         """All of it, or one layer; of a stacked array no more than the layer asked for is ever read."""
         shape = self.shape if layer is None else self.shape[1:]
         if self.file is not None:
-            return raw(
+            return open_raw(
                 self.file, (layer or 0) * math.prod(shape) * self.dtype.itemsize, shape, self.dtype
             )
         part = self.store if layer is None else self.store[layer]
@@ -117,7 +117,7 @@ def open_checkpoint(path: Path) -> Source:
         for slot in SLOTS
         if slot == "params" or any(name.startswith(f"{slot}.") for name in arrays)
     ]
-    counters = {name: int(arrays[name].tensor().read()) for name in COUNTERS if name in arrays}
+    counters = {name: int(arrays[name].as_tensor().read()) for name in COUNTERS if name in arrays}
     return Source(
         path=path,
         kind="checkpoint",
@@ -204,7 +204,7 @@ def _by_layer(arrays: Mapping[str, Array], slot: str, model: Architecture) -> di
         if name.startswith(f"{slot}."):
             row = rows.get(name) or _refuse(name, rows)
             layers = range(array.shape[0]) if row.stacked else [None]
-            tensors |= {row.named(layer): array.tensor(layer) for layer in layers}
+            tensors |= {row.named(layer): array.as_tensor(layer) for layer in layers}
     return tensors
 
 
@@ -250,7 +250,7 @@ class Leaf:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def leaves(contents: Contents, model: Architecture) -> dict[tuple[str, ...], Leaf]:
+def collect_leaves(contents: Contents, model: Architecture) -> dict[tuple[str, ...], Leaf]:
     """Every array of an output, by its path in the tree: slots of stacked arrays, and the counters."""
     found: dict[tuple[str, ...], Leaf] = {}
     for slot, recipes in contents.recipes.items():
@@ -262,7 +262,7 @@ def leaves(contents: Contents, model: Architecture) -> dict[tuple[str, ...], Lea
             found[(slot, *row.path)] = Leaf(shape, parts[0].dtype, parts)
     for name in COUNTERS:
         value = np.asarray(contents.record.get(name, 0), np.int32)
-        found[(name,)] = Leaf((), value.dtype, (copy_of(in_memory(value)),))
+        found[(name,)] = Leaf((), value.dtype, (copy_tensor(wrap_array(value)),))
     return found
 
 
@@ -284,7 +284,7 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
     begun = time.time_ns()
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
     about = {"config": contents.config, "lineage": contents.lineage, "record": record}
-    arrays = leaves(contents, read_config(contents.config))
+    arrays = collect_leaves(contents, read_config(contents.config))
     path.mkdir()
     _write_arrays(path / STATE, arrays, progress)
     for item, value in ((META, about), (FILES, encode_files(contents.files))):

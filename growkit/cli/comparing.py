@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 
-from growkit.cli.description import KINDS, changes
-from growkit.cli.terminal import json_text, progress_bar
+from growkit.cli.description import KINDS, format_changes
+from growkit.cli.terminal import format_json, show_progress
 
 TOKENS = 1024
 # The logits of so many tokens are in memory at once.
@@ -86,7 +86,7 @@ def _model_lines(kind: str, model: dict) -> list[str]:
 def _lineage_line(entry: dict) -> str:
     parts = []
     if "sizes" in entry:
-        parts += [changes(**entry["sizes"]), entry["method"], f"function {entry['function']}"]
+        parts += [format_changes(**entry["sizes"]), entry["method"], f"function {entry['function']}"]
     if "source" in entry:
         parts.append(f"from {entry['source']['path']}")
     if branch := entry.get("branch"):
@@ -111,7 +111,7 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from growkit.surgery.comparison import compare_sources, fields_differing, model_of
 
     one, other = open_source(a), open_source(b)
-    with progress_bar("comparing", one.size + other.size) as progress:
+    with show_progress("comparing", one.size + other.size) as progress:
         tensors = list(compare_sources(one, other, progress))
     facts = {
         "a": _side(one),
@@ -127,7 +127,7 @@ def diff(a: str, b: str, as_json: bool) -> int:
     )
     if as_json:
         click.echo(
-            json_text(
+            format_json(
                 {"equal": equal} | facts | {"tensors": [asdict(tensor) for tensor in tensors]}
             )
         )
@@ -196,7 +196,7 @@ def verify(src: str, out: str) -> None:
     plan = recorded_plan(source, result)
     origin = last_growth(result).get("source", {})
     another = origin.get("fingerprint") != source.fingerprint
-    with progress_bar("verifying", result.size) as progress:
+    with show_progress("verifying", result.size) as progress:
         wrong = first_mismatch(source, result, plan, progress)
     note = f"{out} was grown from {origin.get('path')}, whose fingerprint was another than that of {src}"
     if wrong:
@@ -211,8 +211,8 @@ def verify(src: str, out: str) -> None:
         click.echo(f"note: {note}")
 
 
-def check_possible(source, tokens: int) -> None:
-    """Raise UsageError or GrowkitError, before anything is written, where `check` could not run."""
+def require_checkable(source, tokens: int) -> None:
+    """Raise UsageError or GrowkitError, before anything is written, where `check_growth` could not run."""
     from growkit.errors import UsageError
 
     if tokens < 2:
@@ -230,7 +230,7 @@ def check_possible(source, tokens: int) -> None:
         )
 
 
-def check(source, out: Path, plan, tokens: int) -> dict:
+def check_growth(source, out: Path, plan, tokens: int) -> dict:
     """The losses of source and result (nats a token), the largest difference of their logits, and what that means."""
     import numpy as np
 
@@ -238,7 +238,7 @@ def check(source, out: Path, plan, tokens: int) -> dict:
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     result = open_source(str(out))
-    ids, text = check_tokens(source, tokens)
+    ids, text = select_tokens(source, tokens)
     losses, gap, largest = np.zeros(2), 0.0, 0.0
     step = max(1, CHUNK // ids.shape[1])
     for start in range(0, len(ids), step):
@@ -261,7 +261,7 @@ def check(source, out: Path, plan, tokens: int) -> dict:
     }
 
 
-def check_tokens(source, tokens: int):
+def select_tokens(source, tokens: int):
     """(ids [B, T] of about `tokens` tokens, what they are): text that every Python has, random without a tokenizer."""
     import numpy as np
 
@@ -296,9 +296,9 @@ def _logits(source, ids):
         from trainer.model.decoder import logits_of
 
         return logits_of(source, ids)
-    from convert.reference import transformers_logits
+    from convert.reference import load_logits
 
-    return transformers_logits(source.here, "float32")(ids)
+    return load_logits(source.here, "float32")(ids)
 
 
 def _loss(logits, ids) -> float:
@@ -315,7 +315,7 @@ def _loss(logits, ids) -> float:
     return float(np.mean(losses))
 
 
-def check_words(found: dict) -> str:
+def format_check(found: dict) -> str:
     """What the check found, for a reader at a terminal."""
     before, after = found["loss"]["before"], found["loss"]["after"]
     verdict = f"not preserved: {after - before:+.4f} nats a token"
@@ -328,7 +328,7 @@ def check_words(found: dict) -> str:
     )
 
 
-def check_kept(found: dict, out: Path) -> None:
+def require_preserved(found: dict, out: Path) -> None:
     """Raise GrowkitError where a plan that promised the source's function made another."""
     from growkit.errors import GrowkitError
 

@@ -21,7 +21,7 @@ def describe(source, plan, size: int, out: Path) -> str:
     lines = [
         f"source      {source.path} ({KINDS[source.kind]}, {source.dtype})",
         f"output      {out}",
-        f"sizes       {changes(before.sizes, after.sizes)}",
+        f"sizes       {format_changes(before.sizes, after.sizes)}",
         *(f"growth      {words}" for words in plan.method.split("; ")),
         *(f"by rule     {note}" for note in plan.notes),
         *([draw_map(plan.maps["layer"].index.tolist())] if "layer" in plan.maps else []),
@@ -38,7 +38,7 @@ def describe(source, plan, size: int, out: Path) -> str:
     return "\n".join(lines)
 
 
-def changes(before: dict[str, int], after: dict[str, int]) -> str:
+def format_changes(before: dict[str, int], after: dict[str, int]) -> str:
     """'layer 18 -> 24, mlp 64 -> 128': the axes whose sizes differ."""
     return ", ".join(
         f"{axis} {before[axis]} -> {after[axis]}" for axis in after if before[axis] != after[axis]

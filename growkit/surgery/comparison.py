@@ -57,7 +57,7 @@ def _compared(slot: str, name: str, ours: Tensor, theirs: Tensor) -> Comparison:
         )
     detail = "" if ours.dtype == theirs.dtype else f"{ours.dtype} and {theirs.dtype}"
     same, largest = not detail, 0.0
-    for start, stop in max(ours, theirs, key=lambda tensor: tensor.stride).strides(BLOCK):
+    for start, stop in max(ours, theirs, key=lambda tensor: tensor.stride).split_rows(BLOCK):
         a, b = ours.rows(start, stop), theirs.rows(start, stop)
         if detail or count_differing(a, b)[0]:
             same, largest = False, float(np.maximum(largest, largest_difference(a, b)))
@@ -161,8 +161,8 @@ def _mismatch(recipe: Recipe, tensor: Tensor) -> str | None:
     if recipe.dtype != tensor.dtype:
         return f"is {tensor.dtype}, growth makes it {recipe.dtype}"
     count, first = 0, math.prod(tensor.shape)
-    for start, block in recipe.blocks():
-        other, place = count_differing(block, tensor.numbers(start, start + block.size))
+    for start, block in recipe.make_blocks():
+        other, place = count_differing(block, tensor.read_numbers(start, start + block.size))
         count, first = count + other, min(first, start + place) if other else first
     if not count:
         return None

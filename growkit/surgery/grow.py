@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from growkit import __version__
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, zeros
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, zeros
 from growkit.growth.multipliers import STATED, describe_multipliers
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
@@ -65,27 +63,8 @@ def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position)
     if moment_fate(plan, row, moment, position) == "zero":
         return zeros(row.shape(plan.grown.sizes), tensor.dtype)
     if not needs_work(row, plan, moment, position):
-        return copy_of(tensor)
+        return copy_tensor(tensor)
     return grown_recipe(tensor, row, plan, moment, position)
-
-
-def stacked(source: Source, slot: str = "params", dtype: Any = None) -> dict[str, Any]:
-    """A slot as the trainer's tree: nested dicts of numpy arrays, layers stacked first; one copy in memory.
-
-    dtype: what to convert to, or None for the source's own (the widest where layers differ).
-    """
-    model = source.model
-
-    def leaf(row: Row) -> np.ndarray:
-        names = [row.name_at(position) for position in row.positions(model.sizes)]
-        tensors = [source.tensors[slot][name] for name in names]
-        widest = dtype or np.result_type(*(tensor.dtype for tensor in tensors))
-        array = np.empty((len(tensors), *tensors[0].shape), widest)
-        for place, tensor in enumerate(tensors):
-            array[place] = tensor.read()
-        return array.reshape(row.stacked_shape(model.sizes))
-
-    return model.table.tree(leaf)
 
 
 def open_grown(source: Source, plan: Plan) -> Source:
@@ -109,4 +88,4 @@ def open_grown(source: Source, plan: Plan) -> Source:
 
 def _made_when_read(recipe: Recipe) -> Tensor:
     """A recipe as a tensor. Rows are cut from the whole, so read it whole."""
-    return Tensor(recipe.shape, recipe.dtype, lambda start, stop: recipe.array()[start:stop])
+    return Tensor(recipe.shape, recipe.dtype, lambda start, stop: recipe.make_array()[start:stop])

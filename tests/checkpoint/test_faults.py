@@ -26,13 +26,13 @@ from growkit.cli import run
 source, out, kills, broken = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if broken == "in place":
     from contextlib import contextmanager
-    import growkit.checkpoint
+    import growkit.checkpoint.location
 
     @contextmanager
     def in_place(out, force=False):
         yield out
 
-    growkit.checkpoint.committed = in_place
+    growkit.checkpoint.location.commit_output = in_place
 
 def contents(path):
     return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name not in VARIES}

@@ -324,16 +324,16 @@ def test_the_check_reads_text_where_there_is_a_tokenizer(place, capsys):
     letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKL"
     tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
     (place / "hf" / "tokenizer.json").write_text(tokenizer.to_str())
-    from growkit.cli.comparing import check_tokens
+    from growkit.cli.comparing import select_tokens
 
-    ids, text = check_tokens(open_source("hf"), 50)
+    ids, text = select_tokens(open_source("hf"), 50)
     assert (
         ids.shape == (3, 16)
         and text == "tokens of Python's documentation"
         and 4 in ids
         and ids.max() < 40
     )
-    ids, text = check_tokens(open_source("ck"), 10)
+    ids, text = select_tokens(open_source("ck"), 10)
     assert ids.shape == (1, 10) and text == "random tokens"
 
 
@@ -404,18 +404,18 @@ def test_differences_are_found_in_every_block(monkeypatch):
     ours = np.zeros((40, 3), np.float32)
     theirs = ours.copy()
     assert (
-        comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs))).verdict
+        comparison._compared("params", "a", *map(tensor.wrap_array, (ours, theirs))).verdict
         == "equal"
     )
     theirs[7, 1], theirs[39, 2] = 1, np.nan
-    found = comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs)))
+    found = comparison._compared("params", "a", *map(tensor.wrap_array, (ours, theirs)))
     assert found.verdict == "differs" and np.isnan(found.largest)
     theirs[39, 2] = -3
-    assert comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs))).largest == 3
-    for recipe in (tensor.zeros(ours.shape, ours.dtype), tensor.copy_of(tensor.in_memory(ours))):
-        assert comparison._mismatch(recipe, tensor.in_memory(ours)) is None
+    assert comparison._compared("params", "a", *map(tensor.wrap_array, (ours, theirs))).largest == 3
+    for recipe in (tensor.zeros(ours.shape, ours.dtype), tensor.copy_tensor(tensor.wrap_array(ours))):
+        assert comparison._mismatch(recipe, tensor.wrap_array(ours)) is None
         assert "2 of 120 numbers, the first at [7, 1]" in comparison._mismatch(
-            recipe, tensor.in_memory(theirs)
+            recipe, tensor.wrap_array(theirs)
         )
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from conftest import BESIDE, SMALL, random_tensors, save_checkpoint, save_directory, save_tensors
 
-from convert.directory import exported
+from convert.directory import convert_to_directory
 from growkit.checkpoint.huggingface import read_header
 from growkit.checkpoint.location import open_source
-from growkit.checkpoint.tensor import mapped
+from growkit.checkpoint.tensor import map_tensors
 from growkit.cli import run
 from growkit.errors import GrowkitError
 from growkit.models import read_config
@@ -318,14 +318,14 @@ def test_check_compares_with_transformers(tmp_path, capsys, monkeypatch):
     assert "check: logits of transformers and of JAX differ by at most" in capsys.readouterr().out
     assert run(["export", str(hf), str(tmp_path / "narrow"), "--check", "--dtype", "bfloat16"]) == 0
     # What is wrong by little is found out; where nothing was rounded, even the last bit of bfloat16.
-    monkeypatch.setattr("convert.directory.copy_of", with_last_bit_flipped)
+    monkeypatch.setattr("convert.directory.copy_tensor", with_last_bit_flipped)
     narrow = save_directory(tmp_path / "bf16", dtype="bfloat16")
     assert run(["export", str(narrow), str(tmp_path / "wrong"), "--check"]) == 1
     assert "transformers computes other logits" in capsys.readouterr().err
 
 
 def with_last_bit_flipped(tensor):
-    return mapped(
+    return map_tensors(
         [tensor], tensor.dtype, lambda array: (array.view(np.uint16) ^ 1).view(array.dtype)
     )
 
@@ -363,4 +363,4 @@ def test_runs_and_steps_are_sources(tmp_path, checkpoint):
 def test_an_unknown_dtype_is_refused(tmp_path):
     source = open_source(str(save_directory(tmp_path / "hf")))
     with pytest.raises(GrowkitError, match="got 'bfloat'; did you mean 'bfloat16'?"):
-        exported(source, "bfloat")
+        convert_to_directory(source, "bfloat")

@@ -24,7 +24,6 @@ import trainer.devices.sharding as sharding
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
 from growkit.models.gpt_neox import GPT_NEOX
-from growkit.surgery.grow import stacked
 from trainer.config.sections import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
@@ -303,7 +302,7 @@ def moved(directory):
         checkpoints.close()
         source = open_source(f"{directory}/{name}")
         found[f"read from {name}"] = digest(
-            {slot: stacked(source, slot) for slot in source.tensors}
+            {slot: source.stack(slot) for slot in source.tensors}
         )
         begun = from_source(source, abstract_state(CONFIG, MODEL, layouts["eight"]))
         found[f"begun from {name}"] = digest(to_tree(begun))

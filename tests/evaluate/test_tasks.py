@@ -20,7 +20,6 @@ from growkit.cli import quickstart
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation import harness
-from growkit.surgery.grow import stacked
 from trainer.cli.training import train_run
 from trainer.data.tokenize import tokenize_documents
 from trainer.data.tokenizer import train_tokenizer
@@ -51,7 +50,7 @@ def compiled_once(tmp_path_factory):
 def data(tmp_path_factory):
     """Token files of source code, as the quickstart trains on, and items: other code, and two questions."""
     root = tmp_path_factory.mktemp("data")
-    *texts, last = (text for _, text in quickstart.standard_library(400_000))
+    *texts, last = (text for _, text in quickstart.read_standard_library(400_000))
     tokenizer = train_tokenizer(texts[:4], 400)
     tokenize_documents(texts, root / "tokens", tokenizer, ["Python standard library"])
     (root / "items" / "bpb").mkdir(parents=True)
@@ -118,7 +117,7 @@ def test_a_run_is_measured_as_its_checkpoint_is(whole, data, tmp_path):
 
 def test_measuring_changes_no_bit(whole, data, tmp_path):
     train_run(values(data), tmp_path / "bare")
-    bare, with_tasks = (stacked(open_source(str(run))) for run in (tmp_path / "bare", whole))
+    bare, with_tasks = (open_source(str(run)).stack() for run in (tmp_path / "bare", whole))
     assert not scores_of(tmp_path / "bare")
     assert bare["embed_in"]["weight"].tobytes() == with_tasks["embed_in"]["weight"].tobytes()
 

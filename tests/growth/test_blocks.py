@@ -55,7 +55,7 @@ def recipes(plan, dtype="float32"):
 
 def arrays(plan, dtype="float32"):
     return {
-        (slot, name): recipe.array()
+        (slot, name): recipe.make_array()
         for slot, part in recipes(plan, dtype).items()
         for name, recipe in part.items()
     }

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_growth import break_table, held, loss_and_gradient
 
-from convert.directory import exported
+from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
 from growkit.growth import padding
 from growkit.growth.axes import make_map, tile
@@ -96,7 +96,7 @@ def logits(model, params):
 def small(parallel=True, tied=True, rotary_pct=0.5):
     """A model, its parameter tree and its logits."""
     model = BASE.change(parallel_residual=parallel, tied=tied, rotary_pct=rotary_pct)
-    params = surgery.stacked(held(model, params=random_tensors(model, "float64")))
+    params = held(model, params=random_tensors(model, "float64")).stack()
     return model, params, logits(model, params)
 
 
@@ -342,7 +342,7 @@ def random_moments(model):
         for seed, slot in enumerate(("params", "mu", "nu"))
     }
     source = held(model, **slots)
-    return {slot: surgery.stacked(source, slot) for slot in slots}
+    return {slot: source.stack(slot) for slot in slots}
 
 
 def identical(ours, theirs):
@@ -443,7 +443,7 @@ def through_files(tmp_path, name, dtype, tied, mutate=None):
     """transformers' logits of a model that was exported, and of what growth on disk made of the export."""
     model = BASE.change(tied=tied, rotary_pct=0.25)
     tensors = random_tensors(model, "float64")
-    write_output(tmp_path / "small", "huggingface", exported(held(model, params=tensors), dtype))
+    write_output(tmp_path / "small", "huggingface", convert_to_directory(held(model, params=tensors), dtype))
     source = open_source(str(tmp_path / "small"))
     plan = EXACT[name](source.model)
     contents = surgery.prepare_growth(source, mutate(plan) if mutate else plan)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import random_tensors
 
-from growkit.checkpoint.tensor import Source, in_memory
+from growkit.checkpoint.tensor import Source, wrap_array
 from growkit.errors import UsageError
 from growkit.growth.axes import make_map, replicate, tile
 from growkit.growth.depth import plan_depth
@@ -48,7 +48,7 @@ IDENTITY = {"layer": make_map([0, 0, 1], 2, [1.0, 0.0, 1.0])}
 def held(model: Architecture, **slots: dict[str, np.ndarray]) -> Source:
     """A model in memory, as the source that surgery takes."""
     tensors = {
-        slot: {name: in_memory(array) for name, array in arrays.items()}
+        slot: {name: wrap_array(array) for name, array in arrays.items()}
         for slot, arrays in slots.items()
     }
     return Source(Path("memory"), "huggingface", model.written(), tensors, [], [], {}, dict)
@@ -90,7 +90,7 @@ def loss_and_gradient(model: Architecture):
 def measured(source: Source) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and the gradient by name in files."""
     with jax.enable_x64(True):
-        (_, logits), gradient = loss_and_gradient(source.model)(surgery.stacked(source))
+        (_, logits), gradient = loss_and_gradient(source.model)(source.stack())
     found = {}
     for name, row, layer in source.model.table.names(source.model.sizes):
         leaf = gradient

@@ -22,7 +22,7 @@ from conftest import random_tensors
 from test_growth import held, made
 
 import growkit
-from growkit.checkpoint.tensor import Source, in_memory
+from growkit.checkpoint.tensor import Source, wrap_array
 from growkit.errors import GrowkitError
 from growkit.growth.depth import plan_depth
 from growkit.growth.plan import combine_plans
@@ -60,7 +60,7 @@ def source(dtype="float32"):
 
 
 def small(slot="params", dtype="float32"):
-    return surgery.stacked(source(dtype), slot)
+    return source(dtype).stack(slot)
 
 
 @cache
@@ -72,7 +72,7 @@ def on_disk(plan_name, slot, dtype="float32"):
         slot: {name: made(recipe) for name, recipe in recipes[slot].items()}
         for slot in ("params", slot)
     }
-    return surgery.stacked(held(plan.grown, **tensors), slot)
+    return held(plan.grown, **tensors).stack(slot)
 
 
 def same(ours, theirs) -> bool:
@@ -128,13 +128,13 @@ def test_jax_grows_eagerly_as_on_disk():
 def test_another_architectures_tree_grows_as_on_disk():
     model = LLAMA.model(layer=2, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=24)
     arrays = random_tensors(model)
-    tensors = {name: in_memory(array) for name, array in arrays.items()}
+    tensors = {name: wrap_array(array) for name, array in arrays.items()}
     source = Source(
         Path("memory"), "huggingface", model.written(), {"params": tensors}, [], [], {}, dict
     )
     plans = [plan_width(model, embed="2x", heads=12, mlp=31), plan_depth(model, "2:3", "identity")]
     plan = dataclasses.replace(combine_plans("grow", plans, model), noise=0.2)
-    grown = growkit.grow(surgery.stacked(source), plan)
+    grown = growkit.grow(source.stack(), plan)
     for name, recipe in surgery.prepare_growth(source, plan).recipes["params"].items():
         row, layer = plan.grown.table.match(name)
         leaf = grown

@@ -8,7 +8,6 @@ import pytest
 from conftest import SMALL, save_transformers_model, transformers_logits
 
 from growkit.checkpoint.location import open_source
-from growkit.surgery.grow import stacked
 from trainer.config.sections import Dropout, Precision
 from trainer.model.decoder import GPTNeoX, initial_params, row_at
 
@@ -24,7 +23,7 @@ def our_logits(source, tokens, dtype, rotary=None, **change):
     model = source.model.change(**change)
     network = GPTNeoX(model, Precision(params=dtype, compute=dtype))
     return np.asarray(
-        jax.jit(network.apply)({"params": stacked(source, dtype=dtype)}, tokens, rotary=rotary)
+        jax.jit(network.apply)({"params": source.stack(dtype=dtype)}, tokens, rotary=rotary)
     )
 
 
@@ -55,7 +54,7 @@ def test_a_changed_model_has_other_logits(tmp_path, tokens, change):
 def test_heads_split_any_other_way_have_other_logits(tmp_path, tokens):
     source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
     theirs, _ = transformers_logits(tmp_path / "hf", tokens)
-    params = stacked(source)
+    params = source.stack()
     fused = params["layers"]["attention"]["query_key_value"]["weight"]
     shape = fused.shape
     wrong = fused.reshape(shape[0], 3, SMALL.head, SMALL.head_dim, -1).swapaxes(1, 2).reshape(shape)
@@ -70,7 +69,7 @@ def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
     source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
     theirs, _ = transformers_logits(tmp_path / "hf", tokens)
     network = GPTNeoX(SMALL, Precision("float32", "bfloat16"))
-    ours = np.asarray(jax.jit(network.apply)({"params": stacked(source)}, tokens))
+    ours = np.asarray(jax.jit(network.apply)({"params": source.stack()}, tokens))
     assert ours.dtype == np.float32
     assert 1e-4 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
 

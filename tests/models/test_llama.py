@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import BESIDE, random_tensors, save_tensors
 
-from convert.directory import exported, imported
+from convert.directory import convert_to_checkpoint, convert_to_directory
 from growkit.checkpoint.huggingface import INDEX
 from growkit.checkpoint.location import open_source, write_output
-from growkit.checkpoint.tensor import copy_of, in_memory
+from growkit.checkpoint.tensor import copy_tensor, wrap_array
 from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.axes import make_map, tile
@@ -90,7 +90,7 @@ def write_grown(source, plan, out: Path, change=None, **options) -> Path:
     if change:
         recipes = contents.recipes["params"]
         for name, recipe in recipes.items():
-            recipes[name] = copy_of(in_memory(change(name, values(recipe))))
+            recipes[name] = copy_tensor(wrap_array(change(name, values(recipe))))
     write_output(out, "huggingface", contents, [source], **options)
     return out
 
@@ -525,7 +525,7 @@ def test_a_source_that_breaks_the_rule_grows_in_depth():
     assert plan_depth(SMALL.change(embed=25), "3:4").grown == SMALL.change(embed=25, layer=4)
 
 
-@pytest.mark.parametrize("convert", [imported, exported])
+@pytest.mark.parametrize("convert", [convert_to_checkpoint, convert_to_directory])
 def test_what_takes_gpt_neox_only(convert, tmp_path):
     source = open_source(str(save(tmp_path / "hf")))
     with pytest.raises(

@@ -19,13 +19,14 @@ import pytest
 import yaml
 
 import trainer.run.loop
-from convert.directory import exported, imported
+from convert.directory import convert_to_checkpoint, convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.models.gpt_neox import GPT_NEOX
-from growkit.surgery.grow import prepare_growth, stacked
+from growkit.surgery.grow import prepare_growth
+
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
@@ -626,9 +627,9 @@ def test_a_grown_model_keeps_adams_count_and_moments_and_restarts_its_schedule(
     assert [int(tree[name]) for name in ("count", "step", "schedule_step")] == [STEPS, 0, 0]
     source = open_source(str(larger))
     for slot in ("params", "mu", "nu"):
-        assert same_tree(tree[slot], stacked(source, slot))
+        assert same_tree(tree[slot], source.stack(slot))
     small, large = (
-        stacked(open_source(str(path)), "nu")["layers"]["mlp"]["dense_4h_to_h"]
+        open_source(str(path)).stack("nu")["layers"]["mlp"]["dense_4h_to_h"]
         for path in (whole, larger)
     )
     assert np.array_equal(large["weight"], small["weight"][[0, 0, 1]])
@@ -708,14 +709,14 @@ def test_other_data_after_growth_begin_a_stream_of_their_own(data, tmp_path, lar
 @pytest.mark.parametrize("as_checkpoint", [False, True])
 def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, whole):
     start = tmp_path / "hf"
-    write_output(start, "huggingface", exported(open_source(str(whole))))
+    write_output(start, "huggingface", convert_to_directory(open_source(str(whole))))
     if as_checkpoint:
         source, start = open_source(str(start)), tmp_path / "imported"
-        write_output(start, "checkpoint", imported(source))
+        write_output(start, "checkpoint", convert_to_checkpoint(source))
     run = begun(data, tmp_path / "run", start)
     tree = to_tree(run.state)
     assert [int(tree[name]) for name in ("count", "step", "schedule_step")] == [0, 0, 0]
-    assert same_tree(tree["params"], stacked(open_source(str(whole))))
+    assert same_tree(tree["params"], open_source(str(whole)).stack())
     assert not any(np.any(leaf) for slot in ("mu", "nu") for leaf in jax.tree.leaves(tree[slot]))
     assert run.position.drawn(0) == run.position.tokens(0) == 0
     run.close()

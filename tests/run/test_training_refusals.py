@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from growkit.checkpoint.location import open_source, write_output
-from growkit.checkpoint.tensor import Contents, copy_of, in_memory
+from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.cli import run
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokens import TokenWriter
@@ -54,7 +54,7 @@ def model_directory(path, files=(), **sizes):
 
     def recipe(row):
         shape = row.shape(model.sizes)
-        return copy_of(in_memory(random.normal(size=shape).astype(np.float32)))
+        return copy_tensor(wrap_array(random.normal(size=shape).astype(np.float32)))
 
     recipes = {name: recipe(row) for name, row, _ in model.table.names(model.sizes)}
     contents = Contents(model.config(), {"params": recipes}, [], files=dict(files))

@@ -56,7 +56,7 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
     Nothing is trained or measured here: each figure names where it comes from, and a question outside the range of a
     law is called so.
     """
-    from growkit.cli.terminal import json_text
+    from growkit.cli.terminal import format_json
     from growkit.errors import UsageError
     from trainer.config.quantity import parse_count
     from trainer.study.advice import Growth
@@ -83,7 +83,7 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
     devices = devices_of(topology, mfu, price)
     measured = [read_study(path) for path in studies]
     if as_json:
-        click.echo(json_text(_document(made, source is None, devices, measured)))
+        click.echo(format_json(_document(made, source is None, devices, measured)))
     else:
         _show(made, source is None, devices, measured)
 

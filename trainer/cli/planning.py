@@ -49,7 +49,7 @@ def plan(
     if topology not in ("cpu", "gpu"):
         # Set before jax is imported: a plan takes no TPU of this machine, and asks no cloud about one.
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    from growkit.cli.terminal import json_text
+    from growkit.cli.terminal import format_json
     from trainer.config.sections import resolve
     from trainer.config.values import read_values
     from trainer.plan.plan import advice, shortage, target
@@ -63,7 +63,7 @@ def plan(
     made = planned(settings, on)
     tried = [] if made.memory.fits else _tried(made)
     if as_json:
-        click.echo(json_text(_document(made, tried, mfu, price)))
+        click.echo(format_json(_document(made, tried, mfu, price)))
     else:
         _show(config, made, mfu, price)
     if made.memory.fits:

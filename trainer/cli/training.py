@@ -49,14 +49,14 @@ def tokenize(
 
     Written in Megatron's indexed format (tokens.bin, tokens.idx) with a manifest; end-of-text ends each document.
     """
-    from growkit.cli.terminal import counter
+    from growkit.cli.terminal import show_counts
     from trainer.data.processes import count_cores
     from trainer.data.text import Shard
     from trainer.data.tokenize import tokenize as tokenize_files
 
     part = Shard.parse(shard) if shard else None
     number = count_cores() if processes is None else processes
-    with counter("tokenizing") as progress:
+    with show_counts("tokenizing") as progress:
         manifest = tokenize_files(
             list(text), out, tokenizer, train_bpe, force, progress, number, part
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
-from growkit.evaluation.catalogue import named
+from growkit.evaluation.catalogue import parse_task_names
 from growkit.models.architecture import Architecture
 
 
@@ -389,7 +389,7 @@ def _check(config: Config) -> None:
                 f"{key} must be one of {', '.join(choices)}, got {_value(config, key)!r}{near}"
             )
     if config.eval.tasks:
-        named(config.eval.tasks)
+        parse_task_names(config.eval.tasks)
     batch, schedule = config.batch, config.schedule
     if batch.sequences % batch.accumulation:
         raise UsageError(

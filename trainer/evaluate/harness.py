@@ -12,9 +12,8 @@ import jax
 from lm_eval.api.model import TemplateLM
 
 from growkit.checkpoint.tensor import Source
-from growkit.evaluation.harness import Request, Windowed, joined
+from growkit.evaluation.harness import Request, Windowed, join_scores
 from growkit.models import require_trained
-from growkit.surgery.grow import stacked
 from trainer.config.sections import Mesh, Precision
 from trainer.data.tokenizer import TextTokenizer
 from trainer.devices.sharding import Layout, make_mesh
@@ -61,10 +60,10 @@ class JaxModel(Windowed, TemplateLM):
         return self._score(requests)
 
     def _score(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        pieces, owners = self.windows(requests)
+        pieces, owners = self.split_requests(requests)
         self.expect(len(pieces))
         pairs = [(context, continuation) for _, context, continuation in pieces]
-        return joined(owners, self.likelihood.scores(pairs, self.advance))
+        return join_scores(owners, self.likelihood.scores(pairs, self.advance))
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
         raise NotImplementedError("growkit's tasks score texts and continue none")
@@ -78,5 +77,5 @@ def jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int)
     model = require_trained(source.model, source.path)
     layout = Layout(make_mesh(Mesh(), jax.local_devices()))
     network = GPTNeoX(model, Precision("float32", "float32"), layout=layout)
-    params = jax.device_put(stacked(source, dtype="float32"), model.table.tree(layout.parameter_sharding))
+    params = jax.device_put(source.stack(dtype="float32"), model.table.tree(layout.parameter_sharding))
     return JaxModel(Likelihood(network, params, window, batch), tokenizer)

@@ -25,7 +25,6 @@ from jax.ad_checkpoint import checkpoint_policies
 from growkit.checkpoint.tensor import Source
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
-from growkit.surgery.grow import stacked
 from trainer.config.sections import Dropout, Precision
 from trainer.devices.sharding import Layout, target_platform
 from trainer.model.activation import gelu
@@ -270,5 +269,5 @@ def logits_of(source: Source, tokens_BxT: np.ndarray, dtype: str = "float32") ->
     """The logits [B, T, V] of a model on disk, computed in `dtype`."""
     network = GPTNeoX(source.model, Precision(dtype, dtype))
     return np.asarray(
-        jax.jit(network.apply)({"params": stacked(source, dtype=dtype)}, jnp.asarray(tokens_BxT))
+        jax.jit(network.apply)({"params": source.stack(dtype=dtype)}, jnp.asarray(tokens_BxT))
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from growkit.evaluation import harness
-from growkit.evaluation.catalogue import named
-from growkit.evaluation.questions import questions
+from growkit.evaluation.catalogue import parse_task_names
+from growkit.evaluation.questions import collect_questions
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Eval
 from trainer.data.tokenizer import load_model_tokenizer
@@ -35,8 +35,8 @@ class Asked:
         if settings.tasks:
             harness.require_harness()
             data = Path(settings.data) if settings.data else None
-            self.questions = questions(
-                named(settings.tasks), data, settings.limit or None, self.notes.append
+            self.questions = collect_questions(
+                parse_task_names(settings.tasks), data, settings.limit or None, self.notes.append
             )
 
     def of(

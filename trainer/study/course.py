@@ -21,7 +21,7 @@ from typing import Any
 
 from etils import epath
 
-from growkit.checkpoint.files import json_bytes
+from growkit.checkpoint.files import encode_json
 from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import resolve
 from trainer.devices.hosts import write_once
@@ -191,7 +191,7 @@ class Course:
         self, directory: Path, values: dict[str, Any], start: str | None, done: Finished
     ) -> None:
         run = asdict(done) | {"loss": None if math.isinf(done.loss) else done.loss}
-        content = json_bytes({"values": values, "from": start, "finished": run})
+        content = encode_json({"values": values, "from": start, "finished": run})
         directory.mkdir(parents=True, exist_ok=True)
         write_once(epath.Path(directory / RESULT), content)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from growkit.checkpoint.files import json_bytes
+from growkit.checkpoint.files import encode_json
 from trainer.devices.hosts import write_once
 from trainer.log.history import METRICS, parse
 from trainer.study.design import LARGEST_SHARE, SCRATCH
@@ -50,7 +50,7 @@ def write(outcome: Outcome, out: Path, picture: bool = True) -> None:
     write_once(epath.Path(out / "report.md"), markdown(outcome, results).encode())
     if picture:
         draw(outcome, out)
-    write_once(epath.Path(out / RESULTS), json_bytes(results))
+    write_once(epath.Path(out / RESULTS), encode_json(results))
 
 
 def runs_csv(runs: list[Finished]) -> str:
