@@ -20,7 +20,7 @@ from trainer.devices.accelerators import TPUS, parse_slice, peak_flops
 from trainer.devices.sharding import make_single_device_layout
 from trainer.model.kernels import splash_attention
 from trainer.plan import plan
-from trainer.run.checkpoint import last_step
+from trainer.run.checkpoint import find_last_step
 from trainer.step.update import State, forget_programs
 
 GIB = 2**30
@@ -328,7 +328,7 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monk
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith("growkit: the step does not fit: it needs")
     assert "; batch.accumulation=16 would make it fit, at" in sentence
-    assert last_step(tmp_path / "run") is None
+    assert find_last_step(tmp_path / "run") is None
     # The sibling: with the memory that there is, the same command begins and ends.
     monkeypatch.undo()
     assert run(arguments) == 0

@@ -51,10 +51,10 @@ def rows(out):
 )
 def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):  # noqa: F811
     from trainer.config.sections import resolve
-    from trainer.run.growth import planned
+    from trainer.run.growth import plan_growth
 
     source = open_source(str(small))
-    plan = planned(resolve({"grow": section}).grow, source.model)
+    plan = plan_growth(resolve({"grow": section}).grow, source.model)
     write_output(tmp_path / "grown", "checkpoint", prepare_growth(source, plan), [source])
     train_run(recipe(data), tmp_path / "disk", str(tmp_path / "grown"))
     train_run(recipe(data, grow=section), tmp_path / "start", str(small))

@@ -31,8 +31,8 @@ from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
 from trainer.data.tokens import TokenWriter
-from trainer.run.checkpoint import last_step, to_tree
-from trainer.run.directory import hold
+from trainer.run.checkpoint import find_last_step, to_tree
+from trainer.run.directory import lock_run
 from trainer.run.loop import Run
 from trainer.step.optimizer import Multipliers
 
@@ -248,7 +248,7 @@ def test_the_command_line_interrupted_and_given_again(data, tmp_path, whole, mon
     with monkeypatch.context() as patch:
         patch.setattr(Stream, "batch", interrupted)
         assert run_command(["train", str(config), "--out", str(out)]) == 130
-    assert last_step(out) == 10
+    assert find_last_step(out) == 10
     assert "step 10, stopped; the same command resumes it" in capsys.readouterr().out
     assert run_command(["train", str(config), "--out", str(out)]) == 0
     said = capsys.readouterr()
@@ -300,7 +300,7 @@ def test_a_second_interrupt_acts_at_once_and_loses_nothing(data, tmp_path, whole
 def test_a_signal_that_comes_twice_at_once_is_one(data, tmp_path, whole):
     out = tmp_path / "run"
     assert send_at(new_run(data, out), 6, signal.SIGTERM, times=2).go().signal == signal.SIGTERM
-    assert last_step(out) is not None
+    assert find_last_step(out) is not None
     new_run(data, out).go()
     assert_as_if_uninterrupted(out, whole)
 
@@ -378,7 +378,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path, w
         run.go()
     run.close()
     assert len(rows_of(out)) == 4
-    assert last_step(out) is None
+    assert find_last_step(out) is None
     new_run(data, out).go()
     assert_as_if_uninterrupted(out, whole)
 
@@ -438,7 +438,7 @@ def test_a_half_written_checkpoint_is_ignored_and_cleaned_away(data, tmp_path, w
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     left = half_written(out, 12)
-    assert last_step(out) == 8
+    assert find_last_step(out) == 8
     run = new_run(data, out)
     assert run.first == 8
     run.go()
@@ -496,7 +496,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_sentence_and_costs_nothing_els
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
-    assert last_step(out) == 4
+    assert find_last_step(out) == 4
     assert rows_of(out) == [row for row in rows_of(whole) if int(row["step"]) <= 8]
 
 
@@ -547,7 +547,7 @@ def test_a_number_that_is_not_finite_stops_the_run(name, data, tmp_path):
     assert "step 7 is not finite" in said
     assert "sequences 24 to 27 of data stream 0" in said
     assert said.endswith(f"the last good checkpoint is {tmp_path / 'run'}@4")
-    assert last_step(tmp_path / "run") == 4
+    assert find_last_step(tmp_path / "run") == 4
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
@@ -580,14 +580,14 @@ def test_a_second_process_is_kept_out(data, tmp_path):
     ):
         new_run(data, out)
     run.go()
-    with hold(out):
+    with lock_run(out):
         pass
 
 
 def test_a_run_locked_and_killed_before_it_was_begun_is_none(data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    hold(out).close()
+    lock_run(out).close()
     (out / ".config.yaml.part").write_text("growk")
     assert not new_run(data, out).resumed
 

@@ -459,7 +459,7 @@ class Pretended:
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.csv").write_text("step,tokens,flops,validation_loss\n")
         if self.diverges(out.name):
-            raise trainer.study.course.Diverged("step 3 is not finite")
+            raise trainer.study.course.DivergenceError("step 3 is not finite")
         return Result(12, None, 3.0 + len(out.name) / 1e4)
 
 

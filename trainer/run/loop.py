@@ -42,11 +42,11 @@ from trainer.model.decoder import initial_params
 from trainer.model.kernels import chosen
 from trainer.plan.plan import fitting, require_fit
 from trainer.run import growth
-from trainer.run.checkpoint import Checkpoints, from_source, last_step
-from trainer.run.directory import begin
+from trainer.run.checkpoint import Checkpoints, find_last_step, from_source
+from trainer.run.directory import open_run
 from trainer.run.interrupt import Interrupt
 from trainer.run.position import Position
-from trainer.run.tasks import Asked
+from trainer.run.tasks import TaskQuestions
 from trainer.run.watch import Watch
 from trainer.step.optimizer import Multipliers
 from trainer.step.plateau import reduced, reduction
@@ -62,7 +62,7 @@ from trainer.step.update import (
 DRAWN_EVERY = 60.0
 
 
-class Diverged(GrowkitError):
+class DivergenceError(GrowkitError):
     """A loss or a gradient was not finite."""
 
 
@@ -81,16 +81,16 @@ class Run:
         self.source, self.allow_gap, self.branch = source, allow_gap, branch
         self.directory = epath.Path(out)
         check_precision(config)
-        self.growth_to_come = growth.later(config)
+        self.growth_to_come = growth.plan_later_growth(config)
         if self.growth_to_come:
             # Refused now where the grown model does not lie on the mesh, and not when its step has come.
-            make_layout(growth.grown_config(config, self.growth_to_come), self.growth_to_come.grown)
+            make_layout(growth.grow_config(config, self.growth_to_come), self.growth_to_come.grown)
         self._lay_out(config, build_architecture(config.model))
         self.data: Corpus = open_corpus(config, source)
-        self.asked = Asked(config.eval)
+        self.asked = TaskQuestions(config.eval)
         self.writers, self.trace = Writers(config), Trace(config.log.profile, self.directory)
-        self.held = begin(
-            self.directory, config, start, source, last_step(self.directory) is not None
+        self.held = open_run(
+            self.directory, config, start, source, find_last_step(self.directory) is not None
         )
         self.checkpoints = Checkpoints(self.directory, config.checkpoint)
         self.history = History(self.directory)
@@ -103,7 +103,9 @@ class Run:
         self.multipliers = self._multipliers()
         self._make_train_step(self.history.validation_losses() if self.resumed else [])
         self.eval_step = make_eval_step(self.config, self.model, self.layout)
-        self.tasks = self.asked.of(self.config, self.model, self.layout, self.files, self.directory)
+        self.tasks = self.asked.bind(
+            self.config, self.model, self.layout, self.files, self.directory
+        )
         self.saved_at = time.monotonic()
         self.drawn_at = time.monotonic()
 
@@ -125,7 +127,7 @@ class Run:
                 return False
             self.source = open_source(f"{self.directory}@{last}")
         self.growth_to_come = None
-        self._lay_out(growth.grown_config(self.config, plan), plan.grown)
+        self._lay_out(growth.grow_config(self.config, plan), plan.grown)
         return not made
 
     def _growth_due(self) -> bool:
@@ -133,7 +135,9 @@ class Run:
         if self.growth_to_come is None or self.step == self.config.schedule.steps:
             return False
         validated = self.history.validation_loss(self.step) is not None
-        return validated and growth.due(self.config, self.step, self.history.validation_losses())
+        return validated and growth.is_growth_due(
+            self.config, self.step, self.history.validation_losses()
+        )
 
     def _make_train_step(self, losses: list[float]) -> None:
         """The program of a step, at the learning rate that the plateaus of these validation losses leave."""
@@ -169,7 +173,7 @@ class Run:
         source, end = self.source, self.data.end_of_text
         entry = provenance(source) if source else {"growkit": __version__}
         plan = (
-            growth.planned(self.config.grow, source.model)
+            growth.plan_growth(self.config.grow, source.model)
             if source and not self.growth_to_come
             else None
         )
@@ -180,7 +184,10 @@ class Run:
         base = source.config if source else {"bos_token_id": end, "eos_token_id": end}
         self.hf_config = self.model.config(base)
         before = source.lineage if source else []
-        applied = growth.owed(self.config.optimizer.multipliers, before, self.model) is not None
+        applied = (
+            growth.select_multipliers(self.config.optimizer.multipliers, before, self.model)
+            is not None
+        )
         entry |= {"operation": "train", "multipliers": applied, "config": self.config.to_dict()}
         entry |= {"branch": self.branch} if self.branch else {}
         self.lineage = [*before, entry]
@@ -194,7 +201,9 @@ class Run:
     def _multipliers(self) -> Multipliers | None:
         """What the growths before this training ask of the optimizer, where this run applies it."""
         *before, training = self.lineage
-        return growth.owed("on" if training["multipliers"] else "off", before, self.model)
+        return growth.select_multipliers(
+            "on" if training["multipliers"] else "off", before, self.model
+        )
 
     def _utilization(self) -> Utilization:
         devices = self.layout.mesh.devices
@@ -269,10 +278,10 @@ class Run:
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
         else:
-            beginning = growth.beginning(self.lineage, self.step)
+            beginning = growth.describe_beginning(self.lineage, self.step)
             self._row(self.step, event=beginning)
             self.report.say(beginning)
-        for line in growth.facts(self.lineage, self.model, self.config.dropout):
+        for line in growth.describe_growths(self.lineage, self.model, self.config.dropout):
             self.report.say(line)
         if self.position.new:
             self.report.say(
@@ -350,7 +359,7 @@ class Run:
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
         position = self.position
         first, last = position.drawn(step - 1), position.drawn(step) - 1
-        raise Diverged(
+        raise DivergenceError(
             f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}), in sequences "
             f"{first} to {last} of data stream {position.number}; {self._last_good()}"
         )
@@ -372,7 +381,7 @@ class Run:
         if loss is None:
             return
         if not math.isfinite(loss):
-            raise Diverged(
+            raise DivergenceError(
                 f"the validation loss at step {self.step} is {loss}; {self._last_good()}"
             )
         self._row(self.step, validation_loss=loss)
@@ -406,8 +415,8 @@ class Run:
         """Exact growth leaves the validation loss as it was; refuse to go on where it did not."""
         source = self.source.record if self.source else {}
         windows = self.data.validation_fingerprint(self.config.eval.windows)
-        allowed = math.inf if self.allow_gap else growth.gap_allowed(self.config)
-        if said := growth.compared(self.lineage[:-1], loss, source, windows, allowed):
+        allowed = math.inf if self.allow_gap else growth.compute_allowed_gap(self.config)
+        if said := growth.compare_with_source(self.lineage[:-1], loss, source, windows, allowed):
             self.report.say(said)
 
     def _heed_plateau(self) -> None:

@@ -26,8 +26,8 @@ from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import resolve
 from trainer.devices.hosts import write_once
 from trainer.log.report import Result
-from trainer.run.directory import changed_keys
-from trainer.run.loop import Diverged
+from trainer.run.directory import find_changed_keys
+from trainer.run.loop import DivergenceError
 from trainer.study.design import SCRATCH, Design, Task
 from trainer.study.outcome import Finished, Outcome
 from trainer.study.progress import Beside, Progress
@@ -133,7 +133,7 @@ class Course:
         start = None if source is None else str(self.out / "runs" / source.run)
         try:
             result = self.train(values, directory, start, show=show)
-        except Diverged as problem:
+        except DivergenceError as problem:
             if task.name in self.study.sources:
                 own = f"study.sources.{task.name}.optimizer.learning_rate"
                 raise GrowkitError(
@@ -175,7 +175,7 @@ class Course:
         if not path.exists():
             return None
         kept = json.loads(path.read_text())
-        changed = changed_keys(kept["values"], values)
+        changed = find_changed_keys(kept["values"], values)
         # Which windows a loss is of may change in a run that is resumed, and not between runs that are compared.
         changed += [] if kept["values"].get("eval") == values.get("eval") else ["eval"]
         if kept["from"] != source:

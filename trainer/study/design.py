@@ -29,7 +29,7 @@ from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, build_architecture, resolve
 from trainer.config.values import merge_values
-from trainer.run.growth import planned
+from trainer.run.growth import plan_growth
 
 SCRATCH = "scratch"
 SECTION = ("learning_rates", "seeds", "best", "budgets", "sources", "arms")
@@ -348,7 +348,7 @@ def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str,
             f"{where}.from names a source given before it ({', '.join(sources)}), got {start!r}{near}"
         )
     try:
-        plan = planned(resolve({"grow": values.get("grow")}).grow, sources[start].model)
+        plan = plan_growth(resolve({"grow": values.get("grow")}).grow, sources[start].model)
     except GrowkitError as problem:
         raise UsageError(f"{where}: {problem}") from None
     if plan is None:
