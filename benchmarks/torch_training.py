@@ -27,7 +27,7 @@ def make_network(model: NeoX, dropout: Dropout, seed: int = 0, device: str = "cp
     return transformers.GPTNeoXForCausalLM(config).to(device).train()
 
 
-def as_tree(network: Any, model: NeoX) -> dict[str, Any]:
+def convert_parameters(network: Any, model: NeoX) -> dict[str, Any]:
     """Its parameters as the trainer's tree."""
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
 
