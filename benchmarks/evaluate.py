@@ -38,7 +38,7 @@ ROUNDS = 3
 LENGTHS = {"piqa": (8, 20), "hellaswag": (40, 25), "arc_easy": (20, 4)}
 
 
-def prose(words: int, generator: random.Random) -> str:
+def make_prose(words: int, generator: random.Random) -> str:
     """Made-up words, frequent ones short."""
     return " ".join(f"w{int(generator.paretovariate(0.7)) % 5000}" for _ in range(words))
 
@@ -51,7 +51,7 @@ def write_items(directory: Path, count: int) -> None:
         (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def text(words: int) -> str:
-        return prose(generator.randint(words // 2, words * 3 // 2), generator)
+        return make_prose(generator.randint(words // 2, words * 3 // 2), generator)
 
     write("lambada.jsonl", [{"text": text(75)} for _ in range(count)])
     asked, scored = LENGTHS["piqa"]
@@ -109,7 +109,7 @@ def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) 
     return directory / "checkpoint", directory / "huggingface"
 
 
-def seconds(model, question: harness.Question) -> float:
+def time_question(model, question: harness.Question) -> float:
     begun = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):  # the harness' bars
         harness.ask(model, question)
@@ -119,8 +119,8 @@ def seconds(model, question: harness.Question) -> float:
 def compare(ours, theirs, asked: list[harness.Question]) -> None:
     total = [0.0, 0.0]
     for question in asked:
-        first = [seconds(model, question) for model in (ours, theirs)]
-        pairs = [(seconds(ours, question), seconds(theirs, question)) for _ in range(ROUNDS)]
+        first = [time_question(model, question) for model in (ours, theirs)]
+        pairs = [(time_question(ours, question), time_question(theirs, question)) for _ in range(ROUNDS)]
         medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
         total = [before + median for before, median in zip(total, medians, strict=True)]
         click.echo(
@@ -157,7 +157,7 @@ def main(
         if data is None:
             data = root / "items"
             write_items(data, limit)
-        tokenizer = train_tokenizer([prose(20_000, random.Random(1))], 4096)
+        tokenizer = train_tokenizer([make_prose(20_000, random.Random(1))], 4096)
         checkpoint, directory = write_model(root, model, tokenizer)
         asked = collect_questions(None, data, limit, lambda words: None)
         ours = jax_model(open_source(str(checkpoint)), tokenizer, context, batch)

@@ -27,7 +27,7 @@ def make_network(model: Architecture, dropout: Dropout, seed: int = 0, device: s
     return transformers.GPTNeoXForCausalLM(config).to(device).train()
 
 
-def as_tree(network: Any, model: Architecture) -> dict[str, Any]:
+def convert_parameters(network: Any, model: Architecture) -> dict[str, Any]:
     """Its parameters as the trainer's tree."""
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
 

@@ -242,7 +242,7 @@ def _show(directory: Path) -> None:
     (directory / "table.md").write_text(table + "\n")
     trained = histories["trained"]
     picture = epath.Path(directory / "curves.png")
-    curves.draw(
+    curves.draw_curves(
         picture,
         trained.earlier + trained.rows,
         "growkit quickstart",

@@ -12,7 +12,7 @@ from growkit.growth.plan import set_options
 from growkit.growth.width import plan_width
 from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
-from trainer.log.history import parse
+from trainer.log.history import parse_rows
 
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 RECIPE = {"dropout": NO_DROPOUT, "batch": {"accumulation": 1}, "eval": {"every": 4}}
@@ -43,7 +43,7 @@ def wide(small, tmp_path_factory):
 
 
 def rows(out):
-    return parse((out / "metrics.csv").read_text())
+    return parse_rows((out / "metrics.csv").read_text())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
-from trainer.log.curves import segments
+from trainer.log.curves import split_segments
 from trainer.log.history import History
 from trainer.run.growth import grown_at
 from trainer.run.loop import Run
@@ -132,7 +132,7 @@ def test_the_run_says_what_happened(whole):
     assert source.model.layer == 3 and open_source(f"{whole}@{AT}").model.layer == 2
     events = [(row["step"], row["event"]) for row in rows_of(whole) if row["event"]]
     assert events == [("0", "start"), (str(AT), "grown: layer 2 to 3")]
-    assert len(segments(rows_of(whole))) == 2
+    assert len(split_segments(rows_of(whole))) == 2
     assert source.record["stream"]["drawn"] == STEPS * SEQUENCES
 
 

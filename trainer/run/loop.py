@@ -40,7 +40,7 @@ from trainer.log.trace import Trace
 from trainer.log.writers import Writers
 from trainer.model.decoder import initial_params
 from trainer.model.kernels import chosen
-from trainer.plan.plan import fitting, require_fit
+from trainer.plan.plan import require_fit, select_step
 from trainer.run import growth
 from trainer.run.checkpoint import Checkpoints, find_last_step, from_source
 from trainer.run.directory import open_run
@@ -101,7 +101,7 @@ class Run:
         self.position = Position(self.config, self.model, self.data.mixture, record, self.first)
         self.utilization = self._utilization()
         self.multipliers = self._multipliers()
-        self._make_train_step(self.history.validation_losses() if self.resumed else [])
+        self._make_train_step(self.history.list_validation_losses() if self.resumed else [])
         self.eval_step = make_eval_step(self.config, self.model, self.layout)
         self.tasks = self.asked.bind(
             self.config, self.model, self.layout, self.files, self.directory
@@ -134,9 +134,9 @@ class Run:
         """Whether this step, once it is validated, is the one to grow at."""
         if self.growth_to_come is None or self.step == self.config.schedule.steps:
             return False
-        validated = self.history.validation_loss(self.step) is not None
+        validated = self.history.find_validation_loss(self.step) is not None
         return validated and growth.is_growth_due(
-            self.config, self.step, self.history.validation_losses()
+            self.config, self.step, self.history.list_validation_losses()
         )
 
     def _make_train_step(self, losses: list[float]) -> None:
@@ -144,7 +144,7 @@ class Run:
         self.reduction = reduction(losses, self.config.schedule, self.lineage)
         config, grown_at = reduced(self.config, self.reduction), growth.grown_at(self.lineage)
         others = (self.model, self.multipliers, self.layout, grown_at)
-        self.train_step = fitting(
+        self.train_step = select_step(
             config, self.layout, self.like, lambda each: make_train_step(each, *others)
         )
         self.compiled = False
@@ -214,7 +214,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """The run's position, for a checkpoint."""
         return self.position.record(self.step) | {
-            "validation_loss": self.history.validation_loss(self.step),
+            "validation_loss": self.history.find_validation_loss(self.step),
             "reduction": self.reduction,
             "validation_windows": self.data.validation_fingerprint(self.config.eval.windows),
         }
@@ -248,7 +248,7 @@ class Run:
             self._save()
             self.close()
             self._draw(final=True)
-        loss = self.history.validation_loss(self.step)
+        loss = self.history.find_validation_loss(self.step)
         finished = self.step == steps and loss is not None
         stop = self.interrupt.stop
         return Result(self.step, None if finished else stop, loss, stop)
@@ -301,7 +301,7 @@ class Run:
         pending = None
         self.stopwatch = Stopwatch(self.position.tokens(self.step))
         while self.step < self.until and self.interrupt.stop is None:
-            self.trace.at(self.step, self.state)
+            self.trace.update(self.step, self.state)
             self.state, metrics = self.train_step(
                 self.state, self.position.next_batch(self.step, self.layout)
             )
@@ -319,8 +319,8 @@ class Run:
                 self._measure_if_due()
                 if save:
                     self._save()
-                self.stopwatch.set(self.position.tokens(self.step))
-        self.trace.at(self.step, self.state)
+                self.stopwatch.restart(self.position.tokens(self.step))
+        self.trace.update(self.step, self.state)
         if pending is not None:
             self._note(*pending)
 
@@ -328,8 +328,8 @@ class Run:
         """Wait for the first step of a program, so that compiling it counts neither as speed nor in the time left."""
         jax.block_until_ready(metrics)
         self.compiled = True
-        self.stopwatch.set(self.position.tokens(self.step))
-        self.report.compiled(self.step)
+        self.stopwatch.restart(self.position.tokens(self.step))
+        self.report.restart_clock(self.step)
 
     def _save_due(self) -> bool:
         settings = self.config.checkpoint
@@ -352,8 +352,8 @@ class Run:
             return
         speed = self.stopwatch.read(self.position.tokens(step))
         self._row(step, tokens_per_second=speed and round(speed, 1), **values)
-        self.report.row(
-            step, values["loss"], values["learning_rate"], self.utilization.words(speed)
+        self.report.show_row(
+            step, values["loss"], values["learning_rate"], self.utilization.describe(speed)
         )
 
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
@@ -375,7 +375,7 @@ class Run:
 
     def _validate_if_due(self) -> None:
         """Validate where it is due and was not done before a resume."""
-        if not self._validation_due() or self.history.validation_loss(self.step) is not None:
+        if not self._validation_due() or self.history.find_validation_loss(self.step) is not None:
             return
         loss = self.validate()
         if loss is None:
@@ -401,7 +401,7 @@ class Run:
 
     def _measure_if_due(self) -> None:
         """Ask the tasks where they are due and were not asked before a resume."""
-        if not self.tasks or not self._tasks_due() or self.history.scores(self.step) is not None:
+        if not self.tasks or not self._tasks_due() or self.history.find_scores(self.step) is not None:
             return
         scores = self.tasks.scores(self.state.params, self.interrupt.stopped)
         if scores is not None:
@@ -424,7 +424,7 @@ class Run:
         if self.config.grow.at == "plateau" and self._growth_due():
             self.until = self.step
             return
-        losses = self.history.validation_losses()
+        losses = self.history.list_validation_losses()
         if reduction(losses, self.config.schedule, self.lineage) != self.reduction:
             self._make_train_step(losses)
             event = f"plateau: learning rate x {self.reduction:g}"
@@ -454,7 +454,7 @@ class Run:
         """Save this step, unless it is saved already."""
         if is_remote(self.directory):
             self.history.flush()
-        files = self.files | {EARLIER: self.history.carried()}
+        files = self.files | {EARLIER: self.history.export()}
         record = self.record()
         saved = self.checkpoints.save(
             self.step, self.state, self.hf_config, self.lineage, record, files
@@ -469,5 +469,5 @@ class Run:
             return
         rows = self.history.earlier + self.history.rows
         if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):
-            curves.draw(self.directory / "curves.png", rows, self.directory.name)
+            curves.draw_curves(self.directory / "curves.png", rows, self.directory.name)
         self.drawn_at = time.monotonic()
