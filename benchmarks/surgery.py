@@ -220,7 +220,7 @@ def list_rivals(source: Path, layer: int, target: int, program: str | None) -> l
 
 def list_jobs(
     model: Architecture, directory: Path
-) -> dict[str, tuple[NeoX, Callable[[Path, Path, Path], list[str]]]]:
+) -> dict[str, tuple[Architecture, Callable[[Path, Path, Path], list[str]]]]:
     """Every growth that is timed: name -> (the source's model, the command by source, other source and output).
 
     Sources that grow in width have a quarter of the layers, so that all outputs have about the same size.
@@ -229,7 +229,7 @@ def list_jobs(
     grown = replace(
         small,
         layer=small.layer * 4 // 3,
-        head=model.head * 2,
+        head=model.head_count * 2,
         embed=model.embed * 2,
         mlp=model.mlp * 2,
     )

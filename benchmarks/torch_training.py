@@ -33,9 +33,9 @@ def convert_parameters(network: Any, model: Architecture) -> dict[str, Any]:
 
     def leaf(row: Row) -> np.ndarray:
         return (
-            np.stack([tensors[row.named(n)] for n in range(model.layer)])
+            np.stack([tensors[row.name_at((n,))] for n in range(model.layer)])
             if row.stacked
-            else tensors[row.named()]
+            else tensors[row.name]
         )
 
     return model.table.tree(leaf)

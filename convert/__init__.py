@@ -1,1 +1,1 @@
-"""Hugging Face GPT-Architecture directories in and out of trainer checkpoints."""
+"""Hugging Face GPT-NeoX directories in and out of trainer checkpoints."""

@@ -15,13 +15,13 @@ pipeline_tag: text-generation
 tags: [gpt_neox, growkit]
 ---
 
-# GPT-Architecture, {size}
+# GPT-NeoX, {size}
 
 | | |
 | --- | --- |
 | layers | {model.layer} |
 | hidden size | {model.embed} |
-| heads | {model.head} of {model.head_dim} |
+| heads | {model.head_count} of {model.head_dim} |
 | mlp | {model.mlp} |
 | vocabulary | {model.vocab} |
 | context | {model.context} tokens |
@@ -58,7 +58,7 @@ def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: 
     head = HEAD.format(
         model=model,
         size=format_count(model.parameters),
-        residual="parallel" if model.parallel_residual else "sequential",
+        residual="parallel" if model.options["parallel_residual"] else "sequential",
         head="tied to the embedding" if model.tied else "untied",
     )
     steps = "".join(f"{number}. {describe_entry(entry)}\n" for number, entry in enumerate(lineage, 1))

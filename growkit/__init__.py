@@ -1,4 +1,4 @@
-"""growkit grows trained GPT-Architecture models in depth and width, with their optimizer state.
+"""growkit grows trained GPT-NeoX models in depth and width, with their optimizer state.
 
 `growkit.grow(tree, plan)` grows parameters and optimizer states in memory; see `growkit.growth.tree`.
 """

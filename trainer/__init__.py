@@ -1,1 +1,1 @@
-"""A JAX/Flax trainer for GPT-Architecture models, grown or new."""
+"""A JAX/Flax trainer for GPT-NeoX models, grown or new."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from growkit.checkpoint.tensor import (
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
-from growkit.models.notation import Row
+from growkit.models.notation import Position, Row
 
 STATE, META, FILES = "state", "meta", "files"
 # Bytes of decoded chunks that are kept, so that a chunk of several blocks or layers is decoded once.
@@ -71,14 +72,15 @@ class Array:
     file: Path | None = None
     store: Any = None
 
-    def as_tensor(self, layer: int | None = None) -> Tensor:
-        """All of it, or one layer; of a stacked array no more than the layer asked for is ever read."""
-        shape = self.shape if layer is None else self.shape[1:]
+    def as_tensor(self, position: Position = ()) -> Tensor:
+        """All of it, or one unit of the stacked axes; no more than the unit is ever read."""
+        shape = self.shape[len(position) :]
         if self.file is not None:
-            return open_raw(
-                self.file, (layer or 0) * math.prod(shape) * self.dtype.itemsize, shape, self.dtype
-            )
-        part = self.store if layer is None else self.store[layer]
+            units = self.shape[: len(position)]
+            unit = int(np.ravel_multi_index(position, units)) if position else 0
+            offset = unit * math.prod(shape) * self.dtype.itemsize
+            return open_raw(self.file, offset, shape, self.dtype)
+        part = self.store[position] if position else self.store
         chunk = self.store.chunk_layout.read_chunk.shape or ()
         stride = next(iter(chunk[len(self.shape) - len(shape) :]), 1)
 
@@ -203,8 +205,8 @@ def _by_layer(arrays: Mapping[str, Array], slot: str, model: Architecture) -> di
     for name, array in arrays.items():
         if name.startswith(f"{slot}."):
             row = rows.get(name) or _refuse(name, rows)
-            layers = range(array.shape[0]) if row.stacked else [None]
-            tensors |= {row.named(layer): array.as_tensor(layer) for layer in layers}
+            for position in product(*(range(size) for size in array.shape[: len(row.stacked)])):
+                tensors[row.name_at(position)] = array.as_tensor(position)
     return tensors
 
 
@@ -255,10 +257,11 @@ def collect_leaves(contents: Contents, model: Architecture) -> dict[tuple[str, .
     found: dict[tuple[str, ...], Leaf] = {}
     for slot, recipes in contents.recipes.items():
         for row in model.table.rows:
-            layers = range(model.layer) if row.stacked else [None]
-            parts = tuple(recipes[row.named(layer)] for layer in layers)
+            parts = tuple(
+                recipes[row.name_at(position)] for position in row.positions(model.sizes)
+            )
             _check_one_dtype(row, parts)
-            shape = ((model.layer,) if row.stacked else ()) + parts[0].shape
+            shape = row.stacked_sizes(model.sizes) + parts[0].shape
             found[(slot, *row.path)] = Leaf(shape, parts[0].dtype, parts)
     for name in COUNTERS:
         value = np.asarray(contents.record.get(name, 0), np.int32)

@@ -99,7 +99,7 @@ class Verbs(click.Group):
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="growkit")
 def growkit() -> None:
-    """Grow trained GPT-Architecture models, optimizer state included, and train them on.
+    """Grow trained GPT-NeoX models, optimizer state included, and train them on.
 
     SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run
     directory (its last checkpoint), RUN@STEP or RUN@best.

@@ -27,8 +27,6 @@ ROUNDING = {"bfloat16": 5e-2, "float16": 5e-3}
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(src: str, as_json: bool) -> None:
     """Say what SRC is: sizes, parameters, optimizer state, tokenizer, lineage."""
-    from dataclasses import asdict
-
     from growkit.checkpoint.location import open_source
 
     source = open_source(src)
@@ -36,7 +34,7 @@ def inspect(src: str, as_json: bool) -> None:
         "path": str(source.path),
         "kind": source.kind,
         "architecture": source.model.kind,
-        "model": asdict(source.model) | {"head_dim": source.model.sizes["head_dim"]},
+        "model": source.model.values,
         "parameters": source.model.parameters,
         "dtype": str(source.dtype),
         "bytes": source.size,
@@ -78,8 +76,8 @@ def _model_lines(kind: str, model: dict) -> list[str]:
         return [f"model        {kind}: {size}, {heads}, {common}", f"             {head}"]
     residual = "parallel" if model["parallel_residual"] else "sequential"
     return [
-        f"model        GPT-Architecture: {size}, {model['head']} heads of {model['head_dim']}, {common}",
-        f"             rotary {model['rotary_pct']:g} of head_dim, {residual} residual, {head}",
+        f"model        GPT-NeoX: {size}, {model['head']} heads of {model['head_dim']}, {common}",
+        f"             rotary {model['rope']['partial_rotary_factor']:g} of head_dim, {residual} residual, {head}",
     ]
 
 

@@ -163,8 +163,6 @@ def read_target(text: str, model):
 
 def _preset_model(text: str, model):
     """The model of a preset or a YAML file; a section states what is to differ, the rest is `model`'s."""
-    from dataclasses import replace
-
     from growkit.errors import UsageError
     from trainer.config.sections import resolve, resolve_model
     from trainer.config.values import read_values
@@ -177,7 +175,9 @@ def _preset_model(text: str, model):
     if model.kind != "gpt_neox":
         raise UsageError(f"it describes a gpt_neox model, the source is a {model.kind} one")
     sizes = model.sizes | {axis: stated.pop(axis) for axis in model.fields if axis in stated}
-    return replace(model.resize(sizes), **stated)
+    if "layer_norm_eps" in stated:
+        stated["norm_eps"] = stated.pop("layer_norm_eps")
+    return model.resize(sizes).change(**stated)
 
 
 def _number(option: str, text: str, whole: bool = False) -> float | int:

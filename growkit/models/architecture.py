@@ -308,6 +308,13 @@ class Architecture:
         return float(self.options["initializer_range"])
 
     @property
+    def values(self) -> dict[str, Any]:
+        """All sizes and options by name, as `Family.model` takes them."""
+        sizes = {axis: self.sizes[axis] for axis in self.fields}
+        options = {name: self.options[name] for name in self.family.options}
+        return {**sizes, **options, "rope": dict(self.rope)}
+
+    @property
     def rope(self) -> Mapping[str, Any]:
         """The rotary parameters as transformers 5 states them."""
         rope: Mapping[str, Any] = self.options["rope"]
@@ -381,16 +388,14 @@ class Architecture:
 
     def change(self, **values: Any) -> Architecture:
         """This model with other sizes or options, by the names that `Family.model` takes."""
-        sizes = {axis: self.sizes[axis] for axis in self.fields}
+        mine = self.values
         if self.coupled:
-            del sizes["head_dim"]
-        rope = dict(self.rope)
+            del mine["head_dim"]
         if "rotary_base" in values:
-            rope["rope_theta"] = values.pop("rotary_base")
+            mine["rope"]["rope_theta"] = values.pop("rotary_base")
         if "rotary_pct" in values:
-            rope["partial_rotary_factor"] = values.pop("rotary_pct")
-        options = {name: self.options[name] for name in self.family.options}
-        return self.family.model(**{**sizes, **options, "rope": rope, **values})
+            mine["rope"]["partial_rotary_factor"] = values.pop("rotary_pct")
+        return self.family.model(**{**mine, **values})
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
         for axis, reason in self.family.frozen.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ def fields_differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[An
 
 def model_of(source: Source) -> dict[str, Any]:
     """Architecture, sizes and options of a source: what of its configuration says which function it computes."""
-    return {"architecture": source.model.kind} | asdict(source.model)
+    return {"architecture": source.model.kind} | source.model.values
 
 
 def last_growth(out: Source) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.surgery.grow import prepare_growth
 
-
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
 

@@ -26,7 +26,6 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery.grow import prepare_growth
-
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream

@@ -14,7 +14,14 @@ from conftest import SMALL, save_checkpoint, save_directory
 from growkit.cli import run
 from growkit.errors import GrowkitError
 from trainer.study import advice
-from trainer.study.advice import CLAIMS, Growth, Size, compute_source_tokens, convert_speedup, find_fitted_budgets
+from trainer.study.advice import (
+    CLAIMS,
+    Growth,
+    Size,
+    compute_source_tokens,
+    convert_speedup,
+    find_fitted_budgets,
+)
 from trainer.study.evidence import read_study
 
 ROOT = Path(__file__).parents[2]

@@ -129,7 +129,7 @@ def _configured(name: str):
 def _measured_size(name: str, model):
     from trainer.study.advice import Size
 
-    flops = model.flops_per_token() if model.kind == "gpt_neox" else 6.0 * model.parameters
+    flops = model.flops_per_token()
     embeddings = model.vocab * model.embed * (1 if model.tied else 2)
     return Size(name, model.parameters, model.parameters - embeddings, flops, model.embed)
 

@@ -105,7 +105,7 @@ def _rows(made, mfu: float, price: float | None) -> list[tuple[str, str]]:
     batch = config.batch
     mesh = " x ".join(f"{axis} {size}" for axis, size in made.mesh.items())
     rows = [
-        ("model", f"{model.layer} layers, embed {model.embed}, {model.head} heads, {model.parameters:,} parameters"),
+        ("model", f"{model.layer} layers, embed {model.embed}, {model.head_count} heads, {model.parameters:,} parameters"),
         ("devices", f"{len(on.devices)} ({on.chips} chips), mesh {mesh}{', ZeRO-1' if config.mesh.zero1 else ''}"),
         ("step", f"{batch.sequences} x {config.model.context} tokens in {batch.accumulation}, remat {config.remat}"),
         ("attention", made.attention.words.removeprefix("attention: ")),

@@ -136,7 +136,7 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     again resumes RUN2.
     """
     from trainer.config.quantity import parse_count
-    from trainer.devices.hosts import join_cluster, is_writer
+    from trainer.devices.hosts import is_writer, join_cluster
     from trainer.run.anneal import plan_annealing, read_annealing
 
     count = parse_count(tokens, "--tokens")
@@ -173,7 +173,7 @@ def train_run(
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
     from growkit.models import require_trained
-    from trainer.config.sections import resolve
+    from trainer.config.sections import Model, build_architecture, resolve
     from trainer.devices.programs import enable_program_cache
     from trainer.log.report import Report
     from trainer.run.checkpoint import find_last_step
@@ -188,7 +188,7 @@ def train_run(
     grow = resolve({"grow": values.get("grow"), "schedule": values.get("schedule")}).grow
     if start and stored is not None and find_last_step(out) is not None:
         # The source may be gone by now; what was taken from it is in the run.
-        values = fill_model(values, NeoX(**stored["config"]["model"]), start)
+        values = fill_model(values, build_architecture(Model(**stored["config"]["model"])), start)
     elif start:
         source = open_source(start)
         require_trained(source.model, start)

@@ -16,7 +16,15 @@ from dataclasses import dataclass, replace
 from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError, did_you_mean
 from trainer.config.sections import Config
-from trainer.data.stream import Joined, Mixture, Stream, Windows, check_vocabulary, join_windows, split_windows
+from trainer.data.stream import (
+    Joined,
+    Mixture,
+    Stream,
+    Windows,
+    check_vocabulary,
+    join_windows,
+    split_windows,
+)
 from trainer.data.tokens import TokenFile
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

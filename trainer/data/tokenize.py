@@ -26,10 +26,10 @@ from trainer.data.text import (
     Block,
     Documents,
     Shard,
+    count_utf8_bytes,
     group_documents,
     has_text,
     open_inputs,
-    count_utf8_bytes,
 )
 from trainer.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, write_tokenizer
 from trainer.data.tokens import MANIFEST, TokenWriter

@@ -170,7 +170,7 @@ def write_tokenizer(directory: Path, tokenizer: TextTokenizer) -> None:
         "eos_token": end,
         "unk_token": end,
         "clean_up_tokenization_spaces": False,
-        # Without this list the generic class adds token types, which GPT-Architecture does not take.
+        # Without this list the generic class adds token types, which GPT-NeoX does not take.
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.tokenizer.token_to_id(PADDING) is not None:

@@ -1,7 +1,7 @@
 """Token files: a stream of token ids on disk, in Megatron's indexed format, as a memory map.
 
 Knows the two files of that format (`.bin`, the ids of all documents end to end; `.idx`, where each
-document lies in it), as GPT-Architecture and Pythia publish their data, and the `manifest.json` that stands
+document lies in it), as GPT-NeoX and Pythia publish their data, and the `manifest.json` that stands
 beside a pair made by growkit. Leaves text and tokenizers to `trainer.data.tokenize`, and windows, shuffling
 and batches to `trainer.data.stream`. Token files live on a local disk, because they are memory-mapped.
 """

@@ -91,8 +91,8 @@ class Layout:
         self, row: Row, rules: Mapping[str, tuple[str, ...]], layers: bool = True
     ) -> NamedSharding:
         """That of a row's parameter by rules, with the layers stacked first or of one layer."""
-        spec = [rules.get(dimension[0].name) for dimension in row.dimensions]
-        return self.make_sharding(*[None] * (layers and row.stacked is not None), *spec)
+        spec = [rules.get(axis) for axis in row.leading_axes]
+        return self.make_sharding(*[None] * (layers * len(row.stacked)), *spec)
 
     def parameter_sharding(self, row: Row) -> NamedSharding:
         """That of a row's parameter between steps."""

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from growkit.checkpoint.files import is_remote
-from trainer.devices.hosts import write_once, is_writer
+from trainer.devices.hosts import is_writer, write_once
 
 METRICS = "metrics.csv"
 EARLIER = "history.csv"

@@ -1,4 +1,4 @@
-"""GPT-Architecture in Flax: tokens in, logits out, exactly as Hugging Face defines it.
+"""GPT-NeoX in Flax: tokens in, logits out, exactly as Hugging Face defines it.
 
 Flax's linen is used where it carries weight: it lifts one block into a scan over stacked layers (so that
 depth does not change compile time), threads dropout and initialisation keys, and rematerialises. Linen and
@@ -81,7 +81,7 @@ def initializer(model: Architecture, row: Row) -> Any:
         return nn.initializers.ones
     if row.begins == "zeros":
         return nn.initializers.zeros
-    writes_residual = row.stacked is not None and row.stacked.read
+    writes_residual = row.writes_stream
     return nn.initializers.normal(
         model.initializer_range / (math.sqrt(2 * model.layer) if writes_residual else 1.0)
     )
@@ -133,7 +133,7 @@ class LayerNorm(Parameters):
         wide = at_least_float32(x)
         mean = wide.mean(-1, keepdims=True)
         variance = jnp.square(wide - mean).mean(-1, keepdims=True)
-        scaled = (wide - mean) * jax.lax.rsqrt(variance + self.model.layer_norm_eps)
+        scaled = (wide - mean) * jax.lax.rsqrt(variance + self.model.norm_eps)
         out = scaled * self.parameter("weight", wide.dtype) + self.parameter("bias", wide.dtype)
         return out.astype(x.dtype)
 
@@ -160,7 +160,7 @@ class Attention(Parameters):
         model, common = self.model, self.common
         qkv = Linear(**common, name="query_key_value")(x_BxTxE)
         # The fused dimension is [head, 3, head_dim]: each head's query, key and value lie together.
-        qkv = qkv.reshape(batch, time, model.head, 3, model.head_dim)
+        qkv = qkv.reshape(batch, time, model.head_count, 3, model.head_dim)
         q_BxHxTxD, k_BxHxTxD, v_BxHxTxD = qkv.transpose(3, 0, 2, 1, 4)
         q_BxHxTxD, k_BxHxTxD = rotate(q_BxHxTxD, rotary), rotate(k_BxHxTxD, rotary)
         if self.kernel == "xla":
@@ -200,7 +200,7 @@ class Block(Parameters):
             attention(LayerNorm(**common, name="input_layernorm")(x_BxTxE), rotary, deterministic)
         )
         norm = LayerNorm(**common, name="post_attention_layernorm")
-        if self.model.parallel_residual:
+        if self.model.options["parallel_residual"]:
             return self.along_batch(x_BxTxE + attended + drop(mlp(norm(x_BxTxE)))), None
         x_BxTxE = self.along_batch(x_BxTxE + attended)
         return self.along_batch(x_BxTxE + drop(mlp(norm(x_BxTxE)))), None

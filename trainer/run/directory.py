@@ -19,8 +19,8 @@ from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, resolve, resolve_model
-from trainer.devices.hosts import write_once, is_writer
+from trainer.config.sections import Config, build_section, resolve, resolve_model
+from trainer.devices.hosts import is_writer, write_once
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -105,7 +105,7 @@ def fill_model(values: dict[str, Any], model: Architecture, origin: str) -> dict
     Raises UsageError where the values state another model; the context alone may differ.
     """
     stated = resolve_model(values.get("model"))
-    theirs = dataclasses.asdict(model)
+    theirs = dataclasses.asdict(build_section(model))
     different = [key for key in stated if key != "context" and stated[key] != theirs[key]]
     if different:
         said = ", ".join(

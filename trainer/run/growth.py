@@ -7,7 +7,7 @@ source's, where a re-warm-up begins, and when copies stay equal. Leaves plans to
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError
@@ -16,7 +16,7 @@ from growkit.growth.multipliers import Lineage, continues, growths_after, growth
 from growkit.growth.plan import Plan, combine_plans, read_plan, set_options
 from growkit.growth.width import plan_width
 from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, Dropout, Grow, Model, build_architecture
+from trainer.config.sections import Config, Dropout, Grow, build_architecture, build_section
 from trainer.log.history import GROWN
 from trainer.step.optimizer import Multipliers
 from trainer.step.plateau import plateaus
@@ -62,7 +62,7 @@ def is_growth_due(config: Config, step: int, losses: Sequence[float]) -> bool:
 def grow_config(config: Config, plan: Plan) -> Config:
     """The configuration that a run goes by once that growth is made: the grown model, the schedule going on."""
     return replace(
-        config, model=Model(**asdict(plan.grown)), schedule=replace(config.schedule, continued=True)
+        config, model=build_section(plan.grown), schedule=replace(config.schedule, continued=True)
     )
 
 

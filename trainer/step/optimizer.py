@@ -32,8 +32,8 @@ class Multipliers:
 
 
 def decay_mask(model: Architecture) -> dict[str, Any]:
-    """The parameters' tree of booleans: weight decay acts on the rows that begin from a normal distribution."""
-    return model.table.tree(lambda row: row.begins == "normal")
+    """The parameters' tree of booleans: weight decay acts on matrices and embeddings."""
+    return model.table.tree(lambda row: row.decays)
 
 
 def global_norm(gradients: Any, weights: Any = None) -> jax.Array:

@@ -30,7 +30,7 @@ from trainer.run.directory import find_changed_keys
 from trainer.run.loop import DivergenceError
 from trainer.study.design import SCRATCH, Design, Task
 from trainer.study.outcome import FinishedRun, Outcome
-from trainer.study.progress import RunProgress, Progress
+from trainer.study.progress import Progress, RunProgress
 
 RESULT = "result.json"
 # train(values, out, start, show=...): a run by nested configuration values, as the verb does it.

@@ -27,7 +27,7 @@ from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, build_architecture, resolve
+from trainer.config.sections import Config, build_architecture, build_section, resolve
 from trainer.config.values import merge_values
 from trainer.run.growth import plan_growth
 
@@ -140,7 +140,7 @@ class Design:
         if task.name != SCRATCH:
             part = (self.arms | self.sources)[task.name]
             noise = {"grow": {"seed": task.seed}} if part.start else {}
-            values = merge_values(values, merge_values(noise, part.values)) | {"model": asdict(part.model)}
+            values = merge_values(values, merge_values(noise, part.values)) | {"model": asdict(build_section(part.model))}
         return merge_values(values, {"seed": task.seed, "schedule": {"steps": self.count_steps(task)}})
 
     def find_warmup(self, arm: str) -> int:
