@@ -28,13 +28,13 @@ def save_transformers_model(path: Path, model: Architecture, dtype: str = "float
         vocab_size=model.vocab,
         hidden_size=model.embed,
         num_hidden_layers=model.layer,
-        num_attention_heads=model.head,
+        num_attention_heads=model.head_count,
         intermediate_size=model.mlp,
         max_position_embeddings=model.context,
         rotary_pct=model.rotary_pct,
-        use_parallel_residual=model.parallel_residual,
+        use_parallel_residual=model.options["parallel_residual"],
         tie_word_embeddings=model.tied,
-        layer_norm_eps=model.layer_norm_eps,
+        layer_norm_eps=model.norm_eps,
     )
     network = transformers.GPTNeoXForCausalLM(config)
     with torch.no_grad():

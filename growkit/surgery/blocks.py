@@ -35,25 +35,25 @@ class Stretch:
 
 
 def grown_recipe(
-    tensor: Tensor, row: Row, plan: Plan, moment: int, position: Position, limit: int = BLOCK
+    tensor: Tensor, row: Row, plan: Plan, moment: int, position: Position
 ) -> Recipe:
     """The recipe of a tensor grown by a plan.
 
-    tensor: the stored shape at the source's sizes, of the source unit that new unit `position` copies. limit:
-    bytes above which the tensor is made in blocks of about so many.
+    tensor: the stored shape at the source's sizes, of the source unit that new unit `position` copies.
+    One of more than BLOCK bytes is made in blocks of about so many.
     """
     shape = row.shape(plan.grown.sizes)
     size = math.prod(shape) * tensor.dtype.itemsize
 
     def pieces() -> Iterator[Piece]:
-        if len(shape) == 1 or size <= limit:
+        if len(shape) == 1 or size <= BLOCK:
             yield 0, grow_array(tensor.read(), row, plan, moment, position)
             return
         offset = 0
         first_rows = 0
         for term in _terms(row):
             part = row.parts[term or 0]
-            blocks = Blocks(tensor, row, plan, moment, position, term, first_rows, limit)
+            blocks = Blocks(tensor, row, plan, moment, position, term, first_rows)
             for start, array in blocks.pieces():
                 yield offset + start, array
             first_rows += part.shape(plan.model.sizes)[0]
@@ -82,9 +82,8 @@ class Blocks:
         position: Position,
         term: int | None = None,
         first_row: int = 0,
-        limit: int = BLOCK,
     ):
-        self.tensor, self.plan, self.first_row, self.limit = tensor, plan, first_row, limit
+        self.tensor, self.plan, self.first_row = tensor, plan, first_row
         part = row.parts[term or 0]
         self.names = [axis.name for axis in part.dimensions[0]]
         self.lead = count_leading(part, plan)
@@ -142,7 +141,7 @@ class Blocks:
 
         Where head_dim is padded, fused queries, keys and values grow by rules of their own and are not mixed.
         """
-        step = max(1, self.limit // self.unit_bytes, self.tensor.stride // self.rows_per_unit)
+        step = max(1, BLOCK // self.unit_bytes, self.tensor.stride // self.rows_per_unit)
         run = self.units
         if "qkv" in self.names[: self.lead] and "head_dim" in self.plan.pads:
             after = self.names.index("qkv") + 1
@@ -175,7 +174,7 @@ class Blocks:
             return
         old = math.prod(self.copied)
         new = math.prod(self.plan.grown.sizes[name] for name in self.names[: self.lead])
-        step = max(1, self.limit // self.unit_bytes)
+        step = max(1, BLOCK // self.unit_bytes)
         for start in range(old, new, step):
             units = np.arange(start, min(start + step, new))
             yield start * self.unit_bytes, self.growth.add(units, self.tensor.dtype)

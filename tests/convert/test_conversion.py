@@ -181,7 +181,7 @@ def test_a_number_too_large_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "model", [SMALL.change(layer_norm_eps=0.1, rotary_pct=0.5, rotary_base=500.0), TIED]
+    "model", [SMALL.change(norm_eps=0.1, rotary_pct=0.5, rotary_base=500.0), TIED]
 )
 def test_transformers_reads_the_configuration(tmp_path, model):
     transformers = pytest.importorskip("transformers")
@@ -208,7 +208,7 @@ def test_transformers_reads_the_configuration(tmp_path, model):
 
 
 def test_rotary_fields_of_both_generations_are_read():
-    full = write_config(SMALL.change(rotary_pct=0.5, rotary_base=500.0))
+    full = SMALL.change(rotary_pct=0.5, rotary_base=500.0).config()
     four = {key: value for key, value in full.items() if key != "rope_parameters"}
     five = {
         key: value for key, value in full.items() if key not in ("rotary_pct", "rotary_emb_base")

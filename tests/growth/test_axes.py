@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from conftest import SMALL
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from growkit.errors import GrowkitError
 from growkit.growth.axes import AxisMap, make_map, replicate, tile
-from growkit.growth.rule import MU, NU, VALUE, expand
+from growkit.growth.rule import MU, NU, VALUE, gather, multiply, share_scale
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.notation import Axis, Table, parse_table
 
@@ -46,13 +48,14 @@ def test_composition_associates(chain):
 @given(chains(), st.sampled_from([VALUE, MU, NU]), st.sampled_from(["unit", "/unit"]))
 def test_composition_is_one_after_the_other(chain, moment, axis):
     first, second, _ = chain
-    row = parse_table(f"weight {axis} normal")[0]
+    (row,) = parse_table(f"weight {axis} normal matrix")
     array = np.random.default_rng(0).normal(size=first.source)
-    once = expand(array, row, {"unit": first.source}, {"unit": first}, moment)
-    twice = expand(once, row, {"unit": len(first)}, {"unit": second}, moment)
-    assert np.array_equal(
-        expand(array, row, {"unit": first.source}, {"unit": first.then(second)}, moment), twice
-    )
+
+    def expand(array, axis_map):
+        scale = share_scale(row.parts[0].axes, {"unit": axis_map}, moment)
+        return multiply(gather(array, axis_map, 0), scale)
+
+    assert np.array_equal(expand(array, first.then(second)), expand(expand(array, first), second))
 
 
 def test_composition_the_other_way_round_differs():
@@ -98,27 +101,38 @@ def test_maps_that_are_none(make, said):
 
 def test_the_notation():
     row = parse_table(
-        "\n# a comment\nnet.{/layer}.dense.weight  embed (/head head_dim)  normal  tied\n"
+        "\n# a comment\nnet.{/layer}.dense.weight  embed (/head head_dim)  normal matrix tied\n"
     )[0]
-    assert row.name == "net.{layer}.dense.weight" and row.named(7) == "net.7.dense.weight"
-    assert row.dimensions == ((Axis("embed"),), (Axis("head", True), Axis("head_dim")))
-    assert (row.begins, row.condition, row.stacked) == (
-        "normal",
-        "tied",
-        Axis("layer", True),
-    )
+    assert row.name == "net.{layer}.dense.weight" and row.name_at((7,)) == "net.7.dense.weight"
+    (part,) = row.parts
+    assert part.dimensions == ((Axis("embed"),), (Axis("head", True), Axis("head_dim")))
+    assert (row.begins, row.role, row.conditions) == ("normal", "matrix", ("tied",))
+    assert row.stacked == (Axis("layer", True),) and row.writes_stream
     sizes = {"embed": 6, "head": 2, "head_dim": 3}
-    assert row.shape(sizes) == (6, 6) and row.unfused(sizes) == (6, 2, 3)
-    assert row.match("net.12.dense.weight") == 12
+    assert row.shape(sizes) == (6, 6) and part.unfused(sizes) == (6, 2, 3)
+    assert row.match("net.12.dense.weight") == (12,)
     assert [row.match(f"net.{layer}.dense.weight") for layer in ("x", "01", "-1", "")] == [None] * 4
 
 
 @pytest.mark.parametrize(
     "line",
-    ["weight", "weight normal", "weight embed", "weight embed norml", "weight embed normal no"],
+    [
+        "weight",
+        "weight normal",
+        "weight embed",
+        "weight embed norml matrix",
+        "weight embed normal",
+        "weight embed normal no",
+        "weight embed normal matrix(embed)",
+        "weight embed ones norm(mlp)",
+        "weight (a | b) (c | d) normal matrix",
+        "weight (a | b) /c normal qkv",
+        "weight (a | ) normal matrix",
+        "weight two+ones norm",
+    ],
 )
 def test_a_line_that_is_none_is_quoted(line):
-    with pytest.raises(ValueError, match=f"got {line!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"got {line!r}")):
         parse_table(line)
 
 
@@ -127,7 +141,7 @@ def shapes():
 
 
 def test_cover_accepts_the_model_itself():
-    SMALL.table.check_covered(shapes(), SMALL.sizes, FIELDS)
+    SMALL.table.check_covered(shapes(), SMALL.sizes, SMALL.fields)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +172,7 @@ def test_cover_accepts_the_model_itself():
 )  # fmt: skip
 def test_cover_names_what_does_not_fit(change, said):
     with pytest.raises(GrowkitError) as refusal:
-        SMALL.table.check_covered(change(shapes()), SMALL.sizes, FIELDS)
+        SMALL.table.check_covered(change(shapes()), SMALL.sizes, SMALL.fields)
     assert all(words in str(refusal.value) for words in said), refusal.value
 
 
@@ -168,7 +182,7 @@ def test_every_name_matches_its_row_and_no_other(tied, layer):
     model = SMALL.change(tied=tied, layer=layer)
     for name, row, place in model.table.names(model.sizes):
         found, number = model.table.match(name)
-        assert found is row and number == (place or 0)
+        assert found is row and number == place
         assert sum(other.match(name) is not None for other in model.table.rows) == 1
 
 

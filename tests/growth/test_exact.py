@@ -32,7 +32,7 @@ from trainer.model.decoder import GPTNeoX
 
 # The eps is large so that one that is not rescaled is seen.
 BASE = GPT_NEOX.model(
-    layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True, layer_norm_eps=0.1
+    layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True, norm_eps=0.1
 )  # fmt: skip
 TOKENS = np.random.default_rng(1).integers(0, BASE.vocab, (2, 9))
 RESIDUAL_AND_TYING = [(True, True), (True, False), (False, True), (False, False)]
@@ -466,7 +466,7 @@ BROKEN_FILES = {
         plan, maps=plan.maps | {"mlp": make_map(plan.maps["mlp"].index, 12, [0.501] * 24)}
     ),
     "mean-pad 24": lambda plan: replace(
-        plan, grown=plan.grown.change(layer_norm_eps=BASE.layer_norm_eps)
+        plan, grown=plan.grown.change(norm_eps=BASE.norm_eps)
     ),
     "head_dim 10": lambda plan: replace(plan, grown=plan.grown.change(rotary_pct=0.4)),
     "identity": lambda plan: replace(plan, maps={"layer": make_map(plan.maps["layer"].index, 2)}),

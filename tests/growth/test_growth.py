@@ -51,7 +51,7 @@ def held(model: Architecture, **slots: dict[str, np.ndarray]) -> Source:
         slot: {name: wrap_array(array) for name, array in arrays.items()}
         for slot, arrays in slots.items()
     }
-    return Source(Path("memory"), "huggingface", model.written(), tensors, [], [], {}, dict)
+    return Source(Path("memory"), "huggingface", model.config(), tensors, [], [], {}, dict)
 
 
 def grow(source: Source, maps, moments: str = "map") -> Source:
@@ -118,7 +118,7 @@ def gap(ours: dict[str, np.ndarray], theirs: Source, slot: str, layers=None) -> 
     """The largest relative difference to a slot, over all parameters or those of some layers and of none."""
     gaps = []
     for name, row, layer in theirs.model.table.names(theirs.model.sizes):
-        if layers is None or row.stacked is None or layer in layers:
+        if layers is None or not row.stacked or layer in layers:
             wanted = theirs.tensors[slot][name].read()
             gaps.append(np.abs(ours[name] - wanted).max() / max(np.abs(wanted).max(), 1e-3))
     return max(gaps)

@@ -130,7 +130,7 @@ def test_another_architectures_tree_grows_as_on_disk():
     arrays = random_tensors(model)
     tensors = {name: wrap_array(array) for name, array in arrays.items()}
     source = Source(
-        Path("memory"), "huggingface", model.written(), {"params": tensors}, [], [], {}, dict
+        Path("memory"), "huggingface", model.config(), {"params": tensors}, [], [], {}, dict
     )
     plans = [plan_width(model, embed="2x", heads=12, mlp=31), plan_depth(model, "2:3", "identity")]
     plan = dataclasses.replace(combine_plans("grow", plans, model), noise=0.2)

@@ -83,11 +83,11 @@ def test_initial_tree_is_the_tables():
     assert set(leaves) == {row.path for row in SMALL.table.rows}
     for path, leaf in leaves.items():
         row = row_at(SMALL, path)
-        expected = ((SMALL.layer,) if row.stacked else ()) + row.shape(SMALL.sizes)
+        expected = row.stacked_shape(SMALL.sizes)
         assert leaf.shape == expected
         spread = float(np.std(leaf))
         wanted = {"ones": 0.0, "zeros": 0.0, "normal": SMALL.initializer_range}[row.begins]
-        if row.stacked and row.stacked.read and row.begins == "normal":
+        if row.writes_stream and row.begins == "normal":
             wanted /= np.sqrt(2 * SMALL.layer)
         assert spread == pytest.approx(wanted, rel=0.1), path
 

@@ -273,7 +273,7 @@ def test_padding_needs_the_rescaled_eps_and_the_rule_of_rms_norm(sources, monkey
     source, logits = sources(True, "float64")
     plan = EXACT["pad embed"](source.model)
     assert plan.grown.rms_norm_eps == pytest.approx(0.05 * 24 / 42)
-    kept = replace(plan, grown=plan.grown.change(rms_norm_eps=0.05))
+    kept = replace(plan, grown=plan.grown.change(norm_eps=0.05))
     assert gap(logits_of(write_grown(source, kept, tmp_path / "eps"), "float64"), logits) > 1e-3
     monkeypatch.setattr(Llama, "norm", "layer")
     assert gap(logits_of(write_grown(source, plan, tmp_path / "mean"), "float64"), logits) > 1e-3
@@ -405,7 +405,7 @@ def without(config: dict, *fields: str) -> dict:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_configuration_goes_through(rope, tied):
     transformers = pytest.importorskip("transformers")
-    model = SMALL.change(tied=tied, rope=rope, hidden_act="gelu")
+    model = SMALL.change(tied=tied, rope=rope, activation="gelu")
     written = model.config()
     assert read_config(written) == model
     assert read_config(without(written, "rope_scaling", "rope_theta")) == model
@@ -508,7 +508,7 @@ def test_widths_that_are_refused(asked, said):
 def test_transformers_refuses_the_sizes_that_are_refused():
     transformers = pytest.importorskip("transformers")
     with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
-        transformers.LlamaConfig.from_dict(write_config(SMALL.change(embed=25)))
+        transformers.LlamaConfig.from_dict(SMALL.change(embed=25).config())
 
 
 def test_a_partial_rotary_is_not_computed_by_the_class():

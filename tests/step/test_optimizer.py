@@ -42,7 +42,7 @@ def parameters(model=TINY):
         node = tree
         for key in row.path[:-1]:
             node = node.setdefault(key, {})
-        shape = ((model.layer,) if row.stacked else ()) + row.shape(model.sizes)
+        shape = row.stacked_shape(model.sizes)
         node[row.path[-1]] = 0.1 * random.normal(size=shape) + (row.begins == "ones")
     return tree
 
@@ -221,7 +221,7 @@ def by_row(model, tree, leaf_of):
 
 def cloned(model, tree, moment):
     def leaf_of(row, leaf):
-        if row.stacked is None:
+        if not row.stacked:
             return expand(leaf, row, model.sizes, MAPS, moment)
         return np.stack(
             [expand(layer, row, model.sizes, MAPS, moment, i) for i, layer in enumerate(leaf)]

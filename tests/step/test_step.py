@@ -198,7 +198,7 @@ def golden_params():
         node = tree
         for key in row.path[:-1]:
             node = node.setdefault(key, {})
-        shape = ((TINY.layer,) if row.stacked else ()) + row.shape(TINY.sizes)
+        shape = row.stacked_shape(TINY.sizes)
         node[row.path[-1]] = (
             0.2 * random.normal(size=shape) + (row.begins == "ones")
         ).astype(np.float32)
