@@ -135,9 +135,9 @@ def loaded(source, tokenizer, window: int, batch: int):
     from growkit.models.gpt_neox import NeoX
 
     if source.kind == "checkpoint":
-        from trainer.evaluate.harness import jax_model
+        from trainer.evaluate.harness import load_jax_model
 
-        return jax_model(source, tokenizer, window, batch)
+        return load_jax_model(source, tokenizer, window, batch)
     from convert.harness import hugging_face_model
 
     prefix = tokenizer.end_of_text_id if isinstance(source.model, NeoX) else None
