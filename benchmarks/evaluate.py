@@ -31,7 +31,7 @@ from growkit.evaluation.questions import collect_questions
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokenizer import TextTokenizer, train_tokenizer, write_tokenizer
-from trainer.evaluate.harness import jax_model
+from trainer.evaluate.harness import load_jax_model
 
 ROUNDS = 3
 # Words in what is asked and in what is scored, about as in the real items.
@@ -160,7 +160,7 @@ def main(
         tokenizer = train_tokenizer([make_prose(20_000, random.Random(1))], 4096)
         checkpoint, directory = write_model(root, model, tokenizer)
         asked = collect_questions(None, data, limit, lambda words: None)
-        ours = jax_model(open_source(str(checkpoint)), tokenizer, context, batch)
+        ours = load_jax_model(open_source(str(checkpoint)), tokenizer, context, batch)
         theirs = load_hugging_face_model(directory, tokenizer.end_of_text_id, context, batch)
         compare(ours, theirs, asked)
 

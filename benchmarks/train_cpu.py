@@ -21,7 +21,7 @@ import torch
 from torch_training import convert_parameters, make_network, make_step
 
 from trainer.config.sections import Config, build_architecture, resolve
-from trainer.step.update import initial_state, make_train_step
+from trainer.step.update import init_state, make_train_step
 
 ROUNDS, STEPS, THREADS = 10, 3, 2
 CONFIG = {
@@ -38,7 +38,7 @@ def make_jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
     """tokens [B, T+1] -> loss of the trainer's step, which keeps its state here."""
     model = build_architecture(config.model)
     state, step = (
-        initial_state(config, model, jax.tree.map(jax.numpy.array, params)),
+        init_state(config, model, jax.tree.map(jax.numpy.array, params)),
         make_train_step(config, model),
     )
 

@@ -291,9 +291,9 @@ def _encoded(source, tokens: int) -> list[int] | None:
 def _logits(source, ids):
     """The logits [B, T, V] of a model on disk, computed in float32."""
     if source.model.kind == "gpt_neox":
-        from trainer.model.decoder import logits_of
+        from trainer.model.decoder import compute_logits
 
-        return logits_of(source, ids)
+        return compute_logits(source, ids)
     from convert.reference import load_logits
 
     return load_logits(source.here, "float32")(ids)

@@ -134,9 +134,9 @@ def load_model(source, tokenizer, window: int, batch: int):
     """The model of a source as the harness asks it: transformers' for a directory, ours for a checkpoint."""
 
     if source.kind == "checkpoint":
-        from trainer.evaluate.harness import jax_model
+        from trainer.evaluate.harness import load_jax_model
 
-        return jax_model(source, tokenizer, window, batch)
+        return load_jax_model(source, tokenizer, window, batch)
     from convert.harness import load_hugging_face_model
 
     prefix = tokenizer.end_of_text_id if source.model.kind == "gpt_neox" else None

@@ -27,9 +27,9 @@ from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
-from trainer.model.decoder import initial_params
+from trainer.model.decoder import init_params
 from trainer.run.checkpoint import Checkpoints, from_source, to_tree
-from trainer.step.update import abstract_state, initial_state, make_eval_step, make_train_step
+from trainer.step.update import abstract_state, init_state, make_eval_step, make_train_step
 
 MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
 CONFIG = Config(
@@ -64,11 +64,11 @@ def tokens(step, parts=1):
 
 def started(config, lay):
     """A new state on the mesh."""
-    params = jax.device_get(initial_params(MODEL, config.precision, 0))
+    params = jax.device_get(init_params(MODEL, config.precision, 0))
     like = abstract_state(config, MODEL, lay)
     return jax.tree.map(
         lambda array, leaf: sharding.place(np.asarray(array), leaf.sharding),
-        initial_state(config, MODEL, params),
+        init_state(config, MODEL, params),
         like,
     )
 

@@ -22,10 +22,10 @@ from growkit.growth.rule import share_scale
 from growkit.growth.tree import grow
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
-from trainer.model.decoder import initial_params
+from trainer.model.decoder import init_params
 from trainer.run.checkpoint import from_tree, to_tree
 from trainer.step.optimizer import Multipliers
-from trainer.step.update import State, initial_state, make_train_step
+from trainer.step.update import State, init_state, make_train_step
 
 TINY = GPT_NEOX.model(
     layer=2, embed=8, head=2, mlp=6, vocab=24, context=12, rotary_pct=0.5, initializer_range=0.2
@@ -134,7 +134,7 @@ def small(tied):
     """The state after a few steps, in numpy, and the losses and gradient norms of those that follow."""
     model = TINY.change(tied=tied)
     state, step = (
-        initial_state(CONFIG, model, initial_params(model, CONFIG.precision, 0)),
+        init_state(CONFIG, model, init_params(model, CONFIG.precision, 0)),
         compiled(CONFIG, model),
     )
     for number in range(BEFORE):
@@ -242,7 +242,7 @@ def test_with_a_moment_grown_by_the_others_rule_it_does_not(slot, other):
 
 def test_with_decay_of_everything_it_does_not(monkeypatch):
     everything = jax.tree.map(lambda _: True, grown(False).params)
-    monkeypatch.setattr("trainer.step.optimizer.decay_mask", lambda model: everything)
+    monkeypatch.setattr("trainer.step.optimizer.select_decayed", lambda model: everything)
     assert error(step=compiled(CONFIG, plans(False)[-1].grown)) > 1e-5
 
 

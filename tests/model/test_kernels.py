@@ -16,7 +16,7 @@ from trainer.config.values import read_values
 from trainer.devices.sharding import Layout, make_layout, make_mesh
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
-from trainer.model.kernels import chosen, cudnn_attention, kernel_attention, splash_attention
+from trainer.model.kernels import cudnn_attention, kernel_attention, select_kernel, splash_attention
 from trainer.plan.plan import abstract_batch, find_target
 from trainer.step.update import abstract_state, make_train_step
 
@@ -97,7 +97,7 @@ def on(kind: str, capability: str = ""):
 
 def choice(layout, *changes):
     config = resolve(read_values("760m", ["dropout.attention=0", *changes]))
-    return chosen(config, build_architecture(config.model), layout)
+    return select_kernel(config, build_architecture(config.model), layout)
 
 
 H100, A100, V100 = on("NVIDIA H100", "9.0"), on("NVIDIA A100", "8.0"), on("Tesla V100", "7.0")
@@ -185,5 +185,5 @@ def test_a_step_takes_the_kernel_that_is_printed(dropout, kernels):
     assert (
         ("tpu_custom_call" in lowered.as_text())
         == kernels
-        == (chosen(config, model, made).name == "splash")
+        == (select_kernel(config, model, made).name == "splash")
     )

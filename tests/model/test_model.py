@@ -9,7 +9,7 @@ from conftest import SMALL, save_transformers_model, transformers_logits
 
 from growkit.checkpoint.location import open_source
 from trainer.config.sections import Dropout, Precision
-from trainer.model.decoder import GPTNeoX, initial_params, row_at
+from trainer.model.decoder import GPTNeoX, find_row, init_params
 
 VARIANTS = [
     (pct, parallel, tied)
@@ -75,14 +75,14 @@ def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
 
 
 def test_initial_tree_is_the_tables():
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     leaves = {
         tuple(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     assert set(leaves) == {row.path for row in SMALL.table.rows}
     for path, leaf in leaves.items():
-        row = row_at(SMALL, path)
+        row = find_row(SMALL, path)
         expected = row.stacked_shape(SMALL.sizes)
         assert leaf.shape == expected
         spread = float(np.std(leaf))
@@ -93,14 +93,14 @@ def test_initial_tree_is_the_tables():
 
 
 def test_layers_begin_different():
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     weight = params["layers"]["mlp"]["dense_h_to_4h"]["weight"]
     assert not np.array_equal(weight[0], weight[1])
 
 
 @pytest.mark.parametrize("where", ["hidden", "attention", "embedding"])
 def test_each_dropout_acts_and_only_when_training(where, tokens):
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     network = GPTNeoX(
         SMALL,
         Precision("float32", "float32"),
@@ -117,7 +117,7 @@ def test_each_dropout_acts_and_only_when_training(where, tokens):
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialising_changes_no_gradient(remat, tokens):
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
 
     def gradient(policy):
         network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(0.1, 0.1, 0.0), policy)

@@ -75,9 +75,9 @@ def compiled_once():
 
         return of
 
-    initial = shared(trainer.run.loop.initial_params)
+    initial = shared(trainer.run.loop.init_params)
 
-    def initial_params(*given):
+    def init_params(*given):
         with jax.ensure_compile_time_eval():  # also where only shapes are asked for
             params = initial(*given)
         # A copy each time, since a step's argument is donated.
@@ -86,7 +86,7 @@ def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.run.loop, "make_train_step", shared(trainer.run.loop.make_train_step))
         patch.setattr(trainer.run.loop, "make_eval_step", shared(trainer.run.loop.make_eval_step))
-        patch.setattr(trainer.run.loop, "initial_params", initial_params)
+        patch.setattr(trainer.run.loop, "init_params", init_params)
         yield
 
 

@@ -16,10 +16,10 @@ from growkit.growth.axes import tile
 from growkit.growth.rule import MU, NU, VALUE, expand, share_scale
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
-from trainer.model.decoder import row_at
+from trainer.model.decoder import find_row
 from trainer.run.checkpoint import from_tree, to_tree
-from trainer.step.optimizer import Multipliers, adamw, clip_by_norm, decay_mask, global_norm
-from trainer.step.update import initial_state, make_train_step
+from trainer.step.optimizer import Multipliers, adamw, clip_by_norm, global_norm, select_decayed
+from trainer.step.update import init_state, make_train_step
 
 TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5, tied=False)
 MATRICES = {"embed_in", "embed_out", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
@@ -125,14 +125,14 @@ def test_another_setting_is_not(change):
 
 def test_decay_of_everything_is_not(monkeypatch):
     everything = jax.tree.map(lambda _: True, parameters())
-    monkeypatch.setattr("trainer.step.optimizer.decay_mask", lambda model: everything)
+    monkeypatch.setattr("trainer.step.optimizer.select_decayed", lambda model: everything)
     assert difference(updated(make=update_step.__wrapped__), optax_result()) > 1e-9
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_acts_on_the_matrices(tied):
     model = TINY.change(tied=tied)
-    mask = decay_mask(model)
+    mask = select_decayed(model)
     assert jax.tree.structure(mask) == jax.tree.structure(parameters(model))
     for path, decayed in jax.tree_util.tree_leaves_with_path(mask):
         assert decayed == is_matrix(path), path
@@ -213,7 +213,7 @@ def by_row(model, tree, leaf_of):
         lambda path, leaf: (tuple(key.key for key in path), leaf), tree
     )
     return jax.tree.map(
-        lambda pair: leaf_of(row_at(model, pair[0]), pair[1]),
+        lambda pair: leaf_of(find_row(model, pair[0]), pair[1]),
         keys,
         is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -267,7 +267,7 @@ def losses(step, state):
 def small(tied):
     """A small model trained for a few steps, so that it has moments and counts, and the losses of its further ones."""
     model = TINY.change(tied=tied)
-    state = initial_state(CONFIG, model, jax.tree.map(jnp.asarray, parameters(model)))
+    state = init_state(CONFIG, model, jax.tree.map(jnp.asarray, parameters(model)))
     step = make_train_step(CONFIG, model)
     for number in range(BEFORE):
         state, _ = step(state, tokens(number))
@@ -333,7 +333,7 @@ def test_with_the_decay_multiplied_too_it_does_not(monkeypatch):
     model, state, *_ = small(False)
     multipliers = multipliers_of(model, state.params)
     shrunk = jax.tree.map(
-        lambda factor, decayed: factor * decayed, multipliers.learning_rate, decay_mask(model)
+        lambda factor, decayed: factor * decayed, multipliers.learning_rate, select_decayed(model)
     )
 
     def decayed(decay, mask):

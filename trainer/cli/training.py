@@ -234,7 +234,7 @@ def continue_prompt(source, prompt: str, tokens: int, temperature: float, seed: 
 
     from growkit.errors import GrowkitError, UsageError
     from growkit.models import require_trained
-    from trainer.evaluate.generate import continuation
+    from trainer.evaluate.generate import generate_tokens
 
     require_trained(source.model, str(source.path))
     if tokens < 1:
@@ -255,7 +255,7 @@ def continue_prompt(source, prompt: str, tokens: int, temperature: float, seed: 
             f"the tokenizer gives the id {max(ids)}, and the model's vocabulary is {source.model.vocab}"
         )
     end = source.config.get("eos_token_id")
-    added = continuation(
+    added = generate_tokens(
         source, ids, tokens, temperature, seed, end if isinstance(end, int) else None
     )
     return prompt + tokenizer.decode(list(added), skip_special_tokens=False)

@@ -63,13 +63,13 @@ class JaxModel(Windowed, TemplateLM):
         pieces, owners = self.split_requests(requests)
         self.expect(len(pieces))
         pairs = [(context, continuation) for _, context, continuation in pieces]
-        return join_scores(owners, self.likelihood.scores(pairs, self.advance))
+        return join_scores(owners, self.likelihood.score(pairs, self.advance))
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
         raise NotImplementedError("growkit's tasks score texts and continue none")
 
 
-def jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int) -> JaxModel:
+def load_jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int) -> JaxModel:
     """A model on disk, computed in float32 on all of this machine's devices, a copy on each.
 
     Raises UsageError for an architecture that the trainer does not compute.

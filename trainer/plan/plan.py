@@ -24,7 +24,7 @@ from trainer.config.sections import Config, build_architecture, resolve
 from trainer.config.values import apply_overrides
 from trainer.devices.accelerators import GIB, parse_slice, peak_flops
 from trainer.devices.sharding import Layout, make_layout
-from trainer.model.kernels import Choice, chosen
+from trainer.model.kernels import Choice, select_kernel
 from trainer.step.update import TrainStep, abstract_state, make_train_step
 
 POLICIES = ("none", "dots", "full")  # of rematerialisation, the mildest first
@@ -278,7 +278,7 @@ def make_plan(config: Config, on: Target) -> Plan:
     step, like = make_train_step(config, model, layout=made), abstract_state(config, model, made)
     traced = step.trace(like, abstract_batch(config, made))
     memory = measure_memory(traced.lower(), like, on.available)
-    attention = chosen(config, model, made)
+    attention = select_kernel(config, model, made)
     return Plan(
         config, model, on, dict(made.mesh.shape), attention, memory, count_product_flops(traced.jaxpr)
     )

@@ -20,7 +20,7 @@ from trainer.config.values import apply_overrides
 from trainer.run.checkpoint import find_last_step
 from trainer.run.directory import read_run
 from trainer.run.growth import grown_at
-from trainer.step.schedule import learning_rate
+from trainer.step.schedule import compute_learning_rate
 
 # What an annealing takes from the run or works out itself.
 SETTLED = ("model", "grow", "schedule", "optimizer.learning_rate")
@@ -79,7 +79,7 @@ def read_annealing(
 def compute_current_rate(source: Source, config: Config) -> float:
     """The learning rate of the last step that a checkpoint was trained with, its plateaus included; 0 at step 0."""
     step = source.record["schedule_step"] - 1
-    rate = learning_rate(
+    rate = compute_learning_rate(
         config.schedule, config.optimizer.learning_rate, step, grown_at(source.lineage)
     )
     # As few digits as give the same number again.

@@ -19,7 +19,7 @@ from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Dropout, Grow, build_architecture, build_section
 from trainer.log.history import GROWN
 from trainer.step.optimizer import Multipliers
-from trainer.step.plateau import plateaus
+from trainer.step.plateau import find_plateaus
 
 # By how much a validation loss, nats a token, may differ after exact growth: what rounding explains.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
@@ -55,7 +55,7 @@ def plan_later_growth(config: Config) -> Plan | None:
 def is_growth_due(config: Config, step: int, losses: Sequence[float]) -> bool:
     """Whether the growth on the way comes at this step, by its number or by the validation losses so far."""
     if config.grow.at == "plateau":
-        return bool(plateaus(losses, config.schedule.plateau))
+        return bool(find_plateaus(losses, config.schedule.plateau))
     return step >= int(config.grow.at)
 
 

@@ -38,8 +38,8 @@ from trainer.log.report import Report, Result
 from trainer.log.speed import Stopwatch, Utilization
 from trainer.log.trace import Trace
 from trainer.log.writers import Writers
-from trainer.model.decoder import initial_params
-from trainer.model.kernels import chosen
+from trainer.model.decoder import init_params
+from trainer.model.kernels import select_kernel
 from trainer.plan.plan import require_fit, select_step
 from trainer.run import growth
 from trainer.run.checkpoint import Checkpoints, find_last_step, from_source
@@ -49,12 +49,12 @@ from trainer.run.position import Position
 from trainer.run.tasks import TaskQuestions
 from trainer.run.watch import Watch
 from trainer.step.optimizer import Multipliers
-from trainer.step.plateau import reduced, reduction
+from trainer.step.plateau import compute_reduction, reduce_learning_rate
 from trainer.step.update import (
     State,
     abstract_state,
     check_precision,
-    initial_state,
+    init_state,
     make_eval_step,
     make_train_step,
 )
@@ -141,8 +141,11 @@ class Run:
 
     def _make_train_step(self, losses: list[float]) -> None:
         """The program of a step, at the learning rate that the plateaus of these validation losses leave."""
-        self.reduction = reduction(losses, self.config.schedule, self.lineage)
-        config, grown_at = reduced(self.config, self.reduction), growth.grown_at(self.lineage)
+        self.reduction = compute_reduction(losses, self.config.schedule, self.lineage)
+        config, grown_at = (
+            reduce_learning_rate(self.config, self.reduction),
+            growth.grown_at(self.lineage),
+        )
         others = (self.model, self.multipliers, self.layout, grown_at)
         self.train_step = select_step(
             config, self.layout, self.like, lambda each: make_train_step(each, *others)
@@ -153,8 +156,8 @@ class Run:
         """A new model's state, made where it lies."""
 
         def make() -> State:
-            params = initial_params(self.model, self.config.precision, self.config.seed)
-            return initial_state(self.config, self.model, params)
+            params = init_params(self.model, self.config.precision, self.config.seed)
+            return init_state(self.config, self.model, params)
 
         return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.like))()
 
@@ -267,7 +270,7 @@ class Run:
             f"{self.model.parameters:,} parameters{origin}"
         )
         drawn = self.position.drawn(self.config.schedule.steps)
-        attention = chosen(self.config, self.model, self.layout).words
+        attention = select_kernel(self.config, self.model, self.layout).words
         for line in (
             *self.data.describe(drawn),
             *self.asked.notes,
@@ -425,7 +428,7 @@ class Run:
             self.until = self.step
             return
         losses = self.history.list_validation_losses()
-        if reduction(losses, self.config.schedule, self.lineage) != self.reduction:
+        if compute_reduction(losses, self.config.schedule, self.lineage) != self.reduction:
             self._make_train_step(losses)
             event = f"plateau: learning rate x {self.reduction:g}"
             self._row(self.step, event=event)

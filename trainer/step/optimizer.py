@@ -31,7 +31,7 @@ class Multipliers:
     clip: Any = None
 
 
-def decay_mask(model: Architecture) -> dict[str, Any]:
+def select_decayed(model: Architecture) -> dict[str, Any]:
     """The parameters' tree of booleans: weight decay acts on matrices and embeddings."""
     return model.table.tree(lambda row: row.decays)
 
@@ -92,5 +92,5 @@ def adamw(
         clip_by_norm(settings.clip, multipliers.clip) if settings.clip else optax.identity(),
         scale_by_adam(settings.beta1, settings.beta2, settings.eps, multipliers.eps),
         optax.identity() if rates is None else scale_each(rates),
-        optax.add_decayed_weights(settings.weight_decay, mask=decay_mask(model)),
+        optax.add_decayed_weights(settings.weight_decay, mask=select_decayed(model)),
     )
