@@ -47,7 +47,8 @@ def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
     config = plan.grown.config(source.config)
     if "layer" not in plan.maps:
         return config
-    return follow_layers(config, plan.grown.family, plan.maps["layer"].index.tolist())
+    index = plan.maps["layer"].index.tolist()
+    return follow_layers(config, source.config, plan.grown.family, index)
 
 
 def provenance(source: Source) -> dict[str, Any]:
