@@ -23,6 +23,7 @@ from growkit.growth.plan import build_plan, combine_plans
 from growkit.growth.width import plan_width
 from growkit.models import FAMILIES
 from growkit.models.architecture import Architecture
+from growkit.models.notation import Table
 from growkit.surgery.grow import prepare_growth
 
 SIZES = {"layer": 3, "embed": 24, "kv": 2, "group": 3, "head_dim": 4, "mlp": 20, "vocab": 40}
@@ -31,6 +32,24 @@ VARIANTS = {
     "llama": [
         ({"tied": True}, {}),
         ({"attention_bias": True, "mlp_bias": True}, {}),
+    ],
+    "mistral": [({"tied": True}, {}), ({}, {"sliding_window": 5})],
+    "qwen2": [
+        ({"tied": True}, {}),
+        # By rule the layers from the second on have a window.
+        ({}, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+        ({}, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}),
+    ],
+    "qwen3": [
+        ({"tied": True}, {}),
+        (
+            {"attention_bias": True},
+            {
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "use_sliding_window": True,
+                "sliding_window": 5,
+            },
+        ),
     ],
 }
 # Of the largest logit, in float64.
@@ -197,6 +216,26 @@ WRONG_ROWS = {
     "queries do not read embed": ("(kv group head_dim) /embed ", "(kv group head_dim) embed  "),
     "a norm is a bias": ("ones    norm  ", "ones    bias  "),
 }  # fmt: skip
+
+
+def test_queries_that_do_not_follow_eps_are_another_function(sources, tmp_path, monkeypatch):
+    """Norms over queries share the configuration's eps, which padding scales."""
+    path, logits = sources("qwen3", 0)
+    monkeypatch.setattr(Table, "normalises_queries", False)
+    out = grow(path, EXACT["padding"], tmp_path / "out")
+    assert gap(compute_logits(out), logits) > 1e-3
+
+
+def test_kinds_by_rule_would_change(sources, tmp_path):
+    """Without the list that growth writes, Qwen2's rule gives other layers a window."""
+    path, _ = sources("qwen2", 2)
+    out = grow(path, lambda model: plan_depth(model, "3:5", "identity"), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    assert config["layer_types"] == ["full_attention"] * 5
+    logits = compute_logits(out)
+    del config["layer_types"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert gap(compute_logits(out), logits) > 1e-3
 
 
 @pytest.mark.parametrize("wrong", WRONG_ROWS)
