@@ -20,7 +20,9 @@ from growkit.surgery.grow import provenance
 WIDE = np.float64
 
 
-def average_checkpoints(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Contents:
+def average_checkpoints(
+    sources: Sequence[Source], weights: Sequence[float] | None = None
+) -> Contents:
     """The weighted mean, summed in float64 and rounded once to the last source's dtype; weights are normalised.
 
     Raises UsageError for fewer than two sources, sources of different models, and weights that do not fit.

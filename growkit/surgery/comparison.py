@@ -38,7 +38,9 @@ class Comparison:
     detail: str = ""
 
 
-def compare_sources(a: Source, b: Source, progress: Progress = lambda done: None) -> Iterator[Comparison]:
+def compare_sources(
+    a: Source, b: Source, progress: Progress = lambda done: None
+) -> Iterator[Comparison]:
     """Every tensor of either model, read when its turn comes; progress is told the bytes of both that are done."""
     for slot in SLOTS:
         ours, theirs = a.tensors.get(slot, {}), b.tensors.get(slot, {})
