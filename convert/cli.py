@@ -61,6 +61,8 @@ def export(
     from convert.reference import require_transformers
     from growkit.checkpoint.files import path_of
     from growkit.checkpoint.location import open_source
+    from growkit.entries import Conversion
+    from growkit.lineage import Lineage
 
     source = open_source(src)
     contents = exported(
@@ -69,7 +71,9 @@ def export(
     if check:
         require_transformers()
     write([source], contents, path_of(out), "huggingface", force, shard)
-    written = contents.lineage[-1]["dtype"]
+    entry = Lineage.read(contents.lineage).last_as(Conversion)
+    assert entry is not None, "an export says so in its lineage"
+    written = entry.dtype
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
     click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
     if "tokenizer.json" not in source.files:

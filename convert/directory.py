@@ -17,9 +17,9 @@ from growkit.checkpoint.files import json_bytes
 from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.rounding import rounded
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, mapped
+from growkit.entries import Conversion, Origin
 from growkit.errors import UsageError, did_you_mean
 from growkit.models.gpt_neox import require_neox, write_config
-from growkit.surgery.grow import provenance
 
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
 # Files that an export writes anew.
@@ -36,13 +36,11 @@ def imported(source: Source) -> Contents:
             f"{source.path} is a trainer checkpoint already; import takes a Hugging Face directory"
         )
     require_neox(source.model, source.path)
+    entry = Conversion(operation="import", source=Origin.of(source), dtype=str(source.dtype))
     return Contents(
         config=source.config,
         recipes={"params": _in_table_order(source, None)},
-        lineage=[
-            *source.lineage,
-            provenance(source) | {"operation": "import", "dtype": str(source.dtype)},
-        ],
+        lineage=[*source.lineage, entry.to_json()],
         record=source.record,
         files=source.files,
     )
@@ -60,11 +58,11 @@ def exported(source: Source, dtype: str | None = None, evaluation: str = "") -> 
         )
     target = DTYPE_NAMES[dtype] if dtype else source.dtype
     model = require_neox(source.model, source.path)
-    entry = provenance(source) | {"operation": "export", "dtype": str(target)}
+    entry = Conversion(operation="export", source=Origin.of(source), dtype=str(target))
     contents = Contents(
         config=write_config(model, source.config),
         recipes={"params": _in_table_order(source, DTYPE_NAMES[dtype] if dtype else None)},
-        lineage=[*source.lineage, entry],
+        lineage=[*source.lineage, entry.to_json()],
         files={name: content for name, content in source.files.items() if name not in OWN},
     )
     beside = {

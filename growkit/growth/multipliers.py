@@ -3,24 +3,20 @@
 A copy that carries a share of its source's value must move by that share (learning rate: the value's scale);
 its gradients are smaller by the shares it writes (Adam's eps: mu's scale); and a global norm must count every
 source's gradient once (clip: 1 / (mu's scale squared x copies)). Width by copies alone is exact, see
-`Plan.continues`. Knows a lineage's growths and the table; leaves the optimizer to the trainer.
+`Plan.continues`. Which growths of a lineage ask for multipliers, `growkit.lineage` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from growkit.growth.plan import Plan
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
-
-Lineage = Sequence[Mapping[str, Any]]
-# Where a growth that `Plan.continues` states its factors in its lineage entry.
-STATED = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -31,43 +27,19 @@ class Copied:
     copies: np.ndarray
 
 
-def growths_after(
-    lineage: Lineage, last: Callable[[Mapping[str, Any]], bool]
-) -> list[Mapping[str, Any]]:
-    """The growths at the end of a lineage, in order, down to the latest entry of which `last` is true."""
-    found: list[Mapping[str, Any]] = []
-    for entry in takewhile(lambda entry: not last(entry), reversed(lineage)):
-        if "maps" in entry:
-            found.insert(0, entry)
-    return found
-
-
-def growths_owed(lineage: Lineage) -> list[Mapping[str, Any]]:
-    """The growths whose multipliers are still owed: all since the last training that went without them."""
-    return growths_after(
-        lineage, lambda entry: entry.get("operation") == "train" and not entry.get("multipliers")
-    )
-
-
-def continues(lineage: Lineage) -> bool:
-    """Whether there are growths owed and all of them are exact for the training too, and so state their factors."""
-    owed = growths_owed(lineage)
-    return bool(owed) and all(STATED in entry for entry in owed)
-
-
-def copied_axes(growths: Sequence[Mapping[str, Any]]) -> dict[str, Copied]:
+def copied_axes(growths: Sequence[Plan]) -> dict[str, Copied]:
     """Every axis that the growths, one after the other, copied. New units of a padding are nobody's copies."""
     axes: dict[str, Copied] = {}
-    for entry in growths:
-        for axis, size in entry["sizes"]["before"].items():
+    for plan in growths:
+        for axis, size in plan.model.sizes.items():
             before = axes.get(axis, Copied(np.ones(size), np.ones(size)))
-            if axis in entry["maps"]:
-                index = np.asarray(entry["maps"][axis]["index"])
-                copies = np.bincount(index, minlength=size)
-                share = before.share[index] * np.asarray(entry["maps"][axis]["share"])
-                axes[axis] = Copied(share, before.copies[index] * copies[index])
-            elif axis in axes and axis in entry["pads"]:
-                new = np.ones(entry["pads"][axis] - size)
+            if axis in plan.maps:
+                axis_map = plan.maps[axis]
+                index = axis_map.index
+                share = before.share[index] * axis_map.share
+                axes[axis] = Copied(share, before.copies[index] * axis_map.copies[index])
+            elif axis in axes and axis in plan.pads:
+                new = np.ones(plan.pads[axis] - size)
                 axes[axis] = Copied(
                     *(np.concatenate([old, new]) for old in (before.share, before.copies))
                 )
@@ -75,9 +47,7 @@ def copied_axes(growths: Sequence[Mapping[str, Any]]) -> dict[str, Copied]:
     return axes
 
 
-def multipliers(
-    model: Architecture, growths: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def multipliers(model: Architecture, growths: Sequence[Plan]) -> dict[str, dict[str, Any]]:
     """{'learning_rate' | 'eps' | 'clip': the trainer's tree of factors}, each a number, or an array where units differ.
 
     Arrays have the row's stored shape, with a leading dimension of 1 for stacked rows.
@@ -120,9 +90,9 @@ def _stored(factor: np.ndarray, row: Row, model: Architecture) -> float | np.nda
     return whole[None] if row.stacked is not None else whole
 
 
-def in_words(model: Architecture, growth: Mapping[str, Any]) -> dict[str, dict[str, float | str]]:
+def describe_multipliers(plan: Plan) -> dict[str, dict[str, float | str]]:
     """For a lineage: row -> its three factors, 'per element' where units differ; rows with all factors 1 left out."""
-    axes, rows = copied_axes([growth]), {}
+    model, axes, rows = plan.grown, copied_axes([plan]), {}
     for row in model.table.rows:
         factors = {
             name: _stored(factor, row, model) for name, factor in _factors(row, axes).items()

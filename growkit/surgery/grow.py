@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from growkit import __version__
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, zeros
-from growkit.growth.multipliers import STATED, in_words
+from growkit.entries import Growth, Origin
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import moment_fate, needs_work
@@ -31,22 +30,14 @@ def grown(source: Source, plan: Plan) -> Contents:
         }
         for slot in source.tensors
     }
-    entry = provenance(source) | plan.resolved()
-    if plan.continues:
-        entry |= {STATED: in_words(plan.grown, entry)}
+    entry = Growth.of(plan, Origin.of(source))
     return Contents(
         config=plan.grown.written(source.config),
         recipes=recipes,
-        lineage=[*source.lineage, entry],
+        lineage=[*source.lineage, entry.to_json()],
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=source.files,
     )
-
-
-def provenance(source: Source) -> dict[str, Any]:
-    """What a lineage entry says of where a model came from."""
-    origin = {"path": str(source.path), "kind": source.kind, "fingerprint": source.fingerprint}
-    return {"growkit": __version__, "source": origin | source.record}
 
 
 def _recipe(source: Source, plan: Plan, slot: str, row: Row, layer: int | None) -> Recipe:

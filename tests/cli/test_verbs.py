@@ -456,7 +456,7 @@ def entry_changed(**change) -> None:
         ({"maps": None}, 1, "the lineage's last entry is no plan that can be read"),
         ({"pads": {"embed": "wide"}}, 1, "no plan that can be read"),
         (
-            {"sizes": {"before": TINY.sizes | {"layer": 7}}},
+            {"sizes": {"before": TINY.sizes | {"layer": 7}, "after": TINY.sizes}},
             2,
             "grown from another model than hf: layer was 7",
         ),

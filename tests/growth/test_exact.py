@@ -18,6 +18,7 @@ from test_growth import break_table, held, loss_and_gradient
 
 from convert.directory import exported
 from growkit.checkpoint.location import open_source, write_output
+from growkit.entries import Growth
 from growkit.growth import padding
 from growkit.growth.axes import listed, tile
 from growkit.growth.depth import plan_depth
@@ -133,7 +134,7 @@ def test_exact_growth_keeps_the_function_of_every_model(name, parallel, tied, ro
 def test_inexact_growth_says_so(name):
     model, params, expected = small()
     plan = INEXACT[name](model)
-    assert not plan.preserved and plan.resolved()["function"] == "not preserved"
+    assert not plan.preserved and Growth.of(plan).function == "not preserved"
     assert change(plan, params, expected) > 1e-2
 
 
