@@ -21,7 +21,7 @@ import numpy as np
 from growkit import __version__
 from growkit.growth.axes import AxisMap
 from growkit.growth.multipliers import describe_multipliers
-from growkit.growth.plan import Plan, planned
+from growkit.growth.plan import Plan, build_plan
 from growkit.models.architecture import Architecture
 
 # What a JSON value of the wrong shape raises while it is read.
@@ -214,11 +214,11 @@ class Growth(Entry):
         """
         maps = {axis: copies.axis_map(model.sizes[axis]) for axis, copies in self.maps.items()}
         options = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
-        return planned(self.operation, self.method, model, maps, self.pads, **options)
+        return build_plan(self.operation, self.method, model, maps, self.pads, **options)
 
     def plan_within(self, model: Architecture) -> Plan:
         """The same plan, for a model of this lineage at whatever sizes it has now."""
-        return self.plan(model.resized(self.before))
+        return self.plan(model.resize(self.before))
 
 
 @dataclass(frozen=True)

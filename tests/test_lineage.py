@@ -17,12 +17,12 @@ from growkit.entries import (
     read_entry,
 )
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.plan import planned
+from growkit.growth.plan import build_plan
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 
-MODEL = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+MODEL = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 SOURCE = {"path": "run", "kind": "checkpoint", "fingerprint": "f0", "step": 6, "schedule_step": 4}
 SCHEDULE = {"schedule": {"steps": 9, "continued": False}}
 # As growkit writes them, key by key.
@@ -99,7 +99,7 @@ def test_a_plan_comes_back_from_its_entry():
         assert all((read.maps[axis].share == plan.maps[axis].share).all() for axis in plan.maps)
     assert plan.continues and entry.continues
     assert entry.changes == {"embed": (16, 32), "head": (2, 4), "mlp": (32, 64)}
-    reset = Growth.of(planned("width", "test", MODEL, plan.maps, moments="reset"))
+    reset = Growth.of(build_plan("width", "test", MODEL, plan.maps, moments="reset"))
     assert (reset.count, reset.continues) == ("reset", False)
 
 

@@ -3,7 +3,7 @@
 A `Plan` is all that growth needs: the model before and after, the map of every axis that is copied, the new
 size of every axis that is padded, what becomes of the moments, noise. What a plan preserves is
 here; the notations of depth and width are in `growkit.growth.depth` and `growkit.growth.width`, and how a plan is
-recorded and read again in `growkit.lineage`.
+recorded and read again in `growkit.entries`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class Plan:
     @property
     def preserved(self) -> bool:
         """Whether the grown model computes the source's function."""
-        return all(preserves(axis, axis_map) for axis, axis_map in self.maps.items())
+        uniform = self.model.table.uniform_axes
+        return all(
+            preserves(axis, axis_map, axis in uniform) for axis, axis_map in self.maps.items()
+        )
 
     @property
     def continues(self) -> bool:
@@ -86,7 +89,7 @@ class Plan:
         )
 
 
-def with_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
+def set_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
     """The plan with what growing verbs have in common. Raises UsageError for values that cannot be meant for it."""
     plan = replace(plan, moments=moments, noise=noise, seed=seed)
     if noise and not any(
@@ -102,7 +105,7 @@ def with_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int
     return plan
 
 
-def planned(
+def build_plan(
     verb: str,
     method: str,
     model: Architecture,
@@ -118,25 +121,24 @@ def planned(
     else:
         grown_sizes = sizes | {"embed": sizes[model.heads] * sizes["head_dim"]}
     eps = model.norm_eps * model.embed / pads["embed"] if "embed" in pads else None
-    return Plan(verb, method, model, model.resized(grown_sizes, eps), dict(maps), pads, **options)
+    return Plan(verb, method, model, model.resize(grown_sizes, eps), dict(maps), pads, **options)
 
 
-def preserves(axis: str, axis_map: AxisMap) -> bool:
-    """Whether a map of this axis leaves the function as it was.
+def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:
+    """Whether a map of this axis keeps the function.
 
-    layer: one copy of each source with share 1, in the sources' order, all others 0. embed: as many copies of
-    every unit, with equal shares, because a norm averages over them. Any other: shares that sum to 1.
+    layer: one copy of each source with share 1, in the sources' order, all others 0. uniform: whether a norm
+    averages over the axis; then every unit needs as many copies, with equal shares. Any other axis: shares that
+    sum to 1 for each source.
     """
     if axis == "layer":
         kept = axis_map.index[axis_map.share == 1.0]
-        return bool(np.isin(axis_map.share, (0.0, 1.0)).all()) and np.array_equal(
-            kept, np.arange(axis_map.source)
-        )
-    if axis == "embed":
-        uniform = len(set(axis_map.copies.tolist())) == 1
-        return uniform and bool(
-            np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=0, atol=1e-12)
-        )
+        only_whole = bool(np.isin(axis_map.share, (0.0, 1.0)).all())
+        return only_whole and np.array_equal(kept, np.arange(axis_map.source))
+    if uniform:
+        equal = 1.0 / axis_map.copies[axis_map.index]
+        as_many = len(set(axis_map.copies.tolist())) == 1
+        return as_many and bool(np.allclose(axis_map.share, equal, rtol=0, atol=1e-12))
     return axis_map.preserves_sums
 
 
@@ -144,7 +146,7 @@ def _even(axis_map: AxisMap) -> bool:
     return bool(np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=1e-9))
 
 
-def combined(verb: str, plans: list[Plan], model: Architecture) -> Plan:
+def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
     """One plan that does what several do, on axes of their own. Raises UsageError when two want the same axis."""
     maps: dict[str, AxisMap] = {}
     pads: dict[str, int] = {}
@@ -156,4 +158,4 @@ def combined(verb: str, plans: list[Plan], model: Architecture) -> Plan:
         pads |= plan.pads
     method = "; ".join(plan.method for plan in plans)
     notes = tuple(note for plan in plans for note in plan.notes)
-    return replace(planned(verb, method, model, maps, pads), notes=notes)
+    return replace(build_plan(verb, method, model, maps, pads), notes=notes)

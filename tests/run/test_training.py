@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -19,13 +19,13 @@ import pytest
 import yaml
 
 import trainer.run.loop
-from convert.directory import exported, imported
+from convert.directory import convert_to_checkpoint, convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.models.gpt_neox import NeoX
-from growkit.surgery.grow import grown, stacked
+from growkit.models.gpt_neox import GPT_NEOX
+from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
@@ -38,7 +38,7 @@ from trainer.step.optimizer import Multipliers
 # After a restore that fails, Orbax leaves coroutines behind that complain when they are collected, whenever that is.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 SEQUENCES, STEPS = 4, 12
 
 
@@ -75,9 +75,9 @@ def compiled_once():
 
         return of
 
-    initial = shared(trainer.run.loop.initial_params)
+    initial = shared(trainer.run.loop.init_params)
 
-    def initial_params(*given):
+    def init_params(*given):
         with jax.ensure_compile_time_eval():  # also where only shapes are asked for
             params = initial(*given)
         # A copy each time, since a step's argument is donated.
@@ -86,7 +86,7 @@ def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.run.loop, "make_train_step", shared(trainer.run.loop.make_train_step))
         patch.setattr(trainer.run.loop, "make_eval_step", shared(trainer.run.loop.make_eval_step))
-        patch.setattr(trainer.run.loop, "initial_params", initial_params)
+        patch.setattr(trainer.run.loop, "init_params", init_params)
         yield
 
 
@@ -599,7 +599,7 @@ def larger(whole, tmp_path_factory):
     """The uninterrupted run's last checkpoint, grown from two layers to three."""
     out = tmp_path_factory.mktemp("larger") / "grown"
     source = open_source(str(whole))
-    write_output(out, source.kind, grown(source, plan_depth(source.model, "2:3")), [source])
+    write_output(out, source.kind, prepare_growth(source, plan_depth(source.model, "2:3")), [source])
     return out
 
 
@@ -626,9 +626,9 @@ def test_a_grown_model_keeps_adams_count_and_moments_and_restarts_its_schedule(
     assert [int(tree[name]) for name in ("count", "step", "schedule_step")] == [STEPS, 0, 0]
     source = open_source(str(larger))
     for slot in ("params", "mu", "nu"):
-        assert same_tree(tree[slot], stacked(source, slot))
+        assert same_tree(tree[slot], source.stack(slot))
     small, large = (
-        stacked(open_source(str(path)), "nu")["layers"]["mlp"]["dense_4h_to_h"]
+        open_source(str(path)).stack("nu")["layers"]["mlp"]["dense_4h_to_h"]
         for path in (whole, larger)
     )
     assert np.array_equal(large["weight"], small["weight"][[0, 0, 1]])
@@ -708,14 +708,14 @@ def test_other_data_after_growth_begin_a_stream_of_their_own(data, tmp_path, lar
 @pytest.mark.parametrize("as_checkpoint", [False, True])
 def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, whole):
     start = tmp_path / "hf"
-    write_output(start, "huggingface", exported(open_source(str(whole))))
+    write_output(start, "huggingface", convert_to_directory(open_source(str(whole))))
     if as_checkpoint:
         source, start = open_source(str(start)), tmp_path / "imported"
-        write_output(start, "checkpoint", imported(source))
+        write_output(start, "checkpoint", convert_to_checkpoint(source))
     run = begun(data, tmp_path / "run", start)
     tree = to_tree(run.state)
     assert [int(tree[name]) for name in ("count", "step", "schedule_step")] == [0, 0, 0]
-    assert same_tree(tree["params"], stacked(open_source(str(whole))))
+    assert same_tree(tree["params"], open_source(str(whole)).stack())
     assert not any(np.any(leaf) for slot in ("mu", "nu") for leaf in jax.tree.leaves(tree[slot]))
     assert run.position.drawn(0) == run.position.tokens(0) == 0
     run.close()
@@ -723,7 +723,7 @@ def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, wh
 
 def test_a_context_of_its_own(data, tmp_path, whole):
     """The context may differ from the source's; the windows are others then, and so is the data stream."""
-    model = asdict(replace(TINY, context=8))
+    model = asdict(TINY.change(context=8))
     run = Run(
         resolve(values(data) | {"model": model}),
         tmp_path / "run",

@@ -53,14 +53,14 @@ def tokenize(
 
     Written in Megatron's indexed format (tokens.bin, tokens.idx) with a manifest; end-of-text ends each document.
     """
-    from growkit.cli.terminal import counter
-    from trainer.data.processes import cores
+    from growkit.cli.terminal import show_counts
+    from trainer.data.processes import count_cores
     from trainer.data.text import Shard
     from trainer.data.tokenize import tokenize as tokenize_files
 
     part = Shard.parse(shard) if shard else None
-    number = cores() if processes is None else processes
-    with counter("tokenizing") as progress:
+    number = count_cores() if processes is None else processes
+    with show_counts("tokenizing") as progress:
         manifest = tokenize_files(
             list(text), out, tokenizer, train_bpe, force, progress, number, part
         )
@@ -101,15 +101,15 @@ def train(
     the run saved.
     """
     from trainer.config.values import read_values
-    from trainer.devices.hosts import join
+    from trainer.devices.hosts import join_cluster
 
-    join()
+    join_cluster()
     return _told(out, train_run(read_values(config, list(overrides)), out, start, allow_gap))
 
 
 def _told(out: str, result) -> int:
     """Say how a run ended; returns the exit code."""
-    from trainer.devices.hosts import writes
+    from trainer.devices.hosts import is_writer
 
     loss = (
         f", validation loss {result.validation_loss:.4f}"
@@ -117,7 +117,7 @@ def _told(out: str, result) -> int:
         else ""
     )
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
-    if writes():
+    if is_writer():
         click.echo(f"{out}: step {result.step}{loss}, {state}")
     return exit_code(result)
 
@@ -139,17 +139,17 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     the last one that RUN trained with, without a warm-up. The lineage records the branch. The same command given
     again resumes RUN2.
     """
-    from trainer.config.quantity import count_of
-    from trainer.devices.hosts import join, writes
+    from trainer.config.quantity import parse_count
+    from trainer.devices.hosts import is_writer, join_cluster
     from trainer.run.anneal import plan_annealing, read_annealing
 
-    count = count_of(tokens, "--tokens")
-    join()
+    count = parse_count(tokens, "--tokens")
+    join_cluster()
     values, branch = read_annealing(out, to, count, list(overrides)) or plan_annealing(
         src, to, count, list(overrides)
     )
     steps = values["schedule"]["steps"]
-    if writes():
+    if is_writer():
         click.echo(
             f"{out}: learning rate {branch.rate:g} to {to:g}, linearly over {steps:,} steps",
             err=True,
@@ -176,9 +176,9 @@ def train_run(
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
-    from growkit.models.gpt_neox import NeoX, require_neox
-    from trainer.config.sections import resolve
-    from trainer.devices.programs import keep_programs
+    from growkit.models import require_trained
+    from trainer.config.sections import Model, build_architecture, resolve
+    from trainer.devices.programs import enable_program_cache
     from trainer.log.report import Report
     from trainer.run.checkpoint import find_last_step
     from trainer.run.directory import fill_model, read_run
@@ -192,10 +192,10 @@ def train_run(
     grow = resolve({"grow": values.get("grow"), "schedule": values.get("schedule")}).grow
     if start and stored is not None and find_last_step(out) is not None:
         # The source may be gone by now; what was taken from it is in the run.
-        values = fill_model(values, NeoX(**stored["config"]["model"]), start)
+        values = fill_model(values, build_architecture(Model(**stored["config"]["model"])), start)
     elif start:
         source = open_source(start)
-        require_neox(source.model, start)
+        require_trained(source.model, start)
         plan = plan_growth(grow, source.model) if not grow.at else None
         values = fill_model(values, plan.grown if plan else source.model, start)
     elif values.get("grow") and not grow.at:
@@ -206,7 +206,7 @@ def train_run(
         raise UsageError(
             "there is no model to train: the configuration has no model section, and --from is not given"
         )
-    keep_programs()
+    enable_program_cache()
     return train_on(resolve(values), out, source, start, allow_gap, branch, show or Report)
 
 
@@ -237,10 +237,10 @@ def continue_prompt(source, prompt: str, tokens: int, temperature: float, seed: 
     from tokenizers import Tokenizer
 
     from growkit.errors import GrowkitError, UsageError
-    from growkit.models.gpt_neox import require_neox
-    from trainer.evaluate.generate import continuation
+    from growkit.models import require_trained
+    from trainer.evaluate.generate import generate_tokens
 
-    require_neox(source.model, str(source.path))
+    require_trained(source.model, str(source.path))
     if tokens < 1:
         raise UsageError(f"--tokens must be at least 1, got {tokens}")
     if "tokenizer.json" not in source.files:
@@ -259,7 +259,7 @@ def continue_prompt(source, prompt: str, tokens: int, temperature: float, seed: 
             f"the tokenizer gives the id {max(ids)}, and the model's vocabulary is {source.model.vocab}"
         )
     end = source.config.get("eos_token_id")
-    added = continuation(
+    added = generate_tokens(
         source, ids, tokens, temperature, seed, end if isinstance(end, int) else None
     )
     return prompt + tokenizer.decode(list(added), skip_special_tokens=False)

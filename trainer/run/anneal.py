@@ -18,10 +18,10 @@ from growkit.entries import Branch, Training
 from growkit.errors import UsageError
 from growkit.lineage import Lineage
 from trainer.config.sections import Config, resolve
-from trainer.config.values import overridden
+from trainer.config.values import apply_overrides
 from trainer.run.checkpoint import find_last_step
 from trainer.run.directory import read_run
-from trainer.step.schedule import learning_rate
+from trainer.step.schedule import compute_learning_rate
 
 VERB = "anneal"
 # What an annealing takes from the run or works out itself.
@@ -83,7 +83,7 @@ def compute_current_rate(source: Source, config: Config) -> float:
     """The learning rate of the last step that a checkpoint was trained with, its plateaus included; 0 at step 0."""
     step = source.record["schedule_step"] - 1
     grown_at = Lineage.read(source.lineage).grown_at
-    rate = learning_rate(config.schedule, config.optimizer.learning_rate, step, grown_at)
+    rate = compute_learning_rate(config.schedule, config.optimizer.learning_rate, step, grown_at)
     # As few digits as give the same number again.
     return float(str(np.asarray(rate * source.record.get("reduction", 1.0))[()]))
 
@@ -106,4 +106,4 @@ def _overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise UsageError(
                 f"an annealing takes {key} from the run, or from --to and --tokens; it cannot be given"
             )
-    return overridden(values, overrides)
+    return apply_overrides(values, overrides)

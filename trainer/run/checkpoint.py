@@ -79,13 +79,12 @@ def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -
         for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     }
     parts = {key: np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for key in indices}
-    for layer in range(leaf.shape[0]) if row.stacked else [None]:
-        array = tensors[row.named(layer)].read()
+    stacked = len(row.stacked)
+    for position in np.ndindex(leaf.shape[:stacked]):
+        array = tensors[row.name_at(position)].read()
         for key, index in indices.items():
             # Layers are never split.
-            parts[key][... if layer is None else layer] = array[
-                index if layer is None else index[1:]
-            ]
+            parts[key][position] = array[index[stacked:]]
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_key(index)])
 
 

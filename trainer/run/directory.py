@@ -18,9 +18,9 @@ from growkit import __version__
 from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
-from growkit.models.gpt_neox import NeoX
-from trainer.config.sections import Config, resolve, resolve_model
-from trainer.devices.hosts import write_once, writes
+from growkit.models.architecture import Architecture
+from trainer.config.sections import Config, build_section, resolve, resolve_model
+from trainer.devices.hosts import is_writer, write_once
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -35,7 +35,7 @@ def lock_run(directory: epath.Path) -> IO[str] | None:
     None for a bucket, which nothing holds, and for the other processes of the same run. Raises GrowkitError when
     another process holds RUN.
     """
-    if is_remote(directory) or not writes():
+    if is_remote(directory) or not is_writer():
         return None
     # Opened for appending: opening must not erase the holder's process id.
     file = open(directory / LOCK, "a+")  # noqa: SIM115 (the caller closes it)
@@ -99,13 +99,13 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def fill_model(values: dict[str, Any], model: NeoX, origin: str) -> dict[str, Any]:
+def fill_model(values: dict[str, Any], model: Architecture, origin: str) -> dict[str, Any]:
     """Nested configuration values with the model section filled from a source's model.
 
     Raises UsageError where the values state another model; the context alone may differ.
     """
     stated = resolve_model(values.get("model"))
-    theirs = dataclasses.asdict(model)
+    theirs = dataclasses.asdict(build_section(model))
     different = [key for key in stated if key != "context" and stated[key] != theirs[key]]
     if different:
         said = ", ".join(

@@ -7,27 +7,27 @@ source's, where a re-warm-up begins, and when copies stay equal. Leaves plans to
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from growkit.entries import Growth
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.growth.multipliers import multipliers
-from growkit.growth.plan import Plan, combined, with_options
+from growkit.growth.plan import Plan, combine_plans, set_options
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
-from growkit.models.gpt_neox import NeoX
-from trainer.config.sections import Config, Dropout, Grow, Model, neox
+from growkit.models.architecture import Architecture
+from trainer.config.sections import Config, Dropout, Grow, build_architecture, build_section
 from trainer.log.history import GROWN
 from trainer.step.optimizer import Multipliers
-from trainer.step.plateau import plateaus
+from trainer.step.plateau import find_plateaus
 
 # By how much a validation loss, nats a token, may differ after exact growth: what rounding explains.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
 
 
-def plan_growth(settings: Grow, model: NeoX) -> Plan | None:
+def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
     """The plan of a grow section for the source's model, None when it grows nothing. Raises UsageError."""
     plans = []
     if settings.map:
@@ -45,30 +45,30 @@ def plan_growth(settings: Grow, model: NeoX) -> Plan | None:
                 "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp or head_dim"
             )
         return None
-    plan = plans[0] if len(plans) == 1 else combined("grow", plans, model)
-    return with_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
+    plan = plans[0] if len(plans) == 1 else combine_plans("grow", plans, model)
+    return set_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
 
 
 def plan_later_growth(config: Config) -> Plan | None:
     """The plan of the growth that comes on the way, None when there is none. Raises UsageError."""
-    return plan_growth(config.grow, neox(config.model)) if config.grow.at else None
+    return plan_growth(config.grow, build_architecture(config.model)) if config.grow.at else None
 
 
 def is_growth_due(config: Config, step: int, losses: Sequence[float]) -> bool:
     """Whether the growth on the way comes at this step, by its number or by the validation losses so far."""
     if config.grow.at == "plateau":
-        return bool(plateaus(losses, config.schedule.plateau))
+        return bool(find_plateaus(losses, config.schedule.plateau))
     return step >= int(config.grow.at)
 
 
 def grow_config(config: Config, plan: Plan) -> Config:
     """The configuration that a run goes by once that growth is made: the grown model, the schedule going on."""
     return replace(
-        config, model=Model(**asdict(plan.grown)), schedule=replace(config.schedule, continued=True)
+        config, model=build_section(plan.grown), schedule=replace(config.schedule, continued=True)
     )
 
 
-def select_multipliers(setting: str, lineage: Lineage, model: NeoX) -> Multipliers | None:
+def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> Multipliers | None:
     """The multipliers to apply to a model of this lineage, None for none. setting: on, off or auto."""
     growths = lineage.growths_owed()
     if setting == "off" or not growths or (setting == "auto" and not lineage.continues):
@@ -90,7 +90,7 @@ def describe_beginning(lineage: Lineage, step: int) -> str:
     return f"{GROWN}: {changed}" if step else f"start, {GROWN}: {changed}"
 
 
-def describe_growths(lineage: Lineage, model: NeoX, dropout: Dropout) -> Iterator[str]:
+def describe_growths(lineage: Lineage, model: Architecture, dropout: Dropout) -> Iterator[str]:
     """What the growths before this training mean for it, in sentences."""
     if lineage.last_training.multipliers:
         yield "exact growth in width: learning rates, eps and clip weights are multiplied for each parameter"
@@ -127,7 +127,7 @@ def compare_with_source(
     )
 
 
-def find_tied_axes(lineage: Lineage, model: NeoX, dropout: Dropout) -> tuple[str, ...]:
+def find_tied_axes(lineage: Lineage, model: Architecture, dropout: Dropout) -> tuple[str, ...]:
     """The axes whose copies, made by the last growth, will stay equal: exact copies, trained without dropout."""
     growths = lineage.last_growths()
     if not growths or dropout.hidden or dropout.attention or dropout.embedding:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from growkit.evaluation import harness
-from growkit.evaluation.catalogue import named
-from growkit.evaluation.questions import questions
-from growkit.models.gpt_neox import NeoX
+from growkit.evaluation.catalogue import parse_task_names
+from growkit.evaluation.questions import collect_questions
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Eval
-from trainer.data.tokenizer import carried_tokenizer
+from trainer.data.tokenizer import load_model_tokenizer
 from trainer.devices.sharding import Layout
 from trainer.model.decoder import GPTNeoX
 
@@ -35,12 +35,12 @@ class TaskQuestions:
         if settings.tasks:
             harness.require_harness()
             data = Path(settings.data) if settings.data else None
-            self.questions = questions(
-                named(settings.tasks), data, settings.limit or None, self.notes.append
+            self.questions = collect_questions(
+                parse_task_names(settings.tasks), data, settings.limit or None, self.notes.append
             )
 
     def bind(
-        self, config: Config, model: NeoX, layout: Layout, files: Mapping[str, bytes], run: Any
+        self, config: Config, model: Architecture, layout: Layout, files: Mapping[str, bytes], run: Any
     ) -> Tasks | None:
         """The same, to be asked of a run's model by the tokenizer among its files; None without tasks."""
         if not self.questions:
@@ -51,7 +51,7 @@ class TaskQuestions:
         network = GPTNeoX(model, config.precision, layout=layout)
         batch = min(BATCH, config.batch.sequences // config.batch.accumulation)
         likelihood = Likelihood(network, None, config.model.context, batch)
-        return Tasks(self.questions, JaxModel(likelihood, carried_tokenizer(files, run)))
+        return Tasks(self.questions, JaxModel(likelihood, load_model_tokenizer(files, run)))
 
 
 class Interrupted(Exception):
