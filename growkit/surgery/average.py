@@ -13,9 +13,9 @@ import numpy as np
 
 from growkit.checkpoint.rounding import round_to_dtype
 from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_tensor, map_tensors
+from growkit.entries import Average, Origin
 from growkit.errors import UsageError
 from growkit.surgery.comparison import fields_differing, model_of
-from growkit.surgery.grow import provenance
 
 WIDE = np.float64
 
@@ -34,16 +34,13 @@ def average_checkpoints(
         slot: {name: copy_tensor(tensor) for name, tensor in tensors.items()}
         for slot, tensors in last.tensors.items()
     }
-    entry = provenance(last) | {
-        "operation": "average",
-        "averaged": [provenance(source)["source"] for source in sources],
-        "weights": shares,
-    }
+    origins = [Origin.of(source) for source in sources]
+    entry = Average(source=origins[-1], averaged=origins, weights=shares)
     return Contents(
         config=last.config,
         recipes=slots
         | {"params": {name: _mean(sources, shares, name) for name in last.tensors["params"]}},
-        lineage=[*last.lineage, entry],
+        lineage=[*last.lineage, entry.to_json()],
         # A validation loss is that of the parameters it was measured with.
         record={key: value for key, value in last.record.items() if key != "validation_loss"},
         files=last.files,
