@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 
 HEAD = """---
 library_name: transformers
@@ -21,7 +21,7 @@ tags: [gpt_neox, growkit]
 | --- | --- |
 | layers | {model.layer} |
 | hidden size | {model.embed} |
-| heads | {model.head} of {model.head_dim} |
+| heads | {model.head_count} of {model.head_dim} |
 | mlp | {model.mlp} |
 | vocabulary | {model.vocab} |
 | context | {model.context} tokens |
@@ -40,7 +40,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 """
 
 
-def short_count(number: float) -> str:
+def format_count(number: float) -> str:
     """757,070,848 as 757.1M."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -50,27 +50,27 @@ def short_count(number: float) -> str:
     return str(int(number))
 
 
-def model_card(model: NeoX, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
+def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
     """README.md of an exported model, its lineage in words; the entries themselves are in lineage.json.
 
     evaluation: tables and notes in Markdown, where it was measured.
     """
     head = HEAD.format(
         model=model,
-        size=short_count(model.parameters),
-        residual="parallel" if model.parallel_residual else "sequential",
+        size=format_count(model.parameters),
+        residual="parallel" if model.options["parallel_residual"] else "sequential",
         head="tied to the embedding" if model.tied else "untied",
     )
-    steps = "".join(f"{number}. {in_words(entry)}\n" for number, entry in enumerate(lineage, 1))
+    steps = "".join(f"{number}. {describe_entry(entry)}\n" for number, entry in enumerate(lineage, 1))
     return head + steps + (f"\n## Evaluation\n\n{evaluation}" if evaluation else "")
 
 
-def in_words(entry: dict[str, Any]) -> str:
+def describe_entry(entry: dict[str, Any]) -> str:
     """One lineage entry as a sentence."""
     operation = entry.get("operation", "unknown")
     source = entry.get("source", {})
     trained = (
-        f", after {source['step']} steps and {short_count(source['tokens'])} tokens"
+        f", after {source['step']} steps and {format_count(source['tokens'])} tokens"
         if source.get("tokens")
         else ""
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from growkit.cli.terminal import shard_option, write
+from growkit.cli.terminal import add_shard_option, write_with_progress
 
 
 @click.command("import")
@@ -18,12 +18,12 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
 
     A directory has no moments: training from OUT starts Adam at count 0.
     """
-    from convert.directory import imported
-    from growkit.checkpoint.files import path_of
+    from convert.directory import convert_to_checkpoint
+    from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
 
     source = open_source(hf_dir)
-    write([source], imported(source), path_of(out), "checkpoint", force)
+    write_with_progress([source], convert_to_checkpoint(source), parse_path(out), "checkpoint", force)
     click.echo(
         f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in {hf_dir}, count 0"
     )
@@ -41,7 +41,7 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
     "--check", is_flag=True, help="Compare the logits of OUT in transformers with SRC's in JAX."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@shard_option
+@add_shard_option
 @click.option(
     "--evaluation",
     metavar="FILE.json",
@@ -57,18 +57,18 @@ def export(
     evaluation: str | None,
 ) -> None:
     """Turn SRC into the Hugging Face directory OUT: safetensors, config, tokenizer, model card with the lineage."""
-    from convert.directory import exported
+    from convert.directory import convert_to_directory
     from convert.reference import require_transformers
-    from growkit.checkpoint.files import path_of
+    from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
 
     source = open_source(src)
-    contents = exported(
-        source, dtype, evaluation_of(source, Path(evaluation)) if evaluation is not None else ""
+    contents = convert_to_directory(
+        source, dtype, read_evaluation(source, Path(evaluation)) if evaluation is not None else ""
     )
     if check:
         require_transformers()
-    write([source], contents, path_of(out), "huggingface", force, shard)
+    write_with_progress([source], contents, parse_path(out), "huggingface", force, shard)
     written = contents.lineage[-1]["dtype"]
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
     click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
@@ -77,33 +77,33 @@ def export(
             f"note: {src} carries no tokenizer.json, so {out} has none; put one there before tokenizing with it"
         )
     if check:
-        click.echo(compare(source, path_of(out), written))
+        click.echo(compare_logits(source, parse_path(out), written))
 
 
-def evaluation_of(source, path: Path) -> str:
+def read_evaluation(source, path: Path) -> str:
     """What a file of evaluations says of a source, in Markdown. Raises UsageError where it says nothing."""
     from growkit.evaluation import report
 
-    return report.markdown(report.of_model(report.read(path), source, path))
+    return report.format_markdown(report.select_model(report.read_record(path), source, path))
 
 
-def compare(source, out: Path, dtype: str) -> str:
+def compare_logits(source, out: Path, dtype: str) -> str:
     """The largest difference between transformers' logits of `out`, written in `dtype`, and ours of `source`, in words.
 
     Raises GrowkitError when it is more than rounding explains.
     """
     import numpy as np
 
-    from convert.reference import transformers_logits
+    from convert.reference import load_logits
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
-    from trainer.model.decoder import logits_of
+    from trainer.model.decoder import compute_logits
 
     length = min(128, source.model.context)
     tokens = np.random.default_rng(0).integers(0, source.model.vocab, (2, length))
     ours, theirs = (
-        logits_of(source, tokens),
-        transformers_logits(open_source(str(out)).here, "float32")(tokens),
+        compute_logits(source, tokens),
+        load_logits(open_source(str(out)).here, "float32")(tokens),
     )
     gap, size = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
     # Rounding the weights to fewer bits moves logits by about that precision; anything more is a wrong conversion.

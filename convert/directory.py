@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.card import model_card
-from growkit.checkpoint.files import json_bytes
+from convert.card import format_card
+from growkit.checkpoint.files import encode_json
 from growkit.checkpoint.huggingface import DTYPES
-from growkit.checkpoint.rounding import rounded
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_of, mapped
+from growkit.checkpoint.rounding import round_to_dtype
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
 from growkit.errors import UsageError, did_you_mean
-from growkit.models.gpt_neox import require_neox, write_config
+from growkit.models import require_trained
 from growkit.surgery.grow import provenance
 
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
@@ -26,7 +26,7 @@ DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
 OWN = ("README.md", "generation_config.json")
 
 
-def imported(source: Source) -> Contents:
+def convert_to_checkpoint(source: Source) -> Contents:
     """A trainer checkpoint of a Hugging Face directory: the parameters bit for bit, no moments, count 0.
 
     Raises UsageError for a checkpoint, and for an architecture that the trainer does not compute.
@@ -35,7 +35,7 @@ def imported(source: Source) -> Contents:
         raise UsageError(
             f"{source.path} is a trainer checkpoint already; import takes a Hugging Face directory"
         )
-    require_neox(source.model, source.path)
+    require_trained(source.model, source.path)
     return Contents(
         config=source.config,
         recipes={"params": _in_table_order(source, None)},
@@ -48,7 +48,7 @@ def imported(source: Source) -> Contents:
     )
 
 
-def exported(source: Source, dtype: str | None = None, evaluation: str = "") -> Contents:
+def convert_to_directory(source: Source, dtype: str | None = None, evaluation: str = "") -> Contents:
     """A Hugging Face directory of any source, its moments left behind.
 
     dtype: float64, float32, bfloat16 or float16, or None for the source's own. evaluation: what the model card says of
@@ -59,16 +59,16 @@ def exported(source: Source, dtype: str | None = None, evaluation: str = "") -> 
             f"--dtype is one of {', '.join(DTYPE_NAMES)}, got {dtype!r}{did_you_mean(dtype, DTYPE_NAMES)}"
         )
     target = DTYPE_NAMES[dtype] if dtype else source.dtype
-    model = require_neox(source.model, source.path)
+    model = require_trained(source.model, source.path)
     entry = provenance(source) | {"operation": "export", "dtype": str(target)}
     contents = Contents(
-        config=write_config(model, source.config),
+        config=model.config(source.config),
         recipes={"params": _in_table_order(source, DTYPE_NAMES[dtype] if dtype else None)},
         lineage=[*source.lineage, entry],
         files={name: content for name, content in source.files.items() if name not in OWN},
     )
     beside = {
-        "README.md": model_card(model, contents.lineage, evaluation).encode(),
+        "README.md": format_card(model, contents.lineage, evaluation).encode(),
         "generation_config.json": _generation(source),
     }
     return replace(contents, files=contents.files | beside)
@@ -84,8 +84,8 @@ def _in_table_order(source: Source, dtype: np.dtype | None) -> dict[str, Recipe]
 
 def _converted(name: str, tensor: Tensor, dtype: np.dtype) -> Recipe:
     if tensor.dtype == dtype:
-        return copy_of(tensor)
-    return mapped([tensor], dtype, lambda array: rounded(name, array, dtype))
+        return copy_tensor(tensor)
+    return map_tensors([tensor], dtype, lambda array: round_to_dtype(name, array, dtype))
 
 
 def _generation(source: Source) -> bytes:
@@ -93,4 +93,4 @@ def _generation(source: Source) -> bytes:
     if kept is not None:
         return kept
     ids = {key: source.config.get(key, 0) for key in ("bos_token_id", "eos_token_id")}
-    return json_bytes({"_from_model_config": True, **ids})
+    return encode_json({"_from_model_config": True, **ids})

@@ -12,7 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from growkit.errors import GrowkitError
-from growkit.evaluation.harness import Request, Windowed, joined, quiet
+from growkit.evaluation.harness import Request, Windowed, join_scores, silence_libraries
 
 
 class HuggingFaceModel(Windowed, HFLM):
@@ -29,12 +29,12 @@ class HuggingFaceModel(Windowed, HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        pieces, owners = self.windows(requests)
+        pieces, owners = self.split_requests(requests)
         # A rolling text's windows come a batch at a time, with a batch size of their own.
         if override_bs is None:
             self.count_cut(requests)
             self.expect(len(pieces))
-        return joined(
+        return join_scores(
             owners,
             super()._loglikelihood_tokens(pieces, disable_tqdm=True, override_bs=override_bs),
         )
@@ -45,12 +45,12 @@ class HuggingFaceModel(Windowed, HFLM):
         return logits
 
 
-def hugging_face_model(path: Path, prefix: int | None, window: int, batch: int) -> HuggingFaceModel:
+def load_hugging_face_model(path: Path, prefix: int | None, window: int, batch: int) -> HuggingFaceModel:
     """The model of a directory. prefix: the token before a text without context, None for the tokenizer's own choice.
 
     Raises GrowkitError where transformers cannot load it.
     """
-    with quiet():
+    with silence_libraries():
         try:
             return HuggingFaceModel(
                 pretrained=str(path),

@@ -22,7 +22,7 @@ def require_transformers() -> None:
             raise GrowkitError(f"{name} is not installed; pip install 'growkit[hf]' brings it")
 
 
-def load(path: Path, dtype: str | None = None) -> Any:
+def load_network(path: Path, dtype: str | None = None) -> Any:
     """The causal language model of a directory, in `dtype` (default: its own).
 
     Raises ImportError without torch and transformers, GrowkitError when transformers would fill in a tensor.
@@ -48,12 +48,12 @@ def load(path: Path, dtype: str | None = None) -> Any:
     return network.eval()
 
 
-def transformers_logits(path: Path, dtype: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
+def load_logits(path: Path, dtype: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """The logits [B, T, V] of a Hugging Face directory for tokens [B, T]. Raises GrowkitError without transformers."""
     require_transformers()
     import torch
 
-    network = load(path, dtype)
+    network = load_network(path, dtype)
 
     def logits(tokens_BxT: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -64,9 +64,9 @@ def transformers_logits(path: Path, dtype: str | None = None) -> Callable[[np.nd
     return logits
 
 
-def transformers_text(path: Path, prompt: str, tokens: int) -> str:
+def generate_text(path: Path, prompt: str, tokens: int) -> str:
     """The prompt and up to `tokens` more, likeliest first, by transformers' own generate. Raises ImportError."""
-    network = load(path)
+    network = load_network(path)
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)

@@ -23,7 +23,7 @@ class UsageError(GrowkitError):
     exit_code = 2
 
 
-def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
+def find_nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
     """The known name most like `name`, or None when none is at least as like as `likeness` (0 to 1)."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return found[0] if found else None
@@ -31,5 +31,5 @@ def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | Non
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause `; did you mean 'x'?` to end a sentence with, or nothing."""
-    best = nearest(name, known)
+    best = find_nearest(name, known)
     return f"; did you mean {best!r}?" if best else ""

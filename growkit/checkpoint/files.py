@@ -19,7 +19,7 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def path_of(text: str) -> Any:
+def parse_path(text: str) -> Any:
     """The path that a user typed: of a bucket if it begins with gs:// or the like, else of this machine."""
     if not is_remote(text):
         return Path(os.path.expanduser(text))
@@ -38,12 +38,12 @@ def read_json(path: Path) -> Any:
         raise GrowkitError(f"{path} is not valid JSON: {problem}") from None
 
 
-def json_bytes(value: Mapping[str, Any] | list) -> bytes:
+def encode_json(value: Mapping[str, Any] | list) -> bytes:
     """How growkit writes JSON: indented, with a newline at the end."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_whole(path: Any, content: bytes) -> None:
+def write_atomically(path: Any, content: bytes) -> None:
     """Write a file so that whoever reads it, after a kill too, finds the old content or the new."""
     if is_remote(path):
         path.write_bytes(content)

@@ -16,11 +16,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from growkit.checkpoint.files import json_bytes, read_json
+from growkit.checkpoint.files import encode_json, read_json
 from growkit.checkpoint.output import Job, Progress, create_file, fill
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, raw
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, open_raw
 from growkit.errors import GrowkitError
-from growkit.models.gpt_neox import BUFFERS
+from growkit.models import FAMILIES
 
 INDEX = "model.safetensors.index.json"
 LINEAGE = "lineage.json"
@@ -75,8 +75,10 @@ def open_directory(path: Path) -> Source:
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
     files = _weight_files(path)
     tensors: dict[str, Tensor] = {}
+    family = FAMILIES.get(str(config.get("model_type")))
+    buffers = family.buffers if family else ()
     for file in files:
-        found = read_header(file)
+        found = read_header(file, buffers)
         if twice := tensors.keys() & found.keys():
             raise GrowkitError(
                 f"{path} holds the tensor {min(twice)!r} twice, the second time in {file.name}"
@@ -132,8 +134,12 @@ def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> N
         raise GrowkitError(f"{index} names the tensor {min(missing)!r}, which no shard holds")
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, by name. Raises GrowkitError where header and file disagree."""
+def read_header(path: Path, buffers: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, by name.
+
+    buffers: how the names of tensors end that may be whole numbers. Raises GrowkitError where header and file
+    disagree.
+    """
     total = os.path.getsize(path)
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -152,10 +158,15 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise GrowkitError(f"{path} has a garbled safetensors header: it is not a JSON object")
     header.pop("__metadata__", None)
-    return {name: _tensor(path, name, entry, 8 + length, total) for name, entry in header.items()}
+    return {
+        name: _tensor(path, name, entry, 8 + length, total, buffers)
+        for name, entry in header.items()
+    }
 
 
-def _tensor(path: Path, name: str, entry: Any, base: int, total: int) -> Tensor:
+def _tensor(
+    path: Path, name: str, entry: Any, base: int, total: int, buffers: tuple[str, ...]
+) -> Tensor:
     try:
         kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
@@ -165,7 +176,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int, total: int) -> Tensor:
         raise GrowkitError(
             f"{path} has a garbled safetensors header at the tensor {name!r}"
         ) from None
-    dtype = (DTYPES | (BUFFER_DTYPES if name.endswith(BUFFERS) else {})).get(kind)
+    dtype = (DTYPES | (BUFFER_DTYPES if name.endswith(buffers) else {})).get(kind)
     if dtype is None:
         raise GrowkitError(
             f"{path}: the tensor {name!r} has dtype {kind}, and growkit reads {', '.join(DTYPES)}"
@@ -179,7 +190,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int, total: int) -> Tensor:
         raise GrowkitError(
             f"{path} is cut off: the tensor {name!r} ends at byte {base + end}, the file has {total}"
         )
-    return raw(path, base + start, shape, dtype)
+    return open_raw(path, base + start, shape, dtype)
 
 
 def _carried(path: Path) -> dict[str, bytes]:
@@ -223,13 +234,13 @@ def write_directory(
     # transformers 4 reads torch_dtype, 5 reads dtype.
     dtype = str(next(iter(recipes.values())).dtype)
     (path / "config.json").write_bytes(
-        json_bytes(contents.config | {"torch_dtype": dtype, "dtype": dtype})
+        encode_json(contents.config | {"torch_dtype": dtype, "dtype": dtype})
     )
-    (path / LINEAGE).write_bytes(json_bytes(contents.lineage))
+    (path / LINEAGE).write_bytes(encode_json(contents.lineage))
     if len(shards) > 1:
         total = sum(recipe.size for recipe in recipes.values())
         (path / INDEX).write_bytes(
-            json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
+            encode_json({"metadata": {"total_size": total}, "weight_map": weight_map})
         )
 
 

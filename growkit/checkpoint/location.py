@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from growkit.checkpoint.files import is_remote, path_of, read_json
+from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
 from growkit.checkpoint.orbax import META, is_checkpoint, open_checkpoint, write_checkpoint
-from growkit.checkpoint.output import Progress, check_output, committed
-from growkit.checkpoint.remote import check_free, fetched, reaching, send
+from growkit.checkpoint.output import Progress, check_output, commit_output
+from growkit.checkpoint.remote import check_free, download, explain_failures, upload
 from growkit.checkpoint.tensor import Contents, Source
-from growkit.errors import GrowkitError, UsageError, nearest
+from growkit.errors import GrowkitError, UsageError, find_nearest
 
 CHECKPOINTS = "checkpoints"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -28,7 +28,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def open_source(text: str) -> Source:
     """Open what SRC names. Raises UsageError when it names nothing, GrowkitError when what it names is broken."""
     path = locate(text)
-    here = fetched(path) if is_remote(path) else path
+    here = download(path) if is_remote(path) else path
     if is_checkpoint(here):
         source = open_checkpoint(here)
     elif is_directory(here):
@@ -46,36 +46,36 @@ def locate(text: str) -> Path:
     """The directory that SRC names, downloaded if it is a Hub id."""
     if not text:
         raise UsageError("the source is an empty name; name a directory")
-    path = path_of(text)
+    path = parse_path(text)
     if is_remote(path):
         return _locate_remote(path)
     if path.is_dir():
-        return checkpoint_of_run(path, None) if (path / CHECKPOINTS).is_dir() else path
+        return find_checkpoint(path, None) if (path / CHECKPOINTS).is_dir() else path
     if path.exists():
         raise UsageError(f"{text} is a file; name the directory that holds the model")
     name, _, at = text.rpartition("@")
     if name and (run := Path(os.path.expanduser(name)) / CHECKPOINTS).is_dir():
-        return checkpoint_of_run(run.parent, at)
+        return find_checkpoint(run.parent, at)
     if HUB_ID.fullmatch(name or text) and "/" in text and not Path(text.split("/")[0]).exists():
         return _download(name or text, at if name else None)
     beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = nearest(path.name, beside)
+    near = find_nearest(path.name, beside)
     hint = f"; did you mean {str(path.parent / near)!r}?" if near else ""
     raise UsageError(f"there is no such directory: {text}{hint}")
 
 
 def _locate_remote(path: Any) -> Any:
     """As `locate`, in a bucket."""
-    with reaching(path):
+    with explain_failures(path):
         if path.is_dir():
-            return checkpoint_of_run(path, None) if (path / CHECKPOINTS).is_dir() else path
+            return find_checkpoint(path, None) if (path / CHECKPOINTS).is_dir() else path
         name, _, at = os.fspath(path).rpartition("@")
-        if "/" in name and (path_of(name) / CHECKPOINTS).is_dir():
-            return checkpoint_of_run(path_of(name), at)
+        if "/" in name and (parse_path(name) / CHECKPOINTS).is_dir():
+            return find_checkpoint(parse_path(name), at)
     raise UsageError(f"there is no such directory: {path}")
 
 
-def checkpoint_of_run(run: Path, at: str | None) -> Path:
+def find_checkpoint(run: Path, at: str | None) -> Path:
     """A run's checkpoint: the last (None), the one of a step, or the one with the lowest validation loss ('best')."""
     root = run / CHECKPOINTS
     steps = sorted(
@@ -150,9 +150,9 @@ def write_output(
     if is_remote(out):
         with tempfile.TemporaryDirectory(prefix="growkit-") as here:
             write_output(Path(here) / "out", kind, contents, sources, False, progress, shard)
-            send(Path(here) / "out", out, force)
+            upload(Path(here) / "out", out, force)
         return
-    with committed(out, force) as new:
+    with commit_output(out, force) as new:
         if kind == "checkpoint":
             write_checkpoint(new, contents, progress)
         else:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ from growkit.checkpoint.tensor import (
     Recipe,
     Source,
     Tensor,
-    copy_of,
-    in_memory,
-    raw,
+    copy_tensor,
+    open_raw,
+    wrap_array,
 )
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
-from growkit.models.notation import Row
+from growkit.models.notation import Position, Row
 
 STATE, META, FILES = "state", "meta", "files"
 # Bytes of decoded chunks that are kept, so that a chunk of several blocks or layers is decoded once.
@@ -71,14 +72,15 @@ class Array:
     file: Path | None = None
     store: Any = None
 
-    def tensor(self, layer: int | None = None) -> Tensor:
-        """All of it, or one layer; of a stacked array no more than the layer asked for is ever read."""
-        shape = self.shape if layer is None else self.shape[1:]
+    def as_tensor(self, position: Position = ()) -> Tensor:
+        """All of it, or one unit of the stacked axes; no more than the unit is ever read."""
+        shape = self.shape[len(position) :]
         if self.file is not None:
-            return raw(
-                self.file, (layer or 0) * math.prod(shape) * self.dtype.itemsize, shape, self.dtype
-            )
-        part = self.store if layer is None else self.store[layer]
+            units = self.shape[: len(position)]
+            unit = int(np.ravel_multi_index(position, units)) if position else 0
+            offset = unit * math.prod(shape) * self.dtype.itemsize
+            return open_raw(self.file, offset, shape, self.dtype)
+        part = self.store[position] if position else self.store
         chunk = self.store.chunk_layout.read_chunk.shape or ()
         stride = next(iter(chunk[len(self.shape) - len(shape) :]), 1)
 
@@ -117,7 +119,7 @@ def open_checkpoint(path: Path) -> Source:
         for slot in SLOTS
         if slot == "params" or any(name.startswith(f"{slot}.") for name in arrays)
     ]
-    counters = {name: int(arrays[name].tensor().read()) for name in COUNTERS if name in arrays}
+    counters = {name: int(arrays[name].as_tensor().read()) for name in COUNTERS if name in arrays}
     return Source(
         path=path,
         kind="checkpoint",
@@ -203,8 +205,8 @@ def _by_layer(arrays: Mapping[str, Array], slot: str, model: Architecture) -> di
     for name, array in arrays.items():
         if name.startswith(f"{slot}."):
             row = rows.get(name) or _refuse(name, rows)
-            layers = range(array.shape[0]) if row.stacked else [None]
-            tensors |= {row.named(layer): array.tensor(layer) for layer in layers}
+            for position in product(*(range(size) for size in array.shape[: len(row.stacked)])):
+                tensors[row.name_at(position)] = array.as_tensor(position)
     return tensors
 
 
@@ -250,19 +252,20 @@ class Leaf:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def leaves(contents: Contents, model: Architecture) -> dict[tuple[str, ...], Leaf]:
+def collect_leaves(contents: Contents, model: Architecture) -> dict[tuple[str, ...], Leaf]:
     """Every array of an output, by its path in the tree: slots of stacked arrays, and the counters."""
     found: dict[tuple[str, ...], Leaf] = {}
     for slot, recipes in contents.recipes.items():
         for row in model.table.rows:
-            layers = range(model.layer) if row.stacked else [None]
-            parts = tuple(recipes[row.named(layer)] for layer in layers)
+            parts = tuple(
+                recipes[row.name_at(position)] for position in row.positions(model.sizes)
+            )
             _check_one_dtype(row, parts)
-            shape = ((model.layer,) if row.stacked else ()) + parts[0].shape
+            shape = row.stacked_sizes(model.sizes) + parts[0].shape
             found[(slot, *row.path)] = Leaf(shape, parts[0].dtype, parts)
     for name in COUNTERS:
         value = np.asarray(contents.record.get(name, 0), np.int32)
-        found[(name,)] = Leaf((), value.dtype, (copy_of(in_memory(value)),))
+        found[(name,)] = Leaf((), value.dtype, (copy_tensor(wrap_array(value)),))
     return found
 
 
@@ -284,7 +287,7 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
     begun = time.time_ns()
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
     about = {"config": contents.config, "lineage": contents.lineage, "record": record}
-    arrays = leaves(contents, read_config(contents.config))
+    arrays = collect_leaves(contents, read_config(contents.config))
     path.mkdir()
     _write_arrays(path / STATE, arrays, progress)
     for item, value in ((META, about), (FILES, encode_files(contents.files))):

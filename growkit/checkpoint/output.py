@@ -71,7 +71,7 @@ def check_output(out: Path, source: Path | None, force: bool) -> None:
 
 
 @contextmanager
-def committed(out: Path, force: bool = False) -> Iterator[Path]:
+def commit_output(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield a path for the new directory (not made yet); rename it to `out` on a clean exit, else leave nothing.
 
     Raises UsageError when another process is writing the same output.
@@ -80,7 +80,7 @@ def committed(out: Path, force: bool = False) -> Iterator[Path]:
     parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(work)
+        lock = _acquire_lock(work)
     except OSError as problem:
         _remove_empty(parents)
         raise GrowkitError(f"cannot write {out}: {problem.strerror}") from None
@@ -101,7 +101,7 @@ def committed(out: Path, force: bool = False) -> Iterator[Path]:
         _remove_empty(parents)
 
 
-def _locked(work: Path) -> int:
+def _acquire_lock(work: Path) -> int:
     """Make (or take over) the working directory and hold its lock, which the kernel frees at our death."""
     with suppress(FileExistsError):
         os.mkdir(work)

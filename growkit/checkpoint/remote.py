@@ -26,7 +26,7 @@ PIECE = 16 << 20
 
 
 @contextmanager
-def reaching(path: Any) -> Iterator[None]:
+def explain_failures(path: Any) -> Iterator[None]:
     """Storage fails in as many ways as there are libraries for it; a user needs one sentence."""
     try:
         yield
@@ -45,11 +45,11 @@ def reaching(path: Any) -> Iterator[None]:
         raise GrowkitError(f"cannot reach {path}: {words[:300]}") from problem
 
 
-def fetched(path: Any) -> Path:
+def download(path: Any) -> Path:
     """A copy on this machine of a directory in a bucket, removed when the process ends."""
     here = Path(tempfile.mkdtemp(prefix="growkit-"))
     atexit.register(shutil.rmtree, here, ignore_errors=True)
-    with reaching(path):
+    with explain_failures(path):
         for file in _files(path):
             copy = here / Path(*file.relative_to(path).parts)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -59,20 +59,20 @@ def fetched(path: Any) -> Path:
 
 def check_free(out: Any, force: bool) -> None:
     """Raise UsageError when there is something at `out` and it is not to be replaced."""
-    with reaching(out):
+    with explain_failures(out):
         if not force and out.exists():
             raise UsageError(
                 f"the output exists: {out}; use --force to replace it, or name another directory"
             )
 
 
-def send(here: Path, out: Any, force: bool) -> None:
+def upload(here: Path, out: Any, force: bool) -> None:
     """Copy a whole directory to a bucket; after a failure what was sent is removed again.
 
     Replacing is not atomic there: the old one is removed first.
     """
     check_free(out, force)
-    with reaching(out):
+    with explain_failures(out):
         if out.exists():
             out.rmtree()
         try:

@@ -8,7 +8,7 @@ import numpy as np
 from growkit.errors import GrowkitError
 
 
-def rounded(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def round_to_dtype(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The parameter `name` in `dtype`, rounded once to nearest. Raises GrowkitError where a number is too large."""
     if array.dtype == dtype:
         return array

@@ -22,6 +22,7 @@ import numpy as np
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
+from growkit.models.notation import Row
 
 SLOTS = ("params", "mu", "nu")
 SAMPLE = 4096
@@ -61,13 +62,13 @@ class Tensor:
         """All of it. A tensor without dimensions is one row."""
         return self.rows(0, self.shape[0] if self.shape else 1)
 
-    def numbers(self, start: int, stop: int) -> np.ndarray:
+    def read_numbers(self, start: int, stop: int) -> np.ndarray:
         """The numbers from one place to another (exclusive), in C order."""
         row = math.prod(self.shape[1:])
         first, last = start // max(1, row), -(-stop // max(1, row))
         return self.rows(first, last).reshape(-1)[start - first * row : stop - first * row]
 
-    def strides(self, limit: int) -> Iterator[tuple[int, int]]:
+    def split_rows(self, limit: int) -> Iterator[tuple[int, int]]:
         """(first, last) rows of blocks of about `limit` bytes, at the borders that are stored where there are any."""
         count = self.shape[0] if self.shape else 1
         step = max(1, limit * count // max(1, self.size))
@@ -75,7 +76,7 @@ class Tensor:
         yield from ((start, min(start + step, count)) for start in range(0, count, step))
 
 
-def in_memory(array: np.ndarray) -> Tensor:
+def wrap_array(array: np.ndarray) -> Tensor:
     """An array as a tensor."""
     return Tensor(
         array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array
@@ -96,14 +97,14 @@ class Recipe:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def array(self) -> np.ndarray:
+    def make_array(self) -> np.ndarray:
         """The whole tensor, made in memory."""
         array = np.empty(math.prod(self.shape), self.dtype)
-        for start, block in self.blocks():
+        for start, block in self.make_blocks():
             array[start : start + block.size] = block
         return array.reshape(self.shape)
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def make_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(place of the first, numbers) of flat blocks that make up the tensor, in any order."""
         width = self.dtype.itemsize
         if self.pieces is not None:
@@ -119,20 +120,20 @@ class Recipe:
                 yield start, read_span(part, (size,), self.dtype)
 
 
-def copy_of(tensor: Tensor) -> Recipe:
+def copy_tensor(tensor: Tensor) -> Recipe:
     """The recipe for the same bytes again, undecoded where the source has them raw."""
     if tensor.span is not None:
         return Recipe(tensor.shape, tensor.dtype, copied=tensor.span)
-    return mapped([tensor], tensor.dtype, lambda array: array)
+    return map_tensors([tensor], tensor.dtype, lambda array: array)
 
 
-def mapped(tensors: Sequence[Tensor], dtype: np.dtype, change: Callable[..., np.ndarray]) -> Recipe:
+def map_tensors(tensors: Sequence[Tensor], dtype: np.dtype, change: Callable[..., np.ndarray]) -> Recipe:
     """The recipe for what `change` makes, number by number, of tensors of one shape, a block at a time."""
     first = tensors[0]
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
         row = math.prod(first.shape[1:]) * dtype.itemsize
-        for start, stop in first.strides(BLOCK):
+        for start, stop in first.split_rows(BLOCK):
             yield start * row, change(*(tensor.rows(start, stop) for tensor in tensors))
 
     return Recipe(first.shape, dtype, pieces=pieces)
@@ -191,7 +192,7 @@ class Source:
                 kept.pop(self.model.head_name, None)
             shapes = {name: tensor.shape for name, tensor in kept.items()}
             try:
-                self.model.table.cover(shapes, self.model.sizes, self.model.fields)
+                self.model.table.check_covered(shapes, self.model.sizes, self.model.fields)
             except GrowkitError as problem:
                 raise GrowkitError(
                     f"{self.path}: {'' if slot == 'params' else slot + ': '}{problem}"
@@ -231,8 +232,26 @@ class Source:
         for slot, tensors in sorted(self.tensors.items()):
             for name, tensor in sorted(tensors.items()):
                 digest.update(f"{slot} {name} {tensor.dtype} {tensor.shape}".encode())
-                digest.update(sample(tensor))
+                digest.update(read_sample(tensor))
         return digest.hexdigest()
+
+    def stack(self, slot: str = "params", dtype: Any = None) -> dict[str, Any]:
+        """A slot as the trainer's tree: nested dicts of numpy arrays, layers stacked first.
+
+        dtype: what to convert to, or None for the source's own (the widest where layers differ).
+        One copy of the slot is in memory.
+        """
+
+        def stack_row(row: Row) -> np.ndarray:
+            names = [row.name_at(position) for position in row.positions(self.model.sizes)]
+            tensors = [self.tensors[slot][name] for name in names]
+            target = dtype or np.result_type(*(tensor.dtype for tensor in tensors))
+            array = np.empty((len(tensors), *tensors[0].shape), target)
+            for place, tensor in enumerate(tensors):
+                array[place] = tensor.read()
+            return array.reshape(row.stacked_shape(self.model.sizes))
+
+        return self.model.table.tree(stack_row)
 
     def check_unchanged(self) -> None:
         """Raise GrowkitError when a file of the source was written to since it was opened."""
@@ -243,7 +262,7 @@ class Source:
                 )
 
 
-def sample(tensor: Tensor) -> bytes:
+def read_sample(tensor: Tensor) -> bytes:
     """The first, middle and last 4 KiB of a raw tensor's bytes; all of one that is not raw."""
     span = tensor.span
     if span is None:
@@ -272,7 +291,7 @@ def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
     return array
 
 
-def raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+def open_raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     """The tensor whose bytes lie raw at `offset` of a file."""
     span = Span(path, offset, math.prod(shape) * dtype.itemsize)
     row = math.prod(shape[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from growkit.cli.terminal import shard_option, write
+from growkit.cli.terminal import add_shard_option, write_with_progress
 
 
 @click.command()
@@ -16,20 +16,20 @@ from growkit.cli.terminal import shard_option, write
     "--weights", metavar="W,W,...", help="A weight for each SRC, in order; equal ones by default."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@shard_option
+@add_shard_option
 def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, shard: str) -> None:
     """Average the parameters of the models SRC, as of a run's last checkpoints: RUN@8000 RUN@9000 RUN@10000.
 
     The optimizer's moments, the step and the tokenizer are those of the last SRC. Sums are in float64.
     """
-    from growkit.checkpoint.files import path_of
+    from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.average import averaged
+    from growkit.surgery.average import average_checkpoints
 
     sources = [open_source(each) for each in src]
-    contents = averaged(sources, None if weights is None else _numbers(weights))
+    contents = average_checkpoints(sources, None if weights is None else _numbers(weights))
     last = sources[-1]
-    write(sources, contents, path_of(out), last.kind, force, shard)
+    write_with_progress(sources, contents, parse_path(out), last.kind, force, shard)
     shares = ", ".join(f"{share:.4g}" for share in contents.lineage[-1]["weights"])
     click.echo(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
     click.echo(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 
-from growkit.cli.description import KINDS, changes
-from growkit.cli.terminal import json_text, progress_bar
+from growkit.cli.description import KINDS, format_changes
+from growkit.cli.terminal import format_json, show_progress
 
 TOKENS = 1024
 # The logits of so many tokens are in memory at once.
@@ -27,8 +27,6 @@ ROUNDING = {"bfloat16": 5e-2, "float16": 5e-3}
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(src: str, as_json: bool) -> None:
     """Say what SRC is: sizes, parameters, optimizer state, tokenizer, lineage."""
-    from dataclasses import asdict
-
     from growkit.checkpoint.location import open_source
 
     source = open_source(src)
@@ -36,7 +34,7 @@ def inspect(src: str, as_json: bool) -> None:
         "path": str(source.path),
         "kind": source.kind,
         "architecture": source.model.kind,
-        "model": asdict(source.model) | {"head_dim": source.model.sizes["head_dim"]},
+        "model": source.model.values,
         "parameters": source.model.parameters,
         "dtype": str(source.dtype),
         "bytes": source.size,
@@ -79,14 +77,14 @@ def _model_lines(kind: str, model: dict) -> list[str]:
     residual = "parallel" if model["parallel_residual"] else "sequential"
     return [
         f"model        GPT-NeoX: {size}, {model['head']} heads of {model['head_dim']}, {common}",
-        f"             rotary {model['rotary_pct']:g} of head_dim, {residual} residual, {head}",
+        f"             rotary {model['rope']['partial_rotary_factor']:g} of head_dim, {residual} residual, {head}",
     ]
 
 
 def _lineage_line(entry: dict) -> str:
     parts = []
     if "sizes" in entry:
-        parts += [changes(**entry["sizes"]), entry["method"], f"function {entry['function']}"]
+        parts += [format_changes(**entry["sizes"]), entry["method"], f"function {entry['function']}"]
     if "source" in entry:
         parts.append(f"from {entry['source']['path']}")
     if branch := entry.get("branch"):
@@ -108,11 +106,11 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from dataclasses import asdict
 
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.comparison import compared, fields_differing, model_of
+    from growkit.surgery.comparison import compare_sources, fields_differing, model_of
 
     one, other = open_source(a), open_source(b)
-    with progress_bar("comparing", one.size + other.size) as progress:
-        tensors = list(compared(one, other, progress))
+    with show_progress("comparing", one.size + other.size) as progress:
+        tensors = list(compare_sources(one, other, progress))
     facts = {
         "a": _side(one),
         "b": _side(other),
@@ -127,7 +125,7 @@ def diff(a: str, b: str, as_json: bool) -> int:
     )
     if as_json:
         click.echo(
-            json_text(
+            format_json(
                 {"equal": equal} | facts | {"tensors": [asdict(tensor) for tensor in tensors]}
             )
         )
@@ -196,7 +194,7 @@ def verify(src: str, out: str) -> None:
     plan = recorded_plan(source, result)
     origin = last_growth(result).get("source", {})
     another = origin.get("fingerprint") != source.fingerprint
-    with progress_bar("verifying", result.size) as progress:
+    with show_progress("verifying", result.size) as progress:
         wrong = first_mismatch(source, result, plan, progress)
     note = f"{out} was grown from {origin.get('path')}, whose fingerprint was another than that of {src}"
     if wrong:
@@ -211,8 +209,8 @@ def verify(src: str, out: str) -> None:
         click.echo(f"note: {note}")
 
 
-def check_possible(source, tokens: int) -> None:
-    """Raise UsageError or GrowkitError, before anything is written, where `check` could not run."""
+def require_checkable(source, tokens: int) -> None:
+    """Raise UsageError or GrowkitError, before anything is written, where `check_growth` could not run."""
     from growkit.errors import UsageError
 
     if tokens < 2:
@@ -230,7 +228,7 @@ def check_possible(source, tokens: int) -> None:
         )
 
 
-def check(source, out: Path, plan, tokens: int) -> dict:
+def check_growth(source, out: Path, plan, tokens: int) -> dict:
     """The losses of source and result (nats a token), the largest difference of their logits, and what that means."""
     import numpy as np
 
@@ -238,7 +236,7 @@ def check(source, out: Path, plan, tokens: int) -> dict:
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     result = open_source(str(out))
-    ids, text = check_tokens(source, tokens)
+    ids, text = select_tokens(source, tokens)
     losses, gap, largest = np.zeros(2), 0.0, 0.0
     step = max(1, CHUNK // ids.shape[1])
     for start in range(0, len(ids), step):
@@ -261,7 +259,7 @@ def check(source, out: Path, plan, tokens: int) -> dict:
     }
 
 
-def check_tokens(source, tokens: int):
+def select_tokens(source, tokens: int):
     """(ids [B, T] of about `tokens` tokens, what they are): text that every Python has, random without a tokenizer."""
     import numpy as np
 
@@ -293,12 +291,12 @@ def _encoded(source, tokens: int) -> list[int] | None:
 def _logits(source, ids):
     """The logits [B, T, V] of a model on disk, computed in float32."""
     if source.model.kind == "gpt_neox":
-        from trainer.model.decoder import logits_of
+        from trainer.model.decoder import compute_logits
 
-        return logits_of(source, ids)
-    from convert.reference import transformers_logits
+        return compute_logits(source, ids)
+    from convert.reference import load_logits
 
-    return transformers_logits(source.here, "float32")(ids)
+    return load_logits(source.here, "float32")(ids)
 
 
 def _loss(logits, ids) -> float:
@@ -315,7 +313,7 @@ def _loss(logits, ids) -> float:
     return float(np.mean(losses))
 
 
-def check_words(found: dict) -> str:
+def format_check(found: dict) -> str:
     """What the check found, for a reader at a terminal."""
     before, after = found["loss"]["before"], found["loss"]["after"]
     verdict = f"not preserved: {after - before:+.4f} nats a token"
@@ -328,7 +326,7 @@ def check_words(found: dict) -> str:
     )
 
 
-def check_kept(found: dict, out: Path) -> None:
+def require_preserved(found: dict, out: Path) -> None:
     """Raise GrowkitError where a plan that promised the source's function made another."""
     from growkit.errors import GrowkitError
 

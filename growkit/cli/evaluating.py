@@ -48,16 +48,16 @@ def evaluate(
     """
     from growkit.errors import UsageError
     from growkit.evaluation import report
-    from growkit.evaluation.catalogue import named
-    from growkit.evaluation.questions import questions
+    from growkit.evaluation.catalogue import parse_task_names
+    from growkit.evaluation.questions import collect_questions
 
     for name, value in (("limit", limit), ("batch", batch)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
-    names = None if tasks is None else named(tasks)
-    kept = None if output is None else outputs(output, force)
-    models = opened(src)
-    asked = questions(
+    names = None if tasks is None else parse_task_names(tasks)
+    kept = None if output is None else check_outputs(output, force)
+    models = open_models(src)
+    asked = collect_questions(
         names,
         Path(data) if data is not None else None,
         limit,
@@ -73,17 +73,17 @@ def evaluate(
         "max_length": window,
         "dtype": "float32",
     }
-    record = report.new_record(settings)
+    record = report.start_record(settings)
     for text, source, tokenizer in models:
-        results = answers(text, asked, loaded(source, tokenizer, window, batch))
-        record["models"].append(report.model_record(text, source, results))
-    report.show(record)
+        results = ask_questions(text, asked, load_model(source, tokenizer, window, batch))
+        record["models"].append(report.record_model(text, source, results))
+    report.print_record(record)
     if kept is not None:
-        report.write(record, *kept)
+        report.write_record(record, *kept)
         click.echo(f"wrote {kept[0]} and {kept[1]}")
 
 
-def outputs(text: str, force: bool) -> tuple[Path, Path]:
+def check_outputs(text: str, force: bool) -> tuple[Path, Path]:
     """FILE.json and FILE.md. Raises UsageError where they must not, and OSError where they cannot be written."""
     from growkit.errors import UsageError
 
@@ -104,12 +104,12 @@ def outputs(text: str, force: bool) -> tuple[Path, Path]:
     return both
 
 
-def opened(texts: tuple[str, ...]) -> list[tuple]:
+def open_models(texts: tuple[str, ...]) -> list[tuple]:
     """(SRC, source, tokenizer) of each, all that can be refused before a model is loaded refused."""
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
     from growkit.evaluation.harness import require_harness
-    from growkit.models.gpt_neox import require_neox
+    from growkit.models import require_trained
     from trainer.data.tokenizer import load_model_tokenizer
 
     found = []
@@ -119,7 +119,7 @@ def opened(texts: tuple[str, ...]) -> list[tuple]:
             *(("torch", "transformers", "accelerate") if source.kind == "huggingface" else ())
         )
         if source.kind == "checkpoint":
-            require_neox(source.model, source.path)
+            require_trained(source.model, source.path)
         tokenizer = load_model_tokenizer(source.files, source.path)
         if tokenizer.vocab_size > source.model.vocab:
             raise GrowkitError(
@@ -130,28 +130,27 @@ def opened(texts: tuple[str, ...]) -> list[tuple]:
     return found
 
 
-def loaded(source, tokenizer, window: int, batch: int):
+def load_model(source, tokenizer, window: int, batch: int):
     """The model of a source as the harness asks it: transformers' for a directory, ours for a checkpoint."""
-    from growkit.models.gpt_neox import NeoX
 
     if source.kind == "checkpoint":
-        from trainer.evaluate.harness import jax_model
+        from trainer.evaluate.harness import load_jax_model
 
-        return jax_model(source, tokenizer, window, batch)
-    from convert.harness import hugging_face_model
+        return load_jax_model(source, tokenizer, window, batch)
+    from convert.harness import load_hugging_face_model
 
-    prefix = tokenizer.end_of_text_id if isinstance(source.model, NeoX) else None
-    return hugging_face_model(source.here, prefix, window, batch)
+    prefix = tokenizer.end_of_text_id if source.model.kind == "gpt_neox" else None
+    return load_hugging_face_model(source.here, prefix, window, batch)
 
 
-def answers(name: str, asked: list, model) -> list:
+def ask_questions(name: str, asked: list, model) -> list:
     """What a model makes of each question, a bar on a terminal while it does and a line when it has."""
     from growkit.evaluation.harness import ask
 
     results = []
     for number, question in enumerate(asked, 1):
         began = time.monotonic()
-        with bar(f"{name}: {question.name} ({number} of {len(asked)})", model):
+        with show_progress(f"{name}: {question.name} ({number} of {len(asked)})", model):
             results.append(ask(model, question))
         seconds = time.monotonic() - began
         click.echo(
@@ -162,7 +161,7 @@ def answers(name: str, asked: list, model) -> list:
 
 
 @contextmanager
-def bar(words: str, model):
+def show_progress(words: str, model):
     """A bar of the texts that a model has scored, on a terminal."""
     import sys
 

@@ -12,7 +12,12 @@ from pathlib import Path
 import click
 
 from growkit.cli.description import describe
-from growkit.cli.terminal import json_text, shard_bytes, shard_option, write
+from growkit.cli.terminal import (
+    add_shard_option,
+    format_json,
+    parse_shard_size,
+    write_with_progress,
+)
 from growkit.growth.depth import FORM
 from growkit.growth.depth import METHODS as DEPTH_METHODS
 from growkit.growth.plan import MOMENTS
@@ -33,7 +38,7 @@ class Growing(click.Command):
         return super().parse_args(ctx, words)
 
 
-def growing_options(command):
+def add_growing_options(command):
     """The arguments and options that all growing verbs share."""
     for option in reversed(
         (
@@ -54,7 +59,7 @@ def growing_options(command):
             ),
             click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
             click.option("--force", is_flag=True, help="Replace OUT if it exists."),
-            shard_option,
+            add_shard_option,
             click.option("--json", "as_json", is_flag=True, help="Print the plan, and what --check found, as JSON."),
         )
     ):  # fmt: skip
@@ -71,7 +76,7 @@ def growing_options(command):
     metavar="|".join(DEPTH_METHODS),
     help="Which layers SOURCE:TARGET copies; replicate.",
 )
-@growing_options
+@add_growing_options
 def depth(layers: str, method: str | None, src: str, out: str, **options) -> None:
     """Grow SRC in depth into OUT: parameters, and the optimizer's moments where SRC has them.
 
@@ -101,7 +106,7 @@ def depth(layers: str, method: str | None, src: str, out: str, **options) -> Non
     metavar="S",
     help="How uneven the shares of copied heads and mlp units are, < 1.",
 )
-@growing_options
+@add_growing_options
 def width(embed, heads, mlp, head_dim, method, spread, src: str, out: str, **options) -> None:
     """Grow SRC in width into OUT, its function preserved, its optimizer's moments with it.
 
@@ -125,7 +130,7 @@ def width(embed, heads, mlp, head_dim, method, spread, src: str, out: str, **opt
     metavar="TARGET",
     help="A preset, a trainer's YAML, a config.json, or a model.",
 )
-@growing_options
+@add_growing_options
 def grow_like(like: str, src: str, out: str, **options) -> None:
     """Grow SRC into OUT with the sizes of another model: every axis that differs, in one pass.
 
@@ -134,10 +139,10 @@ def grow_like(like: str, src: str, out: str, **options) -> None:
     """
     from growkit.growth.width import plan_like
 
-    _grow(src, out, lambda model: plan_like(model, like_model(like, model)), **options)
+    _grow(src, out, lambda model: plan_like(model, read_target(like, model)), **options)
 
 
-def like_model(text: str, model):
+def read_target(text: str, model):
     """The model that --like names, what it leaves open being `model`'s. Raises UsageError."""
     from growkit.checkpoint.files import read_json
     from growkit.checkpoint.location import open_source
@@ -158,8 +163,6 @@ def like_model(text: str, model):
 
 def _preset_model(text: str, model):
     """The model of a preset or a YAML file; a section states what is to differ, the rest is `model`'s."""
-    from dataclasses import replace
-
     from growkit.errors import UsageError
     from trainer.config.sections import resolve, resolve_model
     from trainer.config.values import read_values
@@ -172,7 +175,9 @@ def _preset_model(text: str, model):
     if model.kind != "gpt_neox":
         raise UsageError(f"it describes a gpt_neox model, the source is a {model.kind} one")
     sizes = model.sizes | {axis: stated.pop(axis) for axis in model.fields if axis in stated}
-    return replace(model.resized(sizes), **stated)
+    if "layer_norm_eps" in stated:
+        stated["norm_eps"] = stated.pop("layer_norm_eps")
+    return model.resize(sizes).change(**stated)
 
 
 def _number(option: str, text: str, whole: bool = False) -> float | int:
@@ -199,24 +204,24 @@ def _grow(
     **output,
 ) -> None:
     """Open the source, plan its growth with the options, refuse what cannot be, then grow."""
-    from growkit.checkpoint.files import path_of
+    from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import check_writable, open_source
     from growkit.errors import UsageError
-    from growkit.growth.plan import with_options
+    from growkit.growth.plan import set_options
 
     values = {"noise": _number("noise", noise), "seed": _number("seed", seed, whole=True)}
     tokens = None if check is None else _number("check", check, whole=True)
     if tokens is not None and output["dry_run"]:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     source = open_source(src)
-    plan = with_options(plan_of(source.model), moments, **values)
-    check_writable(path_of(out), [source], output["force"])
-    shard_bytes(shard, source.kind)
+    plan = set_options(plan_of(source.model), moments, **values)
+    check_writable(parse_path(out), [source], output["force"])
+    parse_shard_size(shard, source.kind)
     if tokens is not None:
-        from growkit.cli.comparing import check_possible
+        from growkit.cli.comparing import require_checkable
 
-        check_possible(source, tokens)
-    grow(source, plan, path_of(out), shard=shard, tokens=tokens, **output)
+        require_checkable(source, tokens)
+    grow(source, plan, parse_path(out), shard=shard, tokens=tokens, **output)
 
 
 def grow(
@@ -230,24 +235,24 @@ def grow(
     tokens: int | None = None,
 ) -> None:
     """Print what a plan will do, then do it; tokens: how many to check the result on, None for no check."""
-    from growkit.cli.comparing import check, check_kept, check_words
-    from growkit.surgery.grow import grown
+    from growkit.cli.comparing import check_growth, format_check, require_preserved
+    from growkit.surgery.grow import prepare_growth
 
-    contents = grown(source, plan)
+    contents = prepare_growth(source, plan)
     if not as_json:
         click.echo(describe(source, plan, contents.size, out))
     found = None
     if not dry_run:
-        write([source], contents, out, source.kind, force, shard)
-        found = None if tokens is None else check(source, out, plan, tokens)
+        write_with_progress([source], contents, out, source.kind, force, shard)
+        found = None if tokens is None else check_growth(source, out, plan, tokens)
     if as_json:
         click.echo(_summary(source, plan, contents.size, out, dry_run, found))
     elif not dry_run:
         click.echo(f"wrote {out}")
     if found is not None:
         if not as_json:
-            click.echo(check_words(found))
-        check_kept(found, out)
+            click.echo(format_check(found))
+        require_preserved(found, out)
 
 
 def _summary(source, plan, size: int, out: Path, dry_run: bool, found: dict | None) -> str:
@@ -262,7 +267,7 @@ def _summary(source, plan, size: int, out: Path, dry_run: bool, found: dict | No
         "notes": plan.notes,
         "tied_copies": plan.tied_copies,
     }
-    return json_text(summary | ({"check": found} if found else {}) | plan.resolved())
+    return format_json(summary | ({"check": found} if found else {}) | plan.resolved())
 
 
 COMMANDS = {"depth": depth, "width": width, "grow": grow_like}

@@ -87,17 +87,17 @@ def _say(number: int, words: str) -> None:
 
 
 def _prepare_text(directory: Path) -> int:
-    from growkit.cli.terminal import counter
+    from growkit.cli.terminal import show_counts
     from trainer.data.processes import count_cores
     from trainer.data.tokenize import tokenize_documents
     from trainer.data.tokenizer import train_tokenizer
 
     _say(1, "tokenize the Python standard library's source")
     if not (directory / "tokens").exists():
-        texts = [text for _, text in standard_library(TEXT_BYTES)]
+        texts = [text for _, text in read_standard_library(TEXT_BYTES)]
         # One text in four is enough to learn a small vocabulary from.
         tokenizer = train_tokenizer(texts[::4], VOCAB)
-        with counter("tokenizing") as progress:
+        with show_counts("tokenizing") as progress:
             names = ["Python standard library"]
             tokenize_documents(
                 texts, directory / "tokens", tokenizer, names, False, progress, count_cores()
@@ -109,7 +109,7 @@ def _prepare_text(directory: Path) -> int:
     return 0
 
 
-def standard_library(limit: int) -> list[tuple[str, str]]:
+def read_standard_library(limit: int) -> list[tuple[str, str]]:
     """(name, text) of the interpreter's own source files, about `limit` bytes of them, spread over all."""
     root = Path(sysconfig.get_paths()["stdlib"])
     aside = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -140,14 +140,14 @@ def _run(directory: Path, name: str, values: dict, start: str | None) -> int:
     return exit_code(result)
 
 
-def schedule(steps: int, warmup: int, peak: float) -> dict:
+def make_schedule(steps: int, warmup: int, peak: float) -> dict:
     """The values of a training: its length, its warm-up and its peak learning rate."""
     return {"schedule": {"steps": steps, "warmup": warmup}, "optimizer": {"learning_rate": peak}}
 
 
 def _train_source(directory: Path) -> int:
     _say(2, f"train a model of {LAYERS} layers")
-    return _run(directory, "source", {"model": MODEL} | schedule(SOURCE_STEPS, 50, 5e-3), None)
+    return _run(directory, "source", {"model": MODEL} | make_schedule(SOURCE_STEPS, 50, 5e-3), None)
 
 
 def _grow(directory: Path) -> int:
@@ -171,7 +171,7 @@ def _grow(directory: Path) -> int:
 
 def _train_grown(directory: Path) -> int:
     _say(4, "train the grown model on")
-    return _run(directory, "trained", schedule(FURTHER_STEPS, 40, 3.3e-3), str(directory / "grown"))
+    return _run(directory, "trained", make_schedule(FURTHER_STEPS, 40, 3.3e-3), str(directory / "grown"))
 
 
 def _train_control(directory: Path) -> int:
@@ -180,36 +180,36 @@ def _train_control(directory: Path) -> int:
     small, grown = (open_source(str(directory / name)).model for name in ("source", "grown"))
     steps = round(FURTHER_STEPS * grown.flops_per_token() / small.flops_per_token())
     _say(5, f"for comparison, train the small model on for the same compute ({steps} steps)")
-    return _run(directory, "control", schedule(steps, 40, 3.3e-3), str(directory / "source"))
+    return _run(directory, "control", make_schedule(steps, 40, 3.3e-3), str(directory / "source"))
 
 
 def _export(directory: Path) -> int:
-    from convert.directory import exported
+    from convert.directory import convert_to_directory
     from growkit.checkpoint.location import open_source
-    from growkit.cli.terminal import write
+    from growkit.cli.terminal import write_with_progress
 
     _say(6, "export, load in transformers, generate")
     source = open_source(str(directory / "trained"))
     hf = directory / "huggingface"
     if not hf.exists():
-        write([source], exported(source), hf, "huggingface", False)
+        write_with_progress([source], convert_to_directory(source), hf, "huggingface", False)
     _load_in_transformers(source, hf)
     return 0
 
 
 def _load_in_transformers(source, hf: Path) -> None:
-    from convert.cli import compare
+    from convert.cli import compare_logits
 
     try:
-        from convert.reference import transformers_text
+        from convert.reference import generate_text
 
-        text = transformers_text(hf, PROMPT, 60)
+        text = generate_text(hf, PROMPT, 60)
     except ImportError as problem:
         click.echo(
             f"{problem.name} is not installed, so nothing was loaded in it; pip install 'growkit[hf]' brings it"
         )
         return
-    click.echo(compare(source, hf, "float32"))
+    click.echo(compare_logits(source, hf, "float32"))
     click.echo(f"transformers continues {PROMPT!r} from {hf}:\n{text}")
 
 
@@ -242,7 +242,7 @@ def _show(directory: Path) -> None:
     (directory / "table.md").write_text(table + "\n")
     trained = histories["trained"]
     picture = epath.Path(directory / "curves.png")
-    curves.draw(
+    curves.draw_curves(
         picture,
         trained.earlier + trained.rows,
         "growkit quickstart",

@@ -20,7 +20,7 @@ LINE_EVERY = 30.0  # seconds
 
 
 @contextmanager
-def progress_bar(what: str, total: int):
+def show_progress(what: str, total: int):
     """A bar of bytes on a terminal, nothing elsewhere; yields the function that advances it."""
     if not sys.stderr.isatty():
         yield lambda done: None
@@ -47,15 +47,15 @@ def progress_bar(what: str, total: int):
         yield lambda done: bar.advance(task, done)
 
 
-def shard_option(command):
-    """The option of verbs that may write a Hugging Face directory; `shard_bytes` reads its value."""
+def add_shard_option(command):
+    """The option of verbs that may write a Hugging Face directory; `parse_shard_size` reads its value."""
     return click.option(
         "--max-shard-size", "shard", metavar="SIZE",
         help="Bytes that a file of a Hugging Face directory holds at most, as 500MB; 5GB by default.",
     )(command)  # fmt: skip
 
 
-def shard_bytes(text: str | None, kind: str) -> int:
+def parse_shard_size(text: str | None, kind: str) -> int:
     """'500MB' in bytes. Raises UsageError for what is no size, and for an output that is no Hugging Face directory."""
     import re
 
@@ -77,18 +77,18 @@ def shard_bytes(text: str | None, kind: str) -> int:
     )
 
 
-def write(sources, contents, out: Path, kind: str, force: bool, shard: str | None = None) -> None:
+def write_with_progress(sources, contents, out: Path, kind: str, force: bool, shard: str | None = None) -> None:
     """Write the contents made of the sources to `out`, a bar of bytes on the terminal; see `growkit.checkpoint`."""
     from growkit.checkpoint.location import write_output
 
     # Orbax imports jax; an output is written by this machine's processor, whatever else it has.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    with progress_bar("writing", contents.size) as progress:
-        write_output(out, kind, contents, sources, force, progress, shard_bytes(shard, kind))
+    with show_progress("writing", contents.size) as progress:
+        write_output(out, kind, contents, sources, force, progress, parse_shard_size(shard, kind))
 
 
 @contextmanager
-def counter(what: str):
+def show_counts(what: str):
     """Documents, tokens and speed as they grow: a live line on a terminal, a line every half minute elsewhere."""
     begun = time.monotonic()
 
@@ -120,7 +120,7 @@ def _every(seconds: float, last: float, show: Callable[..., None]) -> Callable[.
     return shown
 
 
-def json_text(value: dict) -> str:
+def format_json(value: dict) -> str:
     """One JSON document; numbers that are not finite are null there, JSON having no other word for them."""
     return json.dumps(_finite(value), allow_nan=False)
 

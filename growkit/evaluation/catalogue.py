@@ -78,7 +78,7 @@ PUBLISHED = {
 }
 
 
-def named(text: str) -> list[str]:
+def parse_task_names(text: str) -> list[str]:
     """The tasks in a list with commas, each once, in its order. Raises UsageError for an unknown one."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
@@ -91,7 +91,7 @@ def named(text: str) -> list[str]:
     return names
 
 
-def title(name: str) -> str:
+def find_title(name: str) -> str:
     """How a task, or a part of bits per byte (`bpb/NAME`), is called in a table."""
     part = name.removeprefix(f"{BPB}/")
     return TASKS[name].title if name in TASKS else PILE.get(part, part)
@@ -104,7 +104,7 @@ def is_full(name: str, documents: int, total: int) -> bool:
     return name.removeprefix(f"{BPB}/") in PILE and documents >= min(BPB_LIMIT, total)
 
 
-def published(names: Sequence[str]) -> dict[str, dict[tuple[str, str], float]]:
+def select_published(names: Sequence[str]) -> dict[str, dict[tuple[str, str], float]]:
     """Reference rows for the tasks given: model -> (task, metric) -> figure; models without any left out."""
     rows = {
         model: {key: value for key, value in figures.items() if key[0] in names}

@@ -27,7 +27,7 @@ import yaml
 from growkit import __version__
 from growkit.errors import GrowkitError
 from growkit.evaluation.catalogue import TASKS
-from growkit.evaluation.items import Items, drawn
+from growkit.evaluation.items import Items, draw_sample
 
 # What is scored, as the harness has it: (texts, tokens of the context, tokens of the continuation).
 Request = tuple[Any, list[int], list[int]]
@@ -77,7 +77,7 @@ def require_harness(*others: str) -> None:
             raise GrowkitError(f"{name} is not installed; pip install 'growkit[eval]' brings it")
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """The versions of the libraries that a figure rests on."""
     names = ("lm_eval", "datasets", "tokenizers", "jax", "torch", "transformers")
     return {"growkit": __version__} | {
@@ -85,9 +85,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def local_question(items: Items) -> Question:
+def build_local_question(items: Items) -> Question:
     """A question of local documents, by the task file that ships with growkit."""
-    with quiet():
+    with silence_libraries():
         import datasets
         from lm_eval.api.task import ConfigurableTask
 
@@ -102,9 +102,9 @@ def local_question(items: Items) -> Question:
     return Question(items.name, task, len(items.documents), items.total, files=items.files)
 
 
-def hub_question(name: str, limit: int | None) -> Question:
+def load_hub_question(name: str, limit: int | None) -> Question:
     """A question of the harness's own task, its items from the Hugging Face Hub or its cache. Raises GrowkitError."""
-    with quiet():
+    with silence_libraries():
         import lm_eval.tasks
 
         folder, own = Path(lm_eval.tasks.__file__).parent / TASKS[name].folder, TASKS[name].harness
@@ -121,14 +121,14 @@ def hub_question(name: str, limit: int | None) -> Question:
             ) from None
         task.set_config(key="num_fewshot", value=0)
         total = len(task.eval_docs)
-    chosen = drawn(range(total), limit) if limit is not None and limit < total else None
+    chosen = draw_sample(range(total), limit) if limit is not None and limit < total else None
     return Question(name, task, len(chosen or range(total)), total, chosen)
 
 
 def ask(model: Any, question: Question) -> Answer:
     """Ask a model, an lm_eval.api.model.LM that counts contexts it cuts in `cut`, one question."""
     key, before = question.task.config.task, model.cut
-    with quiet():
+    with silence_libraries():
         from lm_eval.evaluator import evaluate
 
         samples = {key: question.chosen} if question.chosen else None
@@ -195,7 +195,7 @@ class Windowed:
     expect: Callable[[int], None] = staticmethod(lambda count: None)
     advance: Callable[[int], None] = staticmethod(lambda count: None)
 
-    def windows(self, requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
+    def split_requests(self, requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
         """The requests with every continuation in pieces of at most the window, and which request each piece is of.
 
         A piece has all before it as its context, which the model cuts on the left: the rule of rolling windows.
@@ -220,7 +220,7 @@ class Windowed:
         )
 
 
-def joined(owners: Sequence[int], scores: Sequence[tuple[float, bool]]) -> list[tuple[float, bool]]:
+def join_scores(owners: Sequence[int], scores: Sequence[tuple[float, bool]]) -> list[tuple[float, bool]]:
     """The scores of whole requests from those of their pieces: log likelihoods added, all of them likeliest."""
     results: list[tuple[float, bool]] = []
     for owner, (score, likeliest) in zip(owners, scores, strict=True):
@@ -231,7 +231,7 @@ def joined(owners: Sequence[int], scores: Sequence[tuple[float, bool]]) -> list[
 
 
 @contextmanager
-def quiet():
+def silence_libraries():
     """Without the log lines and bars of the libraries, which speak of what growkit says in its own words."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -243,7 +243,7 @@ def quiet():
         logging.disable(before)
 
 
-def json_of(answer: Answer) -> dict[str, Any]:
+def encode_answer(answer: Answer) -> dict[str, Any]:
     """An answer as JSON has it, numbers that are not finite as null."""
     figures = {
         metric: {"value": _finite(figure.value), "standard_error": _finite(figure.error)}

@@ -36,7 +36,7 @@ class Items:
     empty: int = 0
 
 
-def task_file(directory: Path, task: str) -> Path | None:
+def find_task_file(directory: Path, task: str) -> Path | None:
     """The one file of a task, TASK*.jsonl or TASK*.jsonl.gz; None without one. Raises UsageError for several."""
     found = sorted([*directory.glob(f"{task}*.jsonl"), *directory.glob(f"{task}*.jsonl.gz")])
     if len(found) > 1:
@@ -46,7 +46,7 @@ def task_file(directory: Path, task: str) -> Path | None:
     return found[0] if found else None
 
 
-def parts(directory: Path) -> dict[str, list[Path]]:
+def find_parts(directory: Path) -> dict[str, list[Path]]:
     """The files of bits per byte by part: a file or a folder of `bpb/` each, named without its endings."""
     folder = directory / BPB
     found: dict[str, list[Path]] = {}
@@ -77,14 +77,14 @@ def is_text(path: Path) -> bool:
 
 def read_items(task: str, path: Path, limit: int | None) -> Items:
     """The items of a task in a jsonl file, `limit` of them by a fixed seed. Raises GrowkitError for a broken one."""
-    items = Items(task, [], 0, {str(path): sha256(path)})
+    items = Items(task, [], 0, {str(path): hash_file(path)})
 
     def documents() -> Iterator[Row]:
-        for line, row in rows_of(path):
+        for line, row in read_rows(path):
             items.total += 1
             yield DOCUMENTS[task](Columns(row, f"{path}, line {line}"))
 
-    items.documents = drawn(documents(), limit)
+    items.documents = draw_sample(documents(), limit)
     if not items.documents:
         raise GrowkitError(f"{path} holds no items")
     return items
@@ -92,7 +92,7 @@ def read_items(task: str, path: Path, limit: int | None) -> Items:
 
 def read_texts(name: str, files: list[Path], limit: int | None) -> Items:
     """The documents of a part, `limit` of them by a fixed seed; empty ones are left out and counted."""
-    items = Items(f"{BPB}/{name}", [], 0, {str(path): sha256(path) for path in files})
+    items = Items(f"{BPB}/{name}", [], 0, {str(path): hash_file(path) for path in files})
 
     def texts() -> Iterator[Row]:
         for path in files:
@@ -103,7 +103,7 @@ def read_texts(name: str, files: list[Path], limit: int | None) -> Items:
                 else:
                     items.empty += 1
 
-    items.documents = drawn(texts(), limit)
+    items.documents = draw_sample(texts(), limit)
     if not items.documents:
         raise GrowkitError(
             f"{files[0] if len(files) == 1 else files[0].parent} holds no text: every document is empty"
@@ -111,7 +111,7 @@ def read_texts(name: str, files: list[Path], limit: int | None) -> Items:
     return items
 
 
-def drawn(documents: Iterable[T], limit: int | None) -> list[T]:
+def draw_sample(documents: Iterable[T], limit: int | None) -> list[T]:
     """All documents, or `limit` of them by a fixed seed (Vitter's algorithm R), in their order."""
     generator = random.Random(SEED)
     kept: list[tuple[int, T]] = []
@@ -123,7 +123,7 @@ def drawn(documents: Iterable[T], limit: int | None) -> list[T]:
     return [document for _, document in sorted(kept, key=lambda pair: pair[0])]
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -136,40 +136,40 @@ class Columns:
     row: Row
     where: str
 
-    def broken(self, words: str) -> GrowkitError:
+    def make_error(self, words: str) -> GrowkitError:
         return GrowkitError(f"{self.where}: {words}")
 
     def value(self, column: str) -> Any:
         if column not in self.row:
-            raise self.broken(
+            raise self.make_error(
                 f"the column {column!r} is missing; the line has {', '.join(self.row) or 'none'}"
             )
         return self.row[column]
 
     def text(self, column: str, may_be_empty: bool = False) -> str:
-        return self.checked(self.value(column), f"the column {column!r}", may_be_empty)
+        return self.check_text(self.value(column), f"the column {column!r}", may_be_empty)
 
     def texts(self, column: str) -> list[str]:
-        return self.checked_all(self.value(column), f"the column {column!r}")
+        return self.check_texts(self.value(column), f"the column {column!r}")
 
-    def checked_all(self, value: Any, what: str) -> list[str]:
+    def check_texts(self, value: Any, what: str) -> list[str]:
         if not isinstance(value, list) or not value:
-            raise self.broken(f"{what} must be a list of texts, got {value!r}")
-        return [self.checked(part, f"{what}, number {number}") for number, part in enumerate(value)]
+            raise self.make_error(f"{what} must be a list of texts, got {value!r}")
+        return [self.check_text(part, f"{what}, number {number}") for number, part in enumerate(value)]
 
-    def checked(self, value: Any, what: str, may_be_empty: bool = False) -> str:
+    def check_text(self, value: Any, what: str, may_be_empty: bool = False) -> str:
         if not isinstance(value, str):
-            raise self.broken(f"{what} must be text, got {value!r}")
+            raise self.make_error(f"{what} must be text, got {value!r}")
         if not may_be_empty and not value.strip():
-            raise self.broken(f"{what} is empty")
+            raise self.make_error(f"{what} is empty")
         if re.search("[\ud800-\udfff]", value):
-            raise self.broken(f"{what} is not text: it has half a surrogate pair")
+            raise self.make_error(f"{what} is not text: it has half a surrogate pair")
         return value
 
     def number(self, column: str, choices: int) -> int:
         value = self.value(column)
         if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)) or int(value) >= choices:
-            raise self.broken(
+            raise self.make_error(
                 f"the column {column!r} must be a number from 0 to {choices - 1}, got {value!r}"
             )
         return int(value)
@@ -179,7 +179,7 @@ def _lambada(columns: Columns) -> Row:
     text = columns.text("text")
     context, space, last = text.rpartition(" ")
     if not space or not last:
-        raise columns.broken(
+        raise columns.make_error(
             "the column 'text' must be a passage and a last word, with a space between them"
         )
     return {"context": context, "target": f" {last}"}
@@ -212,10 +212,10 @@ def _without_marks(text: str) -> str:
 def _winogrande(columns: Columns) -> Row:
     before, gap, after = columns.text("sentence").partition("_")
     if not gap or not after.strip():
-        raise columns.broken("the column 'sentence' must have a gap, written _, and text after it")
+        raise columns.make_error("the column 'sentence' must have a gap, written _, and text after it")
     answer = columns.value("answer")
     if answer not in ("1", "2", 1, 2):
-        raise columns.broken(f"the column 'answer' must be 1 or 2, got {answer!r}")
+        raise columns.make_error(f"the column 'answer' must be 1 or 2, got {answer!r}")
     choices = [before + columns.text(option) for option in ("option1", "option2")]
     return {"gold": int(answer) - 1, "choices": choices, "ending": after.strip()}
 
@@ -227,7 +227,7 @@ def _arc(columns: Columns) -> Row:
         inner = Columns(choices, f"{columns.where}, in the column 'choices'")
         texts, labels, key = inner.texts("text"), inner.texts("label"), columns.text("answerKey")
         if len(labels) != len(texts) or key not in labels:
-            raise columns.broken(
+            raise columns.make_error(
                 f"the column 'answerKey' must be one of the {len(texts)} labels {labels}, got {key!r}"
             )
         gold = labels.index(key)
@@ -251,7 +251,7 @@ DOCUMENTS: dict[str, Callable[[Columns], Row]] = {
 }
 
 
-def rows_of(path: Path) -> Iterator[tuple[int, Row]]:
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(line number, object) of a jsonl file. Raises GrowkitError for a line that is none."""
     for number, line in _lines(path):
         try:
@@ -268,7 +268,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, Row]]:
 def _texts(path: Path) -> Iterator[str]:
     """The documents of a file: those of a jsonl file under "text", else the whole of it."""
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, row in rows_of(path):
+        for number, row in read_rows(path):
             yield Columns(row, f"{path}, line {number}").text("text", may_be_empty=True)
     else:
         yield _decoded(path, b"".join(_bytes(path)), "")

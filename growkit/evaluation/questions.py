@@ -13,7 +13,7 @@ from growkit.evaluation import harness, items
 from growkit.evaluation.catalogue import BPB, BPB_LIMIT, NAMES, TASKS
 
 
-def questions(
+def collect_questions(
     names: list[str] | None, data: Path | None, limit: int | None, say: Callable[[str], None]
 ) -> list[harness.Question]:
     """The questions of the tasks named (None: all there are), `limit` items each (None: all, 3000 for bits per byte).
@@ -34,7 +34,7 @@ def questions(
         for each in read:
             if each.empty:
                 say(f"note: {each.empty} empty documents of {each.name} are left out")
-            found.append(harness.local_question(each))
+            found.append(harness.build_local_question(each))
     if not found:
         raise UsageError(
             f"{data} has no items of any task: looked for {', '.join(map(_looked_for, NAMES))}"
@@ -52,17 +52,17 @@ def _from_hub(
     found = []
     for name in names or TASKS:
         say(f"{name}: items from the Hugging Face Hub")
-        found.append(harness.hub_question(name, limit))
+        found.append(harness.load_hub_question(name, limit))
     return found
 
 
 def _task(name: str, data: Path, limit: int | None) -> list[items.Items]:
-    path = items.task_file(data, name)
+    path = items.find_task_file(data, name)
     return [] if path is None else [items.read_items(name, path, limit)]
 
 
 def _parts(data: Path, limit: int | None) -> list[items.Items]:
-    found = items.parts(data)
+    found = items.find_parts(data)
     return [
         items.read_texts(part, files, BPB_LIMIT if limit is None else limit)
         for part, files in found.items()

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from growkit.checkpoint.files import json_bytes
+from growkit.checkpoint.files import encode_json
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
-from growkit.evaluation.catalogue import BPB, SEED, is_full, published, title
-from growkit.evaluation.harness import Answer, json_of, versions
+from growkit.evaluation.catalogue import BPB, SEED, find_title, is_full, select_published
+from growkit.evaluation.harness import Answer, collect_versions, encode_answer
 
 Record = dict[str, Any]
 Key = tuple[str, str]
@@ -28,12 +28,12 @@ METRICS = {
 PERCENT = ("acc", "acc_norm")
 
 
-def new_record(settings: dict[str, Any]) -> Record:
+def start_record(settings: dict[str, Any]) -> Record:
     """A record without models yet. settings: what was asked for; the seed by which items are drawn is added."""
-    return {"versions": versions(), "settings": settings | {"seed": SEED}, "models": []}
+    return {"versions": collect_versions(), "settings": settings | {"seed": SEED}, "models": []}
 
 
-def model_record(text: str, source: Source, answers: Sequence[Answer]) -> Record:
+def record_model(text: str, source: Source, answers: Sequence[Answer]) -> Record:
     """What a record keeps of a model that was named `text`."""
     return {
         "source": text,
@@ -41,19 +41,19 @@ def model_record(text: str, source: Source, answers: Sequence[Answer]) -> Record
         "parameters": source.model.parameters,
         "fingerprint": source.fingerprint,
         "lineage": source.lineage,
-        "results": [json_of(answer) for answer in answers],
+        "results": [encode_answer(answer) for answer in answers],
     }
 
 
-def write(record: Record, path: Path, card: Path) -> None:
+def write_record(record: Record, path: Path, card: Path) -> None:
     """Keep a record as JSON, and its tables as Markdown; each file whole or not at all."""
-    for file, content in ((card, markdown(record).encode()), (path, json_bytes(record))):
+    for file, content in ((card, format_markdown(record).encode()), (path, encode_json(record))):
         part = file.with_name(f".{file.name}.part")
         part.write_bytes(content)
         part.replace(file)
 
 
-def read(path: Path) -> Record:
+def read_record(path: Path) -> Record:
     """A record that `growkit evaluate --output` wrote. Raises UsageError, GrowkitError when it is none."""
     if not path.is_file():
         raise UsageError(f"there is no such file: {path}; growkit evaluate --output writes one")
@@ -70,7 +70,7 @@ def read(path: Path) -> Record:
     return record
 
 
-def of_model(record: Record, source: Source, path: Path) -> Record:
+def select_model(record: Record, source: Source, path: Path) -> Record:
     """The record, which was read from `path`, with one model alone. Raises UsageError when it is not of that model."""
     models = [model for model in record["models"] if model["fingerprint"] == source.fingerprint]
     if not models:
@@ -81,7 +81,7 @@ def of_model(record: Record, source: Source, path: Path) -> Record:
     return record | {"models": [models[-1] | {"source": "this model"}]}
 
 
-def tables(record: Record) -> Iterator[tuple[list[tuple[str, str]], list[list[str]]]]:
+def build_tables(record: Record) -> Iterator[tuple[list[tuple[str, str]], list[list[str]]]]:
     """The tables, tasks and then bits per byte: (title, metric) of each column, and rows, the model's name first."""
     names = list(
         dict.fromkeys(result["name"] for model in record["models"] for result in model["results"])
@@ -97,46 +97,46 @@ def tables(record: Record) -> Iterator[tuple[list[tuple[str, str]], list[list[st
             [model["source"], *(_measured(model, key) for key in keys)]
             for model in record["models"]
         ]
-        for model, figures in published([name for name in parts if _full(record, name)]).items():
+        for model, figures in select_published([name for name in parts if _full(record, name)]).items():
             rows.append(
                 [f"{model}, published", *(_shown(key[1], figures.get(key), None) for key in keys)]
             )
-        yield [(title(name), METRICS[metric]) for name, metric in keys], rows
+        yield [(find_title(name), METRICS[metric]) for name, metric in keys], rows
 
 
-def notes(record: Record) -> list[str]:
+def build_notes(record: Record) -> list[str]:
     """What must be known to read the tables, a sentence each."""
     first, settings = record["models"][0], record["settings"]
-    counts = ", ".join(f"{title(r['name'])} {_count(r)}" for r in first["results"])
+    counts = ", ".join(f"{find_title(r['name'])} {_count(r)}" for r in first["results"])
     lines = [
         f"± is one standard error. Documents: {counts}.",
         f"lm-evaluation-harness {record['versions']['lm_eval']}, zero-shot, in {settings['dtype']}, windows of at most "
         f"{settings['max_length']} tokens.",
     ]
     for model in record["models"]:
-        cut = ", ".join(f"{title(r['name'])} {r['cut']}" for r in model["results"] if r["cut"])
+        cut = ", ".join(f"{find_title(r['name'])} {r['cut']}" for r in model["results"] if r["cut"])
         if cut:
             lines.append(
                 f"Requests to {model['source']} that are longer, their contexts cut on the left: {cut}."
             )
-    if any(published([r["name"]]) and _full(record, r["name"]) for r in first["results"]):
+    if any(select_published([r["name"]]) and _full(record, r["name"]) for r in first["results"]):
         lines.append(
             "Published figures: GPT-Neo's README (tasks), arXiv 2101.00027 (bits per byte)."
         )
     return lines
 
 
-def markdown(record: Record) -> str:
+def format_markdown(record: Record) -> str:
     """The tables and notes in Markdown."""
     blocks = []
-    for headings, rows in tables(record):
+    for headings, rows in build_tables(record):
         head = ["model", *(f"{name} ({metric})" for name, metric in headings)]
         lines = [head, ["---"] + ["---:"] * len(headings), *rows]
         blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    return "\n\n".join([*blocks, *notes(record)]) + "\n"
+    return "\n\n".join([*blocks, *build_notes(record)]) + "\n"
 
 
-def show(record: Record) -> None:
+def print_record(record: Record) -> None:
     """Print the tables to standard output, as many columns side by side as the terminal is wide."""
     import sys
 
@@ -144,7 +144,7 @@ def show(record: Record) -> None:
     from rich.table import Table
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    for headings, rows in tables(record):
+    for headings, rows in build_tables(record):
         widest = max(len(row[0]) for row in rows)
         across = max(1, (console.width - widest) // 18)
         for first in range(0, len(headings), across):
@@ -156,7 +156,7 @@ def show(record: Record) -> None:
                 table.add_row(row[0], *row[1 + first : 1 + first + across])
             console.print(table)
             console.print()
-    for line in notes(record):
+    for line in build_notes(record):
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from growkit.checkpoint.rounding import rounded
-from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_of, mapped
+from growkit.checkpoint.rounding import round_to_dtype
+from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_tensor, map_tensors
 from growkit.errors import UsageError
 from growkit.surgery.comparison import fields_differing, model_of
 from growkit.surgery.grow import provenance
@@ -20,16 +20,16 @@ from growkit.surgery.grow import provenance
 WIDE = np.float64
 
 
-def averaged(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Contents:
+def average_checkpoints(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Contents:
     """The weighted mean, summed in float64 and rounded once to the last source's dtype; weights are normalised.
 
     Raises UsageError for fewer than two sources, sources of different models, and weights that do not fit.
     """
     check_alike(sources)
-    shares = normalised(weights or [1.0] * len(sources), len(sources))
+    shares = normalise_weights(weights or [1.0] * len(sources), len(sources))
     last = sources[-1]
     slots = {
-        slot: {name: copy_of(tensor) for name, tensor in tensors.items()}
+        slot: {name: copy_tensor(tensor) for name, tensor in tensors.items()}
         for slot, tensors in last.tensors.items()
     }
     entry = provenance(last) | {
@@ -54,8 +54,8 @@ def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Reci
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
         added = WeightedSum(shares)
-        yield from mapped(
-            tensors, dtype, lambda *arrays: rounded(name, added.of(arrays), dtype)
+        yield from map_tensors(
+            tensors, dtype, lambda *arrays: round_to_dtype(name, added.of(arrays), dtype)
         ).pieces()
 
     return Recipe(tensors[-1].shape, dtype, pieces=pieces)
@@ -80,7 +80,7 @@ class WeightedSum:
         return total
 
 
-def normalised(weights: Sequence[float], count: int) -> list[float]:
+def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
     """The weights as shares of their sum. Raises UsageError for the wrong number of them and for what is no weight."""
     if len(weights) != count:
         raise UsageError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from growkit.checkpoint import huggingface
 from growkit.cli import run
 
 KILLS = 30
-LARGER = replace(SMALL, embed=256, mlp=1024, vocab=20000)
+LARGER = SMALL.change(embed=256, mlp=1024, vocab=20000)
 # One process imports everything once; each growth is a fork of it, killed after a random part of its usual time.
 KILLER = """
 import json, os, random, shutil, signal, sys, time
@@ -27,13 +26,13 @@ from growkit.cli import run
 source, out, kills, broken = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if broken == "in place":
     from contextlib import contextmanager
-    import growkit.checkpoint
+    import growkit.checkpoint.location
 
     @contextmanager
     def in_place(out, force=False):
         yield out
 
-    growkit.checkpoint.committed = in_place
+    growkit.checkpoint.location.commit_output = in_place
 
 def contents(path):
     return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name not in VARIES}

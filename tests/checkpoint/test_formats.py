@@ -8,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -28,13 +27,12 @@ from conftest import (
 from growkit.checkpoint import orbax
 from growkit.checkpoint.huggingface import INDEX, read_header
 from growkit.checkpoint.location import open_source, write_output
-from growkit.checkpoint.output import committed
-from growkit.checkpoint.tensor import Contents, copy_of
+from growkit.checkpoint.output import commit_output
+from growkit.checkpoint.tensor import Contents, copy_tensor
 from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.models.gpt_neox import DEFAULTS
-from growkit.surgery.grow import grown, stacked
+from growkit.surgery.grow import prepare_growth
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
@@ -49,7 +47,7 @@ def same_tensors(source, tensors, slot="params") -> bool:
 
 def copied(source, config=None) -> Contents:
     recipes = {
-        slot: {n: copy_of(t) for n, t in tensors.items()}
+        slot: {n: copy_tensor(t) for n, t in tensors.items()}
         for slot, tensors in source.tensors.items()
     }
     return Contents(config or source.config, recipes, [], source.record, source.files)
@@ -132,7 +130,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(tmp_path):
 
 
 def test_a_tied_model_with_a_stray_head(tmp_path):
-    tied = replace(SMALL, tied=True)
+    tied = SMALL.change(tied=True)
     path = save_directory(tmp_path / "hf", tied)
     tensors = random_tensors(tied)
     save_tensors(
@@ -251,7 +249,7 @@ def test_stock_orbax_restores_what_is_written(tmp_path):
     path = save_checkpoint(tmp_path / "ck")
     source, tree = open_source(str(path)), tree_of(path)
     for slot in ("params", "mu", "nu"):
-        wanted = stacked(source, slot)
+        wanted = source.stack(slot)
         for row in SMALL.table.rows:
             ours, theirs = wanted, tree[slot]
             for key in row.path:
@@ -514,7 +512,7 @@ def test_layers_of_two_dtypes_are_refused_as_one_array_and_go_on_as_files(tmp_pa
     assert "dtypes bfloat16 and float32" in capsys.readouterr().err
     assert not (tmp_path / "ck").exists()
     source = open_source(str(path))
-    assert stacked(source)["layers"]["mlp"]["dense_4h_to_h"]["bias"].dtype == np.float32
+    assert source.stack()["layers"]["mlp"]["dense_4h_to_h"]["bias"].dtype == np.float32
     assert run(["depth", "--map", "3:4", str(path), str(tmp_path / "out")]) == 0
     assert run(["export", str(path), str(tmp_path / "copy")]) == 0
     assert same_tensors(open_source(str(tmp_path / "copy")), tensors)
@@ -524,7 +522,7 @@ def test_layers_of_two_dtypes_are_refused_as_one_array_and_go_on_as_files(tmp_pa
 
 
 def test_a_failing_body_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), committed(tmp_path / "a" / "b" / "out") as new:
+    with pytest.raises(ZeroDivisionError), commit_output(tmp_path / "a" / "b" / "out") as new:
         new.mkdir()
         (new / "file").write_text("half")
         raise ZeroDivisionError
@@ -534,19 +532,19 @@ def test_a_failing_body_leaves_nothing(tmp_path):
 def test_force_keeps_the_old_output_when_the_new_one_fails(tmp_path):
     out = save_directory(tmp_path / "out")
     before = contents_of(tmp_path)
-    with pytest.raises(ZeroDivisionError), committed(out, force=True) as new:
+    with pytest.raises(ZeroDivisionError), commit_output(out, force=True) as new:
         new.mkdir()
         raise ZeroDivisionError
-    with pytest.raises(GrowkitError, match="No such file"), committed(out, force=True):
+    with pytest.raises(GrowkitError, match="No such file"), commit_output(out, force=True):
         pass  # makes nothing, so that the second rename fails
     assert contents_of(tmp_path) == before
-    with committed(out, force=True) as new:
+    with commit_output(out, force=True) as new:
         new.mkdir()
     assert contents_of(tmp_path) == {}
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
-    with pytest.raises(UsageError, match="the output exists"), committed(tmp_path / "out") as new:
+    with pytest.raises(UsageError, match="the output exists"), commit_output(tmp_path / "out") as new:
         new.mkdir()
         save_directory(tmp_path / "out")
     assert open_source(str(tmp_path / "out")).model == SMALL
@@ -556,17 +554,17 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
 def test_a_kill_between_the_renames_loses_nothing(tmp_path):
     save_directory(tmp_path / ".out.partial" / "old")
     save_directory(tmp_path / ".out.partial" / "new", seed=1)
-    with pytest.raises(UsageError, match="the output exists"), committed(tmp_path / "out"):
+    with pytest.raises(UsageError, match="the output exists"), commit_output(tmp_path / "out"):
         pass
     assert same_tensors(open_source(str(tmp_path / "out")), random_tensors(SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_at_once_are_refused(tmp_path):
-    with committed(tmp_path / "out") as new:
+    with commit_output(tmp_path / "out") as new:
         with (
             pytest.raises(UsageError, match="another process is writing this output"),
-            committed(tmp_path / "out"),
+            commit_output(tmp_path / "out"),
         ):
             pass
         new.mkdir()
@@ -586,7 +584,7 @@ def slow(what, total):
         time.sleep(0.2)
     yield advance
 
-terminal.progress_bar = slow
+terminal.show_progress = slow
 sys.exit(run(sys.argv[1:]))
 """
 
@@ -628,7 +626,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path):
         write_output(
             tmp_path / "out",
             "huggingface",
-            grown(source, plan_depth(source.model, "3:4")),
+            prepare_growth(source, plan_depth(source.model, "3:4")),
             [source],
         )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -668,7 +666,6 @@ MEASURED = """
 import re, sys
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
-from growkit.surgery.grow import stacked
 
 def peak():
     # Not getrusage: its peak is inherited from the process that started this one.
@@ -680,7 +677,7 @@ began = peak()
 assert run([*words, large, out]) == 0
 assert run(["verify", large, out]) == 0 and run(["diff", out, out]) == 0
 grown = peak()
-stacked(open_source(large))
+open_source(large).stack()
 print(began, grown, peak(), file=sys.stderr)
 """
 
@@ -692,8 +689,8 @@ print(began, grown, peak(), file=sys.stderr)
     "words", [["depth", "--map", "3:4"], ["width", "--embed", "2x"], ["width", "--embed", "1536"]]
 )
 def test_growth_takes_little_memory(tmp_path, words):
-    model = replace(SMALL, embed=1024, head=8, mlp=4096, vocab=30000, context=32)
-    large = save_directory(tmp_path / "large", replace(SMALL, vocab=8))
+    model = SMALL.change(embed=1024, head=8, mlp=4096, vocab=30000, context=32)
+    large = save_directory(tmp_path / "large", SMALL.change(vocab=8))
     tensors = {
         name: np.broadcast_to(np.float32(0), row.shape(model.sizes))
         for name, row, _ in model.table.names(model.sizes)

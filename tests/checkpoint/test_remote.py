@@ -41,7 +41,7 @@ def source(tmp_path, request):
 
 
 def sent(here, there) -> str:
-    remote.send(here, there, False)
+    remote.upload(here, there, False)
     return str(there)
 
 

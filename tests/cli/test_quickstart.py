@@ -23,10 +23,10 @@ def test_a_quickstart_of_other_sizes_is_left_alone(tmp_path, capsys):
 
 
 def test_the_standard_library_is_text_everywhere():
-    texts = quickstart.standard_library(4_000_000)
+    texts = quickstart.read_standard_library(4_000_000)
     assert 2_000_000 < sum(len(text) for _, text in texts) < 6_000_000
     assert all(name.endswith(".py") and text.strip() for name, text in texts)
-    assert texts == quickstart.standard_library(4_000_000)
+    assert texts == quickstart.read_standard_library(4_000_000)
 
 
 def test_the_whole_way_small(tmp_path, capsys, monkeypatch):
@@ -40,7 +40,7 @@ def test_the_whole_way_small(tmp_path, capsys, monkeypatch):
     )
     monkeypatch.setattr(
         quickstart,
-        "schedule",
+        "make_schedule",
         lambda steps, warmup, peak: {"schedule": {"steps": steps, "warmup": 2}},
     )
     out = tmp_path / "quickstart"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,11 @@ from growkit.checkpoint import tensor
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
 from growkit.growth.plan import Plan
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery import blocks, comparison
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
-TARGET = replace(TINY, layer=3, embed=36, head=3, mlp=20, rotary_pct=1 / 3)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
+TARGET = TINY.change(layer=3, embed=36, head=3, mlp=20, rotary_pct=1 / 3)
 GROWTHS = {
     "replicate": ["depth", "--map", "2:5"],
     "nearest": ["depth", "--map", "2:5", "--method", "nearest"],
@@ -52,7 +51,7 @@ def originals(tmp_path_factory):
     save_directory(path / "hf", TINY)
     save_directory(path / "half", TINY, "bfloat16")
     save_checkpoint(path / "ck", TINY)
-    (path / "target.json").write_text(json.dumps(write_config(TARGET)))
+    (path / "target.json").write_text(json.dumps(TARGET.config()))
     return path
 
 
@@ -138,7 +137,7 @@ def test_sizes_of_width_and_of_a_target(place, capsys):
     (place / "like.yaml").write_text("model: {layer: 3, head: 4, embed: 32}\n")
     assert run(["grow", "--like", "like.yaml", "ck", "yaml"]) == 0
     # What a section leaves open is the source's.
-    assert open_source("yaml").model == replace(TINY, layer=3, head=4, embed=32)
+    assert open_source("yaml").model == TINY.change(layer=3, head=4, embed=32)
     assert run(["grow", "--like", "like", "ck", "same"]) == 0
     assert open_source("same").model.sizes == TARGET.sizes
 
@@ -325,16 +324,16 @@ def test_the_check_reads_text_where_there_is_a_tokenizer(place, capsys):
     letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKL"
     tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
     (place / "hf" / "tokenizer.json").write_text(tokenizer.to_str())
-    from growkit.cli.comparing import check_tokens
+    from growkit.cli.comparing import select_tokens
 
-    ids, text = check_tokens(open_source("hf"), 50)
+    ids, text = select_tokens(open_source("hf"), 50)
     assert (
         ids.shape == (3, 16)
         and text == "tokens of Python's documentation"
         and 4 in ids
         and ids.max() < 40
     )
-    ids, text = check_tokens(open_source("ck"), 10)
+    ids, text = select_tokens(open_source("ck"), 10)
     assert ids.shape == (1, 10) and text == "random tokens"
 
 
@@ -393,8 +392,8 @@ def test_diff_of_sizes_kinds_and_dtypes(place, capsys):
 
 def test_the_largest_difference():
     a = np.float32([1, np.nan, np.inf, -0.0])
-    assert comparison.largest_difference(a, a) == 0 and comparison.differing(a, a.copy())[0] == 0
-    assert comparison.differing(a, np.float32([1, np.nan, np.inf, 0.0])) == (1, 3)
+    assert comparison.largest_difference(a, a) == 0 and comparison.count_differing(a, a.copy())[0] == 0
+    assert comparison.count_differing(a, np.float32([1, np.nan, np.inf, 0.0])) == (1, 3)
     assert comparison.largest_difference(a, np.float32([1.5, np.nan, np.inf, 0])) == 0.5
     assert np.isnan(comparison.largest_difference(a, np.float32([1, 0, np.inf, 0])))
 
@@ -405,18 +404,18 @@ def test_differences_are_found_in_every_block(monkeypatch):
     ours = np.zeros((40, 3), np.float32)
     theirs = ours.copy()
     assert (
-        comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs))).verdict
+        comparison._compared("params", "a", *map(tensor.wrap_array, (ours, theirs))).verdict
         == "equal"
     )
     theirs[7, 1], theirs[39, 2] = 1, np.nan
-    found = comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs)))
+    found = comparison._compared("params", "a", *map(tensor.wrap_array, (ours, theirs)))
     assert found.verdict == "differs" and np.isnan(found.largest)
     theirs[39, 2] = -3
-    assert comparison._compared("params", "a", *map(tensor.in_memory, (ours, theirs))).largest == 3
-    for recipe in (tensor.zeros(ours.shape, ours.dtype), tensor.copy_of(tensor.in_memory(ours))):
-        assert comparison._mismatch(recipe, tensor.in_memory(ours)) is None
+    assert comparison._compared("params", "a", *map(tensor.wrap_array, (ours, theirs))).largest == 3
+    for recipe in (tensor.zeros(ours.shape, ours.dtype), tensor.copy_tensor(tensor.wrap_array(ours))):
+        assert comparison._mismatch(recipe, tensor.wrap_array(ours)) is None
         assert "2 of 120 numbers, the first at [7, 1]" in comparison._mismatch(
-            recipe, tensor.in_memory(theirs)
+            recipe, tensor.wrap_array(theirs)
         )
 
 
@@ -525,7 +524,7 @@ FIELDS = {
 def target_changed(place: Path, words: list[str]) -> list[str]:
     """The command without its field=value words, which change target.json instead."""
     changes = dict(word.split("=") for word in words if "=" in word and not word.startswith("--"))
-    config = write_config(TARGET) | {"rope_parameters": None, "rope_scaling": None}
+    config = TARGET.config() | {"rope_parameters": None, "rope_scaling": None}
     for key, value in changes.items():
         config[FIELDS[key]] = value if key == "kind" else json.loads(value)
         if key == "rotary":

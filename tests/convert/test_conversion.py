@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -12,16 +11,15 @@ import numpy as np
 import pytest
 from conftest import BESIDE, SMALL, random_tensors, save_checkpoint, save_directory, save_tensors
 
-from convert.directory import exported
+from convert.directory import convert_to_directory
 from growkit.checkpoint.huggingface import read_header
 from growkit.checkpoint.location import open_source
-from growkit.checkpoint.tensor import mapped
+from growkit.checkpoint.tensor import map_tensors
 from growkit.cli import run
 from growkit.errors import GrowkitError
 from growkit.models import read_config
-from growkit.models.gpt_neox import write_config
 
-TIED = replace(SMALL, tied=True, parallel_residual=False)
+TIED = SMALL.change(tied=True, parallel_residual=False)
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
 
@@ -183,7 +181,7 @@ def test_a_number_too_large_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "model", [replace(SMALL, layer_norm_eps=0.1, rotary_pct=0.5, rotary_base=500.0), TIED]
+    "model", [SMALL.change(norm_eps=0.1, rotary_pct=0.5, rotary_base=500.0), TIED]
 )
 def test_transformers_reads_the_configuration(tmp_path, model):
     transformers = pytest.importorskip("transformers")
@@ -210,7 +208,7 @@ def test_transformers_reads_the_configuration(tmp_path, model):
 
 
 def test_rotary_fields_of_both_generations_are_read():
-    full = write_config(replace(SMALL, rotary_pct=0.5, rotary_base=500.0))
+    full = SMALL.change(rotary_pct=0.5, rotary_base=500.0).config()
     four = {key: value for key, value in full.items() if key != "rope_parameters"}
     five = {
         key: value for key, value in full.items() if key not in ("rotary_pct", "rotary_emb_base")
@@ -262,7 +260,7 @@ def test_rotary_fields_of_both_generations_are_read():
 )
 def test_configurations_that_are_another_function(change, said):
     with pytest.raises(GrowkitError, match=said):
-        read_config(write_config(SMALL) | change)
+        read_config(SMALL.config() | change)
 
 
 def test_weights_of_other_formats_are_never_carried(tmp_path):
@@ -320,14 +318,14 @@ def test_check_compares_with_transformers(tmp_path, capsys, monkeypatch):
     assert "check: logits of transformers and of JAX differ by at most" in capsys.readouterr().out
     assert run(["export", str(hf), str(tmp_path / "narrow"), "--check", "--dtype", "bfloat16"]) == 0
     # What is wrong by little is found out; where nothing was rounded, even the last bit of bfloat16.
-    monkeypatch.setattr("convert.directory.copy_of", with_last_bit_flipped)
+    monkeypatch.setattr("convert.directory.copy_tensor", with_last_bit_flipped)
     narrow = save_directory(tmp_path / "bf16", dtype="bfloat16")
     assert run(["export", str(narrow), str(tmp_path / "wrong"), "--check"]) == 1
     assert "transformers computes other logits" in capsys.readouterr().err
 
 
 def with_last_bit_flipped(tensor):
-    return mapped(
+    return map_tensors(
         [tensor], tensor.dtype, lambda array: (array.view(np.uint16) ^ 1).view(array.dtype)
     )
 
@@ -365,4 +363,4 @@ def test_runs_and_steps_are_sources(tmp_path, checkpoint):
 def test_an_unknown_dtype_is_refused(tmp_path):
     source = open_source(str(save_directory(tmp_path / "hf")))
     with pytest.raises(GrowkitError, match="got 'bfloat'; did you mean 'bfloat16'?"):
-        exported(source, "bfloat")
+        convert_to_directory(source, "bfloat")

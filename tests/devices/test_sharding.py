@@ -23,16 +23,15 @@ import pytest
 import trainer.devices.sharding as sharding
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX, write_config
-from growkit.surgery.grow import stacked
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
-from trainer.model.decoder import initial_params
+from trainer.model.decoder import init_params
 from trainer.run.checkpoint import Checkpoints, from_source, to_tree
-from trainer.step.update import abstract_state, initial_state, make_eval_step, make_train_step
+from trainer.step.update import abstract_state, init_state, make_eval_step, make_train_step
 
-MODEL = NeoX(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
+MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
 CONFIG = Config(
     dropout=Dropout(0.0, 0.0, 0.0),
     precision=Precision("float32", "float32"),
@@ -65,11 +64,11 @@ def tokens(step, parts=1):
 
 def started(config, lay):
     """A new state on the mesh."""
-    params = jax.device_get(initial_params(MODEL, config.precision, 0))
+    params = jax.device_get(init_params(MODEL, config.precision, 0))
     like = abstract_state(config, MODEL, lay)
     return jax.tree.map(
         lambda array, leaf: sharding.place(np.asarray(array), leaf.sharding),
-        initial_state(config, MODEL, params),
+        init_state(config, MODEL, params),
         like,
     )
 
@@ -257,7 +256,7 @@ def test_a_batch_that_does_not_divide_is_refused():
         match="= 4 sequences do not divide over .* = 8 x 1; their product may be 1, 2 or 4",
     ):
         sharding.make_layout(replace(CONFIG, batch=Batch(16, 4)), MODEL, devices)
-    narrow = NeoX(layer=2, embed=36, head=6, mlp=64, vocab=128, context=16, rotary_pct=1.0)
+    narrow = GPT_NEOX.model(layer=2, embed=36, head=6, mlp=64, vocab=128, context=16, rotary_pct=1.0)
     with pytest.raises(
         UsageError,
         match="embed 36 does not divide over mesh.fsdp x mesh.data = 8; .*mesh.zero1=false",
@@ -299,11 +298,11 @@ def moved(directory):
                 leaf.sharding for leaf in jax.tree.leaves(like)
             ]
         checkpoints = Checkpoints(Path(directory) / name, CONFIG.checkpoint)
-        checkpoints.save(1, state, write_config(MODEL), [], {}, {})
+        checkpoints.save(1, state, MODEL.config(), [], {}, {})
         checkpoints.close()
         source = open_source(f"{directory}/{name}")
         found[f"read from {name}"] = digest(
-            {slot: stacked(source, slot) for slot in source.tensors}
+            {slot: source.stack(slot) for slot in source.tensors}
         )
         begun = from_source(source, abstract_state(CONFIG, MODEL, layouts["eight"]))
         found[f"begun from {name}"] = digest(to_tree(begun))

@@ -17,21 +17,29 @@ pytest.importorskip("accelerate", reason="growkit[eval] is not installed")
 
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.orbax import write_checkpoint
-from growkit.checkpoint.tensor import Contents, copy_of, in_memory
+from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation import harness, items, report
-from growkit.evaluation.catalogue import NAMES, SEED, TASKS, is_full, named, published
-from growkit.evaluation.questions import questions
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.evaluation.catalogue import (
+    NAMES,
+    SEED,
+    TASKS,
+    is_full,
+    parse_task_names,
+    select_published,
+)
+from growkit.evaluation.questions import collect_questions
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokenizer import load_model_tokenizer, train_tokenizer
-from trainer.evaluate.harness import jax_model
-from trainer.evaluate.likelihood import bucket
-from trainer.model.decoder import logits_of
+from trainer.evaluate.harness import load_jax_model
+from trainer.evaluate.likelihood import pad_length
+from trainer.model.decoder import compute_logits
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 WINDOW = 48
-MODEL = NeoX(layer=2, embed=32, head=4, mlp=64, vocab=320, context=WINDOW, tied=True)
+MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=320, context=WINDOW, tied=True)
 WORDS = "the cat sat on a mat and was glad of its hat while rain fell over towns where no dog ever slept".split()  # noqa: SIM905
 
 ROWS = {
@@ -107,12 +115,12 @@ def tokenizer():
 
 
 def save_model(
-    path: Path, tokenizer, model: NeoX = MODEL, scale: float = 1.0, files: bool = True
+    path: Path, tokenizer, model: Architecture = MODEL, scale: float = 1.0, files: bool = True
 ) -> Path:
     """A trainer checkpoint of random parameters with its tokenizer."""
     tensors = random_tensors(model)
     recipes = {
-        name: copy_of(in_memory(array * np.float32(scale if array.ndim > 1 else 1.0)))
+        name: copy_tensor(wrap_array(array * np.float32(scale if array.ndim > 1 else 1.0)))
         for name, array in tensors.items()
     }
     config = {
@@ -126,7 +134,7 @@ def save_model(
         else {}
     )
     record = {"count": 0, "step": 0, "schedule_step": 0, "tokens": 0}
-    write_checkpoint(path, Contents(write_config(model), {"params": recipes}, [], record, beside))
+    write_checkpoint(path, Contents(model.config(), {"params": recipes}, [], record, beside))
     return path
 
 
@@ -144,19 +152,19 @@ def directory(checkpoint):
 @pytest.fixture(scope="module")
 def in_jax(checkpoint):
     source = open_source(str(checkpoint))
-    return jax_model(source, load_model_tokenizer(source.files, source.path), WINDOW, 4)
+    return load_jax_model(source, load_model_tokenizer(source.files, source.path), WINDOW, 4)
 
 
 @pytest.fixture(scope="module")
 def in_torch(directory, tokenizer):
-    from convert.harness import hugging_face_model
+    from convert.harness import load_hugging_face_model
 
-    return hugging_face_model(directory, tokenizer.end_of_text_id, WINDOW, 4)
+    return load_hugging_face_model(directory, tokenizer.end_of_text_id, WINDOW, 4)
 
 
 def asked(names=None, data=None, limit=None):
     said = []
-    return questions(names, data, limit, said.append), said
+    return collect_questions(names, data, limit, said.append), said
 
 
 def responses(model, question) -> list:
@@ -234,7 +242,7 @@ def test_no_torch_is_loaded_for_a_checkpoint(checkpoint, data):
 def logits_after(checkpoint, texts: list[list[int]]) -> np.ndarray:
     """The logits [texts, WINDOW, vocab] of texts of at most a window, filled up with zeros after their ends."""
     tokens = np.array([text + [0] * (WINDOW - len(text)) for text in texts])
-    return logits_of(open_source(str(checkpoint)), tokens).astype(np.float64)
+    return compute_logits(open_source(str(checkpoint)), tokens).astype(np.float64)
 
 
 def test_log_likelihoods_are_the_logits(checkpoint, in_jax):
@@ -250,7 +258,7 @@ def test_log_likelihoods_are_the_logits(checkpoint, in_jax):
     likeliest = [
         (text, [int(row[len(text) - 1].argmax())]) for text, row in zip(cut, logits, strict=True)
     ]
-    found = in_jax.likelihood.scores(pairs + likeliest)
+    found = in_jax.likelihood.score(pairs + likeliest)
     assert all(hit for _, hit in found[len(pairs) :])
     for (_, scored), text, row, (total, hit) in zip(pairs, cut, logits, found, strict=False):
         row = row[len(text) - len(scored) : len(text)]
@@ -260,15 +268,15 @@ def test_log_likelihoods_are_the_logits(checkpoint, in_jax):
 
 
 def test_few_lengths_and_none_too_short():
-    lengths = {bucket(length, 1024) for length in range(1, 1025)}
+    lengths = {pad_length(length, 1024) for length in range(1, 1025)}
     assert sorted(lengths) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-    assert all(length <= bucket(length, 1000) <= 1000 for length in range(1, 1001))
-    assert bucket(3, 8) == 8
+    assert all(length <= pad_length(length, 1000) <= 1000 for length in range(1, 1001))
+    assert pad_length(3, 8) == 8
 
 
 def test_a_text_without_a_token_has_no_score(in_jax):
     with pytest.raises(GrowkitError, match="no token of its own: '' after 'before'"):
-        in_jax.windows([(("before", ""), [3], [])])
+        in_jax.split_requests([(("before", ""), [3], [])])
 
 
 # What is asked
@@ -288,7 +296,7 @@ def hub(monkeypatch):
 
 
 def requests_of(task) -> list:
-    with harness.quiet():
+    with harness.silence_libraries():
         task.build_all_requests()
     return [(request.request_type, request.args, request.doc_id) for request in task.instances]
 
@@ -310,7 +318,7 @@ def test_the_shipped_task_asks_what_the_harness_asks(name, data, hub):
     if name == "hellaswag":
         rows = [row | {"label": str(row["label"])} for row in rows]
     hub(rows)
-    own, ([question], _) = harness.hub_question(name, None).task, asked([name], data)
+    own, ([question], _) = harness.load_hub_question(name, None).task, asked([name], data)
     assert requests_of(question.task) == requests_of(own)
     assert question.task.VERSION == own.VERSION
     shown = {metric["metric"]: metric["aggregation"] for metric in question.task.config.metric_list}
@@ -347,10 +355,10 @@ def test_every_document_is_as_likely_to_be_drawn(monkeypatch):
     counts = np.zeros(10)
     for seed in range(2000):
         monkeypatch.setattr(items, "SEED", seed)
-        counts[items.drawn(range(10), 3)] += 1
+        counts[items.draw_sample(range(10), 3)] += 1
     # 2000 draws of probability 0.3: a standard deviation of 20.
     assert abs(counts - 600).max() < 90
-    assert SEED != 0 and items.drawn("abc", None) == ["a", "b", "c"]
+    assert SEED != 0 and items.draw_sample("abc", None) == ["a", "b", "c"]
 
 
 def test_bits_per_byte_are_of_at_most_3000_documents(tmp_path):
@@ -375,7 +383,7 @@ def test_bits_per_byte_of_an_untrained_model(tmp_path, tokenizer):
     (tmp_path / "bpb").mkdir()
     text = " ".join(WORDS) * 20
     (tmp_path / "bpb" / "text.txt").write_text(text)
-    model = jax_model(source, tokenizer, WINDOW, 4)
+    model = load_jax_model(source, tokenizer, WINDOW, 4)
     answer = harness.ask(model, asked(["bpb"], tmp_path)[0][0])
     tokens = len(tokenizer.tokenizer.encode(text).ids)
     assert answer.figures["bits_per_byte"].value == pytest.approx(
@@ -419,13 +427,13 @@ def test_published_figures_stand_beside_full_sets_only():
     assert is_full("piqa", 1838, 1838) and not is_full("piqa", 500, 500)
     assert is_full("bpb/pile_arxiv", 3000, 9000) and is_full("bpb/pile_arxiv", 20, 20)
     assert not is_full("bpb/pile_arxiv", 100, 9000) and not is_full("bpb/arxiv", 3000, 3000)
-    assert list(published(["hellaswag"])) == ["GPT2-XL"] and not published(["winogrande"])
+    assert list(select_published(["hellaswag"])) == ["GPT2-XL"] and not select_published(["winogrande"])
 
 
 def test_parts_of_the_pile_are_named_as_that_run_names_them(tmp_path):
     (tmp_path / "bpb").mkdir()
     (tmp_path / "bpb" / "Pile-CC.txt").write_text("x")
-    assert list(items.parts(tmp_path)) == ["pile_cc"]
+    assert list(items.find_parts(tmp_path)) == ["pile_cc"]
 
 
 # The command
@@ -471,7 +479,7 @@ def test_a_table_of_both_and_what_is_kept(tmp_path, data, checkpoint, directory,
         )
         assert one["files"] == other["files"] and one["version"] == 1.0
     path, digest = next(iter(ours["results"][0]["files"].items()))
-    assert path == str(data / "hellaswag_some.jsonl") and digest == items.sha256(Path(path))
+    assert path == str(data / "hellaswag_some.jsonl") and digest == items.hash_file(Path(path))
     assert record["settings"] == {
         "limit": None,
         "data": str(data),
@@ -517,7 +525,7 @@ def test_models_of_different_contexts_read_the_same_window(
     tmp_path, checkpoint, tokenizer, data, capsys
 ):
     short = save_model(
-        tmp_path / "short", tokenizer, NeoX(**{**vars(MODEL), "context": 32}), scale=0.5
+        tmp_path / "short", tokenizer, MODEL.change(context=32), scale=0.5
     )
     kept = tmp_path / "scores.json"
     words = ["--data", data, "--tasks", "piqa,bpb", "--output", kept]
@@ -536,7 +544,7 @@ def test_models_of_different_contexts_read_the_same_window(
 
 
 def test_a_narrow_terminal_has_all_columns_below_one_another(data, checkpoint, capsys, monkeypatch):
-    record = report.new_record({"max_length": 1, "dtype": "float32"})
+    record = report.start_record({"max_length": 1, "dtype": "float32"})
     figures = {
         "acc": {"value": 0.5, "standard_error": 0.1},
         "acc_norm": {"value": 1.0, "standard_error": None},
@@ -548,17 +556,17 @@ def test_a_narrow_terminal_has_all_columns_below_one_another(data, checkpoint, c
     record["models"] = [{"source": "m", "results": results}]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
-    report.show(record)
+    report.print_record(record)
     lines = capsys.readouterr().out.splitlines()
     assert (
         sum("GPT2-XL, published" in line for line in lines) == 2
         and sum("50.00 ± 10.00" in line for line in lines) == 2
     )
-    assert "40.03" in report.markdown(record) and "arXiv 2101.00027" in report.markdown(record)
+    assert "40.03" in report.format_markdown(record) and "arXiv 2101.00027" in report.format_markdown(record)
 
 
 def test_names():
-    assert named("bpb, piqa,piqa") == ["bpb", "piqa"] and len(NAMES) == 7
+    assert parse_task_names("bpb, piqa,piqa") == ["bpb", "piqa"] and len(NAMES) == 7
 
 
 # Refusals: each one sentence
@@ -665,7 +673,7 @@ def test_a_broken_text_is_named(content, words, tmp_path, checkpoint, capsys):
 def test_models_that_cannot_be_asked(tmp_path, tokenizer, data, capsys):
     bare = save_model(tmp_path / "bare", tokenizer, files=False)
     assert "carries no tokenizer.json" in refused(capsys, 1, bare, "--data", data)
-    small = save_model(tmp_path / "small", tokenizer, NeoX(**{**vars(MODEL), "vocab": 280}))
+    small = save_model(tmp_path / "small", tokenizer, MODEL.change(vocab=280))
     assert "gives ids up to 289, and the vocabulary of the model is 280" in refused(
         capsys, 1, small, "--data", data
     )
@@ -691,8 +699,8 @@ def test_without_a_network_and_without_data(checkpoint, capsys, monkeypatch):
 def test_the_hubs_items_are_drawn_too(hub, in_jax):
     """A part of the harness's own task, by the same seed."""
     hub(ROWS["piqa"] * 10)
-    question = harness.hub_question("piqa", 5)
-    assert question.chosen == items.drawn(range(40), 5) != list(range(5)) and (
+    question = harness.load_hub_question("piqa", 5)
+    assert question.chosen == items.draw_sample(range(40), 5) != list(range(5)) and (
         question.documents,
         question.total,
     ) == (
@@ -701,7 +709,7 @@ def test_the_hubs_items_are_drawn_too(hub, in_jax):
     )
     answer = harness.ask(in_jax, question)
     assert len({request.doc_id for request in question.task.instances}) == 5 and answer.files == {}
-    whole = harness.ask(in_jax, harness.hub_question("piqa", None))
+    whole = harness.ask(in_jax, harness.load_hub_question("piqa", None))
     assert whole.documents == 40 and whole.documents_sha256 != answer.documents_sha256
 
 

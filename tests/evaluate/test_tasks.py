@@ -20,12 +20,11 @@ from growkit.cli import quickstart
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation import harness
-from growkit.surgery.grow import stacked
 from trainer.cli.training import train_run
 from trainer.data.tokenize import tokenize_documents
 from trainer.data.tokenizer import train_tokenizer
 from trainer.log import curves
-from trainer.log.history import COLUMNS, History, parse, render
+from trainer.log.history import COLUMNS, History, parse_rows, render_rows
 
 STEPS = 30
 
@@ -51,7 +50,7 @@ def compiled_once(tmp_path_factory):
 def data(tmp_path_factory):
     """Token files of source code, as the quickstart trains on, and items: other code, and two questions."""
     root = tmp_path_factory.mktemp("data")
-    *texts, last = (text for _, text in quickstart.standard_library(400_000))
+    *texts, last = (text for _, text in quickstart.read_standard_library(400_000))
     tokenizer = train_tokenizer(texts[:4], 400)
     tokenize_documents(texts, root / "tokens", tokenizer, ["Python standard library"])
     (root / "items" / "bpb").mkdir(parents=True)
@@ -118,7 +117,7 @@ def test_a_run_is_measured_as_its_checkpoint_is(whole, data, tmp_path):
 
 def test_measuring_changes_no_bit(whole, data, tmp_path):
     train_run(values(data), tmp_path / "bare")
-    bare, with_tasks = (stacked(open_source(str(run))) for run in (tmp_path / "bare", whole))
+    bare, with_tasks = (open_source(str(run)).stack() for run in (tmp_path / "bare", whole))
     assert not scores_of(tmp_path / "bare")
     assert bare["embed_in"]["weight"].tobytes() == with_tasks["embed_in"]["weight"].tobytes()
 
@@ -153,7 +152,7 @@ def test_scores_travel_with_a_model_and_are_drawn_over_compute(whole, data, tmp_
     train_run(settings, tmp_path / "further", str(tmp_path / "grown"))
     history = History(epath.Path(tmp_path / "further"))
     rows = history.earlier + history.rows
-    found = curves.scores(rows)
+    found = curves.collect_scores(rows)
     assert (
         list(found) == ["acc", "acc_norm", "bits_per_byte"] and len(found["acc"]["piqa"]) == 4 + 2
     )
@@ -176,20 +175,20 @@ def test_scores_travel_with_a_model_and_are_drawn_over_compute(whole, data, tmp_
 
 def test_rows_of_before_there_were_scores(tmp_path):
     old = (
-        render([dict.fromkeys(COLUMNS, "1")])
+        render_rows([dict.fromkeys(COLUMNS, "1")])
         .replace(",scores", "")
         .replace("1,1,1,1,1,1,1,1,1,1", "1,1,1,1,1,1,1,1,1")
     )
-    assert "scores" not in old and len(parse(old)[0]) == len(COLUMNS) - 1
+    assert "scores" not in old and len(parse_rows(old)[0]) == len(COLUMNS) - 1
     history = History(epath.Path(tmp_path))
     history.begin(old.encode())
     history.add(step=2, tokens=2, scores={"piqa acc": 0.5})
-    assert history.scores(1) is None and history.scores(2) == {"piqa acc": 0.5}
-    carried = parse(history.carried().decode())
-    assert [row["scores"] for row in carried] == ["", '{"piqa acc": 0.5}'] and not curves.scores(
+    assert history.find_scores(1) is None and history.find_scores(2) == {"piqa acc": 0.5}
+    carried = parse_rows(history.export().decode())
+    assert [row["scores"] for row in carried] == ["", '{"piqa acc": 0.5}'] and not curves.collect_scores(
         carried[:1]
     )
-    assert np.allclose(curves.scores([carried[1] | {"flops": "3"}])["acc"]["piqa"], (3, 0.5))
+    assert np.allclose(curves.collect_scores([carried[1] | {"flops": "3"}])["acc"]["piqa"], (3, 0.5))
 
 
 @pytest.mark.parametrize(

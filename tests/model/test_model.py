@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
 from conftest import SMALL, save_transformers_model, transformers_logits
 
 from growkit.checkpoint.location import open_source
-from growkit.surgery.grow import stacked
 from trainer.config.sections import Dropout, Precision
-from trainer.model.decoder import GPTNeoX, initial_params, row_at
+from trainer.model.decoder import GPTNeoX, find_row, init_params
 
 VARIANTS = [
     (pct, parallel, tied)
@@ -23,17 +20,17 @@ VARIANTS = [
 
 
 def our_logits(source, tokens, dtype, rotary=None, **change):
-    model = replace(source.model, **change)
+    model = source.model.change(**change)
     network = GPTNeoX(model, Precision(params=dtype, compute=dtype))
     return np.asarray(
-        jax.jit(network.apply)({"params": stacked(source, dtype=dtype)}, tokens, rotary=rotary)
+        jax.jit(network.apply)({"params": source.stack(dtype=dtype)}, tokens, rotary=rotary)
     )
 
 
 @pytest.mark.parametrize("pct,parallel,tied", VARIANTS)
 @pytest.mark.parametrize("dtype,bound", [("float32", 1e-4), ("float64", 1e-10)])
 def test_logits_equal_transformers(tmp_path, tokens, pct, parallel, tied, dtype, bound):
-    model = replace(SMALL, rotary_pct=pct, parallel_residual=parallel, tied=tied)
+    model = SMALL.change(rotary_pct=pct, parallel_residual=parallel, tied=tied)
     source = open_source(save_transformers_model(tmp_path / "hf", model, dtype).as_posix())
     theirs, rotary = transformers_logits(tmp_path / "hf", tokens, dtype)
     with jax.enable_x64(dtype == "float64"):
@@ -57,7 +54,7 @@ def test_a_changed_model_has_other_logits(tmp_path, tokens, change):
 def test_heads_split_any_other_way_have_other_logits(tmp_path, tokens):
     source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
     theirs, _ = transformers_logits(tmp_path / "hf", tokens)
-    params = stacked(source)
+    params = source.stack()
     fused = params["layers"]["attention"]["query_key_value"]["weight"]
     shape = fused.shape
     wrong = fused.reshape(shape[0], 3, SMALL.head, SMALL.head_dim, -1).swapaxes(1, 2).reshape(shape)
@@ -72,38 +69,38 @@ def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
     source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
     theirs, _ = transformers_logits(tmp_path / "hf", tokens)
     network = GPTNeoX(SMALL, Precision("float32", "bfloat16"))
-    ours = np.asarray(jax.jit(network.apply)({"params": stacked(source)}, tokens))
+    ours = np.asarray(jax.jit(network.apply)({"params": source.stack()}, tokens))
     assert ours.dtype == np.float32
     assert 1e-4 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
 
 
 def test_initial_tree_is_the_tables():
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     leaves = {
         tuple(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     assert set(leaves) == {row.path for row in SMALL.table.rows}
     for path, leaf in leaves.items():
-        row = row_at(SMALL, path)
-        expected = ((SMALL.layer,) if row.stacked else ()) + row.shape(SMALL.sizes)
+        row = find_row(SMALL, path)
+        expected = row.stacked_shape(SMALL.sizes)
         assert leaf.shape == expected
         spread = float(np.std(leaf))
-        wanted = {"ones": 0.0, "zeros": 0.0, "normal": SMALL.initializer_range}[row.initialisation]
-        if row.stacked and row.stacked.read and row.initialisation == "normal":
+        wanted = {"ones": 0.0, "zeros": 0.0, "normal": SMALL.initializer_range}[row.begins]
+        if row.writes_stream and row.begins == "normal":
             wanted /= np.sqrt(2 * SMALL.layer)
         assert spread == pytest.approx(wanted, rel=0.1), path
 
 
 def test_layers_begin_different():
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     weight = params["layers"]["mlp"]["dense_h_to_4h"]["weight"]
     assert not np.array_equal(weight[0], weight[1])
 
 
 @pytest.mark.parametrize("where", ["hidden", "attention", "embedding"])
 def test_each_dropout_acts_and_only_when_training(where, tokens):
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     network = GPTNeoX(
         SMALL,
         Precision("float32", "float32"),
@@ -120,7 +117,7 @@ def test_each_dropout_acts_and_only_when_training(where, tokens):
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialising_changes_no_gradient(remat, tokens):
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
 
     def gradient(policy):
         network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(0.1, 0.1, 0.0), policy)

@@ -7,12 +7,12 @@ import pytest
 from test_grown_training import recipe, rows
 from test_training import SEQUENCES, STEPS, TINY, compiled_once, data, same_state, state_of, values  # noqa: F401
 
-from convert.directory import exported
+from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
-from growkit.surgery.grow import grown
+from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
 from trainer.config.quantity import parse_count
 
@@ -59,7 +59,7 @@ def test_it_is_a_training_from_the_checkpoint_at_that_rate(branch, source, data,
     assert same_state(ours, theirs)
     assert ours["count"] == STEPS + 6
     # With the moments begun anew, or from another checkpoint, it is not.
-    write_output(tmp_path / "hf", "huggingface", exported(open_source(str(source))))
+    write_output(tmp_path / "hf", "huggingface", convert_to_directory(open_source(str(source))))
     train_run(by_hand, tmp_path / "cold", str(tmp_path / "hf"))
     train_run(by_hand, tmp_path / "earlier", f"{source}@8")
     assert not same_state(ours, state_of(tmp_path / "cold"))
@@ -151,7 +151,7 @@ def test_annealings_that_cannot_be(given, said, source, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["huggingface", "checkpoint"])
 def test_what_is_no_runs_checkpoint_has_no_schedule(kind, source, tmp_path, capsys):
     of = open_source(str(source))
-    contents = exported(of) if kind == "huggingface" else grown(of, plan_depth(of.model, "2:3"))
+    contents = convert_to_directory(of) if kind == "huggingface" else prepare_growth(of, plan_depth(of.model, "2:3"))
     write_output(tmp_path / "model", kind, contents)
     assert anneal(tmp_path / "model", tmp_path / "run") == 2
     said = capsys.readouterr().err

@@ -56,7 +56,7 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
     Nothing is trained or measured here: each figure names where it comes from, and a question outside the range of a
     law is called so.
     """
-    from growkit.cli.terminal import json_text
+    from growkit.cli.terminal import format_json
     from growkit.errors import UsageError
     from trainer.config.quantity import parse_count
     from trainer.study.advice import Growth
@@ -64,12 +64,12 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
 
     if (tokens is None) == (flops is None):
         raise UsageError("the budget is either --tokens or --flops, and one of them is needed")
-    large, model = size_of(target, "--target")
+    large, model = read_size(target, "--target")
     if flops is None:
         budget = parse_count(tokens, "--tokens") * large.flops_per_token
     else:
         budget = float(parse_count(flops, "--flops", 1e36))
-    small = recommended(large, model) if source is None else size_of(source, "--source")[0]
+    small = recommend_source(large, model) if source is None else read_size(source, "--source")[0]
     if budget < large.flops_per_token:
         raise UsageError(
             f"{budget:.3g} FLOPs do not train {large.name} on one token, {large.flops_per_token:.3g} do"
@@ -80,10 +80,10 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
             f"--target {large.name} {large.parameters:,}"
         )
     made = Growth(large, small, budget)
-    devices = devices_of(topology, mfu, price)
+    devices = read_devices(topology, mfu, price)
     measured = [read_study(path) for path in studies]
     if as_json:
-        click.echo(json_text(_document(made, source is None, devices, measured)))
+        click.echo(format_json(_document(made, source is None, devices, measured)))
     else:
         _show(made, source is None, devices, measured)
 
@@ -91,7 +91,7 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
 # Sizes
 
 
-def size_of(text: str, option: str):
+def read_size(text: str, option: str):
     """(the size, its architecture or None) that a count of parameters, a preset, a YAML file or SRC names."""
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
@@ -105,7 +105,7 @@ def size_of(text: str, option: str):
         return _measured_size(text, model), model
     try:
         if text[:1].isdigit() and "/" not in text and not os.path.exists(text):
-            return Size.counted(text, parse_count(text, "a count")), None
+            return Size.from_count(text, parse_count(text, "a count")), None
         model = open_source(text).model
     except UsageError as problem:
         known = ", ".join(list_presets())
@@ -127,25 +127,24 @@ def _configured(name: str):
 
 
 def _measured_size(name: str, model):
-    from growkit.models.gpt_neox import NeoX
     from trainer.study.advice import Size
 
-    flops = model.flops_per_token() if isinstance(model, NeoX) else 6.0 * model.parameters
+    flops = model.flops_per_token()
     embeddings = model.vocab * model.embed * (1 if model.tied else 2)
     return Size(name, model.parameters, model.parameters - embeddings, flops, model.embed)
 
 
-def recommended(target, model):
+def recommend_source(target, model):
     """The source of the size that G_stack recommends: a fourth of the layers, or of a bare count."""
     from trainer.config.quantity import format_count
     from trainer.study.advice import FACTOR, Size
 
     if model is None:
         count = max(1, target.parameters // FACTOR)
-        return Size.counted(format_count(count), count)
+        return Size.from_count(format_count(count), count)
     layers = max(LEAST_LAYERS, round(model.layer / FACTOR))
     return _measured_size(
-        f"{layers} layers of {target.name}", model.resized(model.sizes | {"layer": layers})
+        f"{layers} layers of {target.name}", model.resize(model.sizes | {"layer": layers})
     )
 
 
@@ -162,18 +161,18 @@ class Devices:
     mfu: float
     price: float | None
 
-    def days(self, flops: float | None) -> float | None:
+    def estimate_days(self, flops: float | None) -> float | None:
         """FLOPs / (MFU x peak), as `growkit plan` has it."""
         return (
             None if flops is None or self.peak is None else flops / (self.mfu * self.peak) / 86400
         )
 
-    def cost(self, flops: float | None) -> float | None:
-        days = self.days(flops)
+    def estimate_cost(self, flops: float | None) -> float | None:
+        days = self.estimate_days(flops)
         return None if days is None or self.price is None else days * 24 * self.price * self.chips
 
 
-def devices_of(topology: str | None, mfu: float | None, price: float | None) -> Devices | None:
+def read_devices(topology: str | None, mfu: float | None, price: float | None) -> Devices | None:
     """The devices that --topology names; None without one. Raises UsageError."""
     from growkit.errors import UsageError
     from trainer.devices.accelerators import parse_slice
@@ -186,9 +185,9 @@ def devices_of(topology: str | None, mfu: float | None, price: float | None) -> 
     if not 0 < assumed <= 1:
         raise UsageError(f"--mfu lies in (0, 1], got {assumed:g}")
     if topology in ("cpu", "gpu"):
-        from trainer.plan.plan import target
+        from trainer.plan.plan import find_target
 
-        here = target(topology)
+        here = find_target(topology)
         return Devices(topology, here.chips, here.peak, assumed, price)
     part = parse_slice(topology)
     return Devices(topology, part.chips, part.chips * part.accelerator.peak, assumed, price)
@@ -229,7 +228,7 @@ def _show(made, chosen: bool, devices: Devices | None, studies: list) -> None:
 def _time(devices: Devices | None, flops: float | None) -> list[str]:
     if devices is None:
         return []
-    days, cost = devices.days(flops), devices.cost(flops)
+    days, cost = devices.estimate_days(flops), devices.estimate_cost(flops)
     shown = [
         "unknown" if flops and devices.peak is None else "-" if days is None else f"{days:.3g}"
     ]
@@ -264,7 +263,7 @@ def _claims(made) -> list[tuple]:
         saved = f"{claim.saved:.0%}"
         counted = (saved, "-") if claim.counts_source else ("-", saved)
         rows.append(
-            (claim.work, claim.where, *counted, made.to_same_loss(claim.saved, claim.counts_source))
+            (claim.work, claim.where, *counted, made.compute_flops_to_same_loss(claim.saved, claim.counts_source))
         )
     return rows
 
@@ -289,7 +288,7 @@ def _arms(made, study) -> list[tuple]:
 
 def _here(made, arm) -> float | None:
     """FLOPs if the arm's saving held for the sizes that are asked about."""
-    return None if arm.saved.mean is None else made.to_same_loss(arm.saved.mean, True)
+    return None if arm.saved.mean is None else made.compute_flops_to_same_loss(arm.saved.mean, True)
 
 
 def _spread(measured, at_least: bool) -> str:
@@ -351,7 +350,7 @@ def _range(made) -> str:
     from trainer.config.quantity import format_count
     from trainer.study.advice import FACTOR, FITTED
 
-    if outside := made.outside():
+    if outside := made.list_deviations():
         return f"EXTRAPOLATION, outside of what the law was fitted to: {'; '.join(outside)}"
     sizes = f"targets of {format_count(min(FITTED))} to {format_count(max(FITTED))}"
     return f"inside of what the law was fitted to: {sizes}, growth by {FACTOR} in depth, and budgets as this at this size"
@@ -375,8 +374,8 @@ def _document(made, chosen: bool, devices: Devices | None, studies: list) -> dic
     def costs(flops: float | None) -> dict[str, float | None]:
         return {
             "flops": flops,
-            "days": devices.days(flops) if devices else None,
-            "cost": devices.cost(flops) if devices else None,
+            "days": devices.estimate_days(flops) if devices else None,
+            "cost": devices.estimate_cost(flops) if devices else None,
         }
 
     rest = made.flops - made.source_flops if made.affordable else None
@@ -387,14 +386,14 @@ def _document(made, chosen: bool, devices: Devices | None, studies: list) -> dic
         "law": {
             "name": advice.GSTACK,
             "constants": {"a": advice.PARAMETERS, "b": advice.COMPUTE, "c": advice.CONSTANT},
-            "outside": made.outside(),
+            "outside": made.list_deviations(),
             "affordable": made.affordable,
             "source": {"tokens": made.source_tokens} | costs(made.source_flops),
             "grown": {"tokens": made.target_tokens if made.affordable else None} | costs(rest),
         },
         "published": [
             asdict(claim)
-            | {"if_so_here": costs(made.to_same_loss(claim.saved, claim.counts_source))}
+            | {"if_so_here": costs(made.compute_flops_to_same_loss(claim.saved, claim.counts_source))}
             for claim in advice.CLAIMS
         ],
         "studies": [

@@ -18,7 +18,7 @@ WEIGHTS = (dict[str, float], dict[str, float] | None)
 WANTED = {int: "a whole number", bool: "true or false", str: "text"}
 
 
-def build_section(kind: Any, values: Any, where: str = "") -> Any:
+def build_dataclass(kind: Any, values: Any, where: str = "") -> Any:
     """The dataclass `kind` with these values for its fields; None stands for no values.
 
     where: the keys that lead to the section, with a dot at the end. Raises UsageError.
@@ -45,7 +45,7 @@ def build_section(kind: Any, values: Any, where: str = "") -> Any:
 def _convert_value(kind: Any, value: Any, key: str) -> Any:
     """The value as the type of its field wants it."""
     if dataclasses.is_dataclass(kind):
-        return build_section(kind, value, f"{key}.")
+        return build_dataclass(kind, value, f"{key}.")
     if kind in WEIGHTS:
         return None if value is None else _convert_weights(value, key)
     if kind is float:

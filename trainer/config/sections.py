@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError
-from growkit.evaluation.catalogue import named
-from growkit.models.gpt_neox import NeoX
-from trainer.config.build import build_section
+from growkit.evaluation.catalogue import parse_task_names
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
+from trainer.config.build import build_dataclass
 from trainer.config.rules import check_rules, choice, number, text_or_number
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -234,10 +235,10 @@ def resolve(values: dict[str, Any]) -> Config:
 
     Raises UsageError for unknown keys, wrong types, and values that break a rule.
     """
-    config: Config = build_section(Config, values)
+    config: Config = build_dataclass(Config, values)
     check_rules(config)
     if config.eval.tasks:
-        named(config.eval.tasks)
+        parse_task_names(config.eval.tasks)
     _check_batch(config.batch)
     _check_schedule(config.schedule)
     _check_growth_time(config.grow.at, config.schedule)
@@ -250,7 +251,7 @@ def resolve_model(values: Any) -> dict[str, Any]:
     Raises UsageError.
     """
     stated = values or {}
-    model = build_section(Model, stated, "model.")
+    model = build_dataclass(Model, stated, "model.")
     return {key: getattr(model, key) for key in stated}
 
 
@@ -290,12 +291,32 @@ def _check_growth_time(at: str, schedule: Schedule) -> None:
         )
 
 
-def build_architecture(model: Model) -> NeoX:
+def build_architecture(model: Model) -> Architecture:
     """The architecture that a model section describes.
 
     Raises UsageError for sizes that contradict each other.
     """
+    values = dataclasses.asdict(model)
+    values["norm_eps"] = values.pop("layer_norm_eps")
     try:
-        return NeoX(**dataclasses.asdict(model))
+        return GPT_NEOX.model(**values)
     except GrowkitError as problem:
         raise UsageError(f"the model section contradicts itself: {problem}") from None
+
+
+def build_section(model: Architecture) -> Model:
+    """The model section that describes an architecture."""
+    return Model(
+        layer=model.layer,
+        embed=model.embed,
+        head=model.head_count,
+        mlp=model.mlp,
+        vocab=model.vocab,
+        context=model.context,
+        rotary_pct=model.rotary_pct,
+        rotary_base=model.rotary_base,
+        parallel_residual=bool(model.options["parallel_residual"]),
+        tied=model.tied,
+        layer_norm_eps=model.norm_eps,
+        initializer_range=model.initializer_range,
+    )

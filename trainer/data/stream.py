@@ -124,7 +124,7 @@ class Stream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits, of seed, context, data and shares: equal for streams that draw the same."""
+        """16 hex digits of seed, context, data and shares: equal when streams draw the same."""
         shares = self.mixture.shares
         parts = [(*part.windows.identity, shares[part.name]) for part in self._parts]
         key = json.dumps([self.seed, self.mixture.context, parts])

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from growkit.checkpoint.output import check_output, committed
+from growkit.checkpoint.output import check_output, commit_output
 from growkit.errors import UsageError
 from trainer.data.processes import count_cores, map_in_order
 from trainer.data.text import (
@@ -26,10 +26,10 @@ from trainer.data.text import (
     Block,
     Documents,
     Shard,
+    count_utf8_bytes,
     group_documents,
     has_text,
     open_inputs,
-    count_utf8_bytes,
 )
 from trainer.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, write_tokenizer
 from trainer.data.tokens import MANIFEST, TokenWriter
@@ -222,7 +222,7 @@ def _write(
     """Write the directory of tokens; returns its manifest, `about` in it."""
     check_output(_local(out), None, force)
     counts = {"bytes": 0, "empty_documents": 0}
-    with committed(_local(out), force) as directory, closing(encoded):
+    with commit_output(_local(out), force) as directory, closing(encoded):
         directory.mkdir()
         with TokenWriter(directory, tokenizer.vocab_size) as writer:
             for ids, lengths in _whole_documents(encoded, counts):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from growkit.checkpoint.files import write_whole
+from growkit.checkpoint.files import write_atomically
 from growkit.errors import GrowkitError, UsageError
 
 COORDINATOR, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -103,4 +103,4 @@ def _largest(told: jax.Array) -> jax.Array:
 def write_once(path: Any, content: bytes) -> None:
     """Replace a file as a whole. Of several processes that train together, the first one writes."""
     if is_writer():
-        write_whole(path, content)
+        write_atomically(path, content)

@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config import sections as config
 
@@ -91,8 +91,8 @@ class Layout:
         self, row: Row, rules: Mapping[str, tuple[str, ...]], layers: bool = True
     ) -> NamedSharding:
         """That of a row's parameter by rules, with the layers stacked first or of one layer."""
-        spec = [rules.get(dimension[0].name) for dimension in row.dimensions]
-        return self.make_sharding(*[None] * (layers and row.stacked is not None), *spec)
+        spec = [rules.get(axis) for axis in row.leading_axes]
+        return self.make_sharding(*[None] * (layers * len(row.stacked)), *spec)
 
     def parameter_sharding(self, row: Row) -> NamedSharding:
         """That of a row's parameter between steps."""
@@ -146,7 +146,7 @@ def make_single_device_layout() -> Layout:
     return Layout(make_mesh(config.Mesh(data=1), jax.devices()[:1]))
 
 
-def make_layout(settings: config.Config, model: NeoX, devices: Sequence[Any] | None = None) -> Layout:
+def make_layout(settings: config.Config, model: Architecture, devices: Sequence[Any] | None = None) -> Layout:
     """The layout of a run on devices (all there are, unless told). Raises UsageError for what does not divide."""
     mesh = make_mesh(settings.mesh, jax.devices() if devices is None else devices)
     made = Layout(mesh, settings.mesh.zero1)
@@ -162,7 +162,7 @@ def make_layout(settings: config.Config, model: NeoX, devices: Sequence[Any] | N
     return made
 
 
-def _check_divides(model: NeoX, mesh: jax.sharding.Mesh, axis: str, over: tuple[str, ...]) -> None:
+def _check_divides(model: Architecture, mesh: jax.sharding.Mesh, axis: str, over: tuple[str, ...]) -> None:
     size, parts = model.sizes[axis], math.prod(mesh.shape[name] for name in over)
     if size % parts:
         names = " x ".join(f"mesh.{name}" for name in over)

@@ -15,14 +15,13 @@ import numpy as np
 
 from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError
-from growkit.surgery.grow import stacked
 from trainer.config.sections import LARGEST_SEED, Precision
 from trainer.model.decoder import GPTNeoX
 
 ROUND = 64
 
 
-def continuation(
+def generate_tokens(
     source: Source,
     prompt: list[int],
     count: int,
@@ -44,7 +43,7 @@ def continuation(
         raise UsageError(f"--seed must lie between 0 and {LARGEST_SEED}, got {seed}")
     model = source.model
     window = min(model.context, -(-(len(prompt) + count) // ROUND) * ROUND)
-    params = jax.device_put(stacked(source, dtype="float32"))
+    params = jax.device_put(source.stack(dtype="float32"))
     network = GPTNeoX(model, Precision("float32", "float32"))
 
     @jax.jit

@@ -23,7 +23,7 @@ ROWS_ELSEWHERE = 1024
 SHORTEST = 16
 
 
-def bucket(length: int, window: int) -> int:
+def pad_length(length: int, window: int) -> int:
     """The padded length: 16, 24, 32, 48, 64, ... (powers of two and their halves added), at most the window."""
     size = SHORTEST
     while size < length:
@@ -59,7 +59,7 @@ class Likelihood:
             losses, in_shardings=(stored, None, whole, whole), out_shardings=whole
         )
 
-    def scores(
+    def score(
         self,
         pairs: Sequence[tuple[list[int], list[int]]],
         advance: Callable[[int], None] = lambda done: None,
@@ -92,7 +92,7 @@ class Likelihood:
         self, texts: list[list[int]], scored: list[int]
     ) -> list[tuple[jax.Array, jax.Array]]:
         """Losses and hits of the last tokens of each text, one after another, in parts, begun on the device."""
-        time = bucket(max(map(len, texts)) - 1, self.window)
+        time = pad_length(max(map(len, texts)) - 1, self.window)
         tokens_BxT = np.zeros((self._height(len(texts)), time), np.int32)
         positions, targets = [], []
         for row, (text, count) in enumerate(zip(texts, scored, strict=True)):

@@ -16,7 +16,7 @@ from etils import epath
 
 from growkit.errors import UsageError
 from trainer.config.sections import Config
-from trainer.devices.hosts import write_once, is_writer
+from trainer.devices.hosts import is_writer, write_once
 
 TENSORBOARD = "tensorboard"
 WANDB = "wandb.txt"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from growkit.evaluation import harness
-from growkit.evaluation.catalogue import named
-from growkit.evaluation.questions import questions
-from growkit.models.gpt_neox import NeoX
+from growkit.evaluation.catalogue import parse_task_names
+from growkit.evaluation.questions import collect_questions
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Eval
 from trainer.data.tokenizer import load_model_tokenizer
 from trainer.devices.sharding import Layout
@@ -23,7 +23,7 @@ from trainer.model.decoder import GPTNeoX
 BATCH = 64
 
 
-class Asked:
+class TaskQuestions:
     """The tasks of an eval section, their items read. Raises UsageError, GrowkitError as `growkit evaluate` does.
 
     notes: what is to be said about the items.
@@ -35,12 +35,12 @@ class Asked:
         if settings.tasks:
             harness.require_harness()
             data = Path(settings.data) if settings.data else None
-            self.questions = questions(
-                named(settings.tasks), data, settings.limit or None, self.notes.append
+            self.questions = collect_questions(
+                parse_task_names(settings.tasks), data, settings.limit or None, self.notes.append
             )
 
-    def of(
-        self, config: Config, model: NeoX, layout: Layout, files: Mapping[str, bytes], run: Any
+    def bind(
+        self, config: Config, model: Architecture, layout: Layout, files: Mapping[str, bytes], run: Any
     ) -> Tasks | None:
         """The same, to be asked of a run's model by the tokenizer among its files; None without tasks."""
         if not self.questions:
@@ -54,7 +54,7 @@ class Asked:
         return Tasks(self.questions, JaxModel(likelihood, load_model_tokenizer(files, run)))
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
     """A signal arrived while a task was being asked."""
 
 
@@ -69,12 +69,12 @@ class Tasks:
 
         def advance(done: int) -> None:
             if stopped():
-                raise Stopped
+                raise Interrupted
 
         self.model.advance, self.model.likelihood.params = advance, params
         try:
             answers = [harness.ask(self.model, question) for question in self.asked]
-        except Stopped:
+        except Interrupted:
             return None
         finally:
             # The next step is given the parameters' memory.

@@ -29,7 +29,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def token_losses_sum(
+def sum_token_losses(
     hidden_BxTxE: jax.Array,
     head_VxE: jax.Array,
     targets_BxT: jax.Array,
