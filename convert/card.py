@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from growkit.models.architecture import Architecture
+from growkit.quantity import format_count
 
 HEAD = """---
 library_name: transformers
@@ -38,16 +39,6 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 ## Lineage
 
 """
-
-
-def format_count(number: float) -> str:
-    """757,070,848 as 757.1M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return (
-                f"{number / size:.2f}{unit}" if number < 10 * size else f"{number / size:.1f}{unit}"
-            )
-    return str(int(number))
 
 
 def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
