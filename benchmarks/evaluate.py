@@ -28,16 +28,17 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.evaluation import harness
 from growkit.evaluation.questions import collect_questions
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokenizer import TextTokenizer, train_tokenizer, write_tokenizer
-from trainer.evaluate.harness import jax_model
+from trainer.evaluate.harness import load_jax_model
 
 ROUNDS = 3
 # Words in what is asked and in what is scored, about as in the real items.
 LENGTHS = {"piqa": (8, 20), "hellaswag": (40, 25), "arc_easy": (20, 4)}
 
 
-def prose(words: int, generator: random.Random) -> str:
+def make_prose(words: int, generator: random.Random) -> str:
     """Made-up words, frequent ones short."""
     return " ".join(f"w{int(generator.paretovariate(0.7)) % 5000}" for _ in range(words))
 
@@ -50,7 +51,7 @@ def write_items(directory: Path, count: int) -> None:
         (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def text(words: int) -> str:
-        return prose(generator.randint(words // 2, words * 3 // 2), generator)
+        return make_prose(generator.randint(words // 2, words * 3 // 2), generator)
 
     write("lambada.jsonl", [{"text": text(75)} for _ in range(count)])
     asked, scored = LENGTHS["piqa"]
@@ -84,14 +85,14 @@ def write_items(directory: Path, count: int) -> None:
     write("bpb/text.jsonl", [{"text": text(1500)} for _ in range(max(1, count // 10))])
 
 
-def write_model(directory: Path, model: NeoX, tokenizer: TextTokenizer) -> tuple[Path, Path]:
+def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) -> tuple[Path, Path]:
     """The same random parameters as a checkpoint and as a Hugging Face directory."""
     generator = np.random.default_rng(0)
     recipes = {}
     for name, row, _ in model.table.names(model.sizes):
         shape = row.shape(model.sizes)
         array = (
-            0.02 * generator.standard_normal(shape, np.float32) + (row.initialisation == "ones")
+            0.02 * generator.standard_normal(shape, np.float32) + (row.begins == "ones")
         ).astype(np.float32)
         recipes[name] = copy_tensor(wrap_array(array))
     (directory / "tokenizer").mkdir()
@@ -101,14 +102,14 @@ def write_model(directory: Path, model: NeoX, tokenizer: TextTokenizer) -> tuple
     write_output(
         directory / "checkpoint",
         "checkpoint",
-        Contents(write_config(model), {"params": recipes}, [], record, files),
+        Contents(model.config(), {"params": recipes}, [], record, files),
     )
     source = open_source(str(directory / "checkpoint"))
     write_output(directory / "huggingface", "huggingface", convert_to_directory(source), [source])
     return directory / "checkpoint", directory / "huggingface"
 
 
-def seconds(model, question: harness.Question) -> float:
+def time_question(model, question: harness.Question) -> float:
     begun = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):  # the harness' bars
         harness.ask(model, question)
@@ -118,8 +119,8 @@ def seconds(model, question: harness.Question) -> float:
 def compare(ours, theirs, asked: list[harness.Question]) -> None:
     total = [0.0, 0.0]
     for question in asked:
-        first = [seconds(model, question) for model in (ours, theirs)]
-        pairs = [(seconds(ours, question), seconds(theirs, question)) for _ in range(ROUNDS)]
+        first = [time_question(model, question) for model in (ours, theirs)]
+        pairs = [(time_question(ours, question), time_question(theirs, question)) for _ in range(ROUNDS)]
         medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
         total = [before + median for before, median in zip(total, medians, strict=True)]
         click.echo(
@@ -142,7 +143,7 @@ def compare(ours, theirs, asked: list[harness.Question]) -> None:
 def main(
     data: Path | None, limit: int, batch: int, layers: int, embed: int, vocab: int, context: int
 ) -> None:
-    model = NeoX(
+    model = GPT_NEOX.model(
         layer=layers,
         embed=embed,
         head=embed // 64,
@@ -156,10 +157,10 @@ def main(
         if data is None:
             data = root / "items"
             write_items(data, limit)
-        tokenizer = train_tokenizer([prose(20_000, random.Random(1))], 4096)
+        tokenizer = train_tokenizer([make_prose(20_000, random.Random(1))], 4096)
         checkpoint, directory = write_model(root, model, tokenizer)
         asked = collect_questions(None, data, limit, lambda words: None)
-        ours = jax_model(open_source(str(checkpoint)), tokenizer, context, batch)
+        ours = load_jax_model(open_source(str(checkpoint)), tokenizer, context, batch)
         theirs = load_hugging_face_model(directory, tokenizer.end_of_text_id, context, batch)
         compare(ours, theirs, asked)
 

@@ -37,7 +37,7 @@ def write_tokens(directory: Path) -> Path:
     return directory / "tokens"
 
 
-def configuration(tokens: Path):
+def make_config(tokens: Path):
     never = {"every": 10**9}
     return resolve(
         {
@@ -54,9 +54,9 @@ def configuration(tokens: Path):
     )
 
 
-def loop_seconds(tokens: Path, directory: Path) -> tuple[float, Run]:
+def time_loop(tokens: Path, directory: Path) -> tuple[float, Run]:
     """Seconds a step of a whole run, the first rows (compilation) apart; and the run."""
-    run = Run(configuration(tokens), directory)
+    run = Run(make_config(tokens), directory)
     with contextlib.redirect_stderr(io.StringIO()):
         run.go()
     speeds = [
@@ -65,7 +65,7 @@ def loop_seconds(tokens: Path, directory: Path) -> tuple[float, Run]:
     return SEQUENCES * MODEL["context"] / statistics.median(speeds), run
 
 
-def bare_seconds(run: Run) -> float:
+def time_bare_step(run: Run) -> float:
     """Seconds a step on one batch, nothing else."""
     tokens = run.position.stream.batch(0, SEQUENCES)[None]
     times = []
@@ -84,8 +84,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         tokens = write_tokens(Path(directory) / "data")
         for number in range(ROUNDS):
-            loop, run = loop_seconds(tokens, Path(directory) / f"run{number}")
-            pairs.append((bare_seconds(run), loop))
+            loop, run = time_loop(tokens, Path(directory) / f"run{number}")
+            pairs.append((time_bare_step(run), loop))
     bare, loop = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratios = sorted(loop / bare for bare, loop in pairs)
     print(

@@ -39,13 +39,14 @@ from safetensors.numpy import save_file
 from growkit.checkpoint.huggingface import read_header
 from growkit.checkpoint.location import write_output
 from growkit.checkpoint.tensor import BLOCK, Contents, Recipe
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
 
 # Python programs run compiled, as installed ones are.
 COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
 # 18 layers of embed 1536, untied: 0.66B parameters. The other sizes keep the proportions.
-MODEL = NeoX(
+MODEL = GPT_NEOX.model(
     layer=18, embed=1536, head=12, mlp=6144, vocab=50304, context=1024, rotary_pct=0.25, tied=False
 )
 SIZES = {0.1: (12, 768), 0.6: (18, 1536), 2.0: (32, 2176)}
@@ -65,13 +66,13 @@ grown.save_pretrained(out)
 """
 
 
-def model_of(billions: float) -> NeoX:
+def scale_model(billions: float) -> Architecture:
     """The model of about that many parameters."""
     layer, embed = SIZES[billions]
-    return replace(MODEL, layer=layer, embed=embed, head=embed // 128, mlp=4 * embed)
+    return MODEL.change(layer=layer, embed=embed, head=embed // 128, mlp=4 * embed)
 
 
-def build(path: Path, model: NeoX, kind: str, dtype: np.dtype, seed: int = 0) -> Path:
+def build(path: Path, model: Architecture, kind: str, dtype: np.dtype, seed: int = 0) -> Path:
     """A model of random numbers on disk, with moments if it is a checkpoint."""
     if path.exists():
         return path
@@ -92,7 +93,7 @@ def build(path: Path, model: NeoX, kind: str, dtype: np.dtype, seed: int = 0) ->
         name: recipe(row.shape(model.sizes)) for name, row, _ in model.table.names(model.sizes)
     }
     slots = ("params", "mu", "nu") if kind == "checkpoint" else ("params",)
-    write_output(path, kind, Contents(write_config(model), dict.fromkeys(slots, recipes), []))
+    write_output(path, kind, Contents(model.config(), dict.fromkeys(slots, recipes), []))
     return path
 
 
@@ -104,18 +105,18 @@ class Contender:
     command: Callable[[Path], list[str]]
 
 
-def run(contender: Contender, out: Path, synced: bool, read: list[Path]) -> tuple[float, float]:
+def time_contender(contender: Contender, out: Path, synced: bool, read: list[Path]) -> tuple[float, float]:
     """Seconds, and megabytes of anonymous memory at the peak, of a command; `read`: the directories it reads."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    warm(out.parent, read)
+    warm_cache(out.parent, read)
     started = time.perf_counter()
     process = subprocess.Popen(
         contender.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=COMPILED
     )
     peak = 0.0
     while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
+        peak = max(peak, read_anonymous_memory(process.pid))
         time.sleep(0.002)
     if synced:
         os.sync()
@@ -125,7 +126,7 @@ def run(contender: Contender, out: Path, synced: bool, read: list[Path]) -> tupl
     return seconds, peak
 
 
-def anonymous(process: int) -> float:
+def read_anonymous_memory(process: int) -> float:
     """Megabytes of memory of a process that no file is behind."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
@@ -135,7 +136,7 @@ def anonymous(process: int) -> float:
     return int(lines[0].split()[1]) / 1000 if lines else 0.0
 
 
-def warm(directory: Path, read: list[Path]) -> None:
+def warm_cache(directory: Path, read: list[Path]) -> None:
     """Fill the page cache with a file of one hole, then with what the command will read."""
     hole, buffer = directory / "hole", bytearray(4 * BLOCK)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -147,7 +148,7 @@ def warm(directory: Path, read: list[Path]) -> None:
                 pass
 
 
-def bytes_of(directory: Path) -> int:
+def count_bytes(directory: Path) -> int:
     """Bytes of all files."""
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
@@ -161,7 +162,7 @@ def compare(
         memory = dict.fromkeys(seconds, 0.0)
         for _ in range(rounds):
             for each in contenders:
-                taken, peak = run(each, out, synced, read)
+                taken, peak = time_contender(each, out, synced, read)
                 seconds[each.name].append(taken)
                 memory[each.name] = max(memory[each.name], peak)
         copy = seconds[contenders[0].name]
@@ -174,7 +175,7 @@ def compare(
     shutil.rmtree(out, ignore_errors=True)
 
 
-def with_buffers(source: Path, layer: int) -> Path:
+def add_buffers(source: Path, layer: int) -> Path:
     """The source as checkpoints once were, with the three buffers a layer that mergekit insists on."""
     old = source.parent / "with-buffers"
     old.mkdir(exist_ok=True)
@@ -194,9 +195,9 @@ def with_buffers(source: Path, layer: int) -> Path:
     return old
 
 
-def mergekit(program: str, source: Path, layer: int, target: int) -> Contender:
+def make_mergekit(program: str, source: Path, layer: int, target: int) -> Contender:
     """mergekit's passthrough of the same layers."""
-    source = with_buffers(source, layer)
+    source = add_buffers(source, layer)
     slices = "".join(
         f"  - sources:\n    - model: {source}\n      layer_range: [{old}, {old + 1}]\n"
         for old in (i * layer // target for i in range(target))
@@ -206,34 +207,34 @@ def mergekit(program: str, source: Path, layer: int, target: int) -> Contender:
     return Contender("mergekit", lambda out: [program, str(path), str(out), "--no-copy-tokenizer"])
 
 
-def rivals(source: Path, layer: int, target: int, program: str | None) -> list[Contender]:
+def list_rivals(source: Path, layer: int, target: int, program: str | None) -> list[Contender]:
     """What else grows a Hugging Face directory in depth, as far as it is installed."""
     found = []
     if importlib.util.find_spec("transformers"):
         script = [sys.executable, "-c", NAIVE, str(source)]
         found.append(Contender("transformers script", lambda out: [*script, str(out), str(target)]))
     if program:
-        found.append(mergekit(program, source, layer, target))
+        found.append(make_mergekit(program, source, layer, target))
     return found
 
 
-def jobs(
-    model: NeoX, directory: Path
-) -> dict[str, tuple[NeoX, Callable[[Path, Path, Path], list[str]]]]:
+def list_jobs(
+    model: Architecture, directory: Path
+) -> dict[str, tuple[Architecture, Callable[[Path, Path, Path], list[str]]]]:
     """Every growth that is timed: name -> (the source's model, the command by source, other source and output).
 
     Sources that grow in width have a quarter of the layers, so that all outputs have about the same size.
     """
-    target, small = model.layer * 4 // 3, replace(model, layer=max(1, model.layer // 4))
+    target, small = model.layer * 4 // 3, model.change(layer=max(1, model.layer // 4))
     grown = replace(
         small,
         layer=small.layer * 4 // 3,
-        head=model.head * 2,
+        head=model.head_count * 2,
         embed=model.embed * 2,
         mlp=model.mlp * 2,
     )
     like = directory / "like.json"
-    like.write_text(json.dumps(write_config(grown)))
+    like.write_text(json.dumps(grown.config()))
     return {
         "depth": (
             model,
@@ -251,9 +252,9 @@ def jobs(
     }
 
 
-def by_kind(
+def compare_kind(
     kind: str,
-    model: NeoX,
+    model: Architecture,
     directory: Path,
     rounds: int,
     program: str | None = None,
@@ -261,7 +262,7 @@ def by_kind(
 ) -> None:
     """All jobs on one kind of source; each is compared with a copy of its own output."""
     sample, out, other = directory / "sample", directory / "out", directory / "other"
-    for name, (begun, words) in jobs(model, directory).items():
+    for name, (begun, words) in list_jobs(model, directory).items():
         source = build(directory / f"{kind}-{begun.layer}", begun, kind, np.dtype(np.float32))
         if name.startswith("average"):
             build(other, begun, kind, np.dtype(np.float32), seed=1)
@@ -273,7 +274,7 @@ def by_kind(
         copy = Contender("cp -r", lambda out: ["cp", "-r", str(sample), str(out)])
         contenders = [copy, Contender("growkit", command)]
         if name == "depth" and others:
-            contenders += rivals(source, model.layer, model.layer * 4 // 3, program)
+            contenders += list_rivals(source, model.layer, model.layer * 4 // 3, program)
         read = [sample, source, *([other] if other.exists() else [])]
         compare(f"{kind} {name}", contenders, out, rounds, read)
         shutil.rmtree(sample)
@@ -282,15 +283,15 @@ def by_kind(
         shutil.rmtree(source)
 
 
-def scale(directory: Path, rounds: int) -> None:
+def measure_scale(directory: Path, rounds: int) -> None:
     """Time and memory of growth in depth over the size of the model, in bfloat16."""
     for billions in SIZES:
-        model = model_of(billions)
+        model = scale_model(billions)
         source = build(directory / "source", model, "huggingface", np.dtype(ml_dtypes.bfloat16))
         words = [*GROWKIT, "depth", "--map", f"{model.layer}:{model.layer * 4 // 3}", str(source)]
         each = Contender("growkit", lambda out, words=words: [*words, str(out)])
-        runs = [run(each, directory / "out", False, [source]) for _ in range(rounds)]
-        size = bytes_of(directory / "out") / 1e9
+        runs = [time_contender(each, directory / "out", False, [source]) for _ in range(rounds)]
+        size = count_bytes(directory / "out") / 1e9
         seconds, peak = statistics.median(taken for taken, _ in runs), max(peak for _, peak in runs)
         print(
             f"{billions:4}B: {size:6.2f} GB out, {seconds:6.2f} s, {size / seconds:5.2f} GB/s, {peak:4.0f} MB"
@@ -313,21 +314,21 @@ def main() -> None:
     options.add_argument("--only", choices=("huggingface", "checkpoint", "scale"))
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.dir, prefix="surgery-") as name:
-        directory, model = Path(name), model_of(chosen.parameters)
+        directory, model = Path(name), scale_model(chosen.parameters)
         if chosen.only in (None, "huggingface"):
-            by_kind(
+            compare_kind(
                 "huggingface", model, directory, chosen.rounds, chosen.mergekit, not chosen.alone
             )
         if chosen.only in (None, "checkpoint"):
             # A checkpoint holds every parameter three times: a third of the layers, tied, make about as many bytes.
-            by_kind(
+            compare_kind(
                 "checkpoint",
-                replace(model, layer=model.layer // 3, tied=True),
+                model.change(layer=model.layer // 3, tied=True),
                 directory,
                 chosen.rounds,
             )
         if chosen.only in (None, "scale"):
-            scale(directory, chosen.rounds)
+            measure_scale(directory, chosen.rounds)
 
 
 if __name__ == "__main__":

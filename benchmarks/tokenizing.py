@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from growkit.cli.quickstart import read_standard_library
-from trainer.data.processes import cores
+from trainer.data.processes import count_cores
 from trainer.data.text import open_inputs
 from trainer.data.tokenize import tokenize
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
@@ -39,7 +39,7 @@ def prepare(directory: Path) -> tuple[list[Path], Path]:
     return [directory / "text.jsonl"], directory / "tokenizer.json"
 
 
-def batches(documents: list[str]) -> list[list[str]]:
+def split_batches(documents: list[str]) -> list[list[str]]:
     result: list[list[str]] = [[]]
     size = 0
     for document in documents:
@@ -51,13 +51,13 @@ def batches(documents: list[str]) -> list[list[str]]:
     return [batch for batch in result if batch]
 
 
-def seconds(work) -> float:
+def time_call(work) -> float:
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
 
 
-def bare(encode, groups: list[list[str]]) -> None:
+def encode_all(encode, groups: list[list[str]]) -> None:
     for group in groups:
         encode(group, add_special_tokens=False)
 
@@ -66,19 +66,19 @@ def measure(
     texts: list[Path], tokenizer: Path, rounds: int, directory: Path
 ) -> dict[str, list[float]]:
     """Seconds of each way in each round."""
-    groups = batches(list(open_inputs(texts).documents()))
+    groups = split_batches(list(open_inputs(texts).read_documents()))
     library = load_tokenizer(tokenizer).tokenizer
     ways = {
         "growkit tokenize": lambda: tokenize(
-            texts, directory / "out", tokenizer, force=True, processes=cores()
+            texts, directory / "out", tokenizer, force=True, processes=count_cores()
         ),
-        "encode_batch": lambda: bare(library.encode_batch, groups),
-        "encode_batch_fast": lambda: bare(library.encode_batch_fast, groups),
+        "encode_batch": lambda: encode_all(library.encode_batch, groups),
+        "encode_batch_fast": lambda: encode_all(library.encode_batch_fast, groups),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, work in ways.items():
-            times[name].append(seconds(work))
+            times[name].append(time_call(work))
     return times
 
 
@@ -97,7 +97,7 @@ def main() -> None:
         manifest = json.loads((directory / "out" / "manifest.json").read_text())
     size = manifest["bytes"] / 1e6
     print(
-        f"{size:.1f} MB of text, {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {cores()} cores"
+        f"{size:.1f} MB of text, {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {count_cores()} cores"
     )
     ours = times.pop("growkit tokenize")
     print(f"growkit tokenize: {size / statistics.median(ours):.2f} MB/s")

@@ -12,30 +12,30 @@ import numpy as np
 import torch
 import transformers
 
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config.sections import Dropout, Optimizer
 
 
-def make_network(model: NeoX, dropout: Dropout, seed: int = 0, device: str = "cpu") -> Any:
+def make_network(model: Architecture, dropout: Dropout, seed: int = 0, device: str = "cpu") -> Any:
     """A new model in float32 with PyTorch's own attention (scaled_dot_product_attention)."""
     torch.manual_seed(seed)
     dropouts = {"hidden_dropout": dropout.hidden, "attention_dropout": dropout.attention}
     config = transformers.GPTNeoXConfig(
-        **write_config(model), **dropouts, attn_implementation="sdpa", use_cache=False
+        **model.config(), **dropouts, attn_implementation="sdpa", use_cache=False
     )
     return transformers.GPTNeoXForCausalLM(config).to(device).train()
 
 
-def as_tree(network: Any, model: NeoX) -> dict[str, Any]:
+def convert_parameters(network: Any, model: Architecture) -> dict[str, Any]:
     """Its parameters as the trainer's tree."""
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
 
     def leaf(row: Row) -> np.ndarray:
         return (
-            np.stack([tensors[row.named(n)] for n in range(model.layer)])
+            np.stack([tensors[row.name_at((n,))] for n in range(model.layer)])
             if row.stacked
-            else tensors[row.named()]
+            else tensors[row.name]
         )
 
     return model.table.tree(leaf)

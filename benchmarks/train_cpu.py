@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from torch_training import as_tree, make_network, make_step
+from torch_training import convert_parameters, make_network, make_step
 
-from trainer.config.sections import Config, neox, resolve
-from trainer.step.update import initial_state, make_train_step
+from trainer.config.sections import Config, build_architecture, resolve
+from trainer.step.update import init_state, make_train_step
 
 ROUNDS, STEPS, THREADS = 10, 3, 2
 CONFIG = {
@@ -34,11 +34,11 @@ CONFIG = {
 OURS, EAGER, COMPILED = "trainer", "PyTorch, eager", "PyTorch, torch.compile"
 
 
-def jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
+def make_jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
     """tokens [B, T+1] -> loss of the trainer's step, which keeps its state here."""
-    model = neox(config.model)
+    model = build_architecture(config.model)
     state, step = (
-        initial_state(config, model, jax.tree.map(jax.numpy.array, params)),
+        init_state(config, model, jax.tree.map(jax.numpy.array, params)),
         make_train_step(config, model),
     )
 
@@ -50,14 +50,14 @@ def jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
     return run
 
 
-def torch_step(config: Config, compiled: bool) -> Callable[[np.ndarray], float]:
+def make_torch_step(config: Config, compiled: bool) -> Callable[[np.ndarray], float]:
     """The same of PyTorch's."""
-    network = make_network(neox(config.model), config.dropout)
+    network = make_network(build_architecture(config.model), config.dropout)
     step = make_step(network, config.optimizer, compiled, config.precision.compute)
     return lambda tokens: float(step(torch.from_numpy(tokens)))
 
 
-def seconds(run: Callable[[np.ndarray], float], batches: np.ndarray) -> float:
+def time_step(run: Callable[[np.ndarray], float], batches: np.ndarray) -> float:
     """Seconds a step over some batches, each step waited for."""
     begun = time.perf_counter()
     for tokens in batches:
@@ -65,17 +65,17 @@ def seconds(run: Callable[[np.ndarray], float], batches: np.ndarray) -> float:
     return (time.perf_counter() - begun) / len(batches)
 
 
-def competitors(config: Config, first: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
+def make_competitors(config: Config, first: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
     """The steps by name, each compiled and warm; torch.compile only where it works (it needs a C++ compiler)."""
-    params = as_tree(make_network(neox(config.model), config.dropout), neox(config.model))
+    params = convert_parameters(make_network(build_architecture(config.model), config.dropout), build_architecture(config.model))
     steps = {
-        OURS: jax_step(config, params),
-        EAGER: torch_step(config, False),
-        COMPILED: torch_step(config, True),
+        OURS: make_jax_step(config, params),
+        EAGER: make_torch_step(config, False),
+        COMPILED: make_torch_step(config, True),
     }
     for name in list(steps):
         try:
-            seconds(steps[name], first)
+            time_step(steps[name], first)
         except torch._dynamo.exc.TorchDynamoException as problem:
             print(f"{name} does not work here: {str(problem).splitlines()[0]}")
             del steps[name]
@@ -88,8 +88,8 @@ def main() -> None:
     sequences, context, vocab = config.batch.sequences, config.model.context, config.model.vocab
     shape = (ROUNDS, STEPS, sequences, context + 1)
     tokens = np.random.default_rng(0).integers(0, vocab, shape)
-    steps = competitors(config, tokens[0])
-    rounds = [{name: seconds(step, batches) for name, step in steps.items()} for batches in tokens]
+    steps = make_competitors(config, tokens[0])
+    rounds = [{name: time_step(step, batches) for name, step in steps.items()} for batches in tokens]
     losses = {name: step(tokens[0, 0]) for name, step in steps.items()}
     if max(losses.values()) - min(losses.values()) > 1e-3 * min(losses.values()):
         raise SystemExit(f"these are not the same training: losses {losses}")

@@ -20,10 +20,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import numpy as np
 import torch
-from torch_training import as_tree, make_network, make_step
-from train_cpu import jax_step, seconds
+from torch_training import convert_parameters, make_network, make_step
+from train_cpu import make_jax_step, time_step
 
-from trainer.config.sections import Config, neox, resolve
+from trainer.config.sections import Config, build_architecture, resolve
 from trainer.config.values import read_values
 
 ROUNDS, STEPS = 5, 10
@@ -31,14 +31,14 @@ ROUNDS, STEPS = 5, 10
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 
 
-def configuration(sequences: int, dropout: bool) -> Config:
+def make_config(sequences: int, dropout: bool) -> Config:
     """The preset at a batch for one card; the rematerialisation that its slices need is left out."""
     overrides = [f"batch.sequences={sequences}", "schedule.warmup=0", "remat=none"]
     none = [] if dropout else ["dropout.hidden=0", "dropout.attention=0"]
     return resolve(read_values("760m", overrides + none))
 
 
-def torch_step(config: Config, network):
+def make_torch_step(config: Config, network):
     """tokens [B, T+1] -> loss, compiled, on the flash kernel."""
     step = make_step(network, config.optimizer, True, config.precision.compute)
 
@@ -49,19 +49,19 @@ def torch_step(config: Config, network):
     return run
 
 
-def row(config: Config) -> str:
+def measure_row(config: Config) -> str:
     """The figures of one configuration, both sides from the same parameters."""
-    model, batch = neox(config.model), config.batch.sequences * config.model.context
+    model, batch = build_architecture(config.model), config.batch.sequences * config.model.context
     network = make_network(model, config.dropout, device="cuda")
     steps = {
-        "trainer": jax_step(config, as_tree(network, model)),
-        "PyTorch": torch_step(config, network),
+        "trainer": make_jax_step(config, convert_parameters(network, model)),
+        "PyTorch": make_torch_step(config, network),
     }
     shape = (STEPS, config.batch.sequences, config.model.context + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape)
     for step in steps.values():
-        seconds(step, tokens[:3])
-    rounds = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(ROUNDS)]
+        time_step(step, tokens[:3])
+    rounds = [{name: time_step(step, tokens) for name, step in steps.items()} for _ in range(ROUNDS)]
     peak = PEAKS.get(jax.devices()[0].device_kind)
     words = []
     for name in steps:
@@ -85,7 +85,7 @@ def main() -> None:
     sequences = int(sys.argv[1]) if len(sys.argv) > 1 else 16
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}")
     for name, dropout in (("dropout 0", False), ("the recipe's dropout", True)):
-        print(f"{name}: {row(configuration(sequences, dropout))}")
+        print(f"{name}: {measure_row(make_config(sequences, dropout))}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 
 HEAD = """---
 library_name: transformers
@@ -21,7 +21,7 @@ tags: [gpt_neox, growkit]
 | --- | --- |
 | layers | {model.layer} |
 | hidden size | {model.embed} |
-| heads | {model.head} of {model.head_dim} |
+| heads | {model.head_count} of {model.head_dim} |
 | mlp | {model.mlp} |
 | vocabulary | {model.vocab} |
 | context | {model.context} tokens |
@@ -50,7 +50,7 @@ def format_count(number: float) -> str:
     return str(int(number))
 
 
-def format_card(model: NeoX, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
+def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
     """README.md of an exported model, its lineage in words; the entries themselves are in lineage.json.
 
     evaluation: tables and notes in Markdown, where it was measured.
@@ -58,7 +58,7 @@ def format_card(model: NeoX, lineage: list[dict[str, Any]], evaluation: str = ""
     head = HEAD.format(
         model=model,
         size=format_count(model.parameters),
-        residual="parallel" if model.parallel_residual else "sequential",
+        residual="parallel" if model.options["parallel_residual"] else "sequential",
         head="tied to the embedding" if model.tied else "untied",
     )
     steps = "".join(f"{number}. {describe_entry(entry)}\n" for number, entry in enumerate(lineage, 1))

@@ -97,12 +97,12 @@ def compare_logits(source, out: Path, dtype: str) -> str:
     from convert.reference import load_logits
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
-    from trainer.model.decoder import logits_of
+    from trainer.model.decoder import compute_logits
 
     length = min(128, source.model.context)
     tokens = np.random.default_rng(0).integers(0, source.model.vocab, (2, length))
     ours, theirs = (
-        logits_of(source, tokens),
+        compute_logits(source, tokens),
         load_logits(open_source(str(out)).here, "float32")(tokens),
     )
     gap, size = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())

@@ -18,7 +18,7 @@ from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.rounding import round_to_dtype
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
 from growkit.errors import UsageError, did_you_mean
-from growkit.models.gpt_neox import require_neox, write_config
+from growkit.models import require_trained
 from growkit.surgery.grow import provenance
 
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
@@ -35,7 +35,7 @@ def convert_to_checkpoint(source: Source) -> Contents:
         raise UsageError(
             f"{source.path} is a trainer checkpoint already; import takes a Hugging Face directory"
         )
-    require_neox(source.model, source.path)
+    require_trained(source.model, source.path)
     return Contents(
         config=source.config,
         recipes={"params": _in_table_order(source, None)},
@@ -59,10 +59,10 @@ def convert_to_directory(source: Source, dtype: str | None = None, evaluation: s
             f"--dtype is one of {', '.join(DTYPE_NAMES)}, got {dtype!r}{did_you_mean(dtype, DTYPE_NAMES)}"
         )
     target = DTYPE_NAMES[dtype] if dtype else source.dtype
-    model = require_neox(source.model, source.path)
+    model = require_trained(source.model, source.path)
     entry = provenance(source) | {"operation": "export", "dtype": str(target)}
     contents = Contents(
-        config=write_config(model, source.config),
+        config=model.config(source.config),
         recipes={"params": _in_table_order(source, DTYPE_NAMES[dtype] if dtype else None)},
         lineage=[*source.lineage, entry],
         files={name: content for name, content in source.files.items() if name not in OWN},

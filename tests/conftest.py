@@ -13,12 +13,13 @@ import pytest
 from growkit.checkpoint.huggingface import NAMES
 from growkit.checkpoint.orbax import write_checkpoint
 from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
 
-SMALL = NeoX(layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False)
+SMALL = GPT_NEOX.model(layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False)
 
 
-def save_transformers_model(path: Path, model: NeoX, dtype: str = "float32", seed: int = 0) -> Path:
+def save_transformers_model(path: Path, model: Architecture, dtype: str = "float32", seed: int = 0) -> Path:
     """A directory saved by transformers' own class, every parameter random (norms and biases too)."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -27,13 +28,13 @@ def save_transformers_model(path: Path, model: NeoX, dtype: str = "float32", see
         vocab_size=model.vocab,
         hidden_size=model.embed,
         num_hidden_layers=model.layer,
-        num_attention_heads=model.head,
+        num_attention_heads=model.head_count,
         intermediate_size=model.mlp,
         max_position_embeddings=model.context,
         rotary_pct=model.rotary_pct,
-        use_parallel_residual=model.parallel_residual,
+        use_parallel_residual=model.options["parallel_residual"],
         tie_word_embeddings=model.tied,
-        layer_norm_eps=model.layer_norm_eps,
+        layer_norm_eps=model.norm_eps,
     )
     network = transformers.GPTNeoXForCausalLM(config)
     with torch.no_grad():
@@ -95,12 +96,12 @@ BESIDE = {
 }
 
 
-def random_tensors(model: NeoX, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+def random_tensors(model: Architecture, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
     """Every parameter of a model by its name in files, all different, norms around one."""
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, row, _ in model.table.names(model.sizes):
-        array = generator.normal(0.0, 0.3, row.shape(model.sizes)) + (row.initialisation == "ones")
+        array = generator.normal(0.0, 0.3, row.shape(model.sizes)) + (row.begins == "ones")
         tensors[name] = array.astype(np.dtype(dtype))
     return tensors
 
@@ -122,19 +123,19 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def save_directory(
-    path: Path, model: NeoX = SMALL, dtype: str = "float32", seed: int = 0, **config
+    path: Path, model: Architecture = SMALL, dtype: str = "float32", seed: int = 0, **config
 ) -> Path:
     """A Hugging Face directory of random parameters with small files beside them; needs neither torch nor jax."""
     path.mkdir(parents=True)
     save_tensors(path / "model.safetensors", random_tensors(model, dtype, seed))
-    (path / "config.json").write_text(json.dumps(write_config(model) | config))
+    (path / "config.json").write_text(json.dumps(model.config() | config))
     for name, content in BESIDE.items():
         (path / name).write_bytes(content)
     return path
 
 
 def save_checkpoint(
-    path: Path, model: NeoX = SMALL, seed: int = 0, dtype: str = "float32", **record
+    path: Path, model: Architecture = SMALL, seed: int = 0, dtype: str = "float32", **record
 ) -> Path:
     """A trainer checkpoint of random parameters and moments (nu positive), with counters and files."""
     slots = {
@@ -147,7 +148,7 @@ def save_checkpoint(
         for slot, tensors in slots.items()
     }
     record = {"count": 70, "step": 70, "schedule_step": 70, "tokens": 9000} | record
-    write_checkpoint(path, Contents(write_config(model), recipes, [], record, BESIDE))
+    write_checkpoint(path, Contents(model.config(), recipes, [], record, BESIDE))
     return path
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from growkit.checkpoint.tensor import (
 from growkit.errors import GrowkitError, first_line
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
-from growkit.models.notation import Row
+from growkit.models.notation import Position, Row
 
 STATE, META, FILES = "state", "meta", "files"
 # Orbax writes this file last: a directory that holds it is a finished checkpoint.
@@ -76,13 +77,15 @@ class Array:
     file: Path | None = None
     store: Any = None
 
-    def as_tensor(self, layer: int | None = None) -> Tensor:
-        """The whole array, or one layer of a stacked array; only that layer is ever read."""
-        shape = self.shape if layer is None else self.shape[1:]
+    def as_tensor(self, position: Position = ()) -> Tensor:
+        """The whole array, or one unit of the stacked axes (a layer); only that unit is read."""
+        shape = self.shape[len(position) :]
         if self.file is not None:
-            offset = (layer or 0) * math.prod(shape) * self.dtype.itemsize
+            units = self.shape[: len(position)]
+            unit = int(np.ravel_multi_index(position, units)) if position else 0
+            offset = unit * math.prod(shape) * self.dtype.itemsize
             return open_raw(self.file, offset, shape, self.dtype)
-        part = self.store if layer is None else self.store[layer]
+        part = self.store[position] if position else self.store
         chunk = self.store.chunk_layout.read_chunk.shape or ()
         # How many rows of this tensor a chunk holds.
         stride = next(iter(chunk[len(self.shape) - len(shape) :]), 1)
@@ -201,7 +204,7 @@ def _share_cache() -> Any:
 
 
 def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
-    """One tensor for each layer, under its name in files.
+    """One tensor for each unit of the stacked axes (each layer), under its name in files.
 
     Raises GrowkitError for an array that no row of the axis table covers.
     """
@@ -216,8 +219,9 @@ def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -
             raise GrowkitError(
                 f"no row of the axis table covers the array {name!r}; the rows are {known}"
             )
-        layers = range(array.shape[0]) if row.stacked else [None]
-        tensors |= {row.named(layer): array.as_tensor(layer) for layer in layers}
+        units = array.shape[: len(row.stacked)]
+        for position in product(*(range(size) for size in units)):
+            tensors[row.name_at(position)] = array.as_tensor(position)
     return tensors
 
 
@@ -247,7 +251,7 @@ def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A stored array to be written: the recipes of its layers (or a single one), end to end."""
+    """An array to be written: the recipes of its layers (or a single one), end to end."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -264,11 +268,11 @@ def collect_leaves(contents: Contents, model: Architecture) -> dict[tuple[str, .
     found: dict[tuple[str, ...], Leaf] = {}
     for slot, recipes in contents.recipes.items():
         for row in model.table.rows:
-            layers = range(model.layer) if row.stacked else [None]
-            parts = tuple(recipes[row.named(layer)] for layer in layers)
+            names = [row.name_at(position) for position in row.positions(model.sizes)]
+            parts = tuple(recipes[name] for name in names)
             _check_one_dtype(row, parts)
-            stacked = (model.layer,) if row.stacked else ()
-            found[(slot, *row.path)] = Leaf(stacked + parts[0].shape, parts[0].dtype, parts)
+            shape = row.stacked_sizes(model.sizes) + parts[0].shape
+            found[(slot, *row.path)] = Leaf(shape, parts[0].dtype, parts)
     for name in COUNTERS:
         value = np.asarray(contents.record.get(name, 0), np.int32)
         found[(name,)] = Leaf((), value.dtype, (copy_tensor(wrap_array(value)),))

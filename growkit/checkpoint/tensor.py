@@ -233,7 +233,7 @@ class Source:
         """Raise GrowkitError unless names and shapes are those of the axis table."""
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         try:
-            self.model.table.cover(shapes, self.model.sizes, self.model.fields)
+            self.model.table.check_covered(shapes, self.model.sizes, self.model.fields)
         except GrowkitError as problem:
             where = "" if slot == "params" else f"{slot}: "
             raise GrowkitError(f"{self.path}: {where}{problem}") from None
@@ -280,13 +280,13 @@ class Source:
         """
 
         def stack_row(row: Row) -> np.ndarray:
-            layers = range(self.model.layer) if row.stacked else [None]
-            tensors = [self.tensors[slot][row.named(layer)] for layer in layers]
+            names = [row.name_at(position) for position in row.positions(self.model.sizes)]
+            tensors = [self.tensors[slot][name] for name in names]
             target = dtype or np.result_type(*(tensor.dtype for tensor in tensors))
             array = np.empty((len(tensors), *tensors[0].shape), target)
             for place, tensor in enumerate(tensors):
                 array[place] = tensor.read()
-            return array if row.stacked else array[0]
+            return array.reshape(row.stacked_shape(self.model.sizes))
 
         return self.model.table.tree(stack_row)
 

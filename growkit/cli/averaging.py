@@ -24,10 +24,10 @@ def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, sh
     """
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.average import averaged
+    from growkit.surgery.average import average_checkpoints
 
     sources = [open_source(each) for each in src]
-    contents = averaged(sources, None if weights is None else _numbers(weights))
+    contents = average_checkpoints(sources, None if weights is None else _numbers(weights))
     last = sources[-1]
     write_with_progress(sources, contents, parse_path(out), last.kind, force, shard)
     shares = ", ".join(f"{share:.4g}" for share in contents.lineage[-1]["weights"])

@@ -27,8 +27,6 @@ ROUNDING = {"bfloat16": 5e-2, "float16": 5e-3}
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(src: str, as_json: bool) -> None:
     """Say what SRC is: sizes, parameters, optimizer state, tokenizer, lineage."""
-    from dataclasses import asdict
-
     from growkit.checkpoint.location import open_source
 
     source = open_source(src)
@@ -36,7 +34,7 @@ def inspect(src: str, as_json: bool) -> None:
         "path": str(source.path),
         "kind": source.kind,
         "architecture": source.model.kind,
-        "model": asdict(source.model) | {"head_dim": source.model.sizes["head_dim"]},
+        "model": source.model.values,
         "parameters": source.model.parameters,
         "dtype": str(source.dtype),
         "bytes": source.size,
@@ -79,7 +77,7 @@ def _model_lines(kind: str, model: dict) -> list[str]:
     residual = "parallel" if model["parallel_residual"] else "sequential"
     return [
         f"model        GPT-NeoX: {size}, {model['head']} heads of {model['head_dim']}, {common}",
-        f"             rotary {model['rotary_pct']:g} of head_dim, {residual} residual, {head}",
+        f"             rotary {model['rope']['partial_rotary_factor']:g} of head_dim, {residual} residual, {head}",
     ]
 
 
@@ -108,11 +106,11 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from dataclasses import asdict
 
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.comparison import compared, fields_differing, model_of
+    from growkit.surgery.comparison import compare_sources, fields_differing, model_of
 
     one, other = open_source(a), open_source(b)
     with show_progress("comparing", one.size + other.size) as progress:
-        tensors = list(compared(one, other, progress))
+        tensors = list(compare_sources(one, other, progress))
     facts = {
         "a": _side(one),
         "b": _side(other),
@@ -293,9 +291,9 @@ def _encoded(source, tokens: int) -> list[int] | None:
 def _logits(source, ids):
     """The logits [B, T, V] of a model on disk, computed in float32."""
     if source.model.kind == "gpt_neox":
-        from trainer.model.decoder import logits_of
+        from trainer.model.decoder import compute_logits
 
-        return logits_of(source, ids)
+        return compute_logits(source, ids)
     from convert.reference import load_logits
 
     return load_logits(source.here, "float32")(ids)

@@ -15,7 +15,7 @@ NOT_PRESERVED = "not preserved: a copied layer adds its part once more, so the l
 
 def describe(source, plan, size: int, out: Path) -> str:
     """What a plan will do, for a reader at a terminal."""
-    from growkit.growth.depth import picture
+    from growkit.growth.depth import draw_map
 
     before, after = plan.model, plan.grown
     lines = [
@@ -24,7 +24,7 @@ def describe(source, plan, size: int, out: Path) -> str:
         f"sizes       {format_changes(before.sizes, after.sizes)}",
         *(f"growth      {words}" for words in plan.method.split("; ")),
         *(f"by rule     {note}" for note in plan.notes),
-        *([picture(plan.maps["layer"].index.tolist())] if "layer" in plan.maps else []),
+        *([draw_map(plan.maps["layer"].index.tolist())] if "layer" in plan.maps else []),
         *(f"padding     {words}" for words in _padding(plan)),
         *([f"noise       {_noise(plan)}"] if plan.noise else []),
         f"parameters  {before.parameters:,} -> {after.parameters:,} ({after.parameters / before.parameters:.2f}x)",
@@ -106,9 +106,10 @@ def _rates(source, plan) -> str:
         return "the function is the source's now, the training that follows is not"
     tensors: dict[str, list[str]] = {}
     for row in plan.grown.table.rows:
-        scale = share_scale(row, plan.maps)
-        if scale is not None:
-            low, high = float(scale.min()), float(scale.max())
+        scales = [share_scale(part.axes, plan.maps) for part in row.parts]
+        low = min(float(scale.min()) for scale in scales)
+        high = max(float(scale.max()) for scale in scales)
+        if (low, high) != (1.0, 1.0):
             factor = f"x{low:.3g}" if low == high else f"x{low:.3g} to x{high:.3g}"
             tensors.setdefault(factor, []).append(".".join(row.path).removeprefix("layers."))
     factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in tensors.items())

@@ -109,8 +109,8 @@ def open_models(texts: tuple[str, ...]) -> list[tuple]:
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
     from growkit.evaluation.harness import require_harness
-    from growkit.models.gpt_neox import require_neox
-    from trainer.data.tokenizer import carried_tokenizer
+    from growkit.models import require_trained
+    from trainer.data.tokenizer import load_model_tokenizer
 
     found = []
     for text in texts:
@@ -119,8 +119,8 @@ def open_models(texts: tuple[str, ...]) -> list[tuple]:
             *(("torch", "transformers", "accelerate") if source.kind == "huggingface" else ())
         )
         if source.kind == "checkpoint":
-            require_neox(source.model, source.path)
-        tokenizer = carried_tokenizer(source.files, source.path)
+            require_trained(source.model, source.path)
+        tokenizer = load_model_tokenizer(source.files, source.path)
         if tokenizer.vocab_size > source.model.vocab:
             raise GrowkitError(
                 f"the tokenizer of {source.path} gives ids up to {tokenizer.vocab_size - 1}, and the vocabulary of the "
@@ -132,15 +132,14 @@ def open_models(texts: tuple[str, ...]) -> list[tuple]:
 
 def load_model(source, tokenizer, window: int, batch: int):
     """The model of a source as the harness asks it: transformers' for a directory, ours for a checkpoint."""
-    from growkit.models.gpt_neox import NeoX
 
     if source.kind == "checkpoint":
-        from trainer.evaluate.harness import jax_model
+        from trainer.evaluate.harness import load_jax_model
 
-        return jax_model(source, tokenizer, window, batch)
+        return load_jax_model(source, tokenizer, window, batch)
     from convert.harness import load_hugging_face_model
 
-    prefix = tokenizer.end_of_text_id if isinstance(source.model, NeoX) else None
+    prefix = tokenizer.end_of_text_id if source.model.kind == "gpt_neox" else None
     return load_hugging_face_model(source.here, prefix, window, batch)
 
 

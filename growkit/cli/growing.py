@@ -163,8 +163,6 @@ def read_target(text: str, model):
 
 def _preset_model(text: str, model):
     """The model of a preset or a YAML file; a section states what is to differ, the rest is `model`'s."""
-    from dataclasses import replace
-
     from growkit.errors import UsageError
     from trainer.config.sections import resolve, resolve_model
     from trainer.config.values import read_values
@@ -177,7 +175,9 @@ def _preset_model(text: str, model):
     if model.kind != "gpt_neox":
         raise UsageError(f"it describes a gpt_neox model, the source is a {model.kind} one")
     sizes = model.sizes | {axis: stated.pop(axis) for axis in model.fields if axis in stated}
-    return replace(model.resized(sizes), **stated)
+    if "layer_norm_eps" in stated:
+        stated["norm_eps"] = stated.pop("layer_norm_eps")
+    return model.resize(sizes).change(**stated)
 
 
 def _number(option: str, text: str, whole: bool = False) -> float | int:
@@ -207,14 +207,14 @@ def _grow(
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import check_writable, open_source
     from growkit.errors import UsageError
-    from growkit.growth.plan import with_options
+    from growkit.growth.plan import set_options
 
     values = {"noise": _number("noise", noise), "seed": _number("seed", seed, whole=True)}
     tokens = None if check is None else _number("check", check, whole=True)
     if tokens is not None and output["dry_run"]:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     source = open_source(src)
-    plan = with_options(plan_of(source.model), moments, **values)
+    plan = set_options(plan_of(source.model), moments, **values)
     check_writable(parse_path(out), [source], output["force"])
     parse_shard_size(shard, source.kind)
     if tokens is not None:
@@ -236,9 +236,9 @@ def grow(
 ) -> None:
     """Print what a plan will do, then do it; tokens: how many to check the result on, None for no check."""
     from growkit.cli.comparing import check_growth, format_check, require_preserved
-    from growkit.surgery.grow import grown
+    from growkit.surgery.grow import prepare_growth
 
-    contents = grown(source, plan)
+    contents = prepare_growth(source, plan)
     if not as_json:
         click.echo(describe(source, plan, contents.size, out))
     found = None

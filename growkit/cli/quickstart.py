@@ -88,7 +88,7 @@ def _say(number: int, words: str) -> None:
 
 def _prepare_text(directory: Path) -> int:
     from growkit.cli.terminal import show_counts
-    from trainer.data.processes import cores
+    from trainer.data.processes import count_cores
     from trainer.data.tokenize import tokenize_documents
     from trainer.data.tokenizer import train_tokenizer
 
@@ -100,7 +100,7 @@ def _prepare_text(directory: Path) -> int:
         with show_counts("tokenizing") as progress:
             names = ["Python standard library"]
             tokenize_documents(
-                texts, directory / "tokens", tokenizer, names, False, progress, cores()
+                texts, directory / "tokens", tokenizer, names, False, progress, count_cores()
             )
     manifest = json.loads((directory / "tokens" / "manifest.json").read_text())
     click.echo(
@@ -242,7 +242,7 @@ def _show(directory: Path) -> None:
     (directory / "table.md").write_text(table + "\n")
     trained = histories["trained"]
     picture = epath.Path(directory / "curves.png")
-    curves.draw(
+    curves.draw_curves(
         picture,
         trained.earlier + trained.rows,
         "growkit quickstart",

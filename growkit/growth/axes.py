@@ -78,9 +78,16 @@ class AxisMap:
             )
         return AxisMap(self.index[after.index], self.share[after.index] * after.share, self.source)
 
+    def extend(self, size: int) -> AxisMap:
+        """This map with new units up to `size` that copy nothing: each is its own source."""
+        added = size - len(self)
+        index = np.concatenate([self.index, self.source + np.arange(added)])
+        share = np.concatenate([self.share, np.ones(added)])
+        return AxisMap(index, share, self.source + added)
 
-def listed(index: Sequence[int], source: int, share: Sequence[float] | None = None) -> AxisMap:
-    """The map an explicit list of old units gives; every share 1 unless told."""
+
+def make_map(index: Sequence[int], source: int, share: Sequence[float] | None = None) -> AxisMap:
+    """The map that an explicit list of old units gives; every share 1 unless told."""
     index = np.asarray(index, np.int64)
     return AxisMap(
         index, np.ones(len(index)) if share is None else np.asarray(share, np.float64), source
@@ -93,21 +100,21 @@ def replicate(source: int, target: int) -> AxisMap:
     Gopher (arXiv 2112.11446), section G.3.3, gives round(i / target * source) for layers; to nearest it runs
     out of range when doubling, so the floor is taken, in integers.
     """
-    return listed(np.arange(target) * source // target, source)
+    return make_map(np.arange(target) * source // target, source)
 
 
-def nearest(source: int, target: int) -> AxisMap:
+def replicate_nearest(source: int, target: int) -> AxisMap:
     """Each unit replicated in place: i * source / target to nearest, half up, clipped to the last unit; share 1."""
     index = (2 * np.arange(target) * source + target) // (2 * target)
-    return listed(np.minimum(index, source - 1), source)
+    return make_map(np.minimum(index, source - 1), source)
 
 
 def stack(source: int, target: int) -> AxisMap:
     """Units 0..source-1 repeated whole, 0,1,2,0,1,2: i mod source, share 1 (G_stack, arXiv 2405.15319)."""
-    return listed(np.arange(target) % source, source)
+    return make_map(np.arange(target) % source, source)
 
 
-def inserted(source: int, target: int) -> AxisMap:
+def insert(source: int, target: int) -> AxisMap:
     """Copies inserted after their originals, the originals with share 1 and the copies with 0.
 
     LLaMA-Pro (arXiv 2401.02415), section 3.1: whoever sums over the axis finds the old sum.
@@ -129,7 +136,7 @@ def repeat(source: int, target: int) -> AxisMap:
     return AxisMap(index, 1.0 / np.bincount(index, minlength=source)[index], source)
 
 
-def uneven(even: AxisMap, spread: float) -> AxisMap:
+def spread_shares(even: AxisMap, spread: float) -> AxisMap:
     """A map of the same copies with shares that differ by up to `spread` (below 1) of themselves, summing as before.
 
     Copies that carry different shares have different gradients, so training tells them apart.

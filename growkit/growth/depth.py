@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from growkit.errors import UsageError, did_you_mean
-from growkit.growth.axes import AxisMap, inserted, listed, nearest, replicate, stack
-from growkit.growth.plan import Plan, planned
+from growkit.growth.axes import AxisMap, insert, make_map, replicate, replicate_nearest, stack
+from growkit.growth.plan import Plan, build_plan
 from growkit.models.architecture import Architecture
 
 MOST_LAYERS = 4096
@@ -19,9 +19,9 @@ FORM = "--map takes SOURCE:TARGET, as 18:24, or a list of source layers, as 0,0,
 # method: (map of source and target counts, its formula)
 METHODS: dict[str, tuple[Callable[[int, int], AxisMap], str]] = {
     "replicate": (replicate, "floor(i*{source}/{target})"),
-    "nearest": (nearest, "round(i*{source}/{target}), clipped"),
+    "nearest": (replicate_nearest, "round(i*{source}/{target}), clipped"),
     "stack": (stack, "i mod {source}"),
-    "identity": (inserted, "floor(i*{source}/{target}), copies add nothing"),
+    "identity": (insert, "floor(i*{source}/{target}), copies add nothing"),
 }
 
 
@@ -48,13 +48,13 @@ def plan_depth(model: Architecture, text: str, method: str | None = None) -> Pla
             f"--method {method} goes with --map SOURCE:TARGET; the list {text!r} says itself what is copied"
         )
     else:
-        layers, words = listed(_parse_list(text, model.layer), model.layer), "list"
+        layers, words = make_map(_parse_list(text, model.layer), model.layer), "list"
     if len(layers) < model.layer:
         raise UsageError(
             f"growth adds layers: --map {text} lists {len(layers)}, the source has {model.layer}; "
             f"a list of all of them is 0-{model.layer - 1}"
         )
-    return planned("depth", words, model, {"layer": layers})
+    return build_plan("depth", words, model, {"layer": layers})
 
 
 def _check_pair(source: int, target: int, layers: int) -> int:
@@ -100,7 +100,7 @@ def _parse_list(text: str, layers: int) -> list[int]:
     return index
 
 
-def picture(layers: Sequence[int], width: int = 24) -> str:
+def draw_map(layers: Sequence[int], width: int = 24) -> str:
     """The layer map as two lines a block: each new layer over the source layer it copies, copies marked."""
     first = {layer: n for n, layer in reversed(list(enumerate(layers)))}
     marks = [" " if first[layer] == n else "+" for n, layer in enumerate(layers)]

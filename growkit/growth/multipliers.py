@@ -9,26 +9,20 @@ source's gradient once (clip: 1 / (mu's scale squared x copies)). Width by copie
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from growkit.growth.axes import AxisMap, make_map
+from growkit.growth.padding import MU, VALUE
+from growkit.growth.rule import lay_along, narrow, share_scale
 from growkit.models.architecture import Architecture
-from growkit.models.notation import Row
+from growkit.models.notation import Part, Product, Row
 
 Lineage = Sequence[Mapping[str, Any]]
 # Where a growth that `Plan.continues` states its factors in its lineage entry.
 STATED = "optimizer"
-
-
-@dataclass(frozen=True)
-class Copied:
-    """An axis of a grown model against its origin: each unit's share of its source, and the source's copies."""
-
-    share: np.ndarray
-    copies: np.ndarray
 
 
 def growths_after(
@@ -55,80 +49,114 @@ def continues(lineage: Lineage) -> bool:
     return bool(owed) and all(STATED in entry for entry in owed)
 
 
-def copied_axes(growths: Sequence[Mapping[str, Any]]) -> dict[str, Copied]:
-    """Every axis that the growths, one after the other, copied. New units of a padding are nobody's copies."""
-    axes: dict[str, Copied] = {}
+def compose_maps(growths: Sequence[Mapping[str, Any]]) -> dict[str, AxisMap]:
+    """Every axis that the growths, one after the other, copied, as one map from its origin.
+
+    New units of a padding are nobody's copies.
+    """
+    composed: dict[str, AxisMap] = {}
     for entry in growths:
         for axis, size in entry["sizes"]["before"].items():
-            before = axes.get(axis, Copied(np.ones(size), np.ones(size)))
             if axis in entry["maps"]:
-                index = np.asarray(entry["maps"][axis]["index"])
-                copies = np.bincount(index, minlength=size)
-                share = before.share[index] * np.asarray(entry["maps"][axis]["share"])
-                axes[axis] = Copied(share, before.copies[index] * copies[index])
-            elif axis in axes and axis in entry["pads"]:
-                new = np.ones(entry["pads"][axis] - size)
-                axes[axis] = Copied(
-                    *(np.concatenate([old, new]) for old in (before.share, before.copies))
-                )
-    axes.pop("layer", None)
-    return axes
+                recorded = entry["maps"][axis]
+                later = make_map(recorded["index"], size, recorded["share"])
+                composed[axis] = composed[axis].then(later) if axis in composed else later
+            elif axis in composed and axis in entry["pads"]:
+                composed[axis] = composed[axis].extend(entry["pads"][axis])
+    composed.pop("layer", None)
+    return composed
 
 
 def multipliers(
     model: Architecture, growths: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """{'learning_rate' | 'eps' | 'clip': the trainer's tree of factors}, each a number, or an array where units differ.
+    """{'learning_rate' | 'eps' | 'clip': a parameter tree of factors} for a model grown so.
 
-    Arrays have the row's stored shape, with a leading dimension of 1 for stacked rows.
+    Each factor is a number, or where units differ an array that broadcasts to the parameter, stacked axes first.
     """
-    axes = copied_axes(growths)
-    trees: dict[str, dict[str, Any]] = {"learning_rate": {}, "eps": {}, "clip": {}}
+    maps, origin = compose_maps(growths), _origin(model, growths)
+    found = {row: _factors(row, model, maps, origin) for row in model.table.rows}
+    return {
+        name: model.table.tree(lambda row, name=name: found[row][name])
+        for name in ("learning_rate", "eps", "clip")
+    }
+
+
+def describe_multipliers(
+    model: Architecture, growth: Mapping[str, Any]
+) -> dict[str, dict[str, float | str]]:
+    """For a lineage: row -> its three factors, 'per element' where units differ.
+
+    Rows with all factors 1 are left out.
+    """
+    maps, origin = compose_maps([growth]), _origin(model, [growth])
+    rows = {}
     for row in model.table.rows:
-        for name, factor in _factors(row, axes).items():
-            node = trees[name]
-            for key in row.path[:-1]:
-                node = node.setdefault(key, {})
-            node[row.path[-1]] = _stored(factor, row, model)
-    return trees
-
-
-def _factors(row: Row, axes: Mapping[str, Copied]) -> dict[str, np.ndarray]:
-    """The three factors of a row, broadcastable to its unfused shape."""
-    read, written, copies = (np.ones([1] * len(row.axes)) for _ in range(3))
-    for place, axis in enumerate(row.axes):
-        if axis.name in axes:
-            along = [-1 if at == place else 1 for at in range(len(row.axes))]
-            share, count = (
-                _once(each).reshape(along)
-                for each in (axes[axis.name].share, axes[axis.name].copies)
-            )
-            read, written = (read * share, written) if axis.read else (read, written * share)
-            copies = copies * count
-    return {"learning_rate": read, "eps": written, "clip": 1.0 / (written**2 * copies)}
-
-
-def _once(values: np.ndarray) -> np.ndarray:
-    """A vector, or what it holds once if that is one number: factors of two axes would fill a whole parameter."""
-    return values[:1] if (values == values[0]).all() else values
-
-
-def _stored(factor: np.ndarray, row: Row, model: Architecture) -> float | np.ndarray:
-    if (factor == factor.flat[0]).all():
-        return float(factor.flat[0])
-    whole = np.broadcast_to(factor, row.unfused(model.sizes)).reshape(row.shape(model.sizes))
-    return whole[None] if row.stacked is not None else whole
-
-
-def in_words(model: Architecture, growth: Mapping[str, Any]) -> dict[str, dict[str, float | str]]:
-    """For a lineage: row -> its three factors, 'per element' where units differ; rows with all factors 1 left out."""
-    axes, rows = copied_axes([growth]), {}
-    for row in model.table.rows:
-        factors = {
-            name: _stored(factor, row, model) for name, factor in _factors(row, axes).items()
-        }
+        factors = _factors(row, model, maps, origin)
         if any(not isinstance(factor, float) or factor != 1.0 for factor in factors.values()):
             rows[row.name] = {
-                n: f if isinstance(f, float) else "per element" for n, f in factors.items()
+                name: factor if isinstance(factor, float) else "per element"
+                for name, factor in factors.items()
             }
     return rows
+
+
+def _origin(model: Architecture, growths: Sequence[Mapping[str, Any]]) -> Architecture:
+    """The model before the growths."""
+    return model.resize(growths[0]["sizes"]["before"]) if growths else model
+
+
+def _factors(
+    row: Row, model: Architecture, maps: Mapping[str, AxisMap], origin: Architecture
+) -> dict[str, float | np.ndarray]:
+    """The three factors of a row, each a number or an array as `multipliers` has it."""
+    ratio = origin.scalar_growth(row, model)
+    rates, epsilons, clips = [], [], []
+    for part in row.parts:
+        axes = (*row.stacked, *part.axes)
+        rate = share_scale(axes, maps, VALUE) * ratio
+        eps = share_scale(axes, maps, MU) / ratio
+        rates.append(_store(rate, row, part, model))
+        epsilons.append(_store(eps, row, part, model))
+        clips.append(_store(1.0 / (eps**2 * _count_copies(axes, maps)), row, part, model))
+    return {
+        "learning_rate": _join(rates, row, model),
+        "eps": _join(epsilons, row, model),
+        "clip": _join(clips, row, model),
+    }
+
+
+def _count_copies(axes: Product, maps: Mapping[str, AxisMap]) -> np.ndarray:
+    """How many copies each element's source has."""
+    copies = np.ones([1] * len(axes))
+    for place, axis in enumerate(axes):
+        if axis.name in maps:
+            axis_map = maps[axis.name]
+            count = narrow(axis_map.copies[axis_map.index])
+            copies = copies * lay_along(count, place, len(axes))
+    return copies
+
+
+def _store(factor: np.ndarray, row: Row, part: Part, model: Architecture) -> float | np.ndarray:
+    """A factor as one number, or in the stored shape of a part, stacked axes first."""
+    if (factor == factor.flat[0]).all():
+        return float(factor.flat[0])
+    stacked = factor.shape[: len(row.stacked)]
+    whole = np.broadcast_to(factor, (*stacked, *part.unfused(model.sizes)))
+    return whole.reshape(*stacked, *part.shape(model.sizes))
+
+
+def _join(factors: list[float | np.ndarray], row: Row, model: Architecture) -> float | np.ndarray:
+    """The factors of a row's parts as one number where they are the same, else as one array."""
+    first = factors[0]
+    if len(factors) == 1:
+        return first
+    if isinstance(first, float) and all(factor == first for factor in factors[1:]):
+        return first
+    assert row.summed is not None
+    stacked = [1] * len(row.stacked)
+    whole = [
+        np.broadcast_to(factor, (*stacked, *part.shape(model.sizes)))
+        for factor, part in zip(factors, row.parts, strict=True)
+    ]
+    return np.concatenate(whole, axis=len(stacked) + row.summed)

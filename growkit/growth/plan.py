@@ -52,7 +52,10 @@ class Plan:
     @property
     def preserved(self) -> bool:
         """Whether the grown model computes the source's function."""
-        return all(preserves(axis, axis_map) for axis, axis_map in self.maps.items())
+        uniform = self.model.table.uniform_axes
+        return all(
+            preserves(axis, axis_map, axis in uniform) for axis, axis_map in self.maps.items()
+        )
 
     @property
     def continues(self) -> bool:
@@ -104,7 +107,7 @@ class Plan:
         }
 
 
-def plan_from(entry: Mapping[str, Any], model: Architecture) -> Plan:
+def read_plan(entry: Mapping[str, Any], model: Architecture) -> Plan:
     """The plan that a lineage entry records, for a model of the sizes before it."""
     maps = {
         axis: AxisMap(
@@ -112,13 +115,13 @@ def plan_from(entry: Mapping[str, Any], model: Architecture) -> Plan:
         )
         for axis, m in entry["maps"].items()
     }
-    return planned(
+    return build_plan(
         entry["operation"], entry["method"], model, maps, entry["pads"],
         moments=entry["moments"], noise=entry["noise"], seed=entry["seed"],
     )  # fmt: skip
 
 
-def with_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
+def set_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
     """The plan with what growing verbs have in common. Raises UsageError for values that cannot be meant for it."""
     plan = replace(plan, moments=moments, noise=noise, seed=seed)
     if noise and not any(
@@ -134,7 +137,7 @@ def with_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int
     return plan
 
 
-def planned(
+def build_plan(
     verb: str,
     method: str,
     model: Architecture,
@@ -150,25 +153,24 @@ def planned(
     else:
         grown_sizes = sizes | {"embed": sizes[model.heads] * sizes["head_dim"]}
     eps = model.norm_eps * model.embed / pads["embed"] if "embed" in pads else None
-    return Plan(verb, method, model, model.resized(grown_sizes, eps), dict(maps), pads, **options)
+    return Plan(verb, method, model, model.resize(grown_sizes, eps), dict(maps), pads, **options)
 
 
-def preserves(axis: str, axis_map: AxisMap) -> bool:
-    """Whether a map of this axis leaves the function as it was.
+def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:
+    """Whether a map of this axis keeps the function.
 
-    layer: one copy of each source with share 1, in the sources' order, all others 0. embed: as many copies of
-    every unit, with equal shares, because a norm averages over them. Any other: shares that sum to 1.
+    layer: one copy of each source with share 1, in the sources' order, all others 0. uniform: whether a norm
+    averages over the axis; then every unit needs as many copies, with equal shares. Any other axis: shares that
+    sum to 1 for each source.
     """
     if axis == "layer":
         kept = axis_map.index[axis_map.share == 1.0]
-        return bool(np.isin(axis_map.share, (0.0, 1.0)).all()) and np.array_equal(
-            kept, np.arange(axis_map.source)
-        )
-    if axis == "embed":
-        uniform = len(set(axis_map.copies.tolist())) == 1
-        return uniform and bool(
-            np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=0, atol=1e-12)
-        )
+        only_whole = bool(np.isin(axis_map.share, (0.0, 1.0)).all())
+        return only_whole and np.array_equal(kept, np.arange(axis_map.source))
+    if uniform:
+        equal = 1.0 / axis_map.copies[axis_map.index]
+        as_many = len(set(axis_map.copies.tolist())) == 1
+        return as_many and bool(np.allclose(axis_map.share, equal, rtol=0, atol=1e-12))
     return axis_map.preserves_sums
 
 
@@ -176,7 +178,7 @@ def _even(axis_map: AxisMap) -> bool:
     return bool(np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=1e-9))
 
 
-def combined(verb: str, plans: list[Plan], model: Architecture) -> Plan:
+def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
     """One plan that does what several do, on axes of their own. Raises UsageError when two want the same axis."""
     maps: dict[str, AxisMap] = {}
     pads: dict[str, int] = {}
@@ -188,4 +190,4 @@ def combined(verb: str, plans: list[Plan], model: Architecture) -> Plan:
         pads |= plan.pads
     method = "; ".join(plan.method for plan in plans)
     notes = tuple(note for plan in plans for note in plan.notes)
-    return replace(planned(verb, method, model, maps, pads), notes=notes)
+    return replace(build_plan(verb, method, model, maps, pads), notes=notes)

@@ -1,15 +1,19 @@
-"""Expansion: one array grown along the axes of its row, by the one rule of growth.
+"""The one rule of growth, for an array or a part of it.
 
-Values are scaled by the shares of the axes a parameter reads. Gradients, and with them Adam's moments, are
-scaled by the shares of the axes it writes: mu once, nu twice, because the gradient that reaches a copy
-is its share of the gradient of its source. Works on numpy and jax arrays alike, one parameter at a time.
-Knows neither names in files nor which maps belong together; padding is in `growkit.growth.padding`.
+Values are scaled by the shares of the axes that a parameter reads. Gradients, and with them Adam's
+moments, are scaled by the shares of the axes that it writes: mu once, nu twice, because the gradient that
+reaches a copy is its share of the gradient of its source. Then come noise and padding.
+
+`PartGrowth.grow` is the only place where numbers change. It takes all of a parameter, or some of its
+leading units (see `lead`), and works on numpy and jax arrays alike, under jit too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -17,93 +21,49 @@ import numpy as np
 
 from growkit.growth.axes import AxisMap
 from growkit.growth.noise import UNIT, centred, uniform
-from growkit.growth.padding import MU, NU, VALUE, pad
-from growkit.models.notation import Row
+from growkit.growth.padding import (
+    MU,
+    NU,
+    PADDED,
+    VALUE,
+    Rule,
+    extend,
+    fill_new,
+    prevent_fusing,
+    rule_along,
+    scale_old,
+    scale_with_offset,
+    sum_along,
+)
+from growkit.models.notation import ATTENTION, Part, Position, Product, Row
 
 if TYPE_CHECKING:
     from growkit.growth.plan import Plan
 
+# Up to so many stretches of neighbours are copied faster than as many single entries.
 FEW = 16
 NARROW = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
-def expand(
-    array: Any,
-    row: Row,
-    sizes: Mapping[str, int],
-    maps: Mapping[str, AxisMap],
-    moment: int = VALUE,
-    layer: int | None = None,
+def grow_array(
+    array: Any, row: Row, plan: Plan, moment: int = VALUE, position: Position = (), xp: Any = np
 ) -> Any:
-    """Grow one layer's parameter, or its first (`moment` 1) or second (2) moment.
+    """Grow one unit's parameter, or its first (`moment` 1) or second (2) moment.
 
-    array: the row's stored shape at `sizes`, taken from the source layer that new layer `layer` copies.
-    Returns the stored shape at the sizes the maps make, in the array's dtype; narrow floats are multiplied
-    in float32 and rounded once.
+    array: the row's stored shape at the source's sizes, of the source unit that the new unit `position` of
+    the stacked axes copies. xp: numpy, or jax.numpy for jax arrays. Returns the stored shape at the
+    grown sizes in the array's dtype; narrow floats are computed in float32 and rounded once a step.
     """
-    grown = multiplied(
-        _copied(array.reshape(row.unfused(sizes)), row, maps), share_scale(row, maps, moment, layer)
-    )
-    return grown.reshape(
-        row.shape({**sizes, **{name: len(axis_map) for name, axis_map in maps.items()}})
-    )
+    if moment_fate(plan, row, moment, position) == "zero":
+        return xp.zeros(row.shape(plan.grown.sizes), array.dtype)
+    growth = UnitGrowth(row, plan, moment, position)
+    return growth.grow(array[None], np.zeros(1, np.int64), xp)[0]
 
 
-def _copied(array: Any, row: Row, maps: Mapping[str, AxisMap]) -> Any:
-    for place, axis in enumerate(row.axes):
-        if axis.name in maps:
-            array = gathered(array, maps[axis.name], place)
-    return array
-
-
-def gathered(array: Any, axis_map: AxisMap, place: int) -> Any:
-    """The entries of an array that a map copies, along dimension `place`."""
-    if not isinstance(array, np.ndarray) or len(axis_map.stretches) > FEW:
-        return array.take(axis_map.index, axis=place)
-    # A few stretches of neighbours are copied faster than as many single entries.
-    before = (slice(None),) * place
-    return np.concatenate([array[(*before, stretch)] for stretch in axis_map.stretches], axis=place)
-
-
-def multiplied(array: Any, scale: np.ndarray | None) -> Any:
-    """The product, rounded once to the array's dtype."""
-    if scale is None:
-        return array
-    wide = np.float32 if array.dtype in NARROW else array.dtype
-    return (array.astype(wide, copy=False) * scale.astype(wide)).astype(array.dtype, copy=False)
-
-
-def share_scale(
-    row: Row, maps: Mapping[str, AxisMap], moment: int = VALUE, layer: int | None = None
-) -> np.ndarray | None:
-    """What `expand` multiplies by: float64, broadcastable to the unfused shape, or None where all is one.
-
-    The layer axis counts for values only: copies of layers have no exact rule for moments.
-    """
-    scale = np.ones([1] * len(row.axes))
-    for place, axis in enumerate(row.axes):
-        counts = axis.read if moment == VALUE else not axis.read
-        if axis.name in maps and counts:
-            scale = scale * _along(maps[axis.name].share ** max(moment, 1), place, row)
-    if (
-        moment == VALUE
-        and row.stacked is not None
-        and row.stacked.read
-        and row.stacked.name in maps
-    ):
-        if layer is None:
-            raise ValueError(f"{row.name} sums over layers: which new layer is it?")
-        scale = scale * maps[row.stacked.name].share[layer]
-    return None if (scale == 1.0).all() else scale
-
-
-def _along(values: np.ndarray, place: int, row: Row) -> np.ndarray:
-    """A vector laid along dimension `place` of the row's unfused shape."""
-    return values.reshape([-1 if at == place else 1 for at in range(len(row.axes))])
-
-
-def moment_fate(plan: Plan, row: Row, moment: int, layer: int | None) -> str:
-    """What becomes of a moment: 'zero', 'copy' (gathered, not scaled) or 'map' (the rule)."""
+def moment_fate(plan: Plan, row: Row, moment: int, position: Position) -> str:
+    """What becomes of an array: 'zero', 'copy' (gathered, not scaled) or 'map' (the rule)."""
+    if moment == VALUE:
+        return "map"
     if plan.moments == "reset" or (plan.moments == "nu-only" and moment == MU):
         return "zero"
     if plan.moments == "copy":
@@ -111,69 +71,355 @@ def moment_fate(plan: Plan, row: Row, moment: int, layer: int | None) -> str:
     if moment == NU:
         return "map"
     # mu is mostly the noise of the last batches: where the gradients are new ones, it starts again.
-    copied = (
-        row.stacked is not None and "layer" in plan.maps and plan.maps["layer"].share[layer] == 0.0
+    inserted = any(
+        axis.name == "layer" and "layer" in plan.maps and plan.maps["layer"].share[unit] == 0.0
+        for axis, unit in zip(row.stacked, position, strict=True)
     )
-    return "zero" if copied or not plan.preserved else "map"
+    return "zero" if inserted or not plan.preserved else "map"
 
 
-def grow_tensor(
-    array: Any, row: Row, plan: Plan, moment: int = VALUE, layer: int | None = None, xp: Any = np
-) -> Any:
-    """Grow one layer's parameter or moment by a plan: copies with their shares, noise, padding.
-
-    array: the stored shape at the source's sizes, of the source layer that new layer `layer` copies. xp: numpy,
-    or jax.numpy for jax arrays.
-    """
-    fate = "map" if moment == VALUE else moment_fate(plan, row, moment, layer)
-    shape, name = row.shape(plan.grown.sizes), row.named(layer)
-    if fate == "zero":
-        return xp.zeros(shape, array.dtype)
-    grown = _copied(array.reshape(row.unfused(plan.model.sizes)), row, plan.maps)
-    if fate == "map":
-        grown = multiplied(grown, share_scale(row, plan.maps, moment, layer))
-    place = noise_place(row, plan) if moment == VALUE else None
-    if place is not None:
-        number = centred(plan.seed, f"{name} noise", grown.shape, xp)
-        following = number.take(plan.maps[row.axes[place].name].next_copy, axis=place)
-        grown = with_noise(grown, number, following, plan, xp)
-
-    def free(size: tuple[int, ...], what: str) -> Any:
-        return uniform(plan.seed, f"{name} {what}", size, xp, plan.model.initializer_range)
-
-    return pad(grown, row, plan.pads, moment, plan.model.norm, free, fate == "map", xp).reshape(
-        shape
-    )
-
-
-def noise_place(row: Row, plan: Plan) -> int | None:
-    """The dimension along which a parameter gets noise: the first copied axis that the row reads; None for no noise."""
-    for place, axis in enumerate(row.axes):
-        axis_map = plan.maps.get(axis.name)
-        if plan.noise and axis.read and axis_map is not None and (axis_map.copies > 1).any():
-            return place
-    return None
-
-
-def with_noise(grown: Any, number: Any, following: Any, plan: Plan, xp: Any = np) -> Any:
-    """Add noise that sums to zero over the copies of each source unit.
-
-    Each copy gets its own number (see `growkit.growth.noise.centred`) less the next copy's, exactly: what reads equal copies
-    finds the old sum.
-    """
-    wide = np.float32 if grown.dtype in NARROW else grown.dtype
-    spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
-    noise = (number - following).astype(wide) * xp.asarray(spread, wide)
-    return (_rounded(grown.astype(wide), xp) + _rounded(noise, xp)).astype(grown.dtype)
-
-
-def _rounded(product: Any, xp: Any) -> Any:
-    """The product itself. A compiler that multiplies and adds in one step, rounding once, cannot do so across this."""
-    return xp.maximum(product, xp.finfo(product.dtype).min)
-
-
-def needs_work(row: Row, plan: Plan, moment: int, layer: int | None) -> bool:
-    """Whether a new tensor is more than the same bytes of a source layer again."""
-    if any(axis.name in plan.maps or axis.name in plan.pads for axis in row.axes):
+def needs_work(row: Row, plan: Plan, moment: int, position: Position) -> bool:
+    """Whether a new tensor is more than the same bytes of a source unit again."""
+    if row.axes & (plan.maps.keys() | plan.pads.keys()):
         return True
-    return share_scale(row, plan.maps, moment, layer) is not None
+    scales = (scale_of(part, row, plan, moment, position) for part in row.parts)
+    return any(scale is not None for scale in scales)
+
+
+def find_source(plan: Plan, row: Row, position: Position) -> Position:
+    """The source unit of the stacked axes that a new unit copies."""
+    return tuple(
+        int(plan.maps[axis.name].index[unit]) if axis.name in plan.maps else unit
+        for axis, unit in zip(row.stacked, position, strict=True)
+    )
+
+
+def share_scale(axes: Product, maps: Mapping[str, AxisMap], moment: int = VALUE) -> np.ndarray:
+    """The product of shares that scales a value or a moment: float64, a dimension for each axis.
+
+    Of the axes that are read for values; of those that are written for moments, once for mu, twice for nu.
+    Dimensions along which it does not differ have one entry.
+    """
+    scale = np.ones([1] * len(axes))
+    for place, axis in enumerate(axes):
+        counts = axis.read if moment == VALUE else not axis.read
+        if axis.name in maps and counts:
+            share = narrow(maps[axis.name].share)
+            scale = scale * lay_along(share ** max(moment, 1), place, len(axes))
+    return scale
+
+
+def lay_along(values: np.ndarray, place: int, axes: int) -> np.ndarray:
+    """A vector laid along dimension `place` of so many."""
+    return values.reshape([-1 if at == place else 1 for at in range(axes)])
+
+
+def stacked_share(row: Row, maps: Mapping[str, AxisMap], moment: int, position: Position) -> float:
+    """The share that a unit of the stacked axes carries.
+
+    Layers count for values only: copies of layers have no exact rule for moments.
+    """
+    share = 1.0
+    for axis, unit in zip(row.stacked, position, strict=True):
+        if axis.name not in maps:
+            continue
+        if moment == VALUE and axis.read:
+            share *= maps[axis.name].share[unit]
+        if moment != VALUE and not axis.read and axis.name != "layer":
+            share *= maps[axis.name].share[unit] ** moment
+    return share
+
+
+def scale_of(
+    part: Part, row: Row, plan: Plan, moment: int, position: Position
+) -> np.ndarray | None:
+    """What growth multiplies by: float64, broadcastable to the unfused shape, None where all is one."""
+    scale = share_scale(part.axes, plan.maps, moment)
+    scale = scale * stacked_share(row, plan.maps, moment, position)
+    ratio = plan.model.scalar_growth(row, plan.grown)
+    if ratio != 1.0:
+        scale = scale * ratio ** (1 if moment == VALUE else -moment)
+    if "embed" in plan.pads and plan.model.table.normalises_queries:
+        scale = scale * _eps_scale(part, plan, moment)
+    return None if (scale == 1.0).all() else scale
+
+
+def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
+    """What queries and keys are scaled by so that their own norms, which share eps, see its new value.
+
+    Padding embed multiplies the configuration's one eps by d/d', so queries and keys shrink by its root.
+    """
+    root = math.sqrt(plan.model.embed / plan.pads["embed"])
+    factor = root ** (1 if moment == VALUE else -moment)
+    if part.role in ("query", "key"):
+        return np.full([1] * len(part.axes), factor)
+    if part.role == "qkv":
+        return lay_along(np.array([factor, factor, 1.0]), part.names.index("qkv"), len(part.axes))
+    return np.ones([1] * len(part.axes))
+
+
+def gather(array: Any, axis_map: AxisMap, place: int) -> Any:
+    """The entries of an array that a map copies, along dimension `place`."""
+    if not isinstance(array, np.ndarray) or len(axis_map.stretches) > FEW:
+        return array.take(axis_map.index, axis=place)
+    before = (slice(None),) * place
+    parts = [array[(*before, stretch)] for stretch in axis_map.stretches]
+    return np.concatenate(parts, axis=place)
+
+
+def multiply(array: Any, scale: np.ndarray | None, offset: float = 0.0, xp: Any = np) -> Any:
+    """The product, rounded once to the array's dtype; with an offset that of offset + array."""
+    if scale is None:
+        return array
+    wide = np.dtype(np.float32) if array.dtype in NARROW else array.dtype
+    scaled = scale_with_offset(array.astype(wide, copy=False), scale.astype(wide), offset, xp)
+    return scaled.astype(array.dtype, copy=False)
+
+
+def narrow(scale: np.ndarray) -> np.ndarray:
+    """A scale with one entry along every dimension that it is the same along."""
+    for place in range(scale.ndim):
+        first = scale.take([0], axis=place)
+        scale = first if (scale == first).all() else scale
+    return scale
+
+
+class UnitGrowth:
+    """Growth of some leading units of a parameter: of each block of a summed dimension by itself.
+
+    lead: how many axes of the first stored dimension count the units; with 0 there is one unit, the whole.
+    term: of a first dimension that is a sum, the one block that the units are of.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        plan: Plan,
+        moment: int = VALUE,
+        position: Position = (),
+        lead: int = 0,
+        term: int | None = None,
+    ):
+        self.parts = row.parts if term is None else row.parts[term : term + 1]
+        self.growths = [
+            PartGrowth(part, row, plan, moment, position, lead) for part in self.parts
+        ]
+        self.split = None if term is not None or row.summed is None else row.summed + 1
+        self.sizes = plan.model.sizes
+
+    def grow(self, array: Any, units: np.ndarray, xp: Any = np) -> Any:
+        """The grown units.
+
+        array: [unit, rest of the first dimension, other stored dimensions] of the source. units: which new
+        unit each is, in ascending order and one after another.
+        """
+        if self.split is None:
+            return self.growths[0].grow_stored(array, units, xp)
+        lengths = [part.shape(self.sizes)[self.split - 1] for part in self.parts]
+        pieces = xp.split(array, np.cumsum(lengths)[:-1], axis=self.split)
+        grown = [
+            growth.grow_stored(piece, units, xp)
+            for growth, piece in zip(self.growths, pieces, strict=True)
+        ]
+        return xp.concatenate(grown, axis=self.split)
+
+    def add(self, units: np.ndarray, dtype: Any) -> np.ndarray:
+        """Units that padding of the first axis adds; after all old ones were grown, which give the mean."""
+        added = [growth.add_stored(units, dtype) for growth in self.growths]
+        return added[0] if self.split is None else np.concatenate(added, axis=self.split)
+
+
+class PartGrowth:
+    """Growth of one block of a parameter: copies with their shares, noise, padding.
+
+    before, copied, after: the unfused shapes of the source, with its copies, and with its padding too. The
+    first `lead` axes count units; the others, inner ones, lie within a unit.
+    """
+
+    def __init__(
+        self, part: Part, row: Row, plan: Plan, moment: int, position: Position, lead: int
+    ):
+        self.part, self.row, self.plan, self.moment, self.lead = part, row, plan, moment, lead
+        label = "" if part.label is None else f" {part.label}"
+        self.name = row.name_at(position) + label
+        self.before = part.unfused(plan.model.sizes)
+        self.after = part.unfused(plan.grown.sizes)
+        self.copied = tuple(
+            len(plan.maps[name]) if name in plan.maps else size
+            for name, size in zip(part.names, self.before, strict=True)
+        )
+        self.by_rule = moment_fate(plan, row, moment, position) == "map"
+        scale = scale_of(part, row, plan, moment, position) if self.by_rule else None
+        self.scale = None if scale is None else narrow(scale)
+        self.offset = row.offset if moment == VALUE else 0.0
+        # The sum of old units so far, where new ones are their mean.
+        self.sum: np.ndarray | None = None
+
+    @cached_property
+    def noise_place(self) -> int | None:
+        """The axis along which the part gets noise: the first copied one that it reads, or None."""
+        if self.moment != VALUE or not self.plan.noise:
+            return None
+        for place, axis in enumerate(self.part.axes):
+            axis_map = self.plan.maps.get(axis.name)
+            if axis.read and axis_map is not None and (axis_map.copies > 1).any():
+                return place
+        return None
+
+    @cached_property
+    def outer(self) -> Rule | None:
+        """The rule of padding where the axis that counts units is itself padded."""
+        if not self.lead or self.part.names[0] not in self.plan.pads:
+            return None
+        return self._rule(self.part.names[0], self.part.role)
+
+    @cached_property
+    def depends_on_place(self) -> bool:
+        """Whether equal copies differ by where they lie."""
+        return self.noise_place is not None or bool(set(self.part.names) & self.plan.pads.keys())
+
+    def factor_at(self, units: np.ndarray) -> np.ndarray | None:
+        """The part of the scale that is these units', [units or 1, inner axes]."""
+        if self.scale is None:
+            return None
+        outer = self.scale.shape[: self.lead]
+        if math.prod(outer) == 1:
+            return self.scale.reshape(1, *self.scale.shape[self.lead :])
+        at = np.unravel_index(units, self.copied[: self.lead])
+        # A dimension of one entry holds for every unit.
+        return self.scale[tuple(i * (size > 1) for i, size in zip(at, outer, strict=True))]
+
+    def grow_stored(self, array: Any, units: np.ndarray, xp: Any = np) -> Any:
+        """As `UnitGrowth.grow`."""
+        inner = array.reshape(len(units), *self.before[self.lead :])
+        return self._store(self._pad(self._copy(inner, units, xp), units, xp))
+
+    def add_stored(self, units: np.ndarray, dtype: Any) -> np.ndarray:
+        """As `UnitGrowth.add`."""
+        assert self.outer is not None
+        old = math.prod(self.copied[: self.lead])
+        wide = np.float64 if dtype == np.float64 else np.float32
+        shape = (len(units), *self.copied[self.lead :])
+        mean = None if self.sum is None else self.sum / old
+        free = self._random_from(int(units[0]) - old)
+        new = fill_new(self.outer, shape, mean, free, self.part.names[0], wide).astype(dtype)
+        return np.asarray(self._store(self._pad_inner(new, units, np)))
+
+    def _store(self, array: Any) -> Any:
+        """[unit, inner axes] as [unit, rest of the first dimension, other stored dimensions]."""
+        first, *others = self.part.dimensions
+        rest = len(first) - self.lead
+        inner = array.shape[1:]
+        shape, place = [math.prod(inner[:rest])] if rest else [], rest
+        for dimension in others:
+            shape.append(math.prod(inner[place : place + len(dimension)]))
+            place += len(dimension)
+        return array.reshape(array.shape[0], *shape)
+
+    def _copy(self, array: Any, units: np.ndarray, xp: Any) -> Any:
+        """Copies of source units, with their shares and noise, before padding."""
+        factor = self.factor_at(units)
+        # A factor that is the same within each unit multiplies once, before there are copies.
+        equal = factor is None or math.prod(factor.shape[1:]) == 1
+        if equal:
+            array = multiply(array, factor, self.offset, xp)
+        for place, name in enumerate(self.part.names[self.lead :], 1):
+            if name in self.plan.maps:
+                array = gather(array, self.plan.maps[name], place)
+        if not equal:
+            array = multiply(array, factor, self.offset, xp)
+        return array if self.noise_place is None else self._add_noise(array, units, xp)
+
+    def _add_noise(self, array: Any, units: np.ndarray, xp: Any) -> Any:
+        """Add noise that sums to zero over the copies of each source unit.
+
+        Each copy gets its own number (see `growkit.growth.noise.centred`) less the next copy's, exactly: what
+        reads equal copies finds the old sum.
+        """
+        plan = self.plan
+        wide = np.dtype(np.float32) if array.dtype in NARROW else array.dtype
+        spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
+        difference = self._numbers(units, xp) - self._numbers_of_next(units, xp)
+        noise = difference.astype(wide) * xp.asarray(spread, wide)
+        exact = prevent_fusing(array.astype(wide), xp) + prevent_fusing(noise, xp)
+        return exact.astype(array.dtype)
+
+    def _numbers(self, units: np.ndarray, xp: Any) -> Any:
+        """The random numbers of consecutive units."""
+        shape = (len(units), *self.copied[self.lead :])
+        first = int(units[0]) * math.prod(shape[1:])
+        return centred(self.plan.seed, f"{self.name} noise", shape, xp, first=first)
+
+    def _numbers_of_next(self, units: np.ndarray, xp: Any) -> Any:
+        """The random numbers of the next copies along the axis that noise goes along."""
+        assert self.noise_place is not None
+        next_copy = self.plan.maps[self.part.names[self.noise_place]].next_copy
+        if self.noise_place >= self.lead:
+            numbers = self._numbers(units, xp)
+            return numbers.take(next_copy, axis=self.noise_place - self.lead + 1)
+        at = list(np.unravel_index(units, self.copied[: self.lead]))
+        at[self.noise_place] = next_copy[at[self.noise_place]]
+        following = np.ravel_multi_index(at, self.copied[: self.lead])
+        return xp.concatenate([self._numbers(following[i : i + 1], xp) for i in range(len(units))])
+
+    def _pad(self, array: Any, units: np.ndarray, xp: Any) -> Any:
+        """Copied units, padded: old entries scaled by the rules, new ones added within the units."""
+        if self.outer is not None:
+            wide = scale_old(array, self.outer, xp)
+            if self.outer.fill == "mean":
+                begun = wide if self.sum is None else xp.concatenate([self.sum, wide])
+                self.sum = sum_along(begun, 0, xp)
+            array = wide.astype(array.dtype)
+        return self._pad_inner(array, units, xp)
+
+    def _pad_inner(self, array: Any, units: np.ndarray, xp: Any) -> Any:
+        inner = self.part.names[self.lead :]
+        for axis in PADDED:
+            if axis not in self.plan.pads or axis not in inner:
+                continue
+            if axis == "head_dim" and self.part.role == "qkv":
+                array = self._pad_heads(array, units, xp)
+            else:
+                array = self._extend(array, axis, self.part.role, axis, int(units[0]), xp)
+        return array
+
+    def _pad_heads(self, array: Any, units: np.ndarray, xp: Any) -> Any:
+        """Pad head_dim of fused queries, keys and values, each kind by its own rule.
+
+        The fill of a kind is numbered as if the kind lay alone.
+        """
+        place = self.part.names.index("qkv")
+        if place >= self.lead:
+            across = place - self.lead + 1
+            pieces = xp.split(array, len(ATTENTION), axis=across)
+            padded = [
+                self._extend(piece, "head_dim", role, f"head_dim {role}", int(units[0]), xp)
+                for role, piece in zip(ATTENTION, pieces, strict=True)
+            ]
+            return xp.concatenate(padded, axis=across)
+        at = [int(each) for each in np.unravel_index(int(units[0]), self.copied[: self.lead])]
+        role = ATTENTION[at.pop(place)]
+        others = [size for n, size in enumerate(self.copied[: self.lead]) if n != place]
+        first = int(np.ravel_multi_index(at, others)) if at else 0
+        return self._extend(array, "head_dim", role, f"head_dim {role}", first, xp)
+
+    def _extend(self, array: Any, axis: str, role: str, what: str, first: int, xp: Any) -> Any:
+        place = self.part.names.index(axis) - self.lead + 1
+        rule, free = self._rule(axis, role), self._random_from(first, xp)
+        return extend(array, place, self.plan.pads[axis], rule, free, what, xp)
+
+    def _rule(self, axis: str, role: str) -> Rule:
+        growth = self.plan.pads[axis] / self.plan.model.sizes[axis]
+        norm = self.plan.model.norm
+        rule = rule_along(axis, self.row, self.part, role, self.moment, growth, norm)
+        return rule if self.by_rule else replace(rule, scale=1.0)
+
+    def _random_from(self, first: int, xp: Any = np) -> Any:
+        """What makes the random fill of some units, of which `first` come before."""
+        seed, spread = self.plan.seed, self.plan.model.initializer_range
+
+        def random(shape: Sequence[int], what: str) -> Any:
+            begin = first * math.prod(shape[1:])
+            return uniform(seed, f"{self.name} {what}", tuple(shape), xp, spread, begin)
+
+        return random

@@ -19,7 +19,7 @@ import numpy as np
 from growkit.errors import GrowkitError, find_nearest
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
-from growkit.growth.rule import grow_tensor
+from growkit.growth.rule import find_source, grow_array
 from growkit.models.notation import Row
 
 # What a field or key says of the trees below it; optax's momentum (`trace`) and AMSGrad's `nu_max` grow likewise.
@@ -107,19 +107,20 @@ def grow_leaf(leaf: Any, row: Row, plan: Plan, moment: int = VALUE) -> Any:
     if not getattr(leaf, "shape", ()):
         return leaf
     model = plan.model
-    wanted = ((model.layer,) if row.stacked else ()) + row.shape(model.sizes)
+    wanted = row.stacked_shape(model.sizes)
     if tuple(leaf.shape) != wanted:
         raise GrowkitError(
             f"the parameter {'.'.join(row.path)!r} has shape {list(leaf.shape)}, but the plan's model asks for "
             f"{list(wanted)}"
         )
     xp = _array_module(leaf)
-    if row.stacked is None:
-        return grow_tensor(leaf, row, plan, moment, None, xp)
-    layers = plan.maps["layer"].index if "layer" in plan.maps else range(model.layer)
-    return xp.stack(
-        [grow_tensor(leaf[old], row, plan, moment, new, xp) for new, old in enumerate(layers)]
-    )
+    if not row.stacked:
+        return grow_array(leaf, row, plan, moment, (), xp)
+    units = [
+        grow_array(leaf[find_source(plan, row, position)], row, plan, moment, position, xp)
+        for position in row.positions(plan.grown.sizes)
+    ]
+    return xp.stack(units).reshape(row.stacked_shape(plan.grown.sizes))
 
 
 def _array_module(array: Any) -> Any:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from growkit.errors import UsageError, did_you_mean
-from growkit.growth.axes import replicate, tile, uneven
-from growkit.growth.plan import Plan, combined, planned
+from growkit.growth.axes import replicate, spread_shares, tile
+from growkit.growth.plan import Plan, build_plan, combine_plans
 from growkit.models.architecture import Architecture
 
 METHODS = ("clone", "pad")
@@ -169,7 +169,7 @@ def _planned(
     heads = _head_units(model, target["heads"])
     for axis, size in ((model.heads, heads), ("mlp", target["mlp"])):
         if size > sizes[axis]:
-            maps[axis] = uneven(tile(sizes[axis], size), spread)
+            maps[axis] = spread_shares(tile(sizes[axis], size), spread)
             words.append(
                 f"{axis} {sizes[axis]} -> {size} by copies, {'uneven' if spread else 'equal'} shares"
             )
@@ -180,7 +180,7 @@ def _planned(
         )
     if not words:
         raise UsageError("nothing grows: every size asked for is the source's own")
-    return replace(planned("width", "; ".join(words), model, maps, pads), notes=tuple(notes))
+    return replace(build_plan("width", "; ".join(words), model, maps, pads), notes=tuple(notes))
 
 
 def _clones_embed(model: Architecture, target: int, method: str | None, notes: list[str]) -> bool:
@@ -227,13 +227,13 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
     if target["layer"] > sizes["layer"]:
         words = f"replicate: floor(i*{sizes['layer']}/{target['layer']})"
         plans.append(
-            planned("depth", words, model, {"layer": replicate(sizes["layer"], target["layer"])})
+            build_plan("depth", words, model, {"layer": replicate(sizes["layer"], target["layer"])})
         )
     if _wide(model) != _wide(like):
         plans.append(_planned(model, dict(zip(WIDE, _wide(like), strict=True)), notes, None, 0.0))
     if not plans:
         raise UsageError("nothing grows: the source has every size of the target already")
-    plan = combined("grow", plans, model)
+    plan = combine_plans("grow", plans, model)
     for axis, size in plan.grown.sizes.items():
         if size != target[axis]:
             raise UsageError(

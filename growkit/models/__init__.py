@@ -1,6 +1,7 @@
-"""From the content of a config.json to the architecture it describes.
+"""What a model is: which parameters it has, along which axes they lie, and what its config.json says.
 
-Knows which architectures there are; each one's facts are in its own file.
+Read `notation` (the table's language) first, then one model (`llama`, `gpt_neox`), then `architecture`,
+which turns a config.json into sizes and options and back. This file knows which families there are.
 """
 
 from __future__ import annotations
@@ -8,20 +9,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from growkit.errors import GrowkitError, did_you_mean
-from growkit.models import gpt_neox as neox
-from growkit.models import llama
-from growkit.models.architecture import Architecture
+from growkit.errors import GrowkitError, UsageError, did_you_mean
+from growkit.models.architecture import Architecture, Family
+from growkit.models.gpt_neox import GPT_NEOX
+from growkit.models.llama import LLAMA
 
-READERS = {neox.NeoX.kind: neox.read_config, llama.Llama.kind: llama.read_config}
+FAMILIES: dict[str, Family] = {family.kind: family for family in (GPT_NEOX, LLAMA)}
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
-    """The model that a config.json describes. Raises GrowkitError for an architecture that is not known."""
+    """The model that a config.json describes. Raises GrowkitError for an unknown architecture."""
     kind = config.get("model_type")
-    if kind not in READERS:
-        known = " and ".join(repr(name) for name in READERS)
-        raise GrowkitError(
-            f"the architecture is {kind!r}, and growkit knows {known} only{did_you_mean(str(kind), READERS)}"
+    if kind not in FAMILIES:
+        *others, last = (repr(name) for name in FAMILIES)
+        known = f"{', '.join(others)} and {last}"
+        near = did_you_mean(str(kind), FAMILIES)
+        raise GrowkitError(f"the architecture is {kind!r}, and growkit knows {known} only{near}")
+    return FAMILIES[kind].read(config)
+
+
+# What the trainer computes; growth works for every family.
+TRAINED = {GPT_NEOX.kind: {"activation": "gelu", "attention_bias": True}}
+
+
+def require_trained(model: Architecture, origin: object) -> Architecture:
+    """The model of `origin`, for what computes it in JAX.
+
+    Raises UsageError for a family that growkit grows and does not train, and for an option that the trainer
+    does not compute.
+    """
+    if model.kind not in TRAINED:
+        known = ", ".join(repr(kind) for kind in TRAINED)
+        raise UsageError(
+            f"{origin} is a {model.kind!r} model, which growkit grows but does not train: training, "
+            f"import, export and generate take {known} only"
         )
-    return READERS[kind](config)
+    for name, value in TRAINED[model.kind].items():
+        if model.options[name] != value:
+            field = model.family.options[name]
+            raise UsageError(
+                f"{origin} has {field} {model.options[name]!r}, and the trainer computes {value!r} "
+                f"only; growth on disk takes it as it is"
+            )
+    rotary = model.rope["rope_type"]
+    if rotary != "default":
+        raise UsageError(
+            f"{origin} has rotary positions of the type {rotary!r}, and the trainer computes "
+            f"'default' only; growth on disk takes them as they are"
+        )
+    return model

@@ -1,31 +1,50 @@
-"""The notation of the axis table: one line a parameter, parsed into axes, what is read, and how to begin.
+"""The notation of a model's table: one line for each parameter, parsed into axes, start values and a role.
 
-A line is `name  axes  initialisation  [condition]`:
+A line is `name  axes  begins  role  [conditions]`:
 
-    gpt_neox.layers.{/layer}.attention.dense.weight    embed (/head /head_dim)    normal
+    model.layers.{/layer}.mlp.down_proj.weight             embed /mlp                   normal   matrix
+    model.layers.{layer}.self_attn.q_proj.bias             (kv group head_dim)          zeros    query   bias
+    model.layers.{layer}.self_attn.qkv_proj.weight         (q | k | v) /embed           normal   qkv
+    model.layers.{layer}.mlp.experts.{expert}.w2.weight    embed /mlp                   normal   matrix
+    model.layers.{layer}.self_attn.q_norm.weight           head_dim                     1+zeros  norm(head_dim)
 
-Parentheses hold axes fused in one stored dimension. A slash marks an axis that the parameter *reads*,
-that is, sums over; every other axis it *writes*. `{layer}` in the name is the axis the trainer stacks;
-`{/layer}` says that the parameter writes into the residual stream, which is a sum over layers.
-`normal`, `ones`, `zeros` say how the parameter begins; a condition (`tied`, `untied`) says for which
-models the line holds.
+Axes, one word for each stored dimension:
+  * A slash marks an axis that the parameter *reads*, that is, sums over. It *writes* every other axis.
+  * Parentheses hold several axes fused in one dimension: `(head qkv head_dim)`.
+  * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each block grows by itself.
 
-Knows the notation and how names and lines meet. Leaves growth, files and models to others.
+Braces in the name hold stacked axes: one tensor for each unit. `{/layer}` says that the parameter
+writes into the residual stream, which is a sum over layers.
+
+`begins` is normal, ones or zeros; `1+zeros` says that the model computes with 1 + the parameter. The
+role is one of ROLES; a norm names the axes that it averages over where they are not all of its own.
+Conditions are options of the configuration (`tied`, `bias`, ...) or their negation (`untied`, `!bias`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import product
 from typing import Any
 
 from growkit.errors import GrowkitError, find_nearest
 
 INITIALISATIONS = ("normal", "ones", "zeros")
-CONDITIONS = ("tied", "untied")
+ATTENTION = ("query", "key", "value")
+ROLES = ("embedding", "head", "matrix", "bias", "norm", "qkv", *ATTENTION)
+FORM = f"name axes {'|'.join(INITIALISATIONS)} {'|'.join(ROLES)} [conditions]"
+
+_WORD = re.compile(r"\w*\([^)]*\)|\S+")
+_BEGINS = re.compile(rf"(?:(\d+(?:\.\d+)?)\+)?({'|'.join(INITIALISATIONS)})")
+_ROLE = re.compile(rf"({'|'.join(ROLES)})(?:\(([^)]*)\))?")
+_BRACES = re.compile(r"\{(/?)(\w+)\}")
+_NUMBER = "(0|[1-9][0-9]{0,8})"
+
+Position = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,84 +55,183 @@ class Axis:
     read: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a parameter (or one parameter a layer) and its axes."""
+Product = tuple[Axis, ...]
 
-    name: str
-    dimensions: tuple[tuple[Axis, ...], ...]
-    initialisation: str
-    condition: str | None = None
-    stacked: Axis | None = None
+
+@dataclass(frozen=True)
+class Part:
+    """One block of a parameter: all of it, or one term of a summed dimension.
+
+    label: what the part is called in a sum ("query", "0"), None for a whole parameter.
+    dimensions: the fused axes of each stored dimension.
+    """
+
+    role: str
+    label: str | None
+    dimensions: tuple[Product, ...]
 
     @cached_property
-    def axes(self) -> tuple[Axis, ...]:
-        """The axes of one layer's parameter in order, unfused; the stacked axis is not among them."""
+    def axes(self) -> Product:
+        """All axes in order, unfused."""
         return tuple(axis for dimension in self.dimensions for axis in dimension)
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the axes in order."""
+        return tuple(axis.name for axis in self.axes)
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The stored shape, fused dimensions multiplied out."""
+        return tuple(math.prod(sizes[a.name] for a in dimension) for dimension in self.dimensions)
+
+    def unfused(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with one dimension for each axis."""
+        return tuple(sizes[name] for name in self.names)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a parameter, or one parameter for each unit of the stacked axes.
+
+    blocks: for each stored dimension its terms, each a product of axes. averages: the axes that a norm
+    averages over. offset: what the model adds to the parameter before it uses it. prefix: the first
+    words of the name that a parameter tree leaves out.
+    """
+
+    name: str
+    blocks: tuple[tuple[Product, ...], ...]
+    begins: str
+    role: str
+    offset: float = 0.0
+    averages: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+    stacked: Product = ()
+    prefix: str = ""
+
+    @cached_property
+    def summed(self) -> int | None:
+        """The dimension that is a concatenation of blocks, None when there is none."""
+        return next((place for place, terms in enumerate(self.blocks) if len(terms) > 1), None)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The blocks that grow each by itself: one, unless a dimension is a sum."""
+        if self.summed is None:
+            return (Part(self.role, None, tuple(terms[0] for terms in self.blocks)),)
+        return tuple(self._part(number) for number in range(len(self.blocks[self.summed])))
+
+    def _part(self, number: int) -> Part:
+        """Term `number` of the summed dimension. The terms of a qkv row are query, key and value."""
+        role = ATTENTION[number] if self.role == "qkv" else self.role
+        dimensions = tuple(
+            terms[number if place == self.summed else 0] for place, terms in enumerate(self.blocks)
+        )
+        return Part(role, role if self.role == "qkv" else str(number), dimensions)
+
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """The names of all axes of one unit's parameter; stacked axes are not among them."""
+        return frozenset(name for part in self.parts for name in part.names)
+
+    @cached_property
     def path(self) -> tuple[str, ...]:
-        """Where the parameter lies in the trainer's tree: ('layers', 'attention', 'dense', 'weight')."""
-        parts = re.sub(r"\.\{\w+\}", "", self.name).split(".")
-        return tuple(parts[1:] if len(parts) > 2 else parts)
+        """Where the parameter lies in a tree: ('layers', 'attention', 'dense', 'weight')."""
+        inner = self.name.removeprefix(f"{self.prefix}.") if self.prefix else self.name
+        return tuple(re.sub(r"\.\{\w+\}", "", inner).split("."))
 
     @property
-    def part(self) -> str | None:
-        """Whether the row makes queries, keys or values alone, by its name; None for any other row."""
-        parts = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
-        return next((part for name, part in parts.items() if f".{name}." in self.name), None)
+    def writes_stream(self) -> bool:
+        """Whether the parameter writes into the residual stream, a sum over layers."""
+        return any(axis.read for axis in self.stacked)
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay acts on the parameter: on matrices and embeddings."""
+        if self.role in ("norm", "bias"):
+            return False
+        reads = any(axis.read for part in self.parts for axis in part.axes)
+        return reads or self.role == "embedding"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the parameter is a matrix that activations are multiplied by."""
+        return self.decays and self.role != "embedding"
+
+    @property
+    def leading_axes(self) -> tuple[str, ...]:
+        """The first axis of each stored dimension, by which the dimension is split over devices."""
+        return tuple(terms[0][0].name for terms in self.blocks)
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The stored shape of one unit's parameter, fused dimensions multiplied out."""
+        shapes = [part.shape(sizes) for part in self.parts]
+        if self.summed is None:
+            return shapes[0]
+        total = sum(shape[self.summed] for shape in shapes)
+        return (*shapes[0][: self.summed], total, *shapes[0][self.summed + 1 :])
+
+    def stacked_sizes(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """How many units each stacked axis has."""
+        return tuple(sizes[axis.name] for axis in self.stacked)
+
+    def stacked_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in a parameter tree, stacked axes first."""
+        return self.stacked_sizes(sizes) + self.shape(sizes)
+
+    def positions(self, sizes: Mapping[str, int]) -> Iterator[Position]:
+        """Every unit of the stacked axes, in order; one empty position where there are none."""
+        return product(*(range(size) for size in self.stacked_sizes(sizes)))
+
+    def name_at(self, position: Position = ()) -> str:
+        """The name in files of one unit of the stacked axes."""
+        name = self.name
+        for unit in position:
+            name = re.sub(r"\{\w+\}", str(unit), name, count=1)
+        return name
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(
-            r"(0|[1-9][0-9]{0,8})".join(re.escape(part) for part in re.split(r"\{\w+\}", self.name))
-        )
+        literals = re.split(r"\{\w+\}", self.name)
+        return re.compile(_NUMBER.join(re.escape(literal) for literal in literals))
 
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The stored shape of one layer's parameter, fused dimensions multiplied out."""
-        return tuple(math.prod(sizes[a.name] for a in dimension) for dimension in self.dimensions)
-
-    def stacked_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape in the trainer's tree, layers stacked first."""
-        return ((sizes[self.stacked.name],) if self.stacked else ()) + self.shape(sizes)
-
-    def unfused(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with one dimension an axis."""
-        return tuple(sizes[axis.name] for axis in self.axes)
-
-    def named(self, layer: int | None = None) -> str:
-        """The name in files, of layer `layer` where the row is stacked."""
-        return self.name if self.stacked is None else re.sub(r"\{\w+\}", str(layer), self.name)
-
-    def match(self, name: str) -> int | None:
-        """The layer that `name` belongs to (0 for a row without layers), or None when it is not this row's."""
+    def match(self, name: str) -> Position | None:
+        """The unit of the stacked axes that `name` belongs to, None when it is not this row's."""
         found = self._pattern.fullmatch(name)
-        if found is None:
-            return None
-        return int(found[1]) if self.stacked else 0
+        return None if found is None else tuple(int(number) for number in found.groups())
 
 
 @dataclass(frozen=True)
 class Table:
-    """All parameters of an architecture, for one condition (tied or untied head)."""
+    """All parameters of a model, for its options."""
 
     rows: tuple[Row, ...]
 
-    def match(self, name: str) -> tuple[Row, int]:
-        """The row and layer of a parameter's name in files.
+    @cached_property
+    def uniform_axes(self) -> frozenset[str]:
+        """The axes that a norm averages over: copies of them must be uniform to be exact."""
+        return frozenset(name for row in self.rows for name in row.averages)
+
+    @cached_property
+    def normalises_queries(self) -> bool:
+        """Whether queries and keys have norms of their own, over axes of the head."""
+        return any(row.role == "norm" and "embed" not in row.averages for row in self.rows)
+
+    def match(self, name: str) -> tuple[Row, Position]:
+        """The row and unit of a parameter's name in files.
 
         Raises GrowkitError, naming the nearest row, when no row covers the name.
         """
         for row in self.rows:
-            layer = row.match(name)
-            if layer is not None:
-                return row, layer
-        best = find_nearest(name, [row.named(0) for row in self.rows], likeness=0.4)
-        hint = f"; the nearest row is {self.match(best)[0].name}" if best else ""
+            position = row.match(name)
+            if position is not None:
+                return row, position
+        examples = {row.name_at((0,) * len(row.stacked)): row for row in self.rows}
+        best = find_nearest(name, examples, likeness=0.4)
+        hint = f"; the nearest row is {examples[best].name}" if best else ""
         raise GrowkitError(f"no row of the axis table covers the parameter {name!r}{hint}")
 
     def tree(self, make: Callable[[Row], Any]) -> dict[str, Any]:
-        """What `make` makes of every row, as the trainer's tree of parameters lies: nested by path."""
+        """What `make` makes of every row, nested as a parameter tree is."""
         tree: dict[str, Any] = {}
         for row in self.rows:
             node = tree
@@ -122,25 +240,28 @@ class Table:
             node[row.path[-1]] = make(row)
         return tree
 
-    def names(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Row, int | None]]:
-        """Every (name, row, layer) a model of these sizes has, layer by layer as files have them."""
+    def names(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Row, Position]]:
+        """Every (name, row, position) of a model of these sizes, layer by layer as files have them."""
         for row in self.rows:
-            if row.stacked is None:
-                yield row.named(), row, None
-        for layer in range(sizes["layer"]):
-            for row in self.rows:
-                if row.stacked is not None:
-                    yield row.named(layer), row, layer
+            if not row.stacked:
+                yield row.name, row, ()
+        stacked = [row for row in self.rows if row.stacked]
+        for unit in range(max((sizes[row.stacked[0].name] for row in stacked), default=0)):
+            for row in stacked:
+                inner = product(*(range(sizes[axis.name]) for axis in row.stacked[1:]))
+                if unit < sizes[row.stacked[0].name]:
+                    for rest in inner:
+                        yield row.name_at((unit, *rest)), row, (unit, *rest)
 
-    def cover(
+    def check_covered(
         self,
         shapes: Mapping[str, tuple[int, ...]],
         sizes: Mapping[str, int],
         fields: Mapping[str, str],
     ) -> None:
-        """Check that `shapes` holds exactly the parameters the sizes ask for, each of the right shape.
+        """Check that `shapes` holds exactly the parameters of these sizes, each of the right shape.
 
-        `fields` names the configuration field of each axis, for the sentences. Raises GrowkitError.
+        fields: the configuration field of each axis, for the messages. Raises GrowkitError.
         """
         wanted = {name: row for name, row, _ in self.names(sizes)}
         for name in shapes:
@@ -148,25 +269,42 @@ class Table:
                 self._refuse_extra(name, sizes, fields)
         for name, row in wanted.items():
             if name not in shapes:
-                stated = f" ({fields['layer']} = {sizes['layer']})" if row.stacked else ""
                 raise GrowkitError(
-                    f"the parameter {name!r} is missing, which the configuration asks for{stated}"
+                    f"the parameter {name!r} is missing, which the configuration asks for"
+                    f"{_state_stacked(row, sizes, fields)}"
                 )
             if tuple(shapes[name]) != row.shape(sizes):
-                raise GrowkitError(_contradiction(name, tuple(shapes[name]), row, sizes, fields))
+                raise GrowkitError(
+                    _describe_contradiction(name, tuple(shapes[name]), row, sizes, fields)
+                )
 
-    def _refuse_extra(self, name: str, sizes: Mapping[str, int], fields: Mapping[str, str]) -> None:
-        row, layer = self.match(name)
-        raise GrowkitError(
-            f"the parameter {name!r} belongs to layer {layer}, but the configuration says "
-            f"{fields['layer']} = {sizes['layer']}, whose last layer is {sizes['layer'] - 1}"
-        )
+    def _refuse_extra(
+        self, name: str, sizes: Mapping[str, int], fields: Mapping[str, str]
+    ) -> None:
+        row, position = self.match(name)
+        for axis, unit in zip(row.stacked, position, strict=True):
+            size = sizes[axis.name]
+            if unit >= size:
+                raise GrowkitError(
+                    f"the parameter {name!r} belongs to {axis.name} {unit}, but the configuration "
+                    f"says {fields[axis.name]} = {size}, whose last {axis.name} is {size - 1}"
+                )
 
 
-def _contradiction(
-    name: str, shape: tuple[int, ...], row: Row, sizes: Mapping[str, int], fields: Mapping[str, str]
+def _state_stacked(row: Row, sizes: Mapping[str, int], fields: Mapping[str, str]) -> str:
+    """' (num_hidden_layers = 3)' for a row that is stacked by layer, else nothing."""
+    stated = [f"{fields[axis.name]} = {sizes[axis.name]}" for axis in row.stacked]
+    return f" ({', '.join(stated)})" if stated else ""
+
+
+def _describe_contradiction(
+    name: str,
+    shape: tuple[int, ...],
+    row: Row,
+    sizes: Mapping[str, int],
+    fields: Mapping[str, str],
 ) -> str:
-    axes = [axis.name for axis in row.axes if axis.name in fields]
+    axes = [axis for part in row.parts for axis in part.names if axis in fields]
     stated = ", ".join(f"{fields[axis]} = {sizes[axis]}" for axis in dict.fromkeys(axes))
     return (
         f"the configuration contradicts the parameter {name!r}: it has shape {list(shape)}, "
@@ -174,32 +312,73 @@ def _contradiction(
     )
 
 
-def parse_table(text: str) -> tuple[Row, ...]:
-    """Parse the lines of a table; blank lines and lines that start with # are passed over.
+@lru_cache
+def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
+    """Parse the lines of a table; blank lines and lines that start with # are skipped.
 
-    Raises ValueError that quotes the line.
+    prefix: the first words of names that a parameter tree leaves out. Raises ValueError that quotes the
+    line.
+
+    >>> row, = parse_table("layers.{/layer}.dense.weight  embed (/head /head_dim)  normal  matrix")
+    >>> row.shape({"embed": 32, "head": 4, "head_dim": 8})
+    (32, 32)
+    >>> row.name_at((3,)), row.path, row.writes_stream
+    ('layers.3.dense.weight', ('layers', 'dense', 'weight'), True)
     """
     lines = (line.strip() for line in text.splitlines())
-    return tuple(_parse_row(line) for line in lines if line and not line.startswith("#"))
+    return tuple(_parse_row(line, prefix) for line in lines if line and not line.startswith("#"))
 
 
-def _parse_row(line: str) -> Row:
-    name, *words = re.findall(r"\([^)]*\)|\S+", line)
-    condition = words.pop() if words and words[-1] in CONDITIONS else None
-    initialisation = words.pop() if words else ""
-    if initialisation not in INITIALISATIONS or not words:
-        raise ValueError(
-            f"a table line is `name axes {'|'.join(INITIALISATIONS)} [condition]`, got {line!r}"
-        )
-    stacked = re.search(r"\{(/?)(\w+)\}", name)
+def _parse_row(line: str, prefix: str) -> Row:
+    name, *words = _WORD.findall(line)
+    place = next((n for n, word in enumerate(words) if _BEGINS.fullmatch(word)), None)
+    role = None if place is None else _ROLE.fullmatch(" ".join(words[place + 1 : place + 2]))
+    if not place or role is None:
+        raise ValueError(f"a table line is `{FORM}`, got {line!r}")
+    offset, begins = _BEGINS.fullmatch(words[place]).groups()  # type: ignore[union-attr]
+    blocks = tuple(_parse_dimension(word) for word in words[:place])
+    _check_sums(blocks, role[1], line)
     return Row(
         name=name.replace("{/", "{"),
-        dimensions=tuple(_parse_axes(word.strip("()").split()) for word in words),
-        initialisation=initialisation,
-        condition=condition,
-        stacked=Axis(stacked[2], bool(stacked[1])) if stacked else None,
+        blocks=blocks,
+        begins=begins,
+        role=role[1],
+        offset=float(offset or 0.0),
+        averages=_parse_averages(role, blocks, line),
+        conditions=tuple(words[place + 2 :]),
+        stacked=tuple(Axis(axis, bool(slash)) for slash, axis in _BRACES.findall(name)),
+        prefix=prefix,
     )
 
 
-def _parse_axes(words: Iterable[str]) -> tuple[Axis, ...]:
+def _parse_dimension(word: str) -> tuple[Product, ...]:
+    """'embed', '(/head /head_dim)' or '(mlp | mlp)' as terms, each a product of axes."""
+    return tuple(_parse_axes(term.split()) for term in word.strip("()").split("|"))
+
+
+def _parse_axes(words: Sequence[str]) -> Product:
     return tuple(Axis(word.lstrip("/"), word.startswith("/")) for word in words)
+
+
+def _parse_averages(
+    role: re.Match[str], blocks: tuple[tuple[Product, ...], ...], line: str
+) -> tuple[str, ...]:
+    """The axes that a norm averages over: those it names, else all that it has."""
+    own = tuple(axis.name for terms in blocks for term in terms for axis in term)
+    if role[2] is None:
+        return own if role[1] == "norm" else ()
+    named = tuple(role[2].split())
+    if role[1] != "norm" or not named or not set(named) <= set(own):
+        raise ValueError(f"only a norm averages over axes, and over its own alone, got {line!r}")
+    return named
+
+
+def _check_sums(blocks: tuple[tuple[Product, ...], ...], role: str, line: str) -> None:
+    """Raise ValueError for empty products, two sums in one row, and a qkv sum of another length."""
+    if not all(term for terms in blocks for term in terms):
+        raise ValueError(f"every block of a dimension needs an axis, got {line!r}")
+    lengths = [len(terms) for terms in blocks if len(terms) > 1]
+    if len(lengths) > 1:
+        raise ValueError(f"one dimension of a row can be a sum, got {line!r}")
+    if role == "qkv" and lengths and lengths != [3]:
+        raise ValueError(f"a sum of role qkv has three blocks, query | key | value, got {line!r}")

@@ -20,13 +20,13 @@ from growkit.surgery.grow import provenance
 WIDE = np.float64
 
 
-def averaged(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Contents:
+def average_checkpoints(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Contents:
     """The weighted mean, summed in float64 and rounded once to the last source's dtype; weights are normalised.
 
     Raises UsageError for fewer than two sources, sources of different models, and weights that do not fit.
     """
     check_alike(sources)
-    shares = normalised(weights or [1.0] * len(sources), len(sources))
+    shares = normalise_weights(weights or [1.0] * len(sources), len(sources))
     last = sources[-1]
     slots = {
         slot: {name: copy_tensor(tensor) for name, tensor in tensors.items()}
@@ -80,7 +80,7 @@ class WeightedSum:
         return total
 
 
-def normalised(weights: Sequence[float], count: int) -> list[float]:
+def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
     """The weights as shares of their sum. Raises UsageError for the wrong number of them and for what is no weight."""
     if len(weights) != count:
         raise UsageError(

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from growkit.checkpoint.tensor import BLOCK, SLOTS, Recipe, Source, Tensor
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.plan import Plan, plan_from
-from growkit.surgery.grow import grown
+from growkit.growth.plan import Plan, read_plan
+from growkit.surgery.grow import prepare_growth
 
 EQUAL, DIFFERS = "equal", "differs"
 
@@ -38,7 +38,7 @@ class Comparison:
     detail: str = ""
 
 
-def compared(a: Source, b: Source, progress: Progress = lambda done: None) -> Iterator[Comparison]:
+def compare_sources(a: Source, b: Source, progress: Progress = lambda done: None) -> Iterator[Comparison]:
     """Every tensor of either model, read when its turn comes; progress is told the bytes of both that are done."""
     for slot in SLOTS:
         ours, theirs = a.tensors.get(slot, {}), b.tensors.get(slot, {})
@@ -59,12 +59,12 @@ def _compared(slot: str, name: str, ours: Tensor, theirs: Tensor) -> Comparison:
     same, largest = not detail, 0.0
     for start, stop in max(ours, theirs, key=lambda tensor: tensor.stride).split_rows(BLOCK):
         a, b = ours.rows(start, stop), theirs.rows(start, stop)
-        if detail or differing(a, b)[0]:
+        if detail or count_differing(a, b)[0]:
             same, largest = False, float(np.maximum(largest, largest_difference(a, b)))
     return Comparison(slot, name, EQUAL if same else DIFFERS, largest, detail)
 
 
-def differing(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
+def count_differing(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     """How many numbers of two arrays of one shape and dtype have other bits, and the place of the first, in C order."""
     bits = np.dtype(f"u{a.dtype.itemsize}")
     other = np.ascontiguousarray(a).reshape(-1).view(bits) != np.ascontiguousarray(b).reshape(
@@ -91,7 +91,7 @@ def fields_differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[An
 
 def model_of(source: Source) -> dict[str, Any]:
     """Architecture, sizes and options of a source: what of its configuration says which function it computes."""
-    return {"architecture": source.model.kind} | asdict(source.model)
+    return {"architecture": source.model.kind} | source.model.values
 
 
 def last_growth(out: Source) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def recorded_plan(source: Source, out: Source) -> Plan:
     try:
         before = entry["sizes"]["before"]
         if before == source.model.sizes:
-            return plan_from(entry, source.model)
+            return read_plan(entry, source.model)
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         raise GrowkitError(
             f"{out.path}: the lineage's last entry is no plan that can be read: {problem!r}"
@@ -133,7 +133,7 @@ def first_mismatch(
     source: Source, out: Source, plan: Plan, progress: Progress = lambda done: None
 ) -> str | None:
     """What first differs in `out` from that which `plan` makes of `source`, in words; None when nothing does."""
-    contents = grown(source, plan)
+    contents = prepare_growth(source, plan)
     # The writer states the dtype anew, and what others wrote beside the model's fields is no part of it.
     stated = sorted(contents.config.keys() - {"dtype", "torch_dtype"})
     wanted, found = (
@@ -162,7 +162,7 @@ def _mismatch(recipe: Recipe, tensor: Tensor) -> str | None:
         return f"is {tensor.dtype}, growth makes it {recipe.dtype}"
     count, first = 0, math.prod(tensor.shape)
     for start, block in recipe.make_blocks():
-        other, place = differing(block, tensor.read_numbers(start, start + block.size))
+        other, place = count_differing(block, tensor.read_numbers(start, start + block.size))
         count, first = count + other, min(first, start + place) if other else first
     if not count:
         return None

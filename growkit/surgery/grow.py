@@ -10,35 +10,44 @@ from typing import Any
 
 from growkit import __version__
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, zeros
-from growkit.growth.multipliers import STATED, in_words
+from growkit.growth.multipliers import STATED, describe_multipliers
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
-from growkit.growth.rule import moment_fate, needs_work
-from growkit.models.notation import Row
+from growkit.growth.rule import find_source, moment_fate, needs_work
+from growkit.models.architecture import follow_layers
+from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 
 MOMENTS = {"params": VALUE, "mu": MU, "nu": NU}
 
 
-def grown(source: Source, plan: Plan) -> Contents:
+def prepare_growth(source: Source, plan: Plan) -> Contents:
     """Everything the grown output holds, nothing of it read yet."""
     recipes = {
         slot: {
-            name: _recipe(source, plan, slot, row, layer)
-            for name, row, layer in plan.grown.table.names(plan.grown.sizes)
+            name: _recipe(source, plan, slot, row, position)
+            for name, row, position in plan.grown.table.names(plan.grown.sizes)
         }
         for slot in source.tensors
     }
     entry = provenance(source) | plan.resolved()
     if plan.continues:
-        entry |= {STATED: in_words(plan.grown, entry)}
+        entry |= {STATED: describe_multipliers(plan.grown, entry)}
     return Contents(
-        config=plan.grown.written(source.config),
+        config=_grown_config(source, plan),
         recipes=recipes,
         lineage=[*source.lineage, entry],
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=source.files,
     )
+
+
+def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
+    """The grown model's config.json; fields with one entry for each layer follow the map."""
+    config = plan.grown.config(source.config)
+    if "layer" not in plan.maps:
+        return config
+    return follow_layers(config, plan.grown.family, plan.maps["layer"].index.tolist())
 
 
 def provenance(source: Source) -> dict[str, Any]:
@@ -47,24 +56,20 @@ def provenance(source: Source) -> dict[str, Any]:
     return {"growkit": __version__, "source": origin | source.record}
 
 
-def _recipe(source: Source, plan: Plan, slot: str, row: Row, layer: int | None) -> Recipe:
+def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position) -> Recipe:
     """The recipe of one new tensor: zeros, the source's bytes again, or a growth of them."""
     moment = MOMENTS[slot]
-    from_layer = layer
-    if layer is not None and "layer" in plan.maps:
-        from_layer = int(plan.maps["layer"].index[layer])
-    tensor = source.tensors[slot][row.named(from_layer)]
-    shape = row.shape(plan.grown.sizes)
-    if moment != VALUE and moment_fate(plan, row, moment, layer) == "zero":
-        return zeros(shape, tensor.dtype)
-    if not needs_work(row, plan, moment, layer):
+    tensor = source.tensors[slot][row.name_at(find_source(plan, row, position))]
+    if moment_fate(plan, row, moment, position) == "zero":
+        return zeros(row.shape(plan.grown.sizes), tensor.dtype)
+    if not needs_work(row, plan, moment, position):
         return copy_tensor(tensor)
-    return grown_recipe(tensor, row, plan, moment, layer)
+    return grown_recipe(tensor, row, plan, moment, position)
 
 
-def grown_source(source: Source, plan: Plan) -> Source:
+def open_grown(source: Source, plan: Plan) -> Source:
     """The grown model as a source, its tensors made when they are read: growth without an output."""
-    contents = grown(source, plan)
+    contents = prepare_growth(source, plan)
     tensors = {
         slot: {name: _made_when_read(recipe) for name, recipe in recipes.items()}
         for slot, recipes in contents.recipes.items()

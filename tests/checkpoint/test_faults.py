@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from growkit.checkpoint import huggingface
 from growkit.cli import run
 
 KILLS = 30
-LARGER = replace(SMALL, embed=256, mlp=1024, vocab=20000)
+LARGER = SMALL.change(embed=256, mlp=1024, vocab=20000)
 # One process imports everything once; each growth is a fork of it, killed after a random part of its usual time.
 KILLER = """
 import json, os, random, shutil, signal, sys, time

@@ -8,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -33,8 +32,7 @@ from growkit.checkpoint.tensor import Contents, copy_tensor
 from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.models.gpt_neox import DEFAULTS
-from growkit.surgery.grow import grown
+from growkit.surgery.grow import prepare_growth
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
@@ -132,7 +130,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(tmp_path):
 
 
 def test_a_tied_model_with_a_stray_head(tmp_path):
-    tied = replace(SMALL, tied=True)
+    tied = SMALL.change(tied=True)
     path = save_directory(tmp_path / "hf", tied)
     tensors = random_tensors(tied)
     save_tensors(
@@ -628,7 +626,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path):
         write_output(
             tmp_path / "out",
             "huggingface",
-            grown(source, plan_depth(source.model, "3:4")),
+            prepare_growth(source, plan_depth(source.model, "3:4")),
             [source],
         )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -691,8 +689,8 @@ print(began, grown, peak(), file=sys.stderr)
     "words", [["depth", "--map", "3:4"], ["width", "--embed", "2x"], ["width", "--embed", "1536"]]
 )
 def test_growth_takes_little_memory(tmp_path, words):
-    model = replace(SMALL, embed=1024, head=8, mlp=4096, vocab=30000, context=32)
-    large = save_directory(tmp_path / "large", replace(SMALL, vocab=8))
+    model = SMALL.change(embed=1024, head=8, mlp=4096, vocab=30000, context=32)
+    large = save_directory(tmp_path / "large", SMALL.change(vocab=8))
     tensors = {
         name: np.broadcast_to(np.float32(0), row.shape(model.sizes))
         for name, row, _ in model.table.names(model.sizes)

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from conftest import SMALL, contents_of, save_checkpoint, save_directory
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
 
-TWELVE = replace(SMALL, layer=12)
+TWELVE = SMALL.change(layer=12)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,11 @@ from growkit.checkpoint import tensor
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
 from growkit.growth.plan import Plan
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery import blocks, comparison
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
-TARGET = replace(TINY, layer=3, embed=36, head=3, mlp=20, rotary_pct=1 / 3)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
+TARGET = TINY.change(layer=3, embed=36, head=3, mlp=20, rotary_pct=1 / 3)
 GROWTHS = {
     "replicate": ["depth", "--map", "2:5"],
     "nearest": ["depth", "--map", "2:5", "--method", "nearest"],
@@ -52,7 +51,7 @@ def originals(tmp_path_factory):
     save_directory(path / "hf", TINY)
     save_directory(path / "half", TINY, "bfloat16")
     save_checkpoint(path / "ck", TINY)
-    (path / "target.json").write_text(json.dumps(write_config(TARGET)))
+    (path / "target.json").write_text(json.dumps(TARGET.config()))
     return path
 
 
@@ -138,7 +137,7 @@ def test_sizes_of_width_and_of_a_target(place, capsys):
     (place / "like.yaml").write_text("model: {layer: 3, head: 4, embed: 32}\n")
     assert run(["grow", "--like", "like.yaml", "ck", "yaml"]) == 0
     # What a section leaves open is the source's.
-    assert open_source("yaml").model == replace(TINY, layer=3, head=4, embed=32)
+    assert open_source("yaml").model == TINY.change(layer=3, head=4, embed=32)
     assert run(["grow", "--like", "like", "ck", "same"]) == 0
     assert open_source("same").model.sizes == TARGET.sizes
 
@@ -393,8 +392,8 @@ def test_diff_of_sizes_kinds_and_dtypes(place, capsys):
 
 def test_the_largest_difference():
     a = np.float32([1, np.nan, np.inf, -0.0])
-    assert comparison.largest_difference(a, a) == 0 and comparison.differing(a, a.copy())[0] == 0
-    assert comparison.differing(a, np.float32([1, np.nan, np.inf, 0.0])) == (1, 3)
+    assert comparison.largest_difference(a, a) == 0 and comparison.count_differing(a, a.copy())[0] == 0
+    assert comparison.count_differing(a, np.float32([1, np.nan, np.inf, 0.0])) == (1, 3)
     assert comparison.largest_difference(a, np.float32([1.5, np.nan, np.inf, 0])) == 0.5
     assert np.isnan(comparison.largest_difference(a, np.float32([1, 0, np.inf, 0])))
 
@@ -525,7 +524,7 @@ FIELDS = {
 def target_changed(place: Path, words: list[str]) -> list[str]:
     """The command without its field=value words, which change target.json instead."""
     changes = dict(word.split("=") for word in words if "=" in word and not word.startswith("--"))
-    config = write_config(TARGET) | {"rope_parameters": None, "rope_scaling": None}
+    config = TARGET.config() | {"rope_parameters": None, "rope_scaling": None}
     for key, value in changes.items():
         config[FIELDS[key]] = value if key == "kind" else json.loads(value)
         if key == "rotary":

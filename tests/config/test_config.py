@@ -7,16 +7,16 @@ import dataclasses
 import pytest
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import (
     Config,
     Dropout,
     Model,
-    neox,
+    build_architecture,
     resolve,
 )
-from trainer.config.values import presets, read_values
-from trainer.run.directory import changed_keys, with_model_of
+from trainer.config.values import list_presets, read_values
+from trainer.run.directory import fill_model, find_changed_keys
 
 
 def refusal(values, *fragments):
@@ -46,7 +46,7 @@ def test_the_defaults_are_the_recipe():
 
 @pytest.mark.parametrize("preset", ["760m", "recipe"])
 def test_the_presets_of_the_recipe_state_the_defaults(preset):
-    different = changed_keys(Config().to_dict(), resolve(read_values(preset, [])).to_dict())
+    different = find_changed_keys(Config().to_dict(), resolve(read_values(preset, [])).to_dict())
     assert set(different) <= {"remat"}
 
 
@@ -59,11 +59,11 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("preset", list_presets())
 def test_every_preset_resolves_to_the_size_it_states(preset):
     config = resolve(read_values(preset, []))
-    model = neox(config.model)
-    tied, untied = (dataclasses.replace(model, tied=tied).parameters for tied in (True, False))
+    model = build_architecture(config.model)
+    tied, untied = (model.change(tied=tied).parameters for tied in (True, False))
     beside = tied - model.vocab * model.embed
     if preset in SIZES:
         assert tuple(round(count / 1e6) for count in (tied, untied, beside)) == SIZES[preset]
@@ -174,7 +174,7 @@ def test_overrides_that_cannot_be_read(override, fragment):
 
 def test_sizes_that_contradict_each_other():
     with pytest.raises(UsageError, match="multiple of num_attention_heads, got 100 and 12"):
-        neox(Model(embed=100))
+        build_architecture(Model(embed=100))
 
 
 def test_changed_keys_are_named_and_what_may_change_is_not():
@@ -189,25 +189,23 @@ def test_changed_keys_are_named_and_what_may_change_is_not():
             "log": {"every": 1},
         }
     ).to_dict()
-    assert changed_keys(before, after) == ["data.train", "optimizer.clip", "seed"]
-    assert changed_keys(after, after) == []
+    assert find_changed_keys(before, after) == ["data.train", "optimizer.clip", "seed"]
+    assert find_changed_keys(after, after) == []
 
 
-SOURCE = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+SOURCE = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 
 
 def test_a_source_fills_the_model_section():
-    values = with_model_of({"seed": 3}, SOURCE, "here")
-    assert neox(resolve(values).model) == SOURCE
-    longer = with_model_of({"model": {"context": 32, "layer": 2}}, SOURCE, "here")
-    assert neox(resolve(longer).model) == dataclasses.replace(SOURCE, context=32)
+    values = fill_model({"seed": 3}, SOURCE, "here")
+    assert build_architecture(resolve(values).model) == SOURCE
+    longer = fill_model({"model": {"context": 32, "layer": 2}}, SOURCE, "here")
+    assert build_architecture(resolve(longer).model) == SOURCE.change(context=32)
 
 
 def test_a_stated_value_is_compared_as_the_number_it_is():
     """YAML reads 1e-5 as text; it is the source's 1e-05 all the same."""
-    assert with_model_of(
-        {"model": {"layer_norm_eps": "1e-5", "rotary_base": 10000}}, SOURCE, "here"
-    )
+    assert fill_model({"model": {"layer_norm_eps": "1e-5", "rotary_base": 10000}}, SOURCE, "here")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +222,7 @@ def test_a_stated_value_is_compared_as_the_number_it_is():
 )
 def test_a_model_section_that_is_not_the_sources(section, fragment):
     with pytest.raises(UsageError) as caught:
-        with_model_of({"model": section}, SOURCE, "here")
+        fill_model({"model": section}, SOURCE, "here")
     assert fragment in str(caught.value)
 
 

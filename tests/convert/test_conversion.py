@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -19,9 +18,8 @@ from growkit.checkpoint.tensor import map_tensors
 from growkit.cli import run
 from growkit.errors import GrowkitError
 from growkit.models import read_config
-from growkit.models.gpt_neox import write_config
 
-TIED = replace(SMALL, tied=True, parallel_residual=False)
+TIED = SMALL.change(tied=True, parallel_residual=False)
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
 
@@ -183,7 +181,7 @@ def test_a_number_too_large_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "model", [replace(SMALL, layer_norm_eps=0.1, rotary_pct=0.5, rotary_base=500.0), TIED]
+    "model", [SMALL.change(norm_eps=0.1, rotary_pct=0.5, rotary_base=500.0), TIED]
 )
 def test_transformers_reads_the_configuration(tmp_path, model):
     transformers = pytest.importorskip("transformers")
@@ -210,7 +208,7 @@ def test_transformers_reads_the_configuration(tmp_path, model):
 
 
 def test_rotary_fields_of_both_generations_are_read():
-    full = write_config(replace(SMALL, rotary_pct=0.5, rotary_base=500.0))
+    full = SMALL.change(rotary_pct=0.5, rotary_base=500.0).config()
     four = {key: value for key, value in full.items() if key != "rope_parameters"}
     five = {
         key: value for key, value in full.items() if key not in ("rotary_pct", "rotary_emb_base")
@@ -262,7 +260,7 @@ def test_rotary_fields_of_both_generations_are_read():
 )
 def test_configurations_that_are_another_function(change, said):
     with pytest.raises(GrowkitError, match=said):
-        read_config(write_config(SMALL) | change)
+        read_config(SMALL.config() | change)
 
 
 def test_weights_of_other_formats_are_never_carried(tmp_path):

@@ -110,11 +110,11 @@ def test_fractions_that_make_no_sense(tokens, fraction, fragment):
 def test_what_was_drawn_is_said(tokens):
     data = corpus(tokens, {"whole": 3, "other": 1})
     sizes = [len(windows) for _, _, windows in data.mixture.parts]
-    said = data.drawn(Stream(data.mixture, 0), 400)
+    said = data.describe_drawn(Stream(data.mixture, 0), 400)
     shares = [float(share) for share in re.findall(r"([\d.]+)%", said)]
     epochs = [float(epoch) for epoch in re.findall(r"\(([\d.]+) epochs\)", said)]
     assert said.startswith("drawn so far, of 400 sequences: ")
     assert shares == pytest.approx([75, 25], rel=0.011)
     assert epochs == pytest.approx([300 / sizes[0], 100 / sizes[1]], rel=0.02)
-    facts = data.facts(400)
+    facts = data.describe(400)
     assert f"75.0% of the sequences, {300 / sizes[0]:.2f} epochs by the end" in facts[0]

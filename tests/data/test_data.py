@@ -17,8 +17,8 @@ from trainer.data.stream import (
     Stream,
     Windows,
     check_vocabulary,
-    join,
-    split,
+    join_windows,
+    split_windows,
     validation_batches,
 )
 from trainer.data.tokens import TokenFile, TokenWriter
@@ -49,7 +49,7 @@ def files(tmp_path_factory):
 
 
 def mixture(files, weights=(3, 1), names=("large", "small")):
-    windows = [split(file, CONTEXT, 0.1)[0] for file in files]
+    windows = [split_windows(file, CONTEXT, 0.1)[0] for file in files]
     return Mixture(tuple(zip(names, weights, windows, strict=True)))
 
 
@@ -68,7 +68,7 @@ def test_every_token_is_predicted_once(tmp_path_factory, tokens, context, held_o
     if tokens < 2 * context + 1:
         return
     file = token_file(tmp_path_factory.mktemp("file") / "data", tokens)
-    train, held = split(file, context, held_out)
+    train, held = split_windows(file, context, held_out)
     whole = (tokens - 1) // context * context
     assert predicted([*windows_of(train), *windows_of(held)]) == dict.fromkeys(
         range(1, whole + 1), 1
@@ -94,7 +94,7 @@ def test_windows_are_int32_of_context_and_one(files):
 
 
 def test_held_out_windows_are_never_drawn(files):
-    train, held = split(files[0], CONTEXT, 0.1)
+    train, held = split_windows(files[0], CONTEXT, 0.1)
     stream = Stream(Mixture((("large", 1, train),)), seed=0)
     drawn = predicted(stream.batch(0, 2 * len(train)))
     assert set(drawn.values()) == {2}
@@ -126,7 +126,7 @@ def test_the_order_of_a_seed_is_on_record(files):
 
 
 def test_an_epoch_is_all_windows_once_and_epochs_differ(files):
-    train, _ = split(files[1], CONTEXT, 0.1)
+    train, _ = split_windows(files[1], CONTEXT, 0.1)
     stream = Stream(Mixture((("small", 1, train),)), seed=3)
     one, two = stream.batch(0, len(train)), stream.batch(len(train), len(train))
     assert set(predicted(one).values()) == set(predicted(two).values()) == {1}
@@ -136,7 +136,7 @@ def test_an_epoch_is_all_windows_once_and_epochs_differ(files):
 
 
 def test_one_window_is_enough_to_train_on(tmp_path):
-    train, _ = split(token_file(tmp_path / "data", 2 * CONTEXT + 1), CONTEXT, 0.1)
+    train, _ = split_windows(token_file(tmp_path / "data", 2 * CONTEXT + 1), CONTEXT, 0.1)
     batch = Stream(Mixture((("tiny", 1, train),)), seed=0).batch(0, 3)
     assert batch.tolist() == [[0, 1, 2, 3, 4]] * 3
 
@@ -169,9 +169,9 @@ def test_data_context_weights_and_windows_change_the_fingerprint(files):
     base = Stream(mixture(files), seed=1).fingerprint
     others = [
         mixture(files, (2, 1)),
-        Mixture((("large", 3, split(large, CONTEXT, 0.1)[0]),)),
+        Mixture((("large", 3, split_windows(large, CONTEXT, 0.1)[0]),)),
         *(
-            Mixture((("large", 3, split(large, *cut)[0]), ("small", 1, split(small, *cut)[0])))
+            Mixture((("large", 3, split_windows(large, *cut)[0]), ("small", 1, split_windows(small, *cut)[0])))
             for cut in ((CONTEXT, 0.2), (5, 0.1))
         ),
     ]
@@ -222,7 +222,7 @@ def test_joined_files_are_one_data_set(files):
         Windows(files[1], CONTEXT, 2, 3),
         Windows(files[0], CONTEXT, 5, 9),
     ]
-    joined = join(parts)
+    joined = join_windows(parts)
     np.testing.assert_array_equal(
         windows_of(joined), [window for part in parts for window in windows_of(part)]
     )
@@ -231,15 +231,15 @@ def test_joined_files_are_one_data_set(files):
             joined[number]
     stream = Stream(Mixture((("both", 1, joined),)), seed=0)
     assert predicted(stream.batch(0, 10)) == predicted(windows_of(joined))
-    assert join(parts[:1]) is parts[0]
-    assert len({join(some).identity for some in (parts, parts[::-1], parts[:2])}) == 3
+    assert join_windows(parts[:1]) is parts[0]
+    assert len({join_windows(some).identity for some in (parts, parts[::-1], parts[:2])}) == 3
 
 
 def test_windows_joined_wrongly_would_be_seen(files, monkeypatch):
     """The sibling of the test above: bounds that are off repeat one window and lose another."""
     parts = [Windows(files[0], CONTEXT, 0, 5), Windows(files[1], CONTEXT, 2, 5)]
     monkeypatch.setattr(Joined, "_ends", [4, 7])
-    windows = windows_of(join(parts))
+    windows = windows_of(join_windows(parts))
     assert not np.array_equal(
         windows, [*windows_of(parts[0]), *windows_of(parts[1])][: len(windows)]
     )
@@ -247,13 +247,13 @@ def test_windows_joined_wrongly_would_be_seen(files, monkeypatch):
 
 def test_a_fraction_is_of_the_first_windows(files):
     windows = Windows(files[0], CONTEXT, 10, 110)
-    assert (windows.first(0.25).start, windows.first(0.25).stop) == (10, 35)
-    assert windows.first(1.0).identity == windows.identity
-    assert len(windows.first(1e-9)) == 1
+    assert (windows.take_fraction(0.25).start, windows.take_fraction(0.25).stop) == (10, 35)
+    assert windows.take_fraction(1.0).identity == windows.identity
+    assert len(windows.take_fraction(1e-9)) == 1
 
 
 def test_validation_is_fixed_spread_and_padded(files):
-    held = [split(file, CONTEXT, 0.1)[1] for file in files]
+    held = [split_windows(file, CONTEXT, 0.1)[1] for file in files]
     one, two = (list(validation_batches(held, 4, 10)) for _ in range(2))
     assert [mask.tolist() for _, mask in one] == [
         [True] * 4,
@@ -288,13 +288,13 @@ def test_text_too_short_for_the_context(tmp_path, tokens, advice):
     with pytest.raises(
         UsageError, match=rf"has {tokens} tokens.*context {CONTEXT}; .*{advice}"
     ) as caught:
-        split(file, CONTEXT, 0.1)
+        split_windows(file, CONTEXT, 0.1)
     assert caught.value.exit_code == 2
 
 
 def test_the_largest_context_that_is_advised_works(tmp_path):
     file = token_file(tmp_path / "data", 8)
-    assert [len(each) for each in split(file, 3, 0.5)] == [1, 1]
+    assert [len(each) for each in split_windows(file, 3, 0.5)] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_the_largest_context_that_is_advised_works(tmp_path):
 )
 def test_splits_that_make_no_sense(files, context, held_out):
     with pytest.raises(UsageError, match="must"):
-        split(files[0], context, held_out)
+        split_windows(files[0], context, held_out)
 
 
 def test_a_vocabulary_too_small_by_the_manifest(tmp_path):
@@ -321,8 +321,8 @@ def test_a_vocabulary_too_small_by_the_ids(tmp_path, monkeypatch):
 
 
 def test_mixtures_that_make_no_sense(files):
-    windows = split(files[0], CONTEXT, 0.1)[0]
-    other = split(files[1], 5, 0.1)[0]
+    windows = split_windows(files[0], CONTEXT, 0.1)[0]
+    other = split_windows(files[1], 5, 0.1)[0]
     for parts, fragment in [
         ((), "at least one"),
         ((("a", 0, windows),), "weight of a"),

@@ -16,7 +16,7 @@ import trainer.data.processes as module
 import trainer.data.text
 import trainer.data.tokenizer
 from growkit.errors import GrowkitError, UsageError
-from trainer.data.processes import in_order
+from trainer.data.processes import map_in_order
 from trainer.data.tokenize import tokenize, tokenize_documents
 from trainer.data.tokenizer import train_tokenizer
 
@@ -101,12 +101,12 @@ def test_a_process_that_is_killed_is_one_sentence():
     with pytest.raises(
         GrowkitError, match="one of the 2 processes was killed, perhaps for want of memory"
     ):
-        list(in_order(Square, (), range(20), 2))
+        list(map_in_order(Square, (), range(20), 2))
 
 
 def test_no_more_tasks_are_read_than_can_be_worked_on():
     read = []
-    results = in_order(Square, (), (read.append(number) or number for number in range(20, 120)), 2)
+    results = map_in_order(Square, (), (read.append(number) or number for number in range(20, 120)), 2)
     assert [next(results) for _ in range(5)] == [number**2 for number in range(20, 25)]
     assert len(read) <= 5 + 2 * module._AHEAD
     results.close()

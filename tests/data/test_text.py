@@ -10,7 +10,7 @@ import pytest
 
 import trainer.data.text as module
 from growkit.errors import GrowkitError, UsageError
-from trainer.data.text import Shard, grouped, open_inputs
+from trainer.data.text import Shard, group_documents, open_inputs
 
 zstd = pytest.importorskip("backports.zstd")
 pyarrow = pytest.importorskip("pyarrow")
@@ -33,7 +33,7 @@ def write_parquet(path, texts, kind=None, **options):
 
 def refused(kind, path, *fragments):
     with pytest.raises(GrowkitError) as caught:
-        list(open_inputs([path]).documents())
+        list(open_inputs([path]).read_documents())
     assert caught.type is kind
     for fragment in (str(path), *fragments):
         assert fragment in str(caught.value)
@@ -59,14 +59,14 @@ def folder(tmp_path):
 def test_every_form_gives_the_same_documents(folder, monkeypatch, size):
     monkeypatch.setattr(module, "BLOCK_SIZE", size)
     for file in sorted(folder.iterdir()):
-        assert list(open_inputs([file]).documents()) == TEXTS
-    assert list(open_inputs([folder]).documents()) == TEXTS * 5
+        assert list(open_inputs([file]).read_documents()) == TEXTS
+    assert list(open_inputs([folder]).read_documents()) == TEXTS * 5
 
 
 def test_another_document_would_be_seen(folder):
     """The sibling of the test above."""
     (folder / "a.jsonl").write_bytes(json_lines([*TEXTS[1:], TEXTS[0]]))
-    assert list(open_inputs([folder / "a.jsonl"]).documents()) != TEXTS
+    assert list(open_inputs([folder / "a.jsonl"]).read_documents()) != TEXTS
 
 
 def test_plain_text_may_be_compressed(tmp_path):
@@ -77,17 +77,17 @@ def test_plain_text_may_be_compressed(tmp_path):
     ]:
         (tmp_path / name).write_bytes(content)
     (tmp_path / "d.bin.zst").write_bytes(zstd.compress(b"no text by its name"))
-    assert list(open_inputs([tmp_path]).documents()) == ["one\r\n", "two", "3"]
+    assert list(open_inputs([tmp_path]).read_documents()) == ["one\r\n", "two", "3"]
 
 
 def test_a_last_line_may_lack_its_end(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(["one", "two"])[:-1])
-    assert list(open_inputs([tmp_path]).documents()) == ["one", "two"]
+    assert list(open_inputs([tmp_path]).read_documents()) == ["one", "two"]
 
 
 def test_blocks_are_of_bounded_size_and_long_documents_alone(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_SIZE", 10)
-    blocks = list(grouped(["four", "four", "four", "x" * 30, "four"]))
+    blocks = list(group_documents(["four", "four", "four", "x" * 30, "four"]))
     assert [block.texts for block in blocks] == [["four", "four"], ["four"], ["x" * 30], ["four"]]
     assert [block.number for block in blocks] == [0, 2, 3, 4]
 
@@ -113,7 +113,7 @@ def test_shards_of_one_file_are_all_blocks_once(folder, monkeypatch, name, count
 def test_a_shard_taken_twice_would_be_seen(folder, monkeypatch):
     """The sibling of the two tests above: shards that begin one later lose the first and take another twice."""
     monkeypatch.setattr(
-        Shard, "of", lambda shard, things: list(things)[shard.number :: shard.count]
+        Shard, "select", lambda shard, things: list(things)[shard.number :: shard.count]
     )
     inputs = open_inputs([folder])
     parts = [shard_of(inputs, number, 3) for number in (1, 2, 3)]
@@ -121,7 +121,7 @@ def test_a_shard_taken_twice_would_be_seen(folder, monkeypatch):
 
 
 def shard_of(inputs, number, count):
-    return [text for block in inputs.blocks(Shard(number, count)) for text, _ in block.documents()]
+    return [text for block in inputs.read_blocks(Shard(number, count)) for text, _ in block.read_documents()]
 
 
 def test_a_shard_reads_its_own_files_only(folder):
@@ -163,7 +163,7 @@ def test_a_parquet_file_needs_its_column_of_strings(tmp_path):
 
 def test_a_null_is_an_empty_document(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["one", None, "two"])
-    assert list(open_inputs([tmp_path]).documents()) == ["one", "", "two"]
+    assert list(open_inputs([tmp_path]).read_documents()) == ["one", "", "two"]
 
 
 @pytest.mark.parametrize(

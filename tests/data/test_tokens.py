@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growkit.errors import GrowkitError, UsageError
-from trainer.data.tokens import TokenFile, TokenWriter, token_dtype, verify
+from trainer.data.tokens import TokenFile, TokenWriter, select_token_dtype, verify
 
 DOCUMENTS = [[1, 2, 3, 0], [4, 0], [], [5, 6, 7, 8, 9, 0]]
 
@@ -80,7 +80,7 @@ def test_a_prefix_with_dots_opens(tmp_path):
 def test_the_dtype_is_megatrons():
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     for vocab_size in (10, 65_499, 65_500, 65_536, 200_000):
-        assert token_dtype(vocab_size) == megatron.DType.optimal_dtype(vocab_size)
+        assert select_token_dtype(vocab_size) == megatron.DType.optimal_dtype(vocab_size)
 
 
 @pytest.mark.parametrize("vocab_size", [10, 70_000])

@@ -19,13 +19,13 @@ from etils import epath
 
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokens import TokenWriter
-from trainer.devices.hosts import COORDINATOR, COUNT, NUMBER, join
-from trainer.run.checkpoint import last_step
+from trainer.devices.hosts import COORDINATOR, COUNT, NUMBER, join_cluster
+from trainer.run.checkpoint import find_last_step
 from trainer.run.watch import Watch
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 SEQUENCES, STEPS = 8, 8
 
 # The command line in a process of its own. It notes what it draws, and may send itself a signal or draw what the
@@ -190,7 +190,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_resumes(root,
     out = root / "stopped"
     codes, said = trained(root, out, 2, devices=2, stop=(1, signal.SIGTERM, 4 * SEQUENCES))
     assert codes == [75, 75], said
-    assert 5 <= last_step(out) < STEPS
+    assert 5 <= find_last_step(out) < STEPS
     codes, said = trained(root, out, 2, devices=2)
     assert codes == [0, 0], said
     ours, theirs = state_of(out), state_of(two[0])
@@ -203,7 +203,7 @@ def test_half_of_what_processes_need_to_meet_is_refused(monkeypatch):
     with pytest.raises(
         UsageError, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, all three"
     ):
-        join.__wrapped__()  # past what an earlier test of this process was told
+        join_cluster.__wrapped__()  # past what an earlier test of this process was told
 
 
 def test_the_process_that_the_others_wait_for_is_named(root, two):
@@ -217,7 +217,7 @@ def test_the_process_that_the_others_wait_for_is_named(root, two):
 
 
 class Alone:
-    alone, met = True, 0
+    single_process, calls = True, 0
 
 
 def test_who_is_behind_and_for_how_long():

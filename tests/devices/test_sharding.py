@@ -23,15 +23,15 @@ import pytest
 import trainer.devices.sharding as sharding
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
-from trainer.model.decoder import initial_params
+from trainer.model.decoder import init_params
 from trainer.run.checkpoint import Checkpoints, from_source, to_tree
-from trainer.step.update import abstract_state, initial_state, make_eval_step, make_train_step
+from trainer.step.update import abstract_state, init_state, make_eval_step, make_train_step
 
-MODEL = NeoX(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
+MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
 CONFIG = Config(
     dropout=Dropout(0.0, 0.0, 0.0),
     precision=Precision("float32", "float32"),
@@ -64,24 +64,24 @@ def tokens(step, parts=1):
 
 def started(config, lay):
     """A new state on the mesh."""
-    params = jax.device_get(initial_params(MODEL, config.precision, 0))
+    params = jax.device_get(init_params(MODEL, config.precision, 0))
     like = abstract_state(config, MODEL, lay)
     return jax.tree.map(
         lambda array, leaf: sharding.place(np.asarray(array), leaf.sharding),
-        initial_state(config, MODEL, params),
+        init_state(config, MODEL, params),
         like,
     )
 
 
 def trajectory(config):
     """The losses and gradient norms of some steps, the validation after them, and what the compiled step is like."""
-    lay = sharding.layout(config, MODEL)
+    lay = sharding.make_layout(config, MODEL)
     state, parts, found = started(config, lay), config.batch.accumulation, []
     made = make_train_step(config, MODEL, None, lay)
     step = made.trace(state, tokens(0, parts)).lower().compile()
     for number in range(STEPS):
         state, metrics = step(
-            state, sharding.place(tokens(number, parts), lay.batch(1)), made.numbers
+            state, sharding.place(tokens(number, parts), lay.batch_sharding(1)), made.numbers
         )
         found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     mask = np.arange(16) < 13
@@ -202,10 +202,10 @@ def test_the_collectives_of_the_compiled_step(found):
 
 def spec(name, **rules):
     """The mesh axes of a row on eight devices, by name of the row's path."""
-    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.MESH_AXES)
     lay = sharding.Layout(mesh, **rules)
     row = next(row for row in MODEL.table.rows if ".".join(row.path) == name)
-    return tuple(lay.stored(row).spec), tuple(lay.moment(row).spec)
+    return tuple(lay.parameter_sharding(row).spec), tuple(lay.moment_sharding(row).spec)
 
 
 def test_rows_lie_by_their_axes():
@@ -246,7 +246,7 @@ class Device:
 def test_what_does_not_divide_is_refused_in_a_sentence(name):
     mesh, words = REFUSED[name]
     with pytest.raises(UsageError, match=words):
-        sharding.layout(replace(CONFIG, mesh=mesh), MODEL, [Device(number) for number in range(8)])
+        sharding.make_layout(replace(CONFIG, mesh=mesh), MODEL, [Device(number) for number in range(8)])
 
 
 def test_a_batch_that_does_not_divide_is_refused():
@@ -255,14 +255,14 @@ def test_a_batch_that_does_not_divide_is_refused():
         UsageError,
         match="= 4 sequences do not divide over .* = 8 x 1; their product may be 1, 2 or 4",
     ):
-        sharding.layout(replace(CONFIG, batch=Batch(16, 4)), MODEL, devices)
-    narrow = NeoX(layer=2, embed=36, head=6, mlp=64, vocab=128, context=16, rotary_pct=1.0)
+        sharding.make_layout(replace(CONFIG, batch=Batch(16, 4)), MODEL, devices)
+    narrow = GPT_NEOX.model(layer=2, embed=36, head=6, mlp=64, vocab=128, context=16, rotary_pct=1.0)
     with pytest.raises(
         UsageError,
         match="embed 36 does not divide over mesh.fsdp x mesh.data = 8; .*mesh.zero1=false",
     ):
-        sharding.layout(CONFIG, narrow, devices)
-    assert sharding.layout(replace(CONFIG, mesh=MESHES["dp"]), narrow, devices).shards == 8
+        sharding.make_layout(CONFIG, narrow, devices)
+    assert sharding.make_layout(replace(CONFIG, mesh=MESHES["dp"]), narrow, devices).batch_shards == 8
 
 
 # Checkpoints move between topologies.
@@ -285,7 +285,7 @@ def moved(directory):
         "zero1": Mesh(),
     }
     layouts = {
-        name: sharding.layout(replace(CONFIG, mesh=mesh), MODEL) for name, mesh in places.items()
+        name: sharding.make_layout(replace(CONFIG, mesh=mesh), MODEL) for name, mesh in places.items()
     }
     state = started(CONFIG, layouts["eight"])
     state, _ = make_train_step(CONFIG, MODEL, None, layouts["eight"])(state, tokens(0))
@@ -298,7 +298,7 @@ def moved(directory):
                 leaf.sharding for leaf in jax.tree.leaves(like)
             ]
         checkpoints = Checkpoints(Path(directory) / name, CONFIG.checkpoint)
-        checkpoints.save(1, state, write_config(MODEL), [], {}, {})
+        checkpoints.save(1, state, MODEL.config(), [], {}, {})
         checkpoints.close()
         source = open_source(f"{directory}/{name}")
         found[f"read from {name}"] = digest(
@@ -322,7 +322,7 @@ def test_a_state_moves_between_topologies_bit_for_bit(tmp_path):
 
 def spread_kernel(*over):
     """How far splash attention's gradients on the mesh are from XLA's on one device; over: of heads, then of time."""
-    lay = sharding.layout(replace(CONFIG, mesh=MESHES["mixed"]), MODEL)
+    lay = sharding.make_layout(replace(CONFIG, mesh=MESHES["mixed"]), MODEL)
     q, k, v = (
         np.random.default_rng(seed).normal(size=(4, 4, 256, 16)).astype(np.float32)
         for seed in range(3)
@@ -338,7 +338,7 @@ def spread_kernel(*over):
         patch.setattr(
             kernels, "splash_attention", partial(kernels.splash_attention, interpret=True)
         )
-        patch.setitem(kernels.COMPUTED, "head", over)
+        patch.setitem(kernels.COMPUTE_RULES, "head", over)
         ours, theirs = gradients(spread), gradients(lambda *a: causal_attention(*a, None, 0.0))
     return max(float(abs(mine - plain).max()) for mine, plain in zip(ours, theirs, strict=True))
 

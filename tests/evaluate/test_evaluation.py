@@ -30,15 +30,16 @@ from growkit.evaluation.catalogue import (
     select_published,
 )
 from growkit.evaluation.questions import collect_questions
-from growkit.models.gpt_neox import NeoX, write_config
-from trainer.data.tokenizer import carried_tokenizer, train_tokenizer
-from trainer.evaluate.harness import jax_model
-from trainer.evaluate.likelihood import bucket
-from trainer.model.decoder import logits_of
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
+from trainer.data.tokenizer import load_model_tokenizer, train_tokenizer
+from trainer.evaluate.harness import load_jax_model
+from trainer.evaluate.likelihood import pad_length
+from trainer.model.decoder import compute_logits
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 WINDOW = 48
-MODEL = NeoX(layer=2, embed=32, head=4, mlp=64, vocab=320, context=WINDOW, tied=True)
+MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=320, context=WINDOW, tied=True)
 WORDS = "the cat sat on a mat and was glad of its hat while rain fell over towns where no dog ever slept".split()  # noqa: SIM905
 
 ROWS = {
@@ -114,7 +115,7 @@ def tokenizer():
 
 
 def save_model(
-    path: Path, tokenizer, model: NeoX = MODEL, scale: float = 1.0, files: bool = True
+    path: Path, tokenizer, model: Architecture = MODEL, scale: float = 1.0, files: bool = True
 ) -> Path:
     """A trainer checkpoint of random parameters with its tokenizer."""
     tensors = random_tensors(model)
@@ -133,7 +134,7 @@ def save_model(
         else {}
     )
     record = {"count": 0, "step": 0, "schedule_step": 0, "tokens": 0}
-    write_checkpoint(path, Contents(write_config(model), {"params": recipes}, [], record, beside))
+    write_checkpoint(path, Contents(model.config(), {"params": recipes}, [], record, beside))
     return path
 
 
@@ -151,7 +152,7 @@ def directory(checkpoint):
 @pytest.fixture(scope="module")
 def in_jax(checkpoint):
     source = open_source(str(checkpoint))
-    return jax_model(source, carried_tokenizer(source.files, source.path), WINDOW, 4)
+    return load_jax_model(source, load_model_tokenizer(source.files, source.path), WINDOW, 4)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def test_no_torch_is_loaded_for_a_checkpoint(checkpoint, data):
 def logits_after(checkpoint, texts: list[list[int]]) -> np.ndarray:
     """The logits [texts, WINDOW, vocab] of texts of at most a window, filled up with zeros after their ends."""
     tokens = np.array([text + [0] * (WINDOW - len(text)) for text in texts])
-    return logits_of(open_source(str(checkpoint)), tokens).astype(np.float64)
+    return compute_logits(open_source(str(checkpoint)), tokens).astype(np.float64)
 
 
 def test_log_likelihoods_are_the_logits(checkpoint, in_jax):
@@ -257,7 +258,7 @@ def test_log_likelihoods_are_the_logits(checkpoint, in_jax):
     likeliest = [
         (text, [int(row[len(text) - 1].argmax())]) for text, row in zip(cut, logits, strict=True)
     ]
-    found = in_jax.likelihood.scores(pairs + likeliest)
+    found = in_jax.likelihood.score(pairs + likeliest)
     assert all(hit for _, hit in found[len(pairs) :])
     for (_, scored), text, row, (total, hit) in zip(pairs, cut, logits, found, strict=False):
         row = row[len(text) - len(scored) : len(text)]
@@ -267,10 +268,10 @@ def test_log_likelihoods_are_the_logits(checkpoint, in_jax):
 
 
 def test_few_lengths_and_none_too_short():
-    lengths = {bucket(length, 1024) for length in range(1, 1025)}
+    lengths = {pad_length(length, 1024) for length in range(1, 1025)}
     assert sorted(lengths) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-    assert all(length <= bucket(length, 1000) <= 1000 for length in range(1, 1001))
-    assert bucket(3, 8) == 8
+    assert all(length <= pad_length(length, 1000) <= 1000 for length in range(1, 1001))
+    assert pad_length(3, 8) == 8
 
 
 def test_a_text_without_a_token_has_no_score(in_jax):
@@ -382,7 +383,7 @@ def test_bits_per_byte_of_an_untrained_model(tmp_path, tokenizer):
     (tmp_path / "bpb").mkdir()
     text = " ".join(WORDS) * 20
     (tmp_path / "bpb" / "text.txt").write_text(text)
-    model = jax_model(source, tokenizer, WINDOW, 4)
+    model = load_jax_model(source, tokenizer, WINDOW, 4)
     answer = harness.ask(model, asked(["bpb"], tmp_path)[0][0])
     tokens = len(tokenizer.tokenizer.encode(text).ids)
     assert answer.figures["bits_per_byte"].value == pytest.approx(
@@ -524,7 +525,7 @@ def test_models_of_different_contexts_read_the_same_window(
     tmp_path, checkpoint, tokenizer, data, capsys
 ):
     short = save_model(
-        tmp_path / "short", tokenizer, NeoX(**{**vars(MODEL), "context": 32}), scale=0.5
+        tmp_path / "short", tokenizer, MODEL.change(context=32), scale=0.5
     )
     kept = tmp_path / "scores.json"
     words = ["--data", data, "--tasks", "piqa,bpb", "--output", kept]
@@ -672,7 +673,7 @@ def test_a_broken_text_is_named(content, words, tmp_path, checkpoint, capsys):
 def test_models_that_cannot_be_asked(tmp_path, tokenizer, data, capsys):
     bare = save_model(tmp_path / "bare", tokenizer, files=False)
     assert "carries no tokenizer.json" in refused(capsys, 1, bare, "--data", data)
-    small = save_model(tmp_path / "small", tokenizer, NeoX(**{**vars(MODEL), "vocab": 280}))
+    small = save_model(tmp_path / "small", tokenizer, MODEL.change(vocab=280))
     assert "gives ids up to 289, and the vocabulary of the model is 280" in refused(
         capsys, 1, small, "--data", data
     )

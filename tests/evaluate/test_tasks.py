@@ -24,7 +24,7 @@ from trainer.cli.training import train_run
 from trainer.data.tokenize import tokenize_documents
 from trainer.data.tokenizer import train_tokenizer
 from trainer.log import curves
-from trainer.log.history import COLUMNS, History, parse, render
+from trainer.log.history import COLUMNS, History, parse_rows, render_rows
 
 STEPS = 30
 
@@ -152,7 +152,7 @@ def test_scores_travel_with_a_model_and_are_drawn_over_compute(whole, data, tmp_
     train_run(settings, tmp_path / "further", str(tmp_path / "grown"))
     history = History(epath.Path(tmp_path / "further"))
     rows = history.earlier + history.rows
-    found = curves.scores(rows)
+    found = curves.collect_scores(rows)
     assert (
         list(found) == ["acc", "acc_norm", "bits_per_byte"] and len(found["acc"]["piqa"]) == 4 + 2
     )
@@ -175,20 +175,20 @@ def test_scores_travel_with_a_model_and_are_drawn_over_compute(whole, data, tmp_
 
 def test_rows_of_before_there_were_scores(tmp_path):
     old = (
-        render([dict.fromkeys(COLUMNS, "1")])
+        render_rows([dict.fromkeys(COLUMNS, "1")])
         .replace(",scores", "")
         .replace("1,1,1,1,1,1,1,1,1,1", "1,1,1,1,1,1,1,1,1")
     )
-    assert "scores" not in old and len(parse(old)[0]) == len(COLUMNS) - 1
+    assert "scores" not in old and len(parse_rows(old)[0]) == len(COLUMNS) - 1
     history = History(epath.Path(tmp_path))
     history.begin(old.encode())
     history.add(step=2, tokens=2, scores={"piqa acc": 0.5})
-    assert history.scores(1) is None and history.scores(2) == {"piqa acc": 0.5}
-    carried = parse(history.carried().decode())
-    assert [row["scores"] for row in carried] == ["", '{"piqa acc": 0.5}'] and not curves.scores(
+    assert history.find_scores(1) is None and history.find_scores(2) == {"piqa acc": 0.5}
+    carried = parse_rows(history.export().decode())
+    assert [row["scores"] for row in carried] == ["", '{"piqa acc": 0.5}'] and not curves.collect_scores(
         carried[:1]
     )
-    assert np.allclose(curves.scores([carried[1] | {"flops": "3"}])["acc"]["piqa"], (3, 0.5))
+    assert np.allclose(curves.collect_scores([carried[1] | {"flops": "3"}])["acc"]["piqa"], (3, 0.5))
 
 
 @pytest.mark.parametrize(

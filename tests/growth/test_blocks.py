@@ -10,19 +10,20 @@ from conftest import random_tensors
 from test_growth import held
 
 from growkit.checkpoint.tensor import Tensor
-from growkit.growth.axes import listed, repeat
-from growkit.growth.plan import planned
+from growkit.growth.axes import make_map, repeat
+from growkit.growth.plan import build_plan
+from growkit.growth.rule import PartGrowth
 from growkit.growth.width import plan_width
-from growkit.models.gpt_neox import NeoX
-from growkit.models.llama import Llama
+from growkit.models.gpt_neox import GPT_NEOX
+from growkit.models.llama import LLAMA
 from growkit.surgery import blocks
 from growkit.surgery import grow as surgery
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
-LLAMA = Llama(layer=1, embed=16, kv=2, group=2, head_dim=8, mlp=20, vocab=24, context=16)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
+SMALL_LLAMA = LLAMA.model(layer=1, embed=16, kv=2, group=2, head_dim=8, mlp=20, vocab=24, context=16)
 UNEVEN_COPIES = {
-    "head": listed([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
-    "mlp": listed(
+    "head": make_map([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
+    "mlp": make_map(
         [*range(12), 3, 3, 7, 0],
         12,
         [0.5, 1, 1, 0.25, 1, 1, 1, 0.9, 1, 1, 1, 1, 0.25, 0.5, 0.1, 0.5],
@@ -33,15 +34,15 @@ PLANS = {
     "three": plan_width(TINY, embed="3x", mlp=40, spread=0.5),
     "noise": dataclasses.replace(plan_width(TINY, embed="3x"), noise=0.3, seed=7),
     "mlp": plan_width(TINY, mlp=30),
-    "heads out of order": planned("width", "test", TINY, UNEVEN_COPIES | {"embed": repeat(16, 32)}),
+    "heads out of order": build_plan("width", "test", TINY, UNEVEN_COPIES | {"embed": repeat(16, 32)}),
     "mean-pad": plan_width(TINY, embed=24, mlp=16),
     "head_dim": plan_width(TINY, head_dim=12),
     "head_dim and heads": plan_width(TINY, heads=4, head_dim=12, embed=48),
     "copied moments": dataclasses.replace(plan_width(TINY, embed="2x"), moments="copy"),
     "copied moments, padded": dataclasses.replace(plan_width(TINY, head_dim=12), moments="copy"),
-    "llama": plan_width(LLAMA, embed="2x"),
-    "llama, padded": plan_width(LLAMA, embed=24, mlp=40),
-    "llama, noise": dataclasses.replace(plan_width(LLAMA, heads=8, mlp=40), noise=0.3, seed=3),
+    "llama": plan_width(SMALL_LLAMA, embed="2x"),
+    "llama, padded": plan_width(SMALL_LLAMA, embed=24, mlp=40),
+    "llama, noise": dataclasses.replace(plan_width(SMALL_LLAMA, heads=8, mlp=40), noise=0.3, seed=3),
 }
 SIZES = (64, 300, 1000, 5000)
 
@@ -50,7 +51,7 @@ def recipes(plan, dtype="float32"):
     slots = {
         slot: random_tensors(plan.model, dtype, seed) for seed, slot in enumerate(surgery.MOMENTS)
     }
-    return surgery.grown(held(plan.model, **slots), plan).recipes
+    return surgery.prepare_growth(held(plan.model, **slots), plan).recipes
 
 
 def arrays(plan, dtype="float32"):
@@ -101,22 +102,22 @@ def test_source_rows_are_read_once_and_a_block_at_a_time(monkeypatch):
         read.append((start, stop))
         return array[start:stop]
 
-    list(blocks.grown_recipe(Tensor(array.shape, array.dtype, rows), row, plan, 0, 0).pieces())
+    list(blocks.grown_recipe(Tensor(array.shape, array.dtype, rows), row, plan, 0, (0,)).pieces())
     assert [row for start, stop in read for row in range(start, stop)] == list(range(len(array)))
     assert max(stop - start for start, stop in read) * 2 * array[0].nbytes <= 512
 
 
 def first_units(call):
     """A method that takes the units of a block for those from the first one on."""
-    return lambda self, units: call(self, units - units[0])
+    return lambda self, units, *xp: call(self, units - units[0], *xp)
 
 
 def forgetting_earlier_blocks(call):
-    def finished(self, array, units):
+    def pad(self, array, units, xp):
         self.sum = None
-        return call(self, array, units)
+        return call(self, array, units, xp)
 
-    return finished
+    return pad
 
 
 def one_block_late(call):
@@ -124,19 +125,19 @@ def one_block_late(call):
 
 
 BROKEN = {
-    "the first units' shares for all": ("three", "_factor", first_units),
-    "noise numbered anew in each block": ("noise", "_numbers", first_units),
-    "the mean of the last block alone": ("mean-pad", "_finished", forgetting_earlier_blocks),
-    "rows of the block before": ("clone", "_read", one_block_late),
+    "the first units' shares for all": ("three", PartGrowth, "factor_at", first_units),
+    "noise numbered anew in each block": ("noise", PartGrowth, "_numbers", first_units),
+    "the mean of the last block alone": ("mean-pad", PartGrowth, "_pad", forgetting_earlier_blocks),
+    "rows of the block before": ("clone", blocks.Blocks, "_read", one_block_late),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_blocks_cut_wrongly_are_found_out(name, monkeypatch):
-    plan, method, wrong = BROKEN[name]
+    plan, where, method, wrong = BROKEN[name]
     expected = whole(PLANS[plan], monkeypatch)
     monkeypatch.setattr(blocks, "BLOCK", 64)
-    monkeypatch.setattr(blocks.Blocks, method, wrong(getattr(blocks.Blocks, method)))
+    monkeypatch.setattr(where, method, wrong(getattr(where, method)))
     assert any(
         array.tobytes() != expected[key].tobytes() for key, array in arrays(PLANS[plan]).items()
     )

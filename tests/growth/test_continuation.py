@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 
 from growkit.growth import multipliers as recorded
-from growkit.growth.axes import listed, tile, uneven
+from growkit.growth.axes import make_map, spread_shares, tile
 from growkit.growth.padding import MU, VALUE
-from growkit.growth.plan import planned
+from growkit.growth.plan import build_plan
 from growkit.growth.rule import share_scale
 from growkit.growth.tree import grow
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
-from trainer.model.decoder import initial_params
+from trainer.model.decoder import init_params
 from trainer.run.checkpoint import from_tree, to_tree
 from trainer.step.optimizer import Multipliers
-from trainer.step.update import State, initial_state, make_train_step
+from trainer.step.update import State, init_state, make_train_step
 
-TINY = NeoX(
+TINY = GPT_NEOX.model(
     layer=2, embed=8, head=2, mlp=6, vocab=24, context=12, rotary_pct=0.5, initializer_range=0.2
 )
 BEFORE, AFTER = 5, 40
@@ -41,11 +41,11 @@ CONFIG = Config(
 # Heads and mlp units have unequal numbers of copies and uneven shares; embed, because of norms, neither.
 ONCE = {
     "embed": tile(8, 16),
-    "head": listed([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
-    "mlp": uneven(tile(6, 16), 0.4),
+    "head": make_map([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
+    "mlp": spread_shares(tile(6, 16), 0.4),
 }
-AGAIN = listed([*range(16), 3, 3], 16, [1, 1, 1, 0.2, *[1] * 12, 0.3, 0.5])
-TWICE = {"embed": tile(16, 32), "head": uneven(tile(4, 8), 0.3), "mlp": AGAIN}
+AGAIN = make_map([*range(16), 3, 3], 16, [1, 1, 1, 0.2, *[1] * 12, 0.3, 0.5])
+TWICE = {"embed": tile(16, 32), "head": spread_shares(tile(4, 8), 0.3), "mlp": AGAIN}
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,8 @@ def float64():
 @cache
 def plans(tied, growths=2):
     """The growths of the tiny model, one after the other."""
-    first = planned("width", "test", dataclasses.replace(TINY, tied=tied), ONCE)
-    return [first, planned("width", "test", first.grown, TWICE)][:growths]
+    first = build_plan("width", "test", TINY.change(tied=tied), ONCE)
+    return [first, build_plan("width", "test", first.grown, TWICE)][:growths]
 
 
 def maps_of(tied, growths):
@@ -132,9 +132,9 @@ def losses(step, trees, state):
 @cache
 def small(tied):
     """The state after a few steps, in numpy, and the losses and gradient norms of those that follow."""
-    model = dataclasses.replace(TINY, tied=tied)
+    model = TINY.change(tied=tied)
     state, step = (
-        initial_state(CONFIG, model, initial_params(model, CONFIG.precision, 0)),
+        init_state(CONFIG, model, init_params(model, CONFIG.precision, 0)),
         compiled(CONFIG, model),
     )
     for number in range(BEFORE):
@@ -242,7 +242,7 @@ def test_with_a_moment_grown_by_the_others_rule_it_does_not(slot, other):
 
 def test_with_decay_of_everything_it_does_not(monkeypatch):
     everything = jax.tree.map(lambda _: True, grown(False).params)
-    monkeypatch.setattr("trainer.step.optimizer.decay_mask", lambda model: everything)
+    monkeypatch.setattr("trainer.step.optimizer.select_decayed", lambda model: everything)
     assert error(step=compiled(CONFIG, plans(False)[-1].grown)) > 1e-5
 
 

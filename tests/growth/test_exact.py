@@ -19,20 +19,20 @@ from test_growth import break_table, held, loss_and_gradient
 from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
 from growkit.growth import padding
-from growkit.growth.axes import listed, tile
+from growkit.growth.axes import make_map, tile
 from growkit.growth.depth import plan_depth
-from growkit.growth.plan import combined, planned
+from growkit.growth.plan import build_plan, combine_plans
 from growkit.growth.tree import grow
 from growkit.growth.width import plan_width
 from growkit.models import gpt_neox as neox
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery import grow as surgery
 from trainer.config.sections import Precision
 from trainer.model.decoder import GPTNeoX
 
 # The eps is large so that one that is not rescaled is seen.
-BASE = NeoX(
-    layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True, layer_norm_eps=0.1
+BASE = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True, norm_eps=0.1
 )  # fmt: skip
 TOKENS = np.random.default_rng(1).integers(0, BASE.vocab, (2, 9))
 RESIDUAL_AND_TYING = [(True, True), (True, False), (False, True), (False, False)]
@@ -44,11 +44,11 @@ def everything(model):
         plan_depth(model, "2:4", "identity"),
         plan_width(model, heads="5", head_dim="10", mlp="17", spread=0.3),
     ]
-    return replace(combined("grow", plans, model), noise=0.5)
+    return replace(combine_plans("grow", plans, model), noise=0.5)
 
 
 def cloned_deeper(model):
-    return combined(
+    return combine_plans(
         "grow", [plan_width(model, embed="2x"), plan_depth(model, "2:3", "identity")], model
     )
 
@@ -95,7 +95,7 @@ def logits(model, params):
 @cache
 def small(parallel=True, tied=True, rotary_pct=0.5):
     """A model, its parameter tree and its logits."""
-    model = replace(BASE, parallel_residual=parallel, tied=tied, rotary_pct=rotary_pct)
+    model = BASE.change(parallel_residual=parallel, tied=tied, rotary_pct=rotary_pct)
     params = held(model, params=random_tensors(model, "float64")).stack()
     return model, params, logits(model, params)
 
@@ -139,7 +139,7 @@ def test_inexact_growth_says_so(name):
 
 def wrong_share(patch, plan):
     share = plan.maps["mlp"].share * np.linspace(1.0, 1.01, len(plan.maps["mlp"]))
-    return replace(plan, maps=plan.maps | {"mlp": listed(plan.maps["mlp"].index, BASE.mlp, share)})
+    return replace(plan, maps=plan.maps | {"mlp": make_map(plan.maps["mlp"].index, BASE.mlp, share)})
 
 
 def rule_changed(name, when, **what):
@@ -160,7 +160,7 @@ def rule_changed(name, when, **what):
 def grown_otherwise(**fields):
     """A mutation: the grown model's configuration keeps a field of the source."""
     return lambda patch, plan: replace(
-        plan, grown=replace(plan.grown, **{field: getattr(plan.model, field) for field in fields})
+        plan, grown=plan.grown.change(**{field: getattr(plan.model, field) for field in fields})
     )
 
 
@@ -361,7 +361,7 @@ WIDER = {
 def test_the_order_of_axes_does_not_matter(wider, method):
     tree = random_moments(BASE)
     depth, width = plan_depth(BASE, "2:5", method), WIDER[wider](BASE)
-    once = grow(tree, combined("grow", [depth, width], BASE))
+    once = grow(tree, combine_plans("grow", [depth, width], BASE))
     deep_first = grow(grow(tree, depth), WIDER[wider](depth.grown))
     wide_first = grow(grow(tree, width), plan_depth(width.grown, "2:5", method))
     assert identical(once, deep_first)
@@ -399,7 +399,7 @@ def two_growths(draw):
             shares = draw(
                 st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0]), min_size=size, max_size=size)
             )
-            maps[axis] = listed(units, source, shares)
+            maps[axis] = make_map(units, source, shares)
         return maps
 
     return growth(2, 12, 2), growth(4, 15, 3)
@@ -410,14 +410,14 @@ def two_growths(draw):
 def test_maps_compose(growths):
     first, second = growths
     tree = random_moments(BASE)
-    one = planned("test", "test", BASE, first)
-    both = grow(grow(tree, one), planned("test", "test", one.grown, second))
+    one = build_plan("test", "test", BASE, first)
+    both = grow(grow(tree, one), build_plan("test", "test", one.grown, second))
     composed = {axis: axis_map.then(second[axis]) for axis, axis_map in first.items()}
-    once = grow(tree, planned("test", "test", BASE, composed))
+    once = grow(tree, build_plan("test", "test", BASE, composed))
     assert identical(both, once)
-    reversed_map = listed(composed["mlp"].index[::-1], 12, composed["mlp"].share[::-1] * 2)
+    reversed_map = make_map(composed["mlp"].index[::-1], 12, composed["mlp"].share[::-1] * 2)
     assert not identical(
-        grow(tree, planned("test", "test", BASE, composed | {"mlp": reversed_map})), once
+        grow(tree, build_plan("test", "test", BASE, composed | {"mlp": reversed_map})), once
     )
 
 
@@ -441,12 +441,12 @@ ON_DISK = ["clone 2x", "mean-pad 24", "head_dim 10", "identity"]
 
 def through_files(tmp_path, name, dtype, tied, mutate=None):
     """transformers' logits of a model that was exported, and of what growth on disk made of the export."""
-    model = replace(BASE, tied=tied, rotary_pct=0.25)
+    model = BASE.change(tied=tied, rotary_pct=0.25)
     tensors = random_tensors(model, "float64")
     write_output(tmp_path / "small", "huggingface", convert_to_directory(held(model, params=tensors), dtype))
     source = open_source(str(tmp_path / "small"))
     plan = EXACT[name](source.model)
-    contents = surgery.grown(source, mutate(plan) if mutate else plan)
+    contents = surgery.prepare_growth(source, mutate(plan) if mutate else plan)
     write_output(tmp_path / "grown", "huggingface", contents, [source])
     return [transformers_logits(tmp_path / which, TOKENS, dtype)[0] for which in ("small", "grown")]
 
@@ -463,13 +463,13 @@ def test_transformers_finds_the_same_function_in_files(tmp_path, name, dtype, li
 
 BROKEN_FILES = {
     "clone 2x": lambda plan: replace(
-        plan, maps=plan.maps | {"mlp": listed(plan.maps["mlp"].index, 12, [0.501] * 24)}
+        plan, maps=plan.maps | {"mlp": make_map(plan.maps["mlp"].index, 12, [0.501] * 24)}
     ),
     "mean-pad 24": lambda plan: replace(
-        plan, grown=replace(plan.grown, layer_norm_eps=BASE.layer_norm_eps)
+        plan, grown=plan.grown.change(norm_eps=BASE.norm_eps)
     ),
-    "head_dim 10": lambda plan: replace(plan, grown=replace(plan.grown, rotary_pct=0.4)),
-    "identity": lambda plan: replace(plan, maps={"layer": listed(plan.maps["layer"].index, 2)}),
+    "head_dim 10": lambda plan: replace(plan, grown=plan.grown.change(rotary_pct=0.4)),
+    "identity": lambda plan: replace(plan, maps={"layer": make_map(plan.maps["layer"].index, 2)}),
 }
 
 

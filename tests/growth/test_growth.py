@@ -18,45 +18,46 @@ from conftest import random_tensors
 
 from growkit.checkpoint.tensor import Source, wrap_array
 from growkit.errors import UsageError
-from growkit.growth.axes import listed, replicate, tile
+from growkit.growth.axes import make_map, replicate, tile
 from growkit.growth.depth import plan_depth
-from growkit.growth.plan import planned
+from growkit.growth.plan import build_plan
 from growkit.growth.rule import MU, NU, VALUE, expand
 from growkit.models import gpt_neox as neox
-from growkit.models.gpt_neox import NeoX, parse_table
-from growkit.models.notation import Table
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
+from growkit.models.notation import Table, parse_table
 from growkit.surgery import grow as surgery
 from trainer.config.sections import Precision
 from trainer.model.decoder import GPTNeoX
 
-SMALL = NeoX(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
+SMALL = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
 VARIANTS = [(parallel, tied) for parallel in (True, False) for tied in (True, False)]
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, (2, 9))
 WIDTH = {
     "embed": tile(16, 32),
-    "head": listed([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
-    "mlp": listed(
+    "head": make_map([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
+    "mlp": make_map(
         [*range(12), 3, 3, 7, 0],
         12,
         [0.5, 1, 1, 0.25, 1, 1, 1, 0.9, 1, 1, 1, 1, 0.25, 0.5, 0.1, 0.5],
     ),
 }
-IDENTITY = {"layer": listed([0, 0, 1], 2, [1.0, 0.0, 1.0])}
+IDENTITY = {"layer": make_map([0, 0, 1], 2, [1.0, 0.0, 1.0])}
 
 
-def held(model: NeoX, **slots: dict[str, np.ndarray]) -> Source:
+def held(model: Architecture, **slots: dict[str, np.ndarray]) -> Source:
     """A model in memory, as the source that surgery takes."""
     tensors = {
         slot: {name: wrap_array(array) for name, array in arrays.items()}
         for slot, arrays in slots.items()
     }
-    return Source(Path("memory"), "huggingface", model.written(), tensors, [], [], {}, dict)
+    return Source(Path("memory"), "huggingface", model.config(), tensors, [], [], {}, dict)
 
 
 def grow(source: Source, maps, moments: str = "map") -> Source:
     """What surgery makes of a source, in memory again."""
-    plan = planned("test", "test", source.model, maps, moments=moments)
-    contents = surgery.grown(source, plan)
+    plan = build_plan("test", "test", source.model, maps, moments=moments)
+    contents = surgery.prepare_growth(source, plan)
     slots = {
         slot: {name: made(recipe) for name, recipe in recipes.items()}
         for slot, recipes in contents.recipes.items()
@@ -73,7 +74,7 @@ def made(recipe) -> np.ndarray:
 
 
 @cache
-def loss_and_gradient(model: NeoX):
+def loss_and_gradient(model: Architecture):
     network = GPTNeoX(model, Precision("float64", "float64"))
 
     def loss(params):
@@ -101,7 +102,7 @@ def measured(source: Source) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def small(parallel: bool = True, tied: bool = True, **change) -> Source:
-    model = replace(SMALL, parallel_residual=parallel, tied=tied, **change)
+    model = SMALL.change(parallel_residual=parallel, tied=tied, **change)
     return held(model, params=random_tensors(model, "float64"))
 
 
@@ -117,7 +118,7 @@ def gap(ours: dict[str, np.ndarray], theirs: Source, slot: str, layers=None) -> 
     """The largest relative difference to a slot, over all parameters or those of some layers and of none."""
     gaps = []
     for name, row, layer in theirs.model.table.names(theirs.model.sizes):
-        if layers is None or row.stacked is None or layer in layers:
+        if layers is None or not row.stacked or layer in layers:
             wanted = theirs.tensors[slot][name].read()
             gaps.append(np.abs(ours[name] - wanted).max() / max(np.abs(wanted).max(), 1e-3))
     return max(gaps)
@@ -243,7 +244,7 @@ def test_a_moment_by_another_rule_is_not_the_gradients(slot, moment, monkeypatch
 
 def test_uneven_shares_of_embed_keep_the_function_but_not_the_gradient():
     logits, source = with_gradient(small())
-    uneven = listed(tile(16, 32).index, 16, [0.3] * 16 + [0.7] * 16)
+    uneven = make_map(tile(16, 32).index, 16, [0.3] * 16 + [0.7] * 16)
     grown = grow(source, WIDTH | IDENTITY | {"embed": uneven})
     ours, gradient = measured(grown)
     assert np.abs(ours - logits).max() < 1e-12
@@ -252,11 +253,11 @@ def test_uneven_shares_of_embed_keep_the_function_but_not_the_gradient():
 
 UNEQUAL = np.where(np.arange(32) == 31, 0, WIDTH["embed"].index)
 WRONG_MAPS = {
-    "embed unequal": {"embed": listed(UNEQUAL, 16, 1 / np.bincount(UNEQUAL)[UNEQUAL])},
-    "a head over one": {"head": listed([0, 0, 1, 0], 2, [0.5, 0.5, 1.0, 0.5])},
-    "mlp copied": {"mlp": listed(WIDTH["mlp"].index, 12)},
-    "layers halved": {"layer": listed([0, 0, 1], 2, [0.5, 0.5, 1.0])},
-    "layers out of order": {"layer": listed([1, 0, 1], 2, [1.0, 1.0, 0.0])},
+    "embed unequal": {"embed": make_map(UNEQUAL, 16, 1 / np.bincount(UNEQUAL)[UNEQUAL])},
+    "a head over one": {"head": make_map([0, 0, 1, 0], 2, [0.5, 0.5, 1.0, 0.5])},
+    "mlp copied": {"mlp": make_map(WIDTH["mlp"].index, 12)},
+    "layers halved": {"layer": make_map([0, 0, 1], 2, [0.5, 0.5, 1.0])},
+    "layers out of order": {"layer": make_map([1, 0, 1], 2, [1.0, 1.0, 0.0])},
     "layers copied": {"layer": replicate(2, 3)},
 }
 
@@ -269,7 +270,7 @@ def test_maps_that_do_not_preserve(wrong):
 
 
 def test_width_then_depth_is_depth_then_width_is_both_at_once():
-    model = replace(SMALL, tied=False)
+    model = SMALL.change(tied=False)
     slots = {
         slot: random_tensors(model, "float64", seed)
         for seed, slot in enumerate(("params", "mu", "nu"))
@@ -284,7 +285,7 @@ def test_width_then_depth_is_depth_then_width_is_both_at_once():
 
 def test_composed_maps_are_one_growth_after_the_other():
     source = held(SMALL, params=random_tensors(SMALL, "float64"))
-    again = {"mlp": listed([0, 15, 15, 3, 3, 7, *range(16)], 16), "layer": replicate(3, 4)}
+    again = {"mlp": make_map([0, 15, 15, 3, 3, 7, *range(16)], 16), "layer": replicate(3, 4)}
     first = WIDTH | IDENTITY
     composed = {
         axis: first[axis].then(again[axis]) if axis in again else first[axis] for axis in first
@@ -315,11 +316,11 @@ def test_jax_arrays_grow_as_numpy_arrays_do(dtype):
 
 def test_bfloat16_is_multiplied_wide_and_rounded_once():
     row = parse_table("weight /unit normal")[0]
-    share = listed([0, 0, 0], 1, [1 / 3] * 3)
+    share = make_map([0, 0, 0], 1, [1 / 3] * 3)
     array = np.array([1.5], ml_dtypes.bfloat16)
     grown = expand(array, row, {"unit": 1}, {"unit": share})
     assert grown.dtype == ml_dtypes.bfloat16 and (grown == 0.5).all()
-    share = listed([0], 1, [0.7])
+    share = make_map([0], 1, [0.7])
     narrow = np.array([1.0078125], ml_dtypes.bfloat16)
     assert expand(narrow, row, {"unit": 1}, {"unit": share}) == np.float32(1.0078125 * 0.7).astype(
         ml_dtypes.bfloat16
@@ -336,7 +337,7 @@ def test_a_row_that_sums_over_layers_must_know_its_layer():
 
 
 def test_gopher_growth_copies_layers_and_second_moments():
-    model = replace(SMALL, layer=4)
+    model = SMALL.change(layer=4)
     slots = {
         slot: random_tensors(model, "float32", seed)
         for seed, slot in enumerate(("params", "mu", "nu"))
@@ -347,7 +348,7 @@ def test_gopher_growth_copies_layers_and_second_moments():
         False,
         "map",
     )
-    contents = surgery.grown(held(model, **slots), plan)
+    contents = surgery.prepare_growth(held(model, **slots), plan)
     assert (
         contents.lineage[-1]["function"] == "not preserved"
         and contents.config["num_hidden_layers"] == 6
@@ -373,7 +374,7 @@ GOOD = {
 
 @pytest.mark.parametrize("text", GOOD)
 def test_depth_maps_that_are_good(text):
-    plan = plan_depth(NeoX(layer=12, embed=16, head=2, mlp=8), text)
+    plan = plan_depth(GPT_NEOX.model(layer=12, embed=16, head=2, mlp=8), text)
     assert plan.maps["layer"].index.tolist() == GOOD[text]
     assert plan.grown.layer == len(GOOD[text]) and (plan.maps["layer"].share == 1).all()
     assert plan.preserved == (text == "0-11")
@@ -414,6 +415,6 @@ BAD = {
 @pytest.mark.parametrize("text", BAD, ids=lambda text: text[:20])
 def test_depth_maps_that_are_refused(text):
     with pytest.raises(UsageError) as refusal:
-        plan_depth(NeoX(layer=12, embed=16, head=2, mlp=8), text)
+        plan_depth(GPT_NEOX.model(layer=12, embed=16, head=2, mlp=8), text)
     assert all(words in str(refusal.value) for words in BAD[text]), refusal.value
     assert "\n" not in str(refusal.value)

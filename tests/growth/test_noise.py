@@ -13,10 +13,10 @@ import pytest
 from growkit.growth.noise import centred, threefry, uniform
 from growkit.growth.tree import grow
 from growkit.growth.width import plan_width
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
-from trainer.model.decoder import initial_params
-from trainer.step.update import initial_state, make_train_step
+from trainer.model.decoder import init_params
+from trainer.step.update import init_state, make_train_step
 
 # Random123's known answers for Threefry-2x32: rounds, key, counter, first word.
 KNOWN = [
@@ -93,7 +93,7 @@ def test_tensors_too_large_for_the_counter_are_refused():
         uniform(0, "a", (1 << 16, 1 << 16))
 
 
-TINY = NeoX(
+TINY = GPT_NEOX.model(
     layer=1,
     embed=8,
     head=2,
@@ -139,8 +139,8 @@ def test_noise_or_uneven_shares_let_training_separate_copies(name, tied):
     plan = PLANS[name]
     assert plan.preserved
     with jax.enable_x64(True):
-        params = jax.tree.map(np.asarray, initial_params(TINY, CONFIG.precision, 0))
-        state = initial_state(CONFIG, plan.grown, jax.tree.map(jnp.asarray, grow(params, plan)))
+        params = jax.tree.map(np.asarray, init_params(TINY, CONFIG.precision, 0))
+        state = init_state(CONFIG, plan.grown, jax.tree.map(jnp.asarray, grow(params, plan)))
         assert max(gaps(state.params).values()) < 1e-15
         for number in range(40):
             tokens = np.random.default_rng(number).integers(0, TINY.vocab, (1, 2, TINY.context + 1))

@@ -25,21 +25,21 @@ import growkit
 from growkit.checkpoint.tensor import Source, wrap_array
 from growkit.errors import GrowkitError
 from growkit.growth.depth import plan_depth
-from growkit.growth.plan import combined
+from growkit.growth.plan import combine_plans
 from growkit.growth.tree import grow_leaf
 from growkit.growth.width import plan_width
-from growkit.models.gpt_neox import NeoX
-from growkit.models.llama import Llama
+from growkit.models.gpt_neox import GPT_NEOX
+from growkit.models.llama import LLAMA
 from growkit.surgery import grow as surgery
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
 EXACT = {
     "gopher": plan_depth(TINY, "2:3"),
     "stack": plan_depth(TINY, "2:5", "stack"),
     "identity": plan_depth(TINY, "2:4", "identity"),
     "clone": plan_width(TINY, embed="2x"),
     "uneven": plan_width(TINY, embed="3x", mlp=40, spread=0.5),
-    "both": combined(
+    "both": combine_plans(
         "grow", [plan_depth(TINY, "2:3", "identity"), plan_width(TINY, embed="2x")], TINY
     ),
     "noise": dataclasses.replace(plan_width(TINY, embed="3x"), noise=0.3, seed=7),
@@ -67,7 +67,7 @@ def small(slot="params", dtype="float32"):
 def on_disk(plan_name, slot, dtype="float32"):
     """The tree of a slot as surgery grows it."""
     plan = PLANS[plan_name]
-    recipes = surgery.grown(source(dtype), plan).recipes
+    recipes = surgery.prepare_growth(source(dtype), plan).recipes
     tensors = {
         slot: {name: made(recipe) for name, recipe in recipes[slot].items()}
         for slot in ("params", slot)
@@ -126,16 +126,16 @@ def test_jax_grows_eagerly_as_on_disk():
 
 
 def test_another_architectures_tree_grows_as_on_disk():
-    model = Llama(layer=2, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=24)
+    model = LLAMA.model(layer=2, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=24)
     arrays = random_tensors(model)
     tensors = {name: wrap_array(array) for name, array in arrays.items()}
     source = Source(
-        Path("memory"), "huggingface", model.written(), {"params": tensors}, [], [], {}, dict
+        Path("memory"), "huggingface", model.config(), {"params": tensors}, [], [], {}, dict
     )
     plans = [plan_width(model, embed="2x", heads=12, mlp=31), plan_depth(model, "2:3", "identity")]
-    plan = dataclasses.replace(combined("grow", plans, model), noise=0.2)
+    plan = dataclasses.replace(combine_plans("grow", plans, model), noise=0.2)
     grown = growkit.grow(source.stack(), plan)
-    for name, recipe in surgery.grown(source, plan).recipes["params"].items():
+    for name, recipe in surgery.prepare_growth(source, plan).recipes["params"].items():
         row, layer = plan.grown.table.match(name)
         leaf = grown
         for key in row.path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from etils import epath
 
-from trainer.log.history import CARRIED, COLUMNS, History, parse, render
+from trainer.log.history import CARRIED, COLUMNS, History, parse_rows, render_rows
 
 
 def begun(path, earlier=b""):
@@ -21,7 +21,7 @@ def test_rows_round_trip(tmp_path):
         step=1, tokens=64, flops=1.5e20, loss=0.1 + 0.2, learning_rate=2e-4, tokens_per_second=12.5
     )
     again = History(epath.Path(tmp_path / "run"))
-    assert again.rows == history.rows == parse(render(history.rows))
+    assert again.rows == history.rows == parse_rows(render_rows(history.rows))
     assert set(again.rows[1]) == set(COLUMNS)
     # Every digit: a resumed run's file must be the uninterrupted one's to the bit.
     assert float(again.rows[1]["loss"]) == 0.1 + 0.2
@@ -67,7 +67,7 @@ def test_validation_loss_is_the_steps_own(tmp_path):
     history.add(step=1, tokens=1, loss=3.0)
     history.add(step=1, tokens=1, validation_loss=2.5)
     history.add(step=11, tokens=1, validation_loss=1.5)
-    assert [history.validation_loss(step) for step in (1, 11, 0)] == [2.5, 1.5, None]
+    assert [history.find_validation_loss(step) for step in (1, 11, 0)] == [2.5, 1.5, None]
 
 
 def test_the_last_file_stands_when_writing_the_next_fails(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def kinds(rows):
 def test_what_is_carried_is_thinned_but_for_validations_and_events(tmp_path):
     history = begun(tmp_path / "run")
     many_rows(history)
-    carried = parse(history.carried().decode())
+    carried = parse_rows(history.export().decode())
     assert kinds(history.rows) == (3 * CARRIED, 3 * CARRIED // 100, 1)
     assert kinds(carried) == (CARRIED, 3 * CARRIED // 100, 1)
     steps = [int(row["step"]) for row in carried]
@@ -115,8 +115,8 @@ def test_what_is_carried_is_thinned_but_for_validations_and_events(tmp_path):
 def test_what_is_carried_becomes_the_earlier_rows_of_the_next_run(tmp_path):
     first = begun(tmp_path / "first")
     first.add(step=1, tokens=64, loss=3.0)
-    second = begun(tmp_path / "second", first.carried())
+    second = begun(tmp_path / "second", first.export())
     second.add(step=1, tokens=128, loss=2.0)
     again = History(epath.Path(tmp_path / "second"))
     assert again.earlier == first.rows
-    assert [row["tokens"] for row in parse(again.carried().decode())] == ["64", "128"]
+    assert [row["tokens"] for row in parse_rows(again.export().decode())] == ["64", "128"]

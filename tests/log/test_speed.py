@@ -24,16 +24,16 @@ def test_utilization_is_the_formula_that_is_printed():
     assert made.formula == (
         "MFU = FLOPs a token (2e+09) x tokens/s / (devices (4) x peak); peak of TPU v3, dense bfloat16: 61.5 TFLOP/s"
     )
-    assert made.of(49_200) == pytest.approx(2.0e9 * 49_200 / (4 * 61.5e12)) == pytest.approx(0.4)
-    assert made.words(49_200) == "49.2k tokens/s (12.3k a device)  MFU 40.0%"
+    assert made.compute_mfu(49_200) == pytest.approx(2.0e9 * 49_200 / (4 * 61.5e12)) == pytest.approx(0.4)
+    assert made.describe(49_200) == "49.2k tokens/s (12.3k a device)  MFU 40.0%"
 
 
 def test_a_device_that_is_not_known_has_no_number():
     made = on("abacus", 1)
     assert made.formula.endswith("peak of abacus, dense bfloat16: unknown")
-    assert made.of(100.0) is None
-    assert made.words(100.0) == "100 tokens/s  MFU unknown"
-    assert made.words(None) == "tokens/s unknown yet"
+    assert made.compute_mfu(100.0) is None
+    assert made.describe(100.0) == "100 tokens/s  MFU unknown"
+    assert made.describe(None) == "tokens/s unknown yet"
 
 
 def test_a_stopwatch_counts_from_where_it_was_set(monkeypatch):
@@ -44,7 +44,7 @@ def test_a_stopwatch_counts_from_where_it_was_set(monkeypatch):
     clock.now = 12.0
     assert watch.read(160) == 30.0
     clock.now = 99.0
-    watch.set(200)
+    watch.restart(200)
     clock.now = 100.0
     assert watch.read(210) == 10.0
 
@@ -67,13 +67,13 @@ def first_row(data, out, monkeypatch, **log):  # noqa: F811
 
     monkeypatch.setattr(trainer.run.loop, "make_train_step", slow)
     run = new_run(data, out, log={"every": 2}, eval={"every": 100}, checkpoint={"every": 100})
-    row = trainer.run.loop.Report.row
+    row = trainer.run.loop.Report.show_row
 
     def told(report, step, *rest):
         said.append((step, report.begun))
         row(report, step, *rest)
 
-    monkeypatch.setattr(trainer.run.loop.Report, "row", told)
+    monkeypatch.setattr(trainer.run.loop.Report, "show_row", told)
     run.go()
     first = next(row for row in run.history.rows if row["tokens_per_second"])
     tokens = 4 * 16  # those of step 2 alone: step 1 compiled
@@ -108,7 +108,7 @@ def setting(monkeypatch):
 
 def test_programs_are_kept_with_the_user(setting, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    programs.keep_programs()
+    programs.enable_program_cache()
     # A CPU's go by the machine's name.
     kept = tmp_path / "growkit" / "programs" / programs.platform.node()
     assert setting.jax_compilation_cache_dir == str(kept)
@@ -119,5 +119,5 @@ def test_programs_are_kept_with_the_user(setting, tmp_path, monkeypatch):
 )
 def test_programs_are_kept_where_the_environment_says(name, value, setting, monkeypatch):
     monkeypatch.setenv(name, value)
-    programs.keep_programs()
+    programs.enable_program_cache()
     assert setting.jax_compilation_cache_dir is None

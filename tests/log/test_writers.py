@@ -13,12 +13,12 @@ from test_training import compiled_once, data, new_run, same_state, send_at, sta
 
 from growkit.errors import UsageError
 from trainer.log import trace, writers
-from trainer.log.history import parse
+from trainer.log.history import parse_rows
 
 
 def numbers_of(out):
     """(step, name, number) of every number in RUN/metrics.csv."""
-    rows = parse((out / "metrics.csv").read_text())
+    rows = parse_rows((out / "metrics.csv").read_text())
     return {
         (int(row["step"]), name, float(text))
         for row in rows
@@ -162,14 +162,14 @@ def test_what_cannot_be_is_refused_before_the_run_is_begun(
 
 def traced(monkeypatch):
     """The steps at which a trace begins and ends, in turn."""
-    heard, at = [], trace.Trace.at
+    heard, at = [], trace.Trace.update
 
     def told(self, step, state):
         before = self.running
         at(self, step, state)
         heard.extend([step] * (self.running != before))
 
-    monkeypatch.setattr(trace.Trace, "at", told)
+    monkeypatch.setattr(trace.Trace, "update", told)
     return heard
 
 

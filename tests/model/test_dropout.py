@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from trainer.model import dropout
-from trainer.model.dropout import dropped, kept
+from trainer.model.dropout import draw_mask, drop
 
 WORDS = jax.random.key_data(jax.random.key(3))
 SHAPE = (3, 4, 128, 256)
 
 
 def mask(words=WORDS, rate=0.1, shape=SHAPE) -> np.ndarray:
-    return np.asarray(jax.jit(kept, static_argnums=(1, 2))(words, rate, shape))
+    return np.asarray(jax.jit(draw_mask, static_argnums=(1, 2))(words, rate, shape))
 
 
 def unlike(numbers: np.ndarray, share: float) -> float:
@@ -73,30 +73,30 @@ def test_every_place_has_a_number_of_its_own(shape):
 
 def test_more_numbers_than_32_bits_count_are_refused():
     with pytest.raises(ValueError, match="too few"):
-        jax.eval_shape(lambda words: kept(words, 0.1, (2, 1 << 17, 1 << 16)), WORDS)
+        jax.eval_shape(lambda words: draw_mask(words, 0.1, (2, 1 << 17, 1 << 16)), WORDS)
 
 
 def test_the_gradient_is_that_of_the_written_out_mask():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 16)), jnp.float32)
 
     def plain(x):
-        return jnp.where(kept(WORDS, 0.3, x.shape), x / 0.7, 0)
+        return jnp.where(draw_mask(WORDS, 0.3, x.shape), x / 0.7, 0)
 
-    assert np.array_equal(dropped(x, WORDS, 0.3), plain(x))
+    assert np.array_equal(drop(x, WORDS, 0.3), plain(x))
     ours, theirs = (
         jax.grad(lambda x, f=f: jnp.sin(f(x)).sum())(x)
-        for f in (lambda x: dropped(x, WORDS, 0.3), plain)
+        for f in (lambda x: drop(x, WORDS, 0.3), plain)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    other = jax.grad(lambda x: jnp.sin(dropped(x, WORDS + 1, 0.3)).sum())(x)
+    other = jax.grad(lambda x: jnp.sin(drop(x, WORDS + 1, 0.3)).sum())(x)
     assert not np.allclose(ours, other)
 
 
 def test_nothing_but_the_key_is_kept_for_the_gradient():
     x = jnp.ones((4, 8, 16))
-    saved = jax.tree.leaves(jax.vjp(lambda x: dropped(x, WORDS, 0.3), x)[1])
+    saved = jax.tree.leaves(jax.vjp(lambda x: drop(x, WORDS, 0.3), x)[1])
     assert sum(leaf.size for leaf in saved) < x.size
     plain = jax.tree.leaves(
-        jax.vjp(lambda x: jnp.where(kept(WORDS, 0.3, x.shape), x / 0.7, 0), x)[1]
+        jax.vjp(lambda x: jnp.where(draw_mask(WORDS, 0.3, x.shape), x / 0.7, 0), x)[1]
     )
     assert sum(leaf.size for leaf in plain) >= x.size

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from growkit.errors import UsageError
-from trainer.config.sections import Mesh, neox, resolve
+from trainer.config.sections import Mesh, build_architecture, resolve
 from trainer.config.values import read_values
-from trainer.devices.sharding import Layout, layout, make_mesh
+from trainer.devices.sharding import Layout, make_layout, make_mesh
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
-from trainer.model.kernels import chosen, cudnn_attention, kernel_attention, splash_attention
-from trainer.plan.plan import batch_like, target
+from trainer.model.kernels import cudnn_attention, kernel_attention, select_kernel, splash_attention
+from trainer.plan.plan import abstract_batch, find_target
 from trainer.step.update import abstract_state, make_train_step
 
 libtpu = pytest.mark.skipif(
@@ -97,7 +97,7 @@ def on(kind: str, capability: str = ""):
 
 def choice(layout, *changes):
     config = resolve(read_values("760m", ["dropout.attention=0", *changes]))
-    return chosen(config, neox(config.model), layout)
+    return select_kernel(config, build_architecture(config.model), layout)
 
 
 H100, A100, V100 = on("NVIDIA H100", "9.0"), on("NVIDIA A100", "8.0"), on("Tesla V100", "7.0")
@@ -160,12 +160,12 @@ def test_a_kernel_that_cannot_be_is_refused(layout, changes, words):
 @pytest.mark.parametrize("name", ["v4-16", "v5e-8", "v6e-8"])
 def test_splash_attention_is_compiled_for_a_slice(name):
     """With its gradient, sequences over four devices and heads over two."""
-    made = Layout(make_mesh(Mesh(tensor=2), target(name).devices))
+    made = Layout(make_mesh(Mesh(tensor=2), find_target(name).devices))
 
     def summed(q, k, v):
         return kernel_attention("splash", q, k, v, made).astype(jnp.float32).sum()
 
-    like = jax.ShapeDtypeStruct((8, 4, 256, 80), jnp.bfloat16, sharding=made.batch())
+    like = jax.ShapeDtypeStruct((8, 4, 256, 80), jnp.bfloat16, sharding=made.batch_sharding())
     compiled = jax.jit(jax.grad(summed, (0, 1, 2))).lower(like, like, like).compile()
     assert compiled.as_text().count("tpu_custom_call") >= 3, (
         "forward, and backward for q and for k and v"
@@ -178,12 +178,12 @@ def test_a_step_takes_the_kernel_that_is_printed(dropout, kernels):
     config = resolve(
         read_values("tiny", ["precision.compute=bfloat16", f"dropout.attention={dropout}"])
     )
-    model = neox(config.model)
-    made = layout(config, model, target("v5e-8").devices)
+    model = build_architecture(config.model)
+    made = make_layout(config, model, find_target("v5e-8").devices)
     step = make_train_step(config, model, layout=made)
-    lowered = step.trace(abstract_state(config, model, made), batch_like(config, made)).lower()
+    lowered = step.trace(abstract_state(config, model, made), abstract_batch(config, made)).lower()
     assert (
         ("tpu_custom_call" in lowered.as_text())
         == kernels
-        == (chosen(config, model, made).name == "splash")
+        == (select_kernel(config, model, made).name == "splash")
     )

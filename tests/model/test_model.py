@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from conftest import SMALL, save_transformers_model, transformers_logits
 
 from growkit.checkpoint.location import open_source
 from trainer.config.sections import Dropout, Precision
-from trainer.model.decoder import GPTNeoX, initial_params, row_at
+from trainer.model.decoder import GPTNeoX, find_row, init_params
 
 VARIANTS = [
     (pct, parallel, tied)
@@ -22,7 +20,7 @@ VARIANTS = [
 
 
 def our_logits(source, tokens, dtype, rotary=None, **change):
-    model = replace(source.model, **change)
+    model = source.model.change(**change)
     network = GPTNeoX(model, Precision(params=dtype, compute=dtype))
     return np.asarray(
         jax.jit(network.apply)({"params": source.stack(dtype=dtype)}, tokens, rotary=rotary)
@@ -32,7 +30,7 @@ def our_logits(source, tokens, dtype, rotary=None, **change):
 @pytest.mark.parametrize("pct,parallel,tied", VARIANTS)
 @pytest.mark.parametrize("dtype,bound", [("float32", 1e-4), ("float64", 1e-10)])
 def test_logits_equal_transformers(tmp_path, tokens, pct, parallel, tied, dtype, bound):
-    model = replace(SMALL, rotary_pct=pct, parallel_residual=parallel, tied=tied)
+    model = SMALL.change(rotary_pct=pct, parallel_residual=parallel, tied=tied)
     source = open_source(save_transformers_model(tmp_path / "hf", model, dtype).as_posix())
     theirs, rotary = transformers_logits(tmp_path / "hf", tokens, dtype)
     with jax.enable_x64(dtype == "float64"):
@@ -77,32 +75,32 @@ def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
 
 
 def test_initial_tree_is_the_tables():
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     leaves = {
         tuple(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     assert set(leaves) == {row.path for row in SMALL.table.rows}
     for path, leaf in leaves.items():
-        row = row_at(SMALL, path)
-        expected = ((SMALL.layer,) if row.stacked else ()) + row.shape(SMALL.sizes)
+        row = find_row(SMALL, path)
+        expected = row.stacked_shape(SMALL.sizes)
         assert leaf.shape == expected
         spread = float(np.std(leaf))
-        wanted = {"ones": 0.0, "zeros": 0.0, "normal": SMALL.initializer_range}[row.initialisation]
-        if row.stacked and row.stacked.read and row.initialisation == "normal":
+        wanted = {"ones": 0.0, "zeros": 0.0, "normal": SMALL.initializer_range}[row.begins]
+        if row.writes_stream and row.begins == "normal":
             wanted /= np.sqrt(2 * SMALL.layer)
         assert spread == pytest.approx(wanted, rel=0.1), path
 
 
 def test_layers_begin_different():
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     weight = params["layers"]["mlp"]["dense_h_to_4h"]["weight"]
     assert not np.array_equal(weight[0], weight[1])
 
 
 @pytest.mark.parametrize("where", ["hidden", "attention", "embedding"])
 def test_each_dropout_acts_and_only_when_training(where, tokens):
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     network = GPTNeoX(
         SMALL,
         Precision("float32", "float32"),
@@ -119,7 +117,7 @@ def test_each_dropout_acts_and_only_when_training(where, tokens):
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialising_changes_no_gradient(remat, tokens):
-    params = initial_params(SMALL, Precision("float32", "float32"), seed=0)
+    params = init_params(SMALL, Precision("float32", "float32"), seed=0)
 
     def gradient(policy):
         network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(0.1, 0.1, 0.0), policy)

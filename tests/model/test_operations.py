@@ -11,11 +11,11 @@ import pytest
 
 from trainer.model import attention
 from trainer.model.activation import gelu
-from trainer.model.attention import blocks, causal_attention
-from trainer.model.dropout import kept
+from trainer.model.attention import causal_attention, split_queries
+from trainer.model.dropout import draw_mask
 from trainer.model.matmul import project
 from trainer.step import loss as loss_module
-from trainer.step.loss import cross_entropy, token_losses_sum
+from trainer.step.loss import cross_entropy, sum_token_losses
 
 SHAPE = (2, 3, 12, 4)
 
@@ -61,7 +61,7 @@ def test_attention(platform, time, count, monkeypatch):
     """By blocks of queries on a CPU, where they come out even."""
     monkeypatch.setattr(attention, "SHORTEST", 3)
     q, k, v = (random(*SHAPE, seed=seed)[:, :, :time] for seed in range(3))
-    assert len(blocks(time, platform)) == count
+    assert len(split_queries(time, platform)) == count
     assert_same_gradients(
         lambda *a: causal_attention(*a, None, 0.0, platform), plain_attention, q, k, v
     )
@@ -74,9 +74,9 @@ def test_blocks_that_lack_a_part_of_their_past_are_not_attention(monkeypatch):
     with pytest.raises(AssertionError):
         assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
     monkeypatch.undo()
-    assert len(blocks(12, "cpu")) == 1 and len(blocks(256, "cpu")) == 4
+    assert len(split_queries(12, "cpu")) == 1 and len(split_queries(256, "cpu")) == 4
     monkeypatch.setattr(
-        attention, "blocks", lambda time, platform: [(0, 3), (0, 3), (6, 9), (9, 12)]
+        attention, "split_queries", lambda time, platform: [(0, 3), (0, 3), (6, 9), (9, 12)]
     )
     with pytest.raises(AssertionError):
         assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
@@ -103,7 +103,7 @@ def test_attention_with_dropout(platform, monkeypatch):
     monkeypatch.setattr(attention, "SHORTEST", 3)
     q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
     key = jax.random.key(3)
-    mask = kept(jax.random.key_data(key), 0.3, (*SHAPE[:3], SHAPE[2]))
+    mask = draw_mask(jax.random.key_data(key), 0.3, (*SHAPE[:3], SHAPE[2]))
     assert not mask.all()
 
     def ours(*arguments):
@@ -133,7 +133,7 @@ def test_gelu():
 @pytest.mark.parametrize("rows", [1, 6, 1000])
 def test_loss(monkeypatch, rows, platform):
     monkeypatch.setattr(loss_module, "ROWS", {platform: rows})
-    monkeypatch.setattr(loss_module, "platform_of", lambda layout: platform)
+    monkeypatch.setattr(loss_module, "target_platform", lambda layout: platform)
     batch, time, embed, vocab = 3, 8, 5, 11
     hidden, head = random(batch, time, embed), random(vocab, embed, seed=1)
     targets = np.random.default_rng(2).integers(0, vocab, (batch, time))
@@ -142,10 +142,10 @@ def test_loss(monkeypatch, rows, platform):
     def plain(hidden, head):
         return (cross_entropy(hidden @ head.T, targets) * mask[:, None]).sum()
 
-    assert_same_gradients(lambda h, w: token_losses_sum(h, w, targets, mask), plain, hidden, head)
+    assert_same_gradients(lambda h, w: sum_token_losses(h, w, targets, mask), plain, hidden, head)
     with pytest.raises(AssertionError):
         assert_same_gradients(
-            lambda h, w: token_losses_sum(h, w, targets, jnp.ones(3)), plain, hidden, head
+            lambda h, w: sum_token_losses(h, w, targets, jnp.ones(3)), plain, hidden, head
         )
 
 
@@ -157,7 +157,7 @@ def test_loss_holds_no_more_logits_than_a_piece():
         np.zeros((batch, time), int),
         jnp.ones(batch),
     )
-    gradient = jax.jit(jax.grad(token_losses_sum, (0, 1))).lower(*arguments).compile()
+    gradient = jax.jit(jax.grad(sum_token_losses, (0, 1))).lower(*arguments).compile()
     everything = batch * time * vocab * 8
     assert gradient.memory_analysis().temp_size_in_bytes < everything
     plain = (
@@ -170,7 +170,7 @@ def test_loss_holds_no_more_logits_than_a_piece():
 
 def test_narrow_numbers_are_summed_wide():
     hidden, head = random(2, 16, 8).astype(jnp.bfloat16), random(32, 8).astype(jnp.bfloat16)
-    total = token_losses_sum(hidden, head, np.zeros((2, 16), int), jnp.ones(2, jnp.float32))
+    total = sum_token_losses(hidden, head, np.zeros((2, 16), int), jnp.ones(2, jnp.float32))
     assert total.dtype == jnp.float32
     q = random(*SHAPE).astype(jnp.bfloat16)
     assert causal_attention(q, q, q, None, 0.0).dtype == jnp.bfloat16

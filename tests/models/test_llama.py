@@ -20,16 +20,17 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.checkpoint.tensor import copy_tensor, wrap_array
 from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.axes import listed, tile
+from growkit.growth.axes import make_map, tile
 from growkit.growth.depth import plan_depth
-from growkit.growth.plan import combined, planned
+from growkit.growth.plan import build_plan, combine_plans
 from growkit.growth.width import plan_like, plan_width
 from growkit.models import llama, read_config
-from growkit.models.llama import Llama, write_config
+from growkit.models.architecture import Architecture
+from growkit.models.llama import LLAMA
 from growkit.models.notation import Table, parse_table
-from growkit.surgery.grow import grown
+from growkit.surgery.grow import prepare_growth
 
-SMALL = Llama(
+SMALL = LLAMA.model(
     layer=3, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=96, context=32, rms_norm_eps=0.05
 )
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))
@@ -44,11 +45,11 @@ SCALED = {
 }
 
 
-def save(path: Path, model: Llama = SMALL, dtype: str = "float32", **config) -> Path:
+def save(path: Path, model: Architecture = SMALL, dtype: str = "float32", **config) -> Path:
     """A Hugging Face directory of random parameters, norms too, in the form that transformers 4 wrote."""
     path.mkdir(parents=True)
     save_tensors(path / "model.safetensors", random_tensors(model, dtype))
-    (path / "config.json").write_text(json.dumps(write_config(model) | config))
+    (path / "config.json").write_text(json.dumps(model.config() | config))
     for name, content in BESIDE.items():
         (path / name).write_bytes(content)
     return path
@@ -85,7 +86,7 @@ def logits_of(path: Path, dtype: str = "float32") -> np.ndarray:
 
 def write_grown(source, plan, out: Path, change=None, **options) -> Path:
     """The grown directory; change(name, array) gives what a mutation makes of a parameter."""
-    contents = grown(source, plan)
+    contents = prepare_growth(source, plan)
     if change:
         recipes = contents.recipes["params"]
         for name, recipe in recipes.items():
@@ -107,31 +108,31 @@ def gap(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-KV = listed([0, 1, 0, 0], 2, [0.5, 1.0, 0.2, 0.3])
-MLP = listed([*range(20), 3, 3, 7], 20, [1, 1, 1, 0.5, 1, 1, 1, 0.9, *[1] * 12, 0.3, 0.2, 0.1])
+KV = make_map([0, 1, 0, 0], 2, [0.5, 1.0, 0.2, 0.3])
+MLP = make_map([*range(20), 3, 3, 7], 20, [1, 1, 1, 0.5, 1, 1, 1, 0.9, *[1] * 12, 0.3, 0.2, 0.1])
 EXACT = {
-    "clone embed": lambda model: planned("width", "", model, {"embed": tile(24, 48)}),
-    "kv heads uneven": lambda model: planned("width", "", model, {"kv": KV}),
-    "mlp uneven": lambda model: planned("width", "", model, {"mlp": MLP}),
+    "clone embed": lambda model: build_plan("width", "", model, {"embed": tile(24, 48)}),
+    "kv heads uneven": lambda model: build_plan("width", "", model, {"kv": KV}),
+    "mlp uneven": lambda model: build_plan("width", "", model, {"mlp": MLP}),
     "identity depth": lambda model: plan_depth(model, "3:5", "identity"),
     "pad embed": lambda model: plan_width(model, embed=42, mlp=20),
     "clone with noise": lambda model: replace(
-        planned("width", "", model, {"embed": tile(24, 48)}), noise=1.0
+        build_plan("width", "", model, {"embed": tile(24, 48)}), noise=1.0
     ),
-    "all by copies": lambda model: combined(
+    "all by copies": lambda model: combine_plans(
         "grow",
         [
             plan_depth(model, "3:5", "identity"),
-            planned("width", "", model, {"embed": tile(24, 48), "kv": KV, "mlp": MLP}),
+            build_plan("width", "", model, {"embed": tile(24, 48), "kv": KV, "mlp": MLP}),
         ],
         model,
     ),
-    "all with padding": lambda model: combined(
+    "all with padding": lambda model: combine_plans(
         "grow",
         [plan_depth(model, "3:4", "identity"), plan_width(model, embed=36, heads=9, spread=0.5)],
         model,
     ),
-    "like another model": lambda model: plan_like(model, replace(model, embed=36, kv=3, mlp=30)),
+    "like another model": lambda model: plan_like(model, model.change(embed=36, kv=3, mlp=30)),
 }
 
 
@@ -142,7 +143,7 @@ def sources(tmp_path_factory):
 
     def source(tied: bool, dtype: str):
         if (tied, dtype) not in found:
-            path = save(tmp_path_factory.mktemp("llama") / "hf", replace(SMALL, tied=tied), dtype)
+            path = save(tmp_path_factory.mktemp("llama") / "hf", SMALL.change(tied=tied), dtype)
             found[tied, dtype] = open_source(str(path)), logits_of(path, dtype)
         return found[tied, dtype]
 
@@ -272,7 +273,7 @@ def test_padding_needs_the_rescaled_eps_and_the_rule_of_rms_norm(sources, monkey
     source, logits = sources(True, "float64")
     plan = EXACT["pad embed"](source.model)
     assert plan.grown.rms_norm_eps == pytest.approx(0.05 * 24 / 42)
-    kept = replace(plan, grown=replace(plan.grown, rms_norm_eps=0.05))
+    kept = replace(plan, grown=plan.grown.change(norm_eps=0.05))
     assert gap(logits_of(write_grown(source, kept, tmp_path / "eps"), "float64"), logits) > 1e-3
     monkeypatch.setattr(Llama, "norm", "layer")
     assert gap(logits_of(write_grown(source, plan, tmp_path / "mean"), "float64"), logits) > 1e-3
@@ -280,16 +281,16 @@ def test_padding_needs_the_rescaled_eps_and_the_rule_of_rms_norm(sources, monkey
 
 UNEVEN = np.where(np.arange(48) == 47, 0, tile(24, 48).index)
 WRONG_MAPS = {
-    "embed unequal": {"embed": listed(UNEVEN, 24, 1 / np.bincount(UNEVEN)[UNEVEN])},
-    "a head over one": {"kv": listed([0, 1, 0, 0], 2, [0.5, 1.0, 0.5, 0.5])},
-    "mlp copied": {"mlp": listed(MLP.index, 20)},
+    "embed unequal": {"embed": make_map(UNEVEN, 24, 1 / np.bincount(UNEVEN)[UNEVEN])},
+    "a head over one": {"kv": make_map([0, 1, 0, 0], 2, [0.5, 1.0, 0.5, 0.5])},
+    "mlp copied": {"mlp": make_map(MLP.index, 20)},
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_MAPS)
 def test_maps_that_do_not_preserve(wrong, sources, tmp_path):
     source, logits = sources(True, "float64")
-    plan = planned("width", "", source.model, WRONG_MAPS[wrong])
+    plan = build_plan("width", "", source.model, WRONG_MAPS[wrong])
     assert not plan.preserved
     assert gap(logits_of(write_grown(source, plan, tmp_path / "out"), "float64"), logits) > 1e-3
 
@@ -315,7 +316,7 @@ def test_the_verb_depth_and_its_lineage(tmp_path, capsys):
     assert run(["depth", "--map", "3:5", str(path), str(tmp_path / "out")]) == 0
     assert "layer 3 -> 5" in capsys.readouterr().out
     source, out = open_source(str(path)), open_source(str(tmp_path / "out"))
-    assert out.model == replace(SMALL, layer=5) and out.files == BESIDE
+    assert out.model == SMALL.change(layer=5) and out.files == BESIDE
     assert out.lineage[-1]["maps"]["layer"]["index"] == [0, 0, 1, 1, 2]
     for layer, origin in enumerate([0, 0, 1, 1, 2]):
         name = "model.layers.{}.mlp.gate_proj.weight"
@@ -327,7 +328,7 @@ def test_the_verb_depth_and_its_lineage(tmp_path, capsys):
 
 
 def test_a_stray_head_and_old_buffers_are_passed_over(tmp_path):
-    tied = replace(SMALL, tied=True)
+    tied = SMALL.change(tied=True)
     path, tensors = save(tmp_path / "hf", tied), random_tensors(tied)
     stray = {
         "lm_head.weight": tensors["model.embed_tokens.weight"],
@@ -404,8 +405,8 @@ def without(config: dict, *fields: str) -> dict:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_configuration_goes_through(rope, tied):
     transformers = pytest.importorskip("transformers")
-    model = replace(SMALL, tied=tied, rope=rope, hidden_act="gelu")
-    written = write_config(model)
+    model = SMALL.change(tied=tied, rope=rope, activation="gelu")
+    written = model.config()
     assert read_config(written) == model
     assert read_config(without(written, "rope_scaling", "rope_theta")) == model
     assert read_config(without(written, "rope_parameters")) == model
@@ -413,15 +414,15 @@ def test_a_configuration_goes_through(rope, tied):
     assert (theirs.num_attention_heads, theirs.num_key_value_heads, theirs.head_dim) == (6, 2, 4)
     assert {key: theirs.rope_parameters[key] for key in rope} == rope
     assert read_config(theirs.to_dict()) == model
-    assert write_config(model, {"pad_token_id": 7, "hidden_size": 1})["pad_token_id"] == 7
+    assert model.config({"pad_token_id": 7, "hidden_size": 1})["pad_token_id"] == 7
     assert (
-        read_config(write_config(model, {"pad_token_id": 7, "hidden_size": 1, "head_dim": 9}))
+        read_config(model.config({"pad_token_id": 7, "hidden_size": 1, "head_dim": 9}))
         == model
     )
 
 
 def test_the_older_name_of_a_rotary_type():
-    four = without(write_config(SMALL), "rope_parameters") | {
+    four = without(SMALL.config(), "rope_parameters") | {
         "rope_scaling": {"type": "linear", "factor": 2.0}
     }
     assert read_config(four).rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
@@ -435,8 +436,8 @@ def test_the_fields_a_configuration_may_leave_out_are_transformers_defaults():
         read_config({"model_type": "llama", "num_key_value_heads": None, "head_dim": None})
         == theirs
     )
-    old = without(write_config(SMALL), "head_dim", "num_key_value_heads")
-    assert read_config(old) == replace(SMALL, kv=6, group=1)
+    old = without(SMALL.config(), "head_dim", "num_key_value_heads")
+    assert read_config(old) == SMALL.change(kv=6, group=1)
 
 
 def test_scaled_rotary_positions_are_kept(tmp_path):
@@ -479,7 +480,7 @@ def test_scaled_rotary_positions_are_kept(tmp_path):
 )
 def test_configurations_that_are_refused(change, said):
     with pytest.raises(GrowkitError) as refusal:
-        read_config(write_config(SMALL) | change)
+        read_config(SMALL.config() | change)
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -507,7 +508,7 @@ def test_widths_that_are_refused(asked, said):
 def test_transformers_refuses_the_sizes_that_are_refused():
     transformers = pytest.importorskip("transformers")
     with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
-        transformers.LlamaConfig.from_dict(write_config(replace(SMALL, embed=25)))
+        transformers.LlamaConfig.from_dict(SMALL.change(embed=25).config())
 
 
 def test_a_partial_rotary_is_not_computed_by_the_class():
@@ -515,13 +516,13 @@ def test_a_partial_rotary_is_not_computed_by_the_class():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     half = llama.PLAIN_ROTARY | {"partial_rotary_factor": 0.5}
-    config = transformers.LlamaConfig.from_dict(write_config(SMALL) | {"rope_parameters": half})
+    config = transformers.LlamaConfig.from_dict(SMALL.config() | {"rope_parameters": half})
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     assert rotary(torch.zeros(1), torch.arange(3)[None])[0].shape[-1] == SMALL.head_dim
 
 
 def test_a_source_that_breaks_the_rule_grows_in_depth():
-    assert plan_depth(replace(SMALL, embed=25), "3:4").grown == replace(SMALL, embed=25, layer=4)
+    assert plan_depth(SMALL.change(embed=25), "3:4").grown == SMALL.change(embed=25, layer=4)
 
 
 @pytest.mark.parametrize("convert", [convert_to_checkpoint, convert_to_directory])
@@ -537,10 +538,10 @@ def test_embed_alone_takes_the_heads_along_where_they_fill_it():
     plan = plan_width(SMALL, embed="2x")
     assert (plan.grown.sizes["kv"], plan.grown.embed) == (4, 48) and plan.preserved
     assert any("heads 6 -> 12" in note for note in plan.notes)
-    loose = replace(SMALL, head_dim=8)
+    loose = SMALL.change(head_dim=8)
     assert plan_width(loose, embed="2x").grown.sizes["kv"] == 2
 
 
 def test_a_target_of_other_groups_is_refused():
     with pytest.raises(UsageError, match="growth keeps group: the source has 3, the target 6"):
-        plan_like(SMALL, replace(SMALL, embed=48, group=6))
+        plan_like(SMALL, SMALL.change(embed=48, group=6))

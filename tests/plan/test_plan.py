@@ -17,10 +17,10 @@ from trainer.config.sections import resolve
 from trainer.config.values import read_values
 from trainer.data.tokens import TokenWriter
 from trainer.devices.accelerators import TPUS, parse_slice, peak_flops
-from trainer.devices.sharding import alone
+from trainer.devices.sharding import make_single_device_layout
 from trainer.model.kernels import splash_attention
 from trainer.plan import plan
-from trainer.run.checkpoint import last_step
+from trainer.run.checkpoint import find_last_step
 from trainer.step.update import State, forget_programs
 
 GIB = 2**30
@@ -95,7 +95,7 @@ def test_time_and_cost_by_the_formula():
     )
     made = plan.Plan(
         config,
-        plan.neox(config.model),
+        plan.build_architecture(config.model),
         on,
         {},
         plan.Choice("xla", ""),
@@ -106,10 +106,10 @@ def test_time_and_cost_by_the_formula():
     weights, attention = 24 * 12 * 1536**2 + 50304 * 1536, 12 * 24 * 1536 * 1024
     flops = 512 * 1024 * (6 * weights + attention)
     assert made.flops == flops
-    assert made.step_seconds(0.5) == pytest.approx(flops / (0.5 * 16 * 123e12))
-    assert made.hours(0.5) == pytest.approx(82000 * made.step_seconds(0.5) / 3600)
-    assert made.cost(0.5, 2.0) == pytest.approx(made.hours(0.5) * 16 * 2.0)
-    assert made.cost(0.25, 2.0) == pytest.approx(2 * made.cost(0.5, 2.0))
+    assert made.estimate_step_seconds(0.5) == pytest.approx(flops / (0.5 * 16 * 123e12))
+    assert made.estimate_hours(0.5) == pytest.approx(82000 * made.estimate_step_seconds(0.5) / 3600)
+    assert made.estimate_cost(0.5, 2.0) == pytest.approx(made.estimate_hours(0.5) * 16 * 2.0)
+    assert made.estimate_cost(0.25, 2.0) == pytest.approx(2 * made.estimate_cost(0.5, 2.0))
 
 
 def test_products_are_counted_as_often_as_they_run():
@@ -120,13 +120,13 @@ def test_products_are_counted_as_often_as_they_run():
         return jax.lax.scan(lambda y, _: (y @ y, None), x, length=5)[0]
 
     counted = [
-        plan.product_flops(jax.make_jaxpr(f)(jnp.ones((8, 8))).jaxpr) for f in (once, looped)
+        plan.count_product_flops(jax.make_jaxpr(f)(jnp.ones((8, 8))).jaxpr) for f in (once, looped)
     ]
     assert counted == [2 * 8**3, 5 * 2 * 8**3]
     # A kernel's blocks and a mesh's devices: two products forward, three for q's gradient, four for k's and v's, and
     # the output times its gradient.
-    made = alone()
-    spec = made.named("data").spec
+    made = make_single_device_layout()
+    spec = made.make_sharding("data").spec
 
     def attention(q):
         each = jax.shard_map(
@@ -135,16 +135,16 @@ def test_products_are_counted_as_often_as_they_run():
         return each(q, q, q).sum()
 
     traced = jax.make_jaxpr(jax.grad(attention))(jnp.ones((3, 2, 256, 16)))
-    assert plan.product_flops(traced.jaxpr) == 3 * 2 * (2 * 256 * 16) * (9 * 256 + 1)
+    assert plan.count_product_flops(traced.jaxpr) == 3 * 2 * (2 * 256 * 16) * (9 * 256 + 1)
 
 
 def test_what_is_computed_again_counts_again():
     def computed(config):
-        model = plan.neox(config.model)
-        made = plan.layout(config, model, jax.devices("cpu")[:1])
+        model = plan.build_architecture(config.model)
+        made = plan.make_layout(config, model, jax.devices("cpu")[:1])
         step = plan.make_train_step(config, model, layout=made)
-        traced = step.trace(plan.abstract_state(config, model, made), plan.batch_like(config, made))
-        return plan.product_flops(traced.jaxpr), 16 * 128 * model.flops_per_token(128)
+        traced = step.trace(plan.abstract_state(config, model, made), plan.abstract_batch(config, made))
+        return plan.count_product_flops(traced.jaxpr), 16 * 128 * model.flops_per_token(128)
 
     kept, formula = computed(tiny())
     again, _ = computed(tiny("remat=full"))
@@ -157,9 +157,9 @@ def test_a_refusal_is_read_in_both_of_its_forms():
         "available HBM (15.48G)."
     )
     late = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.30G of 15.48G hbm. Exceeded hbm capacity"
-    assert plan.refusal(early, 3 * GIB) == (int(16.92 * GIB), int(15.48 * GIB))
-    assert plan.refusal(late, 3 * GIB) == (int(17.30 * GIB) - 3 * GIB, int(15.48 * GIB))
-    assert plan.refusal("RESOURCE_EXHAUSTED: something else", 1) == (0, None)
+    assert plan.parse_refusal(early, 3 * GIB) == (int(16.92 * GIB), int(15.48 * GIB))
+    assert plan.parse_refusal(late, 3 * GIB) == (int(17.30 * GIB) - 3 * GIB, int(15.48 * GIB))
+    assert plan.parse_refusal("RESOURCE_EXHAUSTED: something else", 1) == (0, None)
 
 
 class Refuses:
@@ -173,11 +173,11 @@ class Refuses:
 
 
 def test_a_program_that_was_refused_never_fits():
-    like = State(jax.ShapeDtypeStruct((4,), jnp.float32, sharding=alone().whole), {}, None, None)
-    memory = plan.measured(Refuses("RESOURCE_EXHAUSTED: of no known form"), like, 100 * GIB)
+    like = State(jax.ShapeDtypeStruct((4,), jnp.float32, sharding=make_single_device_layout().replicated), {}, None, None)
+    memory = plan.measure_memory(Refuses("RESOURCE_EXHAUSTED: of no known form"), like, 100 * GIB)
     assert memory.parameters == 16 and not memory.fits
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        plan.measured(Refuses("INTERNAL: a bug"), like, 1)
+        plan.measure_memory(Refuses("INTERNAL: a bug"), like, 1)
 
 
 def tried(needs: dict[str, int], config=None, mesh=None):
@@ -186,14 +186,14 @@ def tried(needs: dict[str, int], config=None, mesh=None):
     def measure(changed):
         need = 1000
         for words, bytes_ in needs.items():
-            if plan.changed(changed, words.split()) == changed:
+            if plan.apply_changes(changed, words.split()) == changed:
                 need = min(need, bytes_)
         return plan.Memory(need, 0, 0, 0, 100)
 
     mesh = mesh or {"data": 4, "fsdp": 1, "tensor": 1}
     return [
         " ".join(trial.changes)
-        for trial in plan.trials(config or tiny("mesh.zero1=false"), mesh, measure)
+        for trial in plan.try_remedies(config or tiny("mesh.zero1=false"), mesh, measure)
     ]
 
 
@@ -215,9 +215,9 @@ def test_remedies_come_in_order_and_end_with_the_first_that_fits():
 
 def test_advice_names_the_remedy_or_says_that_there_is_none():
     fits, short = plan.Memory(GIB, 0, 0, 0, 2 * GIB), plan.Memory(3 * GIB, 0, 0, 0, 2 * GIB)
-    assert "remat=full would make it fit" in plan.advice([plan.Trial(("remat=full",), fits)])
-    assert "larger devices" in plan.advice([plan.Trial(("remat=full",), short)])
-    assert "needs 3.0 GiB a core and there are 2.0, 1.0 too few" in plan.shortage(short, "core")
+    assert "remat=full would make it fit" in plan.describe_remedy([plan.Trial(("remat=full",), fits)])
+    assert "larger devices" in plan.describe_remedy([plan.Trial(("remat=full",), short)])
+    assert "needs 3.0 GiB a core and there are 2.0, 1.0 too few" in plan.describe_shortage(short, "core")
 
 
 def test_a_plan_for_this_machine(capsys):
@@ -234,7 +234,7 @@ def test_a_plan_for_this_machine(capsys):
 def test_a_plan_that_does_not_fit_ends_with_one_sentence_and_exit_code_1(monkeypatch, capsys):
     assert run(["plan", "tiny", "--topology", "cpu", "--json"]) == 0
     needed = json.loads(capsys.readouterr().out)["memory"]["peak"]
-    monkeypatch.setattr(plan, "available_on", lambda devices: needed - 1)
+    monkeypatch.setattr(plan, "find_available_memory", lambda devices: needed - 1)
     assert run(["plan", "tiny", "--topology", "cpu"]) == 1
     said = capsys.readouterr()
     assert "does not fit" in said.out
@@ -266,7 +266,7 @@ def test_without_the_compiler_a_plan_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(GrowkitError, match="growkit\\[tpu\\]"):
-        plan.target("v3-32")
+        plan.find_target("v3-32")
 
 
 @libtpu
@@ -274,7 +274,7 @@ def test_without_the_compiler_a_plan_says_what_to_install(monkeypatch):
     "name", ["v2-8", "v3-32", "v4-32", "v5e-1", "v5e-4", "v5litepod-16", "v5p-16", "v6e-8"]
 )
 def test_the_compiler_knows_the_slices(name):
-    on = plan.target(name)
+    on = plan.find_target(name)
     assert len(on.devices) == parse_slice(name).devices
     assert peak_flops(on.devices[0]) * len(on.devices) == on.peak
 
@@ -291,7 +291,7 @@ def test_a_step_compiled_for_a_slice_and_one_that_does_not_fit(monkeypatch, caps
     )
     assert said["memory"]["optimizer"] < 8 * said["parameters"] / 4, "ZeRO-1 spreads the moments"
     assert said["step_seconds"] == pytest.approx(said["flops_per_step"] / (0.4 * 4 * 123e12))
-    monkeypatch.setattr(plan, "remedies", lambda config, mesh: [[("batch.accumulation=65536",)]])
+    monkeypatch.setattr(plan, "list_remedies", lambda config, mesh: [[("batch.accumulation=65536",)]])
     assert run(["plan", "tiny", "--topology", "v3-8", *small, "batch.sequences=4194304"]) == 1
     said = capsys.readouterr()
     sentence = said.err.splitlines()[-1]
@@ -322,13 +322,13 @@ def arguments(tmp_path):
 
 
 def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "available_on", lambda devices: 2**20)
-    monkeypatch.setattr(plan, "remedies", lambda config, mesh: [[("batch.accumulation=16",)]])
+    monkeypatch.setattr(plan, "find_available_memory", lambda devices: 2**20)
+    monkeypatch.setattr(plan, "list_remedies", lambda config, mesh: [[("batch.accumulation=16",)]])
     assert run(arguments) == 1
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith("growkit: the step does not fit: it needs")
     assert "; batch.accumulation=16 would make it fit, at" in sentence
-    assert last_step(tmp_path / "run") is None
+    assert find_last_step(tmp_path / "run") is None
     # The sibling: with the memory that there is, the same command begins and ends.
     monkeypatch.undo()
     assert run(arguments) == 0
@@ -343,7 +343,7 @@ def test_the_mildest_policy_that_fits_is_settled_on():
 
     def settled(policy, available):
         config = tiny(f"remat={policy}")
-        return plan.settled(
+        return plan.select_remat(
             config, lambda each: plan.Memory(0, 0, peaks[each.remat], 0, available)
         ).remat
 
@@ -366,15 +366,15 @@ def test_a_run_takes_the_policy_that_fits(arguments, monkeypatch, capsys):
         return plan.Memory(0, 0, sizes[policy], 0, available)
 
     asked = []
-    monkeypatch.setattr(plan, "available_on", lambda devices: 2**20)
-    monkeypatch.setattr(plan, "measured", pretended)
+    monkeypatch.setattr(plan, "find_available_memory", lambda devices: 2**20)
+    monkeypatch.setattr(plan, "measure_memory", pretended)
     assert run([*arguments, "remat=auto"]) == 0
     said = capsys.readouterr().err
     assert "with remat dots" in said and asked == ["none", "dots"]
     # The sibling: told to do without, the same run does not begin.
     asked.clear()
     forget_programs()
-    monkeypatch.setattr(plan, "remedies", lambda config, mesh: [])
+    monkeypatch.setattr(plan, "list_remedies", lambda config, mesh: [])
     assert run([*arguments[:2], "--out", f"{arguments[3]}2", *arguments[4:], "remat=none"]) == 1
     assert "does not fit" in capsys.readouterr().err
 

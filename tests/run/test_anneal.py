@@ -12,9 +12,9 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
-from growkit.surgery.grow import grown
+from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
-from trainer.config.quantity import count_of
+from trainer.config.quantity import parse_count
 
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 STEP = SEQUENCES * TINY.context
@@ -151,7 +151,7 @@ def test_annealings_that_cannot_be(given, said, source, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["huggingface", "checkpoint"])
 def test_what_is_no_runs_checkpoint_has_no_schedule(kind, source, tmp_path, capsys):
     of = open_source(str(source))
-    contents = convert_to_directory(of) if kind == "huggingface" else grown(of, plan_depth(of.model, "2:3"))
+    contents = convert_to_directory(of) if kind == "huggingface" else prepare_growth(of, plan_depth(of.model, "2:3"))
     write_output(tmp_path / "model", kind, contents)
     assert anneal(tmp_path / "model", tmp_path / "run") == 2
     said = capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_a_run_that_annealing_did_not_begin(source, tmp_path, capsys):
     ],
 )
 def test_counts_of_tokens(text, count):
-    assert count_of(text, "--tokens") == count
+    assert parse_count(text, "--tokens") == count
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_counts_of_tokens(text, count):
 )
 def test_counts_that_are_none(text):
     with pytest.raises(UsageError, match="whole number above 0"):
-        count_of(text, "--tokens")
+        parse_count(text, "--tokens")

@@ -8,11 +8,11 @@ from test_training import data, state_of, values  # noqa: F401 (data is a fixtur
 
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.plan import with_options
+from growkit.growth.plan import set_options
 from growkit.growth.width import plan_width
-from growkit.surgery.grow import grown
+from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
-from trainer.log.history import parse
+from trainer.log.history import parse_rows
 
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 RECIPE = {"dropout": NO_DROPOUT, "batch": {"accumulation": 1}, "eval": {"every": 4}}
@@ -38,12 +38,12 @@ def wide(small, tmp_path_factory):
     """The same with twice the width, on disk."""
     source = open_source(str(small))
     out = tmp_path_factory.mktemp("wide") / "grown"
-    write_output(out, "checkpoint", grown(source, plan_width(source.model, embed="2x")), [source])
+    write_output(out, "checkpoint", prepare_growth(source, plan_width(source.model, embed="2x")), [source])
     return out
 
 
 def rows(out):
-    return parse((out / "metrics.csv").read_text())
+    return parse_rows((out / "metrics.csv").read_text())
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def rows(out):
 )
 def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):  # noqa: F811
     from trainer.config.sections import resolve
-    from trainer.run.growth import planned
+    from trainer.run.growth import plan_growth
 
     source = open_source(str(small))
-    plan = planned(resolve({"grow": section}).grow, source.model)
-    write_output(tmp_path / "grown", "checkpoint", grown(source, plan), [source])
+    plan = plan_growth(resolve({"grow": section}).grow, source.model)
+    write_output(tmp_path / "grown", "checkpoint", prepare_growth(source, plan), [source])
     train_run(recipe(data), tmp_path / "disk", str(tmp_path / "grown"))
     train_run(recipe(data, grow=section), tmp_path / "start", str(small))
     ours, theirs = state_of(tmp_path / "start"), state_of(tmp_path / "disk")
@@ -118,7 +118,7 @@ def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys
     assert "growth was exact: the source's validation loss was" in capsys.readouterr().err
     source = open_source(str(small))
     plan = plan_width(source.model, embed="2x")
-    contents = grown(source, plan)
+    contents = prepare_growth(source, plan)
     contents.config["layer_norm_eps"] = 10.0
     write_output(tmp_path / "broken", "checkpoint", contents, [source])
     with pytest.raises(
@@ -143,7 +143,7 @@ def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys)
 
 def test_noise_is_not_exact_continuation(small):
     source = open_source(str(small))
-    plan = with_options(plan_width(source.model, embed="2x"), noise=0.1)
+    plan = set_options(plan_width(source.model, embed="2x"), noise=0.1)
     assert plan.preserved and not plan.continues
 
 

@@ -23,11 +23,11 @@ from test_training import (  # noqa: F401 (fixtures)
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
-from growkit.surgery.grow import grown
+from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
-from trainer.log.curves import segments
+from trainer.log.curves import split_segments
 from trainer.log.history import History
 from trainer.run.growth import grown_at
 from trainer.run.loop import Run
@@ -70,7 +70,7 @@ def on_disk(small, data, tmp_path_factory):  # noqa: F811
     root, runs = tmp_path_factory.mktemp("disk"), {}
     source = open_source(f"{small}@{AT}")
     write_output(
-        root / "grown", "checkpoint", grown(source, plan_depth(source.model, "2:3")), [source]
+        root / "grown", "checkpoint", prepare_growth(source, plan_depth(source.model, "2:3")), [source]
     )
     for rewarmup in (3, 0):
         sections = settings(data, schedule={"continued": True, "rewarmup": rewarmup})
@@ -132,7 +132,7 @@ def test_the_run_says_what_happened(whole):
     assert source.model.layer == 3 and open_source(f"{whole}@{AT}").model.layer == 2
     events = [(row["step"], row["event"]) for row in rows_of(whole) if row["event"]]
     assert events == [("0", "start"), (str(AT), "grown: layer 2 to 3")]
-    assert len(segments(rows_of(whole))) == 2
+    assert len(split_segments(rows_of(whole))) == 2
     assert source.record["stream"]["drawn"] == STEPS * SEQUENCES
 
 

@@ -31,7 +31,7 @@ from trainer.run import loop
 from trainer.run import position
 
 config, root, moments = sys.argv[1], Path(sys.argv[2]), random.Random(0)
-curves.draw = lambda *given: None
+curves.draw_curves = lambda *given: None
 # How often a fork comes to each, at most, and how long it stays there, in seconds, on a small machine.
 OFTEN = {"b": 1, "c": 1, "t": 8, "v": 4, "s": 3}
 LONG = {"b": 1.5, "c": 2.0, "t": 0.02, "v": 0.05, "s": 0.2}

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -24,21 +24,21 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.models.gpt_neox import NeoX
-from growkit.surgery.grow import grown
+from growkit.models.gpt_neox import GPT_NEOX
+from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
 from trainer.data.tokens import TokenWriter
-from trainer.run.checkpoint import last_step, to_tree
-from trainer.run.directory import hold
+from trainer.run.checkpoint import find_last_step, to_tree
+from trainer.run.directory import lock_run
 from trainer.run.loop import Run
 from trainer.step.optimizer import Multipliers
 
 # After a restore that fails, Orbax leaves coroutines behind that complain when they are collected, whenever that is.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 SEQUENCES, STEPS = 4, 12
 
 
@@ -75,9 +75,9 @@ def compiled_once():
 
         return of
 
-    initial = shared(trainer.run.loop.initial_params)
+    initial = shared(trainer.run.loop.init_params)
 
-    def initial_params(*given):
+    def init_params(*given):
         with jax.ensure_compile_time_eval():  # also where only shapes are asked for
             params = initial(*given)
         # A copy each time, since a step's argument is donated.
@@ -86,7 +86,7 @@ def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.run.loop, "make_train_step", shared(trainer.run.loop.make_train_step))
         patch.setattr(trainer.run.loop, "make_eval_step", shared(trainer.run.loop.make_eval_step))
-        patch.setattr(trainer.run.loop, "initial_params", initial_params)
+        patch.setattr(trainer.run.loop, "init_params", init_params)
         yield
 
 
@@ -247,7 +247,7 @@ def test_the_command_line_interrupted_and_given_again(data, tmp_path, whole, mon
     with monkeypatch.context() as patch:
         patch.setattr(Stream, "batch", interrupted)
         assert run_command(["train", str(config), "--out", str(out)]) == 130
-    assert last_step(out) == 10
+    assert find_last_step(out) == 10
     assert "step 10, stopped; the same command resumes it" in capsys.readouterr().out
     assert run_command(["train", str(config), "--out", str(out)]) == 0
     said = capsys.readouterr()
@@ -299,7 +299,7 @@ def test_a_second_interrupt_acts_at_once_and_loses_nothing(data, tmp_path, whole
 def test_a_signal_that_comes_twice_at_once_is_one(data, tmp_path, whole):
     out = tmp_path / "run"
     assert send_at(new_run(data, out), 6, signal.SIGTERM, times=2).go().signal == signal.SIGTERM
-    assert last_step(out) is not None
+    assert find_last_step(out) is not None
     new_run(data, out).go()
     assert_as_if_uninterrupted(out, whole)
 
@@ -377,7 +377,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path, w
         run.go()
     run.close()
     assert len(rows_of(out)) == 4
-    assert last_step(out) is None
+    assert find_last_step(out) is None
     new_run(data, out).go()
     assert_as_if_uninterrupted(out, whole)
 
@@ -437,7 +437,7 @@ def test_a_half_written_checkpoint_is_ignored_and_cleaned_away(data, tmp_path, w
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     left = half_written(out, 12)
-    assert last_step(out) == 8
+    assert find_last_step(out) == 8
     run = new_run(data, out)
     assert run.first == 8
     run.go()
@@ -495,7 +495,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_sentence_and_costs_nothing_els
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
-    assert last_step(out) == 4
+    assert find_last_step(out) == 4
     assert rows_of(out) == [row for row in rows_of(whole) if int(row["step"]) <= 8]
 
 
@@ -546,7 +546,7 @@ def test_a_number_that_is_not_finite_stops_the_run(name, data, tmp_path):
     assert "step 7 is not finite" in said
     assert "sequences 24 to 27 of data stream 0" in said
     assert said.endswith(f"the last good checkpoint is {tmp_path / 'run'}@4")
-    assert last_step(tmp_path / "run") == 4
+    assert find_last_step(tmp_path / "run") == 4
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
@@ -579,14 +579,14 @@ def test_a_second_process_is_kept_out(data, tmp_path):
     ):
         new_run(data, out)
     run.go()
-    with hold(out):
+    with lock_run(out):
         pass
 
 
 def test_a_run_locked_and_killed_before_it_was_begun_is_none(data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    hold(out).close()
+    lock_run(out).close()
     (out / ".config.yaml.part").write_text("growk")
     assert not new_run(data, out).resumed
 
@@ -599,7 +599,7 @@ def larger(whole, tmp_path_factory):
     """The uninterrupted run's last checkpoint, grown from two layers to three."""
     out = tmp_path_factory.mktemp("larger") / "grown"
     source = open_source(str(whole))
-    write_output(out, source.kind, grown(source, plan_depth(source.model, "2:3")), [source])
+    write_output(out, source.kind, prepare_growth(source, plan_depth(source.model, "2:3")), [source])
     return out
 
 
@@ -723,7 +723,7 @@ def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, wh
 
 def test_a_context_of_its_own(data, tmp_path, whole):
     """The context may differ from the source's; the windows are others then, and so is the data stream."""
-    model = asdict(replace(TINY, context=8))
+    model = asdict(TINY.change(context=8))
     run = Run(
         resolve(values(data) | {"model": model}),
         tmp_path / "run",

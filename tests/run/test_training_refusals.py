@@ -10,10 +10,10 @@ import pytest
 from growkit.checkpoint.location import open_source, write_output
 from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.cli import run
-from growkit.models.gpt_neox import NeoX, write_config
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokens import TokenWriter
 
-TINY = NeoX(layer=1, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+TINY = GPT_NEOX.model(layer=1, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 MODEL = "model={layer: 1, embed: 16, head: 2, mlp: 32, vocab: 64, context: 16, rotary_pct: 0.5}"
 # A tokenizer of one word a letter.
 TOKENIZER = {
@@ -49,7 +49,7 @@ def token_directory(path, count=400, vocab=64, **manifest):
 
 def model_directory(path, files=(), **sizes):
     """A Hugging Face directory of small random numbers, with files beside it."""
-    model = NeoX(**{**vars(TINY), **sizes})
+    model = GPT_NEOX.model(**{**vars(TINY), **sizes})
     random = np.random.default_rng(0)
 
     def recipe(row):
@@ -57,7 +57,7 @@ def model_directory(path, files=(), **sizes):
         return copy_tensor(wrap_array(random.normal(size=shape).astype(np.float32)))
 
     recipes = {name: recipe(row) for name, row, _ in model.table.names(model.sizes)}
-    contents = Contents(write_config(model), {"params": recipes}, [], files=dict(files))
+    contents = Contents(model.config(), {"params": recipes}, [], files=dict(files))
     write_output(path, "huggingface", contents)
     return path
 

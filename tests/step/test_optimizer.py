@@ -14,14 +14,14 @@ import pytest
 
 from growkit.growth.axes import tile
 from growkit.growth.rule import MU, NU, VALUE, expand, share_scale
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
-from trainer.model.decoder import row_at
+from trainer.model.decoder import find_row
 from trainer.run.checkpoint import from_tree, to_tree
-from trainer.step.optimizer import Multipliers, adamw, clip_by_norm, decay_mask, global_norm
-from trainer.step.update import initial_state, make_train_step
+from trainer.step.optimizer import Multipliers, adamw, clip_by_norm, global_norm, select_decayed
+from trainer.step.update import init_state, make_train_step
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5, tied=False)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5, tied=False)
 MATRICES = {"embed_in", "embed_out", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 SETTINGS = Optimizer(learning_rate=1e-2, eps=1e-5, weight_decay=0.3, clip=1.0)
 RATE, STEPS = 1e-2, 20
@@ -42,8 +42,8 @@ def parameters(model=TINY):
         node = tree
         for key in row.path[:-1]:
             node = node.setdefault(key, {})
-        shape = ((model.layer,) if row.stacked else ()) + row.shape(model.sizes)
-        node[row.path[-1]] = 0.1 * random.normal(size=shape) + (row.initialisation == "ones")
+        shape = row.stacked_shape(model.sizes)
+        node[row.path[-1]] = 0.1 * random.normal(size=shape) + (row.begins == "ones")
     return tree
 
 
@@ -125,14 +125,14 @@ def test_another_setting_is_not(change):
 
 def test_decay_of_everything_is_not(monkeypatch):
     everything = jax.tree.map(lambda _: True, parameters())
-    monkeypatch.setattr("trainer.step.optimizer.decay_mask", lambda model: everything)
+    monkeypatch.setattr("trainer.step.optimizer.select_decayed", lambda model: everything)
     assert difference(updated(make=update_step.__wrapped__), optax_result()) > 1e-9
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_acts_on_the_matrices(tied):
-    model = dataclasses.replace(TINY, tied=tied)
-    mask = decay_mask(model)
+    model = TINY.change(tied=tied)
+    mask = select_decayed(model)
     assert jax.tree.structure(mask) == jax.tree.structure(parameters(model))
     for path, decayed in jax.tree_util.tree_leaves_with_path(mask):
         assert decayed == is_matrix(path), path
@@ -213,7 +213,7 @@ def by_row(model, tree, leaf_of):
         lambda path, leaf: (tuple(key.key for key in path), leaf), tree
     )
     return jax.tree.map(
-        lambda pair: leaf_of(row_at(model, pair[0]), pair[1]),
+        lambda pair: leaf_of(find_row(model, pair[0]), pair[1]),
         keys,
         is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -221,7 +221,7 @@ def by_row(model, tree, leaf_of):
 
 def cloned(model, tree, moment):
     def leaf_of(row, leaf):
-        if row.stacked is None:
+        if not row.stacked:
             return expand(leaf, row, model.sizes, MAPS, moment)
         return np.stack(
             [expand(layer, row, model.sizes, MAPS, moment, i) for i, layer in enumerate(leaf)]
@@ -266,8 +266,8 @@ def losses(step, state):
 @lru_cache
 def small(tied):
     """A small model trained for a few steps, so that it has moments and counts, and the losses of its further ones."""
-    model = dataclasses.replace(TINY, tied=tied)
-    state = initial_state(CONFIG, model, jax.tree.map(jnp.asarray, parameters(model)))
+    model = TINY.change(tied=tied)
+    state = init_state(CONFIG, model, jax.tree.map(jnp.asarray, parameters(model)))
     step = make_train_step(CONFIG, model)
     for number in range(BEFORE):
         state, _ = step(state, tokens(number))
@@ -294,7 +294,7 @@ def with_multipliers(tied=False, **change):
 
 
 def enlarged(model):
-    return model.resized(model.sizes | {axis: len(axis_map) for axis, axis_map in MAPS.items()})
+    return model.resize(model.sizes | {axis: len(axis_map) for axis, axis_map in MAPS.items()})
 
 
 def grown(tied=False, params=VALUE, mu=MU, nu=NU):
@@ -333,7 +333,7 @@ def test_with_the_decay_multiplied_too_it_does_not(monkeypatch):
     model, state, *_ = small(False)
     multipliers = multipliers_of(model, state.params)
     shrunk = jax.tree.map(
-        lambda factor, decayed: factor * decayed, multipliers.learning_rate, decay_mask(model)
+        lambda factor, decayed: factor * decayed, multipliers.learning_rate, select_decayed(model)
     )
 
     def decayed(decay, mask):

@@ -18,7 +18,7 @@ from trainer.cli.training import train_run
 from trainer.config.sections import Plateau, resolve
 from trainer.log.history import METRICS
 from trainer.run.loop import Run
-from trainer.step.plateau import plateaus
+from trainer.step.plateau import find_plateaus
 
 
 def by_optax(losses, settings):
@@ -42,15 +42,17 @@ SOME = [4.0, 3.0, 3.0, 3.1, 2.9, 2.5, 2.49, 2.48, 2.6, 2.4, 2.4, 2.4, 2.4, 2.4, 
 @pytest.mark.parametrize("patience", [1, 2, 3])
 def test_a_plateau_is_where_optax_finds_one(patience, rtol):
     settings = Plateau(patience=patience, rtol=rtol)
-    found = plateaus(SOME, settings)
+    found = find_plateaus(SOME, settings)
     assert found == by_optax(SOME, settings) and found
     # Other settings find others.
-    assert found != plateaus(SOME, Plateau(patience=patience + 1, rtol=rtol))
-    assert found != plateaus(SOME, Plateau(patience=patience, rtol=0.02 if rtol < 0.02 else 1e-6))
+    assert found != find_plateaus(SOME, Plateau(patience=patience + 1, rtol=rtol))
+    assert found != find_plateaus(
+        SOME, Plateau(patience=patience, rtol=0.02 if rtol < 0.02 else 1e-6)
+    )
 
 
 def test_without_patience_there_are_none():
-    assert plateaus(SOME, Plateau()) == []
+    assert find_plateaus(SOME, Plateau()) == []
     assert resolve({}).schedule.plateau.patience == 0
 
 
@@ -145,6 +147,6 @@ def test_plateaus_that_cannot_be(section, said):
 
 
 def test_losses_that_only_rise_are_one_plateau_after_another():
-    assert plateaus(np.arange(1.0, 8.0), Plateau(patience=2)) == [2, 4, 6]
-    assert plateaus([math.inf], Plateau(patience=1)) == [0]
+    assert find_plateaus(np.arange(1.0, 8.0), Plateau(patience=2)) == [2, 4, 6]
+    assert find_plateaus([math.inf], Plateau(patience=1)) == [0]
     assert STEPS in LOSSES

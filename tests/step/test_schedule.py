@@ -13,7 +13,7 @@ import pytest
 import trainer.step.schedule
 from growkit.errors import UsageError
 from trainer.config.sections import Config, Schedule, resolve
-from trainer.step.schedule import learning_rate
+from trainer.step.schedule import compute_learning_rate
 
 PEAK, STEPS, WARMUP, FLOOR, DECAY = 2.0, 100, 10, 0.1, 0.3
 SCHEDULE = Schedule(steps=STEPS, warmup=WARMUP, floor=FLOOR, decay=DECAY)
@@ -41,7 +41,7 @@ def float64():
 
 def rates(schedule, **given):
     steps = range(schedule.steps + 5)
-    return np.array([learning_rate(schedule, PEAK, step, **given) for step in steps])
+    return np.array([compute_learning_rate(schedule, PEAK, step, **given) for step in steps])
 
 
 def of_optax(kind, schedule=SCHEDULE):
@@ -85,7 +85,7 @@ def former(schedule, peak, step):
 def test_the_default_is_to_the_bit_what_it_was():
     steps, config = jnp.arange(0, 82_500, dtype=jnp.int32), Config()
     peak = config.optimizer.learning_rate
-    ours = jax.jit(lambda step: learning_rate(config.schedule, peak, step))(steps)
+    ours = jax.jit(lambda step: compute_learning_rate(config.schedule, peak, step))(steps)
     theirs = jax.jit(lambda step: former(config.schedule, peak, step))(steps)
     assert ours.dtype == jnp.float32 and np.array_equal(ours, theirs)
     # A change in the last place would be seen.
@@ -95,7 +95,9 @@ def test_the_default_is_to_the_bit_what_it_was():
 def test_without_warm_up_the_first_update_is_the_first_of_the_fall(float64):
     half = [0.5 * (1 + np.cos(np.pi * step / 4)) for step in (1, 2, 3, 4)]
     schedule = Schedule(steps=4, warmup=0, floor=0.0)
-    assert [float(learning_rate(schedule, 1.0, step)) for step in range(4)] == pytest.approx(half)
+    assert [
+        float(compute_learning_rate(schedule, 1.0, step)) for step in range(4)
+    ] == pytest.approx(half)
 
 
 @pytest.mark.parametrize(

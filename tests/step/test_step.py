@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import trainer.step.update
-from growkit.models.gpt_neox import NeoX
+from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
-from trainer.model.decoder import initial_params
-from trainer.step.update import initial_state, make_eval_step, make_train_step
+from trainer.model.decoder import init_params
+from trainer.step.update import init_state, make_eval_step, make_train_step
 
-TINY = NeoX(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 CONFIG = Config(
     dropout=Dropout(0.0, 0.0, 0.0),
     precision=Precision("float32", "float32"),
@@ -27,7 +27,7 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.device_get(initial_params(TINY, CONFIG.precision, seed=0))
+    return jax.device_get(init_params(TINY, CONFIG.precision, seed=0))
 
 
 def batch(step, parts=1):
@@ -47,7 +47,7 @@ def step_of(config):
 
 def run(config, params, steps=1, parts=1, first=0, make=step_of, batches=batch):
     """The losses, gradient norms and parameters of some steps from a fresh state."""
-    state = initial_state(config, TINY, jax.tree.map(jax.numpy.array, params))
+    state = init_state(config, TINY, jax.tree.map(jax.numpy.array, params))
     state = state._replace(step=state.step + first)
     step = make(config)
     metrics = []
@@ -77,14 +77,14 @@ def test_accumulation_is_the_big_batch(params, parts):
 
 def test_parts_divided_by_their_own_size_are_not(params, monkeypatch):
     """The classic mistake: a sum of the parts' means."""
-    right = trainer.step.update.gradients
+    right = trainer.step.update.accumulate_gradients
 
     def wrong(network, params, tokens, key):
         return jax.tree.map(
             lambda leaf: leaf * tokens.shape[0], right(network, params, tokens, key)
         )
 
-    monkeypatch.setattr(trainer.step.update, "gradients", wrong)
+    monkeypatch.setattr(trainer.step.update, "accumulate_gradients", wrong)
     whole = run(PLAIN, params)
     parted = run(PLAIN, params, parts=2, make=lambda config: make_train_step(config, TINY))
     assert parted[0][0] / whole[0][0] > 1.5
@@ -198,9 +198,9 @@ def golden_params():
         node = tree
         for key in row.path[:-1]:
             node = node.setdefault(key, {})
-        shape = ((TINY.layer,) if row.stacked else ()) + row.shape(TINY.sizes)
+        shape = row.stacked_shape(TINY.sizes)
         node[row.path[-1]] = (
-            0.2 * random.normal(size=shape) + (row.initialisation == "ones")
+            0.2 * random.normal(size=shape) + (row.begins == "ones")
         ).astype(np.float32)
     return tree
 

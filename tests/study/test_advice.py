@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
@@ -15,7 +14,14 @@ from conftest import SMALL, save_checkpoint, save_directory
 from growkit.cli import run
 from growkit.errors import GrowkitError
 from trainer.study import advice
-from trainer.study.advice import CLAIMS, Growth, Size, fitted_budgets, source_tokens, speedup_saves
+from trainer.study.advice import (
+    CLAIMS,
+    Growth,
+    Size,
+    compute_source_tokens,
+    convert_speedup,
+    find_fitted_budgets,
+)
 from trainer.study.evidence import read_study
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +31,14 @@ TABLE_4 = [(8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9), (13e9, 2e12, 15.84e9), (7
 
 def table_4_holds() -> bool:
     return all(
-        source_tokens(n, 6 * n * d) == pytest.approx(law, abs=0.006e9) for n, d, law in TABLE_4
+        compute_source_tokens(n, 6 * n * d) == pytest.approx(law, abs=0.006e9) for n, d, law in TABLE_4
     )
 
 
 def test_the_timing_law_gives_its_authors_own_table():
     assert table_4_holds()
     # By hand, N = 1e9 and C = 1e20: 0.88 x 9 + 163.27 / 20 - 5.74 = 10.3435.
-    assert source_tokens(1e9, 1e20) == pytest.approx(10**10.3435)
+    assert compute_source_tokens(1e9, 1e20) == pytest.approx(10**10.3435)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +51,8 @@ def test_a_law_with_another_constant_does_not(monkeypatch, constant, wrong):
 
 def test_a_speedup_is_not_a_saving():
     """G_stack's 54.6 % at 7B is 300B tokens against 194B: 35 % saved, the source's compute in it."""
-    assert speedup_saves(300 / 194 - 1) == pytest.approx(1 - 194 / 300)
-    assert speedup_saves(1.0) == 0.5
+    assert convert_speedup(300 / 194 - 1) == pytest.approx(1 - 194 / 300)
+    assert convert_speedup(1.0) == 0.5
     saved = {claim.where: claim.saved for claim in CLAIMS if claim.counts_source}
     assert saved["7B, depth x4, 300B tokens: 54.6 % speedup"] == pytest.approx(
         1 - 194 / 300, abs=1e-3
@@ -55,7 +61,7 @@ def test_a_speedup_is_not_a_saving():
 
 def growth(target=1.1e9, source=None, flops=3e20) -> Growth:
     return Growth(
-        Size.counted("t", int(target)), Size.counted("s", int(source or target / 4)), flops
+        Size.from_count("t", int(target)), Size.from_count("s", int(source or target / 4)), flops
     )
 
 
@@ -66,8 +72,8 @@ def test_the_budget_is_shared():
     assert made.source_tokens == pytest.approx(10**10.12918, rel=1e-4)
     assert made.target_tokens == pytest.approx(41e9 - made.source_tokens * 580 / 760)
     assert made.source_flops + made.target_tokens * 6 * 760e6 == pytest.approx(made.flops)
-    assert made.to_same_loss(0.4, counts_source=True) == pytest.approx(0.6 * made.flops)
-    assert made.to_same_loss(0.4, counts_source=False) == pytest.approx(
+    assert made.compute_flops_to_same_loss(0.4, counts_source=True) == pytest.approx(0.6 * made.flops)
+    assert made.compute_flops_to_same_loss(0.4, counts_source=False) == pytest.approx(
         0.6 * made.flops + made.source_flops
     )
 
@@ -76,17 +82,17 @@ def test_a_source_that_takes_more_than_half_is_refused():
     assert growth().affordable
     costly = growth(flops=1e19)
     assert costly.source_flops > 0.5e19 and not costly.affordable
-    assert costly.to_same_loss(0.4, counts_source=False) is None
+    assert costly.compute_flops_to_same_loss(0.4, counts_source=False) is None
 
 
 def test_the_range_of_the_law():
-    assert fitted_budgets(410e6) == pytest.approx((0.8e20, 2.2e20))
-    assert fitted_budgets(3e9) == pytest.approx((4e20, 12e20))
-    assert fitted_budgets(sqrt(410e6 * 1.1e9)) == pytest.approx(
+    assert find_fitted_budgets(410e6) == pytest.approx((0.8e20, 2.2e20))
+    assert find_fitted_budgets(3e9) == pytest.approx((4e20, 12e20))
+    assert find_fitted_budgets(sqrt(410e6 * 1.1e9)) == pytest.approx(
         (sqrt(0.8 * 2) * 1e20, sqrt(2.2 * 7) * 1e20)
     )
-    assert fitted_budgets(400e6) is None and fitted_budgets(3.1e9) is None
-    assert not growth().outside()
+    assert find_fitted_budgets(400e6) is None and find_fitted_budgets(3.1e9) is None
+    assert not growth().list_deviations()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_the_range_of_the_law():
     ],
 )
 def test_what_lies_outside_is_named(made, words):
-    found = made.outside()
+    found = made.list_deviations()
     assert len(found) == 1 and words in found[0]
 
 
@@ -142,7 +148,7 @@ def test_presets_and_models_take_what_their_sizes_do(tmp_path, capsys):
     assert found["target"]["parameters"] - found["target"]["without_embeddings"] == 50304 * 1536
     assert found["source"]["name"] == "6 layers of 760m" and found["source"]["recommended"]
     assert found["source"]["factor"] == pytest.approx(4, abs=1e-3) and not found["law"]["outside"]
-    save_directory(tmp_path / "target", replace(SMALL, layer=6))
+    save_directory(tmp_path / "target", SMALL.change(layer=6))
     save_checkpoint(tmp_path / "source", SMALL)
     found = said(
         capsys,
@@ -169,13 +175,13 @@ def test_days_and_cost_are_those_of_the_plan(capsys):
     on = plan.Target(
         "v3-32", [None] * 32, part.chips, 1, part.chips * part.accelerator.peak, "core"
     )
-    made = plan.Plan(config, plan.neox(config.model), on, {}, None, plan.Memory(0, 0, 0, 0, 1), 0.0)
+    made = plan.Plan(config, plan.build_architecture(config.model), on, {}, None, plan.Memory(0, 0, 0, 0, 1), 0.0)
     tokens = str(config.schedule.steps * made.tokens_per_step)
     options = ("--target", "760m", "--tokens", tokens, "--topology", "v3-32", "--price", "2")
     found = said(capsys, *options, "--mfu", "0.3")["scratch"]
-    assert found["days"] == pytest.approx(made.hours(0.3) / 24)
-    assert found["cost"] == pytest.approx(made.cost(0.3, 2.0))
-    assert said(capsys, *options)["scratch"]["days"] == pytest.approx(made.hours(0.4) / 24)
+    assert found["days"] == pytest.approx(made.estimate_hours(0.3) / 24)
+    assert found["cost"] == pytest.approx(made.estimate_cost(0.3, 2.0))
+    assert said(capsys, *options)["scratch"]["days"] == pytest.approx(made.estimate_hours(0.4) / 24)
     assert run(["advise", *options]) == 0
     assert "FLOPs / (40% MFU, assumed, x 1,968 TFLOP/s of v3-32)" in capsys.readouterr().out
 

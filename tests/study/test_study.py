@@ -17,13 +17,13 @@ from growkit.checkpoint.location import open_source
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from trainer.cli.training import train_run
-from trainer.log.history import parse
+from trainer.log.history import parse_rows
 from trainer.log.report import Result
 from trainer.study.course import Course
-from trainer.study.design import SCRATCH, Task, design
+from trainer.study.design import SCRATCH, Task, read_design
 from trainer.study.evidence import read_study
-from trainer.study.outcome import Finished, Outcome, Reached, reached, spread
-from trainer.study.report import headline, markdown, write
+from trainer.study.outcome import Crossing, FinishedRun, Outcome, compute_spread, find_crossing
+from trainer.study.report import describe_best_arm, render_markdown, write_report
 
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 STUDY = {
@@ -79,54 +79,54 @@ def done(file, tmp_path_factory):
 
 def finished(name, seed=0, rate=1.0, budget=None, flops=0.0, before=0.0, loss=0.0, tried=True):
     run = f"{name}-{seed}-{rate}-{budget}"
-    return Finished(name, seed, rate, budget, tried, 1, 1, flops, before, loss, 1.0, run)
+    return FinishedRun(name, seed, rate, budget, tried, 1, 1, flops, before, loss, 1.0, run)
 
 
 def test_arms_and_their_sources_together_stay_within_the_budget(data):  # noqa: F811
-    study = design(nested(data))
+    study = read_design(nested(data))
     assert study.budgets == (0.6, 1.0)
-    for task in study.tasks(list(study.arms)):
-        own = study.steps(task) * study.flops_per_step(task.name)
+    for task in study.list_tasks(list(study.arms)):
+        own = study.count_steps(task) * study.count_flops_per_step(task.name)
         before = sum(
-            study.steps(Task(name, task.seed)) * study.flops_per_step(name)
-            for name in study.chain(task.name)
+            study.count_steps(Task(name, task.seed)) * study.count_flops_per_step(name)
+            for name in study.list_sources(task.name)
         )
         wanted = study.sources[task.name].share if task.name in study.sources else task.budget
-        slack = sum(study.flops_per_step(name) for name in (task.name, *study.chain(task.name))) / 2
+        slack = sum(study.count_flops_per_step(name) for name in (task.name, *study.list_sources(task.name))) / 2
         assert abs(own + before - wanted * study.flops_of_scratch) <= slack
 
 
 def test_noise_is_of_the_studys_seed(data):  # noqa: F811
-    study = design(nested(data))
+    study = read_design(nested(data))
     seeds = [
-        study.values(Task("clone", seed, None, 1.0), 1e-3)["grow"].get("seed") for seed in (0, 1)
+        study.build_values(Task("clone", seed, None, 1.0), 1e-3)["grow"].get("seed") for seed in (0, 1)
     ]
     assert seeds == [0, 1]
-    stated = design(nested(data, arms__clone__grow={"embed": "2x", "noise": 0.1, "seed": 7}))
-    assert stated.values(Task("clone", 1, None, 1.0), 1e-3)["grow"]["seed"] == 7
+    stated = read_design(nested(data, arms__clone__grow={"embed": "2x", "noise": 0.1, "seed": 7}))
+    assert stated.build_values(Task("clone", 1, None, 1.0), 1e-3)["grow"]["seed"] == 7
 
 
 def test_a_source_is_cheaper_a_step_and_the_target_is_what_scratch_trains(data):  # noqa: F811
-    study = design(nested(data))
+    study = read_design(nested(data))
     assert (
-        study.flops_per_step("half")
-        < study.flops_per_step("replicate")
-        == study.flops_per_step(SCRATCH)
+        study.count_flops_per_step("half")
+        < study.count_flops_per_step("replicate")
+        == study.count_flops_per_step(SCRATCH)
     )
-    assert study.steps(Task("half", 0)) > 0.2 * study.steps(Task(SCRATCH, 0))
+    assert study.count_steps(Task("half", 0)) > 0.2 * study.count_steps(Task(SCRATCH, 0))
     assert study.arms["clone"].model.sizes == study.model.sizes
 
 
 def test_all_runs_are_planned_before_the_first(data):  # noqa: F811
-    study = design(nested(data))
-    first = [task for task in study.tasks() if task.seed == 0]
+    study = read_design(nested(data))
+    first = [task for task in study.list_tasks() if task.seed == 0]
     assert [t.name for t in first] == [SCRATCH] * 2 + ["half", "narrow"] + ["replicate"] * 3 + [
         "clone"
     ] * 2
-    further = [t for t in study.tasks(["clone"]) if t.seed == 1]
+    further = [t for t in study.list_tasks(["clone"]) if t.seed == 1]
     assert [t.name for t in further] == [SCRATCH, "narrow", "clone", "clone"]
-    every = design(nested(data, best=0))
-    assert {t.name for t in every.tasks() if t.seed == 1} == {
+    every = read_design(nested(data, best=0))
+    assert {t.name for t in every.list_tasks() if t.seed == 1} == {
         SCRATCH,
         "half",
         "narrow",
@@ -185,14 +185,14 @@ def test_all_runs_are_planned_before_the_first(data):  # noqa: F811
 )
 def test_what_cannot_be_compared_is_refused(data, changed, words):  # noqa: F811
     with pytest.raises(UsageError, match=words):
-        design(nested(data, **changed))
+        read_design(nested(data, **changed))
 
 
 def test_a_part_is_checked_with_the_values_that_it_lies_over(data):  # noqa: F811
     made = nested(
         data, arms__replicate__dropout={"hidden": 0.1}, arms__replicate__schedule={"warmup": 1}
     )
-    arm = design(made | {"batch": {"sequences": 48, "accumulation": 3}}).values(
+    arm = read_design(made | {"batch": {"sequences": 48, "accumulation": 3}}).build_values(
         Task("replicate", 0, None, 1.0), 1e-3
     )
     assert (
@@ -211,46 +211,46 @@ def test_growth_in_stages_counts_all_its_sources(data):  # noqa: F811
         "second": {"from": "first", "share": 0.15, "grow": {"map": "1:2"}},
     }
     section["arms"] = {"twice": {"from": "second", "grow": {"map": "2:4"}}}
-    study = design(made | {"schedule": {"steps": 40, "warmup": 2}})
-    assert study.chain("twice") == ["first", "second"] and study.share("twice") == pytest.approx(
+    study = read_design(made | {"schedule": {"steps": 40, "warmup": 2}})
+    assert study.list_sources("twice") == ["first", "second"] and study.sum_shares("twice") == pytest.approx(
         0.25
     )
-    names = [task.name for task in study.tasks() if task.seed == 0]
+    names = [task.name for task in study.list_tasks() if task.seed == 0]
     assert names == [SCRATCH] * 2 + ["first", "second"] + ["twice"] * 3
     end = Task("twice", 0, None, 1.0)
-    assert study.steps(end) == round(0.75 * study.flops_of_scratch / study.flops_per_step("twice"))
+    assert study.count_steps(end) == round(0.75 * study.flops_of_scratch / study.count_flops_per_step("twice"))
 
 
 def test_a_study_needs_its_section_and_a_model(data):  # noqa: F811
     made = nested(data)
     with pytest.raises(UsageError, match="has no study section"):
-        design({key: value for key, value in made.items() if key != "study"})
+        read_design({key: value for key, value in made.items() if key != "study"})
     with pytest.raises(UsageError, match="needs a model section"):
-        design({key: value for key, value in made.items() if key != "model"})
+        read_design({key: value for key, value in made.items() if key != "model"})
     with pytest.raises(UsageError, match="of its arms and sources"):
-        design(made | {"grow": {"map": "1:2"}})
+        read_design(made | {"grow": {"map": "1:2"}})
 
 
 def test_compute_to_a_loss_by_hand():
     points = [(400.0, 3.0), (100.0, 4.0), (200.0, 3.5)]
-    assert reached(points, 4.5) == Reached(100.0, at_most=True)
-    assert reached(points, 3.75).flops == pytest.approx(100 * math.sqrt(2))
-    assert reached(points, 3.0).flops == pytest.approx(400.0) and not reached(points, 3.0).at_most
-    assert reached(points, 2.9) is None and reached([], 1.0) is None
-    assert reached([(1.0, math.inf), (2.0, 4.0), (4.0, 3.0)], 3.0) == Reached(
+    assert find_crossing(points, 4.5) == Crossing(100.0, at_most=True)
+    assert find_crossing(points, 3.75).flops == pytest.approx(100 * math.sqrt(2))
+    assert find_crossing(points, 3.0).flops == pytest.approx(400.0) and not find_crossing(points, 3.0).at_most
+    assert find_crossing(points, 2.9) is None and find_crossing([], 1.0) is None
+    assert find_crossing([(1.0, math.inf), (2.0, 4.0), (4.0, 3.0)], 3.0) == Crossing(
         pytest.approx(4.0), at_most=False
     )
 
 
 def test_spread_by_hand():
-    assert spread([1.0, 3.0]).mean == 2.0 and spread([1.0, 3.0]).std == pytest.approx(math.sqrt(2))
-    assert spread([1.0]).std is None
-    assert spread([1.0, None]).mean is None and spread([]).mean is None
+    assert compute_spread([1.0, 3.0]).mean == 2.0 and compute_spread([1.0, 3.0]).std == pytest.approx(math.sqrt(2))
+    assert compute_spread([1.0]).std is None
+    assert compute_spread([1.0, None]).mean is None and compute_spread([]).mean is None
 
 
 def test_a_report_can_be_made_after_the_first_run(data, tmp_path):  # noqa: F811
-    known = Outcome(design(nested(data)), [finished(SCRATCH, 0, 1e-3, 1.0, 100.0, loss=3.2)])
-    write(known, tmp_path, picture=False)
+    known = Outcome(read_design(nested(data)), [finished(SCRATCH, 0, 1e-3, 1.0, 100.0, loss=3.2)])
+    write_report(known, tmp_path, picture=False)
     table = (tmp_path / "report.md").read_text()
     assert "| scratch |" in table and "| replicate |" not in table and "No arm reached" in table
     assert read_study(str(tmp_path)).arms[0].saved.mean is None
@@ -270,24 +270,24 @@ def outcome(data):  # noqa: F811
         finished("clone", 0, 1e-3, 0.6, 35.0, 25.0, loss=3.3),
         finished("clone", 0, 1e-3, 1.0, 75.0, 25.0, loss=3.1, tried=False),
     ]
-    return Outcome(design(nested(data)), runs)
+    return Outcome(read_design(nested(data)), runs)
 
 
 def test_saving_by_hand_counted_both_ways(outcome):
-    assert outcome.best_rate(SCRATCH) == 4e-3 and outcome.best_rate("replicate") == 1e-3
-    assert outcome.saved("replicate", 0) == pytest.approx(0.4)
-    assert outcome.saved("replicate", 0, sources=False) == pytest.approx(0.6)
-    assert outcome.saved("clone", 0) is None
-    assert outcome.best_arms() == ["replicate"]
-    report = outcome.results()
+    assert outcome.find_best_rate(SCRATCH) == 4e-3 and outcome.find_best_rate("replicate") == 1e-3
+    assert outcome.compute_saving("replicate", 0) == pytest.approx(0.4)
+    assert outcome.compute_saving("replicate", 0, sources=False) == pytest.approx(0.6)
+    assert outcome.compute_saving("clone", 0) is None
+    assert outcome.choose_best_arms() == ["replicate"]
+    report = outcome.summarize()
     replicate, clone = report["arms"]
     assert (
         replicate["saved"] == {"mean": pytest.approx(0.4), "std": None, "runs": 1}
         and replicate["at_least"]
     )
     assert replicate["ahead"]["mean"] == pytest.approx(0.1) and not clone["reached"]
-    assert clone["saved"]["mean"] is None and "not reached" in markdown(outcome, report)
-    assert "replicate, saves at least 40.0 % (1) of" in headline(report)
+    assert clone["saved"]["mean"] is None and "not reached" in render_markdown(outcome, report)
+    assert "replicate, saves at least 40.0 % (1) of" in describe_best_arm(report)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_saving_by_hand_counted_both_ways(outcome):
 )
 def test_arms_are_told_apart_by_their_spread(data, third, words):  # noqa: F811
     """By hand: three times -0.3; then -0.3, -0.3 and -0.05, whose mean is -0.217 and whose deviation 0.144."""
-    study = design(
+    study = read_design(
         nested(data, budgets=[1.0], seeds=[0, 1, 2], best=0, arms__clone__against="replicate")
     )
     runs = []
@@ -310,27 +310,27 @@ def test_arms_are_told_apart_by_their_spread(data, third, words):  # noqa: F811
             finished("clone", seed, 1e-3, 1.0, 75.0, 25.0, loss=one, tried=seed == 0),
         ]
     outcome = Outcome(study, runs)
-    assert outcome.difference("replicate") is None
-    assert words in markdown(outcome, outcome.results())
+    assert outcome.compare_arms("replicate") is None
+    assert words in render_markdown(outcome, outcome.summarize())
 
 
 def test_the_sources_compute_makes_the_difference(outcome):
     """The sibling: forget what the sources cost, and the saving with them equals the one without."""
     outcome.runs = [replace(run, flops_before=0.0) for run in outcome.runs]
     assert (
-        outcome.saved("replicate", 0)
-        == outcome.saved("replicate", 0, sources=False)
+        outcome.compute_saving("replicate", 0)
+        == outcome.compute_saving("replicate", 0, sources=False)
         != pytest.approx(0.4)
     )
 
 
 def test_a_source_beyond_the_share_is_not_in_the_headline(data, outcome):  # noqa: F811
-    outcome.study = design(nested(data, sources__half__share=0.3))
-    report = outcome.results()
-    assert not report["arms"][0]["within_share"] and outcome.best_arms() == ["clone"]
-    outcome.study = design(nested(data, sources__half__share=0.3, best=0))
-    assert outcome.best_arms() == ["replicate", "clone"]
-    assert headline(report).startswith("No arm") and "not in the headline" in markdown(
+    outcome.study = read_design(nested(data, sources__half__share=0.3))
+    report = outcome.summarize()
+    assert not report["arms"][0]["within_share"] and outcome.choose_best_arms() == ["clone"]
+    outcome.study = read_design(nested(data, sources__half__share=0.3, best=0))
+    assert outcome.choose_best_arms() == ["replicate", "clone"]
+    assert describe_best_arm(report).startswith("No arm") and "not in the headline" in render_markdown(
         outcome, report
     )
 
@@ -364,7 +364,7 @@ def test_the_ledger_is_the_trainers_own(done):
     for run in json.loads((done / "results.json").read_text())["runs"]:
         last = [
             row
-            for row in parse((done / "runs" / run["run"] / "metrics.csv").read_text())
+            for row in parse_rows((done / "runs" / run["run"] / "metrics.csv").read_text())
             if row["validation_loss"]
         ][-1]
         assert float(last["flops"]) == pytest.approx(run["flops"] + run["flops_before"], rel=1e-12)
@@ -410,14 +410,14 @@ class Stopping:
     def __call__(self, values, out, start=None, show=None):
         self.calls += 1
         if self.calls == self.at:
-            row = trainer.study.course.Beside.row
+            row = trainer.study.course.RunProgress.show_row
 
             def stop(beside, step, *metrics):
                 signal.raise_signal(signal.SIGTERM)
                 row(beside, step, *metrics)
 
             with self.monkeypatch.context() as patch:
-                patch.setattr(trainer.study.course.Beside, "row", stop)
+                patch.setattr(trainer.study.course.RunProgress, "show_row", stop)
                 return train_run(values, out, start, show=show)
         return train_run(values, out, start, show=show)
 
@@ -425,7 +425,7 @@ class Stopping:
 def test_a_study_that_was_stopped_goes_on_and_gives_the_same(
     done, file, data, tmp_path, monkeypatch
 ):  # noqa: F811
-    study = design(nested(data) | {"log": {"every": 1}})
+    study = read_design(nested(data) | {"log": {"every": 1}})
     whole = json.loads((done / "results.json").read_text())
     stopping, known = Stopping(monkeypatch, at=5), []
     course = Course(study, tmp_path / "out", stopping, known.append)
@@ -459,16 +459,16 @@ class Pretended:
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.csv").write_text("step,tokens,flops,validation_loss\n")
         if self.diverges(out.name):
-            raise trainer.study.course.Diverged("step 3 is not finite")
+            raise trainer.study.course.DivergenceError("step 3 is not finite")
         return Result(12, None, 3.0 + len(out.name) / 1e4)
 
 
 def course_of(data, out, diverges):  # noqa: F811
     return Course(
-        design(nested(data)),
+        read_design(nested(data)),
         out,
         Pretended(diverges),
-        lambda known: write(known, out, picture=False),
+        lambda known: write_report(known, out, picture=False),
     )
 
 
@@ -476,9 +476,9 @@ def course_of(data, out, diverges):  # noqa: F811
 def test_a_run_that_diverges_is_a_run_and_not_the_end(data, tmp_path, what):  # noqa: F811
     course = course_of(data, tmp_path, lambda name: what in name)
     assert course.go() is None
-    write(course.outcome, tmp_path)
+    write_report(course.outcome, tmp_path)
     lost = [run for run in course.outcome.runs if math.isinf(run.loss)]
-    assert lost and course.outcome.best_rate(SCRATCH) == 1e-3
+    assert lost and course.outcome.find_best_rate(SCRATCH) == 1e-3
     assert all(
         run["loss"] is None or run["loss"] > 0
         for run in json.loads((tmp_path / "results.json").read_text())["runs"]
@@ -505,7 +505,7 @@ def test_a_signal_at_the_end_of_a_run_ends_the_study_after_it(data, tmp_path):  
         def __call__(self, values, out, start=None, show=None):
             return replace(super().__call__(values, out, start, show), heard=signal.SIGTERM)
 
-    course = Course(design(nested(data)), tmp_path, Told(lambda name: False), lambda known: None)
+    course = Course(read_design(nested(data)), tmp_path, Told(lambda name: False), lambda known: None)
     assert course.go() == signal.SIGTERM and len(course.outcome.runs) == 1
     assert course_of(data, tmp_path, lambda name: name == "scratch-seed0-lr0.001").go() is None
 
@@ -517,6 +517,6 @@ def test_ties_at_the_shortest_run_are_broken_by_its_loss(outcome):
         replace(run, flops=at[run.name][0], loss=at[run.name][1]) if run.budget == 0.6 else run
         for run in outcome.runs
     ]
-    assert outcome.saved("replicate", 0) > outcome.saved("clone", 0) and outcome.best_arms() == [
+    assert outcome.compute_saving("replicate", 0) > outcome.compute_saving("clone", 0) and outcome.choose_best_arms() == [
         "clone"
     ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -124,7 +122,7 @@ def test_the_last_kind_is_the_outputs(tmp_path, three):
 )
 def test_refusals(tmp_path, three, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
-    save_directory(tmp_path / "wide", replace(SMALL, mlp=128))
+    save_directory(tmp_path / "wide", SMALL.change(mlp=128))
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     assert run(["average", *arguments, "--out", "out"]) == 2
     err = capsys.readouterr().err

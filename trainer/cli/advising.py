@@ -58,18 +58,18 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
     """
     from growkit.cli.terminal import format_json
     from growkit.errors import UsageError
-    from trainer.config.quantity import count_of
+    from trainer.config.quantity import parse_count
     from trainer.study.advice import Growth
     from trainer.study.evidence import read_study
 
     if (tokens is None) == (flops is None):
         raise UsageError("the budget is either --tokens or --flops, and one of them is needed")
-    large, model = size_of(target, "--target")
+    large, model = read_size(target, "--target")
     if flops is None:
-        budget = count_of(tokens, "--tokens") * large.flops_per_token
+        budget = parse_count(tokens, "--tokens") * large.flops_per_token
     else:
-        budget = float(count_of(flops, "--flops", 1e36))
-    small = recommended(large, model) if source is None else size_of(source, "--source")[0]
+        budget = float(parse_count(flops, "--flops", 1e36))
+    small = recommend_source(large, model) if source is None else read_size(source, "--source")[0]
     if budget < large.flops_per_token:
         raise UsageError(
             f"{budget:.3g} FLOPs do not train {large.name} on one token, {large.flops_per_token:.3g} do"
@@ -80,7 +80,7 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
             f"--target {large.name} {large.parameters:,}"
         )
     made = Growth(large, small, budget)
-    devices = devices_of(topology, mfu, price)
+    devices = read_devices(topology, mfu, price)
     measured = [read_study(path) for path in studies]
     if as_json:
         click.echo(format_json(_document(made, source is None, devices, measured)))
@@ -91,24 +91,24 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
 # Sizes
 
 
-def size_of(text: str, option: str):
+def read_size(text: str, option: str):
     """(the size, its architecture or None) that a count of parameters, a preset, a YAML file or SRC names."""
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
-    from trainer.config.quantity import count_of
-    from trainer.config.values import presets
+    from trainer.config.quantity import parse_count
+    from trainer.config.values import list_presets
     from trainer.study.advice import Size
 
     # 760M is a count and 760m a preset, which says more.
-    if text in presets() or text.endswith((".yaml", ".yml")):
+    if text in list_presets() or text.endswith((".yaml", ".yml")):
         model = _configured(text)
         return _measured_size(text, model), model
     try:
         if text[:1].isdigit() and "/" not in text and not os.path.exists(text):
-            return Size.counted(text, count_of(text, "a count")), None
+            return Size.from_count(text, parse_count(text, "a count")), None
         model = open_source(text).model
     except UsageError as problem:
-        known = ", ".join(presets())
+        known = ", ".join(list_presets())
         raise UsageError(
             f"{option} takes a count as 760M, a preset ({known}) or a model; {problem}"
         ) from None
@@ -117,35 +117,34 @@ def size_of(text: str, option: str):
 
 def _configured(name: str):
     from growkit.errors import UsageError
-    from trainer.config.sections import neox, resolve
+    from trainer.config.sections import build_architecture, resolve
     from trainer.config.values import read_values
 
     values = read_values(name, [])
     if not values.get("model"):
         raise UsageError(f"{name} has no model section, so it has no size")
-    return neox(resolve(values).model)
+    return build_architecture(resolve(values).model)
 
 
 def _measured_size(name: str, model):
-    from growkit.models.gpt_neox import NeoX
     from trainer.study.advice import Size
 
-    flops = model.flops_per_token() if isinstance(model, NeoX) else 6.0 * model.parameters
+    flops = model.flops_per_token()
     embeddings = model.vocab * model.embed * (1 if model.tied else 2)
     return Size(name, model.parameters, model.parameters - embeddings, flops, model.embed)
 
 
-def recommended(target, model):
+def recommend_source(target, model):
     """The source of the size that G_stack recommends: a fourth of the layers, or of a bare count."""
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
     from trainer.study.advice import FACTOR, Size
 
     if model is None:
         count = max(1, target.parameters // FACTOR)
-        return Size.counted(short(count), count)
+        return Size.from_count(format_count(count), count)
     layers = max(LEAST_LAYERS, round(model.layer / FACTOR))
     return _measured_size(
-        f"{layers} layers of {target.name}", model.resized(model.sizes | {"layer": layers})
+        f"{layers} layers of {target.name}", model.resize(model.sizes | {"layer": layers})
     )
 
 
@@ -162,18 +161,18 @@ class Devices:
     mfu: float
     price: float | None
 
-    def days(self, flops: float | None) -> float | None:
+    def estimate_days(self, flops: float | None) -> float | None:
         """FLOPs / (MFU x peak), as `growkit plan` has it."""
         return (
             None if flops is None or self.peak is None else flops / (self.mfu * self.peak) / 86400
         )
 
-    def cost(self, flops: float | None) -> float | None:
-        days = self.days(flops)
+    def estimate_cost(self, flops: float | None) -> float | None:
+        days = self.estimate_days(flops)
         return None if days is None or self.price is None else days * 24 * self.price * self.chips
 
 
-def devices_of(topology: str | None, mfu: float | None, price: float | None) -> Devices | None:
+def read_devices(topology: str | None, mfu: float | None, price: float | None) -> Devices | None:
     """The devices that --topology names; None without one. Raises UsageError."""
     from growkit.errors import UsageError
     from trainer.devices.accelerators import parse_slice
@@ -186,9 +185,9 @@ def devices_of(topology: str | None, mfu: float | None, price: float | None) -> 
     if not 0 < assumed <= 1:
         raise UsageError(f"--mfu lies in (0, 1], got {assumed:g}")
     if topology in ("cpu", "gpu"):
-        from trainer.plan.plan import target
+        from trainer.plan.plan import find_target
 
-        here = target(topology)
+        here = find_target(topology)
         return Devices(topology, here.chips, here.peak, assumed, price)
     part = parse_slice(topology)
     return Devices(topology, part.chips, part.chips * part.accelerator.peak, assumed, price)
@@ -229,7 +228,7 @@ def _show(made, chosen: bool, devices: Devices | None, studies: list) -> None:
 def _time(devices: Devices | None, flops: float | None) -> list[str]:
     if devices is None:
         return []
-    days, cost = devices.days(flops), devices.cost(flops)
+    days, cost = devices.estimate_days(flops), devices.estimate_cost(flops)
     shown = [
         "unknown" if flops and devices.peak is None else "-" if days is None else f"{days:.3g}"
     ]
@@ -238,22 +237,22 @@ def _time(devices: Devices | None, flops: float | None) -> list[str]:
 
 def _budgets(made) -> list[tuple]:
     """(what, tokens, FLOPs): from scratch, and the same compute with growth by the timing law."""
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
 
-    rows = [(f"from scratch: {_named(made.target)}", short(made.tokens), made.flops)]
+    rows = [(f"from scratch: {_named(made.target)}", format_count(made.tokens), made.flops)]
     if made.affordable:
         rest = made.flops - made.source_flops
         rows += [
-            (f"source: {_named(made.source)}", short(made.source_tokens), made.source_flops),
-            (f"then grown to {made.target.name}", short(made.target_tokens), rest),
+            (f"source: {_named(made.source)}", format_count(made.source_tokens), made.source_flops),
+            (f"then grown to {made.target.name}", format_count(made.target_tokens), rest),
         ]
     return rows
 
 
 def _named(size) -> str:
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
 
-    return size.name if size.embed is None else f"{size.name} ({short(size.parameters)})"
+    return size.name if size.embed is None else f"{size.name} ({format_count(size.parameters)})"
 
 
 def _claims(made) -> list[tuple]:
@@ -264,16 +263,16 @@ def _claims(made) -> list[tuple]:
         saved = f"{claim.saved:.0%}"
         counted = (saved, "-") if claim.counts_source else ("-", saved)
         rows.append(
-            (claim.work, claim.where, *counted, made.to_same_loss(claim.saved, claim.counts_source))
+            (claim.work, claim.where, *counted, made.compute_flops_to_same_loss(claim.saved, claim.counts_source))
         )
     return rows
 
 
 def _sizes(study) -> str:
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
 
-    sizes = f"{short(study.source)} to {short(study.target)} parameters"
-    return f"{sizes}, {short(study.source_tokens)} tokens for the source, {short(study.tokens)} from scratch"
+    sizes = f"{format_count(study.source)} to {format_count(study.target)} parameters"
+    return f"{sizes}, {format_count(study.source_tokens)} tokens for the source, {format_count(study.tokens)} from scratch"
 
 
 def _arms(made, study) -> list[tuple]:
@@ -289,7 +288,7 @@ def _arms(made, study) -> list[tuple]:
 
 def _here(made, arm) -> float | None:
     """FLOPs if the arm's saving held for the sizes that are asked about."""
-    return None if arm.saved.mean is None else made.to_same_loss(arm.saved.mean, True)
+    return None if arm.saved.mean is None else made.compute_flops_to_same_loss(arm.saved.mean, True)
 
 
 def _spread(measured, at_least: bool) -> str:
@@ -334,11 +333,11 @@ def _counting(size) -> str:
 
 
 def _when(made) -> str:
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
     from trainer.study.advice import LARGEST_SHARE
 
     share = made.source_flops / made.flops
-    asked = f"{short(made.source_tokens)} tokens, {f'{share:.1%} of' if share < 1 else f'{share:.3g} times'} the budget"
+    asked = f"{format_count(made.source_tokens)} tokens, {f'{share:.1%} of' if share < 1 else f'{share:.3g} times'} the budget"
     if made.affordable:
         return f"grow when {made.source.name} has seen {asked}"
     return (
@@ -348,12 +347,12 @@ def _when(made) -> str:
 
 
 def _range(made) -> str:
-    from trainer.config.quantity import short
+    from trainer.config.quantity import format_count
     from trainer.study.advice import FACTOR, FITTED
 
-    if outside := made.outside():
+    if outside := made.list_deviations():
         return f"EXTRAPOLATION, outside of what the law was fitted to: {'; '.join(outside)}"
-    sizes = f"targets of {short(min(FITTED))} to {short(max(FITTED))}"
+    sizes = f"targets of {format_count(min(FITTED))} to {format_count(max(FITTED))}"
     return f"inside of what the law was fitted to: {sizes}, growth by {FACTOR} in depth, and budgets as this at this size"
 
 
@@ -375,8 +374,8 @@ def _document(made, chosen: bool, devices: Devices | None, studies: list) -> dic
     def costs(flops: float | None) -> dict[str, float | None]:
         return {
             "flops": flops,
-            "days": devices.days(flops) if devices else None,
-            "cost": devices.cost(flops) if devices else None,
+            "days": devices.estimate_days(flops) if devices else None,
+            "cost": devices.estimate_cost(flops) if devices else None,
         }
 
     rest = made.flops - made.source_flops if made.affordable else None
@@ -387,14 +386,14 @@ def _document(made, chosen: bool, devices: Devices | None, studies: list) -> dic
         "law": {
             "name": advice.GSTACK,
             "constants": {"a": advice.PARAMETERS, "b": advice.COMPUTE, "c": advice.CONSTANT},
-            "outside": made.outside(),
+            "outside": made.list_deviations(),
             "affordable": made.affordable,
             "source": {"tokens": made.source_tokens} | costs(made.source_flops),
             "grown": {"tokens": made.target_tokens if made.affordable else None} | costs(rest),
         },
         "published": [
             asdict(claim)
-            | {"if_so_here": costs(made.to_same_loss(claim.saved, claim.counts_source))}
+            | {"if_so_here": costs(made.compute_flops_to_same_loss(claim.saved, claim.counts_source))}
             for claim in advice.CLAIMS
         ],
         "studies": [

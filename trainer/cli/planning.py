@@ -52,15 +52,14 @@ def plan(
     from growkit.cli.terminal import format_json
     from trainer.config.sections import resolve
     from trainer.config.values import read_values
-    from trainer.plan.plan import advice, shortage, target
-    from trainer.plan.plan import plan as planned
+    from trainer.plan.plan import describe_remedy, describe_shortage, find_target, make_plan
 
     values = read_values(config, list(overrides))
     if not values.get("model"):
         raise UsageError(f"there is no model to plan for: {config} has no model section")
     settings = resolve(values)
-    on = target(topology)
-    made = planned(settings, on)
+    on = find_target(topology)
+    made = make_plan(settings, on)
     tried = [] if made.memory.fits else _tried(made)
     if as_json:
         click.echo(format_json(_document(made, tried, mfu, price)))
@@ -68,16 +67,15 @@ def plan(
         _show(config, made, mfu, price)
     if made.memory.fits:
         return 0
-    raise GrowkitError(f"{shortage(made.memory, on.place)}; {advice(tried)}")
+    raise GrowkitError(f"{describe_shortage(made.memory, on.place)}; {describe_remedy(tried)}")
 
 
 def _tried(made) -> list:
     """The remedies tried, each told as it is."""
-    from trainer.plan.plan import plan as planned
-    from trainer.plan.plan import trials
+    from trainer.plan.plan import make_plan, try_remedies
 
     tried = []
-    for trial in trials(made.config, made.mesh, lambda config: planned(config, made.target).memory):
+    for trial in try_remedies(made.config, made.mesh, lambda config: make_plan(config, made.target).memory):
         click.echo(f"tried {' '.join(trial.changes)}: {_need(trial.memory)}", err=True)
         tried.append(trial)
     return tried
@@ -107,7 +105,7 @@ def _rows(made, mfu: float, price: float | None) -> list[tuple[str, str]]:
     batch = config.batch
     mesh = " x ".join(f"{axis} {size}" for axis, size in made.mesh.items())
     rows = [
-        ("model", f"{model.layer} layers, embed {model.embed}, {model.head} heads, {model.parameters:,} parameters"),
+        ("model", f"{model.layer} layers, embed {model.embed}, {model.head_count} heads, {model.parameters:,} parameters"),
         ("devices", f"{len(on.devices)} ({on.chips} chips), mesh {mesh}{', ZeRO-1' if config.mesh.zero1 else ''}"),
         ("step", f"{batch.sequences} x {config.model.context} tokens in {batch.accumulation}, remat {config.remat}"),
         ("attention", made.attention.words.removeprefix("attention: ")),
@@ -123,20 +121,20 @@ def _rows(made, mfu: float, price: float | None) -> list[tuple[str, str]]:
             *rows,
             ("time", f"unknown: the peak FLOP/s of {on.devices[0].device_kind} is not known"),
         ]
-    seconds, hours = made.step_seconds(mfu), made.hours(mfu)
+    seconds, hours = made.estimate_step_seconds(mfu), made.estimate_hours(mfu)
     rows += [
         ("step time", f"{seconds:.3g} s at {mfu:.0%} MFU = FLOPs a step / (time x {on.peak / 1e12:,.0f} TFLOP/s)"),
         ("to the end", f"{hours / 24:.3g} days, {config.schedule.steps:,} steps, "
          f"{config.schedule.steps * made.tokens_per_step / 1e9:.3g}B tokens"),
     ]  # fmt: skip
     if price is not None:
-        rows.append(("cost", f"{made.cost(mfu, price):,.0f} at {price:g} a chip and hour"))
+        rows.append(("cost", f"{made.estimate_cost(mfu, price):,.0f} at {price:g} a chip and hour"))
     return rows
 
 
 def _document(made, tried: list, mfu: float, price: float | None) -> dict[str, Any]:
     """The plan as JSON: bytes a device, FLOPs, seconds."""
-    from trainer.plan.plan import advice
+    from trainer.plan.plan import describe_remedy
 
     on, steps = made.target, made.config.schedule.steps
     fitting = tried[-1] if tried and tried[-1].memory.fits else None
@@ -153,16 +151,16 @@ def _document(made, tried: list, mfu: float, price: float | None) -> dict[str, A
         "flops_computed_per_step": made.computed,
         "mfu": mfu,
         "peak_flops": on.peak,
-        "step_seconds": made.step_seconds(mfu),
-        "hours": made.hours(mfu),
+        "step_seconds": made.estimate_step_seconds(mfu),
+        "hours": made.estimate_hours(mfu),
         "steps": steps,
         "tokens": steps * made.tokens_per_step,
-        "cost": None if price is None else made.cost(mfu, price),
+        "cost": None if price is None else made.estimate_cost(mfu, price),
         "tried": [
             {"changes": list(trial.changes), "memory": _memory(trial.memory)} for trial in tried
         ],
         "remedy": list(fitting.changes) if fitting else None,
-        "advice": None if made.memory.fits else advice(tried),
+        "advice": None if made.memory.fits else describe_remedy(tried),
     }
 
 

@@ -32,23 +32,23 @@ def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> in
     from trainer.log.report import Result
     from trainer.study import report
     from trainer.study.course import Course
-    from trainer.study.design import design
+    from trainer.study.design import read_design
 
-    made = design(read_values(config, list(overrides)))
+    made = read_design(read_values(config, list(overrides)))
     directory = Path(out)
     if directory.exists() and not resume and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(
             f"{directory} exists; --resume goes on with the study in it, or name another --out"
         )
     course = Course(
-        made, directory, train_run, lambda known: report.write(known, directory, picture=False)
+        made, directory, train_run, lambda known: report.write_report(known, directory, picture=False)
     )
     signal = course.go()
     if signal is not None:
         click.echo(f"{directory}: stopped; the same command with --resume goes on")
         return exit_code(Result(0, signal, None))
-    report.write(course.outcome, directory)
-    report.show(course.outcome)
+    report.write_report(course.outcome, directory)
+    report.show_report(course.outcome)
     click.echo(f"wrote {directory}/report.md, runs.csv, results.json and study.png")
     return 0
 

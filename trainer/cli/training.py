@@ -50,12 +50,12 @@ def tokenize(
     Written in Megatron's indexed format (tokens.bin, tokens.idx) with a manifest; end-of-text ends each document.
     """
     from growkit.cli.terminal import show_counts
-    from trainer.data.processes import cores
+    from trainer.data.processes import count_cores
     from trainer.data.text import Shard
     from trainer.data.tokenize import tokenize as tokenize_files
 
     part = Shard.parse(shard) if shard else None
-    number = cores() if processes is None else processes
+    number = count_cores() if processes is None else processes
     with show_counts("tokenizing") as progress:
         manifest = tokenize_files(
             list(text), out, tokenizer, train_bpe, force, progress, number, part
@@ -97,15 +97,15 @@ def train(
     the run saved.
     """
     from trainer.config.values import read_values
-    from trainer.devices.hosts import join
+    from trainer.devices.hosts import join_cluster
 
-    join()
+    join_cluster()
     return _told(out, train_run(read_values(config, list(overrides)), out, start, allow_gap))
 
 
 def _told(out: str, result) -> int:
     """Say how a run ended; returns the exit code."""
-    from trainer.devices.hosts import writes
+    from trainer.devices.hosts import is_writer
 
     loss = (
         f", validation loss {result.validation_loss:.4f}"
@@ -113,7 +113,7 @@ def _told(out: str, result) -> int:
         else ""
     )
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
-    if writes():
+    if is_writer():
         click.echo(f"{out}: step {result.step}{loss}, {state}")
     return exit_code(result)
 
@@ -135,17 +135,17 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     the last one that RUN trained with, without a warm-up. The lineage records the branch. The same command given
     again resumes RUN2.
     """
-    from trainer.config.quantity import count_of
-    from trainer.devices.hosts import join, writes
-    from trainer.run.anneal import annealed, resumed
+    from trainer.config.quantity import parse_count
+    from trainer.devices.hosts import is_writer, join_cluster
+    from trainer.run.anneal import plan_annealing, read_annealing
 
-    count = count_of(tokens, "--tokens")
-    join()
-    values, branch = resumed(out, to, count, list(overrides)) or annealed(
+    count = parse_count(tokens, "--tokens")
+    join_cluster()
+    values, branch = read_annealing(out, to, count, list(overrides)) or plan_annealing(
         src, to, count, list(overrides)
     )
     steps = values["schedule"]["steps"]
-    if writes():
+    if is_writer():
         click.echo(
             f"{out}: learning rate {branch['from']:g} to {to:g}, linearly over {steps:,} steps",
             err=True,
@@ -172,28 +172,28 @@ def train_run(
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
-    from growkit.models.gpt_neox import NeoX, require_neox
-    from trainer.config.sections import resolve
-    from trainer.devices.programs import keep_programs
+    from growkit.models import require_trained
+    from trainer.config.sections import Model, build_architecture, resolve
+    from trainer.devices.programs import enable_program_cache
     from trainer.log.report import Report
-    from trainer.run.checkpoint import last_step
-    from trainer.run.directory import existing, with_model_of
-    from trainer.run.growth import planned
+    from trainer.run.checkpoint import find_last_step
+    from trainer.run.directory import fill_model, read_run
+    from trainer.run.growth import plan_growth
     from trainer.run.stages import train as train_on
 
     # Orbax logs its errors with tracebacks and raises them too: they are shown once, as a sentence.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    stored = existing(out)
+    stored = read_run(out)
     source = None
     grow = resolve({"grow": values.get("grow"), "schedule": values.get("schedule")}).grow
-    if start and stored is not None and last_step(out) is not None:
+    if start and stored is not None and find_last_step(out) is not None:
         # The source may be gone by now; what was taken from it is in the run.
-        values = with_model_of(values, NeoX(**stored["config"]["model"]), start)
+        values = fill_model(values, build_architecture(Model(**stored["config"]["model"])), start)
     elif start:
         source = open_source(start)
-        require_neox(source.model, start)
-        plan = planned(grow, source.model) if not grow.at else None
-        values = with_model_of(values, plan.grown if plan else source.model, start)
+        require_trained(source.model, start)
+        plan = plan_growth(grow, source.model) if not grow.at else None
+        values = fill_model(values, plan.grown if plan else source.model, start)
     elif values.get("grow") and not grow.at:
         raise UsageError(
             "the grow section grows the model of --from; give one, or say when in this run (grow.at)"
@@ -202,7 +202,7 @@ def train_run(
         raise UsageError(
             "there is no model to train: the configuration has no model section, and --from is not given"
         )
-    keep_programs()
+    enable_program_cache()
     return train_on(resolve(values), out, source, start, allow_gap, branch, show or Report)
 
 
@@ -225,18 +225,18 @@ def generate(src: str, prompt: str, tokens: int, temperature: float, seed: int) 
     from growkit.checkpoint.location import open_source
 
     source = open_source(src)
-    click.echo(continued(source, prompt, tokens, temperature, seed))
+    click.echo(continue_prompt(source, prompt, tokens, temperature, seed))
 
 
-def continued(source, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+def continue_prompt(source, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """The prompt and its continuation, as text."""
     from tokenizers import Tokenizer
 
     from growkit.errors import GrowkitError, UsageError
-    from growkit.models.gpt_neox import require_neox
-    from trainer.evaluate.generate import continuation
+    from growkit.models import require_trained
+    from trainer.evaluate.generate import generate_tokens
 
-    require_neox(source.model, str(source.path))
+    require_trained(source.model, str(source.path))
     if tokens < 1:
         raise UsageError(f"--tokens must be at least 1, got {tokens}")
     if "tokenizer.json" not in source.files:
@@ -255,7 +255,7 @@ def continued(source, prompt: str, tokens: int, temperature: float, seed: int) -
             f"the tokenizer gives the id {max(ids)}, and the model's vocabulary is {source.model.vocab}"
         )
     end = source.config.get("eos_token_id")
-    added = continuation(
+    added = generate_tokens(
         source, ids, tokens, temperature, seed, end if isinstance(end, int) else None
     )
     return prompt + tokenizer.decode(list(added), skip_special_tokens=False)

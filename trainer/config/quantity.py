@@ -12,7 +12,7 @@ from growkit.errors import UsageError
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def count_of(text: str, what: str, below: float = 1e18) -> int:
+def parse_count(text: str, what: str, below: float = 1e18) -> int:
     """The number that 5B, 500M, 1e9, 2.5B or 1_000_000 is; `what` begins the sentence of the UsageError for others."""
     unit = UNITS.get(text[-1:].upper())
     try:
@@ -27,7 +27,7 @@ def count_of(text: str, what: str, below: float = 1e18) -> int:
     return int(count)
 
 
-def short(count: float) -> str:
+def format_count(count: float) -> str:
     """A count to three digits: 13.5B, 760M."""
     for unit, size in reversed(UNITS.items()):
         if count >= 0.9995 * size:

@@ -16,7 +16,8 @@ from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.evaluation.catalogue import parse_task_names
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
+from growkit.models.gpt_neox import GPT_NEOX
 
 
 @dataclass(frozen=True)
@@ -428,9 +429,29 @@ def _value(config: Config, key: str) -> Any:
     return value
 
 
-def neox(model: Model) -> NeoX:
+def build_architecture(model: Model) -> Architecture:
     """The architecture a model section describes. Raises UsageError for sizes that contradict each other."""
+    values = dataclasses.asdict(model)
+    values["norm_eps"] = values.pop("layer_norm_eps")
     try:
-        return NeoX(**dataclasses.asdict(model))
+        return GPT_NEOX.model(**values)
     except GrowkitError as problem:
         raise UsageError(f"the model section asks for what cannot be: {problem}") from None
+
+
+def build_section(model: Architecture) -> Model:
+    """The model section that describes an architecture."""
+    return Model(
+        layer=model.layer,
+        embed=model.embed,
+        head=model.head_count,
+        mlp=model.mlp,
+        vocab=model.vocab,
+        context=model.context,
+        rotary_pct=model.rotary_pct,
+        rotary_base=model.rotary_base,
+        parallel_residual=bool(model.options["parallel_residual"]),
+        tied=model.tied,
+        layer_norm_eps=model.norm_eps,
+        initializer_range=model.initializer_range,
+    )

@@ -31,7 +31,7 @@ Loader.add_implicit_resolver(
 )
 
 
-def presets() -> list[str]:
+def list_presets() -> list[str]:
     """The names of the presets that ship with the trainer."""
     return sorted(
         Path(entry.name).stem for entry in files("trainer.config").joinpath("presets").iterdir()
@@ -47,23 +47,23 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
         raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{name} must hold `section: values`, got {type(values).__name__}")
-    return overridden(values, overrides)
+    return apply_overrides(values, overrides)
 
 
-def overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The nested values, changed in place by key=value texts. Raises UsageError."""
     for override in overrides:
         _apply(values, override)
     return values
 
 
-def merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_values(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with others laid over them, section by section."""
     both = dict(below)
     for key, value in above.items():
         inner = both.get(key)
         both[key] = (
-            merged(inner, value)
+            merge_values(inner, value)
             if isinstance(inner, dict) and isinstance(value, Mapping)
             else value
         )
@@ -77,11 +77,11 @@ def _read_text(name: str) -> str:
             return path.read_text()
         except UnicodeDecodeError:
             raise UsageError(f"{name} is not a YAML file: it is not text") from None
-    if name in presets():
+    if name in list_presets():
         return files("trainer.config").joinpath("presets", f"{name}.yaml").read_text()
     raise UsageError(
         f"there is no configuration file {name!r} and no preset of that name; the presets are "
-        f"{', '.join(presets())}{did_you_mean(name, presets())}"
+        f"{', '.join(list_presets())}{did_you_mean(name, list_presets())}"
     )
 
 

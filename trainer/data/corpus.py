@@ -16,7 +16,15 @@ from dataclasses import dataclass, replace
 from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError, did_you_mean
 from trainer.config.sections import Config
-from trainer.data.stream import Joined, Mixture, Stream, Windows, check_vocabulary, join, split
+from trainer.data.stream import (
+    Joined,
+    Mixture,
+    Stream,
+    Windows,
+    check_vocabulary,
+    join_windows,
+    split_windows,
+)
 from trainer.data.tokens import TokenFile
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -36,7 +44,7 @@ class Corpus:
         parts = [[*windows.identity] for windows in self.validation]
         return hashlib.sha256(json.dumps([limit, parts]).encode()).hexdigest()[:16]
 
-    def facts(self, sequences: int) -> list[str]:
+    def describe(self, sequences: int) -> list[str]:
         """What is trained on, for the log, if so many sequences are drawn by the end."""
         lines = []
         for name, _, windows in self.mixture.parts:
@@ -48,7 +56,7 @@ class Corpus:
         held = sum(len(windows) for windows in self.validation)
         return [*lines, f"validation: {held:,} windows of {self.mixture.context} tokens held out"]
 
-    def drawn(self, stream: Stream, sequences: int) -> str:
+    def describe_drawn(self, stream: Stream, sequences: int) -> str:
         """What the first sequences of a stream were, counted, for the log."""
         counts, epochs = stream.counts(sequences), stream.epochs(sequences)
         parts = (
@@ -72,20 +80,20 @@ def open_corpus(config: Config, source: Source | None) -> Corpus:
     parts, validation = [], []
     for path, weight in data.train.items():
         windows, last = zip(
-            *(split(opened, context, data.held_out) for opened in train[path]), strict=True
+            *(split_windows(opened, context, data.held_out) for opened in train[path]), strict=True
         )
         if held:
             windows = [
                 replace(each, stop=end.stop) for each, end in zip(windows, last, strict=True)
             ]
         else:
-            validation.append(join(last))
+            validation.append(join_windows(last))
         parts.append(
-            (path, weight, join([each.first(fractions.get(path, 1.0)) for each in windows]))
+            (path, weight, join_windows([each.take_fraction(fractions.get(path, 1.0)) for each in windows]))
         )
     for files in held.values():
-        cuts = [split(opened, context, data.held_out) for opened in files]
-        validation.append(join([replace(windows, stop=last.stop) for windows, last in cuts]))
+        cuts = [split_windows(opened, context, data.held_out) for opened in files]
+        validation.append(join_windows([replace(windows, stop=last.stop) for windows, last in cuts]))
     first = next(iter(train.values()))[0]
     manifest = first.manifest or {}
     return Corpus(

@@ -25,12 +25,12 @@ _AHEAD = 3  # tasks a process, done or to do: they bound the memory
 _work: Callable[[Any], Any]
 
 
-def cores() -> int:
+def count_cores() -> int:
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(
+def map_in_order(
     make: Callable[..., Callable], arguments: tuple, tasks: Iterable, processes: int
 ) -> Iterator:
     """The results of `make(*arguments)` on each task, in the order of the tasks.

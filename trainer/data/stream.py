@@ -56,7 +56,7 @@ class Windows:
         """What these windows are, whatever the file is called: data fingerprint, context, start, stop."""
         return self.token_file.fingerprint, self.context, self.start, self.stop
 
-    def first(self, fraction: float) -> Windows:
+    def take_fraction(self, fraction: float) -> Windows:
         """The first windows, a fraction in (0, 1] of them and at least one."""
         return replace(self, stop=self.start + max(1, round(fraction * len(self))))
 
@@ -94,12 +94,12 @@ class Joined:
         return digest[:16], self.context, 0, len(self)
 
 
-def join(parts: Sequence[Windows]) -> Windows | Joined:
+def join_windows(parts: Sequence[Windows]) -> Windows | Joined:
     """Windows of one file or several as one data set."""
     return parts[0] if len(parts) == 1 else Joined(tuple(parts))
 
 
-def split(token_file: TokenFile, context: int, held_out: float) -> tuple[Windows, Windows]:
+def split_windows(token_file: TokenFile, context: int, held_out: float) -> tuple[Windows, Windows]:
     """The windows to train on, and the held-out windows to validate on.
 
     Held out are the last `held_out` (a fraction, at most one half) of the windows, at least one. Raises

@@ -39,7 +39,7 @@ class Documents:
     number: int = 0
     source: int = 0  # which of the inputs it is from
 
-    def documents(self) -> Iterator[tuple[str, str]]:
+    def read_documents(self) -> Iterator[tuple[str, str]]:
         """Each document and where it stands, in words."""
         return ((text, f"document {number}") for number, text in enumerate(self.texts, self.number))
 
@@ -54,7 +54,7 @@ class JsonLines:
     offset: int
     source: int = 0
 
-    def documents(self) -> Iterator[tuple[str, str]]:
+    def read_documents(self) -> Iterator[tuple[str, str]]:
         """Each document and where it stands, in words. Raises GrowkitError where a line is broken."""
         offset = self.offset
         for number, line in enumerate(self.data.split(b"\n"), self.number):
@@ -89,7 +89,7 @@ class Shard:
             )
         return cls(int(found[1]), int(found[2]))
 
-    def of(self, things: Iterable) -> Iterator:
+    def select(self, things: Iterable) -> Iterator:
         """Every count-th thing, beginning with the number-th."""
         return itertools.islice(things, self.number - 1, None, self.count)
 
@@ -101,22 +101,22 @@ class Inputs:
     names: list[str]
     files: list[tuple[int, epath.Path]]  # (which name, file), in order
 
-    def blocks(self, shard: Shard | None = None) -> Iterator[Block]:
+    def read_blocks(self, shard: Shard | None = None) -> Iterator[Block]:
         """All text, or one shard of it, in order; the same blocks however often it is read."""
         files, spread = self.files, False
         if shard is not None and shard.count <= len(files):
-            files = list(shard.of(files))
+            files = list(shard.select(files))
         elif shard is not None:
             spread = True
         blocks = _blocks(files)
-        return shard.of(blocks) if spread else blocks
+        return shard.select(blocks) if spread else blocks
 
-    def documents(self) -> Iterator[str]:
+    def read_documents(self) -> Iterator[str]:
         """All documents, empty ones included. Raises GrowkitError for what is not text."""
         for text, where in itertools.chain.from_iterable(
-            block.documents() for block in self.blocks()
+            block.read_documents() for block in self.read_blocks()
         ):
-            utf8_bytes(text, where)
+            count_utf8_bytes(text, where)
             yield text
 
 
@@ -130,7 +130,7 @@ def open_inputs(texts: Sequence[str | os.PathLike]) -> Inputs:
     return Inputs([os.fspath(text) for text in texts], files)
 
 
-def grouped(texts: Iterable[str], source: int = 0) -> Iterator[Documents]:
+def group_documents(texts: Iterable[str], source: int = 0) -> Iterator[Documents]:
     """Documents in blocks of bounded size; a long one is in a block of its own."""
     group: list[str] = []
     number = size = 0
@@ -149,7 +149,7 @@ def has_text(document: str) -> bool:
     return bool(document) and not document.isspace()
 
 
-def utf8_bytes(document: str, where: str) -> int:
+def count_utf8_bytes(document: str, where: str) -> int:
     """The length of a document in UTF-8. Raises GrowkitError for half a surrogate pair."""
     try:
         return len(document.encode())
@@ -195,7 +195,7 @@ def _blocks(files: Iterable[tuple[int, epath.Path]]) -> Iterator[Block]:
                 _read_json_lines(path, source) for path in paths
             )
         else:
-            yield from grouped(itertools.chain.from_iterable(map(_read_texts, paths)), source)
+            yield from group_documents(itertools.chain.from_iterable(map(_read_texts, paths)), source)
 
 
 def _read_texts(path: epath.Path) -> Iterator[str]:

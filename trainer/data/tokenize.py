@@ -20,16 +20,16 @@ from etils import epath
 
 from growkit.checkpoint.output import check_output, commit_output
 from growkit.errors import UsageError
-from trainer.data.processes import cores, in_order
+from trainer.data.processes import count_cores, map_in_order
 from trainer.data.text import (
     BLOCK_SIZE,
     Block,
     Documents,
     Shard,
-    grouped,
+    count_utf8_bytes,
+    group_documents,
     has_text,
     open_inputs,
-    utf8_bytes,
 )
 from trainer.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, write_tokenizer
 from trainer.data.tokens import MANIFEST, TokenWriter
@@ -73,8 +73,8 @@ def tokenize(
     if tokenizer is not None:
         chosen = load_tokenizer(tokenizer)
     else:
-        chosen = train_tokenizer(inputs.documents(), train_bpe)
-    encoded = _encoded(inputs.blocks(shard), chosen, processes)
+        chosen = train_tokenizer(inputs.read_documents(), train_bpe)
+    encoded = _encoded(inputs.read_blocks(shard), chosen, processes)
     about: dict = {"sources": [epath.Path(text).name for text in texts]}
     if shard is not None:
         about["shard"] = f"{shard.number}/{shard.count}"
@@ -101,7 +101,7 @@ def tokenize_documents(
 
     Raises UsageError when `out` exists (unless `force`) or when there is no text at all.
     """
-    encoded = _encoded(grouped(documents), tokenizer, processes)
+    encoded = _encoded(group_documents(documents), tokenizer, processes)
     return _write(encoded, out, tokenizer, {"sources": list(sources)}, force, progress)
 
 
@@ -142,14 +142,14 @@ class _Encoder:
                 block.source,
                 ids,
                 [len(ids)],
-                utf8_bytes(block.text, block.where),
+                count_utf8_bytes(block.text, block.where),
                 0,
                 block.complete,
             )
         texts, size, empty = [], 0, 0
-        for text, where in block.documents():
+        for text, where in block.read_documents():
             if has_text(text):
-                size += utf8_bytes(text, where)
+                size += count_utf8_bytes(text, where)
                 texts.append(text)
             else:
                 empty += 1
@@ -165,7 +165,7 @@ class _Encoder:
         for text in texts:
             yield [
                 ids
-                for piece in self.tokenizer.pieces(text)
+                for piece in self.tokenizer.cut_pieces(text)
                 for ids in self.tokenizer.encode([piece])
             ]
 
@@ -176,18 +176,18 @@ def _encoded(
     """What becomes of blocks of text, in order, computed by so many processes."""
     if processes < 1:
         raise UsageError(
-            f"the number of processes must be at least 1, not {processes}; here are {cores()} cores"
+            f"the number of processes must be at least 1, not {processes}; here are {count_cores()} cores"
         )
-    return in_order(_Encoder, (tokenizer,), _cut(blocks, tokenizer), processes)
+    return map_in_order(_Encoder, (tokenizer,), _cut(blocks, tokenizer), processes)
 
 
 def _cut(blocks: Iterable[Block], tokenizer: TextTokenizer) -> Iterator[Block | _Piece]:
     """The blocks, with a document too long for one process in pieces. The cuts depend on the document alone."""
     for block in blocks:
         if isinstance(block, Documents) and len(block.texts) == 1 and has_text(block.texts[0]):
-            ((document, where),) = block.documents()
-            utf8_bytes(document, where)
-            *pieces, last = tokenizer.pieces(document)
+            ((document, where),) = block.read_documents()
+            count_utf8_bytes(document, where)
+            *pieces, last = tokenizer.cut_pieces(document)
             yield from (_Piece(piece, where, False, block.source) for piece in pieces)
             yield _Piece(last, where, True, block.source)
         else:

@@ -49,7 +49,7 @@ class TextTokenizer:
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def pieces(self, document: str) -> list[str]:
+    def cut_pieces(self, document: str) -> list[str]:
         """A document in pieces of bounded size whose encodings, joined, are the encoding of the whole."""
         return _pieces(document, self._separate)
 
@@ -73,7 +73,7 @@ def load_tokenizer(path: str | os.PathLike) -> TextTokenizer:
     return _read_tokenizer(file.read_bytes(), str(file))
 
 
-def carried_tokenizer(files: Mapping[str, bytes], origin: object) -> TextTokenizer:
+def load_model_tokenizer(files: Mapping[str, bytes], origin: object) -> TextTokenizer:
     """The tokenizer among the files beside a model. Raises GrowkitError when there is none or it is broken."""
     if "tokenizer.json" not in files:
         raise GrowkitError(

@@ -38,7 +38,7 @@ _SEQUENCES_AT_ONCE = 1 << 20
 _LONGEST_DOCUMENT = 2**31 - 1  # lengths are int32
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def select_token_dtype(vocab_size: int) -> np.dtype:
     """The dtype Megatron stores ids of this vocabulary in: uint16 below 65500 ids, else int32."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
@@ -51,7 +51,7 @@ class TokenWriter:
     """
 
     def __init__(self, directory: str | os.PathLike, vocab_size: int):
-        self.dtype = token_dtype(vocab_size)
+        self.dtype = select_token_dtype(vocab_size)
         self.tokens = 0
         self._vocab_size = vocab_size
         self._index_path = Path(directory) / f"{STEM}.idx"

@@ -21,7 +21,7 @@ COORDINATOR, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JA
 
 
 @cache
-def join() -> None:
+def join_cluster() -> None:
     """Meet the other processes of the cluster that this one was started in; without a cluster, do nothing.
 
     jax.distributed finds out about TPU pods, Slurm, Open MPI and Kubernetes itself; anywhere else the address
@@ -52,7 +52,7 @@ def join() -> None:
             ) from None
 
 
-def writes() -> bool:
+def is_writer() -> bool:
     """Whether this process is the one that writes to RUN and to the terminal; checkpoints are written by all."""
     return jax.process_index() == 0
 
@@ -61,20 +61,20 @@ class Agreement:
     """Numbers on which several processes agree: each tells its own, and all hear the largest, one call later.
 
     They meet on the devices, behind the step that was dispatched before, so that nobody waits for them. All processes
-    must call alike often. One process hears at once what it tells. met: how often this one has called.
+    must call alike often. One process hears at once what it tells. calls: how often this one has called.
     """
 
     def __init__(self):
-        self.alone = jax.process_count() == 1
-        self.met = 0
-        self.told: jax.Array | None = None
+        self.single_process = jax.process_count() == 1
+        self.calls = 0
+        self.pending: jax.Array | None = None
 
-    def on(self, *numbers: int) -> tuple[int, ...]:
+    def exchange(self, *numbers: int) -> tuple[int, ...]:
         """Tell numbers of at least 0, and hear those of the call before; zeros at the first."""
-        self.met += 1
-        if self.alone:
+        self.calls += 1
+        if self.single_process:
             return numbers
-        before, self.told = self.told, _largest(_everyone(numbers))
+        before, self.pending = self.pending, _largest(_everyone(numbers))
         return (
             tuple(0 for _ in numbers)
             if before is None
@@ -102,5 +102,5 @@ def _largest(told: jax.Array) -> jax.Array:
 
 def write_once(path: Any, content: bytes) -> None:
     """Replace a file as a whole. Of several processes that train together, the first one writes."""
-    if writes():
+    if is_writer():
         write_atomically(path, content)

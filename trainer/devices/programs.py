@@ -14,7 +14,7 @@ import jax
 DIRECTORY, SWITCH = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"
 
 
-def keep_programs() -> None:
+def enable_program_cache() -> None:
     """Keep programs below the user's cache directory, unless the environment names another place or says no.
 
     A CPU's go by the machine's name: they use what its processor has, and another that shares the directory may not

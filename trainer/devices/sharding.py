@@ -20,18 +20,18 @@ from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config import sections as config
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 # What a layer computes with: all of it but for tensor parallelism (Megatron-LM, arXiv 1909.08053).
-COMPUTED = {"head": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
+COMPUTE_RULES = {"head": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
 # Between uses parameters lie in parts (fully sharded data parallelism; ZeRO-3, arXiv 1910.02054).
-STORED = COMPUTED | {"embed": ("fsdp",)}
+PARAMETER_RULES = COMPUTE_RULES | {"embed": ("fsdp",)}
 # Optimizer state and the gradients that go into it (ZeRO-1 and 2). fsdp first: a part of a stored part.
-ZERO = COMPUTED | {"embed": ("fsdp", "data")}
+ZERO_RULES = COMPUTE_RULES | {"embed": ("fsdp", "data")}
 
 
 def make_mesh(settings: config.Mesh, devices: Sequence[Any]) -> jax.sharding.Mesh:
@@ -54,20 +54,20 @@ def make_mesh(settings: config.Mesh, devices: Sequence[Any]) -> jax.sharding.Mes
             f"are {len(devices)}; mesh.data=0 takes as many as are left"
         )
     ordered = mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
-    return jax.sharding.Mesh(ordered, AXES)
+    return jax.sharding.Mesh(ordered, MESH_AXES)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model's arrays lie on a mesh. Made by `layout`, which checks that they can."""
+    """How a model's arrays lie on a mesh. Made by `make_layout`, which checks that they can."""
 
     mesh: jax.sharding.Mesh
     zero1: bool = True
 
     @property
-    def shards(self) -> int:
+    def batch_shards(self) -> int:
         """Into how many parts a batch of sequences is split."""
-        return math.prod(self.mesh.shape[axis] for axis in BATCH)
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     @property
     def platform(self) -> str:
@@ -75,48 +75,48 @@ class Layout:
         return self.mesh.devices.flat[0].platform
 
     @property
-    def whole(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """A copy on every device."""
-        return self.named()
+        return self.make_sharding()
 
-    def named(self, *spec: Any) -> NamedSharding:
+    def make_sharding(self, *spec: Any) -> NamedSharding:
         """The sharding of an array by the mesh axes of each dimension."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def batch(self, dimension: int = 0) -> NamedSharding:
+    def batch_sharding(self, dimension: int = 0) -> NamedSharding:
         """That of sequences that are counted in `dimension`, all others whole."""
-        return self.named(*[None] * dimension, BATCH)
+        return self.make_sharding(*[None] * dimension, BATCH_AXES)
 
-    def row(
+    def row_sharding(
         self, row: Row, rules: Mapping[str, tuple[str, ...]], layers: bool = True
     ) -> NamedSharding:
         """That of a row's parameter by rules, with the layers stacked first or of one layer."""
-        spec = [rules.get(dimension[0].name) for dimension in row.dimensions]
-        return self.named(*[None] * (layers and row.stacked is not None), *spec)
+        spec = [rules.get(axis) for axis in row.leading_axes]
+        return self.make_sharding(*[None] * (layers * len(row.stacked)), *spec)
 
-    def stored(self, row: Row) -> NamedSharding:
+    def parameter_sharding(self, row: Row) -> NamedSharding:
         """That of a row's parameter between steps."""
-        return self.row(row, STORED)
+        return self.row_sharding(row, PARAMETER_RULES)
 
-    def moment(self, row: Row) -> NamedSharding:
+    def moment_sharding(self, row: Row) -> NamedSharding:
         """That of its moments, and of the gradient that they take in."""
-        return self.row(row, self.reduced)
+        return self.row_sharding(row, self.moment_rules)
 
     @property
-    def reduced(self) -> Mapping[str, tuple[str, ...]]:
+    def moment_rules(self) -> Mapping[str, tuple[str, ...]]:
         """The rules for moments and gradients."""
-        return ZERO if self.zero1 else STORED
+        return ZERO_RULES if self.zero1 else PARAMETER_RULES
 
     def constrain(self, array: jax.Array, sharding: NamedSharding) -> jax.Array:
         """Have the compiler lay an array out so. On one device nothing is said, and the program stays as it is."""
         return array if self.mesh.size == 1 else jax.lax.with_sharding_constraint(array, sharding)
 
-    def gathered(self, array: jax.Array, row: Row) -> jax.Array:
+    def gather_parameter(self, array: jax.Array, row: Row) -> jax.Array:
         """One layer's parameter as computing needs it; its gradient comes back as the moments lie."""
         if self.mesh.size == 1:
             return array
         return _gathered(
-            array, self.row(row, COMPUTED, layers=False), self.row(row, self.reduced, layers=False)
+            array, self.row_sharding(row, COMPUTE_RULES, layers=False), self.row_sharding(row, self.moment_rules, layers=False)
         )
 
 
@@ -136,33 +136,33 @@ def _gathered_backward(there, back, saved, gradient):
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def platform_of(layout: Layout | None) -> str:
+def target_platform(layout: Layout | None) -> str:
     """What a program is for: a layout's devices, which need not be here, or without one this machine's."""
     return layout.platform if layout else jax.default_backend()
 
 
-def alone() -> Layout:
+def make_single_device_layout() -> Layout:
     """Everything on the first device."""
     return Layout(make_mesh(config.Mesh(data=1), jax.devices()[:1]))
 
 
-def layout(settings: config.Config, model: NeoX, devices: Sequence[Any] | None = None) -> Layout:
+def make_layout(settings: config.Config, model: Architecture, devices: Sequence[Any] | None = None) -> Layout:
     """The layout of a run on devices (all there are, unless told). Raises UsageError for what does not divide."""
     mesh = make_mesh(settings.mesh, jax.devices() if devices is None else devices)
     made = Layout(mesh, settings.mesh.zero1)
     part = settings.batch.sequences // settings.batch.accumulation
-    if part % made.shards:
+    if part % made.batch_shards:
         raise UsageError(
             f"batch.sequences / batch.accumulation = {part} sequences do not divide over mesh.data x mesh.fsdp = "
             f"{mesh.shape['data']} x {mesh.shape['fsdp']}; their product may be {_either(_divisors(part))}"
         )
-    for rules in (COMPUTED, STORED, made.reduced):
+    for rules in (COMPUTE_RULES, PARAMETER_RULES, made.moment_rules):
         for axis, over in rules.items():
             _check_divides(model, mesh, axis, over)
     return made
 
 
-def _check_divides(model: NeoX, mesh: jax.sharding.Mesh, axis: str, over: tuple[str, ...]) -> None:
+def _check_divides(model: Architecture, mesh: jax.sharding.Mesh, axis: str, over: tuple[str, ...]) -> None:
     size, parts = model.sizes[axis], math.prod(mesh.shape[name] for name in over)
     if size % parts:
         names = " x ".join(f"mesh.{name}" for name in over)

@@ -21,7 +21,7 @@ from trainer.model.decoder import GPTNeoX
 ROUND = 64
 
 
-def continuation(
+def generate_tokens(
     source: Source,
     prompt: list[int],
     count: int,

@@ -13,7 +13,7 @@ from lm_eval.api.model import TemplateLM
 
 from growkit.checkpoint.tensor import Source
 from growkit.evaluation.harness import Request, Windowed, join_scores
-from growkit.models.gpt_neox import require_neox
+from growkit.models import require_trained
 from trainer.config.sections import Mesh, Precision
 from trainer.data.tokenizer import TextTokenizer
 from trainer.devices.sharding import Layout, make_mesh
@@ -63,19 +63,19 @@ class JaxModel(Windowed, TemplateLM):
         pieces, owners = self.split_requests(requests)
         self.expect(len(pieces))
         pairs = [(context, continuation) for _, context, continuation in pieces]
-        return join_scores(owners, self.likelihood.scores(pairs, self.advance))
+        return join_scores(owners, self.likelihood.score(pairs, self.advance))
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
         raise NotImplementedError("growkit's tasks score texts and continue none")
 
 
-def jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int) -> JaxModel:
+def load_jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int) -> JaxModel:
     """A model on disk, computed in float32 on all of this machine's devices, a copy on each.
 
     Raises UsageError for an architecture that the trainer does not compute.
     """
-    model = require_neox(source.model, source.path)
+    model = require_trained(source.model, source.path)
     layout = Layout(make_mesh(Mesh(), jax.local_devices()))
     network = GPTNeoX(model, Precision("float32", "float32"), layout=layout)
-    params = jax.device_put(source.stack(dtype="float32"), model.table.tree(layout.stored))
+    params = jax.device_put(source.stack(dtype="float32"), model.table.tree(layout.parameter_sharding))
     return JaxModel(Likelihood(network, params, window, batch), tokenizer)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.devices.sharding import alone, place
+from trainer.devices.sharding import make_single_device_layout, place
 from trainer.model.decoder import GPTNeoX
 from trainer.step.loss import cross_entropy
 
@@ -23,7 +23,7 @@ ROWS_ELSEWHERE = 1024
 SHORTEST = 16
 
 
-def bucket(length: int, window: int) -> int:
+def pad_length(length: int, window: int) -> int:
     """The padded length: 16, 24, 32, 48, 64, ... (powers of two and their halves added), at most the window."""
     size = SHORTEST
     while size < length:
@@ -38,9 +38,9 @@ class Likelihood:
     """
 
     def __init__(self, network: GPTNeoX, params: Any, window: int, batch: int):
-        layout = network.layout or alone()
+        layout = network.layout or make_single_device_layout()
         self.params, self.window, self.layout = params, window, layout
-        self.batch = -(-batch // layout.shards) * layout.shards
+        self.batch = -(-batch // layout.batch_shards) * layout.batch_shards
         self.rows = ROWS.get(jax.default_backend(), ROWS_ELSEWHERE)
 
         def hidden(params, tokens_BxT):
@@ -53,13 +53,13 @@ class Likelihood:
             logits_RxV = jnp.einsum("re,ve->rv", rows_RxE, head_VxE, preferred_element_type=wide)
             return cross_entropy(logits_RxV, targets_R), logits_RxV.argmax(-1) == targets_R
 
-        stored, whole = network.model.table.tree(layout.stored), layout.whole
-        self._hidden = jax.jit(hidden, in_shardings=(stored, layout.batch()))
+        stored, whole = network.model.table.tree(layout.parameter_sharding), layout.replicated
+        self._hidden = jax.jit(hidden, in_shardings=(stored, layout.batch_sharding()))
         self._losses = jax.jit(
             losses, in_shardings=(stored, None, whole, whole), out_shardings=whole
         )
 
-    def scores(
+    def score(
         self,
         pairs: Sequence[tuple[list[int], list[int]]],
         advance: Callable[[int], None] = lambda done: None,
@@ -92,14 +92,14 @@ class Likelihood:
         self, texts: list[list[int]], scored: list[int]
     ) -> list[tuple[jax.Array, jax.Array]]:
         """Losses and hits of the last tokens of each text, one after another, in parts, begun on the device."""
-        time = bucket(max(map(len, texts)) - 1, self.window)
+        time = pad_length(max(map(len, texts)) - 1, self.window)
         tokens_BxT = np.zeros((self._height(len(texts)), time), np.int32)
         positions, targets = [], []
         for row, (text, count) in enumerate(zip(texts, scored, strict=True)):
             tokens_BxT[row, : len(text) - 1] = text[:-1]
             positions.append(row * time + np.arange(len(text) - 1 - count, len(text) - 1))
             targets.append(text[-count:])
-        hidden_NxE = self._hidden(self.params, place(tokens_BxT, self.layout.batch()))
+        hidden_NxE = self._hidden(self.params, place(tokens_BxT, self.layout.batch_sharding()))
         return [
             self._losses(self.params, hidden_NxE, *piece)
             for piece in self._pieces(np.concatenate(positions), np.concatenate(targets))
@@ -108,7 +108,7 @@ class Likelihood:
     def _height(self, count: int) -> int:
         """How many texts are computed for `count`: the batch, or of its halves the smallest that holds them."""
         size = self.batch
-        while size % (2 * self.layout.shards) == 0 and size // 2 >= count:
+        while size % (2 * self.layout.batch_shards) == 0 and size // 2 >= count:
             size //= 2
         return size
 
@@ -120,7 +120,7 @@ class Likelihood:
         padded = [np.resize(array, count).astype(np.int32) for array in (positions, targets)]
         for first in range(0, count, self.rows):
             yield tuple(
-                place(array[first : first + self.rows], self.layout.whole) for array in padded
+                place(array[first : first + self.rows], self.layout.replicated) for array in padded
             )
 
     @staticmethod

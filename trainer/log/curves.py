@@ -22,7 +22,7 @@ TRAIN, VALIDATION, MARK = "#9fb8d9", "#1b4f9c", "#c0392b"
 SMOOTHED = 20  # rows at most; a tenth of a short line
 
 
-def points(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]]:
+def read_points(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]]:
     """(tokens, perplexity) of the rows that have a loss in `column`."""
     chosen = [row for row in rows if row[column]]
     return [float(row["tokens"]) for row in chosen], [
@@ -30,7 +30,7 @@ def points(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]]:
     ]
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """The geometric mean of each value and some before it (the mean of the losses)."""
     width = max(1, min(SMOOTHED, len(values) // 10))
     logs = [math.log(value) for value in values]
@@ -38,7 +38,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [math.exp(sum(window) / len(window)) for window in windows]
 
 
-def segments(rows: Sequence[Row]) -> list[list[Row]]:
+def split_segments(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows split where a run began: lines are not drawn across growth."""
     found: list[list[Row]] = [[]]
     for row in rows:
@@ -48,7 +48,7 @@ def segments(rows: Sequence[Row]) -> list[list[Row]]:
     return found
 
 
-def scores(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def collect_scores(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """{metric: {task: [(FLOPs, value)]}} of the rows that have scores."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
@@ -58,7 +58,7 @@ def scores(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]
     return found
 
 
-def draw(
+def draw_curves(
     path: epath.Path,
     rows: Sequence[Row],
     title: str,
@@ -71,16 +71,16 @@ def draw(
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
-    measured = scores(rows)
+    measured = collect_scores(rows)
     width = 9 + 5 * len(measured)
     figure, panels = pyplot.subplots(
         1, 1 + len(measured), figsize=(width, 5), constrained_layout=True, squeeze=False
     )
     axes, *beside = panels[0]
-    for number, segment in enumerate(segments(rows)):
+    for number, segment in enumerate(split_segments(rows)):
         _draw_segment(axes, segment, labelled=number == 0)
     for name, other in (others or {}).items():
-        tokens, perplexity = points(other, "validation_loss")
+        tokens, perplexity = read_points(other, "validation_loss")
         axes.plot(tokens, perplexity, "s--", color="#7d8a2e", markersize=4, label=name)
     for panel, metric in zip(beside, measured, strict=True):
         _draw_scores(panel, rows, metric)
@@ -98,16 +98,16 @@ def draw(
 
 
 def _draw_segment(axes, rows: Sequence[Row], labelled: bool) -> None:
-    tokens, perplexity = points(rows, "loss")
+    tokens, perplexity = read_points(rows, "loss")
     if tokens:
         axes.plot(
             tokens,
-            smoothed(perplexity),
+            smooth(perplexity),
             color=TRAIN,
             linewidth=1.5,
             label="train, smoothed" if labelled else None,
         )
-    tokens, perplexity = points(rows, "validation_loss")
+    tokens, perplexity = read_points(rows, "validation_loss")
     if tokens:
         axes.plot(
             tokens,
@@ -123,12 +123,12 @@ def _draw_scores(axes, rows: Sequence[Row], metric: str) -> None:
     """A metric's tasks, the source's line and the grown model's apart in one colour, on one axis of compute."""
     from matplotlib.ticker import EngFormatter
 
-    tasks = list(scores(rows)[metric])
-    for segment in segments(rows):
+    tasks = list(collect_scores(rows)[metric])
+    for segment in split_segments(rows):
         for number, task in enumerate(tasks):
-            line = scores(segment).get(metric, {}).get(task, [])
+            line = collect_scores(segment).get(metric, {}).get(task, [])
             flops, values = [point[0] for point in line], [point[1] for point in line]
-            first = line and line[0] == scores(rows)[metric][task][0]
+            first = line and line[0] == collect_scores(rows)[metric][task][0]
             axes.plot(
                 flops, values, "o-", color=f"C{number}", markersize=4, label=task if first else None
             )

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from growkit.checkpoint.files import is_remote
-from trainer.devices.hosts import write_once, writes
+from trainer.devices.hosts import is_writer, write_once
 
 METRICS = "metrics.csv"
 EARLIER = "history.csv"
@@ -37,12 +37,12 @@ CARRIED = 1000
 BESIDE = ("validation_loss", "scores", "event")
 
 
-def parse(text: str) -> list[dict[str, str]]:
+def parse_rows(text: str) -> list[dict[str, str]]:
     """The rows of a CSV text, without a last line that a kill cut off."""
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
-def render(rows: list[dict[str, str]]) -> str:
+def render_rows(rows: list[dict[str, str]]) -> str:
     """Rows as a CSV text."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -56,14 +56,14 @@ class History:
 
     def __init__(self, run: epath.Path):
         self.run = run
-        self.earlier = parse((run / EARLIER).read_text()) if (run / EARLIER).exists() else []
-        self.rows = parse((run / METRICS).read_text()) if (run / METRICS).exists() else []
+        self.earlier = parse_rows((run / EARLIER).read_text()) if (run / EARLIER).exists() else []
+        self.rows = parse_rows((run / METRICS).read_text()) if (run / METRICS).exists() else []
 
     def begin(self, earlier: bytes) -> None:
         """Start without rows, after those that a source carried (a CSV text, which may be empty)."""
         if earlier:
             write_once(self.run / EARLIER, earlier)
-        self.earlier = parse(earlier.decode())
+        self.earlier = parse_rows(earlier.decode())
         self.rows = []
         self.flush()
 
@@ -87,27 +87,27 @@ class History:
         row = {column: _text(values.get(column)) for column in COLUMNS}
         self.rows.append(row)
         # Objects of a bucket cannot be appended to: there the file is written whole, by `flush`.
-        if writes() and not is_remote(self.run):
+        if is_writer() and not is_remote(self.run):
             with (self.run / METRICS).open("a") as file:
-                file.write(render([row]).split("\n", 1)[1])
+                file.write(render_rows([row]).split("\n", 1)[1])
         return row
 
     def flush(self) -> None:
         """Write the file whole."""
-        write_once(self.run / METRICS, render(self.rows).encode())
+        write_once(self.run / METRICS, render_rows(self.rows).encode())
 
-    def validation_losses(self) -> list[float]:
+    def list_validation_losses(self) -> list[float]:
         """The validation losses in order, as far back as the model was what it is."""
         return [
             float(row["validation_loss"]) for row in self._of_this_model() if row["validation_loss"]
         ]
 
-    def validation_loss(self, step: int) -> float | None:
+    def find_validation_loss(self, step: int) -> float | None:
         """The validation loss of a step, None when none is on record."""
         found = self._last(step, "validation_loss")
         return float(found) if found else None
 
-    def scores(self, step: int) -> dict[str, float] | None:
+    def find_scores(self, step: int) -> dict[str, float] | None:
         """What the tasks gave at a step, None when nothing is on record."""
         found = self._last(step, "scores")
         return json.loads(found) if found else None
@@ -123,14 +123,14 @@ class History:
         grown = [number for number, row in enumerate(self.rows) if row["event"].startswith(GROWN)]
         return self.rows[grown[-1] :] if grown else self.rows
 
-    def carried(self) -> bytes:
+    def export(self) -> bytes:
         """What travels with a checkpoint: all rows so far, those of plain training loss thinned out."""
         rows = self.earlier + self.rows
         beside = [row for row in rows if any(row.get(column) for column in BESIDE)]
         plain = [row for row in rows if not any(row.get(column) for column in BESIDE)]
         stride = max(1, len(plain) // CARRIED)
         kept = {id(row) for row in (*beside, *plain[::stride])}
-        return render([row for row in rows if id(row) in kept]).encode()
+        return render_rows([row for row in rows if id(row) in kept]).encode()
 
 
 def _text(value: Any) -> str:

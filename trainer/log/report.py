@@ -13,10 +13,10 @@ from typing import Any
 
 import click
 
-from trainer.devices.hosts import writes
+from trainer.devices.hosts import is_writer
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """1:02:03 or 2:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -42,7 +42,7 @@ class Report:
     def __init__(self, name: str, steps: int, first: int = 0):
         self.name, self.steps, self.first = name, steps, first
         self.begun = (time.monotonic(), first)
-        self.shown = writes()
+        self.shown = is_writer()
         self.live = self.shown and sys.stderr.isatty()
         self.bar: Any = None
 
@@ -75,11 +75,11 @@ class Report:
         if self.bar is not None:
             self.bar.stop()
 
-    def compiled(self, step: int) -> None:
+    def restart_clock(self, step: int) -> None:
         """Step `step` is done and what it needed is compiled: the time that is left is reckoned from here."""
         self.begun = (time.monotonic(), step)
 
-    def row(self, step: int, loss: float, rate: float, speed: str) -> None:
+    def show_row(self, step: int, loss: float, rate: float, speed: str) -> None:
         """Show a row of metrics: loss in nats a token, rate of learning, speed in words."""
         words = f"loss {loss:.4f}  ppl {math.exp(min(loss, 30)):.2f}  {speed}"
         if self.bar is not None:
@@ -89,7 +89,7 @@ class Report:
             return
         begun, first = self.begun
         each = (time.monotonic() - begun) / (step - first) if step > first else None
-        left = "unknown yet" if each is None else duration((self.steps - step) * each)
+        left = "unknown yet" if each is None else format_duration((self.steps - step) * each)
         click.echo(
             f"{self.name}  step {step}/{self.steps}  {words}  lr {rate:.2e}  left {left}", err=True
         )

@@ -12,7 +12,7 @@ from typing import Any
 from trainer.devices.accelerators import peak_flops
 
 
-def thousands(number: float) -> str:
+def format_thousands(number: float) -> str:
     """12,345 as 12.3k."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -41,32 +41,32 @@ class Utilization:
             f"peak of {kind}, dense bfloat16: {known}"
         )
 
-    def of(self, speed: float) -> float | None:
+    def compute_mfu(self, speed: float) -> float | None:
         """The MFU at `speed` tokens a second; None on devices whose peak is not known."""
         peak = peak_flops(self.device)
         return self.flops_per_token * speed / (self.devices * peak) if peak else None
 
-    def words(self, speed: float | None) -> str:
+    def describe(self, speed: float | None) -> str:
         """`speed` in tokens a second, for a line of the log; None for one that is not known yet."""
         if speed is None:
             return "tokens/s unknown yet"
-        each = f" ({thousands(speed / self.devices)} a device)" if self.devices > 1 else ""
-        share = self.of(speed)
-        return f"{thousands(speed)} tokens/s{each}  MFU {'unknown' if share is None else f'{share:.1%}'}"
+        each = f" ({format_thousands(speed / self.devices)} a device)" if self.devices > 1 else ""
+        share = self.compute_mfu(speed)
+        return f"{format_thousands(speed)} tokens/s{each}  MFU {'unknown' if share is None else f'{share:.1%}'}"
 
 
 class Stopwatch:
     """Tokens a second since the last time they were asked for, or since it was set."""
 
     def __init__(self, tokens: int):
-        self.set(tokens)
+        self.restart(tokens)
 
-    def set(self, tokens: int) -> None:
+    def restart(self, tokens: int) -> None:
         """Start from here: what was before, as compiling, saving and validating, does not count."""
         self.begun, self.tokens = time.monotonic(), tokens
 
     def read(self, tokens: int) -> float | None:
         """The speed up to `tokens`, from where the next one counts; None when there were none."""
         seconds, more = time.monotonic() - self.begun, tokens - self.tokens
-        self.set(tokens)
+        self.restart(tokens)
         return more / max(seconds, 1e-9) if more > 0 else None

@@ -16,7 +16,7 @@ from growkit.errors import UsageError
 PROFILE = "profile"
 
 
-def window(text: str) -> tuple[int, int] | None:
+def parse_window(text: str) -> tuple[int, int] | None:
     """The steps after which a trace begins and ends, written FIRST:LAST; None for empty text. Raises UsageError."""
     if not text:
         return None
@@ -32,10 +32,10 @@ class Trace:
     """Traces the steps of a window, once. Raises UsageError for one that is none."""
 
     def __init__(self, text: str, run: epath.Path):
-        self.window, self.directory = window(text), run / PROFILE
+        self.window, self.directory = parse_window(text), run / PROFILE
         self.running = False
 
-    def at(self, step: int, state: Any) -> None:
+    def update(self, step: int, state: Any) -> None:
         """Hear that `step` steps are begun, `state` being their result, and begin or end where it is time to."""
         if self.window is None or step not in self.window:
             return

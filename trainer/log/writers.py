@@ -16,7 +16,7 @@ from etils import epath
 
 from growkit.errors import UsageError
 from trainer.config.sections import Config
-from trainer.devices.hosts import write_once, writes
+from trainer.devices.hosts import is_writer, write_once
 
 TENSORBOARD = "tensorboard"
 WANDB = "wandb.txt"
@@ -97,9 +97,9 @@ class Writers:
 
     def begin(self, run: epath.Path, first: int) -> None:
         """Open them for a run that begins, or goes on, at step `first`."""
-        if writes() and self.tensorboard:
+        if is_writer() and self.tensorboard:
             self.open.append(TensorBoard(self.tensorboard, run, first))
-        if writes() and self.wandb:
+        if is_writer() and self.wandb:
             self.open.append(Wandb(self.wandb, run, self.config))
 
     def add(self, row: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from trainer.model.dropout import kept, masked
+from trainer.model.dropout import apply_mask, draw_mask
 from trainer.model.matmul import matmul_transposed
 
 # Blocks of queries, each taken with no keys but those of its past: N of them leave (N + 1) / 2N of the work. On a
@@ -40,7 +40,7 @@ def causal_attention(
     return _forward(q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, key, dropout, platform)[0]
 
 
-def blocks(time: int, platform: str) -> list[tuple[int, int]]:
+def split_queries(time: int, platform: str) -> list[tuple[int, int]]:
     """The first and last query of each block, the last not included; one block where they would be short or unequal."""
     count = BLOCKS.get(platform, 1)
     size = time // count if time % count == 0 and time >= count * SHORTEST else time
@@ -50,10 +50,12 @@ def blocks(time: int, platform: str) -> list[tuple[int, int]]:
 def _forward(q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, key, dropout, platform):
     batch, heads, time, _ = q_BxHxTxD.shape
     mask = (
-        None if key is None else kept(jax.random.key_data(key), dropout, (batch, heads, time, time))
+        None
+        if key is None
+        else draw_mask(jax.random.key_data(key), dropout, (batch, heads, time, time))
     )
     mixed, weights = [], []
-    for first, last in blocks(time, platform):
+    for first, last in split_queries(time, platform):
         weights.append(_weights(q_BxHxTxD[:, :, first:last], k_BxHxSxD[:, :, :last]))
         dropped = _dropped(weights[-1], _part(mask, first, last), dropout, platform)
         mixed.append(jnp.einsum("bhts,bhsd->bhtd", dropped, v_BxHxSxD[:, :, :last]))
@@ -76,7 +78,7 @@ def _backward(dropout, platform, saved, gradient_BxHxTxD):
     q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask = saved
     to_q, to_k, to_v = [], [], []
     for (first, last), weights_BxHxTxS in zip(
-        blocks(q_BxHxTxD.shape[2], platform), weights, strict=True
+        split_queries(q_BxHxTxD.shape[2], platform), weights, strict=True
     ):
         part, gradient = _part(mask, first, last), gradient_BxHxTxD[:, :, first:last]
         dropped_BxHxTxS = _dropped(weights_BxHxTxS, part, dropout, platform)
@@ -108,7 +110,7 @@ def _dropped(
 ) -> jax.Array:
     if mask is None:
         return weights
-    dropped = masked(weights, mask, dropout)
+    dropped = apply_mask(weights, mask, dropout)
     # Without the barrier the compiler for v4 and v5p (libtpu 0.0.42) ends in a stack overflow on large steps.
     return jax.lax.optimization_barrier(dropped) if platform == "tpu" else dropped
 

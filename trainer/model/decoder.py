@@ -23,10 +23,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_policies
 
 from growkit.checkpoint.tensor import Source
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config.sections import Dropout, Precision
-from trainer.devices.sharding import Layout, platform_of
+from trainer.devices.sharding import Layout, target_platform
 from trainer.model.activation import gelu
 from trainer.model.attention import causal_attention
 from trainer.model.dropout import HiddenDropout
@@ -40,12 +40,12 @@ REMAT = {
 }
 
 
-def at_least_float32(x: jax.Array) -> jax.Array:
+def widen(x: jax.Array) -> jax.Array:
     """x in float32, or in float64 if that is what it is."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def rotary_tables(model: NeoX, time: int) -> tuple[np.ndarray, np.ndarray]:
+def compute_rotary_tables(model: Architecture, time: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine [T, R/2] of the rotary angles.
 
     As Hugging Face has them, angles and tables are rounded to float32 whatever the model's precision is; the
@@ -67,21 +67,21 @@ def rotate(x_BxHxTxD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Arr
     )
 
 
-def row_at(model: NeoX, path: tuple[str, ...]) -> Row:
+def find_row(model: Architecture, path: tuple[str, ...]) -> Row:
     """The table's row for a path in the parameter tree."""
     return next(row for row in model.table.rows if row.path == path)
 
 
-def initializer(model: NeoX, row: Row) -> Any:
+def select_initializer(model: Architecture, row: Row) -> Any:
     """How a row begins. Weights that write into the residual stream start smaller by 1/sqrt(2 layers).
 
     Source: GPT-2 (Radford et al. 2019), section 2.3.
     """
-    if row.initialisation == "ones":
+    if row.begins == "ones":
         return nn.initializers.ones
-    if row.initialisation == "zeros":
+    if row.begins == "zeros":
         return nn.initializers.zeros
-    writes_residual = row.stacked is not None and row.stacked.read
+    writes_residual = row.writes_stream
     return nn.initializers.normal(
         model.initializer_range / (math.sqrt(2 * model.layer) if writes_residual else 1.0)
     )
@@ -90,7 +90,7 @@ def initializer(model: NeoX, row: Row) -> Any:
 class Parameters(nn.Module):
     """A module whose parameters are rows of the axis table, found by the module's own path."""
 
-    model: NeoX
+    model: Architecture
     precision: Precision
     layout: Layout | None = field(default=None, kw_only=True)
 
@@ -101,24 +101,24 @@ class Parameters(nn.Module):
 
     @property
     def platform(self) -> str:
-        return platform_of(self.layout)
+        return target_platform(self.layout)
 
     def parameter(self, name: str, dtype: Any = None) -> jax.Array:
         """The parameter `name` of this module, in the compute dtype unless told, laid out to compute with."""
-        row = row_at(self.model, (*self.path, name))
+        row = find_row(self.model, (*self.path, name))
         shape = row.shape(self.model.sizes)
         value = self.param(
-            name, initializer(self.model, row), shape, jnp.dtype(self.precision.params)
+            name, select_initializer(self.model, row), shape, jnp.dtype(self.precision.params)
         )
-        return self.computed(value.astype(dtype or self.precision.compute), row)
+        return self.lay_out(value.astype(dtype or self.precision.compute), row)
 
-    def computed(self, value: jax.Array, row: Row) -> jax.Array:
+    def lay_out(self, value: jax.Array, row: Row) -> jax.Array:
         """A row's parameter, laid out to compute with."""
-        return value if self.layout is None else self.layout.gathered(value, row)
+        return value if self.layout is None else self.layout.gather_parameter(value, row)
 
-    def along_batch(self, x: jax.Array) -> jax.Array:
+    def shard_batch(self, x: jax.Array) -> jax.Array:
         """x, whose first dimension is the batch, laid out by it."""
-        return x if self.layout is None else self.layout.constrain(x, self.layout.batch())
+        return x if self.layout is None else self.layout.constrain(x, self.layout.batch_sharding())
 
 
 class Linear(Parameters):
@@ -130,10 +130,10 @@ class Linear(Parameters):
 class LayerNorm(Parameters):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = at_least_float32(x)
+        wide = widen(x)
         mean = wide.mean(-1, keepdims=True)
         variance = jnp.square(wide - mean).mean(-1, keepdims=True)
-        scaled = (wide - mean) * jax.lax.rsqrt(variance + self.model.layer_norm_eps)
+        scaled = (wide - mean) * jax.lax.rsqrt(variance + self.model.norm_eps)
         out = scaled * self.parameter("weight", wide.dtype) + self.parameter("bias", wide.dtype)
         return out.astype(x.dtype)
 
@@ -160,7 +160,7 @@ class Attention(Parameters):
         model, common = self.model, self.common
         qkv = Linear(**common, name="query_key_value")(x_BxTxE)
         # The fused dimension is [head, 3, head_dim]: each head's query, key and value lie together.
-        qkv = qkv.reshape(batch, time, model.head, 3, model.head_dim)
+        qkv = qkv.reshape(batch, time, model.head_count, 3, model.head_dim)
         q_BxHxTxD, k_BxHxTxD, v_BxHxTxD = qkv.transpose(3, 0, 2, 1, 4)
         q_BxHxTxD, k_BxHxTxD = rotate(q_BxHxTxD, rotary), rotate(k_BxHxTxD, rotary)
         if self.kernel == "xla":
@@ -200,10 +200,10 @@ class Block(Parameters):
             attention(LayerNorm(**common, name="input_layernorm")(x_BxTxE), rotary, deterministic)
         )
         norm = LayerNorm(**common, name="post_attention_layernorm")
-        if self.model.parallel_residual:
-            return self.along_batch(x_BxTxE + attended + drop(mlp(norm(x_BxTxE)))), None
-        x_BxTxE = self.along_batch(x_BxTxE + attended)
-        return self.along_batch(x_BxTxE + drop(mlp(norm(x_BxTxE)))), None
+        if self.model.options["parallel_residual"]:
+            return self.shard_batch(x_BxTxE + attended + drop(mlp(norm(x_BxTxE)))), None
+        x_BxTxE = self.shard_batch(x_BxTxE + attended)
+        return self.shard_batch(x_BxTxE + drop(mlp(norm(x_BxTxE)))), None
 
 
 class GPTNeoX(Parameters):
@@ -226,8 +226,10 @@ class GPTNeoX(Parameters):
     ) -> jax.Array:
         common = self.common
         embed = Embedding(**common, name="embed_in")
-        rotary = rotary_tables(self.model, tokens_BxT.shape[1]) if rotary is None else rotary
-        x_BxTxE = self.along_batch(embed(tokens_BxT))
+        rotary = (
+            compute_rotary_tables(self.model, tokens_BxT.shape[1]) if rotary is None else rotary
+        )
+        x_BxTxE = self.shard_batch(embed(tokens_BxT))
         x_BxTxE = HiddenDropout(self.dropout.embedding)(x_BxTxE, deterministic)
         block = Block
         if self.remat != "none":
@@ -256,16 +258,16 @@ class GPTNeoX(Parameters):
         """The head's weight [V, E] in a parameter tree, to compute with: the embedding's where they are tied."""
         name = "embed_in" if self.model.tied else "embed_out"
         weight = params[name]["weight"].astype(self.precision.compute)
-        return self.computed(weight, row_at(self.model, (name, "weight")))
+        return self.lay_out(weight, find_row(self.model, (name, "weight")))
 
 
-def initial_params(model: NeoX, precision: Precision, seed: int) -> Any:
+def init_params(model: Architecture, precision: Precision, seed: int) -> Any:
     """A new model's parameter tree, by the table's initialisations."""
     network = GPTNeoX(model, precision)
     return jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
-def logits_of(source: Source, tokens_BxT: np.ndarray, dtype: str = "float32") -> np.ndarray:
+def compute_logits(source: Source, tokens_BxT: np.ndarray, dtype: str = "float32") -> np.ndarray:
     """The logits [B, T, V] of a model on disk, computed in `dtype`."""
     network = GPTNeoX(source.model, Precision(dtype, dtype))
     return np.asarray(

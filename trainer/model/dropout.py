@@ -20,7 +20,7 @@ from growkit.growth.noise import threefry
 ROUNDS = 13
 
 
-def kept(words: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+def draw_mask(words: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """bool of `shape`: independent, False with probability `rate`.
 
     words: uint32 [2], the data of a key. Raises ValueError where the last two dimensions, or those before them, hold
@@ -46,29 +46,29 @@ def _places(shape: tuple[int, ...], first: int, last: int) -> jax.Array:
     return place
 
 
-def masked(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
+def apply_mask(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
     """x scaled up by 1 / (1 - rate) where the mask is True, else 0."""
     return jnp.where(mask, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dropped(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
+def drop(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
     """x with numbers set to 0 with probability `rate` and the rest scaled up by 1 / (1 - rate).
 
     words: uint32 [2], the key's. Its gradient is made by the same mask again, so nothing but the key is kept for it.
     """
-    return masked(x, kept(words, rate, x.shape), rate)
+    return apply_mask(x, draw_mask(words, rate, x.shape), rate)
 
 
 def _forward(x: jax.Array, words: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:
-    return dropped(x, words, rate), words
+    return drop(x, words, rate), words
 
 
 def _backward(rate: float, words: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
-    return dropped(gradient, words, rate), None
+    return drop(gradient, words, rate), None
 
 
-dropped.defvjp(_forward, _backward)
+drop.defvjp(_forward, _backward)
 
 
 class HiddenDropout(nn.Module):
@@ -80,4 +80,4 @@ class HiddenDropout(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         if deterministic or self.rate == 0.0:
             return x
-        return dropped(x, jax.random.key_data(self.make_rng("dropout")), self.rate)
+        return drop(x, jax.random.key_data(self.make_rng("dropout")), self.rate)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config
 from trainer.devices.accelerators import compute_capability, tpu_generation
-from trainer.devices.sharding import BATCH, COMPUTED, Layout
-from trainer.model.attention import blocks
+from trainer.devices.sharding import BATCH_AXES, COMPUTE_RULES, Layout
+from trainer.model.attention import split_queries
 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 TITLES = {"splash": "Pallas splash attention", "cudnn": "cuDNN flash attention", "xla": "XLA"}
@@ -41,7 +41,7 @@ class Choice:
         return f"attention: {TITLES[self.name]}, {self.reason}"
 
 
-def chosen(config: Config, model: NeoX, layout: Layout) -> Choice:
+def select_kernel(config: Config, model: Architecture, layout: Layout) -> Choice:
     """The kernel of a run's devices, where its rules allow it and unless the configuration says otherwise.
 
     Raises UsageError for a kernel that is asked for and cannot be used.
@@ -55,7 +55,7 @@ def chosen(config: Config, model: NeoX, layout: Layout) -> Choice:
             f"attention={asked} is not for a {layout.platform}; here it may be {takes}"
         )
     if kernel is None:
-        count = len(blocks(config.model.context, layout.platform))
+        count = len(split_queries(config.model.context, layout.platform))
         parts = f", in {count} blocks of queries" if count > 1 else ""
         return Choice("xla", f"there being no kernel for a {layout.platform}{parts}")
     for holds, fact, need in _rules(kernel, config, model, layout.mesh.devices.flat[0]):
@@ -70,7 +70,7 @@ def chosen(config: Config, model: NeoX, layout: Layout) -> Choice:
     )
 
 
-def _rules(kernel: str, config: Config, model: NeoX, device: Any) -> list[tuple[bool, str, str]]:
+def _rules(kernel: str, config: Config, model: Architecture, device: Any) -> list[tuple[bool, str, str]]:
     """(whether it holds, what is the case, what the kernel needs) for each rule.
 
     cuDNN's as jax._src.cudnn checks them on any GPU; splash attention's compile for v4, v5e, v5p and v6e.
@@ -120,7 +120,7 @@ def kernel_attention(
         name
     ]
     if layout is not None and layout.mesh.size > 1:
-        spec = layout.named(BATCH, *COMPUTED["head"]).spec
+        spec = layout.make_sharding(BATCH_AXES, *COMPUTE_RULES["head"]).spec
         # A kernel says nothing of how its result varies over the mesh, which would be checked.
         attention = jax.shard_map(
             attention,

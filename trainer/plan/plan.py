@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from growkit.errors import GrowkitError, UsageError
-from growkit.models.gpt_neox import NeoX
-from trainer.config.sections import Config, neox, resolve
-from trainer.config.values import overridden
+from growkit.models.architecture import Architecture
+from trainer.config.sections import Config, build_architecture, resolve
+from trainer.config.values import apply_overrides
 from trainer.devices.accelerators import GIB, parse_slice, peak_flops
-from trainer.devices.sharding import Layout, layout
-from trainer.model.kernels import Choice, chosen
+from trainer.devices.sharding import Layout, make_layout
+from trainer.model.kernels import Choice, select_kernel
 from trainer.step.update import TrainStep, abstract_state, make_train_step
 
 POLICIES = ("none", "dots", "full")  # of rematerialisation, the mildest first
@@ -53,7 +53,7 @@ class Target:
     place: str  # what a device is called here
 
 
-def target(name: str) -> Target:
+def find_target(name: str) -> Target:
     """The devices of a slice of TPUs, or with `cpu` and `gpu` those that JAX sees here.
 
     Raises UsageError for a name that means nothing and GrowkitError for a compiler or a device that is not here.
@@ -107,13 +107,13 @@ def _here(platform: str) -> Target:
         platform,
         devices,
         len(devices),
-        available_on(devices),
+        find_available_memory(devices),
         peak and peak * len(devices),
         "device",
     )
 
 
-def available_on(devices: Sequence[Any]) -> int:
+def find_available_memory(devices: Sequence[Any]) -> int:
     """Bytes that a program may have on each of the devices: of a CPU, the machine's memory in equal parts."""
     stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
@@ -145,11 +145,11 @@ class Memory:
         return self.exact and self.peak <= self.available
 
 
-def batch_like(config: Config, made: Layout) -> jax.ShapeDtypeStruct:
+def abstract_batch(config: Config, made: Layout) -> jax.ShapeDtypeStruct:
     """The shape and place of a step's tokens."""
     parts = config.batch.accumulation
     shape = (parts, config.batch.sequences // parts, config.model.context + 1)
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=made.batch(1))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=made.batch_sharding(1))
 
 
 def _bytes(tree: Any) -> int:
@@ -160,7 +160,7 @@ def _bytes(tree: Any) -> int:
     )
 
 
-def measured(lowered: Any, like: Any, available: int) -> Memory:
+def measure_memory(lowered: Any, like: Any, available: int) -> Memory:
     """Compile a step whose state is `like` and say what it takes on a device. Raises what is not about memory."""
     parameters, optimizer = _bytes(like.params), _bytes(like.optimizer)
     try:
@@ -168,7 +168,7 @@ def measured(lowered: Any, like: Any, available: int) -> Memory:
     except jax.errors.JaxRuntimeError as problem:
         if "RESOURCE_EXHAUSTED" not in str(problem):
             raise
-        temporaries, limit = refusal(str(problem), parameters + optimizer)
+        temporaries, limit = parse_refusal(str(problem), parameters + optimizer)
         return Memory(parameters, optimizer, temporaries, 0, limit or available, exact=False)
     stats = compiled.memory_analysis()
     temporaries = stats.temp_size_in_bytes
@@ -179,7 +179,7 @@ def measured(lowered: Any, like: Any, available: int) -> Memory:
     )
 
 
-def refusal(text: str, state: int) -> tuple[int, int | None]:
+def parse_refusal(text: str, state: int) -> tuple[int, int | None]:
     """(bytes of temporaries, bytes there are) by the compiler's own words when a program does not fit.
 
     Its first check counts temporaries alone, its last all that lies in memory; the state is taken off there.
@@ -200,7 +200,7 @@ def _one_line(problem: Exception) -> str:
     return " ".join(str(problem).split())[:300]
 
 
-def product_flops(jaxpr: Any) -> float:
+def count_product_flops(jaxpr: Any) -> float:
     """FLOPs of a program's matrix products, a loop's as often as it runs: what is computed again counts again.
 
     Of a kernel in Pallas every block counts, those that a causal mask spares too; cuDNN's are not seen.
@@ -214,7 +214,7 @@ def product_flops(jaxpr: Any) -> float:
                 2.0 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
             )
         total += _times(equation) * sum(
-            product_flops(inner) for inner in jaxprs_in_params(equation.params)
+            count_product_flops(inner) for inner in jaxprs_in_params(equation.params)
         )
     return total
 
@@ -236,7 +236,7 @@ class Plan:
     """A configuration on devices. flops: of a step, by the formula; computed: matrix products of the step's program."""
 
     config: Config
-    model: NeoX
+    model: Architecture
     target: Target
     mesh: dict[str, int]
     attention: Choice
@@ -252,35 +252,35 @@ class Plan:
         """Of a step: PaLM's count, without what is computed again (arXiv 2204.02311, appendix B)."""
         return self.tokens_per_step * self.model.flops_per_token(self.config.model.context)
 
-    def step_seconds(self, mfu: float) -> float | None:
+    def estimate_step_seconds(self, mfu: float) -> float | None:
         """flops / (mfu x peak FLOP/s of all chips); None where the peak is not known."""
         return self.flops / (mfu * self.target.peak) if self.target.peak else None
 
-    def hours(self, mfu: float) -> float | None:
+    def estimate_hours(self, mfu: float) -> float | None:
         """Of all steps, validation and saving left out."""
-        seconds = self.step_seconds(mfu)
+        seconds = self.estimate_step_seconds(mfu)
         return None if seconds is None else seconds * self.config.schedule.steps / 3600
 
-    def cost(self, mfu: float, price: float) -> float | None:
+    def estimate_cost(self, mfu: float, price: float) -> float | None:
         """Of all steps, at a price for each chip and hour."""
-        hours = self.hours(mfu)
+        hours = self.estimate_hours(mfu)
         return None if hours is None else hours * price * self.target.chips
 
 
-def plan(config: Config, on: Target) -> Plan:
+def make_plan(config: Config, on: Target) -> Plan:
     """Compile a configuration's train step for devices. Raises UsageError for what does not divide over them."""
     if config.remat == "auto":
         plans: dict[str, Plan] = {}
-        policy = settled(config, lambda each: plans.setdefault(each.remat, plan(each, on)).memory)
-        return plans.get(policy.remat) or plan(policy, on)
-    model = neox(config.model)
-    made = layout(config, model, on.devices)
+        policy = select_remat(config, lambda each: plans.setdefault(each.remat, make_plan(each, on)).memory)
+        return plans.get(policy.remat) or make_plan(policy, on)
+    model = build_architecture(config.model)
+    made = make_layout(config, model, on.devices)
     step, like = make_train_step(config, model, layout=made), abstract_state(config, model, made)
-    traced = step.trace(like, batch_like(config, made))
-    memory = measured(traced.lower(), like, on.available)
-    attention = chosen(config, model, made)
+    traced = step.trace(like, abstract_batch(config, made))
+    memory = measure_memory(traced.lower(), like, on.available)
+    attention = select_kernel(config, model, made)
     return Plan(
-        config, model, on, dict(made.mesh.shape), attention, memory, product_flops(traced.jaxpr)
+        config, model, on, dict(made.mesh.shape), attention, memory, count_product_flops(traced.jaxpr)
     )
 
 
@@ -292,12 +292,12 @@ class Trial:
     memory: Memory
 
 
-def changed(config: Config, changes: Sequence[str]) -> Config:
+def apply_changes(config: Config, changes: Sequence[str]) -> Config:
     """A configuration with key=value changes."""
-    return resolve(overridden(config.to_dict(), list(changes)))
+    return resolve(apply_overrides(config.to_dict(), list(changes)))
 
 
-def remedies(config: Config, mesh: dict[str, int]) -> list[list[tuple[str, ...]]]:
+def list_remedies(config: Config, mesh: dict[str, int]) -> list[list[tuple[str, ...]]]:
     """Changes that lower the peak, in the order to be tried: remat, sharding, microbatch, context; mildest first."""
     milder = POLICIES if config.remat == "auto" else POLICIES[: POLICIES.index(config.remat) + 1]
     shards = mesh["data"] * mesh["fsdp"]
@@ -319,11 +319,11 @@ def remedies(config: Config, mesh: dict[str, int]) -> list[list[tuple[str, ...]]
     ]
 
 
-def trials(
+def try_remedies(
     config: Config, mesh: dict[str, int], measure: Callable[[Config], Memory]
 ) -> Iterator[Trial]:
     """What each remedy alone gives, then all together, one more at a time, up to the first that fits."""
-    groups = [group for group in remedies(config, mesh) if group]
+    groups = [group for group in list_remedies(config, mesh) if group]
     together: tuple[str, ...] = ()
     combined = []
     for group in groups:
@@ -331,7 +331,7 @@ def trials(
         together += group[-1]
     for changes in (*(changes for group in groups for changes in group), *combined):
         try:
-            trial = Trial(changes, measure(changed(config, changes)))
+            trial = Trial(changes, measure(apply_changes(config, changes)))
         except UsageError:
             continue  # what does not divide over the devices is no remedy
         yield trial
@@ -339,7 +339,7 @@ def trials(
             return
 
 
-def shortage(memory: Memory, place: str) -> str:
+def describe_shortage(memory: Memory, place: str) -> str:
     """By how much a step does not fit."""
     least = "" if memory.exact else "at least "
     return (
@@ -348,7 +348,7 @@ def shortage(memory: Memory, place: str) -> str:
     )
 
 
-def advice(tried: Sequence[Trial]) -> str:
+def describe_remedy(tried: Sequence[Trial]) -> str:
     """The change that makes a step fit, or that none of those tried does."""
     if not tried or not tried[-1].memory.fits:
         return "no remat policy, sharding, microbatch or shorter context makes it fit; take more or larger devices"
@@ -356,7 +356,7 @@ def advice(tried: Sequence[Trial]) -> str:
     return f"{' '.join(last.changes)} would make it fit, at {last.memory.peak / GIB:.1f} GiB"
 
 
-def settled(config: Config, measure: Callable[[Config], Memory]) -> Config:
+def select_remat(config: Config, measure: Callable[[Config], Memory]) -> Config:
     """The configuration with the mildest remat policy whose step fits, the last when none does; others as they are."""
     if config.remat != "auto":
         return config
@@ -364,7 +364,7 @@ def settled(config: Config, measure: Callable[[Config], Memory]) -> Config:
     return next((each for each in milder if measure(each).fits), last)
 
 
-def fitting(
+def select_step(
     config: Config, made: Layout, like: Any, make: Callable[[Config], TrainStep]
 ) -> TrainStep:
     """The step that `make` makes of a configuration, its remat policy settled by the memory of a layout's devices."""
@@ -373,15 +373,15 @@ def fitting(
         for policy in POLICIES
         if config.remat in (policy, "auto")
     }
-    return steps[settled(config, lambda each: needed(each, made, steps[each.remat], like)).remat]
+    return steps[select_remat(config, lambda each: measure_step(each, made, steps[each.remat], like)).remat]
 
 
-def needed(config: Config, made: Layout, step: TrainStep, like: Any) -> Memory:
+def measure_step(config: Config, made: Layout, step: TrainStep, like: Any) -> Memory:
     """What a step takes of the devices that it is for, compiled if it was not yet."""
-    available, batch = available_on(made.mesh.local_devices), batch_like(config, made)
+    available, batch = find_available_memory(made.mesh.local_devices), abstract_batch(config, made)
     asked = (batch.shape, available)
     if asked not in step.memory:
-        step.memory[asked] = measured(step.trace(like, batch).lower(), like, available)
+        step.memory[asked] = measure_memory(step.trace(like, batch).lower(), like, available)
     return step.memory[asked]
 
 
@@ -390,12 +390,12 @@ def require_fit(config: Config, made: Layout, step: TrainStep, like: Any) -> str
 
     The step's first call finds it compiled. Raises GrowkitError, with advice, when its devices have not the memory.
     """
-    memory = needed(config, made, step, like)
+    memory = measure_step(config, made, step, like)
     available = memory.available
     if memory.fits:
         policy = f", with remat {step.remat}" if config.remat == "auto" else ""
         return f"memory: a step takes {memory.peak / GIB:.2f} of {available / GIB:.1f} GiB a device{policy}"
     devices = list(made.mesh.devices.flat)
     on = Target("here", devices, len(devices), available, None, "device")
-    tried = list(trials(config, dict(made.mesh.shape), lambda config: plan(config, on).memory))
-    raise GrowkitError(f"{shortage(memory, on.place)}; {advice(tried)}")
+    tried = list(try_remedies(config, dict(made.mesh.shape), lambda config: make_plan(config, on).memory))
+    raise GrowkitError(f"{describe_shortage(memory, on.place)}; {describe_remedy(tried)}")

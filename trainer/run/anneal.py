@@ -16,17 +16,17 @@ from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError
 from trainer.config.sections import Config, resolve
-from trainer.config.values import overridden
-from trainer.run.checkpoint import last_step
-from trainer.run.directory import existing
+from trainer.config.values import apply_overrides
+from trainer.run.checkpoint import find_last_step
+from trainer.run.directory import read_run
 from trainer.run.growth import grown_at
-from trainer.step.schedule import learning_rate
+from trainer.step.schedule import compute_learning_rate
 
 # What an annealing takes from the run or works out itself.
 SETTLED = ("model", "grow", "schedule", "optimizer.learning_rate")
 
 
-def annealed(
+def plan_annealing(
     name: str, to: float, tokens: int, overrides: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The nested configuration values of the annealing of the run `name`, and what its lineage says of the branch.
@@ -36,7 +36,7 @@ def annealed(
     source = open_source(name)
     stored = _configuration(source, name)
     values = _overridden(stored.to_dict(), overrides)
-    rate = current_rate(source, stored)
+    rate = compute_current_rate(source, stored)
     if not rate:
         raise UsageError(f"{name} has come to a learning rate of 0, from which nothing comes down")
     if not 0 <= to <= rate:
@@ -55,15 +55,15 @@ def annealed(
     return values, {"verb": "anneal", "from": rate, "to": to, "tokens": tokens}
 
 
-def resumed(
+def read_annealing(
     out: str | os.PathLike, to: float, tokens: int, overrides: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """What `annealed` gave when the annealing in `out` was begun; None when it has no checkpoint yet.
+    """What `plan_annealing` gave when the annealing in `out` was begun; None when it has no checkpoint yet.
 
     The run it branched from may have gone on, or be gone. Raises UsageError when `out` is another run.
     """
-    stored = existing(out)
-    if stored is None or last_step(out) is None:
+    stored = read_run(out)
+    if stored is None or find_last_step(out) is None:
         return None
     branch = open_source(str(out)).lineage[-1].get("branch", {})
     if branch.get("verb") != "anneal":
@@ -76,10 +76,10 @@ def resumed(
     return _overridden(stored["config"], overrides), branch
 
 
-def current_rate(source: Source, config: Config) -> float:
+def compute_current_rate(source: Source, config: Config) -> float:
     """The learning rate of the last step that a checkpoint was trained with, its plateaus included; 0 at step 0."""
     step = source.record["schedule_step"] - 1
-    rate = learning_rate(
+    rate = compute_learning_rate(
         config.schedule, config.optimizer.learning_rate, step, grown_at(source.lineage)
     )
     # As few digits as give the same number again.
@@ -104,4 +104,4 @@ def _overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise UsageError(
                 f"an annealing takes {key} from the run, or from --to and --tokens; it cannot be given"
             )
-    return overridden(values, overrides)
+    return apply_overrides(values, overrides)

@@ -79,13 +79,12 @@ def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -
         for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     }
     parts = {key: np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for key in indices}
-    for layer in range(leaf.shape[0]) if row.stacked else [None]:
-        array = tensors[row.named(layer)].read()
+    stacked = len(row.stacked)
+    for position in np.ndindex(leaf.shape[:stacked]):
+        array = tensors[row.name_at(position)].read()
         for key, index in indices.items():
             # Layers are never split.
-            parts[key][... if layer is None else layer] = array[
-                index if layer is None else index[1:]
-            ]
+            parts[key][position] = array[index[stacked:]]
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_key(index)])
 
 
@@ -93,24 +92,24 @@ def _key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
     return tuple((part.start, part.stop) for part in index)
 
 
-def last_step(run: epath.Path) -> int | None:
+def find_last_step(run: epath.Path) -> int | None:
     """The step of a run's last finished checkpoint, None when it has none."""
     return max(ocp.utils.checkpoint_steps(epath.Path(run) / CHECKPOINTS), default=None)
 
 
-def validation_loss(metrics: dict[str, float]) -> float:
+def select_validation_loss(metrics: dict[str, float]) -> float:
     """What the best checkpoint is best by."""
     return metrics["validation_loss"]
 
 
-def kept(settings: Checkpoint) -> Any:
+def build_preservation_policy(settings: Checkpoint) -> Any:
     """Orbax's policy for the checkpoints that stay. One without a validation loss is never the best."""
     keep = [policies.LatestN(settings.keep_last)]
     if settings.keep_every:
         keep.append(policies.EveryNSteps(settings.keep_every))
     if settings.keep_best:
         loss = {
-            "get_metric_fn": validation_loss,
+            "get_metric_fn": select_validation_loss,
             "reverse": True,
             "keep_checkpoints_without_metrics": False,
         }
@@ -128,9 +127,9 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 # Only with a best_fn does Orbax write the losses down, and a resumed run needs those of before.
-                best_fn=validation_loss,
+                best_fn=select_validation_loss,
                 best_mode="min",
-                preservation_policy=kept(settings),
+                preservation_policy=build_preservation_policy(settings),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),

@@ -18,9 +18,9 @@ from growkit import __version__
 from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
-from growkit.models.gpt_neox import NeoX
-from trainer.config.sections import Config, resolve, resolve_model
-from trainer.devices.hosts import write_once, writes
+from growkit.models.architecture import Architecture
+from trainer.config.sections import Config, build_section, resolve, resolve_model
+from trainer.devices.hosts import is_writer, write_once
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -29,13 +29,13 @@ LOCK = ".lock"
 CHANGEABLE = ("mesh", "attention", "remat", "checkpoint", "eval", "log")
 
 
-def hold(directory: epath.Path) -> IO[str] | None:
+def lock_run(directory: epath.Path) -> IO[str] | None:
     """Keep other processes from training into RUN, until the file returned is closed or this process ends.
 
     None for a bucket, which nothing holds, and for the other processes of the same run. Raises GrowkitError when
     another process holds RUN.
     """
-    if is_remote(directory) or not writes():
+    if is_remote(directory) or not is_writer():
         return None
     # Opened for appending: opening must not erase the holder's process id.
     file = open(directory / LOCK, "a+")  # noqa: SIM115 (the caller closes it)
@@ -58,7 +58,7 @@ def hold(directory: epath.Path) -> IO[str] | None:
     return file
 
 
-def changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
+def find_changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
     """The dotted keys in which two resolved configurations differ, those that may change left out."""
     changed = []
     for key in sorted(before.keys() | after.keys()):
@@ -66,19 +66,19 @@ def changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "")
             continue
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict) and not where.startswith("data."):
-            changed += changed_keys(old, new, f"{where}{key}.")
+            changed += find_changed_keys(old, new, f"{where}{key}.")
         elif old != new:
             changed.append(f"{where}{key}")
     return changed
 
 
-def check_same(
+def require_same_run(
     stored: dict[str, Any], config: Config, start: str | None, source: Source | None
 ) -> None:
     """Raise UsageError, naming the keys, when a run that exists was begun with another configuration or source."""
     changed = [
         f"{key} ({_at(stored['config'], key)} then, {_at(config.to_dict(), key)} now)"
-        for key in changed_keys(stored["config"], config.to_dict())
+        for key in find_changed_keys(stored["config"], config.to_dict())
     ]
     origin = stored["from"] or {}
     if origin.get("path") != start or (
@@ -99,13 +99,13 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def with_model_of(values: dict[str, Any], model: NeoX, origin: str) -> dict[str, Any]:
+def fill_model(values: dict[str, Any], model: Architecture, origin: str) -> dict[str, Any]:
     """Nested configuration values with the model section filled from a source's model.
 
     Raises UsageError where the values state another model; the context alone may differ.
     """
     stated = resolve_model(values.get("model"))
-    theirs = dataclasses.asdict(model)
+    theirs = dataclasses.asdict(build_section(model))
     different = [key for key in stated if key != "context" and stated[key] != theirs[key]]
     if different:
         said = ", ".join(
@@ -118,7 +118,7 @@ def with_model_of(values: dict[str, Any], model: NeoX, origin: str) -> dict[str,
     return values | {"model": theirs | stated}
 
 
-def existing(out: str | os.PathLike) -> dict[str, Any] | None:
+def read_run(out: str | os.PathLike) -> dict[str, Any] | None:
     """What RUN/config.yaml holds, or None for a new run. Raises UsageError when `out` is something else."""
     directory = epath.Path(out)
     path = directory / CONFIG
@@ -141,22 +141,22 @@ def _visible(directory: epath.Path) -> list[str]:
     return [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
 
 
-def begin(
+def open_run(
     directory: epath.Path, config: Config, start: str | None, source: Source | None, resumes: bool
 ) -> IO[str] | None:
     """Make RUN and write its configuration, or check that the one there is the same. `start` is --from as given.
 
     resumes: whether RUN has a checkpoint to go on from; where it has none, another configuration begins anew.
 
-    Returns what `hold` does. Raises UsageError, or GrowkitError when another process trains into RUN.
+    Returns what `lock_run` does. Raises UsageError, or GrowkitError when another process trains into RUN.
     """
-    existing(directory)
+    read_run(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    held = hold(directory)
+    held = lock_run(directory)
     # Read only now: what was there before the lock may be another process's beginning.
-    stored = existing(directory)
+    stored = read_run(directory)
     if stored is not None and resumes:
-        check_same(stored, config, start, source)
+        require_same_run(stored, config, start, source)
     origin = (
         {"path": start, "fingerprint": source.fingerprint}
         if source

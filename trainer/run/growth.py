@@ -7,25 +7,25 @@ source's, where a re-warm-up begins, and when copies stay equal. Leaves plans to
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.growth.multipliers import Lineage, continues, growths_after, growths_owed, multipliers
-from growkit.growth.plan import Plan, combined, plan_from, with_options
+from growkit.growth.plan import Plan, combine_plans, read_plan, set_options
 from growkit.growth.width import plan_width
-from growkit.models.gpt_neox import NeoX
-from trainer.config.sections import Config, Dropout, Grow, Model, neox
+from growkit.models.architecture import Architecture
+from trainer.config.sections import Config, Dropout, Grow, build_architecture, build_section
 from trainer.log.history import GROWN
 from trainer.step.optimizer import Multipliers
-from trainer.step.plateau import plateaus
+from trainer.step.plateau import find_plateaus
 
 # By how much a validation loss, nats a token, may differ after exact growth: what rounding explains.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
 
 
-def planned(settings: Grow, model: NeoX) -> Plan | None:
+def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
     """The plan of a grow section for the source's model, None when it grows nothing. Raises UsageError."""
     plans = []
     if settings.map:
@@ -43,26 +43,26 @@ def planned(settings: Grow, model: NeoX) -> Plan | None:
                 "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp or head_dim"
             )
         return None
-    plan = plans[0] if len(plans) == 1 else combined("grow", plans, model)
-    return with_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
+    plan = plans[0] if len(plans) == 1 else combine_plans("grow", plans, model)
+    return set_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
 
 
-def later(config: Config) -> Plan | None:
+def plan_later_growth(config: Config) -> Plan | None:
     """The plan of the growth that comes on the way, None when there is none. Raises UsageError."""
-    return planned(config.grow, neox(config.model)) if config.grow.at else None
+    return plan_growth(config.grow, build_architecture(config.model)) if config.grow.at else None
 
 
-def due(config: Config, step: int, losses: Sequence[float]) -> bool:
+def is_growth_due(config: Config, step: int, losses: Sequence[float]) -> bool:
     """Whether the growth on the way comes at this step, by its number or by the validation losses so far."""
     if config.grow.at == "plateau":
-        return bool(plateaus(losses, config.schedule.plateau))
+        return bool(find_plateaus(losses, config.schedule.plateau))
     return step >= int(config.grow.at)
 
 
-def grown_config(config: Config, plan: Plan) -> Config:
+def grow_config(config: Config, plan: Plan) -> Config:
     """The configuration that a run goes by once that growth is made: the grown model, the schedule going on."""
     return replace(
-        config, model=Model(**asdict(plan.grown)), schedule=replace(config.schedule, continued=True)
+        config, model=build_section(plan.grown), schedule=replace(config.schedule, continued=True)
     )
 
 
@@ -71,7 +71,7 @@ def last_growths(lineage: Lineage) -> list[Mapping[str, Any]]:
     return growths_after(lineage, lambda entry: entry.get("operation") == "train")
 
 
-def owed(setting: str, lineage: Lineage, model: NeoX) -> Multipliers | None:
+def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> Multipliers | None:
     """The multipliers to apply to a model of this lineage, None for none. setting: on, off or auto."""
     growths = growths_owed(lineage)
     if setting == "off" or not growths or (setting == "auto" and not continues(lineage)):
@@ -79,7 +79,7 @@ def owed(setting: str, lineage: Lineage, model: NeoX) -> Multipliers | None:
     return Multipliers(**multipliers(model, growths))
 
 
-def gap_allowed(config: Config) -> float:
+def compute_allowed_gap(config: Config) -> float:
     """Nats a token by which exact growth may move the validation loss, in this run's arithmetic."""
     return max(ROUNDING[config.precision.params], ROUNDING[config.precision.compute])
 
@@ -97,7 +97,7 @@ def grown_at(lineage: Lineage) -> int | None:
     return None
 
 
-def beginning(lineage: Lineage, step: int) -> str:
+def describe_beginning(lineage: Lineage, step: int) -> str:
     """The first event of a run, or of what follows a growth at a step of it: which sizes grew, where any did."""
     came_from = lineage[-2] if len(lineage) > 1 else {}
     if "sizes" not in came_from:
@@ -109,18 +109,18 @@ def beginning(lineage: Lineage, step: int) -> str:
     return f"{GROWN}: {changed}" if step else f"start, {GROWN}: {changed}"
 
 
-def facts(lineage: Lineage, model: NeoX, dropout: Dropout) -> Iterator[str]:
+def describe_growths(lineage: Lineage, model: Architecture, dropout: Dropout) -> Iterator[str]:
     """What the growths before this training mean for it, in sentences."""
     if lineage[-1]["multipliers"]:
         yield "exact growth in width: learning rates, eps and clip weights are multiplied for each parameter"
-    if tied := tied_axes(lineage[:-1], model, dropout):
+    if tied := find_tied_axes(lineage[:-1], model, dropout):
         yield (
             f"warning: the copies of {', '.join(tied)} have equal gradients and dropout is 0, so they stay equal; "
             f"grow with --noise or --spread, or train with dropout"
         )
 
 
-def compared(
+def compare_with_source(
     lineage: Lineage, loss: float, source: Mapping[str, Any], windows: str, allowed: float
 ) -> str | None:
     """What the first validation loss after exact growth is beside the source's last one; None without such growth.
@@ -146,10 +146,10 @@ def compared(
     )
 
 
-def tied_axes(lineage: Lineage, model: NeoX, dropout: Dropout) -> tuple[str, ...]:
+def find_tied_axes(lineage: Lineage, model: Architecture, dropout: Dropout) -> tuple[str, ...]:
     """The axes whose copies, made by the last growth, will stay equal: exact copies, trained without dropout."""
     growths = last_growths(lineage)
     if not growths or dropout.hidden or dropout.attention or dropout.embedding:
         return ()
     entry = growths[-1]
-    return plan_from(entry, model.resized(entry["sizes"]["before"])).tied_copies
+    return read_plan(entry, model.resize(entry["sizes"]["before"])).tied_copies

@@ -41,11 +41,11 @@ class Interrupt:
     @property
     def stop(self) -> int | None:
         """The signal to stop by, None for none; the same in every process between two calls of `ask`."""
-        return self.received if self.agreement.alone else self.agreed
+        return self.received if self.agreement.single_process else self.agreed
 
     def ask(self, due: bool = False) -> bool:
         """Hear of the signals of all processes, and whether anything is due in any of them, by its clock."""
-        number, due = self.agreement.on(self.received or 0, int(due))
+        number, due = self.agreement.exchange(self.received or 0, int(due))
         self.agreed = self.agreed or number or None
         return bool(due)
 

@@ -25,36 +25,36 @@ from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError
-from growkit.models.gpt_neox import NeoX, write_config
-from growkit.surgery.grow import grown_source, provenance
-from trainer.config.sections import Config, neox
+from growkit.models.architecture import Architecture
+from growkit.surgery.grow import open_grown, provenance
+from trainer.config.sections import Config, build_architecture
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.data.stream import validation_batches
-from trainer.devices.hosts import writes
-from trainer.devices.sharding import layout, place
+from trainer.devices.hosts import is_writer
+from trainer.devices.sharding import make_layout, place
 from trainer.log import curves
 from trainer.log.history import EARLIER, History
 from trainer.log.report import Report, Result
 from trainer.log.speed import Stopwatch, Utilization
 from trainer.log.trace import Trace
 from trainer.log.writers import Writers
-from trainer.model.decoder import initial_params
-from trainer.model.kernels import chosen
-from trainer.plan.plan import fitting, require_fit
+from trainer.model.decoder import init_params
+from trainer.model.kernels import select_kernel
+from trainer.plan.plan import require_fit, select_step
 from trainer.run import growth
-from trainer.run.checkpoint import Checkpoints, from_source, last_step
-from trainer.run.directory import begin
+from trainer.run.checkpoint import Checkpoints, find_last_step, from_source
+from trainer.run.directory import open_run
 from trainer.run.interrupt import Interrupt
 from trainer.run.position import Position
-from trainer.run.tasks import Asked
+from trainer.run.tasks import TaskQuestions
 from trainer.run.watch import Watch
 from trainer.step.optimizer import Multipliers
-from trainer.step.plateau import reduced, reduction
+from trainer.step.plateau import compute_reduction, reduce_learning_rate
 from trainer.step.update import (
     State,
     abstract_state,
     check_precision,
-    initial_state,
+    init_state,
     make_eval_step,
     make_train_step,
 )
@@ -62,7 +62,7 @@ from trainer.step.update import (
 DRAWN_EVERY = 60.0
 
 
-class Diverged(GrowkitError):
+class DivergenceError(GrowkitError):
     """A loss or a gradient was not finite."""
 
 
@@ -81,16 +81,16 @@ class Run:
         self.source, self.allow_gap, self.branch = source, allow_gap, branch
         self.directory = epath.Path(out)
         check_precision(config)
-        self.growth_to_come = growth.later(config)
+        self.growth_to_come = growth.plan_later_growth(config)
         if self.growth_to_come:
             # Refused now where the grown model does not lie on the mesh, and not when its step has come.
-            layout(growth.grown_config(config, self.growth_to_come), self.growth_to_come.grown)
-        self._lay_out(config, neox(config.model))
+            make_layout(growth.grow_config(config, self.growth_to_come), self.growth_to_come.grown)
+        self._lay_out(config, build_architecture(config.model))
         self.data: Corpus = open_corpus(config, source)
-        self.asked = Asked(config.eval)
+        self.asked = TaskQuestions(config.eval)
         self.writers, self.trace = Writers(config), Trace(config.log.profile, self.directory)
-        self.held = begin(
-            self.directory, config, start, source, last_step(self.directory) is not None
+        self.held = open_run(
+            self.directory, config, start, source, find_last_step(self.directory) is not None
         )
         self.checkpoints = Checkpoints(self.directory, config.checkpoint)
         self.history = History(self.directory)
@@ -101,15 +101,17 @@ class Run:
         self.position = Position(self.config, self.model, self.data.mixture, record, self.first)
         self.utilization = self._utilization()
         self.multipliers = self._multipliers()
-        self._make_train_step(self.history.validation_losses() if self.resumed else [])
+        self._make_train_step(self.history.list_validation_losses() if self.resumed else [])
         self.eval_step = make_eval_step(self.config, self.model, self.layout)
-        self.tasks = self.asked.of(self.config, self.model, self.layout, self.files, self.directory)
+        self.tasks = self.asked.bind(
+            self.config, self.model, self.layout, self.files, self.directory
+        )
         self.saved_at = time.monotonic()
         self.drawn_at = time.monotonic()
 
-    def _lay_out(self, config: Config, model: NeoX) -> None:
+    def _lay_out(self, config: Config, model: Architecture) -> None:
         """Take the configuration and the model that this loop trains, and where its state lies."""
-        self.config, self.model, self.layout = config, model, layout(config, model)
+        self.config, self.model, self.layout = config, model, make_layout(config, model)
         self.like = abstract_state(config, model, self.layout)
 
     def _grows_now(self, last: int) -> bool:
@@ -125,22 +127,27 @@ class Run:
                 return False
             self.source = open_source(f"{self.directory}@{last}")
         self.growth_to_come = None
-        self._lay_out(growth.grown_config(self.config, plan), plan.grown)
+        self._lay_out(growth.grow_config(self.config, plan), plan.grown)
         return not made
 
     def _growth_due(self) -> bool:
         """Whether this step, once it is validated, is the one to grow at."""
         if self.growth_to_come is None or self.step == self.config.schedule.steps:
             return False
-        validated = self.history.validation_loss(self.step) is not None
-        return validated and growth.due(self.config, self.step, self.history.validation_losses())
+        validated = self.history.find_validation_loss(self.step) is not None
+        return validated and growth.is_growth_due(
+            self.config, self.step, self.history.list_validation_losses()
+        )
 
     def _make_train_step(self, losses: list[float]) -> None:
         """The program of a step, at the learning rate that the plateaus of these validation losses leave."""
-        self.reduction = reduction(losses, self.config.schedule, self.lineage)
-        config, grown_at = reduced(self.config, self.reduction), growth.grown_at(self.lineage)
+        self.reduction = compute_reduction(losses, self.config.schedule, self.lineage)
+        config, grown_at = (
+            reduce_learning_rate(self.config, self.reduction),
+            growth.grown_at(self.lineage),
+        )
         others = (self.model, self.multipliers, self.layout, grown_at)
-        self.train_step = fitting(
+        self.train_step = select_step(
             config, self.layout, self.like, lambda each: make_train_step(each, *others)
         )
         self.compiled = False
@@ -149,8 +156,8 @@ class Run:
         """A new model's state, made where it lies."""
 
         def make() -> State:
-            params = initial_params(self.model, self.config.precision, self.config.seed)
-            return initial_state(self.config, self.model, params)
+            params = init_params(self.model, self.config.precision, self.config.seed)
+            return init_state(self.config, self.model, params)
 
         return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.like))()
 
@@ -169,18 +176,21 @@ class Run:
         source, end = self.source, self.data.end_of_text
         entry = provenance(source) if source else {"growkit": __version__}
         plan = (
-            growth.planned(self.config.grow, source.model)
+            growth.plan_growth(self.config.grow, source.model)
             if source and not self.growth_to_come
             else None
         )
-        source = grown_source(source, plan) if plan else source
+        source = open_grown(source, plan) if plan else source
         continued = self.config.schedule.continued
         state = from_source(source, self.like, continued) if source else self._new_state()
         self.state = state._replace(step=place(np.int32(self.step), self.like.step.sharding))
         base = source.config if source else {"bos_token_id": end, "eos_token_id": end}
-        self.hf_config = write_config(self.model, base)
+        self.hf_config = self.model.config(base)
         before = source.lineage if source else []
-        applied = growth.owed(self.config.optimizer.multipliers, before, self.model) is not None
+        applied = (
+            growth.select_multipliers(self.config.optimizer.multipliers, before, self.model)
+            is not None
+        )
         entry |= {"operation": "train", "multipliers": applied, "config": self.config.to_dict()}
         entry |= {"branch": self.branch} if self.branch else {}
         self.lineage = [*before, entry]
@@ -194,7 +204,9 @@ class Run:
     def _multipliers(self) -> Multipliers | None:
         """What the growths before this training ask of the optimizer, where this run applies it."""
         *before, training = self.lineage
-        return growth.owed("on" if training["multipliers"] else "off", before, self.model)
+        return growth.select_multipliers(
+            "on" if training["multipliers"] else "off", before, self.model
+        )
 
     def _utilization(self) -> Utilization:
         devices = self.layout.mesh.devices
@@ -205,7 +217,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """The run's position, for a checkpoint."""
         return self.position.record(self.step) | {
-            "validation_loss": self.history.validation_loss(self.step),
+            "validation_loss": self.history.find_validation_loss(self.step),
             "reduction": self.reduction,
             "validation_windows": self.data.validation_fingerprint(self.config.eval.windows),
         }
@@ -239,7 +251,7 @@ class Run:
             self._save()
             self.close()
             self._draw(final=True)
-        loss = self.history.validation_loss(self.step)
+        loss = self.history.find_validation_loss(self.step)
         finished = self.step == steps and loss is not None
         stop = self.interrupt.stop
         return Result(self.step, None if finished else stop, loss, stop)
@@ -258,9 +270,9 @@ class Run:
             f"{self.model.parameters:,} parameters{origin}"
         )
         drawn = self.position.drawn(self.config.schedule.steps)
-        attention = chosen(self.config, self.model, self.layout).words
+        attention = select_kernel(self.config, self.model, self.layout).words
         for line in (
-            *self.data.facts(drawn),
+            *self.data.describe(drawn),
             *self.asked.notes,
             attention,
             self.utilization.formula,
@@ -269,10 +281,10 @@ class Run:
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
         else:
-            beginning = growth.beginning(self.lineage, self.step)
+            beginning = growth.describe_beginning(self.lineage, self.step)
             self._row(self.step, event=beginning)
             self.report.say(beginning)
-        for line in growth.facts(self.lineage, self.model, self.config.dropout):
+        for line in growth.describe_growths(self.lineage, self.model, self.config.dropout):
             self.report.say(line)
         if self.position.new:
             self.report.say(
@@ -292,7 +304,7 @@ class Run:
         pending = None
         self.stopwatch = Stopwatch(self.position.tokens(self.step))
         while self.step < self.until and self.interrupt.stop is None:
-            self.trace.at(self.step, self.state)
+            self.trace.update(self.step, self.state)
             self.state, metrics = self.train_step(
                 self.state, self.position.next_batch(self.step, self.layout)
             )
@@ -310,8 +322,8 @@ class Run:
                 self._measure_if_due()
                 if save:
                     self._save()
-                self.stopwatch.set(self.position.tokens(self.step))
-        self.trace.at(self.step, self.state)
+                self.stopwatch.restart(self.position.tokens(self.step))
+        self.trace.update(self.step, self.state)
         if pending is not None:
             self._note(*pending)
 
@@ -319,8 +331,8 @@ class Run:
         """Wait for the first step of a program, so that compiling it counts neither as speed nor in the time left."""
         jax.block_until_ready(metrics)
         self.compiled = True
-        self.stopwatch.set(self.position.tokens(self.step))
-        self.report.compiled(self.step)
+        self.stopwatch.restart(self.position.tokens(self.step))
+        self.report.restart_clock(self.step)
 
     def _save_due(self) -> bool:
         settings = self.config.checkpoint
@@ -343,14 +355,14 @@ class Run:
             return
         speed = self.stopwatch.read(self.position.tokens(step))
         self._row(step, tokens_per_second=speed and round(speed, 1), **values)
-        self.report.row(
-            step, values["loss"], values["learning_rate"], self.utilization.words(speed)
+        self.report.show_row(
+            step, values["loss"], values["learning_rate"], self.utilization.describe(speed)
         )
 
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
         position = self.position
         first, last = position.drawn(step - 1), position.drawn(step) - 1
-        raise Diverged(
+        raise DivergenceError(
             f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}), in sequences "
             f"{first} to {last} of data stream {position.number}; {self._last_good()}"
         )
@@ -366,13 +378,13 @@ class Run:
 
     def _validate_if_due(self) -> None:
         """Validate where it is due and was not done before a resume."""
-        if not self._validation_due() or self.history.validation_loss(self.step) is not None:
+        if not self._validation_due() or self.history.find_validation_loss(self.step) is not None:
             return
         loss = self.validate()
         if loss is None:
             return
         if not math.isfinite(loss):
-            raise Diverged(
+            raise DivergenceError(
                 f"the validation loss at step {self.step} is {loss}; {self._last_good()}"
             )
         self._row(self.step, validation_loss=loss)
@@ -380,7 +392,7 @@ class Run:
             f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 30)):.2f}"
         )
         if self.position.drawn(self.step):
-            self.report.say(self.data.drawn(self.position.stream, self.position.drawn(self.step)))
+            self.report.say(self.data.describe_drawn(self.position.stream, self.position.drawn(self.step)))
         if self.step == self.first and not self.resumed:
             self._compare(loss)
         self._heed_plateau()
@@ -392,7 +404,7 @@ class Run:
 
     def _measure_if_due(self) -> None:
         """Ask the tasks where they are due and were not asked before a resume."""
-        if not self.tasks or not self._tasks_due() or self.history.scores(self.step) is not None:
+        if not self.tasks or not self._tasks_due() or self.history.find_scores(self.step) is not None:
             return
         scores = self.tasks.scores(self.state.params, self.interrupt.stopped)
         if scores is not None:
@@ -406,8 +418,8 @@ class Run:
         """Exact growth leaves the validation loss as it was; refuse to go on where it did not."""
         source = self.source.record if self.source else {}
         windows = self.data.validation_fingerprint(self.config.eval.windows)
-        allowed = math.inf if self.allow_gap else growth.gap_allowed(self.config)
-        if said := growth.compared(self.lineage[:-1], loss, source, windows, allowed):
+        allowed = math.inf if self.allow_gap else growth.compute_allowed_gap(self.config)
+        if said := growth.compare_with_source(self.lineage[:-1], loss, source, windows, allowed):
             self.report.say(said)
 
     def _heed_plateau(self) -> None:
@@ -415,8 +427,8 @@ class Run:
         if self.config.grow.at == "plateau" and self._growth_due():
             self.until = self.step
             return
-        losses = self.history.validation_losses()
-        if reduction(losses, self.config.schedule, self.lineage) != self.reduction:
+        losses = self.history.list_validation_losses()
+        if compute_reduction(losses, self.config.schedule, self.lineage) != self.reduction:
             self._make_train_step(losses)
             event = f"plateau: learning rate x {self.reduction:g}"
             self._row(self.step, event=event)
@@ -425,7 +437,7 @@ class Run:
     def validate(self) -> float | None:
         """The mean loss, nats a token, on the fixed windows; None when a signal cut it short."""
         settings = self.config
-        shards, windows = self.layout.shards, settings.eval.windows
+        shards, windows = self.layout.batch_shards, settings.eval.windows
         batch = min(
             settings.batch.sequences // settings.batch.accumulation, -(-windows // shards) * shards
         )
@@ -434,7 +446,7 @@ class Run:
         for tokens, mask in validation_batches(self.data.validation, batch, windows):
             if self.interrupt.stopped():
                 return None
-            parts = (place(part, self.layout.batch()) for part in (tokens, mask))
+            parts = (place(part, self.layout.batch_sharding()) for part in (tokens, mask))
             sums.append(self.eval_step(self.state.params, *parts))
             count += int(mask.sum()) * settings.model.context
             # One batch ahead of the device and no more, so that a signal need not wait for all of them.
@@ -445,7 +457,7 @@ class Run:
         """Save this step, unless it is saved already."""
         if is_remote(self.directory):
             self.history.flush()
-        files = self.files | {EARLIER: self.history.carried()}
+        files = self.files | {EARLIER: self.history.export()}
         record = self.record()
         saved = self.checkpoints.save(
             self.step, self.state, self.hf_config, self.lineage, record, files
@@ -456,9 +468,9 @@ class Run:
 
     def _draw(self, final: bool = False) -> None:
         """The picture, at most once a minute and at the end."""
-        if not writes() or not final and time.monotonic() - self.drawn_at < DRAWN_EVERY:
+        if not is_writer() or not final and time.monotonic() - self.drawn_at < DRAWN_EVERY:
             return
         rows = self.history.earlier + self.history.rows
         if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):
-            curves.draw(self.directory / "curves.png", rows, self.directory.name)
+            curves.draw_curves(self.directory / "curves.png", rows, self.directory.name)
         self.drawn_at = time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config
 from trainer.data.stream import Mixture, Stream
 from trainer.devices.sharding import Layout
@@ -23,7 +23,7 @@ class Position:
     """
 
     def __init__(
-        self, config: Config, model: NeoX, mixture: Mixture, record: dict[str, Any], first: int
+        self, config: Config, model: Architecture, mixture: Mixture, record: dict[str, Any], first: int
     ):
         self.batch, self.context = config.batch, config.model.context
         self.tokens_per_step = self.batch.sequences * self.context
@@ -80,4 +80,4 @@ class Position:
                 ]
             )
 
-        return jax.make_array_from_callback((parts, count, self.context + 1), layout.batch(1), draw)
+        return jax.make_array_from_callback((parts, count, self.context + 1), layout.batch_sharding(1), draw)

@@ -13,9 +13,9 @@ from typing import Any
 from growkit.evaluation import harness
 from growkit.evaluation.catalogue import parse_task_names
 from growkit.evaluation.questions import collect_questions
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Eval
-from trainer.data.tokenizer import carried_tokenizer
+from trainer.data.tokenizer import load_model_tokenizer
 from trainer.devices.sharding import Layout
 from trainer.model.decoder import GPTNeoX
 
@@ -23,7 +23,7 @@ from trainer.model.decoder import GPTNeoX
 BATCH = 64
 
 
-class Asked:
+class TaskQuestions:
     """The tasks of an eval section, their items read. Raises UsageError, GrowkitError as `growkit evaluate` does.
 
     notes: what is to be said about the items.
@@ -39,8 +39,8 @@ class Asked:
                 parse_task_names(settings.tasks), data, settings.limit or None, self.notes.append
             )
 
-    def of(
-        self, config: Config, model: NeoX, layout: Layout, files: Mapping[str, bytes], run: Any
+    def bind(
+        self, config: Config, model: Architecture, layout: Layout, files: Mapping[str, bytes], run: Any
     ) -> Tasks | None:
         """The same, to be asked of a run's model by the tokenizer among its files; None without tasks."""
         if not self.questions:
@@ -51,10 +51,10 @@ class Asked:
         network = GPTNeoX(model, config.precision, layout=layout)
         batch = min(BATCH, config.batch.sequences // config.batch.accumulation)
         likelihood = Likelihood(network, None, config.model.context, batch)
-        return Tasks(self.questions, JaxModel(likelihood, carried_tokenizer(files, run)))
+        return Tasks(self.questions, JaxModel(likelihood, load_model_tokenizer(files, run)))
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
     """A signal arrived while a task was being asked."""
 
 
@@ -69,12 +69,12 @@ class Tasks:
 
         def advance(done: int) -> None:
             if stopped():
-                raise Stopped
+                raise Interrupted
 
         self.model.advance, self.model.likelihood.params = advance, params
         try:
             answers = [harness.ask(self.model, question) for question in self.asked]
-        except Stopped:
+        except Interrupted:
             return None
         finally:
             # The next step is given the parameters' memory.

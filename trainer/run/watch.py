@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import jax
 from etils import epath
 
-from trainer.devices.hosts import Agreement, writes
+from trainer.devices.hosts import Agreement, is_writer
 
 PLACE = ".met"
 
@@ -34,20 +34,20 @@ class Watch:
         self.ended = threading.Event()
 
     def __enter__(self) -> Watch:
-        if not self.agreement.alone and self.seconds:
+        if not self.agreement.single_process and self.seconds:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *problem) -> None:
         self.ended.set()
-        if not self.agreement.alone and writes():
+        if not self.agreement.single_process and is_writer():
             self.place.rmtree(missing_ok=True)
 
     def _watch(self) -> None:
         while not self.ended.wait(self.seconds / 4):
             try:
                 self._tell()
-                words = self.look(self._heard(), time.monotonic()) if writes() else None
+                words = self.look(self._heard(), time.monotonic()) if is_writer() else None
             except (OSError, ValueError):
                 continue  # a note that is being written, or a disk that does not answer: the next time will tell
             if words and not self.ended.is_set():
@@ -56,7 +56,7 @@ class Watch:
     def _tell(self) -> None:
         self.place.mkdir(parents=True, exist_ok=True)
         (self.place / str(jax.process_index())).write_text(
-            f"{self.agreement.met} {socket.gethostname()}"
+            f"{self.agreement.calls} {socket.gethostname()}"
         )
 
     def _heard(self) -> dict[int, tuple[int, str]]:

@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from trainer.devices.sharding import BATCH, COMPUTED, Layout, platform_of
+from trainer.devices.sharding import BATCH_AXES, COMPUTE_RULES, Layout, target_platform
 
 # Rows (sequences x time) whose logits are held at once. On a CPU a piece should stay in the caches.
 ROWS = {"cpu": 256}
@@ -29,7 +29,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def token_losses_sum(
+def sum_token_losses(
     hidden_BxTxE: jax.Array,
     head_VxE: jax.Array,
     targets_BxT: jax.Array,
@@ -37,7 +37,7 @@ def token_losses_sum(
     layout: Layout | None = None,
 ) -> jax.Array:
     """The summed loss, nats, over the tokens of the sequences whose mask is 1; in at least float32."""
-    groups = layout.shards if layout else 1
+    groups = layout.batch_shards if layout else 1
 
     def group(array):
         return array.reshape(groups, len(array) // groups, *array.shape[1:])
@@ -61,7 +61,7 @@ def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
     wide = _zeros(hidden_GxBxTxE).dtype
     # The order of the head's gradient. On a CPU a product's left operand is first laid out by what it is summed
     # over: the narrow hidden states are, and not the logits.
-    narrow_left = platform_of(layout) == "cpu"
+    narrow_left = target_platform(layout) == "cpu"
 
     def add(carry, piece):
         total, to_head = carry
@@ -82,12 +82,12 @@ def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
         to_hidden = jnp.einsum("gbtv,ve->gbte", to_logits, head_VxE)
         return (total + (losses * mask_GxB[..., None]).sum((1, 2)), to_head), to_hidden
 
-    sides = [(head_VxE.shape[0], *COMPUTED["vocab"]), (head_VxE.shape[1], None)][
+    sides = [(head_VxE.shape[0], *COMPUTE_RULES["vocab"]), (head_VxE.shape[1], None)][
         :: -1 if narrow_left else 1
     ]
     to_head = jnp.zeros((len(hidden_GxBxTxE), *(size for size, _ in sides)), wide)
     if layout:
-        to_head = layout.constrain(to_head, layout.named(BATCH, *(axis for _, axis in sides)))
+        to_head = layout.constrain(to_head, layout.make_sharding(BATCH_AXES, *(axis for _, axis in sides)))
     start = (_zeros(hidden_GxBxTxE), to_head)
     (total, to_head), to_hidden = jax.lax.scan(
         add, start, _pieces(hidden_GxBxTxE, targets_GxBxT, layout)
@@ -97,7 +97,7 @@ def _forward(hidden_GxBxTxE, head_VxE, targets_GxBxT, mask_GxB, layout):
     to_head = to_head.T if narrow_left else to_head
     if layout:
         to_head = layout.constrain(
-            to_head, layout.named(layout.reduced["vocab"], layout.reduced["embed"])
+            to_head, layout.make_sharding(layout.moment_rules["vocab"], layout.moment_rules["embed"])
         )
     return total.sum(), (to_hidden, to_head)
 
@@ -129,7 +129,7 @@ def _pieces(
 ) -> tuple[jax.Array, jax.Array]:
     """Hidden states [N, G, B, T/N, E] and targets [N, G, B, T/N]: time in N equal pieces, sequences kept together."""
     groups, batch, time = targets_GxBxT.shape
-    limit = max(1, ROWS.get(platform_of(layout), ROWS_ELSEWHERE) // batch)
+    limit = max(1, ROWS.get(target_platform(layout), ROWS_ELSEWHERE) // batch)
     length = max(size for size in range(1, time + 1) if time % size == 0 and size <= limit)
 
     def cut(array):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from trainer.config.sections import Optimizer
 
 
@@ -31,9 +31,9 @@ class Multipliers:
     clip: Any = None
 
 
-def decay_mask(model: NeoX) -> dict[str, Any]:
-    """The parameters' tree of booleans: weight decay acts on the rows that begin from a normal distribution."""
-    return model.table.tree(lambda row: row.initialisation == "normal")
+def select_decayed(model: Architecture) -> dict[str, Any]:
+    """The parameters' tree of booleans: weight decay acts on matrices and embeddings."""
+    return model.table.tree(lambda row: row.decays)
 
 
 def global_norm(gradients: Any, weights: Any = None) -> jax.Array:
@@ -82,7 +82,7 @@ def scale_each(multipliers: Any) -> optax.GradientTransformation:
 
 
 def adamw(
-    settings: Optimizer, model: NeoX, multipliers: Multipliers | None = None
+    settings: Optimizer, model: Architecture, multipliers: Multipliers | None = None
 ) -> optax.GradientTransformation:
     """The whole update but for the learning rate, which the step applies: new = params - rate x update."""
     multipliers = multipliers or Multipliers()
@@ -92,5 +92,5 @@ def adamw(
         clip_by_norm(settings.clip, multipliers.clip) if settings.clip else optax.identity(),
         scale_by_adam(settings.beta1, settings.beta2, settings.eps, multipliers.eps),
         optax.identity() if rates is None else scale_each(rates),
-        optax.add_decayed_weights(settings.weight_decay, mask=decay_mask(model)),
+        optax.add_decayed_weights(settings.weight_decay, mask=select_decayed(model)),
     )

@@ -14,7 +14,7 @@ from growkit.growth.multipliers import Lineage
 from trainer.config.sections import Config, Plateau, Schedule
 
 
-def plateaus(losses: Sequence[float], settings: Plateau) -> list[int]:
+def find_plateaus(losses: Sequence[float], settings: Plateau) -> list[int]:
     """The indices of the losses at which a plateau was found; none when the patience is 0.
 
     The rule and its names are those of optax.contrib.reduce_on_plateau: `patience` losses in a row, none of them
@@ -32,16 +32,16 @@ def plateaus(losses: Sequence[float], settings: Plateau) -> list[int]:
     return found
 
 
-def reduction(losses: Sequence[float], schedule: Schedule, lineage: Lineage) -> float:
+def compute_reduction(losses: Sequence[float], schedule: Schedule, lineage: Lineage) -> float:
     """The factor on the learning rate after a training's validation losses: one `factor` for each plateau.
 
     lineage: this training's entry last; a schedule that goes on in its source's has the source's reduction too.
     """
     before = lineage[-1].get("source", {}).get("reduction", 1.0) if schedule.continued else 1.0
-    return before * schedule.plateau.factor ** len(plateaus(losses, schedule.plateau))
+    return before * schedule.plateau.factor ** len(find_plateaus(losses, schedule.plateau))
 
 
-def reduced(config: Config, factor: float) -> Config:
+def reduce_learning_rate(config: Config, factor: float) -> Config:
     """The configuration with its learning rate multiplied, which makes the program of the steps that follow."""
     optimizer = replace(config.optimizer, learning_rate=config.optimizer.learning_rate * factor)
     return replace(config, optimizer=optimizer)

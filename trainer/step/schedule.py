@@ -23,8 +23,10 @@ SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def numbers(schedule: Schedule, peak: float, grown_at: int | None = None) -> dict[str, float]:
-    """What `rate` reads of a schedule but for its kind; arguments as `learning_rate`'s."""
+def encode_schedule(
+    schedule: Schedule, peak: float, grown_at: int | None = None
+) -> dict[str, float]:
+    """What `evaluate_schedule` reads of a schedule but for its kind; arguments as `compute_learning_rate`'s."""
     begin = (
         schedule.steps - round(schedule.decay * schedule.steps)
         if schedule.kind == "wsd"
@@ -43,7 +45,7 @@ def numbers(schedule: Schedule, peak: float, grown_at: int | None = None) -> dic
     }
 
 
-def rate(kind: str, numbers: Mapping[str, Any], step: jax.Array | int) -> jax.Array:
+def evaluate_schedule(kind: str, numbers: Mapping[str, Any], step: jax.Array | int) -> jax.Array:
     """The rate of the update after `step` updates since the branch point: step 0 takes the first warm-up step.
 
     The numbers may be traced, so that one program serves every schedule of a kind.
@@ -59,7 +61,7 @@ def rate(kind: str, numbers: Mapping[str, Any], step: jax.Array | int) -> jax.Ar
     )
 
 
-def learning_rate(
+def compute_learning_rate(
     schedule: Schedule, peak: float, step: jax.Array | int, grown_at: int | None = None
 ) -> jax.Array:
     """The rate of a schedule with this peak at a step.
@@ -67,4 +69,4 @@ def learning_rate(
     grown_at: the step of this schedule at which the model was grown, from which schedule.rewarmup counts; None for
     no growth within the schedule.
     """
-    return rate(schedule.kind, numbers(schedule, peak, grown_at), step)
+    return evaluate_schedule(schedule.kind, encode_schedule(schedule, peak, grown_at), step)

@@ -17,16 +17,15 @@ import optax
 from jax.sharding import NamedSharding
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import NeoX
+from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config.sections import Config, Optimizer, Precision
-from trainer.devices.sharding import Layout, alone
+from trainer.devices.sharding import Layout, make_single_device_layout
 from trainer.model.decoder import GPTNeoX
-from trainer.model.kernels import chosen
-from trainer.step.loss import token_losses_sum
+from trainer.model.kernels import select_kernel
+from trainer.step.loss import sum_token_losses
 from trainer.step.optimizer import Multipliers, adamw, global_norm
-from trainer.step.schedule import numbers
-from trainer.step.schedule import rate as schedule_rate
+from trainer.step.schedule import encode_schedule, evaluate_schedule
 
 # Programs of other models that a process keeps: those of a study's sources and target, of a growth within a run.
 PROGRAMS = 16
@@ -56,7 +55,7 @@ def check_precision(config: Config) -> None:
         )
 
 
-def loss_sum(
+def sum_loss(
     network: GPTNeoX,
     params: Any,
     tokens_BxT1: jax.Array,
@@ -73,16 +72,16 @@ def loss_sum(
     )
     head = network.head_weight(params)
     mask_B = jnp.ones(len(tokens_BxT1)) if mask_B is None else mask_B
-    return token_losses_sum(
+    return sum_token_losses(
         hidden, head, tokens_BxT1[:, 1:], mask_B.astype(jnp.result_type(float)), network.layout
     )
 
 
-def gradients(
+def accumulate_gradients(
     network: GPTNeoX, params: Any, tokens_AxBxT1: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     """Mean loss and its gradient over all A x B sequences: sums of both over the A parts, divided once."""
-    part = jax.value_and_grad(partial(loss_sum, network))
+    part = jax.value_and_grad(partial(sum_loss, network))
     parts, batch, length = tokens_AxBxT1.shape
 
     def add(total, inputs):
@@ -100,7 +99,7 @@ def gradients(
 def _as_moments(network: GPTNeoX, gradient: Any) -> Any:
     """A gradient laid out as the moments that take it in."""
     layout = network.layout
-    return jax.tree.map(layout.constrain, gradient, network.model.table.tree(layout.moment))
+    return jax.tree.map(layout.constrain, gradient, network.model.table.tree(layout.moment_sharding))
 
 
 class TrainStep:
@@ -126,19 +125,19 @@ class TrainStep:
 
 def make_train_step(
     config: Config,
-    model: NeoX,
+    model: Architecture,
     multipliers: Multipliers | None = None,
     layout: Layout | None = None,
     grown_at: int | None = None,
 ) -> TrainStep:
-    """The step of a run, its remat policy settled. layout: None for the first device. grown_at: see `learning_rate`."""
-    layout = layout or alone()
-    kernel = chosen(config, model, layout).name
+    """The step of a run, its remat policy settled. layout: None for the first device. grown_at: see `compute_learning_rate`."""
+    layout = layout or make_single_device_layout()
+    kernel = select_kernel(config, model, layout).name
     network = GPTNeoX(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
     # What the numbers say, and what `multipliers` settles, is no part of the program.
     settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto")
     make = _program if multipliers is None else _program.__wrapped__
-    schedule = numbers(config.schedule, config.optimizer.learning_rate, grown_at)
+    schedule = encode_schedule(config.schedule, config.optimizer.learning_rate, grown_at)
     program, memory = make(network, settings, config.schedule.kind, multipliers)
     return TrainStep(program, memory, schedule | {"seed": config.seed}, config.remat)
 
@@ -159,11 +158,11 @@ def _program(
         state: State, tokens_AxBxT1: jax.Array, run: dict[str, jax.Array]
     ) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(run["seed"]), state.step) if drops else None
-        loss, gradient = gradients(network, state.params, tokens_AxBxT1, key)
+        loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key)
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
         params = _as_moments(network, state.params)
         direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
-        rate = schedule_rate(kind, run, state.schedule_step)
+        rate = evaluate_schedule(kind, run, state.schedule_step)
         updates = jax.tree.map(
             lambda update, param: (-rate * update).astype(param.dtype), direction, params
         )
@@ -174,31 +173,33 @@ def _program(
 
     program = jax.jit(
         train_step,
-        in_shardings=(places, layout.batch(1), layout.whole),
-        out_shardings=(places, layout.whole),
+        in_shardings=(places, layout.batch_sharding(1), layout.replicated),
+        out_shardings=(places, layout.replicated),
         donate_argnums=0,
     )
     return program, {}
 
 
 def make_eval_step(
-    config: Config, model: NeoX, layout: Layout | None = None
+    config: Config, model: Architecture, layout: Layout | None = None
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """The jitted validation: (params, tokens [B, T+1], mask [B]) -> summed loss, nats, of unmasked sequences."""
-    layout = layout or alone()
+    layout = layout or make_single_device_layout()
     return _evaluation(
-        GPTNeoX(model, config.precision, kernel=chosen(config, model, layout).name, layout=layout)
+        GPTNeoX(
+            model, config.precision, kernel=select_kernel(config, model, layout).name, layout=layout
+        )
     )
 
 
 @lru_cache(maxsize=PROGRAMS)
 def _evaluation(network: GPTNeoX) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
-        return loss_sum(network, params, tokens_BxT1, None, mask_B)
+        return sum_loss(network, params, tokens_BxT1, None, mask_B)
 
     layout = network.layout
-    places = (network.model.table.tree(layout.stored), layout.batch(), layout.batch())
-    return jax.jit(eval_step, in_shardings=places, out_shardings=layout.whole)
+    places = (network.model.table.tree(layout.parameter_sharding), layout.batch_sharding(), layout.batch_sharding())
+    return jax.jit(eval_step, in_shardings=places, out_shardings=layout.replicated)
 
 
 def forget_programs() -> None:
@@ -207,19 +208,19 @@ def forget_programs() -> None:
     _evaluation.cache_clear()
 
 
-def initial_state(config: Config, model: NeoX, params: Any) -> State:
+def init_state(config: Config, model: Architecture, params: Any) -> State:
     """A state at step 0 with fresh moments around `params`."""
     # Two zeros and not one twice: the state's buffers are donated, each once.
     zeros = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     return State(params, adamw(config.optimizer, model).init(params), *zeros)
 
 
-def abstract_state(config: Config, model: NeoX, layout: Layout) -> State:
+def abstract_state(config: Config, model: Architecture, layout: Layout) -> State:
     """The shapes, dtypes and places of a state, nothing of it computed."""
     return _abstract(config.precision, config.optimizer, model, layout)
 
 
-def _abstract(precision: Precision, settings: Optimizer, model: NeoX, layout: Layout) -> State:
+def _abstract(precision: Precision, settings: Optimizer, model: Architecture, layout: Layout) -> State:
     dtype, sizes = jnp.dtype(precision.params), model.sizes
 
     def lie(place: Callable[[Row], NamedSharding]) -> dict[str, Any]:
@@ -227,8 +228,8 @@ def _abstract(precision: Precision, settings: Optimizer, model: NeoX, layout: La
             lambda row: jax.ShapeDtypeStruct(row.stacked_shape(sizes), dtype, sharding=place(row))
         )
 
-    params, moments = lie(layout.stored), lie(layout.moment)
-    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.whole)
+    params, moments = lie(layout.parameter_sharding), lie(layout.moment_sharding)
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
     optimizer = jax.eval_shape(adamw(settings, model).init, params)
     optimizer = optax.tree.set(optimizer, mu=moments, nu=moments, count=counter)
     return State(params, optimizer, counter, counter)

@@ -33,17 +33,17 @@ class Size:
     embed: int | None = None
 
     @classmethod
-    def counted(cls, name: str, parameters: int) -> Size:
+    def from_count(cls, name: str, parameters: int) -> Size:
         """A bare count of parameters: 6 FLOPs for each of them and token, and none of them taken for an embedding's."""
         return cls(name, parameters, parameters, 6.0 * parameters)
 
 
-def source_tokens(parameters: float, flops: float) -> float:
+def compute_source_tokens(parameters: float, flops: float) -> float:
     """G_stack's timing law: the tokens to train a source on before it grows to `parameters`, at a budget of `flops`."""
     return 10 ** (PARAMETERS * log10(parameters) + COMPUTE / log10(flops) + CONSTANT)
 
 
-def fitted_budgets(parameters: float) -> tuple[float, float] | None:
+def find_fitted_budgets(parameters: float) -> tuple[float, float] | None:
     """The FLOPs between which the timing law was fitted at a target's size, None beyond the sizes it was fitted to.
 
     Between two of its sizes the limits are interpolated, in logarithms.
@@ -81,7 +81,7 @@ class Growth:
 
     @property
     def source_tokens(self) -> float:
-        return source_tokens(self.target.without_embeddings, self.flops)
+        return compute_source_tokens(self.target.without_embeddings, self.flops)
 
     @property
     def source_flops(self) -> float:
@@ -97,10 +97,10 @@ class Growth:
         """What the budget leaves the grown model."""
         return (self.flops - self.source_flops) / self.target.flops_per_token
 
-    def outside(self) -> list[str]:
+    def list_deviations(self) -> list[str]:
         """In what this question lies outside the range the timing law was fitted in; none when it lies inside."""
         count, sizes = self.target.without_embeddings, sorted(FITTED)
-        budgets = fitted_budgets(count)
+        budgets = find_fitted_budgets(count)
         found = []
         if budgets is None:
             found.append(
@@ -123,7 +123,7 @@ class Growth:
             )
         return found
 
-    def to_same_loss(self, saved: float, counts_source: bool) -> float | None:
+    def compute_flops_to_same_loss(self, saved: float, counts_source: bool) -> float | None:
         """FLOPs to from-scratch's loss, the source's included, if `saved` (0 to 1) of from-scratch's are saved here.
 
         counts_source: whether `saved` has the source's in it; if not, the source that the law asks for is added, None
@@ -144,7 +144,7 @@ class Claim:
     counts_source: bool
 
 
-def speedup_saves(speedup: float) -> float:
+def convert_speedup(speedup: float) -> float:
     """G_stack reports FLOPs from scratch / FLOPs with growth - 1 (appendix B.2): 1.0 is half of the compute saved."""
     return 1 - 1 / (1 + speedup)
 
@@ -156,6 +156,6 @@ CLAIMS = (
         0.40,
         False,
     ),
-    Claim(GSTACK, "1.1B, depth x4, 100B tokens: 49.1 % speedup", speedup_saves(0.491), True),
-    Claim(GSTACK, "7B, depth x4, 300B tokens: 54.6 % speedup", speedup_saves(0.546), True),
+    Claim(GSTACK, "1.1B, depth x4, 100B tokens: 49.1 % speedup", convert_speedup(0.491), True),
+    Claim(GSTACK, "7B, depth x4, 300B tokens: 54.6 % speedup", convert_speedup(0.546), True),
 )

@@ -26,11 +26,11 @@ from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import resolve
 from trainer.devices.hosts import write_once
 from trainer.log.report import Result
-from trainer.run.directory import changed_keys
-from trainer.run.loop import Diverged
+from trainer.run.directory import find_changed_keys
+from trainer.run.loop import DivergenceError
 from trainer.study.design import SCRATCH, Design, Task
-from trainer.study.outcome import Finished, Outcome
-from trainer.study.progress import Beside, Progress
+from trainer.study.outcome import FinishedRun, Outcome
+from trainer.study.progress import Progress, RunProgress
 
 RESULT = "result.json"
 # train(values, out, start, show=...): a run by nested configuration values, as the verb does it.
@@ -50,7 +50,7 @@ class Course:
         with Progress() as self.progress:
             for number, (task, left) in enumerate(self._order(), 1):
                 # A source may have a learning rate of its own.
-                values = self.study.values(task, task.learning_rate or self._rate(task.name))
+                values = self.study.build_values(task, task.learning_rate or self._rate(task.name))
                 name = self._named(task, f"{resolve(values).optimizer.learning_rate:g}")
                 self.progress.begin(f"[{number}/{len(self.tasks)}] {name}", left)
                 stopped = self._do(task, values, name)
@@ -64,8 +64,8 @@ class Course:
         """The runs in order, the arms that take further seeds chosen on the way; with the FLOPs left from each on."""
         first = self.study.seeds[0]
         for further in (False, True):
-            self.tasks = list(self.study.tasks(self.outcome.best_arms() if further else None))
-            flops = [0.0 if self._is_done(task) else self.study.flops(task) for task in self.tasks]
+            self.tasks = list(self.study.list_tasks(self.outcome.choose_best_arms() if further else None))
+            flops = [0.0 if self._is_done(task) else self.study.count_flops(task) for task in self.tasks]
             for number, task in enumerate(self.tasks):
                 if (task.seed != first) == further:
                     yield task, sum(flops[number:])
@@ -78,8 +78,8 @@ class Course:
     def _rate(self, name: str) -> float:
         """The learning rate settled for a run: the best tried, for a source the best from scratch."""
         tried = SCRATCH if name in self.study.sources else name
-        rate = self.outcome.best_rate(tried)
-        if tried == SCRATCH and math.isinf(self.outcome.of(tried)[0].loss):
+        rate = self.outcome.find_best_rate(tried)
+        if tried == SCRATCH and math.isinf(self.outcome.select_runs(tried)[0].loss):
             rates = ", ".join(f"{each:g}" for each in self.study.learning_rates)
             raise GrowkitError(
                 f"from scratch no run stayed finite at any learning rate ({rates}); try lower ones"
@@ -110,9 +110,9 @@ class Course:
         self.outcome.runs.append(replace(done, tried=task.learning_rate is not None))
         return signal
 
-    def _source(self, task: Task) -> Finished | None:
+    def _source(self, task: Task) -> FinishedRun | None:
         """The finished run that a run begins from."""
-        chain = self.study.chain(task.name)
+        chain = self.study.list_sources(task.name)
         return next(
             (
                 run
@@ -123,17 +123,17 @@ class Course:
         )
 
     def _train(
-        self, task: Task, values: dict[str, Any], directory: Path, source: Finished | None
+        self, task: Task, values: dict[str, Any], directory: Path, source: FinishedRun | None
     ) -> tuple[float, int | None, bool]:
         """A run's last validation loss, infinite where it did not stay finite; a signal that came; whether it ended."""
 
-        def show(name: str, steps: int, first: int) -> Beside:
-            return Beside(self.progress, self.study.flops_per_step(task.name), first)
+        def show(name: str, steps: int, first: int) -> RunProgress:
+            return RunProgress(self.progress, self.study.count_flops_per_step(task.name), first)
 
         start = None if source is None else str(self.out / "runs" / source.run)
         try:
             result = self.train(values, directory, start, show=show)
-        except Diverged as problem:
+        except DivergenceError as problem:
             if task.name in self.study.sources:
                 own = f"study.sources.{task.name}.optimizer.learning_rate"
                 raise GrowkitError(
@@ -150,32 +150,32 @@ class Course:
         task: Task,
         values: dict[str, Any],
         name: str,
-        source: Finished | None,
+        source: FinishedRun | None,
         loss: float,
         seconds: float,
-    ) -> Finished:
-        return Finished(
+    ) -> FinishedRun:
+        return FinishedRun(
             name=task.name,
             seed=task.seed,
             learning_rate=resolve(values).optimizer.learning_rate,
             budget=task.budget,
             tried=task.learning_rate is not None,
-            steps=self.study.steps(task),
-            tokens=self.study.tokens(task),
-            flops=self.study.flops(task),
+            steps=self.study.count_steps(task),
+            tokens=self.study.count_tokens(task),
+            flops=self.study.count_flops(task),
             flops_before=source.spent if source else 0.0,
             loss=loss,
             seconds=seconds,
             run=name,
         )
 
-    def _read(self, directory: Path, values: dict[str, Any], source: str | None) -> Finished | None:
+    def _read(self, directory: Path, values: dict[str, Any], source: str | None) -> FinishedRun | None:
         """A run that was done before. Raises UsageError when it was done by other values."""
         path = directory / RESULT
         if not path.exists():
             return None
         kept = json.loads(path.read_text())
-        changed = changed_keys(kept["values"], values)
+        changed = find_changed_keys(kept["values"], values)
         # Which windows a loss is of may change in a run that is resumed, and not between runs that are compared.
         changed += [] if kept["values"].get("eval") == values.get("eval") else ["eval"]
         if kept["from"] != source:
@@ -185,10 +185,10 @@ class Course:
                 f"{directory} was trained by other values of {', '.join(changed)}; name another --out"
             )
         run = kept["finished"]
-        return Finished(**run | {"loss": math.inf if run["loss"] is None else run["loss"]})
+        return FinishedRun(**run | {"loss": math.inf if run["loss"] is None else run["loss"]})
 
     def _write(
-        self, directory: Path, values: dict[str, Any], start: str | None, done: Finished
+        self, directory: Path, values: dict[str, Any], start: str | None, done: FinishedRun
     ) -> None:
         run = asdict(done) | {"loss": None if math.isinf(done.loss) else done.loss}
         content = encode_json({"values": values, "from": start, "finished": run})
@@ -199,7 +199,7 @@ class Course:
         """Keep the checkpoints of sources, and of the first seed's longest run of each arm, as models to evaluate."""
         last = {SCRATCH: 1.0} | dict.fromkeys(self.study.arms, self.study.budgets[-1])
         for run in self.outcome.runs:
-            best = run.learning_rate == self.outcome.best_rate(run.name)
+            best = run.learning_rate == self.outcome.find_best_rate(run.name)
             kept = run.name in self.study.sources or (
                 best and (run.seed, run.budget) == (self.study.seeds[0], last[run.name])
             )

@@ -26,10 +26,10 @@ from functools import cached_property
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
-from growkit.models.gpt_neox import NeoX
-from trainer.config.sections import Config, neox, resolve
-from trainer.config.values import merged
-from trainer.run.growth import planned
+from growkit.models.architecture import Architecture
+from trainer.config.sections import Config, build_architecture, build_section, resolve
+from trainer.config.values import merge_values
+from trainer.run.growth import plan_growth
 
 SCRATCH = "scratch"
 SECTION = ("learning_rates", "seeds", "best", "budgets", "sources", "arms")
@@ -63,7 +63,7 @@ class Part:
 
     start: str | None
     values: Mapping[str, Any]
-    model: NeoX
+    model: Architecture
     share: float = 0.0
     learning_rates: tuple[float, ...] = ()
     against: str | None = None
@@ -86,70 +86,70 @@ class Design:
         return resolve(dict(self.base))
 
     @cached_property
-    def model(self) -> NeoX:
-        return neox(self.config.model)
+    def model(self) -> Architecture:
+        return build_architecture(self.config.model)
 
-    def flops_per_step(self, name: str) -> float:
+    def count_flops_per_step(self, name: str) -> float:
         """FLOPs of a step of a run of that name, forward and backward."""
         config = self.config
         model = self.sources[name].model if name in self.sources else self.model
         context = config.model.context
         return config.batch.sequences * context * model.flops_per_token(context)
 
-    def flops(self, task: Task) -> float:
+    def count_flops(self, task: Task) -> float:
         """FLOPs of a run, without its sources'."""
-        return self.steps(task) * self.flops_per_step(task.name)
+        return self.count_steps(task) * self.count_flops_per_step(task.name)
 
     @property
     def flops_of_scratch(self) -> float:
-        return self.config.schedule.steps * self.flops_per_step(SCRATCH)
+        return self.config.schedule.steps * self.count_flops_per_step(SCRATCH)
 
-    def chain(self, name: str) -> list[str]:
+    def list_sources(self, name: str) -> list[str]:
         """The sources that a source or an arm comes from, the first one first."""
         start = (self.arms | self.sources)[name].start if name != SCRATCH else None
-        return [*self.chain(start), start] if start else []
+        return [*self.list_sources(start), start] if start else []
 
-    def share(self, name: str) -> float:
+    def sum_shares(self, name: str) -> float:
         """The part of scratch's FLOPs spent on the sources of an arm or a source."""
-        return sum(self.sources[source].share for source in self.chain(name))
+        return sum(self.sources[source].share for source in self.list_sources(name))
 
-    def steps(self, task: Task) -> int:
+    def count_steps(self, task: Task) -> int:
         """How many steps a run takes."""
         if task.name == SCRATCH:
             return self.config.schedule.steps
         if task.name in self.sources:
             own = self.sources[task.name].share
         else:
-            own = task.budget - self.share(task.name)
-        return round(own * self.flops_of_scratch / self.flops_per_step(task.name))
+            own = task.budget - self.sum_shares(task.name)
+        return round(own * self.flops_of_scratch / self.count_flops_per_step(task.name))
 
-    def tokens(self, task: Task) -> int:
+    def count_tokens(self, task: Task) -> int:
         """How many tokens a run takes."""
         config = self.config
-        return self.steps(task) * config.batch.sequences * config.model.context
+        return self.count_steps(task) * config.batch.sequences * config.model.context
 
-    def rates(self, name: str) -> tuple[float, ...]:
+    def list_rates(self, name: str) -> tuple[float, ...]:
         """The learning rates to try for scratch or an arm."""
         return self.learning_rates if name == SCRATCH else self.arms[name].learning_rates
 
-    def values(self, task: Task, learning_rate: float) -> dict[str, Any]:
+    def build_values(self, task: Task, learning_rate: float) -> dict[str, Any]:
         """The configuration of a run, as the trainer reads it. A source may have a learning rate of its own."""
-        values = merged(
+        values = merge_values(
             copy.deepcopy(dict(self.base)), {"optimizer": {"learning_rate": learning_rate}}
         )
         if task.name != SCRATCH:
             part = (self.arms | self.sources)[task.name]
             noise = {"grow": {"seed": task.seed}} if part.start else {}
-            values = merged(values, merged(noise, part.values)) | {"model": asdict(part.model)}
-        return merged(values, {"seed": task.seed, "schedule": {"steps": self.steps(task)}})
+            values = merge_values(values, merge_values(noise, part.values)) | {"model": asdict(build_section(part.model))}
+        return merge_values(values, {"seed": task.seed, "schedule": {"steps": self.count_steps(task)}})
 
-    def warmup(self, arm: str) -> int:
+    def find_warmup(self, arm: str) -> int:
         """Steps of the warm-up after an arm's growth."""
         return resolve(
-            self.values(Task(arm, self.seeds[0], None, self.budgets[-1]), 1.0)
+            self.build_values(Task(arm, self.seeds[0], None, self.budgets[-1]), 1.0)
         ).schedule.warmup
 
-    def tasks(self, chosen: list[str] | None = None) -> Iterator[Task]:
+    def list_tasks(self, chosen: list[str] | None = None) -> Iterator[Task]:
         """Every run, in order. chosen: the arms that take the further seeds; None while that is not known."""
         first, *further = self.seeds
         yield from (Task(SCRATCH, first, rate, 1.0) for rate in self.learning_rates)
@@ -165,10 +165,10 @@ class Design:
 
     def _needed(self, arms: Iterable[str]) -> list[str]:
         """The sources that arms come from, each after its own."""
-        return list(dict.fromkeys(source for arm in arms for source in self.chain(arm)))
+        return list(dict.fromkeys(source for arm in arms for source in self.list_sources(arm)))
 
 
-def design(values: dict[str, Any]) -> Design:
+def read_design(values: dict[str, Any]) -> Design:
     """The study that nested values describe. Raises UsageError."""
     base = {key: value for key, value in values.items() if key != "study"}
     if values.get("study") is None:
@@ -274,7 +274,7 @@ def _source(
         )
     values = _own(stated, base, ("share", "model", *OTHERWISE[1:]), where)
     _section(values.get("model"), f"{where}.model", SMALLER)
-    return Part(None, values, neox(resolve(merged(base, values)).model), _share(stated, where))
+    return Part(None, values, build_architecture(resolve(merge_values(base, values)).model), _share(stated, where))
 
 
 def _arm(
@@ -292,7 +292,7 @@ def _arm(
             f"{where}: an arm's learning rates are those it tries; give them as {where}.learning_rates"
         )
     start = stated.get("from")
-    model, target = _grown(where, start, values, sources), neox(resolve(base).model)
+    model, target = _grown(where, start, values, sources), build_architecture(resolve(base).model)
     if model.sizes != target.sizes:
         sizes = ((axis, size, target.sizes[axis]) for axis, size in model.sizes.items())
         ends = ", ".join(
@@ -320,7 +320,7 @@ def _own(
                 f"{where}.schedule.{key}: budgets and shares say how long a run is, and each begins anew"
             )
     try:
-        if resolve(merged(base, values)).grow.at:
+        if resolve(merge_values(base, values)).grow.at:
             raise UsageError("grow.at: a study grows a model at the start of a run")
     except UsageError as problem:
         raise UsageError(f"{where}: {problem}") from None
@@ -340,7 +340,7 @@ def _share(stated: dict[str, Any], where: str) -> float:
     return share
 
 
-def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str, Part]) -> NeoX:
+def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str, Part]) -> Architecture:
     """The model that a grow section makes of a source's."""
     if not isinstance(start, str) or start not in sources:
         near = did_you_mean(str(start), sources)
@@ -348,7 +348,7 @@ def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str,
             f"{where}.from names a source given before it ({', '.join(sources)}), got {start!r}{near}"
         )
     try:
-        plan = planned(resolve({"grow": values.get("grow")}).grow, sources[start].model)
+        plan = plan_growth(resolve({"grow": values.get("grow")}).grow, sources[start].model)
     except GrowkitError as problem:
         raise UsageError(f"{where}: {problem}") from None
     if plan is None:
@@ -360,14 +360,14 @@ def _grown(where: str, start: Any, values: dict[str, Any], sources: Mapping[str,
 
 def _check_lengths(study: Design) -> None:
     """Raise UsageError for a run that would have no step, or be shorter than its warm-up."""
-    for task in study.tasks(list(study.arms)):
+    for task in study.list_tasks(list(study.arms)):
         try:
-            resolve(study.values(task, 1.0))
+            resolve(study.build_values(task, 1.0))
         except UsageError as problem:
             budget = f" with a budget of {task.budget:g} of scratch's FLOPs" if task.budget else ""
             spent = (
-                f", of which its sources take {study.share(task.name):g}"
-                if study.share(task.name)
+                f", of which its sources take {study.sum_shares(task.name):g}"
+                if study.sum_shares(task.name)
                 else ""
             )
             raise UsageError(f"study: {task.name}{budget}{spent}: {problem}") from None

@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Mean and standard deviation over runs; None where nothing could be measured."""
 
     mean: float | None
@@ -36,8 +36,8 @@ class Arm:
 
     name: str
     operator: str
-    saved: Measured
-    saved_without_source: Measured
+    saved: Measurement
+    saved_without_source: Measurement
     rewarmup: int | None
     reached: bool
     at_least: bool = False
@@ -93,6 +93,6 @@ def _arm(values: Mapping[str, Any]) -> Arm:
     )
 
 
-def _measured(values: Mapping[str, Any]) -> Measured:
+def _measured(values: Mapping[str, Any]) -> Measurement:
     mean, std = (None if values[key] is None else float(values[key]) for key in ("mean", "std"))
-    return Measured(mean, std, int(values["runs"]))
+    return Measurement(mean, std, int(values["runs"]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from trainer.log.report import duration
+from trainer.log.report import format_duration
 
 # How the lines of a run begin that a study shows: warnings, a signal's, a stalled host's.
 SHOWN = ("warning", "stopping", "the others wait")
@@ -54,7 +54,7 @@ class Progress:
     def step(self, flops: float, loss: float) -> None:
         """The run has done so many FLOPs."""
         self.running = flops
-        self._show(f"loss {loss:.4f}, {self.time_left()} left")
+        self._show(f"loss {loss:.4f}, {self.format_time_left()} left")
 
     def skip(self, flops: float) -> None:
         """The run goes on where so many FLOPs were done before this command."""
@@ -64,7 +64,7 @@ class Progress:
         """The run is done, in so many FLOPs; words: what came of it."""
         here = flops - self.skipped
         self.done, self.left, self.running = self.done + here, self.left - here, 0.0
-        self.say(f"{self.words}: {words}; {self.time_left()} left")
+        self.say(f"{self.words}: {words}; {self.format_time_left()} left")
 
     def say(self, words: str) -> None:
         """A line of its own."""
@@ -73,11 +73,11 @@ class Progress:
         else:
             click.echo(words, err=True)
 
-    def time_left(self) -> str:
+    def format_time_left(self) -> str:
         """By the FLOPs a second since this command began."""
         done = self.done + self.running
         seconds = time.monotonic() - self.begun
-        return duration((self.left - self.running) * seconds / done) if done else "unknown time"
+        return format_duration((self.left - self.running) * seconds / done) if done else "unknown time"
 
     def _show(self, words: str) -> None:
         if self.bar is not None:
@@ -87,23 +87,23 @@ class Progress:
             )
 
 
-class Beside:
+class RunProgress:
     """What a run shows of itself, in the place of `trainer.log.report.Report`: its steps, to the study's progress."""
 
     def __init__(self, progress: Progress, flops_per_step: float, first: int):
         self.progress, self.flops_per_step, self.first = progress, flops_per_step, first
         progress.skip(first * flops_per_step)
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> RunProgress:
         return self
 
     def __exit__(self, *problem) -> None:
         pass
 
-    def compiled(self, step: int) -> None:
+    def restart_clock(self, step: int) -> None:
         pass
 
-    def row(self, step: int, loss: float, rate: float, speed: str) -> None:
+    def show_row(self, step: int, loss: float, rate: float, speed: str) -> None:
         self.progress.step((step - self.first) * self.flops_per_step, loss)
 
     def say(self, words: str) -> None:

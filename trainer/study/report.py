@@ -18,10 +18,10 @@ from etils import epath
 
 from growkit.checkpoint.files import encode_json
 from trainer.devices.hosts import write_once
-from trainer.log.history import METRICS, parse
+from trainer.log.history import METRICS, parse_rows
 from trainer.study.design import LARGEST_SHARE, SCRATCH
 from trainer.study.evidence import RESULTS
-from trainer.study.outcome import Finished, Outcome
+from trainer.study.outcome import FinishedRun, Outcome
 
 # Matplotlib's, without the grey that is scratch's.
 COLOURS = tuple(f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9))
@@ -43,26 +43,26 @@ HEAD = (
 )
 
 
-def write(outcome: Outcome, out: Path, picture: bool = True) -> None:
+def write_report(outcome: Outcome, out: Path, picture: bool = True) -> None:
     """Write all files of a study into `out`, each whole or not at all."""
-    results = outcome.results()
-    write_once(epath.Path(out / "runs.csv"), runs_csv(outcome.runs).encode())
-    write_once(epath.Path(out / "report.md"), markdown(outcome, results).encode())
+    results = outcome.summarize()
+    write_once(epath.Path(out / "runs.csv"), render_runs(outcome.runs).encode())
+    write_once(epath.Path(out / "report.md"), render_markdown(outcome, results).encode())
     if picture:
-        draw(outcome, out)
+        draw_study(outcome, out)
     write_once(epath.Path(out / RESULTS), encode_json(results))
 
 
-def runs_csv(runs: list[Finished]) -> str:
+def render_runs(runs: list[FinishedRun]) -> str:
     """A row a run."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Finished)], lineterminator="\n")
+    writer = csv.DictWriter(out, [field.name for field in fields(FinishedRun)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(run) for run in runs)
     return out.getvalue()
 
 
-def rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[list[str]]:
+def build_rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[list[str]]:
     """The table's cells, scratch first."""
     scratch = results["scratch"]
     yield [SCRATCH, "", _tries(outcome, SCRATCH), _figure(scratch["loss"], 4), "", "", ""]
@@ -80,7 +80,7 @@ def rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[list[str]]:
         yield [arm["name"], source, _tries(outcome, arm["name"]), loss, ahead, *saved]
 
 
-def pairs(results: dict[str, Any]) -> Iterator[list[str]]:
+def build_pairs(results: dict[str, Any]) -> Iterator[list[str]]:
     """The cells of the table of arms that differ from another in one thing."""
     for arm in results["arms"]:
         difference = arm["difference"]
@@ -95,7 +95,7 @@ def pairs(results: dict[str, Any]) -> Iterator[list[str]]:
         yield [arm["name"], arm["against"], _figure(difference, 4, sign="+"), words]
 
 
-def notes(outcome: Outcome, results: dict[str, Any]) -> list[str]:
+def describe_study(outcome: Outcome, results: dict[str, Any]) -> list[str]:
     """What must be known to read the table, a sentence each."""
     study, target = outcome.study, results["target"]
     largest = study.budgets[-1]
@@ -112,10 +112,10 @@ def notes(outcome: Outcome, results: dict[str, Any]) -> list[str]:
         lines.append(
             f"* The source takes more than {LARGEST_SHARE:.0%} of the from-scratch FLOPs: not in the headline."
         )
-    return [*lines, headline(results)]
+    return [*lines, describe_best_arm(results)]
 
 
-def headline(results: dict[str, Any]) -> str:
+def describe_best_arm(results: dict[str, Any]) -> str:
     """The best arm's saving, in a sentence."""
     arms = [
         arm for arm in results["arms"] if arm["within_share"] and arm["saved"]["mean"] is not None
@@ -139,13 +139,13 @@ def headline(results: dict[str, Any]) -> str:
     )
 
 
-def markdown(outcome: Outcome, results: dict[str, Any]) -> str:
+def render_markdown(outcome: Outcome, results: dict[str, Any]) -> str:
     """The table and its notes in Markdown."""
-    tables = [_table(HEAD, list(rows(outcome, results)))]
-    if found := list(pairs(results)):
+    tables = [_table(HEAD, list(build_rows(outcome, results)))]
+    if found := list(build_pairs(results)):
         tables += [_table(PAIRS, found), PAIRED]
     return (
-        "\n\n".join([*tables, *notes(outcome, results), "![loss over compute](study.png)"]) + "\n"
+        "\n\n".join([*tables, *describe_study(outcome, results), "![loss over compute](study.png)"]) + "\n"
     )
 
 
@@ -154,30 +154,30 @@ def _table(head: Sequence[str], cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def show(outcome: Outcome) -> None:
+def show_report(outcome: Outcome) -> None:
     """Print the table to standard output."""
     import sys
 
     from rich.console import Console
     from rich.table import Table
 
-    results = outcome.results()
+    results = outcome.summarize()
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    for head, cells in ((HEAD, list(rows(outcome, results))), (PAIRS, list(pairs(results)))):
+    for head, cells in ((HEAD, list(build_rows(outcome, results))), (PAIRS, list(build_pairs(results)))):
         table = Table(*head, show_edge=False, header_style="bold")
         for row in cells:
             table.add_row(*(cell.replace("**", "") for cell in row))
         if cells:
             console.print(table)
-    for line in notes(outcome, results):
+    for line in describe_study(outcome, results):
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def _tries(outcome: Outcome, name: str) -> str:
     """The learning rates tried, the best in bold."""
-    best = outcome.best_rate(name)
+    best = outcome.find_best_rate(name)
     return ", ".join(
-        f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in outcome.study.rates(name)
+        f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in outcome.study.list_rates(name)
     )
 
 
@@ -198,7 +198,7 @@ def _percent(spread: dict[str, Any], more: str) -> str:
     return more + _figure(spread, 1, scale=100, unit=" %")
 
 
-def draw(outcome: Outcome, out: Path) -> None:
+def draw_study(outcome: Outcome, out: Path) -> None:
     """The losses over compute, sources' FLOPs included on the left and not on the right."""
     import matplotlib
 
@@ -209,8 +209,8 @@ def draw(outcome: Outcome, out: Path) -> None:
     for axes, included in zip(panels, (True, False), strict=True):
         _draw_scratch(axes, outcome, out)
         for number, name in enumerate(outcome.study.arms):
-            for seed in outcome.seeds(name):
-                line = outcome.of(name, seed)
+            for seed in outcome.find_complete_seeds(name):
+                line = outcome.select_runs(name, seed)
                 flops = [run.spent if included else run.flops for run in line]
                 label = name if seed == outcome.study.seeds[0] else None
                 axes.plot(
@@ -237,10 +237,10 @@ def draw(outcome: Outcome, out: Path) -> None:
 
 def _draw_scratch(axes, outcome: Outcome, out: Path) -> None:
     """The run from scratch at its best learning rate: its course as a line, its end as a star and a level."""
-    for run in outcome.of(SCRATCH):
+    for run in outcome.select_runs(SCRATCH):
         course = [
             row
-            for row in parse((out / "runs" / run.run / METRICS).read_text())
+            for row in parse_rows((out / "runs" / run.run / METRICS).read_text())
             if row["validation_loss"]
         ]
         flops, losses = (
@@ -272,7 +272,7 @@ def _zoom(axes, outcome: Outcome) -> None:
     ends = [
         run.loss
         for name in (SCRATCH, *outcome.study.arms)
-        for run in outcome.of(name)
+        for run in outcome.select_runs(name)
         if math.isfinite(run.loss)
     ]
     if not ends:

@@ -1,0 +1,61 @@
+"""Rotary positions in config.json: read from the fields of transformers 4 and 5, written for both.
+
+transformers 5 keeps all of them in `rope_parameters`. transformers 4 has the base in a field of its own,
+the rotated part of a head in another, and what a scaled kind adds in `rope_scaling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class RotaryFields:
+    """The fields of transformers 4: of the base, of the rotated part (None: all of a head).
+
+    scaling: whether kinds other than the default are written to `rope_scaling` too.
+    """
+
+    base: str = "rope_theta"
+    part: str | None = None
+    scaling: bool = True
+
+
+FIELDS = RotaryFields()
+
+
+class Values(Protocol):
+    """Fields of a configuration, with defaults."""
+
+    def get(self, name: str) -> Any: ...
+
+
+def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) -> dict[str, Any]:
+    """The rotary parameters as transformers 5 takes them.
+
+    rope_scaling of version 4 goes before rope_parameters. given: the fields that config.json states;
+    values: the same with defaults.
+    """
+    stated = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    kind = stated.pop("type", "default")
+    rope = {"rope_type": kind} | stated
+    rope["rope_theta"] = float(stated.get("rope_theta", values.get(fields.base)))
+    if fields.part:
+        part = stated.get("partial_rotary_factor", values.get(fields.part))
+        rope["partial_rotary_factor"] = float(part)
+    return rope
+
+
+def write_rotary(
+    rope: Mapping[str, Any], fields: RotaryFields, base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields that state rotary parameters, for transformers 4 and 5."""
+    written: dict[str, Any] = {fields.base: rope["rope_theta"], "rope_parameters": dict(rope)}
+    if fields.part:
+        written[fields.part] = rope["partial_rotary_factor"]
+    if fields.scaling:
+        scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
+        written["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
+    return written
