@@ -17,7 +17,7 @@ import numpy as np
 from growkit.growth.axes import AxisMap
 from growkit.growth.padding import MU, VALUE
 from growkit.growth.plan import Plan
-from growkit.growth.rule import lay_along, narrow, share_scale
+from growkit.growth.shares import lay_along, narrow, share_scale
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Part, Product, Row
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from growkit.models.architecture import Family
+from growkit.models.family import Family
 from growkit.models.rotary import RotaryFields
 
 TABLE = """

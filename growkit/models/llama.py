@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from growkit.models.architecture import Family, Same
+from growkit.models.family import Family
+from growkit.models.fields import Same
 
 TABLE = """
 # name                                                axes                          begins  role

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from growkit.models.architecture import Family, Same
+from growkit.models.family import Family
+from growkit.models.fields import Same
 from growkit.models.llama import ALL_ROTATED, FIELDS, OPTIONS
 
 TABLE = """

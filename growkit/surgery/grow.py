@@ -14,7 +14,7 @@ from growkit.entries import Growth, Origin
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source, moment_fate, needs_work
-from growkit.models.architecture import follow_layers
+from growkit.models.family import follow_layers
 from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 
