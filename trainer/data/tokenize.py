@@ -62,15 +62,7 @@ def tokenize(
 
     Raises UsageError for arguments that cannot work and GrowkitError for broken files.
     """
-    if (tokenizer is None) == (train_bpe is None):
-        raise UsageError(
-            "give either a tokenizer or the vocabulary size of one to train, and not both"
-        )
-    if shard is not None and tokenizer is None:
-        raise UsageError(
-            "all shards need one tokenizer: train it on some of the text first, and give it with "
-            "--tokenizer"
-        )
+    _check_arguments(tokenizer, train_bpe, shard)
     check_output(_check_local(out), None, force)
     inputs = open_inputs(texts)
     if train_bpe is None:
@@ -84,6 +76,21 @@ def tokenize(
     else:
         origin["shard"] = f"{shard.number}/{shard.count}"
     return _write_directory(encoded, out, loaded, origin, force, progress)
+
+
+def _check_arguments(
+    tokenizer: PathName | None, train_bpe: int | None, shard: Shard | None
+) -> None:
+    """Refuse a tokenizer that is given twice or not at all, or is another one for each shard."""
+    if (tokenizer is None) == (train_bpe is None):
+        raise UsageError(
+            "give either a tokenizer or the vocabulary size of one to train, and not both"
+        )
+    if shard is not None and tokenizer is None:
+        raise UsageError(
+            "all shards need one tokenizer: train it on some of the text first, and give it with "
+            "--tokenizer"
+        )
 
 
 def tokenize_documents(
@@ -254,17 +261,19 @@ def _write_directory(
         if not writer.documents:
             where = f"shard {origin['shard']}" if "shard" in origin else "any document given"
             raise UsageError(f"there is no text to tokenize in {where}")
-        manifest = {
-            "tokenizer_sha256": hashlib.sha256(tokenizer.json).hexdigest(),
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text_id,
-            **writer.summary(),
-            **counts,
-            **origin,
-        }
+        manifest = _describe_tokenizer(tokenizer) | writer.summary() | counts | origin
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         write_tokenizer(directory, tokenizer)
     return manifest
+
+
+def _describe_tokenizer(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What the manifest says of the tokenizer."""
+    return {
+        "tokenizer_sha256": hashlib.sha256(tokenizer.json).hexdigest(),
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text_id,
+    }
 
 
 def _join_pieces(
