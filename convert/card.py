@@ -10,6 +10,7 @@ from typing import Any
 from growkit.entries import Conversion, Entry, Growth, Origin
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
+from growkit.quantity import format_count
 
 HEAD = """---
 library_name: transformers
@@ -40,16 +41,6 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 ## Lineage
 
 """
-
-
-def format_count(number: float) -> str:
-    """757,070,848 as 757.1M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return (
-                f"{number / size:.2f}{unit}" if number < 10 * size else f"{number / size:.1f}{unit}"
-            )
-    return str(int(number))
 
 
 def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: str = "") -> str:

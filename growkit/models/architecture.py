@@ -1,9 +1,9 @@
 """A model as data: what a family of models has in common, and one model's sizes and options.
 
-`Family` holds all that growkit knows of a model_type: its table, the fields of its config.json, their
-defaults, and the rules for growing it. `Architecture` is one member: a size for every axis, a value for
-every option. Reading and writing config.json is the same code for every family; so a new family is one
-file of data.
+`Family` holds all that growkit knows of a model_type: its table, the fields of its config.json,
+their defaults, and the rules for growing it. `Architecture` is one member: a size for every axis, a
+value for every option. Reading and writing config.json is the same code for every family; so a new
+family is one file of data.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ _POWER = re.compile(r"(1/)?sqrt\((\w+)\)")
 class Family:
     """What all models of one model_type have in common.
 
-    kind: the model_type in config.json. class_name: transformers' class. title: the name for people.
-    text, prefix: the table, see `growkit.models.notation`.
-    fields: the configuration field of each axis; `a / b` for a size that two fields state together.
-    defaults: what transformers takes for a field that config.json leaves out; `Same("a")` or
-    `Same("a / b")` for the value of others. options: the configuration field of each option.
-    constants: fields whose value the table stands for. norm: 'layer' or 'rms'. heads: the axis that more
-    heads grow. rotary: the fields of rotary positions. new: fields of a configuration written anew.
-    fresh: sizes and options that a new model has unless told, where they are not the defaults.
-    frozen: axis -> why it cannot grow. buffers: how names end that old checkpoints carry and no model
-    reads. scalars: row -> 'sqrt(axis)' or '1/sqrt(axis)', a factor that the model applies to the
-    parameter and that follows a size. by_layer: fields with one entry for each layer. layer_kinds: the
-    kinds of all layers, where the configuration states them by rule and not in a list.
-    whole_heads: whether transformers wants embed to be a multiple of the number of heads.
+    kind: the model_type in config.json. class_name: transformers' class. title: the name for
+    people. text, prefix: the table, see `growkit.models.notation`. fields: the configuration field
+    of each axis; `a / b` for a size that two fields state together. defaults: what transformers
+    takes for a field that config.json leaves out; `Same("a")` or `Same("a / b")` for the value of
+    others; nulls: the same for a field that is null. options: the configuration field of each
+    option. constants: fields whose value the table stands for. norm: 'layer' or 'rms'. heads: the
+    axis that more heads grow. rotary: the fields of rotary positions. new: fields of a
+    configuration written anew. fresh: sizes and options that a new model has unless told, where
+    they are not the defaults. frozen: axis -> why it cannot grow. buffers: how names end that old
+    checkpoints carry and no model reads. scalars: row -> 'sqrt(axis)' or '1/sqrt(axis)', a factor
+    that the model applies to the parameter and that follows a size. by_layer: fields with one entry
+    for each layer. layer_kinds: the kinds of all layers, where the configuration states them by
+    rule and not in a list. whole_heads: whether transformers wants embed to be a multiple of the
+    number of heads.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Family:
     constants: Mapping[str, int] = field(default_factory=dict)
     new: Mapping[str, Any] = field(default_factory=dict)
     fresh: Mapping[str, Any] = field(default_factory=dict)
+    nulls: Mapping[str, Any] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     scalars: Mapping[str, str] = field(default_factory=dict)
@@ -114,14 +116,19 @@ class Family:
         Raises GrowkitError for values of the wrong kind and for values that contradict each other.
         """
         given = {key: value for key, value in config.items() if value is not None}
-        values = _Fields(given, self.defaults)
+        stated_null = {
+            key: self.nulls[key] for key in config.keys() & self.nulls if key not in given
+        }
+        values = _Fields(given, {**self.defaults, **stated_null})
         try:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
             rope = read_rotary(given, self.rotary, values)
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
-        return Architecture(self, Frozen(sizes | self.constants), Frozen(options | {"rope": rope}))
+        return Architecture(
+            self, Frozen({**sizes, **self.constants}), Frozen(options | {"rope": rope})
+        )
 
 
 @dataclass(frozen=True)
@@ -345,8 +352,8 @@ class Architecture:
     def flops_per_token(self, context: int | None = None) -> float:
         """Training FLOPs a token: 6 for each weight that multiplies, and attention's products.
 
-        Attention takes 12 x layer x heads x head_dim x context. PaLM (arXiv 2204.02311), appendix B. The
-        embedding look-up multiplies nothing; the head does.
+        Attention takes 12 x layer x heads x head_dim x context. PaLM (arXiv 2204.02311), appendix
+        B. The embedding look-up multiplies nothing; the head does.
         """
         matrices = [row for row in self.table.rows if row.multiplies]
         weights = count_parameters(matrices, self.sizes)
@@ -355,7 +362,8 @@ class Architecture:
         return 6.0 * (weights + head) + 12.0 * attention
 
     def scalar_growth(self, row: Row, grown: Architecture) -> float:
-        """f(old) / f(new) of the factor f that the model applies to a parameter; 1 where there is none.
+        """f(old) / f(new) of the factor f that the model applies to a parameter; 1 where there is
+        none.
 
         Source: Gemma multiplies its embedding by sqrt(hidden_size).
         """
@@ -369,8 +377,8 @@ class Architecture:
     def resize(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> Architecture:
         """This model at other sizes; the number of rotated dimensions is kept.
 
-        Raises UsageError for an axis of the family that cannot grow, and for sizes that transformers does
-        not accept.
+        Raises UsageError for an axis of the family that cannot grow, and for sizes that
+        transformers does not accept.
         """
         self._check_frozen(sizes)
         options = dict(self.options)
@@ -453,19 +461,22 @@ def count_parameters(rows: Iterable[Row], sizes: Mapping[str, int]) -> int:
 
 
 def follow_layers(
-    config: Mapping[str, Any], family: Family, index: Sequence[int]
+    config: Mapping[str, Any], before: Mapping[str, Any], family: Family, index: Sequence[int]
 ) -> dict[str, Any]:
-    """A config.json whose fields with one entry for each layer follow a map of the layers.
+    """A grown config.json whose fields with one entry for each layer follow a map of the layers.
 
-    index: for each new layer the old layer that it copies. Kinds of layers that the configuration states
-    by a rule of the layer's number are written as a list where they differ.
+    before: the source's config.json. index: for each new layer the old layer that it copies. Kinds
+    of layers that the configuration states by a rule of the layer's number are written as a list
+    where the rule would give a layer another kind than its source's.
     """
     grown = dict(config)
-    kinds = family.layer_kinds(config)
-    if kinds is not None and len(set(kinds)) > 1 and not grown.get("layer_types"):
-        grown["layer_types"] = kinds
     for name in family.by_layer:
         entries = grown.get(name)
         if isinstance(entries, list) and entries:
             grown[name] = [entries[layer] for layer in index]
+    kinds = family.layer_kinds(before)
+    if kinds is not None and not grown.get("layer_types"):
+        wanted = [kinds[layer] for layer in index]
+        if family.layer_kinds(grown) != wanted:
+            grown["layer_types"] = wanted
     return grown

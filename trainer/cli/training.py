@@ -139,7 +139,7 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     the last one that RUN trained with, without a warm-up. The lineage records the branch. The same command given
     again resumes RUN2.
     """
-    from trainer.config.quantity import parse_count
+    from growkit.quantity import parse_count
     from trainer.devices.hosts import is_writer, join_cluster
     from trainer.run.anneal import plan_annealing, read_annealing
 
