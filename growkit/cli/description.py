@@ -106,9 +106,10 @@ def _rates(source, plan) -> str:
         return "the function is the source's now, the training that follows is not"
     tensors: dict[str, list[str]] = {}
     for row in plan.grown.table.rows:
-        scale = share_scale(row, plan.maps)
-        if scale is not None:
-            low, high = float(scale.min()), float(scale.max())
+        scales = [share_scale(part.axes, plan.maps) for part in row.parts]
+        low = min(float(scale.min()) for scale in scales)
+        high = max(float(scale.max()) for scale in scales)
+        if (low, high) != (1.0, 1.0):
             factor = f"x{low:.3g}" if low == high else f"x{low:.3g} to x{high:.3g}"
             tensors.setdefault(factor, []).append(".".join(row.path).removeprefix("layers."))
     factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in tensors.items())

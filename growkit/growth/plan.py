@@ -1,8 +1,9 @@
 """Plans of growth: from intention to axis maps and paddings, resolved, with what follows from them.
 
 A `Plan` is all that growth needs: the model before and after, the map of every axis that is copied, the new
-size of every axis that is padded, what becomes of the moments, noise. Knows what a plan preserves and how it is
-recorded and read again; the notations of depth and width are in `growkit.growth.depth` and `growkit.growth.width`.
+size of every axis that is padded, what becomes of the moments, noise. What a plan preserves is
+here; the notations of depth and width are in `growkit.growth.depth` and `growkit.growth.width`, and how a plan is
+recorded and read again in `growkit.entries`.
 """
 
 from __future__ import annotations
@@ -86,39 +87,6 @@ class Plan:
         return tuple(
             axis for axis, axis_map in wide.items() if axis not in separated and _even(axis_map)
         )
-
-    def resolved(self) -> dict[str, Any]:
-        """Every value of the plan, for the lineage."""
-        maps = {
-            axis: {"index": m.index.tolist(), "share": m.share.tolist()}
-            for axis, m in self.maps.items()
-        }
-        return {
-            "operation": self.verb,
-            "method": self.method,
-            "maps": maps,
-            "pads": self.pads,
-            "sizes": {"before": self.model.sizes, "after": self.grown.sizes},
-            "moments": self.moments,
-            "count": "reset" if self.moments == "reset" else "kept",
-            "noise": self.noise,
-            "seed": self.seed,
-            "function": "preserved" if self.preserved else "not preserved",
-        }
-
-
-def read_plan(entry: Mapping[str, Any], model: Architecture) -> Plan:
-    """The plan that a lineage entry records, for a model of the sizes before it."""
-    maps = {
-        axis: AxisMap(
-            np.asarray(m["index"], np.int64), np.asarray(m["share"], np.float64), model.sizes[axis]
-        )
-        for axis, m in entry["maps"].items()
-    }
-    return build_plan(
-        entry["operation"], entry["method"], model, maps, entry["pads"],
-        moments=entry["moments"], noise=entry["noise"], seed=entry["seed"],
-    )  # fmt: skip
 
 
 def set_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:

@@ -205,9 +205,7 @@ class UnitGrowth:
         term: int | None = None,
     ):
         self.parts = row.parts if term is None else row.parts[term : term + 1]
-        self.growths = [
-            PartGrowth(part, row, plan, moment, position, lead) for part in self.parts
-        ]
+        self.growths = [PartGrowth(part, row, plan, moment, position, lead) for part in self.parts]
         self.split = None if term is not None or row.summed is None else row.summed + 1
         self.sizes = plan.model.sizes
 

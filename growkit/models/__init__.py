@@ -13,8 +13,13 @@ from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.models.architecture import Architecture, Family
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
+from growkit.models.mistral import MISTRAL
+from growkit.models.qwen2 import QWEN2
+from growkit.models.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.kind: family for family in (GPT_NEOX, LLAMA)}
+FAMILIES: dict[str, Family] = {
+    family.kind: family for family in (GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)
+}
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:

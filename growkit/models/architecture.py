@@ -33,7 +33,7 @@ class Family:
     text, prefix: the table, see `growkit.models.notation`.
     fields: the configuration field of each axis; `a / b` for a size that two fields state together.
     defaults: what transformers takes for a field that config.json leaves out; `Same("a")` or
-    `Same("a / b")` for the value of others. options: the configuration field of each option.
+    `Same("a / b")` for the value of others; nulls: the same for a field that is null. options: the configuration field of each option.
     constants: fields whose value the table stands for. norm: 'layer' or 'rms'. heads: the axis that more
     heads grow. rotary: the fields of rotary positions. new: fields of a configuration written anew.
     fresh: sizes and options that a new model has unless told, where they are not the defaults.
@@ -58,6 +58,7 @@ class Family:
     constants: Mapping[str, int] = field(default_factory=dict)
     new: Mapping[str, Any] = field(default_factory=dict)
     fresh: Mapping[str, Any] = field(default_factory=dict)
+    nulls: Mapping[str, Any] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     scalars: Mapping[str, str] = field(default_factory=dict)
@@ -114,7 +115,10 @@ class Family:
         Raises GrowkitError for values of the wrong kind and for values that contradict each other.
         """
         given = {key: value for key, value in config.items() if value is not None}
-        values = _Fields(given, self.defaults)
+        stated_null = {
+            key: self.nulls[key] for key in config.keys() & self.nulls if key not in given
+        }
+        values = _Fields(given, {**self.defaults, **stated_null})
         try:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
@@ -453,19 +457,22 @@ def count_parameters(rows: Iterable[Row], sizes: Mapping[str, int]) -> int:
 
 
 def follow_layers(
-    config: Mapping[str, Any], family: Family, index: Sequence[int]
+    config: Mapping[str, Any], before: Mapping[str, Any], family: Family, index: Sequence[int]
 ) -> dict[str, Any]:
-    """A config.json whose fields with one entry for each layer follow a map of the layers.
+    """A grown config.json whose fields with one entry for each layer follow a map of the layers.
 
-    index: for each new layer the old layer that it copies. Kinds of layers that the configuration states
-    by a rule of the layer's number are written as a list where they differ.
+    before: the source's config.json. index: for each new layer the old layer that it copies. Kinds of layers
+    that the configuration states by a rule of the layer's number are written as a list where the rule
+    would give a layer another kind than its source's.
     """
     grown = dict(config)
-    kinds = family.layer_kinds(config)
-    if kinds is not None and len(set(kinds)) > 1 and not grown.get("layer_types"):
-        grown["layer_types"] = kinds
     for name in family.by_layer:
         entries = grown.get(name)
         if isinstance(entries, list) and entries:
             grown[name] = [entries[layer] for layer in index]
+    kinds = family.layer_kinds(before)
+    if kinds is not None and not grown.get("layer_types"):
+        wanted = [kinds[layer] for layer in index]
+        if family.layer_kinds(grown) != wanted:
+            grown["layer_types"] = wanted
     return grown

@@ -278,9 +278,7 @@ class Table:
                     _describe_contradiction(name, tuple(shapes[name]), row, sizes, fields)
                 )
 
-    def _refuse_extra(
-        self, name: str, sizes: Mapping[str, int], fields: Mapping[str, str]
-    ) -> None:
+    def _refuse_extra(self, name: str, sizes: Mapping[str, int], fields: Mapping[str, str]) -> None:
         row, position = self.match(name)
         for axis, unit in zip(row.stacked, position, strict=True):
             size = sizes[axis.name]

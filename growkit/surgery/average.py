@@ -13,14 +13,16 @@ import numpy as np
 
 from growkit.checkpoint.rounding import round_to_dtype
 from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_tensor, map_tensors
+from growkit.entries import Average, Origin
 from growkit.errors import UsageError
 from growkit.surgery.comparison import fields_differing, model_of
-from growkit.surgery.grow import provenance
 
 WIDE = np.float64
 
 
-def average_checkpoints(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Contents:
+def average_checkpoints(
+    sources: Sequence[Source], weights: Sequence[float] | None = None
+) -> Contents:
     """The weighted mean, summed in float64 and rounded once to the last source's dtype; weights are normalised.
 
     Raises UsageError for fewer than two sources, sources of different models, and weights that do not fit.
@@ -32,16 +34,13 @@ def average_checkpoints(sources: Sequence[Source], weights: Sequence[float] | No
         slot: {name: copy_tensor(tensor) for name, tensor in tensors.items()}
         for slot, tensors in last.tensors.items()
     }
-    entry = provenance(last) | {
-        "operation": "average",
-        "averaged": [provenance(source)["source"] for source in sources],
-        "weights": shares,
-    }
+    origins = [Origin.of(source) for source in sources]
+    entry = Average(source=origins[-1], averaged=origins, weights=shares)
     return Contents(
         config=last.config,
         recipes=slots
         | {"params": {name: _mean(sources, shares, name) for name in last.tensors["params"]}},
-        lineage=[*last.lineage, entry],
+        lineage=[*last.lineage, entry.to_json()],
         # A validation loss is that of the parameters it was measured with.
         record={key: value for key, value in last.record.items() if key != "validation_loss"},
         files=last.files,

@@ -34,9 +34,7 @@ class Stretch:
     length: int
 
 
-def grown_recipe(
-    tensor: Tensor, row: Row, plan: Plan, moment: int, position: Position
-) -> Recipe:
+def grown_recipe(tensor: Tensor, row: Row, plan: Plan, moment: int, position: Position) -> Recipe:
     """The recipe of a tensor grown by a plan.
 
     tensor: the stored shape at the source's sizes, of the source unit that new unit `position` copies.

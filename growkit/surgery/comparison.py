@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from growkit.checkpoint.tensor import BLOCK, SLOTS, Recipe, Source, Tensor
+from growkit.entries import MALFORMED, Growth
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.plan import Plan, read_plan
+from growkit.growth.plan import Plan
+from growkit.lineage import Lineage, unreadable_plan
 from growkit.surgery.grow import prepare_growth
 
 EQUAL, DIFFERS = "equal", "differs"
@@ -38,7 +40,9 @@ class Comparison:
     detail: str = ""
 
 
-def compare_sources(a: Source, b: Source, progress: Progress = lambda done: None) -> Iterator[Comparison]:
+def compare_sources(
+    a: Source, b: Source, progress: Progress = lambda done: None
+) -> Iterator[Comparison]:
     """Every tensor of either model, read when its turn comes; progress is told the bytes of both that are done."""
     for slot in SLOTS:
         ours, theirs = a.tensors.get(slot, {}), b.tensors.get(slot, {})
@@ -94,19 +98,9 @@ def model_of(source: Source) -> dict[str, Any]:
     return {"architecture": source.model.kind} | source.model.values
 
 
-def last_growth(out: Source) -> dict[str, Any]:
-    """The lineage's entry of the growth that made `out`. Raises UsageError when something else was done last."""
-    if not any("maps" in entry for entry in out.lineage):
-        raise UsageError(
-            f"{out.path} has no growth in its lineage, so there is no plan to recompute it from"
-        )
-    entry = out.lineage[-1]
-    if "maps" not in entry:
-        raise UsageError(
-            f"the last thing that was done to {out.path} is {entry.get('operation', 'unknown')!r}, not growth; "
-            "verify compares what growth wrote"
-        )
-    return entry
+def recorded_growth(out: Source) -> Growth:
+    """The growth that made `out`. Raises as `growkit.lineage.Lineage.last_growth` does."""
+    return Lineage.read(out.lineage).last_growth(out.path)
 
 
 def recorded_plan(source: Source, out: Source) -> Plan:
@@ -114,16 +108,14 @@ def recorded_plan(source: Source, out: Source) -> Plan:
 
     Raises UsageError for a source of other sizes, GrowkitError for an entry that cannot be read.
     """
-    entry = last_growth(out)
+    growth = recorded_growth(out)
     try:
-        before = entry["sizes"]["before"]
-        if before == source.model.sizes:
-            return read_plan(entry, source.model)
-    except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        raise GrowkitError(
-            f"{out.path}: the lineage's last entry is no plan that can be read: {problem!r}"
-        ) from None
-    axis, (ours, theirs) = next(iter(fields_differing(source.model.sizes, before).items()))
+        if growth.before == source.model.sizes:
+            return growth.plan(source.model)
+        different = fields_differing(source.model.sizes, dict(growth.before))
+    except MALFORMED as problem:
+        raise GrowkitError(f"{out.path}: {unreadable_plan(repr(problem))}") from None
+    axis, (ours, theirs) = next(iter(different.items()))
     raise UsageError(
         f"{out.path} was grown from another model than {source.path}: {axis} was {theirs}, here it is {ours}"
     )

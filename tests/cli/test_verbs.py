@@ -18,7 +18,9 @@ from growkit.growth.plan import Plan
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery import blocks, comparison
 
-TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
+TINY = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True
+)
 TARGET = TINY.change(layer=3, embed=36, head=3, mlp=20, rotary_pct=1 / 3)
 GROWTHS = {
     "replicate": ["depth", "--map", "2:5"],
@@ -392,7 +394,9 @@ def test_diff_of_sizes_kinds_and_dtypes(place, capsys):
 
 def test_the_largest_difference():
     a = np.float32([1, np.nan, np.inf, -0.0])
-    assert comparison.largest_difference(a, a) == 0 and comparison.count_differing(a, a.copy())[0] == 0
+    assert (
+        comparison.largest_difference(a, a) == 0 and comparison.count_differing(a, a.copy())[0] == 0
+    )
     assert comparison.count_differing(a, np.float32([1, np.nan, np.inf, 0.0])) == (1, 3)
     assert comparison.largest_difference(a, np.float32([1.5, np.nan, np.inf, 0])) == 0.5
     assert np.isnan(comparison.largest_difference(a, np.float32([1, 0, np.inf, 0])))
@@ -412,7 +416,10 @@ def test_differences_are_found_in_every_block(monkeypatch):
     assert found.verdict == "differs" and np.isnan(found.largest)
     theirs[39, 2] = -3
     assert comparison._compared("params", "a", *map(tensor.wrap_array, (ours, theirs))).largest == 3
-    for recipe in (tensor.zeros(ours.shape, ours.dtype), tensor.copy_tensor(tensor.wrap_array(ours))):
+    for recipe in (
+        tensor.zeros(ours.shape, ours.dtype),
+        tensor.copy_tensor(tensor.wrap_array(ours)),
+    ):
         assert comparison._mismatch(recipe, tensor.wrap_array(ours)) is None
         assert "2 of 120 numbers, the first at [7, 1]" in comparison._mismatch(
             recipe, tensor.wrap_array(theirs)
@@ -455,7 +462,7 @@ def entry_changed(**change) -> None:
         ({"maps": None}, 1, "the lineage's last entry is no plan that can be read"),
         ({"pads": {"embed": "wide"}}, 1, "no plan that can be read"),
         (
-            {"sizes": {"before": TINY.sizes | {"layer": 7}}},
+            {"sizes": {"before": TINY.sizes | {"layer": 7}, "after": TINY.sizes}},
             2,
             "grown from another model than hf: layer was 7",
         ),

@@ -1,4 +1,4 @@
-"""Tokenizing: what lands on disk is the text and nothing but the text, and bad input is refused by name."""
+"""Tokenizing: what lands on disk is the text and nothing else, and bad input is refused by name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def decoded(out):
 
 
 def refused(kind, *fragments, texts, out, **options):
-    """Tokenizing raises exactly this kind of refusal, names these things and leaves nothing behind."""
+    """Tokenizing raises exactly this kind of error, with these fragments, and leaves nothing."""
     before = sorted(out.parent.rglob("*"))
     with pytest.raises(GrowkitError) as caught:
         tokenize(texts, out, **options)

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 import pytest
 
+from growkit.entries import Growth
 from growkit.growth import multipliers as recorded
 from growkit.growth.axes import make_map, spread_shares, tile
 from growkit.growth.padding import MU, VALUE
 from growkit.growth.plan import build_plan
 from growkit.growth.rule import share_scale
 from growkit.growth.tree import grow
+from growkit.lineage import Lineage
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import init_params
@@ -163,7 +165,9 @@ def test_training_goes_on_as_the_small_models_would(tied, growths):
 def recorded_multipliers(tied, growths=2, forgotten=0):
     """The multipliers that the lineage gives, all but the first `forgotten` growths, in the shapes of `multipliers`."""
     made = plans(tied, growths)
-    found = recorded.multipliers(made[-1].grown, [plan.resolved() for plan in made[forgotten:]])
+    entries = Lineage.read([Growth.of(plan).to_json() for plan in made[forgotten:]])
+    read = [growth.plan_within(made[-1].grown) for growth in entries.growths_owed()]
+    found = recorded.multipliers(made[-1].grown, read)
     return jax.tree.map(
         lambda like, factor: np.broadcast_to(factor, like.shape), multipliers(tied, growths), found
     )

@@ -18,6 +18,7 @@ from test_growth import break_table, held, loss_and_gradient
 
 from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
+from growkit.entries import Growth
 from growkit.growth import rule as engine
 from growkit.growth.axes import make_map, tile
 from growkit.growth.depth import plan_depth
@@ -136,13 +137,15 @@ def test_exact_growth_keeps_the_function_of_every_model(name, parallel, tied, ro
 def test_inexact_growth_says_so(name):
     model, params, expected = small()
     plan = INEXACT[name](model)
-    assert not plan.preserved and plan.resolved()["function"] == "not preserved"
+    assert not plan.preserved and Growth.of(plan).function == "not preserved"
     assert change(plan, params, expected) > 1e-2
 
 
 def wrong_share(patch, plan):
     share = plan.maps["mlp"].share * np.linspace(1.0, 1.01, len(plan.maps["mlp"]))
-    return replace(plan, maps=plan.maps | {"mlp": make_map(plan.maps["mlp"].index, BASE.mlp, share)})
+    return replace(
+        plan, maps=plan.maps | {"mlp": make_map(plan.maps["mlp"].index, BASE.mlp, share)}
+    )
 
 
 def rule_changed(when, **what):
@@ -465,7 +468,9 @@ def through_files(tmp_path, name, dtype, tied, mutate=None):
     """transformers' logits of a model that was exported, and of what growth on disk made of the export."""
     model = BASE.change(tied=tied, rotary_pct=0.25)
     tensors = random_tensors(model, "float64")
-    write_output(tmp_path / "small", "huggingface", convert_to_directory(held(model, params=tensors), dtype))
+    write_output(
+        tmp_path / "small", "huggingface", convert_to_directory(held(model, params=tensors), dtype)
+    )
     source = open_source(str(tmp_path / "small"))
     plan = EXACT[name](source.model)
     contents = surgery.prepare_growth(source, mutate(plan) if mutate else plan)
@@ -487,9 +492,7 @@ BROKEN_FILES = {
     "clone 2x": lambda plan: replace(
         plan, maps=plan.maps | {"mlp": make_map(plan.maps["mlp"].index, 12, [0.501] * 24)}
     ),
-    "mean-pad 24": lambda plan: replace(
-        plan, grown=plan.grown.change(norm_eps=BASE.norm_eps)
-    ),
+    "mean-pad 24": lambda plan: replace(plan, grown=plan.grown.change(norm_eps=BASE.norm_eps)),
     "head_dim 10": lambda plan: replace(plan, grown=plan.grown.change(rotary_pct=0.4)),
     "identity": lambda plan: replace(plan, maps={"layer": make_map(plan.maps["layer"].index, 2)}),
 }

@@ -25,7 +25,7 @@ def test_utilization_is_the_formula_that_is_printed():
         "MFU = FLOPs a token (2e+09) x tokens/s / (devices (4) x peak); peak of TPU v3, dense bfloat16: 61.5 TFLOP/s"
     )
     assert made.compute_mfu(49_200) == pytest.approx(2.0e9 * 49_200 / (4 * 61.5e12)) == pytest.approx(0.4)
-    assert made.describe(49_200) == "49.2k tokens/s (12.3k a device)  MFU 40.0%"
+    assert made.describe(49_200) == "49.2K tokens/s (12.3K a device)  MFU 40.0%"
 
 
 def test_a_device_that_is_not_known_has_no_number():

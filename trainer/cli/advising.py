@@ -58,7 +58,7 @@ def advise(target, source, tokens, flops, topology, mfu, price, studies, as_json
     """
     from growkit.cli.terminal import format_json
     from growkit.errors import UsageError
-    from trainer.config.quantity import parse_count
+    from growkit.quantity import parse_count
     from trainer.study.advice import Growth
     from trainer.study.evidence import read_study
 
@@ -95,7 +95,7 @@ def read_size(text: str, option: str):
     """(the size, its architecture or None) that a count of parameters, a preset, a YAML file or SRC names."""
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
-    from trainer.config.quantity import parse_count
+    from growkit.quantity import parse_count
     from trainer.config.values import list_presets
     from trainer.study.advice import Size
 
@@ -136,7 +136,7 @@ def _measured_size(name: str, model):
 
 def recommend_source(target, model):
     """The source of the size that G_stack recommends: a fourth of the layers, or of a bare count."""
-    from trainer.config.quantity import format_count
+    from growkit.quantity import format_count
     from trainer.study.advice import FACTOR, Size
 
     if model is None:
@@ -237,7 +237,7 @@ def _time(devices: Devices | None, flops: float | None) -> list[str]:
 
 def _budgets(made) -> list[tuple]:
     """(what, tokens, FLOPs): from scratch, and the same compute with growth by the timing law."""
-    from trainer.config.quantity import format_count
+    from growkit.quantity import format_count
 
     rows = [(f"from scratch: {_named(made.target)}", format_count(made.tokens), made.flops)]
     if made.affordable:
@@ -250,7 +250,7 @@ def _budgets(made) -> list[tuple]:
 
 
 def _named(size) -> str:
-    from trainer.config.quantity import format_count
+    from growkit.quantity import format_count
 
     return size.name if size.embed is None else f"{size.name} ({format_count(size.parameters)})"
 
@@ -269,7 +269,7 @@ def _claims(made) -> list[tuple]:
 
 
 def _sizes(study) -> str:
-    from trainer.config.quantity import format_count
+    from growkit.quantity import format_count
 
     sizes = f"{format_count(study.source)} to {format_count(study.target)} parameters"
     return f"{sizes}, {format_count(study.source_tokens)} tokens for the source, {format_count(study.tokens)} from scratch"
@@ -333,7 +333,7 @@ def _counting(size) -> str:
 
 
 def _when(made) -> str:
-    from trainer.config.quantity import format_count
+    from growkit.quantity import format_count
     from trainer.study.advice import LARGEST_SHARE
 
     share = made.source_flops / made.flops
@@ -347,7 +347,7 @@ def _when(made) -> str:
 
 
 def _range(made) -> str:
-    from trainer.config.quantity import format_count
+    from growkit.quantity import format_count
     from trainer.study.advice import FACTOR, FITTED
 
     if outside := made.list_deviations():

@@ -101,6 +101,8 @@ def _show(name: str, made, mfu: float, price: float | None) -> None:
 
 
 def _rows(made, mfu: float, price: float | None) -> list[tuple[str, str]]:
+    from growkit.quantity import format_count
+
     model, config, memory, on = made.model, made.config, made.memory, made.target
     batch = config.batch
     mesh = " x ".join(f"{axis} {size}" for axis, size in made.mesh.items())
@@ -125,7 +127,7 @@ def _rows(made, mfu: float, price: float | None) -> list[tuple[str, str]]:
     rows += [
         ("step time", f"{seconds:.3g} s at {mfu:.0%} MFU = FLOPs a step / (time x {on.peak / 1e12:,.0f} TFLOP/s)"),
         ("to the end", f"{hours / 24:.3g} days, {config.schedule.steps:,} steps, "
-         f"{config.schedule.steps * made.tokens_per_step / 1e9:.3g}B tokens"),
+         f"{format_count(config.schedule.steps * made.tokens_per_step)} tokens"),
     ]  # fmt: skip
     if price is not None:
         rows.append(("cost", f"{made.estimate_cost(mfu, price):,.0f} at {price:g} a chip and hour"))

@@ -9,15 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from growkit.quantity import format_count
 from trainer.devices.accelerators import peak_flops
-
-
-def format_thousands(number: float) -> str:
-    """12,345 as 12.3k."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
 
 
 @dataclass(frozen=True)
@@ -50,9 +43,9 @@ class Utilization:
         """`speed` in tokens a second, for a line of the log; None for one that is not known yet."""
         if speed is None:
             return "tokens/s unknown yet"
-        each = f" ({format_thousands(speed / self.devices)} a device)" if self.devices > 1 else ""
+        each = f" ({format_count(speed / self.devices)} a device)" if self.devices > 1 else ""
         share = self.compute_mfu(speed)
-        return f"{format_thousands(speed)} tokens/s{each}  MFU {'unknown' if share is None else f'{share:.1%}'}"
+        return f"{format_count(speed)} tokens/s{each}  MFU {'unknown' if share is None else f'{share:.1%}'}"
 
 
 class Stopwatch:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from growkit.growth.multipliers import Lineage
+from growkit.lineage import Lineage
 from trainer.config.sections import Config, Plateau, Schedule
 
 
@@ -37,7 +37,8 @@ def compute_reduction(losses: Sequence[float], schedule: Schedule, lineage: Line
 
     lineage: this training's entry last; a schedule that goes on in its source's has the source's reduction too.
     """
-    before = lineage[-1].get("source", {}).get("reduction", 1.0) if schedule.continued else 1.0
+    source = lineage.entries[-1].source
+    before = source.reduction if source and schedule.continued else 1.0
     return before * schedule.plateau.factor ** len(find_plateaus(losses, schedule.plateau))
 
 
