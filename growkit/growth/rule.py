@@ -56,7 +56,11 @@ def grow_array(
     `position` of the stacked axes copies. xp: numpy, or jax.numpy for jax arrays. Returns the
     stored shape at the grown sizes in the array's dtype; narrow floats are computed in float32 and
     rounded once a step.
+    Raises ValueError for a position that is not of the row's stacked axes.
     """
+    if len(position) != len(row.stacked):
+        stacked = ", ".join(axis.name for axis in row.stacked) or "nothing"
+        raise ValueError(f"{row.name} is stacked by {stacked}: which new unit is {position}?")
     if moment_fate(plan, row, moment, position) == "zero":
         return xp.zeros(row.shape(plan.grown.sizes), array.dtype)
     growth = UnitGrowth(row, plan, moment, position)
