@@ -22,7 +22,7 @@ from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary, write_rotary
 
 _RATIO = re.compile(r"(\w+) / (\w+)")
-_POWER = re.compile(r"(1/)?sqrt\((\w+)\)")
+_POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,15 @@ class Family:
     axis that more heads grow. rotary: the fields of rotary positions. new: fields of a
     configuration written anew. fresh: sizes and options that a new model has unless told, where
     they are not the defaults. frozen: axis -> why it cannot grow. buffers: how names end that old
-    checkpoints carry and no model reads. scalars: row -> 'sqrt(axis)' or '1/sqrt(axis)', a factor
-    that the model applies to the parameter and that follows a size. by_layer: fields with one entry
-    for each layer. layer_kinds: the kinds of all layers, where the configuration states them by
-    rule and not in a list. whole_heads: whether transformers wants embed to be a multiple of the
-    number of heads.
+    checkpoints carry and no model reads. scalars: row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or
+    '1/axis', a factor that the model applies to the parameter and that follows a size; a row's
+    condition may follow its name. by_layer: fields with one entry for each layer. layer_kinds: the
+    kinds of all layers, where the configuration states them by rule and not in a list. whole_heads:
+    whether transformers wants embed to be a multiple of the number of heads. proved: field ->
+    the one value that the table holds for. unpadded, no_identity: why embed cannot be padded, why
+    layers that add nothing cannot be inserted; empty where they can. rotary is None where no field
+    of rotary positions follows a size: then they are kept as they are. An axis of
+    the table that has neither a field nor a constant is measured in the files.
     """
 
     kind: str
@@ -55,7 +59,7 @@ class Family:
     options: Mapping[str, str]
     norm: str
     heads: str
-    rotary: RotaryFields = ROTARY_FIELDS
+    rotary: RotaryFields | None = ROTARY_FIELDS
     constants: Mapping[str, int] = field(default_factory=dict)
     new: Mapping[str, Any] = field(default_factory=dict)
     fresh: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +70,9 @@ class Family:
     by_layer: tuple[str, ...] = ("layer_types",)
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
     whole_heads: bool = True
+    proved: Mapping[str, Any] = field(default_factory=dict)
+    unpadded: str = ""
+    no_identity: str = ""
 
     def __hash__(self) -> int:
         return hash((self.kind, self.text))
@@ -78,12 +85,12 @@ class Family:
     @property
     def head_name(self) -> str:
         """The parameter of the output head, which files may hold although it is tied."""
-        return next(row.name for row in self.rows if row.role == "head")
+        return next((row.name for row in self.rows if row.role == "head"), "")
 
     @property
     def coupled(self) -> bool:
         """Whether embed is heads x head_dim, so that one of them cannot change alone."""
-        return "/" in self.fields["head_dim"]
+        return "/" in self.fields.get("head_dim", "")
 
     def select_rows(self, options: Mapping[str, Any]) -> Table:
         """The table for a model with these options."""
@@ -97,8 +104,10 @@ class Family:
         """
         given = {**self.fresh, **values}
         config: dict[str, Any] = {"rope_parameters": given.pop("rope", None)}
-        paths = {**self.fields, **self.options, "rotary_base": self.rotary.base}
-        if self.rotary.part:
+        paths = {**self.fields, **self.options}
+        if self.rotary:
+            paths["rotary_base"] = self.rotary.base
+        if self.rotary and self.rotary.part:
             paths["rotary_pct"] = self.rotary.part
         for name in sorted(given, key=lambda name: "/" in paths.get(name, "")):
             if name not in paths:
@@ -120,15 +129,26 @@ class Family:
             key: self.nulls[key] for key in config.keys() & self.nulls if key not in given
         }
         values = _Fields(given, {**self.defaults, **stated_null})
+        self._check_proved(values)
         try:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
-            rope = read_rotary(given, self.rotary, values)
+            rope = read_rotary(given, self.rotary, values) if self.rotary else {}
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
         return Architecture(
             self, Frozen({**sizes, **self.constants}), Frozen(options | {"rope": rope})
         )
+
+    def _check_proved(self, values: _Fields) -> None:
+        """Raise GrowkitError for a field whose value the table was not proved for."""
+        for name, proved in self.proved.items():
+            value = values.get(name)
+            if value != proved:
+                raise GrowkitError(
+                    f"growth of {self.title} models is proved for {name} {proved!r} only, and this "
+                    f"model has {value!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -206,13 +226,19 @@ def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model: its family, the size of every axis of the table, and the value of every option."""
+    """One model: its family, the size of every axis of the table, and the value of every option.
+
+    layers: the layers of each kind, where layers differ in their parameters.
+    """
 
     family: Family
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
+    layers: Mapping[str, tuple[int, ...]] = Frozen()
 
     def __post_init__(self) -> None:
+        if self.family.rotary is None:
+            return
         rotated = self.rotary
         if not self.family.rotary.part and rotated % 2:
             raise GrowkitError(
@@ -262,7 +288,7 @@ class Architecture:
     @cached_property
     def table(self) -> Table:
         """The table's rows that hold for this model's options."""
-        return self.family.select_rows(self.options)
+        return replace(self.family.select_rows(self.options), layers=self.layers)
 
     @property
     def layer(self) -> int:
@@ -335,7 +361,7 @@ class Architecture:
     @property
     def rotary_pct(self) -> float:
         """The part of each head that is rotated; 1 where a family rotates all of it."""
-        if not self.family.rotary.part:
+        if not self.family.rotary or not self.family.rotary.part:
             return 1.0
         return float(self.rope["partial_rotary_factor"])
 
@@ -367,12 +393,55 @@ class Architecture:
 
         Source: Gemma multiplies its embedding by sqrt(hidden_size).
         """
-        text = self.family.scalars.get(row.name)
+        scalars = self.family.scalars
+        text = scalars.get(" ".join((row.name, *row.conditions))) or scalars.get(row.name)
         found = _POWER.fullmatch(text) if text else None
         if found is None:
             return 1.0
-        ratio = math.sqrt(self.sizes[found[2]] / grown.sizes[found[2]])
+        axis = found[2] or found[3]
+        ratio = self.sizes[axis] / grown.sizes[axis]
+        if found[2]:
+            ratio = math.sqrt(ratio)
         return 1.0 / ratio if found[1] else ratio
+
+    @property
+    def measured(self) -> bool:
+        """Whether something about the model is to be found in its files: see `measure`."""
+        rows = self.family.rows
+        axes = {name for row in rows for name in row.axes} | {
+            a.name for r in rows for a in r.stacked
+        }
+        return bool(axes - self.sizes.keys()) or any(row.kind for row in rows)
+
+    def measure(self, shapes: Mapping[str, Sequence[int]]) -> Architecture:
+        """This model with what its files alone say: some sizes, the kinds of layers.
+
+        shapes: by name in files. A dimension that is a product with one axis of unknown size gives
+        that size; a layer is of a kind if the files have that kind's parameters for it.
+        """
+        sizes = dict(self.sizes)
+        layers: dict[str, set[int]] = {row.kind: set() for row in self.table.rows if row.kind}
+        seen: set[Row] = set()
+        for name, shape in shapes.items():
+            found = ((row, row.match(name)) for row in self.table.rows)
+            row, position = next((pair for pair in found if pair[1] is not None), (None, None))
+            if row is None or position is None:
+                continue
+            if row.kind:
+                layers[row.kind].add(position[0])
+            if row not in seen:
+                sizes |= row.measure(shape, sizes)
+            seen.add(row)
+        kinds = {kind: tuple(sorted(of_kind)) for kind, of_kind in layers.items()}
+        return replace(self, sizes=Frozen(sizes), layers=Frozen(kinds))
+
+    def follow_map(self, index: Sequence[int]) -> Architecture:
+        """This model with each layer of the kind of the old layer that it copies."""
+        kinds = {
+            kind: tuple(new for new, old in enumerate(index) if old in of_kind)
+            for kind, of_kind in self.layers.items()
+        }
+        return replace(self, layers=Frozen(kinds))
 
     def resize(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> Architecture:
         """This model at other sizes; the number of rotated dimensions is kept.
@@ -387,7 +456,8 @@ class Architecture:
         resized = {axis: sizes[axis] for axis in self.sizes}
         if self.coupled:
             resized["head_dim"] = resized["embed"] // resized[self.heads]
-        if self.family.rotary.part and resized["head_dim"] != self.head_dim:
+        rotary = self.family.rotary
+        if rotary and rotary.part and resized["head_dim"] != self.head_dim:
             part = keep_rotated(self.rotary, resized["head_dim"])
             options["rope"] = {**self.rope, "partial_rotary_factor": part}
         grown = replace(self, sizes=Frozen(resized), options=Frozen(options))
@@ -407,7 +477,7 @@ class Architecture:
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
         for axis, reason in self.family.frozen.items():
-            if sizes[axis] != self.sizes[axis]:
+            if axis in self.sizes and sizes[axis] != self.sizes[axis]:
                 raise UsageError(
                     f"{axis} of a {self.family.title} model stays {self.sizes[axis]}: {reason}"
                 )
@@ -443,6 +513,8 @@ class Architecture:
                 written[ratio[1]] = self.sizes[axis] * written[ratio[2]]
         for name, path in family.options.items():
             written[path] = self.options[name]
+        if family.rotary is None:
+            return written
         return written | write_rotary(self.rope, family.rotary, base or {})
 
 
