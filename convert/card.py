@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from growkit.entries import Conversion, Entry, Growth, Origin
+from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
+from growkit.quantity import format_count
 
 HEAD = """---
 library_name: transformers
@@ -40,16 +43,6 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 """
 
 
-def format_count(number: float) -> str:
-    """757,070,848 as 757.1M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return (
-                f"{number / size:.2f}{unit}" if number < 10 * size else f"{number / size:.1f}{unit}"
-            )
-    return str(int(number))
-
-
 def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
     """README.md of an exported model, its lineage in words; the entries themselves are in lineage.json.
 
@@ -61,34 +54,34 @@ def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: 
         residual="parallel" if model.options["parallel_residual"] else "sequential",
         head="tied to the embedding" if model.tied else "untied",
     )
-    steps = "".join(f"{number}. {describe_entry(entry)}\n" for number, entry in enumerate(lineage, 1))
+    read = Lineage.read(lineage)
+    steps = "".join(f"{number}. {describe_entry(entry)}\n" for number, entry in enumerate(read, 1))
     return head + steps + (f"\n## Evaluation\n\n{evaluation}" if evaluation else "")
 
 
-def describe_entry(entry: dict[str, Any]) -> str:
+def describe_entry(entry: Entry) -> str:
     """One lineage entry as a sentence."""
-    operation = entry.get("operation", "unknown")
-    source = entry.get("source", {})
-    trained = (
-        f", after {source['step']} steps and {format_count(source['tokens'])} tokens"
-        if source.get("tokens")
-        else ""
-    )
-    if operation == "train":
-        return f"train: {entry.get('start', 'continued')}"
-    if "sizes" in entry:
-        return f"{operation}: {_growth(entry)}, function {entry['function']}{trained}"
-    return (
-        f"{operation} to {entry['dtype']}{trained}" if "dtype" in entry else f"{operation}{trained}"
-    )
+    if entry.operation == "train":
+        return "train: continued"
+    trained = _trained(entry.source)
+    if isinstance(entry, Growth):
+        return f"{entry.operation}: {_growth(entry)}, function {entry.function}{trained}"
+    if isinstance(entry, Conversion):
+        return f"{entry.operation} to {entry.dtype}{trained}"
+    return f"{entry.operation}{trained}"
 
 
-def _growth(entry: dict[str, Any]) -> str:
+def _trained(source: Origin | None) -> str:
+    """How far an entry's source was trained, empty where that is not on record."""
+    record = source.record if source else {}
+    if not record.get("tokens"):
+        return ""
+    return f", after {record['step']} steps and {format_count(record['tokens'])} tokens"
+
+
+def _growth(entry: Growth) -> str:
     """What grew and how, and the options that were not the default ones."""
-    before, after = entry["sizes"]["before"], entry["sizes"]["after"]
-    changed = ", ".join(
-        f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis]
-    )
-    options = [f"moments {entry['moments']}"] if entry.get("moments", "map") != "map" else []
-    options += [f"noise {entry['noise']:g}"] if entry.get("noise") else []
-    return ", ".join([f"{changed} by {entry['method']}", *options])
+    changed = ", ".join(f"{axis} {old} to {new}" for axis, (old, new) in entry.changes.items())
+    options = [f"moments {entry.moments}"] if entry.moments != "map" else []
+    options += [f"noise {entry.noise:g}"] if entry.noise else []
+    return ", ".join([f"{changed} by {entry.method}", *options])

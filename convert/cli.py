@@ -23,7 +23,9 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
     from growkit.checkpoint.location import open_source
 
     source = open_source(hf_dir)
-    write_with_progress([source], convert_to_checkpoint(source), parse_path(out), "checkpoint", force)
+    write_with_progress(
+        [source], convert_to_checkpoint(source), parse_path(out), "checkpoint", force
+    )
     click.echo(
         f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in {hf_dir}, count 0"
     )
@@ -61,6 +63,8 @@ def export(
     from convert.reference import require_transformers
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
+    from growkit.entries import Conversion
+    from growkit.lineage import Lineage
 
     source = open_source(src)
     contents = convert_to_directory(
@@ -69,7 +73,9 @@ def export(
     if check:
         require_transformers()
     write_with_progress([source], contents, parse_path(out), "huggingface", force, shard)
-    written = contents.lineage[-1]["dtype"]
+    entry = Lineage.read(contents.lineage).last_as(Conversion)
+    assert entry is not None, "an export says so in its lineage"
+    written = entry.dtype
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
     click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
     if "tokenizer.json" not in source.files:

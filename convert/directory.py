@@ -17,9 +17,9 @@ from growkit.checkpoint.files import encode_json
 from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.rounding import round_to_dtype
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
+from growkit.entries import Conversion, Origin
 from growkit.errors import UsageError, did_you_mean
 from growkit.models import require_trained
-from growkit.surgery.grow import provenance
 
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
 # Files that an export writes anew.
@@ -36,19 +36,19 @@ def convert_to_checkpoint(source: Source) -> Contents:
             f"{source.path} is a trainer checkpoint already; import takes a Hugging Face directory"
         )
     require_trained(source.model, source.path)
+    entry = Conversion(operation="import", source=Origin.of(source), dtype=str(source.dtype))
     return Contents(
         config=source.config,
         recipes={"params": _in_table_order(source, None)},
-        lineage=[
-            *source.lineage,
-            provenance(source) | {"operation": "import", "dtype": str(source.dtype)},
-        ],
+        lineage=[*source.lineage, entry.to_json()],
         record=source.record,
         files=source.files,
     )
 
 
-def convert_to_directory(source: Source, dtype: str | None = None, evaluation: str = "") -> Contents:
+def convert_to_directory(
+    source: Source, dtype: str | None = None, evaluation: str = ""
+) -> Contents:
     """A Hugging Face directory of any source, its moments left behind.
 
     dtype: float64, float32, bfloat16 or float16, or None for the source's own. evaluation: what the model card says of
@@ -60,11 +60,11 @@ def convert_to_directory(source: Source, dtype: str | None = None, evaluation: s
         )
     target = DTYPE_NAMES[dtype] if dtype else source.dtype
     model = require_trained(source.model, source.path)
-    entry = provenance(source) | {"operation": "export", "dtype": str(target)}
+    entry = Conversion(operation="export", source=Origin.of(source), dtype=str(target))
     contents = Contents(
         config=model.config(source.config),
         recipes={"params": _in_table_order(source, DTYPE_NAMES[dtype] if dtype else None)},
-        lineage=[*source.lineage, entry],
+        lineage=[*source.lineage, entry.to_json()],
         files={name: content for name, content in source.files.items() if name not in OWN},
     )
     beside = {

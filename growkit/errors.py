@@ -1,14 +1,16 @@
-"""The refusals: what every command raises when it cannot go on, and the exit code each one means.
+"""The errors that every command raises when it cannot go on, and the exit code of each kind.
 
-Knows the two kinds of refusal and how to find the nearest known name. Leaves the wording to whoever
-refuses (the rule broken, the offending name and numbers, the nearest thing that would work) and the
-printing to the command line.
+A message is one sentence: the rule that was broken, the offending name and numbers, and the nearest
+thing that would work. Two functions find that nearest name; the command line prints the message.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+# Messages of other libraries are shown up to this many characters.
+LONGEST = 300
 
 
 class GrowkitError(Exception):
@@ -24,12 +26,18 @@ class UsageError(GrowkitError):
 
 
 def find_nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
-    """The known name most like `name`, or None when none is at least as like as `likeness` (0 to 1)."""
+    """The known name most like `name`, or None if no likeness is at least `likeness` (0 to 1)."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return found[0] if found else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause `; did you mean 'x'?` to end a sentence with, or nothing."""
+    """The clause `; did you mean 'x'?` to end a sentence with, or an empty string."""
     best = find_nearest(name, known)
     return f"; did you mean {best!r}?" if best else ""
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of another library's message, shortened; its type's name if it has none."""
+    lines = str(problem).strip().splitlines()
+    return lines[0][:LONGEST] if lines else type(problem).__name__

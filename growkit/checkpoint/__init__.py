@@ -1,1 +1,7 @@
-"""growkit/checkpoint"""
+"""How is a model stored on disk, and how is it read and written without holding it in memory?
+
+Read in this order: `tensor` (a model as named tensors, and recipes for new ones), `huggingface` and
+`orbax` (the two formats), `output` (a directory that appears whole or not at all), `location` (from
+what a user types to a format). `files`, `rounding` and `remote` are small: JSON and paths, numbers
+in another dtype, buckets.
+"""

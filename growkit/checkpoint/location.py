@@ -1,7 +1,7 @@
-"""From what a user types to an opened source, and from contents to an output of either kind.
+"""Find and open the model a user names, and write a model in either format.
 
-SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run directory
-(its last checkpoint), RUN@STEP or RUN@best. Knows which kind a path is; leaves each format to its file.
+SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run
+directory (its last checkpoint), RUN@STEP or RUN@best.
 """
 
 from __future__ import annotations
@@ -15,18 +15,29 @@ from typing import Any
 
 from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
-from growkit.checkpoint.orbax import META, is_checkpoint, open_checkpoint, write_checkpoint
+from growkit.checkpoint.orbax import (
+    FINISHED,
+    META,
+    is_checkpoint,
+    open_checkpoint,
+    write_checkpoint,
+)
 from growkit.checkpoint.output import Progress, check_output, commit_output
 from growkit.checkpoint.remote import check_free, download, explain_failures, upload
 from growkit.checkpoint.tensor import Contents, Source
-from growkit.errors import GrowkitError, UsageError, find_nearest
+from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
 
+# The directory of a run that holds its checkpoints, one directory for each step.
 CHECKPOINTS = "checkpoints"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
 def open_source(text: str) -> Source:
-    """Open what SRC names. Raises UsageError when it names nothing, GrowkitError when what it names is broken."""
+    """Open the model that SRC names.
+
+    Raises UsageError if it names nothing, GrowkitError if what it names is broken.
+    """
     path = locate(text)
     here = download(path) if is_remote(path) else path
     if is_checkpoint(here):
@@ -42,33 +53,57 @@ def open_source(text: str) -> Source:
     return source
 
 
-def locate(text: str) -> Path:
-    """The directory that SRC names, downloaded if it is a Hub id."""
+def locate(text: str) -> Any:
+    """The directory that SRC names, downloaded if it is a Hub id.
+
+    Raises UsageError if there is none.
+    """
     if not text:
         raise UsageError("the source is an empty name; name a directory")
-    path = parse_path(text)
-    if is_remote(path):
-        return _locate_remote(path)
+    if is_remote(text):
+        return _locate_remote(text)
+    path = Path(os.path.expanduser(text))
     if path.is_dir():
-        return find_checkpoint(path, None) if (path / CHECKPOINTS).is_dir() else path
+        return _enter_run(path)
     if path.exists():
         raise UsageError(f"{text} is a file; name the directory that holds the model")
     name, _, at = text.rpartition("@")
-    if name and (run := Path(os.path.expanduser(name)) / CHECKPOINTS).is_dir():
-        return find_checkpoint(run.parent, at)
-    if HUB_ID.fullmatch(name or text) and "/" in text and not Path(text.split("/")[0]).exists():
-        return _download(name or text, at if name else None)
-    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = find_nearest(path.name, beside)
-    hint = f"; did you mean {str(path.parent / near)!r}?" if near else ""
-    raise UsageError(f"there is no such directory: {text}{hint}")
+    run = Path(os.path.expanduser(name))
+    if name and (run / CHECKPOINTS).is_dir():
+        return find_checkpoint(run, at)
+    if _may_be_hub_id(text):
+        return _download_from_hub(name or text, at if name else None)
+    raise UsageError(f"there is no such directory: {text}{_suggest_sibling(path)}")
 
 
-def _locate_remote(path: Any) -> Any:
-    """As `locate`, in a bucket."""
+def _enter_run(path: Path) -> Path:
+    """The last checkpoint if `path` is a run, else `path`."""
+    return find_checkpoint(path, None) if (path / CHECKPOINTS).is_dir() else path
+
+
+def _may_be_hub_id(text: str) -> bool:
+    """Whether this is OWNER/NAME, with an optional @revision, and OWNER is no directory here."""
+    name = text.rpartition("@")[0] or text
+    if not HUB_ID.fullmatch(name) or "/" not in text:
+        return False
+    return not Path(text.split("/")[0]).exists()
+
+
+def _suggest_sibling(path: Path) -> str:
+    """A clause that names the directory beside `path` whose name is nearest, if one is near."""
+    if not path.parent.is_dir():
+        return ""
+    siblings = [child.name for child in path.parent.iterdir() if child.is_dir()]
+    near = find_nearest(path.name, siblings)
+    return f"; did you mean {str(path.parent / near)!r}?" if near else ""
+
+
+def _locate_remote(text: str) -> Any:
+    """The same as `locate`, in a bucket."""
+    path = parse_path(text)
     with explain_failures(path):
         if path.is_dir():
-            return find_checkpoint(path, None) if (path / CHECKPOINTS).is_dir() else path
+            return _enter_run(path)
         name, _, at = os.fspath(path).rpartition("@")
         if "/" in name and (parse_path(name) / CHECKPOINTS).is_dir():
             return find_checkpoint(parse_path(name), at)
@@ -76,63 +111,74 @@ def _locate_remote(path: Any) -> Any:
 
 
 def find_checkpoint(run: Path, at: str | None) -> Path:
-    """A run's checkpoint: the last (None), the one of a step, or the one with the lowest validation loss ('best')."""
+    """A run's checkpoint: the last (None), that of a step, or 'best', by validation loss.
+
+    Raises GrowkitError if the run has no such checkpoint yet, UsageError for an unknown step.
+    """
     root = run / CHECKPOINTS
-    steps = sorted(
-        int(p.name)
-        for p in root.iterdir()
-        if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()
-    )
+    steps = sorted(int(path.name) for path in root.iterdir() if _is_finished(path))
     if not steps:
         raise GrowkitError(f"the run {run} has no finished checkpoint yet")
     if at is None:
         return root / str(steps[-1])
     if at == "best":
-        losses = {step: _validation_loss(root / str(step)) for step in steps}
-        if min(losses.values()) == float("inf"):
+        losses = {step: _read_validation_loss(root / str(step)) for step in steps}
+        best = min(steps, key=losses.__getitem__)
+        if losses[best] == float("inf"):
             raise GrowkitError(
-                f"no checkpoint of the run {run} has a validation loss; name a step, as {run}@{steps[-1]}"
+                f"no checkpoint of the run {run} has a validation loss; name a step, as "
+                f"{run}@{steps[-1]}"
             )
-        return root / str(min(steps, key=losses.__getitem__))
+        return root / str(best)
     if not at.isdigit() or int(at) not in steps:
         raise UsageError(
-            f"the run {run} has no checkpoint {at!r}; it has {', '.join(map(str, steps))}, and 'best'"
+            f"the run {run} has no checkpoint {at!r}; it has {', '.join(map(str, steps))}, "
+            "and 'best'"
         )
     return root / at
 
 
-def _validation_loss(checkpoint: Path) -> float:
+def _is_finished(path: Path) -> bool:
+    """Whether this is a finished checkpoint in a run; its name is its step."""
+    return path.name.isdigit() and (path / FINISHED).exists()
+
+
+def _read_validation_loss(checkpoint: Path) -> float:
+    """The validation loss in nats a token; infinity if it was not measured."""
     loss = read_json(checkpoint / META / "metadata").get("record", {}).get("validation_loss")
-    return float("inf") if loss is None else loss
+    return float("inf") if loss is None else float(loss)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download_from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
-        )
-    except (
-        Exception
-    ) as problem:  # whatever the network, the hub or its library says, the user needs one sentence
+        found = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+    except Exception as problem:  # the network, the Hub and its library raise many types
         raise GrowkitError(
             f"there is no directory {name!r}, and it could not be had from the Hugging Face Hub "
-            f"({type(problem).__name__}: {(str(problem).strip() or 'no answer').splitlines()[0]})"
+            f"({type(problem).__name__}: {first_line(problem)})"
         ) from None
     return Path(found)
 
 
 def check_writable(out: Any, sources: Sequence[Source], force: bool) -> None:
-    """Raise UsageError when `out` must not be written: it exists, or it is, holds or lies within a source."""
+    """Raise UsageError if `out` must not be written.
+
+    It must not exist (without force), and it must not be, hold or lie within a source.
+    """
     if is_remote(out):
         check_free(out, force)
         if out in [source.path for source in sources]:
             raise UsageError(
-                f"the output is the source: {out}; the source is never written to, name another directory"
+                f"the output is the source: {out}; the source is never written to, name another "
+                "directory"
             )
         return
-    for path in [source.path for source in sources if not is_remote(source.path)] or [None]:
+    local = [source.path for source in sources if not is_remote(source.path)]
+    if not local:
+        check_output(out, None, force)
+    for path in local:
         check_output(out, path, force)
 
 
@@ -145,12 +191,17 @@ def write_output(
     progress: Progress | None = None,
     shard: int = SHARD,
 ) -> None:
-    """Write `contents`, made of `sources`, as `kind` ('huggingface' or 'checkpoint') to `out`: whole, or not at all."""
+    """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
+
+    kind: 'huggingface' or 'checkpoint'. progress: told the number of bytes after each piece.
+    shard: the most bytes of tensors in one file of a Hugging Face directory.
+    """
     check_writable(out, sources, force)
     if is_remote(out):
-        with tempfile.TemporaryDirectory(prefix="growkit-") as here:
-            write_output(Path(here) / "out", kind, contents, sources, False, progress, shard)
-            upload(Path(here) / "out", out, force)
+        with tempfile.TemporaryDirectory(prefix="growkit-") as directory:
+            here = Path(directory) / "out"
+            write_output(here, kind, contents, sources, False, progress, shard)
+            upload(here, out, force)
         return
     with commit_output(out, force) as new:
         if kind == "checkpoint":

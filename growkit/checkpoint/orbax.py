@@ -1,13 +1,13 @@
 """The trainer's checkpoints: an Orbax composite of `state` (arrays), `meta` and `files` (JSON).
 
-    CHECKPOINT/state/params.layers.attention.dense.weight/{.zarray,0.0.0}   raw, one directory an array
+    CHECKPOINT/state/params.layers.attention.dense.weight/{.zarray,0.0.0}   raw bytes
     CHECKPOINT/meta/metadata      {"config", "lineage", "record"}
     CHECKPOINT/files/metadata     tokenizer and other small files, by name
 
-Layers are stacked in the first dimension. To readers each layer is a tensor of its own, under its name in
-files. Uncompressed whole arrays are read by offset, without orbax or jax; anything else (sharded,
-compressed, OCDBT) through tensorstore. Written is, without either, what Orbax would write of the same arrays,
-which a test compares. Knows the layout on disk; leaves meaning to the table and runs to the trainer.
+An array holds all layers, stacked in the first dimension. To readers each layer is a tensor of its
+own, under its name in Hugging Face files. Whole uncompressed arrays are read by offset, without
+orbax or jax; all others (sharded, compressed, OCDBT) through tensorstore. Writing uses neither, and
+makes the files that Orbax would make of the same arrays; a test compares the two.
 """
 
 from __future__ import annotations
@@ -37,35 +37,40 @@ from growkit.checkpoint.tensor import (
     Tensor,
     copy_tensor,
     open_raw,
+    read_model,
     wrap_array,
 )
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Position, Row
 
 STATE, META, FILES = "state", "meta", "files"
-# Bytes of decoded chunks that are kept, so that a chunk of several blocks or layers is decoded once.
+# Orbax writes this file last: a directory that holds it is a finished checkpoint.
+FINISHED = "_CHECKPOINT_METADATA"
+# In buckets, which have no rename, Orbax takes a directory for finished if it holds this file.
+COMMITTED = "commit_success.txt"
+# Bytes of decoded chunks kept in memory, so that a chunk of several layers is decoded once.
 CACHED = 32 << 20
 COUNTERS = ("count", "step", "schedule_step")
-# What buckets have in place of a rename: Orbax takes a directory there for finished once it holds this.
-COMMITTED = "commit_success.txt"
 ORBAX_HANDLERS = "orbax.checkpoint._src.handlers"
 HANDLERS = {
     FILES: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
     META: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
     STATE: f"{ORBAX_HANDLERS}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
 }
+# Orbax's number for a key of a dict.
+DICT_KEY = 2
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether this is one of the trainer's checkpoints, finished or not."""
-    return (path / "_CHECKPOINT_METADATA").is_file() or (path / STATE).is_dir()
+    return (path / FINISHED).is_file() or (path / STATE).is_dir()
 
 
 @dataclass(frozen=True)
 class Array:
-    """A stored array: raw bytes in one file (`file`), or whatever tensorstore makes of it (`store`)."""
+    """A stored array: raw bytes in one file (`file`), or opened by tensorstore (`store`)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -73,7 +78,7 @@ class Array:
     store: Any = None
 
     def as_tensor(self, position: Position = ()) -> Tensor:
-        """All of it, or one unit of the stacked axes; no more than the unit is ever read."""
+        """The whole array, or one unit of the stacked axes (a layer); only that unit is read."""
         shape = self.shape[len(position) :]
         if self.file is not None:
             units = self.shape[: len(position)]
@@ -82,6 +87,7 @@ class Array:
             return open_raw(self.file, offset, shape, self.dtype)
         part = self.store[position] if position else self.store
         chunk = self.store.chunk_layout.read_chunk.shape or ()
+        # How many rows of this tensor a chunk holds.
         stride = next(iter(chunk[len(self.shape) - len(shape) :]), 1)
 
         def rows(start: int, stop: int) -> np.ndarray:
@@ -95,36 +101,31 @@ def _read_store(part: Any) -> np.ndarray:
         return np.asarray(part.read().result())
     except ValueError as problem:
         raise GrowkitError(
-            f"cannot read an array of the checkpoint: {str(problem).splitlines()[0]}"
+            f"cannot read an array of the checkpoint: {first_line(problem)}"
         ) from None
 
 
 def open_checkpoint(path: Path) -> Source:
     """Open a trainer checkpoint. Raises GrowkitError naming the file at fault."""
     meta = read_json(path / META / "metadata")
-    described = read_json(path / STATE / "_METADATA")
+    tree = read_json(path / STATE / "_METADATA")
     try:
-        names = _leaf_names(described)
-        config, lineage, record = meta["config"], meta.get("lineage", []), meta.get("record", {})
-        arrays = {name: _open_array(path / STATE, name, described) for name in names}
-        model = read_config(config)
+        config = meta["config"]
+        lineage = meta.get("lineage", [])
+        record = meta.get("record", {})
+        names = _list_arrays(tree)
+        arrays = {name: _open_array(path / STATE, name, tree) for name in names}
+        model = read_model(config, path)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise GrowkitError(
             f"{path} is an Orbax checkpoint, but not one of growkit's trainer"
         ) from None
-    except GrowkitError as problem:
-        raise GrowkitError(f"{path}: {problem}") from None
-    slots = [
-        slot
-        for slot in SLOTS
-        if slot == "params" or any(name.startswith(f"{slot}.") for name in arrays)
-    ]
     counters = {name: int(arrays[name].as_tensor().read()) for name in COUNTERS if name in arrays}
     return Source(
         path=path,
         kind="checkpoint",
         config=config,
-        tensors={slot: _by_layer(arrays, slot, model) for slot in slots},
+        tensors={slot: _split_layers(arrays, slot, model) for slot in _find_slots(arrays)},
         weights=sorted({array.file for array in arrays.values() if array.file}),
         lineage=lineage,
         record=record | counters,
@@ -132,92 +133,100 @@ def open_checkpoint(path: Path) -> Source:
     )
 
 
-def _leaf_names(described: Mapping[str, Any]) -> list[str]:
-    entries = described["tree_metadata"].values()
+def _list_arrays(tree: Mapping[str, Any]) -> list[str]:
+    """The names of all arrays, as SLOT.PATH, from what Orbax says of the tree."""
+    entries = tree["tree_metadata"].values()
     return [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
 
 
-def _open_array(state: Path, name: str, described: Mapping[str, Any]) -> Array:
-    """One stored array. Raw where it is one uncompressed chunk, else through tensorstore."""
-    if described.get("use_ocdbt") or described.get("use_zarr3"):
-        return _through_tensorstore(state, name, described)
+def _find_slots(arrays: Mapping[str, Array]) -> list[str]:
+    """The slots that the checkpoint has; params always."""
+    found = {name.split(".")[0] for name in arrays} | {"params"}
+    return [slot for slot in SLOTS if slot in found]
+
+
+def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
+    """One stored array: raw if it is one uncompressed chunk, else through tensorstore."""
+    if tree.get("use_ocdbt") or tree.get("use_zarr3"):
+        return _open_with_tensorstore(state, name, tree)
     header = read_json(state / name / ".zarray")
-    shape, dtype = tuple(header["shape"]), _dtype(header["dtype"])
+    shape = tuple(header["shape"])
+    dtype = _parse_dtype(header["dtype"])
+    encoded = header["compressor"] is not None or header["filters"]
+    native = header["order"] == "C" and dtype.isnative
+    if encoded or not native or tuple(header["chunks"]) != shape:
+        return _open_with_tensorstore(state, name, tree)
     chunk = state / name / _chunk(shape)
-    plain = (
-        header["compressor"] is None
-        and not header["filters"]
-        and header["order"] == "C"
-        and dtype.isnative
-    )
-    if not plain or tuple(header["chunks"]) != shape:
-        return _through_tensorstore(state, name, described)
     size = math.prod(shape) * dtype.itemsize
     found = os.path.getsize(chunk) if chunk.exists() else 0
     if found != size:
         raise GrowkitError(
-            f"{chunk} is cut off: an array of {list(shape)} {dtype} takes {size} bytes, the file has {found}"
+            f"{chunk} is cut off: an array of {list(shape)} {dtype} takes {size} bytes, "
+            f"the file has {found}"
         )
     return Array(shape, dtype, file=chunk)
 
 
 def _chunk(shape: tuple[int, ...]) -> str:
-    """The file of an array's first, or only, chunk in Zarr version 2."""
+    """The file name of an array's first (or only) chunk in Zarr version 2."""
     return ".".join("0" for _ in shape) or "0"
 
 
-def _dtype(name: str) -> np.dtype:
+def _parse_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def _through_tensorstore(state: Path, name: str, described: Mapping[str, Any]) -> Array:
+def _open_with_tensorstore(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     import tensorstore
 
     store: dict[str, Any] = {"driver": "file", "path": f"{state.resolve()}/"}
-    store = (
-        {"driver": "ocdbt", "base": store, "path": f"{name}/"}
-        if described.get("use_ocdbt")
-        else (store | {"path": f"{state.resolve()}/{name}/"})
-    )
-    driver = "zarr3" if described.get("use_zarr3") else "zarr"
+    if tree.get("use_ocdbt"):
+        store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+    else:
+        store["path"] += f"{name}/"
+    driver = "zarr3" if tree.get("use_zarr3") else "zarr"
+    spec = {"driver": driver, "kvstore": store}
     try:
-        array = tensorstore.open(
-            {"driver": driver, "kvstore": store}, read=True, context=_cache()
-        ).result()
+        array = tensorstore.open(spec, read=True, context=_share_cache()).result()
     except ValueError as problem:
         raise GrowkitError(
-            f"cannot read the array {name!r} of {state}: {str(problem).splitlines()[0]}"
+            f"cannot read the array {name!r} of {state}: {first_line(problem)}"
         ) from None
     return Array(tuple(array.shape), array.dtype.numpy_dtype, store=array)
 
 
 @cache
-def _cache() -> Any:
+def _share_cache() -> Any:
+    """One cache of decoded chunks for all arrays of the process."""
     import tensorstore
 
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHED}})
 
 
-def _by_layer(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
-    """One tensor a layer, under its name in files. Arrays that no row covers are an error."""
+def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
+    """One tensor for each unit of the stacked axes (each layer), under its name in files.
+
+    Raises GrowkitError for an array that no row of the axis table covers.
+    """
     rows = {".".join((slot, *row.path)): row for row in model.table.rows}
     tensors: dict[str, Tensor] = {}
     for name, array in arrays.items():
-        if name.startswith(f"{slot}."):
-            row = rows.get(name) or _refuse(name, rows)
-            for position in product(*(range(size) for size in array.shape[: len(row.stacked)])):
-                tensors[row.name_at(position)] = array.as_tensor(position)
+        if not name.startswith(f"{slot}."):
+            continue
+        row = rows.get(name)
+        if row is None:
+            known = ", ".join(rows)
+            raise GrowkitError(
+                f"no row of the axis table covers the array {name!r}; the rows are {known}"
+            )
+        units = array.shape[: len(row.stacked)]
+        for position in product(*(range(size) for size in units)):
+            tensors[row.name_at(position)] = array.as_tensor(position)
     return tensors
 
 
-def _refuse(name: str, rows: Mapping[str, Row]) -> Row:
-    raise GrowkitError(
-        f"no row of the axis table covers the array {name!r}; the rows are {', '.join(rows)}"
-    )
-
-
 def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
-    """Small files as JSON: text as text, anything else in base64."""
+    """Small files as JSON: UTF-8 text as text, anything else in base64."""
     encoded = {}
     for name, content in files.items():
         try:
@@ -228,19 +237,21 @@ def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
 
 
 def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
-    """The inverse of `encode_files`. Raises GrowkitError for a name that would lead out of a directory."""
-    for name in encoded:
+    """The inverse of `encode_files`. Raises GrowkitError for a name that leaves its directory."""
+    files = {}
+    for name, entry in encoded.items():
         if name in ("", ".", "..") or "/" in name:
             raise GrowkitError(f"the checkpoint carries a file under a name that is none: {name!r}")
-    return {
-        name: entry["text"].encode() if "text" in entry else base64.b64decode(entry["base64"])
-        for name, entry in encoded.items()
-    }
+        if "text" in entry:
+            files[name] = entry["text"].encode()
+        else:
+            files[name] = base64.b64decode(entry["base64"])
+    return files
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array of one recipe a layer (or a single one), laid end to end."""
+    """An array to be written: the recipes of its layers (or a single one), end to end."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -253,13 +264,12 @@ class Leaf:
 
 
 def collect_leaves(contents: Contents, model: Architecture) -> dict[tuple[str, ...], Leaf]:
-    """Every array of an output, by its path in the tree: slots of stacked arrays, and the counters."""
+    """Every array of an output by its path in the tree: the slots' stacked arrays, the counters."""
     found: dict[tuple[str, ...], Leaf] = {}
     for slot, recipes in contents.recipes.items():
         for row in model.table.rows:
-            parts = tuple(
-                recipes[row.name_at(position)] for position in row.positions(model.sizes)
-            )
+            names = [row.name_at(position) for position in row.positions(model.sizes)]
+            parts = tuple(recipes[name] for name in names)
             _check_one_dtype(row, parts)
             shape = row.stacked_sizes(model.sizes) + parts[0].shape
             found[(slot, *row.path)] = Leaf(shape, parts[0].dtype, parts)
@@ -270,47 +280,47 @@ def collect_leaves(contents: Contents, model: Architecture) -> dict[tuple[str, .
 
 
 def _check_one_dtype(row: Row, parts: tuple[Recipe, ...]) -> None:
-    """Layers are laid end to end in one array, which has one dtype."""
+    """Raise GrowkitError if layers differ in dtype: they are stored as one array, which has one."""
     dtypes = sorted({str(part.dtype) for part in parts})
     if len(dtypes) > 1:
         raise GrowkitError(
-            f"the layers of {row.name} have dtypes {' and '.join(dtypes)}, and a checkpoint stores them as one array; "
-            f"`growkit export SRC OUT --dtype float32` makes them the same"
+            f"the layers of {row.name} have dtypes {' and '.join(dtypes)}, and a checkpoint stores "
+            "them as one array; `growkit export SRC OUT --dtype float32` makes them the same"
         )
 
 
 def write_checkpoint(path: Path, contents: Contents, progress: Progress | None = None) -> None:
-    """Write `contents` at `path`, which must not exist, as a trainer checkpoint that stock Orbax restores.
+    """Write `contents` at `path`, which must not exist, as a checkpoint that stock Orbax restores.
 
-    What says that an item, and then the whole, is complete comes last.
+    The files that mark an item, and then the whole checkpoint, as finished come last.
     """
     begun = time.time_ns()
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
-    about = {"config": contents.config, "lineage": contents.lineage, "record": record}
+    meta = {"config": contents.config, "lineage": contents.lineage, "record": record}
     arrays = collect_leaves(contents, read_config(contents.config))
     path.mkdir()
     _write_arrays(path / STATE, arrays, progress)
-    for item, value in ((META, about), (FILES, encode_files(contents.files))):
+    for item, value in ((META, meta), (FILES, encode_files(contents.files))):
         (path / item).mkdir()
         (path / item / "metadata").write_text(json.dumps(value))
     for item in (STATE, META, FILES):
         (path / item / COMMITTED).write_text(f"{item} is complete")
     (path / COMMITTED).write_text("all items are complete")
-    stamps = {"init_timestamp_nsecs": begun, "commit_timestamp_nsecs": time.time_ns()}
     described = {
         "item_handlers": HANDLERS,
         "metrics": {},
         "performance_metrics": {},
-        **stamps,
+        "init_timestamp_nsecs": begun,
+        "commit_timestamp_nsecs": time.time_ns(),
         "custom_metadata": {},
     }
-    (path / "_CHECKPOINT_METADATA").write_text(json.dumps(described))
+    (path / FINISHED).write_text(json.dumps(described))
 
 
 def _write_arrays(
     state: Path, arrays: Mapping[tuple[str, ...], Leaf], progress: Progress | None
 ) -> None:
-    """Every array as one raw chunk in Zarr version 2, in a directory of its own, and what Orbax says of them all."""
+    """Write each array as one raw chunk in Zarr version 2, and Orbax's metadata of them all."""
     state.mkdir()
     jobs: list[Job] = []
     try:
@@ -318,13 +328,10 @@ def _write_arrays(
             directory = state / ".".join(keys)
             directory.mkdir()
             (directory / ".zarray").write_text(json.dumps(_zarr_header(leaf)))
-            file, part = (
-                create_file(directory / _chunk(leaf.shape), leaf.size),
-                leaf.size // len(leaf.recipes),
-            )
-            jobs.extend(
-                Job(recipe, file, number * part) for number, recipe in enumerate(leaf.recipes)
-            )
+            file = create_file(directory / _chunk(leaf.shape), leaf.size)
+            layer_size = leaf.size // len(leaf.recipes)
+            for layer, recipe in enumerate(leaf.recipes):
+                jobs.append(Job(recipe, file, layer * layer_size))
         fill(jobs, progress)
     finally:
         for file in {job.file for job in jobs}:
@@ -347,10 +354,10 @@ def _zarr_header(leaf: Leaf) -> dict[str, Any]:
 
 
 def _tree_metadata(arrays: Mapping[tuple[str, ...], Leaf]) -> dict[str, Any]:
-    """What Orbax's handler of trees writes of nested dicts of numpy arrays; 2 is its type of a dict's key."""
+    """The metadata that Orbax's handler of trees writes for nested dicts of numpy arrays."""
     tree = {
         str(keys): {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "key_metadata": [{"key": key, "key_type": DICT_KEY} for key in keys],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
         for keys in sorted(arrays)

@@ -1,8 +1,8 @@
-"""Buckets (gs://, s3://, az://): what is read there is first brought here, what is written is sent when it is whole.
+"""Buckets (gs://, s3://, az://): download what is read, upload what was written once it is whole.
 
-A bucket has no offsets to write at, no rename and no lock; a copy here has, at the price of as much local disk
-(in TMPDIR) for as long as the command runs. What makes a directory load is sent last. Knows etils' paths, which
-need gcsfs for gs:// and s3fs for s3://.
+A bucket has no writes at an offset, no rename and no lock. A local copy has all three, and takes
+as much local disk (in TMPDIR) for as long as the command runs. The files that make a directory load
+are uploaded last. Access is through etils' paths, which need gcsfs for gs:// and s3fs for s3://.
 """
 
 from __future__ import annotations
@@ -18,39 +18,38 @@ from typing import Any
 
 from growkit.checkpoint.huggingface import INDEX
 from growkit.checkpoint.orbax import COMMITTED
-from growkit.errors import GrowkitError, UsageError
+from growkit.errors import GrowkitError, UsageError, first_line
 
-# A directory without these is none that loads, to growkit, Orbax or transformers.
+# Without these a directory does not load in growkit, Orbax or transformers. Uploaded in this order.
 LAST = ("_METADATA", COMMITTED, "_CHECKPOINT_METADATA", INDEX, "config.json")
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
+# Bytes copied at once.
 PIECE = 16 << 20
 
 
 @contextmanager
 def explain_failures(path: Any) -> Iterator[None]:
-    """Storage fails in as many ways as there are libraries for it; a user needs one sentence."""
+    """Turn whatever a storage library raises into a GrowkitError of one sentence about `path`."""
     try:
         yield
     except GrowkitError:
         raise
     except ImportError as problem:
         scheme = os.fspath(path).split("://")[0]
-        package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(
-            scheme, f"fsspec's library for {scheme}://"
-        )
+        package = PACKAGES.get(scheme, f"fsspec's library for {scheme}://")
         raise GrowkitError(
             f"{path} needs a library that is not installed: pip install {package}"
         ) from problem
     except Exception as problem:
-        words = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-        raise GrowkitError(f"cannot reach {path}: {words[:300]}") from problem
+        raise GrowkitError(f"cannot reach {path}: {first_line(problem)}") from problem
 
 
 def download(path: Any) -> Path:
-    """A copy on this machine of a directory in a bucket, removed when the process ends."""
+    """A local copy of a directory in a bucket, removed when the process ends."""
     here = Path(tempfile.mkdtemp(prefix="growkit-"))
     atexit.register(shutil.rmtree, here, ignore_errors=True)
     with explain_failures(path):
-        for file in _files(path):
+        for file in _list_files(path):
             copy = here / Path(*file.relative_to(path).parts)
             copy.parent.mkdir(parents=True, exist_ok=True)
             _copy(file, copy)
@@ -58,7 +57,7 @@ def download(path: Any) -> Path:
 
 
 def check_free(out: Any, force: bool) -> None:
-    """Raise UsageError when there is something at `out` and it is not to be replaced."""
+    """Raise UsageError if there is something at `out`, unless force is given."""
     with explain_failures(out):
         if not force and out.exists():
             raise UsageError(
@@ -67,16 +66,17 @@ def check_free(out: Any, force: bool) -> None:
 
 
 def upload(here: Path, out: Any, force: bool) -> None:
-    """Copy a whole directory to a bucket; after a failure what was sent is removed again.
+    """Copy a local directory to a bucket; after a failure, remove what was uploaded.
 
-    Replacing is not atomic there: the old one is removed first.
+    Replacing is not atomic in a bucket: the old directory is removed first.
     """
     check_free(out, force)
+    files = [file for file in here.rglob("*") if file.is_file()]
     with explain_failures(out):
         if out.exists():
             out.rmtree()
         try:
-            for file in sorted((file for file in here.rglob("*") if file.is_file()), key=_order):
+            for file in sorted(files, key=_upload_order):
                 copy = out.joinpath(*file.relative_to(here).parts)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 _copy(file, copy)
@@ -85,14 +85,17 @@ def upload(here: Path, out: Any, force: bool) -> None:
             raise
 
 
-def _order(file: Path) -> tuple[int, str]:
-    return (LAST.index(file.name) + 1 if file.name in LAST else 0), str(file)
+def _upload_order(file: Path) -> tuple[int, str]:
+    """A sort key: first by name, then what makes the directory load."""
+    place = LAST.index(file.name) + 1 if file.name in LAST else 0
+    return place, str(file)
 
 
-def _files(path: Any) -> Iterator[Any]:
+def _list_files(path: Any) -> Iterator[Any]:
+    """Every file below a directory of a bucket."""
     for child in path.iterdir():
         if child.is_dir():
-            yield from _files(child)
+            yield from _list_files(child)
         else:
             yield child
 

@@ -1,8 +1,9 @@
-"""What a model is while it lies on disk: named tensors, read when asked for, and recipes for new ones.
+"""A model on disk: named tensors that are read on request, and recipes for new tensors.
 
-To surgery, a Hugging Face directory and a trainer checkpoint are the same thing: a `Source` of named
-tensors, one a layer, in up to three slots (params, mu, nu). A `Recipe` says how to make the bytes of a new
-tensor, a piece at a time; `Contents` is everything an output holds. Knows no file format.
+A Hugging Face directory and a trainer checkpoint look the same from here: a `Source` of named
+tensors, one for each layer, in up to three slots (params, mu, nu). A `Recipe` says how to make the
+bytes of a new tensor block by block, so that no model is ever whole in memory. `Contents` is
+everything an output holds.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 
 SLOTS = ("params", "mu", "nu")
+# Bytes of each sample that the fingerprint reads.
 SAMPLE = 4096
-# Bytes of a tensor that are made at once: small enough for the processor's cache, large enough for the disk.
+# Bytes made at once: small enough for the processor's cache, large enough for the disk.
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Span:
-    """Raw bytes in C order: `size` of them at `offset` of a file."""
+    """Raw bytes in C order: `size` bytes at `offset` of a file."""
 
     path: Path
     offset: int
@@ -43,8 +45,8 @@ class Span:
 class Tensor:
     """A tensor on disk, read whole or by rows of its first dimension.
 
-    rows: gives the rows from one to another (exclusive). span is None where the bytes are not raw (sharded,
-    compressed). stride: how many rows are stored as one, so that reading fewer costs as much.
+    rows: reads the rows [start, stop). span: the raw bytes, or None if they are sharded, compressed
+    or computed. stride: how many rows are stored together, so that reading fewer costs as much.
     """
 
     shape: tuple[int, ...]
@@ -58,34 +60,50 @@ class Tensor:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def row_count(self) -> int:
+        """Rows of the first dimension; a tensor without dimensions is one row."""
+        return self.shape[0] if self.shape else 1
+
     def read(self) -> np.ndarray:
-        """All of it. A tensor without dimensions is one row."""
-        return self.rows(0, self.shape[0] if self.shape else 1)
+        """The whole tensor."""
+        return self.rows(0, self.row_count)
 
     def read_numbers(self, start: int, stop: int) -> np.ndarray:
-        """The numbers from one place to another (exclusive), in C order."""
-        row = math.prod(self.shape[1:])
-        first, last = start // max(1, row), -(-stop // max(1, row))
-        return self.rows(first, last).reshape(-1)[start - first * row : stop - first * row]
+        """The numbers [start, stop) of the flattened tensor, in C order."""
+        row = max(1, math.prod(self.shape[1:]))
+        first = start // row
+        last = -(-stop // row)
+        numbers = self.rows(first, last).reshape(-1)
+        return numbers[start - first * row : stop - first * row]
 
     def split_rows(self, limit: int) -> Iterator[tuple[int, int]]:
-        """(first, last) rows of blocks of about `limit` bytes, at the borders that are stored where there are any."""
-        count = self.shape[0] if self.shape else 1
+        """(first, last) rows, last exclusive, of blocks of about `limit` bytes.
+
+        Blocks begin where a stored chunk begins, if the tensor is stored in chunks.
+        """
+        count = self.row_count
         step = max(1, limit * count // max(1, self.size))
         step = max(self.stride, step - step % self.stride)
-        yield from ((start, min(start + step, count)) for start in range(0, count, step))
+        for start in range(0, count, step):
+            yield start, min(start + step, count)
 
 
 def wrap_array(array: np.ndarray) -> Tensor:
-    """An array as a tensor."""
-    return Tensor(
-        array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array
-    )
+    """An array in memory as a tensor."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return array[start:stop] if array.ndim else array
+
+    return Tensor(array.shape, array.dtype, rows)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a new tensor: a copy of raw bytes, or pieces (byte offset, array), or neither: all zeros."""
+    """How to make a new tensor: copy raw bytes, or make pieces, or (with neither) write zeros.
+
+    pieces: yields (byte offset, array) until the tensor is complete, in any order.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -98,19 +116,21 @@ class Recipe:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def make_array(self) -> np.ndarray:
-        """The whole tensor, made in memory."""
+        """The whole tensor, in memory."""
         array = np.empty(math.prod(self.shape), self.dtype)
         for start, block in self.make_blocks():
             array[start : start + block.size] = block
         return array.reshape(self.shape)
 
     def make_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(place of the first, numbers) of flat blocks that make up the tensor, in any order."""
+        """(index of the first number, flat block) of every block of the tensor, in any order."""
         width = self.dtype.itemsize
         if self.pieces is not None:
-            yield from ((offset // width, piece.reshape(-1)) for offset, piece in self.pieces())
+            for offset, piece in self.pieces():
+                yield offset // width, piece.reshape(-1)
             return
-        count, step = math.prod(self.shape), BLOCK // width
+        count = math.prod(self.shape)
+        step = BLOCK // width
         for start in range(0, count, step):
             size = min(step, count - start)
             if self.copied is None:
@@ -121,34 +141,39 @@ class Recipe:
 
 
 def copy_tensor(tensor: Tensor) -> Recipe:
-    """The recipe for the same bytes again, undecoded where the source has them raw."""
+    """The recipe for the same bytes; raw bytes are copied without decoding them."""
     if tensor.span is not None:
         return Recipe(tensor.shape, tensor.dtype, copied=tensor.span)
     return map_tensors([tensor], tensor.dtype, lambda array: array)
 
 
-def map_tensors(tensors: Sequence[Tensor], dtype: np.dtype, change: Callable[..., np.ndarray]) -> Recipe:
-    """The recipe for what `change` makes, number by number, of tensors of one shape, a block at a time."""
+def map_tensors(
+    tensors: Sequence[Tensor], dtype: np.dtype, change: Callable[..., np.ndarray]
+) -> Recipe:
+    """The recipe for `change` applied elementwise to tensors of one shape, block by block."""
     first = tensors[0]
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
-        row = math.prod(first.shape[1:]) * dtype.itemsize
+        row_bytes = math.prod(first.shape[1:]) * dtype.itemsize
         for start, stop in first.split_rows(BLOCK):
-            yield start * row, change(*(tensor.rows(start, stop) for tensor in tensors))
+            arrays = [tensor.rows(start, stop) for tensor in tensors]
+            yield start * row_bytes, change(*arrays)
 
     return Recipe(first.shape, dtype, pieces=pieces)
 
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Recipe:
-    """The recipe for a tensor of zeros, which no byte needs to be written for."""
+    """The recipe for a tensor of zeros; nothing is written, because new files hold zeros."""
     return Recipe(shape, np.dtype(dtype))
 
 
 @dataclass(frozen=True)
 class Contents:
-    """All that an output holds: what the model is, its tensors by slot and name, and what lies beside them.
+    """All that an output holds.
 
-    record: the trainer's position (step, tokens, ...), empty where there is none.
+    config: the content of config.json. recipes: slot -> name in files -> recipe. lineage: one entry
+    for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
+    files: small files beside the weights (tokenizer and the like), by name.
     """
 
     config: dict[str, Any]
@@ -165,11 +190,14 @@ class Contents:
 
 @dataclass
 class Source:
-    """A model on disk, opened for reading: nothing but headers is in memory.
+    """A model on disk, opened for reading; only headers are in memory.
 
-    path: what it is called, which may be in a bucket; here: the directory on this machine that holds its files.
-    tensors: slot -> name in files -> Tensor, one a layer. weights: every file that holds tensor bytes.
-    read_files: gives the small files beside the weights (tokenizer and the like), by name.
+    path: how the user calls it, which may be in a bucket. here: the directory on this machine that
+    holds its files. tensors: slot -> name in files -> tensor, one for each layer. weights: every
+    file that holds tensor bytes. read_files: reads the small files beside the weights, by name.
+    stamps: size and modification time of each weight file when it was opened.
+
+    Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
 
     path: Path
@@ -183,38 +211,46 @@ class Source:
     stamps: dict[Path, tuple[int, int]] = field(init=False)
     here: Path = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.lineage, list):
             raise GrowkitError(f"{self.path}: the lineage is not a list of entries")
         for slot, tensors in self.tensors.items():
-            kept = {name: t for name, t in tensors.items() if not name.endswith(self.model.buffers)}
-            if self.model.tied:
-                kept.pop(self.model.head_name, None)
-            shapes = {name: tensor.shape for name, tensor in kept.items()}
-            try:
-                self.model.table.check_covered(shapes, self.model.sizes, self.model.fields)
-            except GrowkitError as problem:
-                raise GrowkitError(
-                    f"{self.path}: {'' if slot == 'params' else slot + ': '}{problem}"
-                ) from None
-            self.tensors[slot] = kept
+            used = self._drop_unused(tensors)
+            self._check_covered(slot, used)
+            self.tensors[slot] = used
         self.here = self.path
         self.stamps = {path: _stamp(path) for path in self.weights}
 
+    def _drop_unused(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors without old buffers and without the copy of a tied head."""
+        buffers = self.model.buffers
+        used = {name: tensor for name, tensor in tensors.items() if not name.endswith(buffers)}
+        if self.model.tied:
+            used.pop(self.model.head_name, None)
+        return used
+
+    def _check_covered(self, slot: str, tensors: dict[str, Tensor]) -> None:
+        """Raise GrowkitError unless names and shapes are those of the axis table."""
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        try:
+            self.model.table.check_covered(shapes, self.model.sizes, self.model.fields)
+        except GrowkitError as problem:
+            where = "" if slot == "params" else f"{slot}: "
+            raise GrowkitError(f"{self.path}: {where}{problem}") from None
+
     @cached_property
     def model(self) -> Architecture:
-        try:
-            return read_config(self.config)
-        except GrowkitError as problem:
-            raise type(problem)(f"{self.path}: {problem}") from None
+        """The model that the configuration describes."""
+        return read_model(self.config, self.path)
 
     @cached_property
     def files(self) -> dict[str, bytes]:
+        """The small files beside the weights, by name."""
         return self.read_files()
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the parameters (the first one's where they differ)."""
+        """The dtype of the parameters (of the first one, where they differ)."""
         return next(iter(self.tensors["params"].values())).dtype
 
     @property
@@ -224,9 +260,10 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the configuration and, of every tensor, its name, dtype, shape and three samples of 4 KiB.
+        """sha256 of the configuration and, for each tensor, name, dtype, shape and 3 x 4 KiB.
 
-        Identifies a model at the cost of opening it; `verify`, which compares every byte, is the full check.
+        It identifies a model about as fast as opening it; the full check is `growkit verify`,
+        which compares every byte.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for slot, tensors in sorted(self.tensors.items()):
@@ -254,7 +291,7 @@ class Source:
         return self.model.table.tree(stack_row)
 
     def check_unchanged(self) -> None:
-        """Raise GrowkitError when a file of the source was written to since it was opened."""
+        """Raise GrowkitError if a weight file was written to since the source was opened."""
         for path, stamp in self.stamps.items():
             if _stamp(path) != stamp:
                 raise GrowkitError(
@@ -262,22 +299,31 @@ class Source:
                 )
 
 
+def read_model(config: dict[str, Any], path: Path) -> Architecture:
+    """The model that the configuration at `path` describes. Raises GrowkitError naming the path."""
+    try:
+        return read_config(config)
+    except GrowkitError as problem:
+        raise type(problem)(f"{path}: {problem}") from None
+
+
 def read_sample(tensor: Tensor) -> bytes:
-    """The first, middle and last 4 KiB of a raw tensor's bytes; all of one that is not raw."""
+    """The first, middle and last 4 KiB of a raw tensor's bytes; all bytes of any other tensor."""
     span = tensor.span
     if span is None:
         return tensor.read().tobytes()
+    middle = max(0, span.size // 2 - SAMPLE // 2)
+    end = max(0, span.size - SAMPLE)
+    size = min(SAMPLE, span.size)
     with open(span.path, "rb") as file:
-        starts = (0, max(0, span.size // 2 - SAMPLE // 2), max(0, span.size - SAMPLE))
-        return b"".join(
-            os.pread(file.fileno(), min(SAMPLE, span.size), span.offset + start) for start in starts
-        )
+        parts = [os.pread(file.fileno(), size, span.offset + at) for at in (0, middle, end)]
+    return b"".join(parts)
 
 
 def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The array at a span, in memory of its own."""
+    """The array at a span, in memory of its own. Raises GrowkitError if the file is too short."""
     array = np.empty(shape, dtype)
-    buffer = memoryview(array.reshape(-1).view(np.uint8))
+    buffer = array.reshape(-1).view(np.uint8).data
     file = os.open(span.path, os.O_RDONLY)
     try:
         done = 0
@@ -292,18 +338,19 @@ def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
 
 
 def open_raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """The tensor whose bytes lie raw at `offset` of a file."""
+    """The tensor whose raw bytes begin at `offset` of a file."""
     span = Span(path, offset, math.prod(shape) * dtype.itemsize)
-    row = math.prod(shape[1:])
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def rows(start: int, stop: int) -> np.ndarray:
-        size = (stop - start) * row * dtype.itemsize
-        part = Span(path, offset + start * row * dtype.itemsize, size)
-        return read_span(part, (stop - start, *shape[1:]) if shape else (), dtype)
+        part = Span(path, offset + start * row_bytes, (stop - start) * row_bytes)
+        part_shape = (stop - start, *shape[1:]) if shape else ()
+        return read_span(part, part_shape, dtype)
 
     return Tensor(tuple(shape), dtype, rows, span)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
+    """Size and modification time, to notice that a file was written to."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns

@@ -24,13 +24,17 @@ def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, sh
     """
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
+    from growkit.entries import Average
+    from growkit.lineage import Lineage
     from growkit.surgery.average import average_checkpoints
 
     sources = [open_source(each) for each in src]
     contents = average_checkpoints(sources, None if weights is None else _numbers(weights))
     last = sources[-1]
     write_with_progress(sources, contents, parse_path(out), last.kind, force, shard)
-    shares = ", ".join(f"{share:.4g}" for share in contents.lineage[-1]["weights"])
+    entry = Lineage.read(contents.lineage).last_as(Average)
+    assert entry is not None, "an average says so in its lineage"
+    shares = ", ".join(f"{share:.4g}" for share in entry.weights)
     click.echo(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
     click.echo(
         f"the optimizer's moments are those of {src[-1]}, unchanged"

@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from growkit.cli.description import KINDS, format_changes
 from growkit.cli.terminal import format_json, show_progress
+
+if TYPE_CHECKING:
+    from growkit.entries import Entry
 
 TOKENS = 1024
 # The logits of so many tokens are in memory at once.
@@ -48,6 +52,8 @@ def inspect(src: str, as_json: bool) -> None:
 
 
 def _facts(facts: dict) -> str:
+    from growkit.lineage import Lineage
+
     record = facts["record"]
     trained = [f"{key} {value}" for key, value in record.items() if not isinstance(value, dict)]
     lines = [
@@ -59,8 +65,8 @@ def _facts(facts: dict) -> str:
         f"files        {', '.join(facts['files']) or 'none beside the weights'}",
         f"fingerprint  {facts['fingerprint'][:16]}",
     ]
-    for number, entry in enumerate(facts["lineage"], 1):
-        lines.append(f"lineage {number:<4} {entry.get('operation')}: {_lineage_line(entry)}")
+    for number, entry in enumerate(Lineage.read(facts["lineage"]), 1):
+        lines.append(f"lineage {number:<4} {entry.operation}: {_lineage_line(entry)}")
     return "\n".join(lines)
 
 
@@ -81,15 +87,19 @@ def _model_lines(kind: str, model: dict) -> list[str]:
     ]
 
 
-def _lineage_line(entry: dict) -> str:
+def _lineage_line(entry: Entry) -> str:
+    from growkit.entries import Growth, Training
+
     parts = []
-    if "sizes" in entry:
-        parts += [format_changes(**entry["sizes"]), entry["method"], f"function {entry['function']}"]
-    if "source" in entry:
-        parts.append(f"from {entry['source']['path']}")
-    if branch := entry.get("branch"):
-        rates = f"learning rate {branch['from']:g} to {branch['to']:g}"
-        parts.append(f"{branch['verb']}: {rates} over {branch['tokens']:,} tokens")
+    if isinstance(entry, Growth):
+        parts.append(format_changes(entry.before, entry.after))
+        parts += [entry.method, f"function {entry.function}"]
+    if entry.source:
+        parts.append(f"from {entry.source.path}")
+    if isinstance(entry, Training) and entry.branch:
+        branch = entry.branch
+        rates = f"learning rate {branch.rate:g} to {branch.to:g}"
+        parts.append(f"{branch.verb}: {rates} over {branch.tokens:,} tokens")
     return ", ".join(parts)
 
 
@@ -106,7 +116,7 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from dataclasses import asdict
 
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.comparison import compare_sources, fields_differing, model_of
+    from growkit.surgery.comparison import compare_sources, find_differences, model_of
 
     one, other = open_source(a), open_source(b)
     with show_progress("comparing", one.size + other.size) as progress:
@@ -114,8 +124,8 @@ def diff(a: str, b: str, as_json: bool) -> int:
     facts = {
         "a": _side(one),
         "b": _side(other),
-        "model": fields_differing(model_of(one), model_of(other)),
-        "config": fields_differing(one.config, other.config),
+        "model": find_differences(model_of(one), model_of(other)),
+        "config": find_differences(one.config, other.config),
         "count": [side.record.get("count") for side in (one, other)],
     }
     both = "mu" in one.tensors and "mu" in other.tensors
@@ -188,15 +198,16 @@ def verify(src: str, out: str) -> None:
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
-    from growkit.surgery.comparison import first_mismatch, last_growth, recorded_plan
+    from growkit.surgery.comparison import find_mismatch, recorded_growth, recorded_plan
 
     source, result = open_source(src), open_source(out)
     plan = recorded_plan(source, result)
-    origin = last_growth(result).get("source", {})
-    another = origin.get("fingerprint") != source.fingerprint
+    origin = recorded_growth(result).source
+    path, fingerprint = (origin.path, origin.fingerprint) if origin else (None, None)
+    another = fingerprint != source.fingerprint
     with show_progress("verifying", result.size) as progress:
-        wrong = first_mismatch(source, result, plan, progress)
-    note = f"{out} was grown from {origin.get('path')}, whose fingerprint was another than that of {src}"
+        wrong = find_mismatch(source, result, plan, progress)
+    note = f"{out} was grown from {path}, whose fingerprint was another than that of {src}"
     if wrong:
         raise GrowkitError(
             f"{out} is not what its plan makes of {src}: {wrong}{f'; {note}' if another else ''}"

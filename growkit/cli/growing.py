@@ -257,6 +257,8 @@ def grow(
 
 def _summary(source, plan, size: int, out: Path, dry_run: bool, found: dict | None) -> str:
     """The plan and what the check found, as one JSON document."""
+    from growkit.entries import Growth
+
     summary = {
         "source": str(source.path),
         "out": str(out),
@@ -267,7 +269,8 @@ def _summary(source, plan, size: int, out: Path, dry_run: bool, found: dict | No
         "notes": plan.notes,
         "tied_copies": plan.tied_copies,
     }
-    return format_json(summary | ({"check": found} if found else {}) | plan.resolved())
+    checked = {"check": found} if found else {}
+    return format_json(summary | checked | Growth.of(plan).resolved())
 
 
 COMMANDS = {"depth": depth, "width": width, "grow": grow_like}

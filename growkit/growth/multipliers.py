@@ -1,109 +1,75 @@
 """What an optimizer must multiply so that an exactly widened model goes on as the small one would.
 
-A copy that carries a share of its source's value must move by that share (learning rate: the value's scale);
-its gradients are smaller by the shares it writes (Adam's eps: mu's scale); and a global norm must count every
-source's gradient once (clip: 1 / (mu's scale squared x copies)). Width by copies alone is exact, see
-`Plan.continues`. Knows a lineage's growths and the table; leaves the optimizer to the trainer.
+A copy that carries a share of its source's value must move by that share (learning rate: the
+value's scale); its gradients are smaller by the shares it writes (Adam's eps: mu's scale); and a
+global norm must count every source's gradient once (clip: 1 / (mu's scale squared x copies)). Width
+by copies alone is exact, see `Plan.continues`. Which growths of a lineage ask for multipliers,
+`growkit.lineage` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from growkit.growth.axes import AxisMap, make_map
+from growkit.growth.axes import AxisMap
 from growkit.growth.padding import MU, VALUE
-from growkit.growth.rule import lay_along, narrow, share_scale
+from growkit.growth.plan import Plan
+from growkit.growth.shares import lay_along, narrow, share_scale
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Part, Product, Row
 
-Lineage = Sequence[Mapping[str, Any]]
-# Where a growth that `Plan.continues` states its factors in its lineage entry.
-STATED = "optimizer"
 
-
-def growths_after(
-    lineage: Lineage, last: Callable[[Mapping[str, Any]], bool]
-) -> list[Mapping[str, Any]]:
-    """The growths at the end of a lineage, in order, down to the latest entry of which `last` is true."""
-    found: list[Mapping[str, Any]] = []
-    for entry in takewhile(lambda entry: not last(entry), reversed(lineage)):
-        if "maps" in entry:
-            found.insert(0, entry)
-    return found
-
-
-def growths_owed(lineage: Lineage) -> list[Mapping[str, Any]]:
-    """The growths whose multipliers are still owed: all since the last training that went without them."""
-    return growths_after(
-        lineage, lambda entry: entry.get("operation") == "train" and not entry.get("multipliers")
-    )
-
-
-def continues(lineage: Lineage) -> bool:
-    """Whether there are growths owed and all of them are exact for the training too, and so state their factors."""
-    owed = growths_owed(lineage)
-    return bool(owed) and all(STATED in entry for entry in owed)
-
-
-def compose_maps(growths: Sequence[Mapping[str, Any]]) -> dict[str, AxisMap]:
+def compose_maps(growths: Sequence[Plan]) -> dict[str, AxisMap]:
     """Every axis that the growths, one after the other, copied, as one map from its origin.
 
     New units of a padding are nobody's copies.
     """
     composed: dict[str, AxisMap] = {}
-    for entry in growths:
-        for axis, size in entry["sizes"]["before"].items():
-            if axis in entry["maps"]:
-                recorded = entry["maps"][axis]
-                later = make_map(recorded["index"], size, recorded["share"])
+    for plan in growths:
+        for axis in plan.model.sizes:
+            if axis in plan.maps:
+                later = plan.maps[axis]
                 composed[axis] = composed[axis].then(later) if axis in composed else later
-            elif axis in composed and axis in entry["pads"]:
-                composed[axis] = composed[axis].extend(entry["pads"][axis])
+            elif axis in composed and axis in plan.pads:
+                composed[axis] = composed[axis].extend(plan.pads[axis])
     composed.pop("layer", None)
     return composed
 
 
-def multipliers(
-    model: Architecture, growths: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def multipliers(model: Architecture, growths: Sequence[Plan]) -> dict[str, dict[str, Any]]:
     """{'learning_rate' | 'eps' | 'clip': a parameter tree of factors} for a model grown so.
 
-    Each factor is a number, or where units differ an array that broadcasts to the parameter, stacked axes first.
+    Each factor is a number, or where units differ an array that broadcasts to the parameter,
+    stacked axes first.
     """
-    maps, origin = compose_maps(growths), _origin(model, growths)
+    maps = compose_maps(growths)
+    origin = growths[0].model if growths else model
     found = {row: _factors(row, model, maps, origin) for row in model.table.rows}
-    return {
-        name: model.table.tree(lambda row, name=name: found[row][name])
-        for name in ("learning_rate", "eps", "clip")
-    }
+
+    def collect(name: str) -> dict[str, Any]:
+        return model.table.tree(lambda row: found[row][name])
+
+    return {name: collect(name) for name in ("learning_rate", "eps", "clip")}
 
 
-def describe_multipliers(
-    model: Architecture, growth: Mapping[str, Any]
-) -> dict[str, dict[str, float | str]]:
+def describe_multipliers(plan: Plan) -> dict[str, dict[str, float | str]]:
     """For a lineage: row -> its three factors, 'per element' where units differ.
 
     Rows with all factors 1 are left out.
     """
-    maps, origin = compose_maps([growth]), _origin(model, [growth])
+    maps = compose_maps([plan])
     rows = {}
-    for row in model.table.rows:
-        factors = _factors(row, model, maps, origin)
+    for row in plan.grown.table.rows:
+        factors = _factors(row, plan.grown, maps, plan.model)
         if any(not isinstance(factor, float) or factor != 1.0 for factor in factors.values()):
             rows[row.name] = {
                 name: factor if isinstance(factor, float) else "per element"
                 for name, factor in factors.items()
             }
     return rows
-
-
-def _origin(model: Architecture, growths: Sequence[Mapping[str, Any]]) -> Architecture:
-    """The model before the growths."""
-    return model.resize(growths[0]["sizes"]["before"]) if growths else model
 
 
 def _factors(

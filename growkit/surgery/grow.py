@@ -1,20 +1,20 @@
-"""Growth from disk to disk: name -> source name -> recipe, for every tensor of every slot, and the lineage.
+"""Growth from disk to disk: for every tensor of the output, the recipe that makes it from the
+source.
 
-Nothing is read here: the recipes are made when the writer asks for them, so the model is never whole in
-memory. Knows how a plan and a source make contents; leaves the plan's meaning, formats and printing to others.
+Nothing is read here: recipes are followed when the writer asks for them, so the model is never
+whole in memory.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from growkit import __version__
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, zeros
-from growkit.growth.multipliers import STATED, describe_multipliers
+from growkit.entries import Growth, Origin
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source, moment_fate, needs_work
-from growkit.models.architecture import follow_layers
+from growkit.models.family import follow_layers
 from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 
@@ -30,13 +30,11 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
         }
         for slot in source.tensors
     }
-    entry = provenance(source) | plan.resolved()
-    if plan.continues:
-        entry |= {STATED: describe_multipliers(plan.grown, entry)}
+    entry = Growth.of(plan, Origin.of(source))
     return Contents(
         config=_grown_config(source, plan),
         recipes=recipes,
-        lineage=[*source.lineage, entry],
+        lineage=[*source.lineage, entry.to_json()],
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=source.files,
     )
@@ -47,13 +45,8 @@ def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
     config = plan.grown.config(source.config)
     if "layer" not in plan.maps:
         return config
-    return follow_layers(config, plan.grown.family, plan.maps["layer"].index.tolist())
-
-
-def provenance(source: Source) -> dict[str, Any]:
-    """What a lineage entry says of where a model came from."""
-    origin = {"path": str(source.path), "kind": source.kind, "fingerprint": source.fingerprint}
-    return {"growkit": __version__, "source": origin | source.record}
+    index = plan.maps["layer"].index.tolist()
+    return follow_layers(config, source.config, plan.grown.family, index)
 
 
 def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position) -> Recipe:
@@ -68,7 +61,7 @@ def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position)
 
 
 def open_grown(source: Source, plan: Plan) -> Source:
-    """The grown model as a source, its tensors made when they are read: growth without an output."""
+    """The grown model as a source without an output: its tensors are made when they are read."""
     contents = prepare_growth(source, plan)
     tensors = {
         slot: {name: _made_when_read(recipe) for name, recipe in recipes.items()}

@@ -1,4 +1,7 @@
-"""Configuration: what is written is what is run, or one sentence says which key is wrong and what would be right."""
+"""Configuration: a run gets the values that are written, or one sentence names the wrong key.
+
+The sentence also says what would be right.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import pytest
 
 from growkit.errors import UsageError
 from growkit.models.gpt_neox import GPT_NEOX
+from trainer.config.rules import Bounds, check_rules
 from trainer.config.sections import (
     Config,
     Dropout,
     Model,
+    Plateau,
+    Schedule,
     build_architecture,
     resolve,
 )
@@ -20,7 +26,7 @@ from trainer.run.directory import fill_model, find_changed_keys
 
 
 def refusal(values, *fragments):
-    """Resolving the values raises UsageError, one sentence that names these things."""
+    """Resolving the values raises UsageError: one sentence, with these fragments in it."""
     with pytest.raises(UsageError) as caught:
         resolve(values)
     for fragment in fragments:
@@ -50,7 +56,7 @@ def test_the_presets_of_the_recipe_state_the_defaults(preset):
     assert set(different) <= {"remat"}
 
 
-# Millions of parameters: all of a tied model, all of an untied one, those beside the embedding.
+# Millions of parameters: of the tied model, of the untied one, without the embedding.
 SIZES = {
     "580m": (587, 665, 510),
     "760m": (757, 834, 680),
@@ -74,7 +80,8 @@ def test_every_preset_resolves_to_the_size_it_states(preset):
 def test_a_file_and_overrides(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "optimizer: {learning_rate: 2e-4, clip: 1}\nschedule:\n  steps: 50\neval:\ndata: {train: a}\n"
+        "optimizer: {learning_rate: 2e-4, clip: 1}\n"
+        "schedule:\n  steps: 50\neval:\ndata: {train: a}\n"
     )
     overrides = [
         "schedule.warmup=5",
@@ -172,6 +179,33 @@ def test_overrides_that_cannot_be_read(override, fragment):
         read_values("760m", [override])
 
 
+@pytest.mark.parametrize(
+    "bounds,words,inside,outside",
+    [
+        (Bounds(at_least=1, whole=True), "be at least 1", [1, 9], [0]),
+        (Bounds(above=0), "be above 0", [1e-9], [0.0, -1.0]),
+        (Bounds(at_least=0, below=1), "lie in [0, 1)", [0.0, 0.5], [-0.1, 1.0]),
+        (Bounds(at_least=0, at_most=1), "lie in [0, 1]", [0.0, 1.0], [-0.1, 1.1]),
+        (Bounds(above=0, at_most=1), "lie in (0, 1]", [0.1, 1.0], [0.0, 1.1]),
+        (Bounds(at_least=0, at_most=7, whole=True), "lie between 0 and 7", [0, 7], [-1, 8]),
+    ],
+)
+def test_bounds_hold_what_they_say(bounds, words, inside, outside):
+    for value in inside:
+        bounds.check("key", value)
+    for value in outside:
+        with pytest.raises(UsageError) as caught:
+            bounds.check("key", value)
+        assert str(caught.value) == f"key must {words}, got {value}"
+
+
+def test_a_rule_is_checked_in_a_section_within_a_section():
+    check_rules(Config())
+    broken = Config(schedule=Schedule(plateau=Plateau(patience=-1)))
+    with pytest.raises(UsageError, match="schedule.plateau.patience must be at least 0, got -1"):
+        check_rules(broken)
+
+
 def test_sizes_that_contradict_each_other():
     with pytest.raises(UsageError, match="multiple of num_attention_heads, got 100 and 12"):
         build_architecture(Model(embed=100))
@@ -204,7 +238,7 @@ def test_a_source_fills_the_model_section():
 
 
 def test_a_stated_value_is_compared_as_the_number_it_is():
-    """YAML reads 1e-5 as text; it is the source's 1e-05 all the same."""
+    """YAML reads 1e-5 as text; it equals the source's 1e-05 all the same."""
     assert fill_model({"model": {"layer_norm_eps": "1e-5", "rotary_base": 10000}}, SOURCE, "here")
 
 
@@ -226,7 +260,7 @@ def test_a_model_section_that_is_not_the_sources(section, fragment):
     assert fragment in str(caught.value)
 
 
-def test_a_map_of_layers_is_no_number_to_the_base_of_60(tmp_path):
+def test_a_map_of_layers_is_not_read_as_a_number_to_the_base_of_60(tmp_path):
     (tmp_path / "grow.yaml").write_text(
         "grow: {map: 18:24, embed: 2x, mlp: 4096}\noptimizer: {multipliers: on}\n"
     )

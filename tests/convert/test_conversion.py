@@ -176,7 +176,7 @@ def test_a_number_too_large_is_refused(tmp_path, capsys):
     save_tensors(hf / "model.safetensors", tensors)
     assert run(["export", str(hf), str(tmp_path / "out"), "--dtype", "float16"]) == 1
     said = capsys.readouterr().err
-    assert "'gpt_neox.embed_in.weight' holds 70000, and float16 ends at 65504; bfloat16" in said
+    assert "'gpt_neox.embed_in.weight' holds 70000, but the largest float16 is 65504; bfloat16" in said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

@@ -1,4 +1,4 @@
-"""The data a configuration names: data sets of one file or many, parts of them, and what is said of them."""
+"""The data that a configuration names: data sets of one file or many, and parts of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def corpus(tokens, train, **data):
 
 
 def windows_of(data, number=0):
-    windows = data.mixture.parts[number][2]
+    windows = data.mixture.parts[number].windows
     return [tuple(windows[each].tolist()) for each in range(len(windows))]
 
 
@@ -107,9 +107,9 @@ def test_fractions_that_make_no_sense(tokens, fraction, fragment):
         )
 
 
-def test_what_was_drawn_is_said(tokens):
+def test_what_was_drawn_is_logged(tokens):
     data = corpus(tokens, {"whole": 3, "other": 1})
-    sizes = [len(windows) for _, _, windows in data.mixture.parts]
+    sizes = [len(part.windows) for part in data.mixture.parts]
     said = data.describe_drawn(Stream(data.mixture, 0), 400)
     shares = [float(share) for share in re.findall(r"([\d.]+)%", said)]
     epochs = [float(epoch) for epoch in re.findall(r"\(([\d.]+) epochs\)", said)]

@@ -1,4 +1,4 @@
-"""Batches: every token once, nothing held out is trained on, and pure functions of their arguments."""
+"""Batches: every token once, nothing held out is trained on, a pure function of its arguments."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growkit.errors import UsageError
-from trainer.data.stream import (
-    Joined,
-    Mixture,
-    Stream,
-    Windows,
-    check_vocabulary,
-    join_windows,
-    split_windows,
-    validation_batches,
-)
+from trainer.data.corpus import check_vocabulary
+from trainer.data.stream import DataSet, Mixture, Stream, validation_batches
 from trainer.data.tokens import TokenFile, TokenWriter
+from trainer.data.windows import JoinedWindows, Windows, join_windows, split_windows
 
 CONTEXT = 4
 RECORDED = [33392, 6032, 2868, 2328, 33120, 6520, 4408, 4736]
@@ -50,7 +43,11 @@ def files(tmp_path_factory):
 
 def mixture(files, weights=(3, 1), names=("large", "small")):
     windows = [split_windows(file, CONTEXT, 0.1)[0] for file in files]
-    return Mixture(tuple(zip(names, weights, windows, strict=True)))
+    return mixture_of(*zip(names, weights, windows, strict=True))
+
+
+def mixture_of(*parts):
+    return Mixture(tuple(DataSet(*part) for part in parts))
 
 
 def predicted(windows):
@@ -95,7 +92,7 @@ def test_windows_are_int32_of_context_and_one(files):
 
 def test_held_out_windows_are_never_drawn(files):
     train, held = split_windows(files[0], CONTEXT, 0.1)
-    stream = Stream(Mixture((("large", 1, train),)), seed=0)
+    stream = Stream(mixture_of(("large", 1, train)), seed=0)
     drawn = predicted(stream.batch(0, 2 * len(train)))
     assert set(drawn.values()) == {2}
     assert not drawn.keys() & predicted(windows_of(held)).keys()
@@ -120,24 +117,24 @@ def test_another_batch_size_continues_the_same_stream(files):
 
 
 def test_the_order_of_a_seed_is_on_record(files):
-    """A run resumes with the order it began with; a grain that shuffles otherwise breaks old runs."""
+    """A run resumes in the order it began with; a grain that shuffles otherwise breaks old runs."""
     batch = Stream(mixture(files), seed=7).batch(10**6, 8)
     assert batch[:, 0].tolist() == RECORDED
 
 
 def test_an_epoch_is_all_windows_once_and_epochs_differ(files):
     train, _ = split_windows(files[1], CONTEXT, 0.1)
-    stream = Stream(Mixture((("small", 1, train),)), seed=3)
+    stream = Stream(mixture_of(("small", 1, train)), seed=3)
     one, two = stream.batch(0, len(train)), stream.batch(len(train), len(train))
     assert set(predicted(one).values()) == set(predicted(two).values()) == {1}
     assert not np.array_equal(one, two)
-    # An epoch that does not begin at a multiple of the windows is no epoch: the check above can fail.
+    # As many windows from the middle of an epoch on repeat some: the check above can fail.
     assert set(predicted(stream.batch(100, len(train))).values()) != {1}
 
 
 def test_one_window_is_enough_to_train_on(tmp_path):
     train, _ = split_windows(token_file(tmp_path / "data", 2 * CONTEXT + 1), CONTEXT, 0.1)
-    batch = Stream(Mixture((("tiny", 1, train),)), seed=0).batch(0, 3)
+    batch = Stream(mixture_of(("tiny", 1, train)), seed=0).batch(0, 3)
     assert batch.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
@@ -169,9 +166,12 @@ def test_data_context_weights_and_windows_change_the_fingerprint(files):
     base = Stream(mixture(files), seed=1).fingerprint
     others = [
         mixture(files, (2, 1)),
-        Mixture((("large", 3, split_windows(large, CONTEXT, 0.1)[0]),)),
+        mixture_of(("large", 3, split_windows(large, CONTEXT, 0.1)[0])),
         *(
-            Mixture((("large", 3, split_windows(large, *cut)[0]), ("small", 1, split_windows(small, *cut)[0])))
+            mixture_of(
+                ("large", 3, split_windows(large, *cut)[0]),
+                ("small", 1, split_windows(small, *cut)[0]),
+            )
             for cut in ((CONTEXT, 0.2), (5, 0.1))
         ),
     ]
@@ -201,7 +201,7 @@ def test_counts_are_of_what_was_drawn(files, weights, drawn, turned):
 
 
 def test_the_asked_shares_are_not_the_counts(files):
-    """The sibling of the test above: after a few sequences, and where grain rounds weights, the two differ."""
+    """The sibling of the test above: they differ after a few sequences and for rounded weights."""
     for weights, drawn in [((3, 1), 6), ((0.301, 0.699), 5000)]:
         parts = mixture(files, weights)
         assert Stream(parts, seed=1).counts(drawn)["small"] != pytest.approx(
@@ -229,7 +229,7 @@ def test_joined_files_are_one_data_set(files):
     for number in (-1, len(joined)):
         with pytest.raises(IndexError):
             joined[number]
-    stream = Stream(Mixture((("both", 1, joined),)), seed=0)
+    stream = Stream(mixture_of(("both", 1, joined)), seed=0)
     assert predicted(stream.batch(0, 10)) == predicted(windows_of(joined))
     assert join_windows(parts[:1]) is parts[0]
     assert len({join_windows(some).identity for some in (parts, parts[::-1], parts[:2])}) == 3
@@ -238,7 +238,7 @@ def test_joined_files_are_one_data_set(files):
 def test_windows_joined_wrongly_would_be_seen(files, monkeypatch):
     """The sibling of the test above: bounds that are off repeat one window and lose another."""
     parts = [Windows(files[0], CONTEXT, 0, 5), Windows(files[1], CONTEXT, 2, 5)]
-    monkeypatch.setattr(Joined, "_ends", [4, 7])
+    monkeypatch.setattr(JoinedWindows, "_ends", [4, 7])
     windows = windows_of(join_windows(parts))
     assert not np.array_equal(
         windows, [*windows_of(parts[0]), *windows_of(parts[1])][: len(windows)]
@@ -292,6 +292,14 @@ def test_text_too_short_for_the_context(tmp_path, tokens, advice):
     assert caught.value.exit_code == 2
 
 
+def test_all_windows_of_a_file_need_no_second_one(tmp_path):
+    file = token_file(tmp_path / "data", CONTEXT + 1)
+    assert len(Windows.all(file, CONTEXT)) == 1
+    sentence = "5 tokens, too few for one window at context 5; the largest .* is 4$"
+    with pytest.raises(UsageError, match=sentence):
+        Windows.all(file, CONTEXT + 1)
+
+
 def test_the_largest_context_that_is_advised_works(tmp_path):
     file = token_file(tmp_path / "data", 8)
     assert [len(each) for each in split_windows(file, 3, 0.5)] == [1, 1]
@@ -313,7 +321,7 @@ def test_a_vocabulary_too_small_by_the_manifest(tmp_path):
 
 
 def test_a_vocabulary_too_small_by_the_ids(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.stream._TOKENS_AT_ONCE", 30)
+    monkeypatch.setattr("trainer.data.corpus._TOKENS_AT_ONCE", 30)
     file = token_file(tmp_path / "data", 100, vocab_size=300)
     check_vocabulary(file, 100)
     with pytest.raises(UsageError, match="ids up to 99 .* has 99"):
@@ -332,4 +340,4 @@ def test_mixtures_that_make_no_sense(files):
         ((("a", 1, windows), ("b", 1, windows)), "b and a are the same"),
     ]:
         with pytest.raises(UsageError, match=fragment):
-            Mixture(parts)
+            mixture_of(*parts)

@@ -1,4 +1,4 @@
-"""Work spread over processes: the same bytes as from one, and nothing left behind, however it ends."""
+"""Work spread over processes: the same bytes as from one, and nothing left behind at any end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_results_in_another_order_would_be_seen(tmp_path, bpe, monkeypatch):
     short = [text for text in documents() if len(text) < 3000]
     tokenize_documents(short, tmp_path / "whole", bpe)
     monkeypatch.setattr(
-        module, "_results", lambda pool, tasks, ahead: reversed(list(pool.map(module._run, tasks)))
+        module,
+        "_collect_results",
+        lambda pool, tasks, ahead: reversed(list(pool.map(module._run_task, tasks))),
     )
     tokenize_documents(short, tmp_path / "turned", bpe, processes=2)
     assert contents_of(tmp_path / "turned") != contents_of(tmp_path / "whole")
@@ -106,15 +108,17 @@ def test_a_process_that_is_killed_is_one_sentence():
 
 def test_no_more_tasks_are_read_than_can_be_worked_on():
     read = []
-    results = map_in_order(Square, (), (read.append(number) or number for number in range(20, 120)), 2)
+    results = map_in_order(
+        Square, (), (read.append(number) or number for number in range(20, 120)), 2
+    )
     assert [next(results) for _ in range(5)] == [number**2 for number in range(20, 25)]
-    assert len(read) <= 5 + 2 * module._AHEAD
+    assert len(read) <= 5 + 2 * module._TASKS_AHEAD
     results.close()
     assert len(read) < 100
 
 
 def start(directory, out):
-    """The command over some 20 MB of text, in a process group of its own, once its output is begun."""
+    """Run the command over some 20 MB of text in its own process group; wait for its output."""
     code = "from growkit.cli import main; main()"
     arguments = [
         "tokenize",

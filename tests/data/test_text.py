@@ -1,4 +1,7 @@
-"""Reading text: every form gives the same documents, shards are all of it once, what cannot be read is named."""
+"""Reading text: every form gives the same documents, and shards are all of them once.
+
+What cannot be read is named.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,7 @@ def test_shards_of_one_file_are_all_blocks_once(folder, monkeypatch, name, count
 
 
 def test_a_shard_taken_twice_would_be_seen(folder, monkeypatch):
-    """The sibling of the two tests above: shards that begin one later lose the first and take another twice."""
+    """The sibling of the two tests above: shards that begin one later lose the first block."""
     monkeypatch.setattr(
         Shard, "select", lambda shard, things: list(things)[shard.number :: shard.count]
     )
@@ -121,7 +124,11 @@ def test_a_shard_taken_twice_would_be_seen(folder, monkeypatch):
 
 
 def shard_of(inputs, number, count):
-    return [text for block in inputs.read_blocks(Shard(number, count)) for text, _ in block.read_documents()]
+    return [
+        text
+        for block in inputs.read_blocks(Shard(number, count))
+        for text, _ in block.read_documents()
+    ]
 
 
 def test_a_shard_reads_its_own_files_only(folder):

@@ -12,9 +12,9 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
+from growkit.quantity import parse_count
 from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
-from trainer.config.quantity import parse_count
 
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 STEP = SEQUENCES * TINY.context

@@ -23,13 +23,13 @@ from test_training import (  # noqa: F401 (fixtures)
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
+from growkit.lineage import Lineage
 from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
 from trainer.log.curves import split_segments
 from trainer.log.history import History
-from trainer.run.growth import grown_at
 from trainer.run.loop import Run
 
 AT = 6
@@ -70,7 +70,10 @@ def on_disk(small, data, tmp_path_factory):  # noqa: F811
     root, runs = tmp_path_factory.mktemp("disk"), {}
     source = open_source(f"{small}@{AT}")
     write_output(
-        root / "grown", "checkpoint", prepare_growth(source, plan_depth(source.model, "2:3")), [source]
+        root / "grown",
+        "checkpoint",
+        prepare_growth(source, plan_depth(source.model, "2:3")),
+        [source],
     )
     for rewarmup in (3, 0):
         sections = settings(data, schedule={"continued": True, "rewarmup": rewarmup})
@@ -128,7 +131,8 @@ def test_the_schedule_goes_on_under_a_warm_up_that_counts_from_the_growth(whole,
 def test_the_run_says_what_happened(whole):
     source = open_source(str(whole))
     assert [entry["operation"] for entry in source.lineage] == ["train", "depth", "train"]
-    assert source.lineage[1]["source"]["step"] == AT and grown_at(source.lineage) == AT
+    assert source.lineage[1]["source"]["step"] == AT
+    assert Lineage.read(source.lineage).grown_at == AT
     assert source.model.layer == 3 and open_source(f"{whole}@{AT}").model.layer == 2
     events = [(row["step"], row["event"]) for row in rows_of(whole) if row["event"]]
     assert events == [("0", "start"), (str(AT), "grown: layer 2 to 3")]
@@ -235,7 +239,7 @@ def test_growth_on_the_way_of_a_run_that_begins_with_a_source(data, small, tmp_p
     train_run(sections, tmp_path / "run", str(small))
     lineage = open_source(str(tmp_path / "run")).lineage
     assert [entry["operation"] for entry in lineage] == ["train", "train", "depth", "train"]
-    assert lineage[-1]["source"]["schedule_step"] == AT == grown_at(lineage)
+    assert lineage[-1]["source"]["schedule_step"] == AT == Lineage.read(lineage).grown_at
 
 
 @pytest.mark.parametrize(
@@ -258,16 +262,5 @@ def test_growth_that_cannot_come(data, tmp_path, section, said):  # noqa: F811
     assert not (tmp_path / "run").exists()
 
 
-def test_a_schedule_begun_again_after_a_growth_knows_it_no_more():
-    train = {"operation": "train", "config": {"schedule": {"continued": False}}}
-    on = {"operation": "train", "config": {"schedule": {"continued": True}}}
-    growth = {"operation": "depth", "maps": {}, "source": {"schedule_step": 6}}
-    assert grown_at([train, growth, on]) == grown_at([train, growth, on, on]) == 6
-    assert (
-        grown_at([train, growth, train])
-        is grown_at([growth, train, on])
-        is grown_at([train, on])
-        is None
-    )
-    assert grown_at([growth, {"operation": "import"}, on]) is None
+def test_a_step_of_growth_may_be_given_as_a_number():
     assert resolve({"grow": {"at": 6, "map": "2:3"}}).grow.at == "6"

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.config.quantity import format_count
+from growkit.quantity import format_count
 from trainer.plan.cost import Devices
 from trainer.study import advice as laws
 from trainer.study.advice import CLAIMS, Growth, Size

@@ -107,7 +107,7 @@ def _read_growth(target: str, source: str | None, tokens: str | None, flops: str
 
 def _read_budget(target: Size, tokens: str | None, flops: str | None) -> float:
     """The training FLOPs of the budget."""
-    from trainer.config.quantity import parse_count
+    from growkit.quantity import parse_count
 
     if flops is not None:
         return float(parse_count(flops, "--flops", MOST_FLOPS))
@@ -121,7 +121,7 @@ def read_size(text: str, option: str) -> tuple[Size, Architecture | None]:
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import UsageError
-    from trainer.config.quantity import parse_count
+    from growkit.quantity import parse_count
     from trainer.config.values import list_presets
     from trainer.study.advice import Size
 
@@ -155,7 +155,7 @@ def _read_configured_model(name: str) -> Architecture:
 
 def recommend_source(target: Size, model: Architecture | None) -> Size:
     """The source that G_stack recommends: a fourth of the target's layers, or of a bare count."""
-    from trainer.config.quantity import format_count
+    from growkit.quantity import format_count
     from trainer.study.advice import Size, recommend_layers, recommend_parameters
 
     if model is None:

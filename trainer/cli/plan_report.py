@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.config.quantity import format_count
+from growkit.quantity import format_count
 from trainer.devices.accelerators import GIB
 from trainer.plan.compiler import Memory
 from trainer.plan.plan import Plan

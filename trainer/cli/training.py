@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from growkit.cli import INTERRUPTED, TERMINATED
+
+if TYPE_CHECKING:
+    from growkit.entries import Branch
 
 
 @click.command()
@@ -135,7 +139,7 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     the last one that RUN trained with, without a warm-up. The lineage records the branch. The same command given
     again resumes RUN2.
     """
-    from trainer.config.quantity import parse_count
+    from growkit.quantity import parse_count
     from trainer.devices.hosts import is_writer, join_cluster
     from trainer.run.anneal import plan_annealing, read_annealing
 
@@ -147,7 +151,7 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     steps = values["schedule"]["steps"]
     if is_writer():
         click.echo(
-            f"{out}: learning rate {branch['from']:g} to {to:g}, linearly over {steps:,} steps",
+            f"{out}: learning rate {branch.rate:g} to {to:g}, linearly over {steps:,} steps",
             err=True,
         )
     return _told(out, train_run(values, out, src, branch=branch))
@@ -163,7 +167,7 @@ def train_run(
     out: str | Path,
     start: str | None = None,
     allow_gap: bool = False,
-    branch: dict | None = None,
+    branch: Branch | None = None,
     show: type | None = None,
 ):
     """Train by nested configuration values, from a source or anew, or resume; returns the loop's result.

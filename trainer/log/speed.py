@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.quantity import format_count
+from growkit.quantity import format_count
 from trainer.devices.accelerators import peak_flops
 
 SHORTEST_TIME = 1e-9  # seconds; keeps a speed finite where the clock did not move

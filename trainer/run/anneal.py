@@ -14,21 +14,23 @@ import numpy as np
 
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
+from growkit.entries import Branch, Training
 from growkit.errors import UsageError
+from growkit.lineage import Lineage
 from trainer.config.sections import Config, resolve
 from trainer.config.values import apply_overrides
 from trainer.run.checkpoint import find_last_step
 from trainer.run.directory import read_run
-from trainer.run.growth import grown_at
 from trainer.step.schedule import compute_learning_rate
 
+VERB = "anneal"
 # What an annealing takes from the run or works out itself.
 SETTLED = ("model", "grow", "schedule", "optimizer.learning_rate")
 
 
 def plan_annealing(
     name: str, to: float, tokens: int, overrides: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], Branch]:
     """The nested configuration values of the annealing of the run `name`, and what its lineage says of the branch.
 
     to: the rate of the last step. Raises UsageError for what is no run, a rate that would rise, too few tokens.
@@ -52,12 +54,12 @@ def plan_annealing(
         )
     schedule = {"kind": "linear", "steps": tokens // step, "warmup": 0, "floor": to / rate}
     values |= {"schedule": schedule, "optimizer": values["optimizer"] | {"learning_rate": rate}}
-    return values, {"verb": "anneal", "from": rate, "to": to, "tokens": tokens}
+    return values, Branch(VERB, rate, to, tokens)
 
 
 def read_annealing(
     out: str | os.PathLike, to: float, tokens: int, overrides: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
+) -> tuple[dict[str, Any], Branch] | None:
     """What `plan_annealing` gave when the annealing in `out` was begun; None when it has no checkpoint yet.
 
     The run it branched from may have gone on, or be gone. Raises UsageError when `out` is another run.
@@ -65,12 +67,13 @@ def read_annealing(
     stored = read_run(out)
     if stored is None or find_last_step(out) is None:
         return None
-    branch = open_source(str(out)).lineage[-1].get("branch", {})
-    if branch.get("verb") != "anneal":
+    training = Lineage.read(open_source(str(out)).lineage).last_as(Training)
+    branch = training.branch if training else None
+    if branch is None or branch.verb != VERB:
         raise UsageError(f"{out} is a run that annealing did not begin; name another --out")
-    if (branch["to"], branch["tokens"]) != (to, tokens):
+    if (branch.to, branch.tokens) != (to, tokens):
         raise UsageError(
-            f"{out} was begun with --to {branch['to']:g} --tokens {branch['tokens']}, got {to:g} and {tokens}; "
+            f"{out} was begun with --to {branch.to:g} --tokens {branch.tokens}, got {to:g} and {tokens}; "
             f"name another --out"
         )
     return _overridden(stored["config"], overrides), branch
@@ -79,22 +82,21 @@ def read_annealing(
 def compute_current_rate(source: Source, config: Config) -> float:
     """The learning rate of the last step that a checkpoint was trained with, its plateaus included; 0 at step 0."""
     step = source.record["schedule_step"] - 1
-    rate = compute_learning_rate(
-        config.schedule, config.optimizer.learning_rate, step, grown_at(source.lineage)
-    )
+    grown_at = Lineage.read(source.lineage).grown_at
+    rate = compute_learning_rate(config.schedule, config.optimizer.learning_rate, step, grown_at)
     # As few digits as give the same number again.
     return float(str(np.asarray(rate * source.record.get("reduction", 1.0))[()]))
 
 
 def _configuration(source: Source, name: str) -> Config:
     """The configuration that a checkpoint was trained by, without the growth that it began with."""
-    last = source.lineage[-1] if source.lineage else {}
-    if source.kind != "checkpoint" or last.get("operation") != "train":
+    training = Lineage.read(source.lineage).last_as(Training)
+    if source.kind != "checkpoint" or training is None:
         raise UsageError(
             f"{name} is not a run's checkpoint, so it has no schedule to come down from; train it on with "
             f"`growkit train CONFIG --from {name}`"
         )
-    return resolve({key: value for key, value in last["config"].items() if key != "grow"})
+    return resolve({key: value for key, value in training.config.items() if key != "grow"})
 
 
 def _overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

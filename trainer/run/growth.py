@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from growkit.entries import Growth
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.growth.multipliers import Lineage, continues, growths_after, growths_owed, multipliers
-from growkit.growth.plan import Plan, combine_plans, read_plan, set_options
+from growkit.growth.multipliers import multipliers
+from growkit.growth.plan import Plan, combine_plans, set_options
 from growkit.growth.width import plan_width
+from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Dropout, Grow, build_architecture, build_section
 from trainer.log.history import GROWN
@@ -66,17 +68,12 @@ def grow_config(config: Config, plan: Plan) -> Config:
     )
 
 
-def last_growths(lineage: Lineage) -> list[Mapping[str, Any]]:
-    """The growths at the end of a source's lineage, which no training has followed."""
-    return growths_after(lineage, lambda entry: entry.get("operation") == "train")
-
-
 def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> Multipliers | None:
     """The multipliers to apply to a model of this lineage, None for none. setting: on, off or auto."""
-    growths = growths_owed(lineage)
-    if setting == "off" or not growths or (setting == "auto" and not continues(lineage)):
+    growths = lineage.growths_owed()
+    if setting == "off" or not growths or (setting == "auto" and not lineage.continues):
         return None
-    return Multipliers(**multipliers(model, growths))
+    return Multipliers(**multipliers(model, [growth.plan_within(model) for growth in growths]))
 
 
 def compute_allowed_gap(config: Config) -> float:
@@ -84,36 +81,20 @@ def compute_allowed_gap(config: Config) -> float:
     return max(ROUNDING[config.precision.params], ROUNDING[config.precision.compute])
 
 
-def grown_at(lineage: Lineage) -> int | None:
-    """The step of the present schedule at which the model was last grown; None for a schedule begun since.
-
-    lineage: this training's entry last.
-    """
-    for entry in reversed(lineage):
-        if "maps" in entry:
-            return entry["source"].get("schedule_step", 0)
-        if entry.get("operation") != "train" or not entry["config"]["schedule"].get("continued"):
-            return None
-    return None
-
-
 def describe_beginning(lineage: Lineage, step: int) -> str:
     """The first event of a run, or of what follows a growth at a step of it: which sizes grew, where any did."""
-    came_from = lineage[-2] if len(lineage) > 1 else {}
-    if "sizes" not in came_from:
+    growth = lineage.before_last.last_as(Growth)
+    if growth is None:
         return "start"
-    before, after = came_from["sizes"]["before"], came_from["sizes"]["after"]
-    changed = ", ".join(
-        f"{axis} {before[axis]} to {after[axis]}" for axis in after if before[axis] != after[axis]
-    )
+    changed = ", ".join(f"{axis} {old} to {new}" for axis, (old, new) in growth.changes.items())
     return f"{GROWN}: {changed}" if step else f"start, {GROWN}: {changed}"
 
 
 def describe_growths(lineage: Lineage, model: Architecture, dropout: Dropout) -> Iterator[str]:
     """What the growths before this training mean for it, in sentences."""
-    if lineage[-1]["multipliers"]:
+    if lineage.last_training.multipliers:
         yield "exact growth in width: learning rates, eps and clip weights are multiplied for each parameter"
-    if tied := find_tied_axes(lineage[:-1], model, dropout):
+    if tied := find_tied_axes(lineage.before_last, model, dropout):
         yield (
             f"warning: the copies of {', '.join(tied)} have equal gradients and dropout is 0, so they stay equal; "
             f"grow with --noise or --spread, or train with dropout"
@@ -128,8 +109,8 @@ def compare_with_source(
     source: the source's record. windows: what the validation ran on. Raises GrowkitError where the two losses differ
     by more than `allowed`.
     """
-    growths = last_growths(lineage)
-    if not growths or any(entry["function"] != "preserved" for entry in growths):
+    growths = lineage.last_growths()
+    if not growths or not all(growth.preserved for growth in growths):
         return None
     before = source.get("validation_loss")
     if before is None or source.get("validation_windows") != windows:
@@ -148,8 +129,7 @@ def compare_with_source(
 
 def find_tied_axes(lineage: Lineage, model: Architecture, dropout: Dropout) -> tuple[str, ...]:
     """The axes whose copies, made by the last growth, will stay equal: exact copies, trained without dropout."""
-    growths = last_growths(lineage)
+    growths = lineage.last_growths()
     if not growths or dropout.hidden or dropout.attention or dropout.embedding:
         return ()
-    entry = growths[-1]
-    return read_plan(entry, model.resize(entry["sizes"]["before"])).tied_copies
+    return growths[-1].plan_within(model).tied_copies

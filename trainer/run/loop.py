@@ -20,13 +20,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from growkit import __version__
 from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
+from growkit.entries import Branch, Origin, Training
 from growkit.errors import GrowkitError
+from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
-from growkit.surgery.grow import open_grown, provenance
+from growkit.surgery.grow import open_grown
 from trainer.config.sections import Config, build_architecture
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.data.stream import validation_batches
@@ -76,7 +77,7 @@ class Run:
         source: Source | None = None,
         start: str | None = None,
         allow_gap: bool = False,
-        branch: dict[str, Any] | None = None,
+        branch: Branch | None = None,
     ):
         self.source, self.allow_gap, self.branch = source, allow_gap, branch
         self.directory = epath.Path(out)
@@ -144,7 +145,7 @@ class Run:
         self.reduction = compute_reduction(losses, self.config.schedule, self.lineage)
         config, grown_at = (
             reduce_learning_rate(self.config, self.reduction),
-            growth.grown_at(self.lineage),
+            self.lineage.grown_at,
         )
         others = (self.model, self.multipliers, self.layout, grown_at)
         self.train_step = select_step(
@@ -164,7 +165,7 @@ class Run:
     def _resume(self, last: int) -> dict[str, Any]:
         """Go on from a checkpoint of this run; returns its record."""
         self.state, meta = self.checkpoints.restore(last, self.like)
-        self.hf_config, self.lineage = meta["config"], meta["lineage"]
+        self.hf_config, self.lineage = meta["config"], Lineage.read(meta["lineage"])
         self.files = {
             name: text for name, text in self.checkpoints.files(last).items() if name != EARLIER
         }
@@ -174,7 +175,7 @@ class Run:
     def _begin(self) -> dict[str, Any]:
         """Begin with the source, grown first if the configuration says so, or with a new model; returns its record."""
         source, end = self.source, self.data.end_of_text
-        entry = provenance(source) if source else {"growkit": __version__}
+        origin = Origin.of(source) if source else None
         plan = (
             growth.plan_growth(self.config.grow, source.model)
             if source and not self.growth_to_come
@@ -186,14 +187,15 @@ class Run:
         self.state = state._replace(step=place(np.int32(self.step), self.like.step.sharding))
         base = source.config if source else {"bos_token_id": end, "eos_token_id": end}
         self.hf_config = self.model.config(base)
-        before = source.lineage if source else []
+        before = Lineage.read(source.lineage if source else [])
         applied = (
             growth.select_multipliers(self.config.optimizer.multipliers, before, self.model)
             is not None
         )
-        entry |= {"operation": "train", "multipliers": applied, "config": self.config.to_dict()}
-        entry |= {"branch": self.branch} if self.branch else {}
-        self.lineage = [*before, entry]
+        entry = Training(
+            source=origin, multipliers=applied, config=self.config.to_dict(), branch=self.branch
+        )
+        self.lineage = before.followed_by(entry)
         carried = dict(source.files) if source else {}
         earlier = carried.pop(EARLIER, b"")
         if not self.step:
@@ -203,10 +205,8 @@ class Run:
 
     def _multipliers(self) -> Multipliers | None:
         """What the growths before this training ask of the optimizer, where this run applies it."""
-        *before, training = self.lineage
-        return growth.select_multipliers(
-            "on" if training["multipliers"] else "off", before, self.model
-        )
+        applied = "on" if self.lineage.last_training.multipliers else "off"
+        return growth.select_multipliers(applied, self.lineage.before_last, self.model)
 
     def _utilization(self) -> Utilization:
         devices = self.layout.mesh.devices
@@ -263,8 +263,8 @@ class Run:
             self.held.close()
 
     def _announce(self) -> None:
-        model, before = self.config.model, self.lineage[-1].get("source")
-        origin = f", from {before['path']}" if before else ", new"
+        model, before = self.config.model, self.lineage.last_training.source
+        origin = f", from {before.path}" if before else ", new"
         self.report.say(
             f"model: {model.layer} layers, embed {model.embed}, {model.head} heads, mlp {model.mlp}, "
             f"{self.model.parameters:,} parameters{origin}"
@@ -392,7 +392,9 @@ class Run:
             f"step {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 30)):.2f}"
         )
         if self.position.drawn(self.step):
-            self.report.say(self.data.describe_drawn(self.position.stream, self.position.drawn(self.step)))
+            self.report.say(
+                self.data.describe_drawn(self.position.stream, self.position.drawn(self.step))
+            )
         if self.step == self.first and not self.resumed:
             self._compare(loss)
         self._heed_plateau()
@@ -404,7 +406,11 @@ class Run:
 
     def _measure_if_due(self) -> None:
         """Ask the tasks where they are due and were not asked before a resume."""
-        if not self.tasks or not self._tasks_due() or self.history.find_scores(self.step) is not None:
+        if (
+            not self.tasks
+            or not self._tasks_due()
+            or self.history.find_scores(self.step) is not None
+        ):
             return
         scores = self.tasks.scores(self.state.params, self.interrupt.stopped)
         if scores is not None:
@@ -419,7 +425,9 @@ class Run:
         source = self.source.record if self.source else {}
         windows = self.data.validation_fingerprint(self.config.eval.windows)
         allowed = math.inf if self.allow_gap else growth.compute_allowed_gap(self.config)
-        if said := growth.compare_with_source(self.lineage[:-1], loss, source, windows, allowed):
+        if said := growth.compare_with_source(
+            self.lineage.before_last, loss, source, windows, allowed
+        ):
             self.report.say(said)
 
     def _heed_plateau(self) -> None:
@@ -460,7 +468,7 @@ class Run:
         files = self.files | {EARLIER: self.history.export()}
         record = self.record()
         saved = self.checkpoints.save(
-            self.step, self.state, self.hf_config, self.lineage, record, files
+            self.step, self.state, self.hf_config, self.lineage.to_json(), record, files
         )
         self.saved_at = time.monotonic()
         if saved and record["validation_loss"] is None:

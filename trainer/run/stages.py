@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import Any
 
 from growkit.checkpoint.tensor import Source
+from growkit.entries import Branch
 from trainer.config.sections import Config
 from trainer.log.report import Report, Result
 from trainer.run.loop import Run
@@ -22,7 +22,7 @@ def train(
     source: Source | None = None,
     start: str | None = None,
     allow_gap: bool = False,
-    branch: dict[str, Any] | None = None,
+    branch: Branch | None = None,
     show: type[Report] = Report,
 ) -> Result:
     """Begin the run `out` or go on with it, to its end or to a signal; arguments as those of `trainer.run.loop.Run`."""

@@ -1,7 +1,4 @@
-"""Large counts as one writes them: 41B tokens, 760M parameters, 1e21 FLOPs.
-
-Knows the units K, M, B and T, both ways; leaves what is counted to others.
-"""
+"""Large counts as people write them: 41B tokens, 760M parameters, 1e21 FLOPs; both ways."""
 
 from __future__ import annotations
 
@@ -13,14 +10,18 @@ UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(text: str, what: str, below: float = 1e18) -> int:
-    """The number that 5B, 500M, 1e9, 2.5B or 1_000_000 is; `what` begins the sentence of the UsageError for others."""
+    """The whole number that a text as 5B, 500M, 1e9, 2.5B or 1_000_000 stands for.
+
+    Raises UsageError, with `what` as its subject, unless that is a whole number from 1 to `below`.
+    """
     unit = UNITS.get(text[-1:].upper())
+    digits = text[:-1] if unit else text
     try:
-        count = Decimal(text[:-1] if unit else text) * (unit or 1)
-        right = 1 <= count < below and count == int(count)
+        count = Decimal(digits) * (unit or 1)
+        valid = 1 <= count < below and count == int(count)
     except ArithmeticError:
-        right = False
-    if not right:
+        valid = False
+    if not valid:
         raise UsageError(
             f"{what} is a whole number above 0, as 5B, 500M, 1e9 or 1000000, got {text!r}"
         )
@@ -28,8 +29,9 @@ def parse_count(text: str, what: str, below: float = 1e18) -> int:
 
 
 def format_count(count: float) -> str:
-    """A count to three digits: 13.5B, 760M."""
+    """A count in three digits: 13.5B, 760M."""
     for unit, size in reversed(UNITS.items()):
+        # 999,500 and more is written as 1M, which is what three digits of 999.5K round to.
         if count >= 0.9995 * size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"

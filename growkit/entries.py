@@ -1,0 +1,356 @@
+"""The entries of a lineage: what was done to a model, one frozen dataclass for each kind of operation.
+
+    Growth     depth, width or grow          Training     one run, or one part of a run
+    Average    the mean of checkpoints       Conversion   import or export
+    Unknown    anything else                 Origin       the model that an entry began with
+
+Files hold an entry as a JSON object. `read_entry` reads it, and `to_json` gives back exactly what was
+read. An entry that this version does not know is kept as it is. The order of entries, and what follows
+from it, is in `growkit.lineage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from growkit import __version__
+from growkit.growth.axes import AxisMap
+from growkit.growth.multipliers import describe_multipliers
+from growkit.growth.plan import Plan, build_plan
+from growkit.models.architecture import Architecture
+
+# What a JSON value of the wrong shape raises while it is read.
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+
+
+class Described(Protocol):
+    """What a lineage needs to know of a model on disk: a `growkit.checkpoint.tensor.Source`, say."""
+
+    path: Path
+    kind: str
+    record: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that an entry began with: where it lay, which one it was, and how far it was trained.
+
+    record: the checkpoint's position (step, tokens, ...), empty for a model that has none.
+    """
+
+    path: str
+    kind: str
+    fingerprint: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Described) -> Origin:
+        """The origin that a model on disk is for what is made from it."""
+        return cls(str(source.path), source.kind, source.fingerprint, source.record)
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Origin:
+        """An origin from its JSON object, which has the record's keys beside its own."""
+        own = ("path", "kind", "fingerprint")
+        record = {key: value for key, value in stored.items() if key not in own}
+        return cls(stored["path"], stored["kind"], stored["fingerprint"], record)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {"path": self.path, "kind": self.kind, "fingerprint": self.fingerprint}
+        return own | dict(self.record)
+
+    @property
+    def schedule_step(self) -> int:
+        """The step of the learning rate's schedule, 0 where no training is on record."""
+        return int(self.record.get("schedule_step", 0))
+
+    @property
+    def reduction(self) -> float:
+        """What plateaus had multiplied the learning rate by."""
+        return float(self.record.get("reduction", 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What every entry states. source: None for a new model. more: keys that this version does not know."""
+
+    operation: str
+    source: Origin | None = None
+    growkit: str = __version__
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as files hold it."""
+        origin = {"source": self.source.to_json()} if self.source else {}
+        stated = {"growkit": self.growkit} | origin | {"operation": self.operation}
+        return stated | self._facts() | dict(self.more)
+
+    def _facts(self) -> dict[str, Any]:
+        """What this kind of entry states beside what every entry does."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The map of one axis: which old unit each new one copies, and which share of it the new one carries."""
+
+    index: list[int]
+    share: list[float]
+
+    def axis_map(self, size: int) -> AxisMap:
+        """The map as growth uses it, for an axis of `size` old units. Raises ValueError where it does not fit."""
+        index = np.asarray(self.index, np.int64)
+        return AxisMap(index, np.asarray(self.share, np.float64), size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth(Entry):
+    """A growth by a plan; operation is the verb.
+
+    before, after: the size of every axis. pads: {axis: new size}. count: what became of Adam's count, 'kept' or
+    'reset'. function: 'preserved' or 'not preserved'. optimizer: the factors on learning rates, eps and clip with
+    which training goes on exactly as the small model's would, in words; None where it does not.
+    """
+
+    method: str
+    maps: Mapping[str, Copies]
+    pads: Mapping[str, int]
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    moments: str
+    count: str
+    noise: float
+    seed: int
+    function: str
+    optimizer: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, source: Origin | None = None) -> Growth:
+        """The entry of a growth by this plan."""
+        maps = {
+            axis: Copies(axis_map.index.tolist(), axis_map.share.tolist())
+            for axis, axis_map in plan.maps.items()
+        }
+        return cls(
+            source=source,
+            operation=plan.verb,
+            method=plan.method,
+            maps=maps,
+            pads=plan.pads,
+            before=plan.model.sizes,
+            after=plan.grown.sizes,
+            moments=plan.moments,
+            count="reset" if plan.moments == "reset" else "kept",
+            noise=plan.noise,
+            seed=plan.seed,
+            function="preserved" if plan.preserved else "not preserved",
+            optimizer=describe_multipliers(plan) if plan.continues else None,
+        )
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Growth:
+        maps = {axis: Copies(m["index"], m["share"]) for axis, m in stored["maps"].items()}
+        plain = ("method", "pads", "moments", "count", "noise", "seed", "function")
+        return cls(
+            **common,
+            **{name: stored[name] for name in plain},
+            maps=maps,
+            before=stored["sizes"]["before"],
+            after=stored["sizes"]["after"],
+            optimizer=stored.get("optimizer"),
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        optimizer = {"optimizer": self.optimizer} if self.optimizer is not None else {}
+        return self.resolved() | optimizer
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value of the plan, as JSON."""
+        maps = {axis: {"index": m.index, "share": m.share} for axis, m in self.maps.items()}
+        return {
+            "operation": self.operation,
+            "method": self.method,
+            "maps": maps,
+            "pads": self.pads,
+            "sizes": {"before": self.before, "after": self.after},
+            "moments": self.moments,
+            "count": self.count,
+            "noise": self.noise,
+            "seed": self.seed,
+            "function": self.function,
+        }
+
+    @property
+    def preserved(self) -> bool:
+        """Whether the grown model computes the source's function."""
+        return self.function == "preserved"
+
+    @property
+    def continues(self) -> bool:
+        """Whether, with the factors stated, training goes on exactly as the small model's would."""
+        return self.optimizer is not None
+
+    @property
+    def changes(self) -> dict[str, tuple[int, int]]:
+        """{axis: (size before, size after)} of the axes that grew."""
+        return {
+            axis: (self.before[axis], size)
+            for axis, size in self.after.items()
+            if self.before[axis] != size
+        }
+
+    def plan(self, model: Architecture) -> Plan:
+        """The plan that was carried out, for a model of the sizes before it.
+
+        Raises KeyError, TypeError or ValueError, or what a plan raises, for values that make no plan.
+        """
+        maps = {axis: copies.axis_map(model.sizes[axis]) for axis, copies in self.maps.items()}
+        options = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
+        return build_plan(self.operation, self.method, model, maps, self.pads, **options)
+
+    def plan_within(self, model: Architecture) -> Plan:
+        """The same plan, for a model of this lineage at whatever sizes it has now."""
+        return self.plan(model.resize(self.before))
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a lineage says of a run that began as a branch of another: an annealing of the learning rate.
+
+    rate: the learning rate it began at; to: the one it ends at; tokens: over how many.
+    """
+
+    verb: str
+    rate: float
+    to: float
+    tokens: int
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Branch:
+        return cls(stored["verb"], stored["from"], stored["to"], stored["tokens"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"verb": self.verb, "from": self.rate, "to": self.to, "tokens": self.tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Entry):
+    """A training, from its start or from a growth on the way.
+
+    multipliers: whether the factors of the growths before it are applied. config: the resolved configuration, as
+    nested values.
+    """
+
+    operation: str = "train"
+    multipliers: bool
+    config: Mapping[str, Any]
+    branch: Branch | None = None
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Training:
+        branch = Branch.read(stored["branch"]) if "branch" in stored else None
+        return cls(
+            **common, multipliers=stored["multipliers"], config=stored["config"], branch=branch
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        branch = {"branch": self.branch.to_json()} if self.branch else {}
+        return {"multipliers": self.multipliers, "config": self.config} | branch
+
+    @property
+    def continued(self) -> bool:
+        """Whether the schedule went on where the source's stood, and did not begin again."""
+        return bool(self.config["schedule"].get("continued"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average(Entry):
+    """The weighted mean of several models' parameters; all else is the last one's, which is the source."""
+
+    operation: str = "average"
+    averaged: Sequence[Origin]
+    weights: Sequence[float]
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Average:
+        averaged = [Origin.read(origin) for origin in stored["averaged"]]
+        return cls(**common, averaged=averaged, weights=stored["weights"])
+
+    def _facts(self) -> dict[str, Any]:
+        averaged = [origin.to_json() for origin in self.averaged]
+        return {"averaged": averaged, "weights": list(self.weights)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion(Entry):
+    """An import from a Hugging Face directory or an export to one. dtype: that of the parameters written."""
+
+    dtype: str
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Conversion:
+        return cls(**common, dtype=stored["dtype"])
+
+    def _facts(self) -> dict[str, Any]:
+        return {"dtype": self.dtype}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unknown(Entry):
+    """An entry of another program or version, kept as it is.
+
+    problem: what is wrong with an entry that claims to be of a known kind.
+    """
+
+    stored: Any
+    problem: str | None = None
+
+    @classmethod
+    def of(cls, stored: Any, problem: str | None = None) -> Unknown:
+        """The entry, with what can be read of its operation and its source."""
+        stated = stored if isinstance(stored, Mapping) else {}
+        try:
+            source = Origin.read(stated["source"])
+        except MALFORMED:
+            source = None
+        operation = str(stated.get("operation", "unknown"))
+        return cls(operation=operation, source=source, stored=stored, problem=problem)
+
+    def to_json(self) -> Any:
+        return self.stored
+
+
+KINDS: dict[str, type[Growth | Training | Average | Conversion]] = {
+    "train": Training,
+    "average": Average,
+    "import": Conversion,
+    "export": Conversion,
+}
+
+
+def read_entry(stored: Any) -> Entry:
+    """The entry that a JSON value of a lineage is; `Unknown` for what is of no known kind or misses a part."""
+    if not isinstance(stored, Mapping):
+        return Unknown.of(stored)
+    # A verb that grows may be called anything.
+    kind = Growth if "maps" in stored else KINDS.get(str(stored.get("operation")))
+    if kind is None:
+        return Unknown.of(stored)
+    try:
+        common = {"operation": stored["operation"], "growkit": stored["growkit"]}
+        if "source" in stored:
+            common["source"] = Origin.read(stored["source"])
+        entry = kind.read(stored, common)
+    except MALFORMED as problem:
+        return Unknown.of(stored, repr(problem))
+    known = entry.to_json()
+    more = {key: value for key, value in stored.items() if key not in known}
+    return replace(entry, more=more)

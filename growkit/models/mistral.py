@@ -1,0 +1,56 @@
+"""Mistral: Llama without biases, every layer with the same sliding window."""
+
+from __future__ import annotations
+
+from growkit.models.family import Family
+from growkit.models.fields import Same
+from growkit.models.llama import ALL_ROTATED, FIELDS, OPTIONS
+
+TABLE = """
+# name                                                axes                          begins  role
+# when
+model.embed_tokens.weight                             vocab embed                   normal  embedding
+model.layers.{layer}.input_layernorm.weight           embed                         ones    norm
+model.layers.{layer}.self_attn.q_proj.weight          (kv group head_dim) /embed    normal  query
+model.layers.{layer}.self_attn.k_proj.weight          (kv head_dim) /embed          normal  key
+model.layers.{layer}.self_attn.v_proj.weight          (kv head_dim) /embed          normal  value
+model.layers.{/layer}.self_attn.o_proj.weight         embed (/kv /group /head_dim)  normal  matrix
+model.layers.{layer}.post_attention_layernorm.weight  embed                         ones    norm
+model.layers.{layer}.mlp.gate_proj.weight             mlp /embed                    normal  matrix
+model.layers.{layer}.mlp.up_proj.weight               mlp /embed                    normal  matrix
+model.layers.{/layer}.mlp.down_proj.weight            embed /mlp                    normal  matrix
+model.norm.weight                                     embed                         ones    norm      untied
+model.norm.weight                                     /embed                        ones    norm      tied
+lm_head.weight                                        vocab /embed                  normal  head      untied
+"""  # noqa: E501
+
+MISTRAL = Family(
+    kind="mistral",
+    class_name="MistralForCausalLM",
+    title="Mistral",
+    text=TABLE,
+    prefix="model",
+    fields=FIELDS,
+    # MistralConfig, transformers 4 and 5.
+    defaults={
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": Same("hidden_size / num_attention_heads"),
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "hidden_act": "silu",
+    },
+    nulls={"num_key_value_heads": Same("num_attention_heads")},
+    options=OPTIONS,
+    norm="rms",
+    heads="kv",
+    frozen={"head_dim": ALL_ROTATED},
+    whole_heads=False,
+)
