@@ -281,7 +281,7 @@ def test_an_exact_growth_is_checked(place, capsys, name, source):
     growth = GROWTHS[name] if name == "clone" else ["width", "--embed", "36", "--heads", "3"]
     assert grown_by([*growth, "--check"], source, "out") == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("check       PRESERVED; loss ") and "(1,024 random tokens)" in line
+    assert line.startswith("check       PRESERVED; loss ") and line.endswith("(1,024 random tokens, computed on the CPU)")
 
 
 def test_a_gap_is_told(place, capsys):
@@ -326,7 +326,7 @@ def test_the_check_reads_text_where_there_is_a_tokenizer(place, capsys):
     letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKL"
     tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
     (place / "hf" / "tokenizer.json").write_text(tokenizer.to_str())
-    from growkit.cli.comparing import select_tokens
+    from growkit.cli.checking import select_tokens
 
     ids, text = select_tokens(open_source("hf"), 50)
     assert (
