@@ -117,7 +117,7 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from dataclasses import asdict
 
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.comparison import compare_sources, fields_differing, model_of
+    from growkit.surgery.comparison import compare_sources, find_differences, model_of
 
     one = open_source(a)
     other = open_source(b)
@@ -126,8 +126,8 @@ def diff(a: str, b: str, as_json: bool) -> int:
     facts: dict[str, Any] = {
         "a": _describe_side(one),
         "b": _describe_side(other),
-        "model": fields_differing(model_of(one), model_of(other)),
-        "config": fields_differing(one.config, other.config),
+        "model": find_differences(model_of(one), model_of(other)),
+        "config": find_differences(one.config, other.config),
         "count": [side.record.get("count") for side in (one, other)],
     }
     # Without moments on both sides, Adam's count means nothing.
@@ -206,7 +206,7 @@ def verify(src: str, out: str) -> None:
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
-    from growkit.surgery.comparison import first_mismatch, recorded_growth, recorded_plan
+    from growkit.surgery.comparison import find_mismatch, recorded_growth, recorded_plan
 
     source = open_source(src)
     result = open_source(out)
@@ -217,7 +217,7 @@ def verify(src: str, out: str) -> None:
         path = origin.path if origin else None
         note = f"{out} was grown from {path}, whose fingerprint was another than that of {src}"
     with show_progress("verifying", result.size) as progress:
-        wrong = first_mismatch(source, result, plan, progress)
+        wrong = find_mismatch(source, result, plan, progress)
     if wrong:
         hint = f"; {note}" if note else ""
         raise GrowkitError(f"{out} is not what its plan makes of {src}: {wrong}{hint}")

@@ -141,7 +141,7 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
 
 def _describe_rates(source: Source, plan: Plan) -> str:
     """The learning-rate multipliers that preserve the training, if any do."""
-    from growkit.growth.rule import share_scale
+    from growkit.growth.shares import share_scale
 
     if not plan.continues:
         return "the function is the source's now, the training that follows is not"
