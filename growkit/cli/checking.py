@@ -76,16 +76,17 @@ def compare_functions(
         theirs = after(chunk)
         part = len(chunk) / len(tokens_BxT)
         losses += [part * _mean_loss(ours, chunk), part * _mean_loss(theirs, chunk)]
+        largest_logit = max(largest_logit, float(np.abs(ours).max()))
         # numpy's maximum, unlike Python's max, keeps a NaN.
-        largest_difference = np.maximum(largest_difference, np.abs(ours - theirs).max())
-        largest_logit = np.maximum(largest_logit, np.abs(ours).max())
+        gap = np.abs(ours - theirs).max()
+        largest_difference = float(np.maximum(largest_difference, gap))
     return Difference(
         tokens=tokens_BxT.size,
         loss_before=float(losses[0]),
         loss_after=float(losses[1]),
-        largest_logit=float(largest_logit),
-        largest_difference=float(largest_difference),
-        tolerance=float(TOLERANCES[rounded_to] * np.maximum(1.0, largest_logit)),
+        largest_logit=largest_logit,
+        largest_difference=largest_difference,
+        tolerance=TOLERANCES[rounded_to] * max(1.0, largest_logit),
     )
 
 
