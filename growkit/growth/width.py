@@ -20,6 +20,8 @@ MOST = 1 << 24
 # How embed is padded, by the norm that must not see it.
 PADDING = {"layer": "mean-pad", "rms": "zero-pad"}
 WIDE = ("embed", "heads", "head_dim", "mlp")
+# Options in which a target may differ: padding sets norm_eps, training the others.
+LOOSE = ("context", "norm_eps", "initializer_range")
 
 
 def parse_size(option: str, text: str | int | None, current: int) -> int | None:
@@ -246,18 +248,12 @@ def _kept(model: Architecture, like: Architecture) -> list[str]:
     """What growth keeps although the target has it otherwise, in words. Raises UsageError where that is no detail."""
     if model.kind != like.kind:
         raise UsageError(f"the source is a {model.kind} model, the target a {like.kind} one")
-    for option in (
-        "tied",
-        "vocab",
-        "group",
-        "parallel_residual",
-        "rotary_base",
-        "rope",
-        "hidden_act",
-    ):
-        ours, theirs = getattr(model, option, None), getattr(like, option, None)
-        if ours != theirs:
-            raise UsageError(f"growth keeps {option}: the source has {ours}, the target {theirs}")
+    target = _fixed(like)
+    for name, ours in _fixed(model).items():
+        if ours != target[name]:
+            raise UsageError(
+                f"growth keeps {name}: the source has {ours}, the target {target[name]}"
+            )
     notes = []
     if model.rotary != like.rotary:
         if model.sizes["head_dim"] == like.sizes["head_dim"]:
@@ -268,7 +264,19 @@ def _kept(model: Architecture, like: Architecture) -> list[str]:
         notes.append(
             f"{model.rotary} dimensions of a head stay rotated; the target has {like.rotary}"
         )
-    ours, theirs = getattr(model, "context", None), getattr(like, "context", None)
-    if ours != theirs:
-        notes.append(f"context stays {ours}; the target's {theirs} is a matter of training")
+    if model.context != like.context:
+        notes.append(
+            f"context stays {model.context}; the target's {like.context} is a matter of training"
+        )
     return notes
+
+
+def _fixed(model: Architecture) -> dict[str, Any]:
+    """The sizes, options and rotary parameters that growth cannot change, by name."""
+    grown = ("layer", "embed", model.heads, "head_dim", "mlp")
+    sizes = {axis: size for axis, size in model.sizes.items() if axis not in grown}
+    options = {name: value for name, value in model.options.items() if name not in LOOSE}
+    # head_dim grows with the rotated part kept as a number of dimensions.
+    own = ("rope_theta", "partial_rotary_factor")
+    rope = {name: value for name, value in model.rope.items() if name not in own}
+    return {**sizes, **options, "rotary_base": model.rotary_base, "rope": rope}
