@@ -1,13 +1,16 @@
-"""growkit grows trained GPT-NeoX models in depth and width, with their optimizer state.
+"""growkit grows trained transformer models in depth and width, with their optimizer state.
 
-`growkit.grow(tree, plan)` grows parameters and optimizer states in memory; see `growkit.growth.tree`.
+`growkit.grow(tree, plan)` grows parameters and optimizer states in memory; see
+`growkit.growth.tree`.
 """
+
+from typing import Any
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-    """`grow`, imported when it is first asked for, so that `import growkit` stays light."""
+def __getattr__(name: str) -> Any:
+    """`grow`, imported on first use, so that `import growkit` stays light."""
     if name == "grow":
         from growkit.growth.tree import grow
 
