@@ -12,10 +12,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from growkit.errors import GrowkitError
-from growkit.evaluation.harness import Request, Windowed, join_scores, silence_libraries
+from growkit.evaluation.harness import Request, WindowedModel, join_scores, silence_libraries
 
 
-class HuggingFaceModel(Windowed, HFLM):
+class HuggingFaceModel(WindowedModel, HFLM):
     """The harness's model of a directory; its bars are silent, `expect` and `advance` are told instead."""
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -116,7 +116,7 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from dataclasses import asdict
 
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.comparison import compare_sources, fields_differing, model_of
+    from growkit.surgery.comparison import compare_sources, find_differences, model_of
 
     one, other = open_source(a), open_source(b)
     with show_progress("comparing", one.size + other.size) as progress:
@@ -124,8 +124,8 @@ def diff(a: str, b: str, as_json: bool) -> int:
     facts = {
         "a": _side(one),
         "b": _side(other),
-        "model": fields_differing(model_of(one), model_of(other)),
-        "config": fields_differing(one.config, other.config),
+        "model": find_differences(model_of(one), model_of(other)),
+        "config": find_differences(one.config, other.config),
         "count": [side.record.get("count") for side in (one, other)],
     }
     both = "mu" in one.tensors and "mu" in other.tensors
@@ -198,7 +198,7 @@ def verify(src: str, out: str) -> None:
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
-    from growkit.surgery.comparison import first_mismatch, recorded_growth, recorded_plan
+    from growkit.surgery.comparison import find_mismatch, recorded_growth, recorded_plan
 
     source, result = open_source(src), open_source(out)
     plan = recorded_plan(source, result)
@@ -206,7 +206,7 @@ def verify(src: str, out: str) -> None:
     path, fingerprint = (origin.path, origin.fingerprint) if origin else (None, None)
     another = fingerprint != source.fingerprint
     with show_progress("verifying", result.size) as progress:
-        wrong = first_mismatch(source, result, plan, progress)
+        wrong = find_mismatch(source, result, plan, progress)
     note = f"{out} was grown from {path}, whose fingerprint was another than that of {src}"
     if wrong:
         raise GrowkitError(

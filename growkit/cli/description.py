@@ -100,7 +100,7 @@ def _optimizer(source, plan) -> str:
 
 def _rates(source, plan) -> str:
     """What preserves the training as well as the function: the learning rate's multipliers, where they do."""
-    from growkit.growth.rule import share_scale
+    from growkit.growth.shares import share_scale
 
     if not plan.continues:
         return "the function is the source's now, the training that follows is not"

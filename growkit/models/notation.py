@@ -1,24 +1,27 @@
-"""The notation of a model's table: one line for each parameter, parsed into axes, start values and a role.
+"""The notation of a model's table: one line for each parameter, parsed into axes, start values and
+a role.
 
 A line is `name  axes  begins  role  [conditions]`:
 
-    model.layers.{/layer}.mlp.down_proj.weight             embed /mlp                   normal   matrix
-    model.layers.{layer}.self_attn.q_proj.bias             (kv group head_dim)          zeros    query   bias
-    model.layers.{layer}.self_attn.qkv_proj.weight         (q | k | v) /embed           normal   qkv
-    model.layers.{layer}.mlp.experts.{expert}.w2.weight    embed /mlp                   normal   matrix
-    model.layers.{layer}.self_attn.q_norm.weight           head_dim                     1+zeros  norm(head_dim)
+model.layers.{/layer}.mlp.down_proj.weight             embed /mlp                   normal   matrix
+model.layers.{layer}.self_attn.q_proj.bias             (kv group head_dim)          zeros    query
+bias model.layers.{layer}.self_attn.qkv_proj.weight         (q | k | v) /embed           normal
+qkv model.layers.{layer}.mlp.experts.{expert}.w2.weight    embed /mlp                   normal
+matrix model.layers.{layer}.self_attn.q_norm.weight           head_dim                     1+zeros
+norm(head_dim)
 
-Axes, one word for each stored dimension:
-  * A slash marks an axis that the parameter *reads*, that is, sums over. It *writes* every other axis.
-  * Parentheses hold several axes fused in one dimension: `(head qkv head_dim)`.
-  * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each block grows by itself.
+Axes, one word for each stored dimension: * A slash marks an axis that the parameter *reads*, that
+is, sums over. It *writes* every other axis. * Parentheses hold several axes fused in one dimension:
+`(head qkv head_dim)`. * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each
+block grows by itself.
 
 Braces in the name hold stacked axes: one tensor for each unit. `{/layer}` says that the parameter
 writes into the residual stream, which is a sum over layers.
 
-`begins` is normal, ones or zeros; `1+zeros` says that the model computes with 1 + the parameter. The
-role is one of ROLES; a norm names the axes that it averages over where they are not all of its own.
-Conditions are options of the configuration (`tied`, `bias`, ...) or their negation (`untied`, `!bias`).
+`begins` is normal, ones or zeros; `1+zeros` says that the model computes with 1 + the parameter.
+The role is one of ROLES; a norm names the axes that it averages over where they are not all of its
+own. Conditions are options of the configuration (`tied`, `bias`, ...) or their negation (`untied`,
+`!bias`).
 """
 
 from __future__ import annotations
@@ -93,9 +96,9 @@ class Part:
 class Row:
     """One line of the table: a parameter, or one parameter for each unit of the stacked axes.
 
-    blocks: for each stored dimension its terms, each a product of axes. averages: the axes that a norm
-    averages over. offset: what the model adds to the parameter before it uses it. prefix: the first
-    words of the name that a parameter tree leaves out.
+    blocks: for each stored dimension its terms, each a product of axes. averages: the axes that a
+    norm averages over. offset: what the model adds to the parameter before it uses it. prefix: the
+    first words of the name that a parameter tree leaves out.
     """
 
     name: str
@@ -121,7 +124,7 @@ class Row:
         return tuple(self._part(number) for number in range(len(self.blocks[self.summed])))
 
     def _part(self, number: int) -> Part:
-        """Term `number` of the summed dimension. The terms of a qkv row are query, key and value."""
+        """Term `number` of the summed dimension; those of a qkv row are query, key, value."""
         role = ATTENTION[number] if self.role == "qkv" else self.role
         dimensions = tuple(
             terms[number if place == self.summed else 0] for place, terms in enumerate(self.blocks)
@@ -241,7 +244,7 @@ class Table:
         return tree
 
     def names(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Row, Position]]:
-        """Every (name, row, position) of a model of these sizes, layer by layer as files have them."""
+        """Every (name, row, position) of a model, layer by layer as files have them."""
         for row in self.rows:
             if not row.stacked:
                 yield row.name, row, ()
@@ -314,8 +317,8 @@ def _describe_contradiction(
 def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
     """Parse the lines of a table; blank lines and lines that start with # are skipped.
 
-    prefix: the first words of names that a parameter tree leaves out. Raises ValueError that quotes the
-    line.
+    prefix: the first words of names that a parameter tree leaves out. Raises ValueError that quotes
+    the line.
 
     >>> row, = parse_table("layers.{/layer}.dense.weight  embed (/head /head_dim)  normal  matrix")
     >>> row.shape({"embed": 32, "head": 4, "head_dim": 8})

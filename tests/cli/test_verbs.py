@@ -484,11 +484,11 @@ def test_verify_of_a_lineage_that_is_broken(place, capsys, change, code, said):
 
 REFUSALS = {
     "width": "at least one of --embed, --heads, --mlp and --head-dim",
-    "width --embed 0": "growth makes nothing smaller: --embed 0 would take 16 to 0",
+    "width --embed 0": "--embed 0 is below the source's 16; growkit only grows models",
     "width --embed -4": "--embed takes a size, as 32, or a factor, as 2x; got '-4'",
     "width --heads two": "--heads takes a size, as 4, or a factor, as 2x; got 'two'",
     "width --mlp 6": "--mlp 6 would take 12 to 6",
-    "width --mlp 1.3x": "is no whole number; the nearest is 15 or 16",
+    "width --mlp 1.3x": "is no whole number; the nearest are 15 and 16",
     "width --embed 1x": "nothing grows: every size asked for is the source's own",
     "width --embed 50 --heads 5 --head-dim 12": "embed must be heads x head_dim: 5 x 12 is 60, not 50",
     "width --embed 30": "the nearest are 24 and 32",
@@ -516,7 +516,7 @@ REFUSALS = {
     "grow --like target.json vocab=41": "growth keeps vocab: the source has 40, the target 41",
     "grow --like target.json residual=false": "growth keeps parallel_residual: the source has True, the target False",
     "grow --like target.json base=500.0": "growth keeps rotary_base: the source has 10000.0, the target 500.0",
-    "grow --like target.json layer=1": "growth makes nothing smaller: layer is 2 in the source and 1 in the target",
+    "grow --like target.json layer=1": "layer of the target is 1, below the source's 2; growkit only grows models",
     "grow --like target.json odd=0.25": "--like target.json: the rotated part of a head must be even",
     "grow --like target.json rotary=0.5": "4, the target 6",
     "grow --like target.json kind=llama": "the source is a gpt_neox model, the target a llama one",
