@@ -40,7 +40,7 @@ FLOORS = {
         ["entries"],
         ["lineage"],
         ["surgery", "evaluation"],
-        ["cli", "__init__", "__main__"],
+        ["api", "cli", "__init__", "__main__"],
     ],
     "trainer": [
         ["config"],

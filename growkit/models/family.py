@@ -22,9 +22,8 @@ class Family:
     kind: str
     class_name: str
     title: str
-    # The table, and the first words of names that a parameter tree leaves out.
+    # The table.
     text: str
-    prefix: str
     # The configuration field of each axis; `a / b` for a size that is the ratio of two fields.
     fields: Mapping[str, str]
     # What transformers takes for a field that config.json leaves out.
@@ -35,8 +34,10 @@ class Family:
     norm: str
     # The axis that more heads grow.
     heads: str
-    # The fields of rotary positions.
-    rotary: RotaryFields = ROTARY_FIELDS
+    # The first words of names that a parameter tree leaves out.
+    prefix: str = ""
+    # The fields of rotary positions; None for a family without them.
+    rotary: RotaryFields | None = ROTARY_FIELDS
     # Axes of one size, in every model.
     constants: Mapping[str, int] = field(default_factory=dict)
     # Fields of a config.json that is written without one to begin with.
@@ -74,7 +75,7 @@ class Family:
     @property
     def coupled(self) -> bool:
         """Whether embed is heads x head_dim, so that one of them cannot change alone."""
-        return "/" in self.fields["head_dim"]
+        return "/" in self.fields.get("head_dim", "")
 
     def select_rows(self, options: Mapping[str, Any]) -> Table:
         """The table for a model with these options."""
@@ -88,8 +89,10 @@ class Family:
         """
         given = {**self.fresh, **values}
         config: dict[str, Any] = {"rope_parameters": given.pop("rope", None)}
-        paths = {**self.fields, **self.options, "rotary_base": self.rotary.base}
-        if self.rotary.part:
+        paths = {**self.fields, **self.options}
+        if self.rotary:
+            paths["rotary_base"] = self.rotary.base
+        if self.rotary and self.rotary.part:
             paths["rotary_pct"] = self.rotary.part
         for name in sorted(given, key=lambda name: "/" in paths.get(name, "")):
             if name not in paths:
@@ -114,7 +117,7 @@ class Family:
         try:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
-            rope = read_rotary(given, self.rotary, values)
+            rope = read_rotary(given, self.rotary, values) if self.rotary else {}
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
         return Architecture(
