@@ -19,6 +19,8 @@ from growkit.growth.axes import AxisMap
 from growkit.models.architecture import Architecture
 
 MOMENTS = ("map", "copy", "reset", "nu-only")
+# Where a model comes from, for messages about an argument that is none.
+MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
 
 @dataclass(frozen=True)

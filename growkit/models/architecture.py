@@ -92,43 +92,43 @@ class Architecture:
 
     @property
     def layer(self) -> int:
-        """The number of layers."""
-        return self.sizes["layer"]
+        """The number of layers; 0 for a model without the axis, as are all sizes below."""
+        return self.sizes.get("layer", 0)
 
     @property
     def embed(self) -> int:
         """The width of the residual stream."""
-        return self.sizes["embed"]
+        return self.sizes.get("embed", 0)
 
     @property
     def mlp(self) -> int:
         """The units of each mlp."""
-        return self.sizes["mlp"]
+        return self.sizes.get("mlp", 0)
 
     @property
     def vocab(self) -> int:
         """The rows of the embedding."""
-        return self.sizes["vocab"]
+        return self.sizes.get("vocab", 0)
 
     @property
     def head_dim(self) -> int:
         """The dimensions of each head."""
-        return self.sizes["head_dim"]
+        return self.sizes.get("head_dim", 0)
 
     @property
     def head_count(self) -> int:
         """The number of query heads."""
-        return self.sizes[self.heads] * self.sizes.get("group", 1)
+        return self.sizes.get(self.heads, 0) * self.sizes.get("group", 1)
 
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
-        return bool(self.options["tied"])
+        return bool(self.options.get("tied", False))
 
     @property
     def context(self) -> int:
-        """The longest sequence, in tokens."""
-        return int(self.options["context"])
+        """The longest sequence, in tokens; 0 for a model that does not state it."""
+        return int(self.options.get("context", 0))
 
     @property
     def norm_eps(self) -> float:
@@ -155,13 +155,15 @@ class Architecture:
 
     @property
     def rotary_base(self) -> float:
-        """The base of the rotary frequencies."""
-        return float(self.rope["rope_theta"])
+        """The base of the rotary frequencies; 0 for a model without rotary positions."""
+        return float(self.rope.get("rope_theta", 0.0))
 
     @property
     def rotary_pct(self) -> float:
         """The part of each head that is rotated; 1 where a family rotates all of it."""
-        if not self.family.rotary or not self.family.rotary.part:
+        if self.family.rotary is None:
+            return 0.0
+        if not self.family.rotary.part:
             return 1.0
         return float(self.rope["partial_rotary_factor"])
 
@@ -312,9 +314,9 @@ class Architecture:
                 written[ratio[1]] = self.sizes[axis] * written[ratio[2]]
         for name, path in family.options.items():
             written[path] = self.options[name]
-        if family.rotary is None:
-            return written
-        return written | write_rotary(self.rope, family.rotary, base or {})
+        if family.rotary:
+            written |= write_rotary(self.rope, family.rotary, base or {})
+        return written
 
 
 def keep_rotated(rotary: int, head_dim: int) -> float:

@@ -22,9 +22,8 @@ class Family:
     kind: str
     class_name: str
     title: str
-    # The table, and the first words of names that a parameter tree leaves out.
+    # The table.
     text: str
-    prefix: str
     # The configuration field of each axis; `a / b` for a size that is the ratio of two fields.
     fields: Mapping[str, str]
     # What transformers takes for a field that config.json leaves out.
@@ -35,6 +34,8 @@ class Family:
     norm: str
     # The axis that more heads grow.
     heads: str
+    # The first words of names that a parameter tree leaves out.
+    prefix: str = ""
     # The fields of rotary positions; None where none of them follows a size: they are kept.
     rotary: RotaryFields | None = ROTARY_FIELDS
     # Axes of one size, in every model.
