@@ -251,10 +251,7 @@ def write_directory(
     weight_map = _write_shards(path, recipes, shard, progress)
     for name, content in contents.files.items():
         (path / name).write_bytes(content)
-    dtype = str(next(iter(recipes.values())).dtype)
-    # transformers 4 reads torch_dtype, 5 reads dtype.
-    config = contents.config | {"torch_dtype": dtype, "dtype": dtype}
-    (path / "config.json").write_bytes(encode_json(config))
+    (path / "config.json").write_bytes(encode_json(contents.config))
     (path / LINEAGE).write_bytes(encode_json(contents.lineage))
     if len(set(weight_map.values())) > 1:
         total = sum(recipe.size for recipe in recipes.values())
