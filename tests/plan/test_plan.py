@@ -334,7 +334,7 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monk
     assert run(arguments) == 0
     said = capsys.readouterr().err
     assert (
-        "memory: a step takes" in said and "attention: XLA, there being no kernel for a cpu" in said
+        "memory: a step takes" in said and "attention: XLA, because a cpu has no kernel" in said
     )
 
 
