@@ -19,9 +19,10 @@ from test_growth import break_table, held, loss_and_gradient
 from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
 from growkit.entries import Growth
-from growkit.growth import padding
+from growkit.growth import rule as engine
 from growkit.growth.axes import make_map, tile
 from growkit.growth.depth import plan_depth
+from growkit.growth.padding import VALUE
 from growkit.growth.plan import build_plan, combine_plans
 from growkit.growth.tree import grow
 from growkit.growth.width import plan_width
@@ -36,6 +37,8 @@ BASE = GPT_NEOX.model(
     layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True, norm_eps=0.1
 )  # fmt: skip
 TOKENS = np.random.default_rng(1).integers(0, BASE.vocab, (2, 9))
+# The arguments of `growkit.growth.padding.rule_along`.
+ARGUMENTS = ("axis", "row", "part", "role", "moment", "growth", "norm")
 RESIDUAL_AND_TYING = [(True, True), (True, False), (False, True), (False, False)]
 ROTARY = (0.25, 0.5, 1.0)
 
@@ -145,25 +148,41 @@ def wrong_share(patch, plan):
     )
 
 
-def rule_changed(name, when, **what):
-    """A mutation: the rule of padding called `name` is changed where `when` holds of its arguments."""
+def rule_changed(when, **what):
+    """A mutation: the rule of padding is changed where `when` holds of its arguments, by name."""
 
     def mutate(patch, plan):
-        right = getattr(padding, name)
-        patch.setattr(
-            padding,
-            name,
-            lambda *args: replace(right(*args), **what) if when(*args) else right(*args),
-        )
+        right = engine.rule_along
+
+        def wrong(*args):
+            rule = right(*args)
+            return replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+
+        patch.setattr(engine, "rule_along", wrong)
         return plan
 
     return mutate
 
 
-def grown_otherwise(**fields):
-    """A mutation: the grown model's configuration keeps a field of the source."""
+def along(axis, condition):
+    """Whether a rule is one along the axis and the condition holds of its arguments."""
+    return lambda **given: given["axis"] == axis and condition(given)
+
+
+def is_norm(given):
+    """Whether a rule is of a norm's weight."""
+    return given["row"].role == "norm"
+
+
+def reads(given):
+    """Whether a rule is of a parameter that reads the axis."""
+    return any(axis.name == given["axis"] and axis.read for axis in given["part"].axes)
+
+
+def grown_otherwise(option):
+    """A mutation: the grown model's configuration keeps an option of the source."""
     return lambda patch, plan: replace(
-        plan, grown=plan.grown.change(**{field: getattr(plan.model, field) for field in fields})
+        plan, grown=plan.grown.change(**{option: getattr(plan.model, option)})
     )
 
 
@@ -172,7 +191,7 @@ def table_without(right, left):
 
     def mutate(patch, plan):
         assert right in neox.TABLE
-        break_table(patch, neox.TABLE.replace(right, left), plan.model.tied)
+        break_table(patch, neox.TABLE.replace(right, left))
         return plan
 
     return mutate
@@ -180,29 +199,35 @@ def table_without(right, left):
 
 MUTATIONS = {
     "wrong share": ("uneven mlp", wrong_share),
-    "norm weight not rescaled": (
-        "mean-pad 24", rule_changed("embed_rule", lambda row, *_: padding.is_norm(row), scale=1.0)
-    ),
-    "eps not rescaled": ("mean-pad 24", grown_otherwise(layer_norm_eps=True)),
+    "norm weight not rescaled": ("mean-pad 24", rule_changed(along("embed", is_norm), scale=1.0)),
+    "eps not rescaled": ("mean-pad 24", grown_otherwise("norm_eps")),
     "zeros under LayerNorm": (
-        "mean-pad 24", rule_changed("embed_rule", lambda row, *_: not padding.is_norm(row), fill="zero")
+        "mean-pad 24",
+        rule_changed(along("embed", lambda given: not is_norm(given)), fill="zero"),
     ),
-    "keys not zero": ("head_dim 10", rule_changed("head_dim_rule", lambda part, *_: part == "key", fill="free")),
-    "queries not scaled": ("head_dim 10", rule_changed("head_dim_rule", lambda part, *_: part == "query", scale=1.0)),
-    "dense columns not zero": (
-        "head_dim 10", rule_changed("head_dim_rule", lambda part, reads, *_: reads, fill="free")
+    "keys not zero": (
+        "head_dim 10",
+        rule_changed(along("head_dim", lambda given: given["role"] == "key"), fill="free"),
     ),
+    "queries not scaled": (
+        "head_dim 10",
+        rule_changed(along("head_dim", lambda given: given["role"] == "query"), scale=1.0),
+    ),
+    "dense columns not zero": ("head_dim 10", rule_changed(along("head_dim", reads), fill="free")),
     "attention bias of the identity": (
-        "identity", table_without("{/layer}.attention.dense.bias ", "{layer}.attention.dense.bias  ")
+        "identity",
+        table_without("{/layer}.attention.dense.bias ", "{layer}.attention.dense.bias  "),
     ),
     "mlp bias of the identity": (
-        "identity", table_without("{/layer}.mlp.dense_4h_to_h.bias ", "{layer}.mlp.dense_4h_to_h.bias  ")
+        "identity",
+        table_without("{/layer}.mlp.dense_4h_to_h.bias ", "{layer}.mlp.dense_4h_to_h.bias  "),
     ),
-    "rotary_pct not rewritten": ("head_dim 20", grown_otherwise(rotary_pct=True)),
+    "rotary_pct not rewritten": ("head_dim 20", grown_otherwise("rotary_pct")),
     "tied norm not scaled": (
-        "clone 2x", table_without("/embed                           ones ", "embed      ones ")
+        "clone 2x",
+        table_without("/embed                       ones ", "embed                        ones "),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -239,8 +264,8 @@ def by_row(model, ours, theirs):
         for tree in (ours, theirs):
             for key in row.path:
                 tree = tree[key]
-            layers = (model.layer,) if row.stacked else ()
-            pair.append(tree.reshape(layers + row.unfused(model.sizes)))
+            shape = row.stacked_sizes(model.sizes) + row.parts[0].unfused(model.sizes)
+            pair.append(tree.reshape(shape))
         yield row, *pair
 
 
@@ -271,7 +296,7 @@ def test_the_gradient_of_a_clone_is_the_grown_gradient(name, parallel, tied):
 def old_block(row, model, leaf):
     """The part of a padded leaf, unfused, that was there before."""
     layers = (slice(None),) if row.stacked else ()
-    return leaf[layers + tuple(slice(model.sizes[axis.name]) for axis in row.axes)]
+    return leaf[layers + tuple(slice(model.sizes[name]) for name in row.parts[0].names)]
 
 
 def padding_errors(plan, model, params):
@@ -283,12 +308,10 @@ def padding_errors(plan, model, params):
     )
     for (row, *mu), (_, *nu) in rows:
         ours, theirs = (old_block(row, model, leaf) for leaf in mu)
-        place = -len(row.axes) + next(
-            (i for i, axis in enumerate(row.axes) if axis.name == "embed"), 0
-        )
-        writes = any(
-            axis.name == "embed" and not axis.read for axis in row.axes
-        ) and not padding.is_norm(row)
+        axes = row.parts[0].axes
+        place = -len(axes) + next((i for i, axis in enumerate(axes) if axis.name == "embed"), 0)
+        written = any(axis.name == "embed" and not axis.read for axis in axes)
+        writes = written and "norm" not in row.name
         constant = (ours - theirs).mean(place, keepdims=True)
         squares = relative(*(old_block(row, model, leaf) for leaf in nu))
         yield row, writes, relative(ours, theirs), squares, relative(ours - constant, theirs)
@@ -308,18 +331,18 @@ def test_the_gradient_after_padding(tied, target):
             assert mu < 1e-13 and nu < 1e-13, row.name
 
 
-@pytest.mark.parametrize(
-    "rule,moment_at,seen", [("embed_rule", 1, "layernorm"), ("head_dim_rule", 2, "query_key")]
-)
-def test_the_gradient_after_padding_by_the_rule_of_values_is_not(
-    rule, moment_at, seen, monkeypatch
-):
+@pytest.mark.parametrize("axis,seen", [("embed", "layernorm"), ("head_dim", "query_key")])
+def test_the_gradient_after_padding_by_the_rule_of_values_is_not(axis, seen, monkeypatch):
     model, params, _ = small()
     plan = plan_width(model, head_dim=12, mlp="1x")
-    right = getattr(padding, rule)
-    monkeypatch.setattr(
-        padding, rule, lambda *args: right(*args[:moment_at], padding.VALUE, *args[moment_at + 1 :])
-    )
+    right, place = engine.rule_along, ARGUMENTS.index("moment")
+
+    def wrong(*args):
+        if args[0] != axis:
+            return right(*args)
+        return right(*args[:place], VALUE, *args[place + 1 :])
+
+    monkeypatch.setattr(engine, "rule_along", wrong)
     wrong = [
         row.name
         for row, writes, mu, *_ in padding_errors(plan, model, params)
@@ -428,9 +451,8 @@ def test_every_head_dim_keeps_its_rotated_dimensions():
     missed = 0
     for size in range(4, 64, 2):
         for rotated in range(2, size + 1, 2):
-            model = replace(
-                BASE, embed=2 * size, rotary_pct=(rotated + 0.5) / size if rotated < size else 1.0
-            )
+            part = (rotated + 0.5) / size if rotated < size else 1.0
+            model = BASE.change(embed=2 * size, rotary_pct=part)
             for target in range(size + 1, size + 20):
                 plan = plan_width(model, head_dim=target)
                 assert plan.grown.rotary == int(target * plan.grown.rotary_pct) == rotated

@@ -136,11 +136,11 @@ def test_another_architectures_tree_grows_as_on_disk():
     plan = dataclasses.replace(combine_plans("grow", plans, model), noise=0.2)
     grown = growkit.grow(source.stack(), plan)
     for name, recipe in surgery.prepare_growth(source, plan).recipes["params"].items():
-        row, layer = plan.grown.table.match(name)
+        row, position = plan.grown.table.match(name)
         leaf = grown
         for key in row.path:
             leaf = leaf[key]
-        assert np.array_equal(leaf[layer] if row.stacked else leaf, made(recipe)), name
+        assert np.array_equal(leaf[position], made(recipe)), name
 
 
 def test_one_wrong_bit_is_seen():
@@ -281,7 +281,7 @@ except AttributeError as problem:
 """
 SHARDED = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/growth"]
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import growkit

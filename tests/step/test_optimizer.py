@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from growkit.growth.axes import tile
-from growkit.growth.rule import MU, NU, VALUE, expand, share_scale
+from growkit.growth.rule import MU, NU, VALUE, expand
+from growkit.growth.shares import share_scale
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import find_row

@@ -15,7 +15,7 @@ import jax
 from lm_eval.api.model import TemplateLM
 
 from growkit.checkpoint.tensor import Source
-from growkit.evaluation.harness import Request, Windowed, join_scores
+from growkit.evaluation.harness import Request, WindowedModel, join_scores
 from growkit.models import require_trained
 from trainer.config.sections import Mesh, Precision
 from trainer.data.tokenizer import TextTokenizer
@@ -24,7 +24,7 @@ from trainer.evaluate.likelihood import Likelihood
 from trainer.model.decoder import GPTNeoX
 
 
-class JaxModel(Windowed, TemplateLM):
+class JaxModel(WindowedModel, TemplateLM):
     """A model that the harness can ask.
 
     A text without a context is scored after the end-of-text token. The names and arguments of the
