@@ -13,7 +13,9 @@ import optax
 import pytest
 
 from growkit.growth.axes import tile
-from growkit.growth.rule import MU, NU, VALUE, expand
+from growkit.growth.padding import MU, NU, VALUE
+from growkit.growth.plan import Plan
+from growkit.growth.rule import grow_array
 from growkit.growth.shares import share_scale
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
@@ -223,33 +225,35 @@ def by_row(model, tree, leaf_of):
 
 
 def cloned(model, tree, moment):
+    plan = Plan("width", "clone", model, enlarged(model), MAPS)
+
     def leaf_of(row, leaf):
         if not row.stacked:
-            return expand(leaf, row, model.sizes, MAPS, moment)
-        return np.stack(
-            [expand(layer, row, model.sizes, MAPS, moment, i) for i, layer in enumerate(leaf)]
-        )
+            return grow_array(leaf, row, plan, moment)
+        layers = [grow_array(layer, row, plan, moment, (i,)) for i, layer in enumerate(leaf)]
+        return np.stack(layers)
 
     return by_row(model, jax.device_get(tree), leaf_of)
 
 
 def scales(model, tree, moment):
-    """What `expand` multiplies each parameter by: a number, tiles having equal shares."""
+    """What growth multiplies each parameter by: one number, because tiles have equal shares."""
 
     def leaf_of(row, leaf):
-        scale = share_scale(row, MAPS, moment)
-        return 1.0 if scale is None else float(scale.flat[0])
+        (part,) = row.parts
+        scale = share_scale(part.axes, MAPS, moment)
+        assert (scale == scale.flat[0]).all()
+        return float(scale.flat[0])
 
     return by_row(model, tree, leaf_of)
 
 
 def multipliers_of(model, tree):
-    value, mu = scales(model, tree, VALUE), scales(model, tree, MU)
-    # The weight of a squared gradient: multiplicities of the axes written over those of the axes
-    # read.
-    return Multipliers(
-        learning_rate=value, eps=mu, clip=jax.tree.map(lambda read, write: read / write, value, mu)
-    )
+    value = scales(model, tree, VALUE)
+    mu = scales(model, tree, MU)
+    # The weight of a squared gradient: copies of the axes written over those of the axes read.
+    clip = jax.tree.map(lambda read, written: read / written, value, mu)
+    return Multipliers(learning_rate=value, eps=mu, clip=clip)
 
 
 def tokens(step):
