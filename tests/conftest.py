@@ -84,6 +84,15 @@ def programs_of_patched_code(request):
 
 
 @pytest.fixture
+def strict_promotion():
+    """JAX mixes no dtypes and adds no dimensions that the code under test does not name."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
 def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))
 

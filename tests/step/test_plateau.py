@@ -1,4 +1,4 @@
-"""A plateau is where optax finds one, lowers the rate, and is found again by a run that resumes."""
+"""A plateau is where optax finds one; it lowers the rate, and a resumed run finds it again."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def by_optax(losses, settings):
     rule = optax.contrib.reduce_on_plateau(
         factor=0.5, patience=settings.patience, rtol=settings.rtol
     )
-    state, found, updates = rule.init({}), [], {}
+    state = rule.init({})
+    found = []
     for number, loss in enumerate(losses):
-        _, after = rule.update(updates, state, value=jnp.float32(loss))
+        _, after = rule.update({}, state, value=jnp.float32(loss))
         if after.scale != state.scale:
             found.append(number)
         state = after
@@ -44,11 +45,10 @@ def test_a_plateau_is_where_optax_finds_one(patience, rtol):
     settings = Plateau(patience=patience, rtol=rtol)
     found = find_plateaus(SOME, settings)
     assert found == by_optax(SOME, settings) and found
-    # Other settings find others.
+    # Other settings find other plateaus.
+    other_rtol = 0.02 if rtol < 0.02 else 1e-6
     assert found != find_plateaus(SOME, Plateau(patience=patience + 1, rtol=rtol))
-    assert found != find_plateaus(
-        SOME, Plateau(patience=patience, rtol=0.02 if rtol < 0.02 else 1e-6)
-    )
+    assert found != find_plateaus(SOME, Plateau(patience=patience, rtol=other_rtol))
 
 
 def test_without_patience_there_are_none():
@@ -94,11 +94,8 @@ def test_a_plateau_lowers_the_rate(whole):
         "4": "plateau: learning rate x 0.5",
         "9": "plateau: learning rate x 0.25",
     }
-    assert [open_source(f"{whole}@{step}").record["reduction"] for step in (4, 8, 12)] == [
-        0.5,
-        0.5,
-        0.25,
-    ]
+    records = [open_source(f"{whole}@{step}").record for step in (4, 8, 12)]
+    assert [record["reduction"] for record in records] == [0.5, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("step", [3, 5, 8])
@@ -140,7 +137,7 @@ def test_a_schedule_that_goes_on_in_its_sources_keeps_the_reduction(data, tmp_pa
         ),
     ],
 )
-def test_plateaus_that_cannot_be(section, said):
+def test_impossible_plateaus_are_refused(section, said):
     with pytest.raises(UsageError) as caught:
         resolve({"schedule": {"plateau": section}})
     assert said in str(caught.value)
