@@ -41,7 +41,7 @@ FLOORS = {
         ["entries"],
         ["lineage"],
         ["surgery", "evaluation"],
-        ["cli", "__init__"],
+        ["api", "cli", "__init__"],
         ["__main__"],
     ],
     "trainer": [
