@@ -79,17 +79,7 @@ def open_directory(path: Path) -> Source:
     if not isinstance(config, dict):
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
     files = _list_weight_files(path)
-    buffers = read_model(config, path).buffers
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        found = read_header(file, buffers)
-        twice = tensors.keys() & found.keys()
-        if twice:
-            raise GrowkitError(
-                f"{path} holds the tensor {min(twice)!r} twice, the second time in {file.name}"
-            )
-        tensors |= found
-    _check_index(path, files, tensors)
+    tensors = _read_headers(path, files, read_model(config, path).buffers)
     lineage = path / LINEAGE
     return Source(
         path=path,
@@ -136,6 +126,21 @@ def _list_shards(path: Path) -> list[Path]:
         if not file.is_file():
             raise GrowkitError(f"{index} names the shard {file.name!r}, which is not there")
     return files
+
+
+def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of all weight files. Raises GrowkitError for a tensor that is there twice."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = read_header(file, buffers)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise GrowkitError(
+                f"{path} holds the tensor {min(twice)!r} twice, the second time in {file.name}"
+            )
+        tensors |= found
+    _check_index(path, files, tensors)
+    return tensors
 
 
 def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
