@@ -11,7 +11,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from conftest import random_tensors, transformers_logits
+from conftest import random_tensors, save_directory, transformers_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_growth import break_table, held, loss_and_gradient
@@ -486,6 +486,37 @@ def test_transformers_finds_the_same_function_in_files(tmp_path, name, dtype, li
     )
     size = np.abs(small_logits).max()
     assert size > 1 and np.abs(grown_logits - small_logits).max() / size < limit
+
+
+# What growth keeps although the trainer does not compute it.
+HALF = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LINEAR = HALF | {"rope_type": "linear", "factor": 2.0}
+YARN = HALF | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+KEPT = {
+    "another activation": ("clone and identity", {"activation": "relu"}),
+    "no attention bias": ("clone and identity", {"attention_bias": False}),
+    "no attention bias, padded": ("mean-pad 24", {"attention_bias": False}),
+    "no attention bias, head_dim": ("head_dim 10", {"attention_bias": False}),
+    "linear rotary": ("head_dim 10", {"rope": LINEAR}),
+    "yarn rotary": ("mean-pad 24", {"rope": YARN}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_transformers_finds_the_same_function_where_the_trainer_computes_none(tmp_path, name):
+    operator, options = KEPT[name]
+    save_directory(tmp_path / "plain", BASE, "float64")
+    save_directory(tmp_path / "small", BASE.change(**options), "float64")
+    source = open_source(str(tmp_path / "small"))
+    plan = EXACT[operator](source.model)
+    write_output(tmp_path / "grown", "huggingface", surgery.prepare_growth(source, plan), [source])
+    found = {
+        which: transformers_logits(tmp_path / which, TOKENS, "float64")[0]
+        for which in ("plain", "small", "grown")
+    }
+    assert np.abs(found["small"]).max() > 1
+    assert np.abs(found["grown"] - found["small"]).max() < 1e-10
+    assert np.abs(found["small"] - found["plain"]).max() > 1e-3, "the option must be seen"
 
 
 BROKEN_FILES = {

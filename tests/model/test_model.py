@@ -43,7 +43,7 @@ def test_logits_equal_transformers(tmp_path, tokens, pct, parallel, tied, dtype,
 
 
 @pytest.mark.parametrize(
-    "change", [{"parallel_residual": False}, {"rotary_pct": 1.0}, {"layer_norm_eps": 1e-2}]
+    "change", [{"parallel_residual": False}, {"rotary_pct": 1.0}, {"norm_eps": 1e-2}]
 )
 def test_a_changed_model_has_other_logits(tmp_path, tokens, change):
     source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
@@ -57,7 +57,8 @@ def test_heads_split_any_other_way_have_other_logits(tmp_path, tokens):
     params = source.stack()
     fused = params["layers"]["attention"]["query_key_value"]["weight"]
     shape = fused.shape
-    wrong = fused.reshape(shape[0], 3, SMALL.head, SMALL.head_dim, -1).swapaxes(1, 2).reshape(shape)
+    wrong = fused.reshape(shape[0], 3, SMALL.head_count, SMALL.head_dim, -1)
+    wrong = wrong.swapaxes(1, 2).reshape(shape)
     params["layers"]["attention"]["query_key_value"]["weight"] = wrong
     network = GPTNeoX(SMALL, Precision("float32", "float32"))
     assert (
