@@ -38,7 +38,7 @@ BASE = GPT_NEOX.model(
 )  # fmt: skip
 TOKENS = np.random.default_rng(1).integers(0, BASE.vocab, (2, 9))
 # The arguments of `growkit.growth.padding.rule_along`.
-ARGUMENTS = ("axis", "row", "part", "role", "moment", "growth", "norm")
+ARGUMENTS = ("axis", "row", "role", "moment", "growth", "norm")
 RESIDUAL_AND_TYING = [(True, True), (True, False), (False, True), (False, False)]
 ROTARY = (0.25, 0.5, 1.0)
 
@@ -166,7 +166,7 @@ def rule_changed(when, **what):
 
 def along(axis, condition):
     """Whether a rule is one along the axis and the condition holds of its arguments."""
-    return lambda **given: given["axis"] == axis and condition(given)
+    return lambda **given: given["axis"].name == axis and condition(given)
 
 
 def is_norm(given):
@@ -176,7 +176,7 @@ def is_norm(given):
 
 def reads(given):
     """Whether a rule is of a parameter that reads the axis."""
-    return any(axis.name == given["axis"] and axis.read for axis in given["part"].axes)
+    return given["axis"].read
 
 
 def grown_otherwise(option):
@@ -338,7 +338,7 @@ def test_the_gradient_after_padding_by_the_rule_of_values_is_not(axis, seen, mon
     right, place = engine.rule_along, ARGUMENTS.index("moment")
 
     def wrong(*args):
-        if args[0] != axis:
+        if args[0].name != axis:
             return right(*args)
         return right(*args[:place], VALUE, *args[place + 1 :])
 
