@@ -6,6 +6,7 @@ A path may be on this machine or in a bucket (`gs://`, `s3://`, `az://`); both a
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,3 +55,14 @@ def write_atomically(path: Any, content: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     part.replace(path)
+
+
+def replace_nonfinite(value: Any) -> Any:
+    """The value with None in place of infinities and NaN, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: replace_nonfinite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [replace_nonfinite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

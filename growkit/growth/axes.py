@@ -1,8 +1,8 @@
-"""Axis maps: which old unit each new unit copies, and what share of it the new one carries.
+"""Axis maps: which old unit each new unit copies, and what share of it the new unit carries.
 
-`AxisMap(index, share)`: new unit i is a copy of old unit index[i] and carries share[i] of it. Where the
-shares of every old unit sum to 1, whoever sums over the axis finds the old sum again. Maps compose, and
-maps of different axes act independently. Knows nothing of transformers, files or arrays of weights.
+`AxisMap(index, share)`: new unit i is a copy of old unit index[i] and carries share[i] of it. Where
+the shares of every old unit sum to 1, whoever sums over the axis finds the old sum again. Maps
+compose, and maps of different axes act independently.
 """
 
 from __future__ import annotations
@@ -12,27 +12,35 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
     """A map from `source` old units to len(index) new ones.
 
-    index: int [new], the old unit each new unit copies.
+    index: int [new], the old unit that each new unit copies.
     share: float64 [new], the part of it that the new unit carries.
+
+    >>> twice = tile(2, 4)
+    >>> twice.index.tolist(), twice.share.tolist(), twice.preserves_sums
+    ([0, 1, 0, 1], [0.5, 0.5, 0.5, 0.5], True)
+    >>> twice.then(make_map([0, 0, 1, 2, 3], 4)).index.tolist()
+    [0, 0, 1, 0, 1]
     """
 
     index: np.ndarray
     share: np.ndarray
     source: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.index) != len(self.share):
             raise ValueError(f"{len(self.index)} indices but {len(self.share)} shares")
-        if len(self.index) and not 0 <= self.index.min() <= self.index.max() < self.source:
-            raise ValueError(
-                f"indices run from {self.index.min()} to {self.index.max()}, source has {self.source} units"
-            )
+        if not len(self.index):
+            return
+        low, high = int(self.index.min()), int(self.index.max())
+        if low < 0 or high >= self.source:
+            raise ValueError(f"indices run from {low} to {high}, source has {self.source} units")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -46,11 +54,8 @@ class AxisMap:
     def stretches(self) -> list[slice]:
         """The old units that new ones copy one after another, in the order of the new ones."""
         cuts = np.flatnonzero(np.diff(self.index) != 1) + 1
-        return [
-            slice(int(part[0]), int(part[-1]) + 1)
-            for part in np.split(self.index, cuts)
-            if len(part)
-        ]
+        parts = np.split(self.index, cuts)
+        return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
 
     @property
     def preserves_sums(self) -> bool:
@@ -60,12 +65,12 @@ class AxisMap:
 
     @property
     def next_copy(self) -> np.ndarray:
-        """int [new]: the next new unit with the same source, after the last the first; itself where it is alone."""
+        """int [new]: the next new unit with the same source; after the last one the first."""
         order = np.argsort(self.index, kind="stable")
         ends = np.cumsum(self.copies)
+        copied = self.copies > 0
         following = np.arange(1, len(self) + 1)
-        last = ends[self.copies > 0] - 1
-        following[last] = (ends - self.copies)[self.copies > 0]
+        following[ends[copied] - 1] = (ends - self.copies)[copied]
         result = np.empty(len(self), np.int64)
         result[order] = order[following]
         return result
@@ -74,7 +79,8 @@ class AxisMap:
         """This map followed by `after`: one map that does both."""
         if after.source != len(self):
             raise ValueError(
-                f"maps do not meet: the first makes {len(self)} units, the second takes {after.source}"
+                f"maps do not meet: the first makes {len(self)} units, the second takes "
+                f"{after.source}"
             )
         return AxisMap(self.index[after.index], self.share[after.index] * after.share, self.source)
 
@@ -86,36 +92,38 @@ class AxisMap:
         return AxisMap(index, share, self.source + added)
 
 
-def make_map(index: Sequence[int], source: int, share: Sequence[float] | None = None) -> AxisMap:
-    """The map that an explicit list of old units gives; every share 1 unless told."""
-    index = np.asarray(index, np.int64)
-    return AxisMap(
-        index, np.ones(len(index)) if share is None else np.asarray(share, np.float64), source
-    )
+def make_map(index: ArrayLike, source: int, share: Sequence[float] | None = None) -> AxisMap:
+    """The map that an explicit list of old units gives; every share is 1 unless told."""
+    units = np.asarray(index, np.int64)
+    shares = np.ones(len(units)) if share is None else np.asarray(share, np.float64)
+    return AxisMap(units, shares, source)
 
 
 def replicate(source: int, target: int) -> AxisMap:
     """Each unit replicated in place, 0,0,1,1,...: floor(i * source / target), share 1.
 
-    Gopher (arXiv 2112.11446), section G.3.3, gives round(i / target * source) for layers; to nearest it runs
-    out of range when doubling, so the floor is taken, in integers.
+    Gopher (arXiv 2112.11446), section G.3.3, gives round(i / target * source) for layers. To
+    nearest it runs out of range when doubling, so the floor is taken, in integers.
     """
     return make_map(np.arange(target) * source // target, source)
 
 
 def replicate_nearest(source: int, target: int) -> AxisMap:
-    """Each unit replicated in place: i * source / target to nearest, half up, clipped to the last unit; share 1."""
+    """Each unit replicated in place: i * source / target to nearest, half up, clipped; share 1."""
     index = (2 * np.arange(target) * source + target) // (2 * target)
     return make_map(np.minimum(index, source - 1), source)
 
 
 def stack(source: int, target: int) -> AxisMap:
-    """Units 0..source-1 repeated whole, 0,1,2,0,1,2: i mod source, share 1 (G_stack, arXiv 2405.15319)."""
+    """Units 0..source-1 repeated as a whole, 0,1,2,0,1,2: i mod source, share 1.
+
+    G_stack (arXiv 2405.15319).
+    """
     return make_map(np.arange(target) % source, source)
 
 
 def insert(source: int, target: int) -> AxisMap:
-    """Copies inserted after their originals, the originals with share 1 and the copies with 0.
+    """Copies inserted after their originals: originals have share 1, copies 0.
 
     LLaMA-Pro (arXiv 2401.02415), section 3.1: whoever sums over the axis finds the old sum.
     """
@@ -125,21 +133,24 @@ def insert(source: int, target: int) -> AxisMap:
 
 
 def tile(source: int, target: int) -> AxisMap:
-    """Units 0..source-1 repeated whole, each copy with an equal share of its source's one."""
+    """Units 0..source-1 repeated as a whole; the copies of a unit have equal shares, which sum to
+    1.
+    """
     index = np.arange(target) % source
     return AxisMap(index, 1.0 / np.bincount(index, minlength=source)[index], source)
 
 
 def repeat(source: int, target: int) -> AxisMap:
-    """Each unit repeated in place, each copy with an equal share of its source's one."""
+    """Each unit repeated in place; the copies of a unit have equal shares, which sum to 1."""
     index = np.arange(target) * source // target
     return AxisMap(index, 1.0 / np.bincount(index, minlength=source)[index], source)
 
 
 def spread_shares(even: AxisMap, spread: float) -> AxisMap:
-    """A map of the same copies with shares that differ by up to `spread` (below 1) of themselves, summing as before.
+    """The same copies with shares that differ by up to `spread` (below 1) of themselves.
 
-    Copies that carry different shares have different gradients, so training tells them apart.
+    Their sums stay. Copies that carry different shares have different gradients, so training tells
+    them apart.
     """
     number = np.zeros(len(even))
     seen = np.zeros(even.source, np.int64)
@@ -148,5 +159,6 @@ def spread_shares(even: AxisMap, spread: float) -> AxisMap:
         seen[source] += 1
     # Evenly spaced weights around 1 for the copies 0..c-1 of a source; their mean is 1.
     count = seen[even.index]
-    weight = 1.0 + spread * np.where(count > 1, 2.0 * number / np.maximum(count - 1, 1) - 1.0, 0.0)
+    place = 2.0 * number / np.maximum(count - 1, 1) - 1.0
+    weight = 1.0 + spread * np.where(count > 1, place, 0.0)
     return AxisMap(even.index, even.share * weight, even.source)

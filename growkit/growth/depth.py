@@ -1,16 +1,13 @@
-"""The notation of depth: "18:24", "0,0,1,2,2", "0-23,8-31" become a map of the layer axis.
-
-Knows the methods that place copies and every refusal a map can earn; leaves what a plan does to others.
-"""
+"""Plans of growth in depth: "18:24", "0,0,1,2,2" and "0-23,8-31" become maps of the layer axis."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 
-from growkit.errors import UsageError, did_you_mean
+from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap, insert, make_map, replicate, replicate_nearest, stack
-from growkit.growth.plan import Plan, build_plan
+from growkit.growth.plan import MODEL_HINT, Plan, build_plan
 from growkit.models.architecture import Architecture
 
 MOST_LAYERS = 4096
@@ -24,55 +21,68 @@ METHODS: dict[str, tuple[Callable[[int, int], AxisMap], str]] = {
     "identity": (insert, "floor(i*{source}/{target}), copies add nothing"),
 }
 
+_PAIR = re.compile(r"\s*(-?[0-9]{1,18})\s*:\s*(-?[0-9]{1,18})\s*")
+_ITEM = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
+
 
 def plan_depth(model: Architecture, text: str, method: str | None = None) -> Plan:
-    """The plan of `--map text` for a model; method: one of METHODS; a list takes none, or 'replicate'.
+    """The plan of `--map text` for a model.
 
-    Raises UsageError for a map that cannot be meant for the model.
+    method: one of METHODS, for SOURCE:TARGET; a list of layers takes none. Raises UsageError for a
+    map that does not fit the model.
+
+    >>> from growkit.models.llama import LLAMA
+    >>> model = LLAMA.model(layer=3, embed=16, kv=2, group=2, head_dim=4, mlp=32)
+    >>> plan_depth(model, "3:5").maps["layer"].index.tolist()
+    [0, 0, 1, 1, 2]
+    >>> plan_depth(model, "0-2,1-2").grown.layer
+    5
     """
+    require_type("model", model, Architecture, MODEL_HINT)
+    require_type("text", text, str, "as '18:24'")
+    if not model.layer:
+        raise UsageError("the model has no layers: no row of its table has the axis 'layer'")
     if method is not None and method not in METHODS:
-        raise UsageError(
-            f"--method is one of {', '.join(METHODS)}, got {method!r}{did_you_mean(method, METHODS)}"
-        )
-    pair = re.fullmatch(r"\s*(-?[0-9]{1,18})\s*:\s*(-?[0-9]{1,18})\s*", text)
+        near = did_you_mean(method, METHODS)
+        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
+    pair = _PAIR.fullmatch(text)
     if pair:
         target = _check_pair(int(pair[1]), int(pair[2]), model.layer)
         name = method or "replicate"
         make, formula = METHODS[name]
-        layers, words = (
-            make(model.layer, target),
-            f"{name}: {formula.format(source=model.layer, target=target)}",
-        )
-    elif method not in (None, "replicate"):
-        raise UsageError(
-            f"--method {method} goes with --map SOURCE:TARGET; the list {text!r} says itself what is copied"
-        )
+        layers = make(model.layer, target)
+        words = f"{name}: {formula.format(source=model.layer, target=target)}"
+    elif method in (None, "replicate"):
+        layers = make_map(_parse_list(text, model.layer), model.layer)
+        words = "list"
     else:
-        layers, words = make_map(_parse_list(text, model.layer), model.layer), "list"
+        raise UsageError(
+            f"--method {method} goes with --map SOURCE:TARGET; the list {text!r} says itself what "
+            f"is copied"
+        )
     if len(layers) < model.layer:
         raise UsageError(
-            f"growth adds layers: --map {text} lists {len(layers)}, the source has {model.layer}; "
-            f"a list of all of them is 0-{model.layer - 1}"
+            f"--map {text} lists {len(layers)} layers, the source has {model.layer}, and growkit "
+            f"only adds layers; a list of all of them is 0-{model.layer - 1}"
         )
     return build_plan("depth", words, model, {"layer": layers})
 
 
 def _check_pair(source: int, target: int, layers: int) -> int:
-    """The target of --map source:target. Raises UsageError when it cannot be meant for a model of `layers` layers."""
+    """The target of --map source:target, for a model of `layers` layers. Raises UsageError."""
     given = f"--map {source}:{target}"
     if target <= source:
-        nearest = (
-            f"did you mean {target}:{source}?"
-            if target == layers < source
-            else f"try {layers}:{layers + 1}"
-        )
+        swapped = target == layers < source
+        near = f"did you mean {target}:{source}?" if swapped else f"try {layers}:{layers + 1}"
         raise UsageError(
-            f"growth adds layers: {given} would go from {source} to {target}; {nearest}"
+            f"{given} goes from {source} layers to {target}, and growkit only adds layers; {near}"
         )
     if source != layers:
-        same = min(max(layers + 1, layers * target // max(source, 1)), MOST_LAYERS)
+        same_ratio = layers * target // max(source, 1)
+        best = min(max(layers + 1, same_ratio), MOST_LAYERS)
         raise UsageError(
-            f"{given} is for a model of {source} layers, the source has {layers}; the nearest is --map {layers}:{same}"
+            f"{given} is for a model of {source} layers, the source has {layers}; the nearest is "
+            f"--map {layers}:{best}"
         )
     if target > MOST_LAYERS:
         raise UsageError(f"{given} asks for {target} layers; growkit makes at most {MOST_LAYERS}")
@@ -82,18 +92,18 @@ def _check_pair(source: int, target: int, layers: int) -> int:
 def _parse_list(text: str, layers: int) -> list[int]:
     """Source layers from '0,0,1' and ranges '0-23' (both ends included)."""
     items = [item.strip() for item in text.split(",")]
-    found = [re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", item) for item in items]
-    if not all(found) or len(items) == 1 and found[0][2] is None:
-        raise UsageError(f"{FORM}; got {text!r}")
     index: list[int] = []
-    for match in found:
-        first, last = int(match[1]), int(match[2] or match[1])
+    for item in items:
+        found = _ITEM.fullmatch(item)
+        if found is None or (len(items) == 1 and found[2] is None):
+            raise UsageError(f"{FORM}; got {text!r}")
+        first, last = int(found[1]), int(found[2] or found[1])
         if max(first, last) >= layers:
             raise UsageError(
                 f"--map names layer {max(first, last)}; the source's layers are 0 to {layers - 1}"
             )
         if last < first:
-            raise UsageError(f"a range of --map counts up, got {match[0]!r}; write {last}-{first}")
+            raise UsageError(f"a range of --map counts up, got {item!r}; write {last}-{first}")
         index += range(first, last + 1)
     if len(index) > MOST_LAYERS:
         raise UsageError(f"--map asks for {len(index)} layers; growkit makes at most {MOST_LAYERS}")
@@ -101,9 +111,14 @@ def _parse_list(text: str, layers: int) -> list[int]:
 
 
 def draw_map(layers: Sequence[int], width: int = 24) -> str:
-    """The layer map as two lines a block: each new layer over the source layer it copies, copies marked."""
-    first = {layer: n for n, layer in reversed(list(enumerate(layers)))}
-    marks = [" " if first[layer] == n else "+" for n, layer in enumerate(layers)]
+    """The layer map in blocks of two lines: each new layer over the source layer it copies.
+
+    A plus marks every copy after the first.
+    """
+    first: dict[int, int] = {}
+    for place, layer in enumerate(layers):
+        first.setdefault(layer, place)
+    marks = [" " if first[layer] == place else "+" for place, layer in enumerate(layers)]
     blocks = []
     for start in range(0, len(layers), width):
         new = range(start, min(start + width, len(layers)))

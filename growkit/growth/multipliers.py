@@ -1,9 +1,10 @@
 """What an optimizer must multiply so that an exactly widened model goes on as the small one would.
 
-A copy that carries a share of its source's value must move by that share (learning rate: the value's scale);
-its gradients are smaller by the shares it writes (Adam's eps: mu's scale); and a global norm must count every
-source's gradient once (clip: 1 / (mu's scale squared x copies)). Width by copies alone is exact, see
-`Plan.continues`. Which growths of a lineage ask for multipliers, `growkit.lineage` says.
+A copy that carries a share of its source's value must move by that share (learning rate: the
+value's scale); its gradients are smaller by the shares it writes (Adam's eps: mu's scale); and a
+global norm must count every source's gradient once (clip: 1 / (mu's scale squared x copies)). Width
+by copies alone is exact, see `Plan.continues`. Which growths of a lineage ask for multipliers,
+`growkit.lineage` says.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from growkit.growth.axes import AxisMap
 from growkit.growth.padding import MU, VALUE
 from growkit.growth.plan import Plan
-from growkit.growth.rule import lay_along, narrow, share_scale
+from growkit.growth.shares import lay_along, narrow, share_scale
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Part, Product, Row
 
@@ -41,15 +42,17 @@ def compose_maps(growths: Sequence[Plan]) -> dict[str, AxisMap]:
 def multipliers(model: Architecture, growths: Sequence[Plan]) -> dict[str, dict[str, Any]]:
     """{'learning_rate' | 'eps' | 'clip': a parameter tree of factors} for a model grown so.
 
-    Each factor is a number, or where units differ an array that broadcasts to the parameter, stacked axes first.
+    Each factor is a number, or where units differ an array that broadcasts to the parameter,
+    stacked axes first.
     """
     maps = compose_maps(growths)
     origin = growths[0].model if growths else model
     found = {row: _factors(row, model, maps, origin) for row in model.table.rows}
-    return {
-        name: model.table.tree(lambda row, name=name: found[row][name])
-        for name in ("learning_rate", "eps", "clip")
-    }
+
+    def collect(name: str) -> dict[str, Any]:
+        return model.table.tree(lambda row: found[row][name])
+
+    return {name: collect(name) for name in ("learning_rate", "eps", "clip")}
 
 
 def describe_multipliers(plan: Plan) -> dict[str, dict[str, float | str]]:

@@ -1,8 +1,9 @@
-"""Random numbers that are the same everywhere: a function of (seed, tensor, element) and of nothing else.
+"""Random numbers that are the same everywhere: a function of (seed, tensor, element) and nothing
+else.
 
-A counter-based generator (Threefry-2x32, 20 rounds; Salmon et al., SC'11) in whole-number arithmetic, and a
-uniform distribution, which needs no function that machines round differently: numpy and jax, one device or
-many, whole tensors or pieces give the same bits. Knows nothing of what the numbers are for.
+A counter-based generator (Threefry-2x32, 20 rounds; Salmon et al., SC'11) in integer arithmetic,
+and a uniform distribution, which needs no function that machines round differently. So numpy and
+jax, one device or many, whole tensors or pieces give the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ UNIT = math.sqrt(3) / 2**23
 
 
 def threefry(key: tuple[Any, Any], high: Any, low: Any, xp: Any = np, rounds: int = 20) -> Any:
-    """The first word, uint32, of Threefry-2x32 of each counter (high, low), uint32 arrays that broadcast.
+    """The first word, uint32, of Threefry-2x32 of each counter (high, low), uint32 arrays that
+    broadcast.
 
     key: two words, numbers or uint32 arrays without dimensions. rounds: with 13 or more its
     authors knew of no flaw in September 2011, 20 have a margin (Random123, threefry.h).
@@ -42,8 +44,8 @@ def threefry(key: tuple[Any, Any], high: Any, low: Any, xp: Any = np, rounds: in
 def centred(seed: int, name: str, shape: tuple[int, ...], xp: Any = np, first: int = 0) -> Any:
     """float32 of `shape`: independent odd multiples of 1/2, uniform between -2**23 and 2**23.
 
-    Element i in C order depends on seed, name and first + i alone. xp: numpy, or jax.numpy for use under jit. They
-    and the difference of any two are exact in float32.
+    Element i in C order depends on seed, name and first + i alone. xp: numpy, or jax.numpy for use
+    under jit. They and the difference of any two are exact in float32.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
@@ -59,6 +61,9 @@ def centred(seed: int, name: str, shape: tuple[int, ...], xp: Any = np, first: i
 def uniform(
     seed: int, name: str, shape: tuple[int, ...], xp: Any = np, spread: float = 1.0, first: int = 0
 ) -> Any:
-    """float32 of `shape`: independent, mean 0, standard deviation `spread`, uniform; see `centred`."""
-    # One product, rounded once: a compiler may fold two constants into one, which rounds differently.
+    """float32 of `shape`: independent, mean 0, standard deviation `spread`, uniform.
+
+    See `centred`.
+    """
+    # One product, rounded once: a compiler may fold two constants and round differently.
     return centred(seed, name, shape, xp, first) * xp.float32(spread * UNIT)

@@ -1,10 +1,11 @@
 """Padding: new units without a source, on the two axes where copies alone do not reach every size.
 
-embed, any width. Under LayerNorm ('mean-pad') the new entries of the residual stream are the mean of the
-old ones: the mean stays, the variance shrinks by d/d', and the normalised new entries are exactly zero.
-Under RMSNorm ('zero-pad') they are zero. Readers do not see them either way.
-head_dim, under rotary positions ('keep-rotary'). The new dimensions are not rotated, keys are zero there,
-and queries make up for the larger root. Both keep the function, and not the training that follows.
+embed, any width. Under LayerNorm ('mean-pad') the new entries of the residual stream are the mean
+of the old ones: the mean stays, the variance shrinks by d/d', and the normalised new entries are
+exactly zero. Under RMSNorm ('zero-pad') they are zero. Readers do not see them either way.
+head_dim, under rotary positions ('keep-rotary'). The new dimensions are not rotated, keys are zero
+there, and queries make up for the larger root. Both keep the function, and not the training that
+follows.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ Free = Callable[[tuple[int, ...], str], Any]
 class Rule:
     """What padding does to one parameter along one axis.
 
-    scale multiplies what is old. fill says what the new units hold: 'zero'; 'one', the scale; 'mean', the
-    mean of the old ones along the axis; 'free', random numbers of the model's initial spread. offset is
-    what the model adds to the parameter: scale and 'one' hold for the sum.
+    scale multiplies what is old. fill says what the new units hold: 'zero'; 'one', the scale;
+    'mean', the mean of the old ones along the axis; 'free', random numbers of the model's initial
+    spread. offset is what the model adds to the parameter: scale and 'one' hold for the sum.
     """
 
     scale: float
@@ -43,8 +44,8 @@ class Rule:
 def rule_along(axis: Axis, row: Row, role: str, moment: int, growth: float, norm: str) -> Rule:
     """The rule for a parameter along a padded axis.
 
-    role: the part's, or of one slice of a qkv part: query, key or value. growth: the new size over the
-    old. norm: 'layer' or 'rms'.
+    role: the part's, or of one slice of a qkv part: query, key or value. growth: the new size over
+    the old. norm: 'layer' or 'rms'.
     """
     if axis.name == "embed":
         return _embed_rule(row, axis.read, moment, growth, norm)
@@ -84,7 +85,9 @@ def _head_dim_rule(role: str, reads: bool, moment: int, growth: float) -> Rule:
 def extend(
     array: Any, place: int, size: int, rule: Rule, free: Free, what: str, xp: Any = np
 ) -> Any:
-    """`array` scaled by the rule, and filled up to `size` along dimension `place`, in its own dtype."""
+    """`array` scaled by the rule, and filled up to `size` along dimension `place`, in its own
+    dtype.
+    """
     old = scale_old(array, rule, xp)
     added = size - array.shape[place]
     shape = (*array.shape[:place], added, *array.shape[place + 1 :])
@@ -129,7 +132,9 @@ def prevent_fusing(product: Any, xp: Any) -> Any:
 def fill_new(
     rule: Rule, shape: tuple[int, ...], mean: Any, free: Free, what: str, dtype: Any, xp: Any = np
 ) -> Any:
-    """What is new, by the rule. mean: of what is old, broadcastable to `shape`, where the rule asks."""
+    """What is new, by the rule. mean: of what is old, broadcastable to `shape`, where the rule
+    asks.
+    """
     if rule.fill == "mean":
         return xp.broadcast_to(mean, shape)
     if rule.fill == "free":

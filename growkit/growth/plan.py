@@ -1,9 +1,9 @@
-"""Plans of growth: from intention to axis maps and paddings, resolved, with what follows from them.
+"""Plans of growth: axis maps and paddings, resolved, and what follows from them.
 
-A `Plan` is all that growth needs: the model before and after, the map of every axis that is copied, the new
-size of every axis that is padded, what becomes of the moments, noise. What a plan preserves is
-here; the notations of depth and width are in `growkit.growth.depth` and `growkit.growth.width`, and how a plan is
-recorded and read again in `growkit.entries`.
+A `Plan` is all that growth needs to know: the model before and after, the map of every axis that is
+copied, the new size of every axis that is padded, what becomes of the moments, noise.
+`growkit.growth.depth` and `growkit.growth.width` make plans from what a user types;
+`growkit.entries` records them and reads them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from growkit.growth.axes import AxisMap
 from growkit.models.architecture import Architecture
 
 MOMENTS = ("map", "copy", "reset", "nu-only")
+# Where a model comes from, for messages about an argument that is none.
+MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A growth, resolved: nothing in it is a default any more.
+    """A growth with nothing left open.
 
-    maps: axis -> copies with shares. pads: axis -> new size, see `growkit.growth.padding`. moments: 'map' (the rule),
-    'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only' (mu zero). noise: its standard
-    deviation in units of the model's initializer_range. notes: what was completed by rule, in words.
+    maps: axis -> copies with shares. pads: axis -> new size, see `growkit.growth.padding`. moments:
+    'map' (the rule), 'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only'
+    (mu zero). noise: its standard deviation in units of the model's initializer_range. notes: what
+    was completed by rule.
     """
 
     verb: str
@@ -41,7 +44,7 @@ class Plan:
     seed: int = 0
     notes: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.moments not in MOMENTS:
             near = did_you_mean(self.moments, MOMENTS)
             raise UsageError(
@@ -60,43 +63,50 @@ class Plan:
 
     @property
     def continues(self) -> bool:
-        """Whether, with the multipliers, training goes on exactly as the small model's would: width by copies alone."""
+        """Whether training goes on exactly as the small model's would, given the multipliers.
+
+        That is so for width by copies alone.
+        """
         copied = any(len(axis_map) > axis_map.source for axis_map in self.maps.values())
         exact = self.preserved and not self.pads and self.moments == "map" and not self.noise
         return copied and exact and "layer" not in self.maps
 
     @property
-    def tied_copies(self) -> tuple[str, ...]:
-        """The axes whose copies stay equal for ever, because equal copies have equal gradients, whatever the moments.
-
-        Noise and uneven shares separate copies, and so do the random new columns of a padding they read: that of
-        head_dim all but the units of mlp, that of embed those as well.
-        """
-        if self.noise:
-            return ()
-        separated = (
-            self.maps.keys()
-            if "embed" in self.pads
-            else self.maps.keys() - {"mlp"}
-            if self.pads
-            else set()
-        )
-        wide = {
-            axis: m for axis, m in self.maps.items() if axis != "layer" and (m.copies > 1).any()
+    def copied_widths(self) -> dict[str, AxisMap]:
+        """The maps of axes other than layer that copy some unit more than once."""
+        return {
+            axis: axis_map
+            for axis, axis_map in self.maps.items()
+            if axis != "layer" and (axis_map.copies > 1).any()
         }
+
+    @property
+    def tied_copies(self) -> tuple[str, ...]:
+        """The axes whose copies stay equal for ever: equal copies have equal gradients.
+
+        Noise and uneven shares separate copies, and so do the random new columns of a padding that
+        they read: those of embed separate all, those of head_dim all but the units of mlp.
+        """
+        if self.noise or "embed" in self.pads:
+            return ()
+        separated = set(self.maps) - {"mlp"} if self.pads else set()
         return tuple(
-            axis for axis, axis_map in wide.items() if axis not in separated and _even(axis_map)
+            axis
+            for axis, axis_map in self.copied_widths.items()
+            if axis not in separated and _has_equal_shares(axis_map)
         )
 
 
 def set_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
-    """The plan with what growing verbs have in common. Raises UsageError for values that cannot be meant for it."""
+    """The plan with the options that all growing verbs have.
+
+    Raises UsageError for values that make no sense for it.
+    """
     plan = replace(plan, moments=moments, noise=noise, seed=seed)
-    if noise and not any(
-        axis != "layer" and (axis_map.copies > 1).any() for axis, axis_map in plan.maps.items()
-    ):
+    if noise and not plan.copied_widths:
         raise UsageError(
-            "--noise separates the copies of units in width, and this growth makes none; leave it out"
+            "--noise separates the copies of units in width, and this growth makes none; leave it "
+            "out"
         )
     if plan.grown.sizes == plan.model.sizes and plan.preserved:
         raise UsageError(
@@ -114,22 +124,28 @@ def build_plan(
     **options: Any,
 ) -> Plan:
     """The plan of maps and pads for a model, the grown model worked out from them."""
-    pads = dict(pads or {})
-    sizes = model.sizes | {axis: len(axis_map) for axis, axis_map in maps.items()} | pads
-    if "embed" in maps or "embed" in pads or not model.coupled:
-        grown_sizes = sizes
-    else:
-        grown_sizes = sizes | {"embed": sizes[model.heads] * sizes["head_dim"]}
-    eps = model.norm_eps * model.embed / pads["embed"] if "embed" in pads else None
-    return Plan(verb, method, model, model.resize(grown_sizes, eps), dict(maps), pads, **options)
+    padded = dict(pads or {})
+    sizes = dict(model.sizes)
+    sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
+    sizes |= padded
+    if model.coupled and "embed" not in maps and "embed" not in padded:
+        sizes["embed"] = sizes[model.heads] * sizes["head_dim"]
+    eps = None
+    if "embed" in padded:
+        # The variance of a padded residual stream shrinks by d/d', and eps with it.
+        eps = model.norm_eps * model.embed / padded["embed"]
+    grown = model.resize(sizes, eps)
+    if "layer" in maps:
+        grown = grown.follow_map(maps["layer"].index.tolist())
+    return Plan(verb, method, model, grown, dict(maps), padded, **options)
 
 
 def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:
     """Whether a map of this axis keeps the function.
 
-    layer: one copy of each source with share 1, in the sources' order, all others 0. uniform: whether a norm
-    averages over the axis; then every unit needs as many copies, with equal shares. Any other axis: shares that
-    sum to 1 for each source.
+    layer: one copy of each source with share 1, in the sources' order, all others 0. uniform:
+    whether a norm averages over the axis; then every unit needs as many copies, with equal shares.
+    Any other axis: shares that sum to 1 for each source.
     """
     if axis == "layer":
         kept = axis_map.index[axis_map.share == 1.0]
@@ -142,12 +158,15 @@ def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:
     return axis_map.preserves_sums
 
 
-def _even(axis_map: AxisMap) -> bool:
+def _has_equal_shares(axis_map: AxisMap) -> bool:
     return bool(np.allclose(axis_map.share, 1.0 / axis_map.copies[axis_map.index], rtol=1e-9))
 
 
 def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
-    """One plan that does what several do, on axes of their own. Raises UsageError when two want the same axis."""
+    """One plan that does what several do, each on axes of its own.
+
+    Raises UsageError when two want the same axis.
+    """
     maps: dict[str, AxisMap] = {}
     pads: dict[str, int] = {}
     for plan in plans:

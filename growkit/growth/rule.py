@@ -1,17 +1,18 @@
 """The one rule of growth, for an array or a part of it.
 
 Values are scaled by the shares of the axes that a parameter reads. Gradients, and with them Adam's
-moments, are scaled by the shares of the axes that it writes: mu once, nu twice, because the gradient that
-reaches a copy is its share of the gradient of its source. Then come noise and padding.
+moments, are scaled by the shares of the axes that it writes: mu once, nu twice, because the
+gradient that reaches a copy is its share of the gradient of its source. Then come noise and
+padding.
 
-`PartGrowth.grow` is the only place where numbers change. It takes all of a parameter, or some of its
-leading units (see `lead`), and works on numpy and jax arrays alike, under jit too.
+`PartGrowth.grow` is the only place where numbers change. It takes all of a parameter, or some of
+its leading units (see `lead`), and works on numpy and jax arrays alike, under jit too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ from growkit.growth.padding import (
     scale_with_offset,
     sum_along,
 )
-from growkit.models.notation import ATTENTION, Part, Position, Product, Row
+from growkit.growth.shares import narrow, scale_of
+from growkit.models.notation import ATTENTION, Part, Position, Row
 
 if TYPE_CHECKING:
     from growkit.growth.plan import Plan
@@ -50,9 +52,10 @@ def grow_array(
 ) -> Any:
     """Grow one unit's parameter, or its first (`moment` 1) or second (2) moment.
 
-    array: the row's stored shape at the source's sizes, of the source unit that the new unit `position` of
-    the stacked axes copies. xp: numpy, or jax.numpy for jax arrays. Returns the stored shape at the
-    grown sizes in the array's dtype; narrow floats are computed in float32 and rounded once a step.
+    array: the row's stored shape at the source's sizes, of the source unit that the new unit
+    `position` of the stacked axes copies. xp: numpy, or jax.numpy for jax arrays. Returns the
+    stored shape at the grown sizes in the array's dtype; narrow floats are computed in float32 and
+    rounded once a step.
     Raises ValueError for a position that is not of the row's stacked axes.
     """
     if len(position) != len(row.stacked):
@@ -98,70 +101,6 @@ def find_source(plan: Plan, row: Row, position: Position) -> Position:
     )
 
 
-def share_scale(axes: Product, maps: Mapping[str, AxisMap], moment: int = VALUE) -> np.ndarray:
-    """The product of shares that scales a value or a moment: float64, a dimension for each axis.
-
-    Of the axes that are read for values; of those that are written for moments, once for mu, twice for nu.
-    Dimensions along which it does not differ have one entry.
-    """
-    scale = np.ones([1] * len(axes))
-    for place, axis in enumerate(axes):
-        counts = axis.read if moment == VALUE else not axis.read
-        if axis.name in maps and counts:
-            share = narrow(maps[axis.name].share)
-            scale = scale * lay_along(share ** max(moment, 1), place, len(axes))
-    return scale
-
-
-def lay_along(values: np.ndarray, place: int, axes: int) -> np.ndarray:
-    """A vector laid along dimension `place` of so many."""
-    return values.reshape([-1 if at == place else 1 for at in range(axes)])
-
-
-def stacked_share(row: Row, maps: Mapping[str, AxisMap], moment: int, position: Position) -> float:
-    """The share that a unit of the stacked axes carries.
-
-    Layers count for values only: copies of layers have no exact rule for moments.
-    """
-    share = 1.0
-    for axis, unit in zip(row.stacked, position, strict=True):
-        if axis.name not in maps:
-            continue
-        if moment == VALUE and axis.read:
-            share *= maps[axis.name].share[unit]
-        if moment != VALUE and not axis.read and axis.name != "layer":
-            share *= maps[axis.name].share[unit] ** moment
-    return share
-
-
-def scale_of(
-    part: Part, row: Row, plan: Plan, moment: int, position: Position
-) -> np.ndarray | None:
-    """What growth multiplies by: float64, broadcastable to the unfused shape, None where all is one."""
-    scale = share_scale(part.axes, plan.maps, moment)
-    scale = scale * stacked_share(row, plan.maps, moment, position)
-    ratio = plan.model.scalar_growth(row, plan.grown)
-    if ratio != 1.0:
-        scale = scale * ratio ** (1 if moment == VALUE else -moment)
-    if "embed" in plan.pads and plan.model.table.normalises_queries:
-        scale = scale * _eps_scale(part, plan, moment)
-    return None if (scale == 1.0).all() else scale
-
-
-def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
-    """What queries and keys are scaled by so that their own norms, which share eps, see its new value.
-
-    Padding embed multiplies the configuration's one eps by d/d', so queries and keys shrink by its root.
-    """
-    root = math.sqrt(plan.model.embed / plan.pads["embed"])
-    factor = root ** (1 if moment == VALUE else -moment)
-    if part.role in ("query", "key"):
-        return np.full([1] * len(part.axes), factor)
-    if part.role == "qkv":
-        return lay_along(np.array([factor, factor, 1.0]), part.names.index("qkv"), len(part.axes))
-    return np.ones([1] * len(part.axes))
-
-
 def gather(array: Any, axis_map: AxisMap, place: int) -> Any:
     """The entries of an array that a map copies, along dimension `place`."""
     if not isinstance(array, np.ndarray) or len(axis_map.stretches) > FEW:
@@ -180,19 +119,11 @@ def multiply(array: Any, scale: np.ndarray | None, offset: float = 0.0, xp: Any 
     return scaled.astype(array.dtype, copy=False)
 
 
-def narrow(scale: np.ndarray) -> np.ndarray:
-    """A scale with one entry along every dimension that it is the same along."""
-    for place in range(scale.ndim):
-        first = scale.take([0], axis=place)
-        scale = first if (scale == first).all() else scale
-    return scale
-
-
 class UnitGrowth:
     """Growth of some leading units of a parameter: of each block of a summed dimension by itself.
 
-    lead: how many axes of the first stored dimension count the units; with 0 there is one unit, the whole.
-    term: of a first dimension that is a sum, the one block that the units are of.
+    lead: how many axes of the first stored dimension count the units; with 0 there is one unit, the
+    whole. term: of a first dimension that is a sum, the one block that the units are of.
     """
 
     def __init__(
@@ -212,8 +143,8 @@ class UnitGrowth:
     def grow(self, array: Any, units: np.ndarray, xp: Any = np) -> Any:
         """The grown units.
 
-        array: [unit, rest of the first dimension, other stored dimensions] of the source. units: which new
-        unit each is, in ascending order and one after another.
+        array: [unit, rest of the first dimension, other stored dimensions] of the source. units:
+        which new unit each is, in ascending order and one after another.
         """
         if self.split is None:
             return self.growths[0].grow_stored(array, units, xp)
@@ -226,7 +157,9 @@ class UnitGrowth:
         return xp.concatenate(grown, axis=self.split)
 
     def add(self, units: np.ndarray, dtype: Any) -> np.ndarray:
-        """Units that padding of the first axis adds; after all old ones were grown, which give the mean."""
+        """Units that padding of the first axis adds; after all old ones were grown, which give the
+        mean.
+        """
         added = [growth.add_stored(units, dtype) for growth in self.growths]
         return added[0] if self.split is None else np.concatenate(added, axis=self.split)
 
@@ -234,8 +167,8 @@ class UnitGrowth:
 class PartGrowth:
     """Growth of one block of a parameter: copies with their shares, noise, padding.
 
-    before, copied, after: the unfused shapes of the source, with its copies, and with its padding too. The
-    first `lead` axes count units; the others, inner ones, lie within a unit.
+    before, copied, after: the unfused shapes of the source, with its copies, and with its padding
+    too. The first `lead` axes count units; the others, inner ones, lie within a unit.
     """
 
     def __init__(
@@ -295,7 +228,8 @@ class PartGrowth:
             return self.scale.reshape(1, *self.scale.shape[self.lead :])
         at = np.unravel_index(units, self.copied[: self.lead])
         # A dimension of one entry holds for every unit.
-        return self.scale[tuple(i * (size > 1) for i, size in zip(at, outer, strict=True))]
+        place = tuple(i * (size > 1) for i, size in zip(at, outer, strict=True))
+        return np.asarray(self.scale[place])
 
     def grow_stored(self, array: Any, units: np.ndarray, xp: Any = np) -> Any:
         """As `UnitGrowth.grow`."""
@@ -346,8 +280,8 @@ class PartGrowth:
     def _add_noise(self, array: Any, units: np.ndarray, xp: Any) -> Any:
         """Add noise that sums to zero over the copies of each source unit.
 
-        Each copy gets its own number (see `growkit.growth.noise.centred`) less the next copy's, exactly: what
-        reads equal copies finds the old sum.
+        Each copy gets its own number (see `growkit.growth.noise.centred`) less the next copy's,
+        exactly: what reads equal copies finds the old sum.
         """
         plan = self.plan
         wide = np.dtype(np.float32) if array.dtype in NARROW else array.dtype
@@ -376,7 +310,7 @@ class PartGrowth:
         return xp.concatenate([self._numbers(following[i : i + 1], xp) for i in range(len(units))])
 
     def _pad(self, array: Any, units: np.ndarray, xp: Any) -> Any:
-        """Copied units, padded: old entries scaled by the rules, new ones added within the units."""
+        """Copied units, padded: old entries scaled, new ones added within the units."""
         for place in self.padded:
             if place < self.lead:
                 array = self._pad_outer(array, xp)

@@ -1,7 +1,8 @@
-"""What a model is: which parameters it has, along which axes they lie, and what its config.json says.
+"""What a model is: its parameters, the axes along which they lie, and its config.json.
 
-Read `notation` (the table's language) first, then one model (`llama`, `gpt_neox`), then `architecture`,
-which turns a config.json into sizes and options and back. This file knows which families there are.
+Read `notation` (the language of tables) first, then one model (`llama`, `gpt_neox`), then `family`
+and `architecture`, which turn a config.json into sizes and options and back. This file lists the
+families.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
-from growkit.models.architecture import Architecture, Family
+from growkit.models.architecture import Architecture
+from growkit.models.family import Family
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
 from growkit.models.mistral import MISTRAL
@@ -40,14 +42,14 @@ TRAINED = {GPT_NEOX.kind: {"activation": "gelu", "attention_bias": True}}
 def require_trained(model: Architecture, origin: object) -> Architecture:
     """The model of `origin`, for what computes it in JAX.
 
-    Raises UsageError for a family that growkit grows and does not train, and for an option that the trainer
-    does not compute.
+    Raises UsageError for a family that growkit grows and does not train, and for an option that the
+    trainer does not compute.
     """
     if model.kind not in TRAINED:
         known = ", ".join(repr(kind) for kind in TRAINED)
         raise UsageError(
-            f"{origin} is a {model.kind!r} model, which growkit grows but does not train: training, "
-            f"import, export and generate take {known} only"
+            f"{origin} is a {model.kind!r} model, which growkit grows but does not train: "
+            f"training, import, export and generate take {known} only"
         )
     for name, value in TRAINED[model.kind].items():
         if model.options[name] != value:

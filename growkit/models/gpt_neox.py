@@ -1,12 +1,13 @@
-"""GPT-NeoX: LayerNorm, fused queries, keys and values, partial rotary positions, biases everywhere."""
+"""GPT-NeoX: LayerNorm, fused queries, keys and values, partial rotary positions, biases."""
 
 from __future__ import annotations
 
-from growkit.models.architecture import Family
+from growkit.models.family import Family
 from growkit.models.rotary import RotaryFields
 
 TABLE = """
-# name                                                   axes                         begins  role      when
+# name                                                   axes                         begins  role
+# when
 gpt_neox.embed_in.weight                                 vocab embed                  normal  embedding
 gpt_neox.layers.{layer}.input_layernorm.weight           embed                        ones    norm
 gpt_neox.layers.{layer}.input_layernorm.bias             embed                        zeros   bias
@@ -22,7 +23,8 @@ gpt_neox.layers.{/layer}.mlp.dense_4h_to_h.weight        embed /mlp             
 gpt_neox.layers.{/layer}.mlp.dense_4h_to_h.bias          embed                        zeros   bias
 gpt_neox.final_layer_norm.weight                         embed                        ones    norm      untied
 gpt_neox.final_layer_norm.bias                           embed                        zeros   bias      untied
-# A tied head reads embed through the embedding, which writes it: the norm before it takes the reader's share.
+# A tied head reads embed through the embedding, which writes it: the norm before it takes the
+# reader's share.
 gpt_neox.final_layer_norm.weight                         /embed                       ones    norm      tied
 gpt_neox.final_layer_norm.bias                           /embed                       zeros   bias      tied
 embed_out.weight                                         vocab /embed                 normal  head      untied

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from growkit.models.architecture import Family, Same
+from growkit.models.family import Family
+from growkit.models.fields import Same
 
 TABLE = """
-# name                                                axes                          begins  role      when
+# name                                                axes                          begins  role
+# when
 model.embed_tokens.weight                             vocab embed                   normal  embedding
 model.layers.{layer}.input_layernorm.weight           embed                         ones    norm
 model.layers.{layer}.self_attn.q_proj.weight          (kv group head_dim) /embed    normal  query
@@ -24,7 +26,8 @@ model.layers.{layer}.mlp.up_proj.bias                 mlp                       
 model.layers.{/layer}.mlp.down_proj.weight            embed /mlp                    normal  matrix
 model.layers.{/layer}.mlp.down_proj.bias              embed                         zeros   bias      mlp_bias
 model.norm.weight                                     embed                         ones    norm      untied
-# A tied head reads embed through the embedding, which writes it: the norm before it takes the reader's share.
+# A tied head reads embed through the embedding, which writes it: the norm before it takes the
+# reader's share.
 model.norm.weight                                     /embed                        ones    norm      tied
 lm_head.weight                                        vocab /embed                  normal  head      untied
 """  # noqa: E501

@@ -1,15 +1,20 @@
-"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values; the upper layers may have a window."""
+"""Qwen2 and Qwen2.5:
+
+Llama with biases on queries, keys and values; the upper layers may have a window.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from growkit.models.architecture import Family, Same
+from growkit.models.family import Family
+from growkit.models.fields import Same
 from growkit.models.llama import ALL_ROTATED, FIELDS, OPTIONS
 
 TABLE = """
-# name                                                axes                          begins  role      when
+# name                                                axes                          begins  role
+# when
 model.embed_tokens.weight                             vocab embed                   normal  embedding
 model.layers.{layer}.input_layernorm.weight           embed                         ones    norm
 model.layers.{layer}.self_attn.q_proj.weight          (kv group head_dim) /embed    normal  query
@@ -30,7 +35,9 @@ lm_head.weight                                        vocab /embed              
 
 
 def window_kinds(config: Mapping[str, Any]) -> list[str]:
-    """The kinds of all layers: from max_window_layers on they have the sliding window, where one is used."""
+    """The kinds of all layers: from max_window_layers on they have the sliding window, where one is
+    used.
+    """
     layers = config.get("num_hidden_layers", 32)
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     first = layers if window is None else config.get("max_window_layers", 28)

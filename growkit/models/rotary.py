@@ -1,7 +1,7 @@
 """Rotary positions in config.json: read from the fields of transformers 4 and 5, written for both.
 
-transformers 5 keeps all of them in `rope_parameters`. transformers 4 has the base in a field of its own,
-the rotated part of a head in another, and what a scaled kind adds in `rope_scaling`.
+transformers 5 keeps all of them in `rope_parameters`. transformers 4 has the base in a field of its
+own, the rotated part of a head in another, and what a scaled kind adds in `rope_scaling`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Values(Protocol):
 def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) -> dict[str, Any]:
     """The rotary parameters as transformers 5 takes them.
 
-    rope_scaling of version 4 goes before rope_parameters. given: the fields that config.json states;
-    values: the same with defaults. Raises TypeError for what states no parameters.
+    rope_scaling of version 4 goes before rope_parameters. given: the fields that config.json
+    states; values: the same with defaults. Raises TypeError for what states no parameters.
     """
     name = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
     stated = given.get(name) or {}

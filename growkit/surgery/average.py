@@ -1,8 +1,8 @@
-"""The mean of several checkpoints: parameters averaged, all else the last one's.
+"""The mean of several checkpoints: the parameters are averaged, everything else is the last one's.
 
-The mean of late checkpoints of a run often predicts better than any of them (Izmailov et al., "Averaging
-weights leads to wider optima and better generalization", arXiv 1803.05407). Moments belong to one set of
-parameters and are no mean of anything, so the last one's are kept. Knows what may be averaged and how.
+The mean of late checkpoints of a run often predicts better than any of them (Izmailov et al.,
+"Averaging weights leads to wider optima and better generalization", arXiv 1803.05407). Moments
+belong to one set of parameters, so they are not averaged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from growkit.checkpoint.rounding import round_to_dtype
 from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_tensor, map_tensors
 from growkit.entries import Average, Origin
 from growkit.errors import UsageError
-from growkit.surgery.comparison import fields_differing, model_of
+from growkit.surgery.comparison import find_differences, model_of
 
 WIDE = np.float64
 
@@ -23,9 +23,11 @@ WIDE = np.float64
 def average_checkpoints(
     sources: Sequence[Source], weights: Sequence[float] | None = None
 ) -> Contents:
-    """The weighted mean, summed in float64 and rounded once to the last source's dtype; weights are normalised.
+    """The weighted mean, summed in float64 and rounded once to the last source's dtype; weights are
+    normalised.
 
-    Raises UsageError for fewer than two sources, sources of different models, and weights that do not fit.
+    Raises UsageError for fewer than two sources, sources of different models, and weights that do
+    not fit.
     """
     check_alike(sources)
     shares = normalise_weights(weights or [1.0] * len(sources), len(sources))
@@ -52,16 +54,23 @@ def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Reci
     dtype = tensors[-1].dtype
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
-        added = WeightedSum(shares)
-        yield from map_tensors(
-            tensors, dtype, lambda *arrays: round_to_dtype(name, added.of(arrays), dtype)
-        ).pieces()
+        weighted = WeightedSum(shares)
+
+        def average(*arrays: np.ndarray) -> np.ndarray:
+            return round_to_dtype(name, weighted.of(arrays), dtype)
+
+        blocks = map_tensors(tensors, dtype, average)
+        assert blocks.pieces is not None
+        yield from blocks.pieces()
 
     return Recipe(tensors[-1].shape, dtype, pieces=pieces)
 
 
 class WeightedSum:
-    """Sums of arrays with weights, in float64, in memory that is had once: having it anew costs more than summing."""
+    """Weighted sums of arrays, in float64.
+
+    Their memory is allocated once: allocating it for each sum takes longer than the sum.
+    """
 
     def __init__(self, shares: Sequence[float]):
         self.shares = [WIDE(share) for share in shares]
@@ -80,7 +89,10 @@ class WeightedSum:
 
 
 def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
-    """The weights as shares of their sum. Raises UsageError for the wrong number of them and for what is no weight."""
+    """The weights as shares of their sum.
+
+    Raises UsageError for the wrong number of them and for what is no weight.
+    """
     if len(weights) != count:
         raise UsageError(
             f"--weights takes one weight a model: {count} models, {len(weights)} weights"
@@ -104,10 +116,10 @@ def check_alike(sources: Sequence[Source]) -> None:
                 f"{sources[number].path} is given twice; give it once, with a weight of 2"
             )
     for source in sources[:-1]:
-        different = fields_differing(model_of(source), model_of(sources[-1]))
+        different = find_differences(model_of(source), model_of(sources[-1]))
         if different:
             field, (ours, theirs) = next(iter(different.items()))
             raise UsageError(
-                f"only models of one shape have a mean: {field} is {ours} in {source.path} and {theirs} in "
-                f"{sources[-1].path}"
+                f"only models of one shape have a mean: {field} is {ours} in {source.path} "
+                f"and {theirs} in {sources[-1].path}"
             )

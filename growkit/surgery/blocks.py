@@ -1,8 +1,9 @@
-"""Growth of one tensor on disk, a block at a time: what is read, when it is grown, where it is written.
+"""Growth of one tensor on disk, a block at a time: what is read, when it is grown, where it is
+written.
 
-The axes of a parameter's first stored dimension, flattened, count its units; a block is a few of them. Each
-block of source units is grown once, by `growkit.growth.rule`, and written to all places of its copies. So
-memory does not depend on the size of the tensor. This file only cuts.
+The axes of a parameter's first stored dimension, flattened, count its units; a block is a few of
+them. Each block of source units is grown once, by `growkit.growth.rule`, and written to all places
+of its copies. So memory does not depend on the size of the tensor. This file only cuts.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Stretch:
 def grown_recipe(tensor: Tensor, row: Row, plan: Plan, moment: int, position: Position) -> Recipe:
     """The recipe of a tensor grown by a plan.
 
-    tensor: the stored shape at the source's sizes, of the source unit that new unit `position` copies.
-    One of more than BLOCK bytes is made in blocks of about so many.
+    tensor: the stored shape at the source's sizes, of the source unit that new unit `position`
+    copies. One of more than BLOCK bytes is made in blocks of about so many.
     """
     shape = row.shape(plan.grown.sizes)
     size = math.prod(shape) * tensor.dtype.itemsize
@@ -61,14 +62,15 @@ def grown_recipe(tensor: Tensor, row: Row, plan: Plan, moment: int, position: Po
 
 
 def _terms(row: Row) -> list[int | None]:
-    """The terms of a first dimension that is a sum, which lie one after another; else all at once."""
+    """The terms of a first dimension that is a sum, one after another; else all at once."""
     return list(range(len(row.parts))) if row.summed == 0 else [None]
 
 
 class Blocks:
     """One parameter, or moment of one, or one term of its first dimension, cut into blocks.
 
-    first_row: the first stored row of the source that belongs to the term. lead: how many axes count the units.
+    first_row: the first stored row of the source that belongs to the term. lead: how many axes
+    count the units.
     """
 
     def __init__(
@@ -137,7 +139,8 @@ class Blocks:
     def _cut_source(self) -> Iterator[tuple[int, int]]:
         """(first, last) source units of each block.
 
-        Where head_dim is padded, fused queries, keys and values grow by rules of their own and are not mixed.
+        Where head_dim is padded, fused queries, keys and values grow by rules of their own and are
+        not mixed.
         """
         step = max(1, BLOCK // self.unit_bytes, self.tensor.stride // self.rows_per_unit)
         run = self.units

@@ -1,19 +1,19 @@
-"""Models on disk against each other: two sources tensor by tensor, an output against its source and its plan.
+"""Models on disk against each other: two sources tensor by tensor, an output against its plan.
 
-Never more than a block of each side is in memory. Knows what equal means and finds where it ends; leaves
-printing, and what a model computes, to others.
+`compare_sources` is `growkit diff`, `find_mismatch` is `growkit verify`. Never more than a block of
+each side is in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from growkit.checkpoint.tensor import BLOCK, SLOTS, Recipe, Source, Tensor
+from growkit.checkpoint.tensor import BLOCK, SLOTS, Contents, Recipe, Source, Tensor
 from growkit.entries import MALFORMED, Growth
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.plan import Plan
@@ -29,8 +29,8 @@ Progress = Callable[[int], None]
 class Comparison:
     """One tensor of two models: 'equal' (the same bits), 'differs', 'only in A' or 'only in B'.
 
-    largest: the largest difference of two numbers, NaN where one of them is none; None for other shapes or one
-    side only. detail: what else differs, in words.
+    largest: the largest difference of two numbers, NaN where one of them is none; None for other
+    shapes or one side only. detail: what else differs, in words.
     """
 
     slot: str
@@ -43,37 +43,43 @@ class Comparison:
 def compare_sources(
     a: Source, b: Source, progress: Progress = lambda done: None
 ) -> Iterator[Comparison]:
-    """Every tensor of either model, read when its turn comes; progress is told the bytes of both that are done."""
+    """Every tensor of either model, read when its turn comes; progress is told the bytes of both
+    that are done.
+    """
     for slot in SLOTS:
         ours, theirs = a.tensors.get(slot, {}), b.tensors.get(slot, {})
         for name in dict.fromkeys([*ours, *theirs]):
             if name in ours and name in theirs:
-                yield _compared(slot, name, ours[name], theirs[name])
+                yield _compare(slot, name, ours[name], theirs[name])
             else:
                 yield Comparison(slot, name, "only in A" if name in ours else "only in B")
             progress(sum(side[name].size for side in (ours, theirs) if name in side))
 
 
-def _compared(slot: str, name: str, ours: Tensor, theirs: Tensor) -> Comparison:
+def _compare(slot: str, name: str, ours: Tensor, theirs: Tensor) -> Comparison:
     if ours.shape != theirs.shape:
-        return Comparison(
-            slot, name, DIFFERS, None, f"shape {list(ours.shape)} and {list(theirs.shape)}"
-        )
+        detail = f"shape {list(ours.shape)} and {list(theirs.shape)}"
+        return Comparison(slot, name, DIFFERS, None, detail)
     detail = "" if ours.dtype == theirs.dtype else f"{ours.dtype} and {theirs.dtype}"
-    same, largest = not detail, 0.0
-    for start, stop in max(ours, theirs, key=lambda tensor: tensor.stride).split_rows(BLOCK):
+    equal = not detail
+    largest = 0.0
+    # Blocks of whole stored chunks, so that no chunk is decoded twice.
+    coarser = max(ours, theirs, key=lambda tensor: tensor.stride)
+    for start, stop in coarser.split_rows(BLOCK):
         a, b = ours.rows(start, stop), theirs.rows(start, stop)
         if detail or count_differing(a, b)[0]:
-            same, largest = False, float(np.maximum(largest, largest_difference(a, b)))
-    return Comparison(slot, name, EQUAL if same else DIFFERS, largest, detail)
+            equal = False
+            largest = float(np.maximum(largest, largest_difference(a, b)))
+    return Comparison(slot, name, EQUAL if equal else DIFFERS, largest, detail)
 
 
 def count_differing(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
-    """How many numbers of two arrays of one shape and dtype have other bits, and the place of the first, in C order."""
+    """How many numbers of two arrays of one shape and dtype have other bits, and the place of the
+    first, in C order.
+    """
     bits = np.dtype(f"u{a.dtype.itemsize}")
-    other = np.ascontiguousarray(a).reshape(-1).view(bits) != np.ascontiguousarray(b).reshape(
-        -1
-    ).view(bits)
+    one = np.ascontiguousarray(a).reshape(-1).view(bits)
+    other = one != np.ascontiguousarray(b).reshape(-1).view(bits)
     return int(other.sum()), int(other.argmax()) if other.size else 0
 
 
@@ -86,15 +92,16 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(gap.max(initial=0.0))
 
 
-def fields_differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{key: (A's, B's)} of the keys whose values differ, None standing for one that is absent."""
-    return {
-        key: (a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)
-    }
+def find_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (A's, B's)} of the keys whose values differ; None stands for one that is absent."""
+    keys = dict.fromkeys([*a, *b])
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
 
 
 def model_of(source: Source) -> dict[str, Any]:
-    """Architecture, sizes and options of a source: what of its configuration says which function it computes."""
+    """Architecture, sizes and options of a source: what of its configuration says which function it
+    computes.
+    """
     return {"architecture": source.model.kind} | source.model.values
 
 
@@ -112,51 +119,64 @@ def recorded_plan(source: Source, out: Source) -> Plan:
     try:
         if growth.before == source.model.sizes:
             return growth.plan(source.model)
-        different = fields_differing(source.model.sizes, dict(growth.before))
+        different = find_differences(source.model.sizes, dict(growth.before))
     except MALFORMED as problem:
         raise GrowkitError(f"{out.path}: {unreadable_plan(repr(problem))}") from None
     axis, (ours, theirs) = next(iter(different.items()))
     raise UsageError(
-        f"{out.path} was grown from another model than {source.path}: {axis} was {theirs}, here it is {ours}"
+        f"{out.path} was grown from another model than {source.path}: {axis} was {theirs}, here it "
+        f"is {ours}"
     )
 
 
-def first_mismatch(
+def find_mismatch(
     source: Source, out: Source, plan: Plan, progress: Progress = lambda done: None
 ) -> str | None:
-    """What first differs in `out` from that which `plan` makes of `source`, in words; None when nothing does."""
+    """The first difference of `out` from what `plan` makes of `source`, in words, or None."""
     contents = prepare_growth(source, plan)
-    # The writer states the dtype anew, and what others wrote beside the model's fields is no part of it.
-    stated = sorted(contents.config.keys() - {"dtype", "torch_dtype"})
-    wanted, found = (
-        {field: config.get(field) for field in stated} for config in (contents.config, out.config)
-    )
-    fields = fields_differing(wanted, found)
-    if fields:
-        field, (wanted, found) = next(iter(fields.items()))
-        return f"the configuration's {field} is {found!r}, growth makes it {wanted!r}"
-    if contents.recipes.keys() != out.tensors.keys():
-        return f"it holds {', '.join(out.tensors)}, growth makes {', '.join(contents.recipes)}"
-    if "mu" in out.tensors and contents.record.get("count") != out.record.get("count"):
-        return f"Adam's count is {out.record.get('count')}, growth makes it {contents.record.get('count')}"
+    wrong = _find_config_mismatch(contents, out) or _find_slot_mismatch(contents, out)
+    if wrong:
+        return wrong
     for slot, recipes in contents.recipes.items():
         for name, recipe in recipes.items():
-            wrong = _mismatch(recipe, out.tensors[slot][name])
+            wrong = _find_number_mismatch(recipe, out.tensors[slot][name])
             if wrong:
                 return f"{name!r} of {slot} {wrong}"
             progress(recipe.size)
     return None
 
 
-def _mismatch(recipe: Recipe, tensor: Tensor) -> str | None:
+def _find_config_mismatch(contents: Contents, out: Source) -> str | None:
+    # The writer states the dtype anew; fields that others added are no part of the model.
+    stated = sorted(contents.config.keys() - {"dtype", "torch_dtype"})
+    wanted = {field: contents.config.get(field) for field in stated}
+    found = {field: out.config.get(field) for field in stated}
+    for field, (right, wrong) in find_differences(wanted, found).items():
+        return f"the configuration's {field} is {wrong!r}, growth makes it {right!r}"
+    return None
+
+
+def _find_slot_mismatch(contents: Contents, out: Source) -> str | None:
+    if contents.recipes.keys() != out.tensors.keys():
+        return f"it holds {', '.join(out.tensors)}, growth makes {', '.join(contents.recipes)}"
+    wanted, found = contents.record.get("count"), out.record.get("count")
+    if "mu" in out.tensors and wanted != found:
+        return f"Adam's count is {found}, growth makes it {wanted}"
+    return None
+
+
+def _find_number_mismatch(recipe: Recipe, tensor: Tensor) -> str | None:
     """How a tensor differs from what its recipe makes, in words."""
     if recipe.dtype != tensor.dtype:
         return f"is {tensor.dtype}, growth makes it {recipe.dtype}"
-    count, first = 0, math.prod(tensor.shape)
+    total = math.prod(tensor.shape)
+    count, first = 0, total
     for start, block in recipe.make_blocks():
         other, place = count_differing(block, tensor.read_numbers(start, start + block.size))
-        count, first = count + other, min(first, start + place) if other else first
+        if other:
+            count += other
+            first = min(first, start + place)
     if not count:
         return None
-    place = [int(index) for index in np.unravel_index(first, tensor.shape)]
-    return f"differs in {count:,} of {math.prod(tensor.shape):,} numbers, the first at {place}"
+    at = [int(index) for index in np.unravel_index(first, tensor.shape)]
+    return f"differs in {count:,} of {total:,} numbers, the first at {at}"

@@ -1,7 +1,8 @@
-"""Growth from disk to disk: name -> source name -> recipe, for every tensor of every slot, and the lineage.
+"""Growth from disk to disk: for every tensor of the output, the recipe that makes it from the
+source.
 
-Nothing is read here: the recipes are made when the writer asks for them, so the model is never whole in
-memory. Knows how a plan and a source make contents; leaves the plan's meaning, formats and printing to others.
+Nothing is read here: recipes are followed when the writer asks for them, so the model is never
+whole in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from growkit.entries import Growth, Origin
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source, moment_fate, needs_work
-from growkit.models.architecture import follow_layers
+from growkit.models.family import follow_layers
 from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 
@@ -60,7 +61,7 @@ def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position)
 
 
 def open_grown(source: Source, plan: Plan) -> Source:
-    """The grown model as a source, its tensors made when they are read: growth without an output."""
+    """The grown model as a source without an output: its tensors are made when they are read."""
     contents = prepare_growth(source, plan)
     tensors = {
         slot: {name: _made_when_read(recipe) for name, recipe in recipes.items()}

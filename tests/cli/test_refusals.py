@@ -201,7 +201,7 @@ def test_a_lineage_that_is_none(place, capsys):
         ("a:b", ["SOURCE:TARGET", "'a:b'"]),
         ("12:", ["SOURCE:TARGET", "'12:'"]),
         ("-12:16", ["-12:16", "the source has 12"]),
-        ("12:-16", ["12:-16", "growth adds layers"]),
+        ("12:-16", ["12:-16", "growkit only adds layers"]),
         ("12:999999999999", ["12:999999999999", "at most 4096"]),
         ("0-12", ["names layer 12", "0 to 11"]),
         ("0,1,2", ["lists 3", "the source has 12", "0-11"]),

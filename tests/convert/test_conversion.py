@@ -176,7 +176,9 @@ def test_a_number_too_large_is_refused(tmp_path, capsys):
     save_tensors(hf / "model.safetensors", tensors)
     assert run(["export", str(hf), str(tmp_path / "out"), "--dtype", "float16"]) == 1
     said = capsys.readouterr().err
-    assert "'gpt_neox.embed_in.weight' holds 70000, but the largest float16 is 65504; bfloat16" in said
+    assert (
+        "'gpt_neox.embed_in.weight' holds 70000, but the largest float16 is 65504; bfloat16" in said
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -232,7 +234,7 @@ def test_rotary_fields_of_both_generations_are_read():
     [
         (
             {"model_type": "gpt2"},
-            "the architecture is 'gpt2', and growkit knows 'gpt_neox', 'llama'",
+            "the architecture is 'gpt2', and growkit knows 'gpt_neox', 'llama'.* only",
         ),
         ({"model_type": "gptneox"}, "did you mean 'gpt_neox'?"),
         ({"num_attention_heads": 5}, "got 32 and 5; the nearest for hidden_size are 30 and 35"),
@@ -240,7 +242,7 @@ def test_rotary_fields_of_both_generations_are_read():
         ({"vocab_size": "96"}, "vocab_size must be a whole number, got '96'"),
         ({"intermediate_size": 64.0}, "intermediate_size must be a whole number, got 64.0"),
         ({"layer_norm_eps": "small"}, "config.json holds a value of the wrong kind"),
-        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]"),
+        ({"rope_parameters": [1]}, "config.json holds a value of the wrong kind"),
         (
             {"rope_parameters": None, "rotary_pct": 0.0},
             r"between 2 and head_dim, got int\(8 x 0.0\) = 0",
@@ -248,7 +250,7 @@ def test_rotary_fields_of_both_generations_are_read():
         ({"rope_parameters": None, "rotary_pct": 0.4}, r"must be even .* = 3"),
     ],
 )
-def test_configurations_that_are_refused(change, said):
+def test_configurations_that_describe_no_model(change, said):
     with pytest.raises(GrowkitError, match=said):
         read_config(SMALL.config() | change)
 

@@ -208,7 +208,7 @@ def test_long_documents_in_pieces_encode_as_a_whole(tmp_path, bpe, monkeypatch, 
     whole = tokenize_documents([TEXT, TEXT * 2], tmp_path / "whole", chosen)
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 5)
     monkeypatch.setattr(text_module, "BLOCK_SIZE", 5)
-    assert len(module._pieces(TEXT, lambda left, right: True)) > 10
+    assert len(module._cut_pieces(TEXT, lambda left, right: True)) > 10
     assert tokenize_documents([TEXT, TEXT * 2], tmp_path / "pieces", chosen) == whole
 
 
@@ -216,7 +216,7 @@ def test_unchecked_cuts_would_change_the_encoding(tmp_path, monkeypatch):
     """The sibling of the test above: what it holds is not true of cuts at any white space."""
     chosen = load_tokenizer(metaspace_tokenizer(tmp_path))
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 5)
-    pieces = module._pieces(TEXT, lambda left, right: True)
+    pieces = module._cut_pieces(TEXT, lambda left, right: True)
     assert not np.array_equal(np.concatenate(chosen.encode(pieces)), chosen.encode([TEXT])[0])
 
 

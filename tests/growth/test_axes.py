@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from growkit.errors import GrowkitError
 from growkit.growth.axes import AxisMap, make_map, replicate, tile
-from growkit.growth.rule import MU, NU, VALUE, gather, multiply, share_scale
+from growkit.growth.rule import MU, NU, VALUE, gather, multiply
+from growkit.growth.shares import share_scale
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.notation import Axis, Table, parse_table
 

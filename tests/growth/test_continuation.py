@@ -19,7 +19,7 @@ from growkit.growth import multipliers as recorded
 from growkit.growth.axes import make_map, spread_shares, tile
 from growkit.growth.padding import MU, VALUE
 from growkit.growth.plan import build_plan
-from growkit.growth.rule import share_scale
+from growkit.growth.shares import share_scale
 from growkit.growth.tree import grow
 from growkit.lineage import Lineage
 from growkit.models.gpt_neox import GPT_NEOX

@@ -24,7 +24,8 @@ from growkit.checkpoint.tensor import Tensor
 from growkit.growth.axes import insert, make_map, tile
 from growkit.growth.plan import MOMENTS, Plan, build_plan
 from growkit.growth.rule import PartGrowth, find_source, grow_array, moment_fate
-from growkit.models.architecture import Architecture, Family, keep_rotated
+from growkit.models.architecture import Architecture, keep_rotated
+from growkit.models.family import Family
 from growkit.models.notation import Row, parse_table
 from growkit.models.rotary import RotaryFields
 from growkit.surgery import blocks

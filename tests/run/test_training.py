@@ -24,10 +24,11 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
+from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery.grow import prepare_growth
 from trainer.cli.training import train_run
-from trainer.config.sections import resolve
+from trainer.config.sections import build_section, resolve
 from trainer.data.stream import Stream
 from trainer.data.tokens import TokenWriter
 from trainer.run.checkpoint import find_last_step, to_tree
@@ -63,7 +64,7 @@ def compiled_once():
             if any(isinstance(part, Multipliers) for part in rest):
                 return make(config, *rest)
             parts = config
-            if not isinstance(config, NeoX):
+            if not isinstance(config, Architecture):
                 parts = [
                     getattr(config, name)
                     for name in ("dropout", "precision", "batch", "optimizer", "schedule")
@@ -93,7 +94,7 @@ def compiled_once():
 def values(root, **sections):
     """The nested values of a small run, some sections changed or added to."""
     base = {
-        "model": asdict(TINY),
+        "model": asdict(build_section(TINY)),
         "dropout": {"hidden": 0.1, "attention": 0.0},
         "precision": {"compute": "float32"},
         "data": {"train": [str(root / "text")]},
@@ -599,13 +600,15 @@ def larger(whole, tmp_path_factory):
     """The uninterrupted run's last checkpoint, grown from two layers to three."""
     out = tmp_path_factory.mktemp("larger") / "grown"
     source = open_source(str(whole))
-    write_output(out, source.kind, prepare_growth(source, plan_depth(source.model, "2:3")), [source])
+    write_output(
+        out, source.kind, prepare_growth(source, plan_depth(source.model, "2:3")), [source]
+    )
     return out
 
 
 def begun(root, out, start, **sections):
     """A run that begins with a source, not yet gone."""
-    model = asdict(open_source(str(start)).model)
+    model = asdict(build_section(open_source(str(start)).model))
     return Run(
         resolve(values(root, **sections) | {"model": model}),
         out,
@@ -723,7 +726,7 @@ def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, wh
 
 def test_a_context_of_its_own(data, tmp_path, whole):
     """The context may differ from the source's; the windows are others then, and so is the data stream."""
-    model = asdict(TINY.change(context=8))
+    model = asdict(build_section(TINY.change(context=8)))
     run = Run(
         resolve(values(data) | {"model": model}),
         tmp_path / "run",

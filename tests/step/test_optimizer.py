@@ -13,9 +13,8 @@ import optax
 import pytest
 
 from growkit.growth.axes import tile
-from growkit.growth.plan import build_plan
-from growkit.growth.rule import MU, NU, VALUE, share_scale
-from growkit.growth.tree import grow_leaf
+from growkit.growth.rule import MU, NU, VALUE, expand
+from growkit.growth.shares import share_scale
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import find_row
@@ -222,18 +221,22 @@ def by_row(model, tree, leaf_of):
 
 
 def cloned(model, tree, moment):
-    plan = build_plan("width", "test", model, MAPS)
-    return by_row(
-        model, jax.device_get(tree), lambda row, leaf: grow_leaf(leaf, row, plan, moment)
-    )
+    def leaf_of(row, leaf):
+        if not row.stacked:
+            return expand(leaf, row, model.sizes, MAPS, moment)
+        return np.stack(
+            [expand(layer, row, model.sizes, MAPS, moment, i) for i, layer in enumerate(leaf)]
+        )
+
+    return by_row(model, jax.device_get(tree), leaf_of)
 
 
 def scales(model, tree, moment):
-    """What growth multiplies each parameter by: a number, tiles having equal shares."""
+    """What `expand` multiplies each parameter by: a number, tiles having equal shares."""
 
     def leaf_of(row, leaf):
-        (part,) = row.parts
-        return share_scale(part.axes, MAPS, moment).item()
+        scale = share_scale(row, MAPS, moment)
+        return 1.0 if scale is None else float(scale.flat[0])
 
     return by_row(model, tree, leaf_of)
 
