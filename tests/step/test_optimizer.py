@@ -13,8 +13,10 @@ import optax
 import pytest
 
 from growkit.growth.axes import tile
-from growkit.growth.rule import MU, NU, VALUE, expand
+from growkit.growth.padding import MU, NU, VALUE
+from growkit.growth.plan import build_plan
 from growkit.growth.shares import share_scale
+from growkit.growth.tree import grow_leaf
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import find_row
@@ -221,22 +223,18 @@ def by_row(model, tree, leaf_of):
 
 
 def cloned(model, tree, moment):
-    def leaf_of(row, leaf):
-        if not row.stacked:
-            return expand(leaf, row, model.sizes, MAPS, moment)
-        return np.stack(
-            [expand(layer, row, model.sizes, MAPS, moment, i) for i, layer in enumerate(leaf)]
-        )
-
-    return by_row(model, jax.device_get(tree), leaf_of)
+    plan = build_plan("width", "test", model, MAPS)
+    return by_row(
+        model, jax.device_get(tree), lambda row, leaf: grow_leaf(leaf, row, plan, moment)
+    )
 
 
 def scales(model, tree, moment):
-    """What `expand` multiplies each parameter by: a number, tiles having equal shares."""
+    """What growth multiplies each parameter by: a number, tiles having equal shares."""
 
     def leaf_of(row, leaf):
-        scale = share_scale(row, MAPS, moment)
-        return 1.0 if scale is None else float(scale.flat[0])
+        (part,) = row.parts
+        return share_scale(part.axes, MAPS, moment).item()
 
     return by_row(model, tree, leaf_of)
 
