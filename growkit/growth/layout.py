@@ -118,10 +118,18 @@ def iterate_leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def list_children(node: Any) -> dict[Any, Any] | None:
     """The children of a container of a parameter tree by key or place; None for a leaf."""
     if isinstance(node, Mapping):
-        return dict(node)
+        return open_mapping(node)
     if type(node) in (list, tuple):
         return dict(enumerate(node))
     return None
+
+
+def open_mapping(node: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The children of a mapping by key.
+
+    nnx.State holds dicts and shows them as states; its `raw_mapping` has them as they are.
+    """
+    return dict(getattr(node, "raw_mapping", node))
 
 
 def assemble(node: Any, leaves: Sequence[Leaf], depth: int = 0) -> Any:

@@ -27,6 +27,7 @@ from growkit.growth.layout import (
     fill_container,
     iterate_leaves,
     join,
+    open_mapping,
     path_at,
 )
 from growkit.growth.padding import MU, NU, VALUE
@@ -162,9 +163,8 @@ def _change_array(leaf: Any, change: Callable[[Any, Any], Any], name: str) -> An
     if not arrays:
         return leaf
     if len(arrays) > 1 or not isinstance(arrays[0], jax.Array | np.ndarray):
-        raise TypeError(
-            f"growkit.grow takes numpy and jax arrays, got a {type(leaf).__name__} for {name!r}"
-        )
+        kind = type(arrays[0] if len(arrays) == 1 else leaf).__name__
+        raise TypeError(f"growkit.grow takes numpy and jax arrays, but {name!r} is of type {kind}")
     if arrays[0] is leaf:
         return change(leaf, jax.numpy) if leaf.shape else leaf
     return jax.tree.unflatten(box, [_change_array(arrays[0], change, name)])
@@ -191,7 +191,7 @@ def _zero(child: Any) -> Any:
 def _children(node: Any) -> dict[Any, Any] | None:
     """The children of a container of a state by field, key or place; None for a leaf."""
     if isinstance(node, Mapping):
-        return dict(node)
+        return open_mapping(node)
     if isinstance(node, tuple) and hasattr(node, "_asdict"):
         return dict(node._asdict())
     if isinstance(node, tuple | list):
