@@ -134,7 +134,10 @@ def build_plan(
     if "embed" in padded:
         # The variance of a padded residual stream shrinks by d/d', and eps with it.
         eps = model.norm_eps * model.embed / padded["embed"]
-    return Plan(verb, method, model, model.resize(sizes, eps), dict(maps), padded, **options)
+    grown = model.resize(sizes, eps)
+    if "layer" in maps:
+        grown = grown.follow_map(maps["layer"].index.tolist())
+    return Plan(verb, method, model, grown, dict(maps), padded, **options)
 
 
 def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:

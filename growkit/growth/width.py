@@ -23,6 +23,8 @@ LARGEST_SIZE = 1 << 24
 PADDING = {"layer": "mean-pad", "rms": "zero-pad"}
 # The sizes that a user asks for. `heads` counts query heads.
 WIDTHS = ("embed", "heads", "head_dim", "mlp")
+# Options in which a target may differ: padding sets norm_eps, training the others.
+LOOSE = ("context", "norm_eps", "initializer_range")
 
 _SIZE = re.compile(r"\s*([0-9]{1,9})(?:\.([0-9]{1,6}))?\s*(x)?\s*")
 
@@ -356,18 +358,12 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
 
 
 def _list_kept(model: Architecture) -> dict[str, object]:
-    """What growth keeps, and what a target must therefore share."""
-    scaling = {
-        name: value
-        for name, value in model.rope.items()
-        if name not in ("rope_theta", "partial_rotary_factor")
-    }
-    return {
-        "tied": model.tied,
-        "vocab": model.vocab,
-        "group": model.sizes.get("group"),
-        "parallel_residual": model.options.get("parallel_residual"),
-        "rotary_base": model.rotary_base,
-        "rope": scaling,
-        "hidden_act": model.options.get("activation"),
-    }
+    """The sizes, options and rotary parameters that growth cannot change, by name."""
+    grown = ("layer", "embed", model.heads, "head_dim", "mlp")
+    sizes = {axis: size for axis, size in model.sizes.items() if axis not in grown}
+    options = {name: value for name, value in model.options.items() if name not in LOOSE}
+    del options["rope"]
+    # head_dim grows with the rotated part kept as a number of dimensions.
+    own = ("rope_theta", "partial_rotary_factor")
+    scaling = {name: value for name, value in model.rope.items() if name not in own}
+    return {**sizes, **options, "rotary_base": model.rope.get("rope_theta"), "rope": scaling}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,20 @@ from growkit.models.rotary import write_rotary
 if TYPE_CHECKING:
     from growkit.models.family import Family
 
-_POWER = re.compile(r"(1/)?sqrt\((\w+)\)")
+_POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model: its family, the size of every axis of the table, and the value of every option."""
+    """One model: its family, the size of every axis of the table, and the value of every option.
+
+    layers: the layers of each kind, where layers differ in their parameters.
+    """
 
     family: Family
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
+    layers: Mapping[str, tuple[int, ...]] = Frozen()
 
     def __post_init__(self) -> None:
         if self.family.rotary is None:
@@ -84,7 +88,7 @@ class Architecture:
     @cached_property
     def table(self) -> Table:
         """The table's rows that hold for this model's options."""
-        return self.family.select_rows(self.options)
+        return replace(self.family.select_rows(self.options), layers=self.layers)
 
     @property
     def layer(self) -> int:
@@ -191,12 +195,54 @@ class Architecture:
 
         Source: Gemma multiplies its embedding by sqrt(hidden_size).
         """
-        text = self.family.scalars.get(row.name)
+        scalars = self.family.scalars
+        text = scalars.get(" ".join((row.name, *row.conditions))) or scalars.get(row.name)
         found = _POWER.fullmatch(text) if text else None
         if found is None:
             return 1.0
-        ratio = math.sqrt(self.sizes[found[2]] / grown.sizes[found[2]])
+        axis = found[2] or found[3]
+        ratio = self.sizes[axis] / grown.sizes[axis]
+        if found[2]:
+            ratio = math.sqrt(ratio)
         return 1.0 / ratio if found[1] else ratio
+
+    @property
+    def measured(self) -> bool:
+        """Whether something about the model is to be found in its files: see `measure`."""
+        rows = self.family.rows
+        axes = {name for row in rows for name in row.axes}
+        axes |= {axis.name for row in rows for axis in row.stacked}
+        return bool(axes - self.sizes.keys()) or any(row.kind for row in rows)
+
+    def measure(self, shapes: Mapping[str, Sequence[int]]) -> Architecture:
+        """This model with what its files alone say: some sizes, the kinds of layers.
+
+        shapes: by name in files. A dimension that is a product with one axis of unknown size gives
+        that size; a layer is of a kind if the files have that kind's parameters for it.
+        """
+        sizes = dict(self.sizes)
+        layers: dict[str, set[int]] = {row.kind: set() for row in self.table.rows if row.kind}
+        seen: set[Row] = set()
+        for name, shape in shapes.items():
+            found = ((row, row.match(name)) for row in self.table.rows)
+            row, position = next((pair for pair in found if pair[1] is not None), (None, None))
+            if row is None or position is None:
+                continue
+            if row.kind:
+                layers[row.kind].add(position[0])
+            if row not in seen:
+                sizes |= row.measure(shape, sizes)
+            seen.add(row)
+        kinds = {kind: tuple(sorted(of_kind)) for kind, of_kind in layers.items()}
+        return replace(self, sizes=Frozen(sizes), layers=Frozen(kinds))
+
+    def follow_map(self, index: Sequence[int]) -> Architecture:
+        """This model with each layer of the kind of the old layer that it copies."""
+        kinds = {
+            kind: tuple(new for new, old in enumerate(index) if old in of_kind)
+            for kind, of_kind in self.layers.items()
+        }
+        return replace(self, layers=Frozen(kinds))
 
     def resize(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> Architecture:
         """This model at other sizes; the number of rotated dimensions is kept.
@@ -232,7 +278,7 @@ class Architecture:
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
         for axis, reason in self.family.frozen.items():
-            if sizes[axis] != self.sizes[axis]:
+            if axis in self.sizes and sizes[axis] != self.sizes[axis]:
                 raise UsageError(
                     f"{axis} of a {self.family.title} model stays {self.sizes[axis]}: {reason}"
                 )

@@ -36,7 +36,7 @@ class Family:
     heads: str
     # The first words of names that a parameter tree leaves out.
     prefix: str = ""
-    # The fields of rotary positions; None for a family without them.
+    # The fields of rotary positions; None where none of them follows a size: they are kept.
     rotary: RotaryFields | None = ROTARY_FIELDS
     # Axes of one size, in every model.
     constants: Mapping[str, int] = field(default_factory=dict)
@@ -50,7 +50,8 @@ class Family:
     frozen: Mapping[str, str] = field(default_factory=dict)
     # How names end that old checkpoints carry and no model of today reads.
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
-    # row -> 'sqrt(axis)' or '1/sqrt(axis)': what the model multiplies the parameter by.
+    # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
+    # parameter by. A row's condition may follow its name.
     scalars: Mapping[str, str] = field(default_factory=dict)
     # Fields with one entry for each layer.
     by_layer: tuple[str, ...] = ("layer_types",)
@@ -58,6 +59,11 @@ class Family:
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
     # Whether transformers wants embed to be a multiple of the number of heads.
     whole_heads: bool = True
+    # field -> the one value that the table holds for.
+    proved: Mapping[str, Any] = field(default_factory=dict)
+    # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
+    unpadded: str = ""
+    no_identity: str = ""
 
     def __hash__(self) -> int:
         return hash((self.kind, self.text))
@@ -70,7 +76,7 @@ class Family:
     @property
     def head_name(self) -> str:
         """The parameter of the output head, which files may hold although it is tied."""
-        return next(row.name for row in self.rows if row.role == "head")
+        return next((row.name for row in self.rows if row.role == "head"), "")
 
     @property
     def coupled(self) -> bool:
@@ -114,6 +120,7 @@ class Family:
             key: self.nulls[key] for key in config.keys() & self.nulls if key not in given
         }
         values = Fields(given, {**self.defaults, **stated_null})
+        self._check_proved(values)
         try:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
@@ -123,6 +130,16 @@ class Family:
         return Architecture(
             self, Frozen({**sizes, **self.constants}), Frozen(options | {"rope": rope})
         )
+
+    def _check_proved(self, values: Fields) -> None:
+        """Raise GrowkitError for a field whose value the table was not proved for."""
+        for name, proved in self.proved.items():
+            value = values.get(name)
+            if value != proved:
+                raise GrowkitError(
+                    f"growth of {self.title} models is proved for {name} {proved!r} only, and this "
+                    f"model has {value!r}"
+                )
 
 
 def holds_for(row: Row, options: Mapping[str, Any]) -> bool:

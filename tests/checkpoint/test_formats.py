@@ -544,7 +544,10 @@ def test_force_keeps_the_old_output_when_the_new_one_fails(tmp_path):
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
-    with pytest.raises(UsageError, match="the output exists"), commit_output(tmp_path / "out") as new:
+    with (
+        pytest.raises(UsageError, match="the output exists"),
+        commit_output(tmp_path / "out") as new,
+    ):
         new.mkdir()
         save_directory(tmp_path / "out")
     assert open_source(str(tmp_path / "out")).model == SMALL

@@ -17,7 +17,8 @@ from trainer.devices.sharding import Layout, make_layout, make_mesh
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
 from trainer.model.kernels import cudnn_attention, kernel_attention, select_kernel, splash_attention
-from trainer.plan.plan import abstract_batch, find_target
+from trainer.plan.compiler import abstract_batch
+from trainer.plan.topology import find_target
 from trainer.step.update import abstract_state, make_train_step
 
 libtpu = pytest.mark.skipif(

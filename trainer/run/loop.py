@@ -41,7 +41,7 @@ from trainer.log.trace import Trace
 from trainer.log.writers import Writers
 from trainer.model.decoder import init_params
 from trainer.model.kernels import select_kernel
-from trainer.plan.plan import require_fit, select_step
+from trainer.plan.memory import require_fit, select_step
 from trainer.run import growth
 from trainer.run.checkpoint import Checkpoints, find_last_step, from_source
 from trainer.run.directory import open_run
