@@ -30,6 +30,7 @@ import growkit.models
 from growkit.cli import run
 from growkit.entries import Growth
 from growkit.errors import GrowkitError, UsageError
+from growkit.models.fields import Frozen
 from growkit.models.gpt_neox import GPT_NEOX
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +172,7 @@ REFUSED = {
         "depends on 'untied'",
     ),
     "a factor of nothing": ({"scalars": {"embed": "sqrt(embed)"}}, "which is no row"),
-    "a factor that is no root": ({"scalars": {"embed.embedding": "embed"}}, r"sqrt\(axis\)"),
+    "a factor that is no size": ({"scalars": {"embed.embedding": "embed2"}}, "a scalar is axis"),
 }
 
 
@@ -275,6 +276,21 @@ def test_one_row_may_be_stacked_and_another_not():
     assert np.array_equal(
         grown["layers"][3]["norm"]["scale"], expected["layers"]["norm"]["scale"][3]
     )
+
+
+def test_layers_of_a_kind_have_parameters_of_their_own():
+    text = TABLE + "layers.{layer:gated}.gate.kernel  /embed mlp  normal  matrix\n"
+    family = replace(MODEL.family, text=text)
+    model = growkit.Architecture(family, MODEL.sizes, MODEL.options, Frozen(gated=(1,)))
+    tree = part(make_tree())
+    tree["layers"][1]["gate"] = {"kernel": np.ones((8, 12), np.float32)}
+    grown = growkit.grow(tree, growkit.plan_depth(model, "0,1,1,2"))
+    assert [("gate" in layer) for layer in grown["layers"].values()] == [False, True, True, False]
+    del tree["layers"][1]["gate"]
+    with pytest.raises(GrowkitError, match="lacks the parameter 'layers.gate.kernel'"):
+        growkit.grow(tree, growkit.plan_depth(model, "0,1,1,2"))
+    with pytest.raises(GrowkitError, match="only in layers of the kind 'gated'"):
+        growkit.describe_model(text, SIZES)
 
 
 def test_copies_of_one_layer_are_not_the_same_memory():

@@ -27,6 +27,7 @@ from growkit.growth.layout import (
     fill_container,
     iterate_leaves,
     join,
+    list_units,
     open_mapping,
     path_at,
 )
@@ -103,7 +104,7 @@ def grow_parameters(
             grown.append(Leaf(leaf.path, value, row, None, leaf.path))
         elif row.name not in done:
             done.add(row.name)
-            for position in row.positions(plan.grown.sizes):
+            for position in list_units(row, plan.grown.table, plan.grown.sizes):
                 origin = units[row.name, find_source(plan, row, position)]
                 grown.append(_grow_unit(origin, plan, moment, position))
     made: Mapping[Any, Any] = assemble(tree, grown)
