@@ -23,12 +23,14 @@ import pytest
 import trainer.devices.sharding as sharding
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
+from growkit.lineage import Lineage
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
 from trainer.model.decoder import init_params
-from trainer.run.checkpoint import Checkpoints, from_source, to_tree
+from trainer.run.checkpoint import Checkpoints, Snapshot
+from trainer.run.state import from_source, to_tree
 from trainer.step.update import abstract_state, init_state, make_eval_step, make_train_step
 
 MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
@@ -293,12 +295,12 @@ def moved(directory):
     for name, lay in layouts.items():
         if before:
             like = abstract_state(CONFIG, MODEL, lay)
-            state, _ = Checkpoints(Path(directory) / before, CONFIG.checkpoint).restore(1, like)
+            state = Checkpoints(Path(directory) / before, CONFIG.checkpoint).restore(1, like).state
             assert [leaf.sharding for leaf in jax.tree.leaves(state)] == [
                 leaf.sharding for leaf in jax.tree.leaves(like)
             ]
         checkpoints = Checkpoints(Path(directory) / name, CONFIG.checkpoint)
-        checkpoints.save(1, state, MODEL.config(), [], {}, {})
+        checkpoints.save(1, Snapshot(state, MODEL.config(), Lineage(), {}, {}))
         checkpoints.close()
         source = open_source(f"{directory}/{name}")
         found[f"read from {name}"] = digest(
@@ -308,7 +310,7 @@ def moved(directory):
         found[f"begun from {name}"] = digest(to_tree(begun))
         before = name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.run.checkpoint._key", len)
+        patch.setattr("trainer.run.state._key", len)
         found["begun with the first device's parts"] = digest(to_tree(from_source(source, like)))
     return found
 

@@ -27,9 +27,10 @@ def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> in
     at the end. Stopped by Ctrl-C or SIGTERM, or killed, the same command with --resume goes on.
     """
     from growkit.errors import UsageError
-    from trainer.cli.training import exit_code, train_run
+    from trainer.cli.training import exit_code
     from trainer.config.values import read_values
     from trainer.log.report import Result
+    from trainer.run.stages import train
     from trainer.study import report
     from trainer.study.course import Course
     from trainer.study.design import read_design
@@ -41,7 +42,7 @@ def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> in
             f"{directory} exists; --resume goes on with the study in it, or name another --out"
         )
     course = Course(
-        made, directory, train_run, lambda known: report.write_report(known, directory, picture=False)
+        made, directory, train, lambda known: report.write_report(known, directory, picture=False)
     )
     signal = course.go()
     if signal is not None:
