@@ -14,10 +14,11 @@ from test_training import STEPS, compiled_once, data, rows_of, same_state, send_
 
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
-from trainer.cli.training import train_run
 from trainer.config.sections import Plateau, resolve
 from trainer.log.history import METRICS
+from trainer.run.begin import begin, prepare
 from trainer.run.loop import Run
+from trainer.run.stages import train
 from trainer.step.plateau import find_plateaus
 
 
@@ -70,7 +71,7 @@ def losses(monkeypatch):
 
 
 def new_run(root, out, **more):
-    return Run(resolve(values(root, **FLAT, **more)), out)
+    return Run(begin(prepare(values(root, **FLAT, **more), out)))
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,9 @@ def test_a_run_that_forgot_its_losses_would_be_another(data, tmp_path, whole):  
 def test_a_schedule_that_goes_on_in_its_sources_keeps_the_reduction(data, tmp_path, whole):  # noqa: F811
     section = values(data, **FLAT)
     section["schedule"]["continued"] = True
-    train_run(section, tmp_path / "on", str(whole))
+    train(section, tmp_path / "on", str(whole))
     assert rates(tmp_path / "on")[0] == pytest.approx(2.5e-3)
-    train_run(values(data, **FLAT), tmp_path / "again", str(whole))
+    train(values(data, **FLAT), tmp_path / "again", str(whole))
     assert rates(tmp_path / "again")[0] == pytest.approx(1e-2)
 
 
