@@ -185,10 +185,13 @@ def test_rows_of_before_there_were_scores(tmp_path):
     history.add(step=2, tokens=2, scores={"piqa acc": 0.5})
     assert history.find_scores(1) is None and history.find_scores(2) == {"piqa acc": 0.5}
     carried = parse_rows(history.export().decode())
-    assert [row["scores"] for row in carried] == ["", '{"piqa acc": 0.5}'] and not curves.collect_scores(
-        carried[:1]
+    assert [row["scores"] for row in carried] == [
+        "",
+        '{"piqa acc": 0.5}',
+    ] and not curves.collect_scores(carried[:1])
+    assert np.allclose(
+        curves.collect_scores([carried[1] | {"flops": "3"}])["acc"]["piqa"], (3, 0.5)
     )
-    assert np.allclose(curves.collect_scores([carried[1] | {"flops": "3"}])["acc"]["piqa"], (3, 0.5))
 
 
 @pytest.mark.parametrize(

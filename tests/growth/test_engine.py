@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.growth.axes import insert, make_map, tile
 from growkit.growth.plan import MOMENTS, Plan, build_plan
-from growkit.growth.rule import PartGrowth, find_source, grow_array, moment_fate
+from growkit.growth.rule import grow_array, moment_fate
 from growkit.models.architecture import Architecture, keep_rotated
 from growkit.models.family import Family
 from growkit.models.notation import Row, parse_table
@@ -361,7 +360,9 @@ def axis_maps(draw, size, preserving, uniform):
         return tuple(made.index.tolist()), tuple(made.share.tolist())
     more = draw(st.lists(st.integers(0, size - 1), max_size=4))
     index = draw(st.permutations([*range(size), *more]))
-    weights = draw(st.lists(st.sampled_from([0.25, 0.3, 1.0, 1.7]), min_size=len(index), max_size=len(index)))
+    weights = draw(
+        st.lists(st.sampled_from([0.25, 0.3, 1.0, 1.7]), min_size=len(index), max_size=len(index))
+    )
     share = np.array(weights)
     if preserving:
         share = share / np.bincount(index, share)[index]

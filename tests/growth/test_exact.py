@@ -156,7 +156,9 @@ def rule_changed(when, **what):
 
         def wrong(*args):
             rule = right(*args)
-            return replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            return (
+                replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            )
 
         patch.setattr(engine, "rule_along", wrong)
         return plan
