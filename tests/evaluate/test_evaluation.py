@@ -1,4 +1,6 @@
-"""Evaluation: both kinds of model answer alike, items are asked as the harness asks them, figures can be repeated."""
+"""Evaluation: both kinds of model answer alike, items are asked as the harness asks them, figures
+can be repeated.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +170,9 @@ def asked(names=None, data=None, limit=None):
 
 
 def responses(model, question) -> list:
-    """What a model says to every request of a question: log likelihoods, with hits where there are any."""
+    """What a model says to every request of a question: log likelihoods, with hits where there are
+    any.
+    """
     harness.ask(model, question)
     return [
         np.atleast_1d(np.asarray(request.resps[0], float)) for request in question.task.instances
@@ -186,7 +190,9 @@ def alike(ours: list, theirs: list, tolerance: float = 1e-4) -> bool:
 
 
 def test_jax_answers_as_transformers_does(data, in_jax, in_torch):
-    """Every request of every task, those longer than the window too; and the same requests are counted as cut."""
+    """Every request of every task, those longer than the window too; and the same requests are
+    counted as cut.
+    """
     found, _ = asked(data=data)
     assert [question.name for question in found] == [*TASKS, "bpb/mixed", "bpb/notes"]
     for question in found:
@@ -240,7 +246,9 @@ def test_no_torch_is_loaded_for_a_checkpoint(checkpoint, data):
 
 
 def logits_after(checkpoint, texts: list[list[int]]) -> np.ndarray:
-    """The logits [texts, WINDOW, vocab] of texts of at most a window, filled up with zeros after their ends."""
+    """The logits [texts, WINDOW, vocab] of texts of at most a window, filled up with zeros after
+    their ends.
+    """
     tokens = np.array([text + [0] * (WINDOW - len(text)) for text in texts])
     return compute_logits(open_source(str(checkpoint)), tokens).astype(np.float64)
 
@@ -378,7 +386,9 @@ def test_bits_per_byte_are_of_at_most_3000_documents(tmp_path):
 
 
 def test_bits_per_byte_of_an_untrained_model(tmp_path, tokenizer):
-    """Near-zero parameters make every token as likely: log2 of the vocabulary, its padding included, a token."""
+    """Near-zero parameters make every token as likely: log2 of the vocabulary, its padding
+    included, a token.
+    """
     source = open_source(str(save_model(tmp_path / "ck", tokenizer, scale=1e-4)))
     (tmp_path / "bpb").mkdir()
     text = " ".join(WORDS) * 20

@@ -48,7 +48,9 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Token files of source code, as the quickstart trains on, and items: other code, and two questions."""
+    """Token files of source code, as the quickstart trains on, and items: other code, and two
+    questions.
+    """
     root = tmp_path_factory.mktemp("data")
     *texts, last = (text for _, text in quickstart.read_standard_library(400_000))
     tokenizer = train_tokenizer(texts[:4], 400)
@@ -94,7 +96,9 @@ def scores_of(run) -> dict[int, dict[str, float]]:
 
 
 def test_a_run_is_measured_as_its_checkpoint_is(whole, data, tmp_path):
-    """At its steps and at both ends, each task; and the code it is trained on makes it better than a random model."""
+    """At its steps and at both ends, each task; and the code it is trained on makes it better than
+    a random model.
+    """
     found = scores_of(whole)
     assert list(found) == [0, 12, 24, STEPS]
     assert list(found[0]) == ["piqa acc", "piqa acc_norm", "bpb/code bits_per_byte"]
@@ -123,7 +127,9 @@ def test_measuring_changes_no_bit(whole, data, tmp_path):
 
 
 def test_a_signal_while_a_task_is_asked(data, tmp_path, whole, monkeypatch):
-    """The task is given up, the run is saved, and the resumed one asks and ends as the whole one did."""
+    """The task is given up, the run is saved, and the resumed one asks and ends as the whole one
+    did.
+    """
     asked = []
     ask = harness.ask
 
