@@ -443,6 +443,9 @@ def test_parts_of_the_pile_are_named_as_that_run_names_them(tmp_path):
     (tmp_path / "bpb").mkdir()
     (tmp_path / "bpb" / "Pile-CC.txt").write_text("x")
     assert list(items.find_parts(tmp_path)) == ["pile_cc"]
+    (tmp_path / "bpb" / "pile_cc.jsonl").write_text("x")
+    with pytest.raises(UsageError, match="has both Pile-CC.txt and pile_cc.jsonl"):
+        items.find_parts(tmp_path)
 
 
 # The command
