@@ -85,7 +85,9 @@ def write_items(directory: Path, count: int) -> None:
     write("bpb/text.jsonl", [{"text": text(1500)} for _ in range(max(1, count // 10))])
 
 
-def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) -> tuple[Path, Path]:
+def write_model(
+    directory: Path, model: Architecture, tokenizer: TextTokenizer
+) -> tuple[Path, Path]:
     """The same random parameters as a checkpoint and as a Hugging Face directory."""
     generator = np.random.default_rng(0)
     recipes = {}
@@ -120,7 +122,9 @@ def compare(ours, theirs, asked: list[harness.Question]) -> None:
     total = [0.0, 0.0]
     for question in asked:
         first = [time_question(model, question) for model in (ours, theirs)]
-        pairs = [(time_question(ours, question), time_question(theirs, question)) for _ in range(ROUNDS)]
+        pairs = [
+            (time_question(ours, question), time_question(theirs, question)) for _ in range(ROUNDS)
+        ]
         medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
         total = [before + median for before, median in zip(total, medians, strict=True)]
         click.echo(

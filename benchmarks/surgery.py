@@ -105,7 +105,9 @@ class Contender:
     command: Callable[[Path], list[str]]
 
 
-def time_contender(contender: Contender, out: Path, synced: bool, read: list[Path]) -> tuple[float, float]:
+def time_contender(
+    contender: Contender, out: Path, synced: bool, read: list[Path]
+) -> tuple[float, float]:
     """Seconds, and megabytes of anonymous memory at the peak, of a command; `read`: the directories it reads."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()

@@ -61,7 +61,9 @@ def measure_row(config: Config) -> str:
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape)
     for step in steps.values():
         time_step(step, tokens[:3])
-    rounds = [{name: time_step(step, tokens) for name, step in steps.items()} for _ in range(ROUNDS)]
+    rounds = [
+        {name: time_step(step, tokens) for name, step in steps.items()} for _ in range(ROUNDS)
+    ]
     peak = PEAKS.get(jax.devices()[0].device_kind)
     words = []
     for name in steps:

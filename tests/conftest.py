@@ -16,10 +16,14 @@ from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 
-SMALL = GPT_NEOX.model(layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False)
+SMALL = GPT_NEOX.model(
+    layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False
+)
 
 
-def save_transformers_model(path: Path, model: Architecture, dtype: str = "float32", seed: int = 0) -> Path:
+def save_transformers_model(
+    path: Path, model: Architecture, dtype: str = "float32", seed: int = 0
+) -> Path:
     """A directory saved by transformers' own class, every parameter random (norms and biases too)."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -84,6 +88,15 @@ def programs_of_patched_code(request):
 
 
 @pytest.fixture
+def strict_promotion():
+    """JAX mixes no dtypes and adds no dimensions that the code under test does not name."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
 def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))
 
@@ -96,7 +109,9 @@ BESIDE = {
 }
 
 
-def random_tensors(model: Architecture, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+def random_tensors(
+    model: Architecture, dtype: str = "float32", seed: int = 0
+) -> dict[str, np.ndarray]:
     """Every parameter of a model by its name in files, all different, norms around one."""
     generator = np.random.default_rng(seed)
     tensors = {}

@@ -427,7 +427,9 @@ def test_published_figures_stand_beside_full_sets_only():
     assert is_full("piqa", 1838, 1838) and not is_full("piqa", 500, 500)
     assert is_full("bpb/pile_arxiv", 3000, 9000) and is_full("bpb/pile_arxiv", 20, 20)
     assert not is_full("bpb/pile_arxiv", 100, 9000) and not is_full("bpb/arxiv", 3000, 3000)
-    assert list(select_published(["hellaswag"])) == ["GPT2-XL"] and not select_published(["winogrande"])
+    assert list(select_published(["hellaswag"])) == ["GPT2-XL"] and not select_published(
+        ["winogrande"]
+    )
 
 
 def test_parts_of_the_pile_are_named_as_that_run_names_them(tmp_path):
@@ -524,9 +526,7 @@ def test_figures_of_another_model_are_not_put_into_a_card(
 def test_models_of_different_contexts_read_the_same_window(
     tmp_path, checkpoint, tokenizer, data, capsys
 ):
-    short = save_model(
-        tmp_path / "short", tokenizer, MODEL.change(context=32), scale=0.5
-    )
+    short = save_model(tmp_path / "short", tokenizer, MODEL.change(context=32), scale=0.5)
     kept = tmp_path / "scores.json"
     words = ["--data", data, "--tasks", "piqa,bpb", "--output", kept]
     code, out, err = evaluated(capsys, checkpoint, short, *words)
@@ -562,7 +562,9 @@ def test_a_narrow_terminal_has_all_columns_below_one_another(data, checkpoint, c
         sum("GPT2-XL, published" in line for line in lines) == 2
         and sum("50.00 ± 10.00" in line for line in lines) == 2
     )
-    assert "40.03" in report.format_markdown(record) and "arXiv 2101.00027" in report.format_markdown(record)
+    assert "40.03" in report.format_markdown(
+        record
+    ) and "arXiv 2101.00027" in report.format_markdown(record)
 
 
 def test_names():

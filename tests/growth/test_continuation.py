@@ -25,7 +25,7 @@ from growkit.lineage import Lineage
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import init_params
-from trainer.run.checkpoint import from_tree, to_tree
+from trainer.run.state import from_tree, to_tree
 from trainer.step.optimizer import Multipliers
 from trainer.step.update import State, init_state, make_train_step
 

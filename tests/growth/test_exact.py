@@ -11,7 +11,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from conftest import random_tensors, transformers_logits
+from conftest import random_tensors, save_directory, transformers_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_growth import break_table, held, loss_and_gradient
@@ -38,7 +38,7 @@ BASE = GPT_NEOX.model(
 )  # fmt: skip
 TOKENS = np.random.default_rng(1).integers(0, BASE.vocab, (2, 9))
 # The arguments of `growkit.growth.padding.rule_along`.
-ARGUMENTS = ("axis", "row", "part", "role", "moment", "growth", "norm")
+ARGUMENTS = ("axis", "row", "role", "moment", "growth", "norm")
 RESIDUAL_AND_TYING = [(True, True), (True, False), (False, True), (False, False)]
 ROTARY = (0.25, 0.5, 1.0)
 
@@ -156,7 +156,9 @@ def rule_changed(when, **what):
 
         def wrong(*args):
             rule = right(*args)
-            return replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            return (
+                replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            )
 
         patch.setattr(engine, "rule_along", wrong)
         return plan
@@ -166,7 +168,7 @@ def rule_changed(when, **what):
 
 def along(axis, condition):
     """Whether a rule is one along the axis and the condition holds of its arguments."""
-    return lambda **given: given["axis"] == axis and condition(given)
+    return lambda **given: given["axis"].name == axis and condition(given)
 
 
 def is_norm(given):
@@ -176,7 +178,7 @@ def is_norm(given):
 
 def reads(given):
     """Whether a rule is of a parameter that reads the axis."""
-    return any(axis.name == given["axis"] and axis.read for axis in given["part"].axes)
+    return given["axis"].read
 
 
 def grown_otherwise(option):
@@ -338,7 +340,7 @@ def test_the_gradient_after_padding_by_the_rule_of_values_is_not(axis, seen, mon
     right, place = engine.rule_along, ARGUMENTS.index("moment")
 
     def wrong(*args):
-        if args[0] != axis:
+        if args[0].name != axis:
             return right(*args)
         return right(*args[:place], VALUE, *args[place + 1 :])
 
@@ -486,6 +488,37 @@ def test_transformers_finds_the_same_function_in_files(tmp_path, name, dtype, li
     )
     size = np.abs(small_logits).max()
     assert size > 1 and np.abs(grown_logits - small_logits).max() / size < limit
+
+
+# What growth keeps although the trainer does not compute it.
+HALF = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LINEAR = HALF | {"rope_type": "linear", "factor": 2.0}
+YARN = HALF | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+KEPT = {
+    "another activation": ("clone and identity", {"activation": "relu"}),
+    "no attention bias": ("clone and identity", {"attention_bias": False}),
+    "no attention bias, padded": ("mean-pad 24", {"attention_bias": False}),
+    "no attention bias, head_dim": ("head_dim 10", {"attention_bias": False}),
+    "linear rotary": ("head_dim 10", {"rope": LINEAR}),
+    "yarn rotary": ("mean-pad 24", {"rope": YARN}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_transformers_finds_the_same_function_where_the_trainer_computes_none(tmp_path, name):
+    operator, options = KEPT[name]
+    save_directory(tmp_path / "plain", BASE, "float64")
+    save_directory(tmp_path / "small", BASE.change(**options), "float64")
+    source = open_source(str(tmp_path / "small"))
+    plan = EXACT[operator](source.model)
+    write_output(tmp_path / "grown", "huggingface", surgery.prepare_growth(source, plan), [source])
+    found = {
+        which: transformers_logits(tmp_path / which, TOKENS, "float64")[0]
+        for which in ("plain", "small", "grown")
+    }
+    assert np.abs(found["small"]).max() > 1
+    assert np.abs(found["grown"] - found["small"]).max() < 1e-10
+    assert np.abs(found["small"] - found["plain"]).max() > 1e-3, "the option must be seen"
 
 
 BROKEN_FILES = {

@@ -30,7 +30,9 @@ from growkit.surgery import grow as surgery
 from trainer.config.sections import Precision
 from trainer.model.decoder import GPTNeoX
 
-SMALL = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
+SMALL = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True
+)
 VARIANTS = [(parallel, tied) for parallel in (True, False) for tied in (True, False)]
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, (2, 9))
 WIDTH = {
