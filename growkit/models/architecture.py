@@ -22,6 +22,7 @@ from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary, write_rotary
 
 _RATIO = re.compile(r"(\w+) / (\w+)")
+_MULTIPLE = re.compile(r"(\d+) \* (\w+)")
 _POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
@@ -153,7 +154,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Same:
-    """A default that is the value of another field, or the ratio of two: Same("a / b")."""
+    """A default that is the value of another field: Same("a"), Same("4 * a") or Same("a / b")."""
 
     path: str
 
@@ -175,6 +176,8 @@ class _Fields:
     def get(self, name: str) -> Any:
         if name in self.given:
             return self.given[name]
+        if name not in self.defaults:
+            raise GrowkitError(f"config.json lacks {name}, which has no default")
         default = self.defaults[name]
         return self.size(default.path) if isinstance(default, Same) else default
 
@@ -188,7 +191,10 @@ class _Fields:
         return value
 
     def size(self, path: str) -> int:
-        """The size that a field states, or two of them by their ratio."""
+        """The size that a field states, a multiple of it, or two of them by their ratio."""
+        multiple = _MULTIPLE.fullmatch(path)
+        if multiple:
+            return int(multiple[1]) * self.whole(multiple[2])
         ratio = _RATIO.fullmatch(path)
         if ratio is None:
             return self.whole(path)
