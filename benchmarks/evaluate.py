@@ -1,11 +1,14 @@
-"""How fast growkit's model in JAX is evaluated, beside lm-evaluation-harness' own model in transformers.
+"""How fast growkit's model in JAX is evaluated, beside lm-evaluation-harness' own model in
+transformers.
 
-    python benchmarks/evaluate.py [--data DIR] [--limit N] [--batch N] [--layers N] [--embed N] [--vocab N]
+python benchmarks/evaluate.py [--data DIR] [--limit N] [--batch N] [--layers N] [--embed N] [--vocab
+N]
 
-Expect a ratio (JAX over transformers) of at most 1 for each task on the CPU: the same items, the same parameters in
-float32, the same number of texts at once. Both are asked every task once before they are timed, so that
-programs are compiled and memory is there, and then in turns; printed are medians, and the first times beside
-them. Without --data the items are made up, of the lengths that the real ones have.
+Expect a ratio (JAX over transformers) of at most 1 for each task on the CPU: the same items, the
+same parameters in float32, the same number of texts at once. Both are asked every task once before
+they are timed, so that programs are compiled and memory is there, and then in turns; printed are
+medians, and the first times beside them. Without --data the items are made up, of the lengths that
+the real ones have.
 """
 
 from __future__ import annotations

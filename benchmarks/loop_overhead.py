@@ -2,9 +2,10 @@
 
     python benchmarks/loop_overhead.py
 
-Expect a ratio below 1.03 on a quiet machine: drawing batches, reading metrics, log lines and the CSV, against the
-same compiled step on one fixed batch. Both are timed in turns in one process, compilation apart; printed are the
-medians and the median, least and largest of the rounds' ratios. The loop's time is the one its metrics.csv states.
+Expect a ratio below 1.03 on a quiet machine: drawing batches, reading metrics, log lines and the
+CSV, against the same compiled step on one fixed batch. Both are timed in turns in one process,
+compilation apart; printed are the medians and the median, least and largest of the rounds' ratios.
+The loop's time is the one its metrics.csv states.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def save_transformers_model(
 
 
 def transformers_logits(path: Path, tokens: np.ndarray, dtype: str = "float32"):
-    """(logits, rotary tables [T, R/2]) of a directory, as transformers computes them with sdpa attention."""
+    """(logits, rotary tables [T, R/2]) of a directory, as transformers computes them with sdpa
+    attention.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     network, report = transformers.GPTNeoXForCausalLM.from_pretrained(
@@ -69,7 +71,9 @@ def transformers_logits(path: Path, tokens: np.ndarray, dtype: str = "float32"):
 
 @pytest.fixture(scope="session", autouse=True)
 def programs_apart(tmp_path_factory):
-    """Processes that tests start keep their compiled programs where the session's files are, and not the user's."""
+    """Processes that tests start keep their compiled programs where the session's files are, and
+    not the user's.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         yield
@@ -140,7 +144,9 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 def save_directory(
     path: Path, model: Architecture = SMALL, dtype: str = "float32", seed: int = 0, **config
 ) -> Path:
-    """A Hugging Face directory of random parameters with small files beside them; needs neither torch nor jax."""
+    """A Hugging Face directory of random parameters with small files beside them; needs neither
+    torch nor jax.
+    """
     path.mkdir(parents=True)
     save_tensors(path / "model.safetensors", random_tensors(model, dtype, seed))
     (path / "config.json").write_text(json.dumps(model.config() | config))

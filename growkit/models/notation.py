@@ -179,7 +179,7 @@ class Row:
         """The sizes of axes that `sizes` lacks, one a dimension at most, from the stored shape."""
         found: dict[str, int] = {}
         for length, terms in zip(shape, self.blocks, strict=True):
-            known = sizes | found
+            known = {**sizes, **found}
             unknown = [[axis.name for axis in term if axis.name not in known] for term in terms]
             names = {name for term in unknown for name in term}
             if len(names) != 1:

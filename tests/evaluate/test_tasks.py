@@ -1,4 +1,4 @@
-"""Tasks on the way: a run is measured as its checkpoints are, and trains as if it were not."""
+"""Tasks during training: a run scores as its checkpoints do, and training does not change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Token files of source code, as the quickstart trains on, and items: other code, and two questions."""
+    """Token files of source code, as in the quickstart; as items other code and two
+    questions.
+    """
     root = tmp_path_factory.mktemp("data")
     *texts, last = (text for _, text in quickstart.read_standard_library(400_000))
     tokenizer = train_tokenizer(texts[:4], 400)
@@ -94,17 +96,16 @@ def scores_of(run) -> dict[int, dict[str, float]]:
 
 
 def test_a_run_is_measured_as_its_checkpoint_is(whole, data, tmp_path):
-    """At its steps and at both ends, each task; and the code it is trained on makes it better than a random model."""
+    """Each task at its steps and at both ends; training on code improves the score on code.
+    """
     found = scores_of(whole)
     assert list(found) == [0, 12, 24, STEPS]
     assert list(found[0]) == ["piqa acc", "piqa acc_norm", "bpb/code bits_per_byte"]
     code = [scores["bpb/code bits_per_byte"] for scores in found.values()]
     assert code[0] - code[-1] > 0.5 and sorted(code, reverse=True) == code
     kept = tmp_path / "scores.json"
-    assert (
-        run_command(["evaluate", str(whole), "--data", str(data / "items"), "--output", str(kept)])
-        == 0
-    )
+    command = ["evaluate", str(whole), "--data", str(data / "items"), "--output", str(kept)]
+    assert run_command(command) == 0
     results = json.loads(kept.read_text())["models"][0]["results"]
     again = {
         f"{r['name']} {metric}": figure["value"]
@@ -123,7 +124,8 @@ def test_measuring_changes_no_bit(whole, data, tmp_path):
 
 
 def test_a_signal_while_a_task_is_asked(data, tmp_path, whole, monkeypatch):
-    """The task is given up, the run is saved, and the resumed one asks and ends as the whole one did."""
+    """The task is dropped and the run saved; the resumed run asks and ends as the whole one.
+    """
     asked = []
     ask = harness.ask
 

@@ -1,4 +1,6 @@
-"""Axis maps compose, Gopher's layers are what they are, and the table's notation says what it cannot read."""
+"""Axis maps compose, Gopher's layers are what they are, and the table's notation says what it
+cannot read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tensors grown a block at a time: bit for bit what growing them whole gives, at every border of the blocks."""
+"""Tensors grown a block at a time: bit for bit what growing them whole gives, at every border of
+the blocks.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def arrays(plan, dtype="float32"):
 
 
 def whole(plan, monkeypatch, dtype="float32"):
-    """What growing whole tensors gives: the rule itself, no block being as large as any tensor here."""
+    """What growing whole tensors gives: the rule itself, no block being as large as any tensor
+    here.
+    """
     monkeypatch.setattr(blocks, "BLOCK", 1 << 30)
     return arrays(plan, dtype)
 

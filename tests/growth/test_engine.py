@@ -1,8 +1,10 @@
-"""One engine grows every row that the notation can say: whole, in blocks of any size, in numpy, in jax, under jit.
+"""One engine grows every row that the notation can say: whole, in blocks of any size, in numpy, in
+jax, under jit.
 
-Random tables (axes in any order, fused, summed, stacked, read or written, with offsets and norms of any
-axes) and random plans must give, bit for bit, the same numbers every way, and those that the rules give
-when they are written out a second time, in `expected`. Every check has siblings that break the engine.
+Random tables (axes in any order, fused, summed, stacked, read or written, with offsets and norms of
+any axes) and random plans must give, bit for bit, the same numbers every way, and those that the
+rules give when they are written out a second time, in `expected`. Every check has siblings that
+break the engine.
 """
 
 from __future__ import annotations
@@ -46,9 +48,9 @@ BLOCKS = (1, 40, 150, 1000)
 class Case:
     """A row of a table, and a growth of it.
 
-    maps: axis -> (index, shares). query_norm: whether the model has a norm of queries, which shares eps.
-    scalar: what the model multiplies the row by. position: the new unit of the stacked axes. stride: how
-    many rows of the source are stored as one.
+    maps: axis -> (index, shares). query_norm: whether the model has a norm of queries, which shares
+    eps. scalar: what the model multiplies the row by. position: the new unit of the stacked axes.
+    stride: how many rows of the source are stored as one.
     """
 
     line: str

@@ -1,4 +1,6 @@
-"""Growth in memory is growth on disk, bit for bit, in whatever state the parameters stand and on whatever device."""
+"""Growth in memory is growth on disk, bit for bit, in whatever state the parameters stand and on
+whatever device.
+"""
 
 from __future__ import annotations
 

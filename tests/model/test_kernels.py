@@ -117,7 +117,7 @@ V100 = on("Tesla V100", "7.0")
         (TPU_V4, ["attention=xla"], "xla", "attention: XLA, as attention=xla asks"),
         (TPU_V4, ["dropout.attention=0.1"], "xla", "because dropout.attention is 0.1; Pallas"),
         (TPU_V4, ["precision.compute=float32"], "xla", "precision.compute is float32"),
-        (TPU_V4, ["model.context=1000"], "xla", "model.context is 1000; Pallas splash attention needs"),
+        (TPU_V4, ["model.context=1000"], "xla", "model.context is 1000; Pallas splash attention"),
         (TPU_V4, ["model.head=4"], "xla", "head_dim is 384"),
         (on("TPU v3"), [], "xla", "the device is a TPU v3; Pallas splash attention needs TPU v4"),
         (on("TPU v5 lite"), ["model.head=24"], "splash", "head_dim 64"),

@@ -1,7 +1,9 @@
-"""Llama by its table: growth of grouped-query models keeps the logits of transformers' own class, on files.
+"""Llama by its table: growth of grouped-query models keeps the logits of transformers' own class,
+on files.
 
-In float64 the class's norms are computed in float64 too: by themselves they round to float32, under which an
-error of 3e-7 would hide. In float32 the class is taken as it is. Every operator has mutations that are found out.
+In float64 the class's norms are computed in float64 too: by themselves they round to float32, under
+which an error of 3e-7 would hide. In float32 the class is taken as it is. Every operator has
+mutations that are found out.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ SCALED = {
 
 
 def save(path: Path, model: Architecture = SMALL, dtype: str = "float32", **config) -> Path:
-    """A Hugging Face directory of random parameters, norms too, in the form that transformers 4 wrote."""
+    """A Hugging Face directory of random parameters, norms too, in the form that transformers 4
+    wrote.
+    """
     path.mkdir(parents=True)
     save_tensors(path / "model.safetensors", random_tensors(model, dtype))
     (path / "config.json").write_text(json.dumps(model.config() | config))

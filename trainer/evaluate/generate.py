@@ -89,8 +89,8 @@ def _make_sampler(network: GPTNeoX, temperature: float) -> Callable[..., jax.Arr
 def continue_prompt(source: Source, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """The prompt and up to `tokens` tokens that follow it, as text.
 
-    Raises UsageError for a model that the trainer does not compute, no tokens, and ids beyond the model's
-    vocabulary, GrowkitError where the model carries no tokenizer that can be read.
+    Raises UsageError for a model that the trainer does not compute, no tokens, and ids beyond the
+    model's vocabulary, GrowkitError where the model carries no tokenizer that can be read.
     """
     require_trained(source.model, str(source.path))
     if tokens < 1:
