@@ -1,11 +1,14 @@
-"""How fast growkit's model in JAX is evaluated, beside lm-evaluation-harness' own model in transformers.
+"""How fast growkit's model in JAX is evaluated, beside lm-evaluation-harness' own model in
+transformers.
 
-    python benchmarks/evaluate.py [--data DIR] [--limit N] [--batch N] [--layers N] [--embed N] [--vocab N]
+python benchmarks/evaluate.py [--data DIR] [--limit N] [--batch N] [--layers N] [--embed N] [--vocab
+N]
 
-Expect a ratio (JAX over transformers) of at most 1 for each task on the CPU: the same items, the same parameters in
-float32, the same number of texts at once. Both are asked every task once before they are timed, so that
-programs are compiled and memory is there, and then in turns; printed are medians, and the first times beside
-them. Without --data the items are made up, of the lengths that the real ones have.
+Expect a ratio (JAX over transformers) of at most 1 for each task on the CPU: the same items, the
+same parameters in float32, the same number of texts at once. Both are asked every task once before
+they are timed, so that programs are compiled and memory is there, and then in turns; printed are
+medians, and the first times beside them. Without --data the items are made up, of the lengths that
+the real ones have.
 """
 
 from __future__ import annotations
@@ -85,7 +88,9 @@ def write_items(directory: Path, count: int) -> None:
     write("bpb/text.jsonl", [{"text": text(1500)} for _ in range(max(1, count // 10))])
 
 
-def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) -> tuple[Path, Path]:
+def write_model(
+    directory: Path, model: Architecture, tokenizer: TextTokenizer
+) -> tuple[Path, Path]:
     """The same random parameters as a checkpoint and as a Hugging Face directory."""
     generator = np.random.default_rng(0)
     recipes = {}
@@ -120,7 +125,9 @@ def compare(ours, theirs, asked: list[harness.Question]) -> None:
     total = [0.0, 0.0]
     for question in asked:
         first = [time_question(model, question) for model in (ours, theirs)]
-        pairs = [(time_question(ours, question), time_question(theirs, question)) for _ in range(ROUNDS)]
+        pairs = [
+            (time_question(ours, question), time_question(theirs, question)) for _ in range(ROUNDS)
+        ]
         medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
         total = [before + median for before, median in zip(total, medians, strict=True)]
         click.echo(

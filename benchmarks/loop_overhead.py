@@ -2,9 +2,10 @@
 
     python benchmarks/loop_overhead.py
 
-Expect a ratio below 1.03 on a quiet machine: drawing batches, reading metrics, log lines and the CSV, against the
-same compiled step on one fixed batch. Both are timed in turns in one process, compilation apart; printed are the
-medians and the median, least and largest of the rounds' ratios. The loop's time is the one its metrics.csv states.
+Expect a ratio below 1.03 on a quiet machine: drawing batches, reading metrics, log lines and the
+CSV, against the same compiled step on one fixed batch. Both are timed in turns in one process,
+compilation apart; printed are the medians and the median, least and largest of the rounds' ratios.
+The loop's time is the one its metrics.csv states.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from trainer.config.sections import resolve
 from trainer.data.tokens import TokenWriter
+from trainer.run.begin import begin, prepare
 from trainer.run.loop import Run
 
 ROUNDS, STEPS, EVERY = 6, 40, 10
@@ -37,26 +38,24 @@ def write_tokens(directory: Path) -> Path:
     return directory / "tokens"
 
 
-def make_config(tokens: Path):
+def make_values(tokens: Path) -> dict:
     never = {"every": 10**9}
-    return resolve(
-        {
-            "model": MODEL,
-            "dropout": {"hidden": 0.0, "attention": 0.0},
-            "precision": {"compute": "float32"},
-            "batch": {"sequences": SEQUENCES},
-            "data": {"train": {str(tokens): 1.0}},
-            "schedule": {"steps": STEPS, "warmup": 0},
-            "checkpoint": never | {"minutes": 0.0},
-            "eval": never | {"windows": 8},
-            "log": {"every": EVERY},
-        }
-    )
+    return {
+        "model": MODEL,
+        "dropout": {"hidden": 0.0, "attention": 0.0},
+        "precision": {"compute": "float32"},
+        "batch": {"sequences": SEQUENCES},
+        "data": {"train": {str(tokens): 1.0}},
+        "schedule": {"steps": STEPS, "warmup": 0},
+        "checkpoint": never | {"minutes": 0.0},
+        "eval": never | {"windows": 8},
+        "log": {"every": EVERY},
+    }
 
 
 def time_loop(tokens: Path, directory: Path) -> tuple[float, Run]:
     """Seconds a step of a whole run, the first rows (compilation) apart; and the run."""
-    run = Run(make_config(tokens), directory)
+    run = Run(begin(prepare(make_values(tokens), directory)))
     with contextlib.redirect_stderr(io.StringIO()):
         run.go()
     speeds = [

@@ -1,18 +1,20 @@
 """Growth on disk against copying a file of the same size, and against what else grows models.
 
-    python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM] [--alone]
-                                 [--only huggingface|checkpoint|scale]
+python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM]
+[--alone] [--only huggingface|checkpoint|scale]
 
-Expect, against `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy on directories and on checkpoints
-alike, an average of two in 1.0 to 1.8 times, in 20 to 45 MB; a naive transformers script and mergekit five to eleven
-times as long, in memory as large as the model. Needs disk and memory for about five times the model (2.7 GB at 0.6B
-parameters in float32); three rounds of everything take 20 minutes on two cores.
+Expect, against `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy on directories
+and on checkpoints alike, an average of two in 1.0 to 1.8 times, in 20 to 45 MB; a naive
+transformers script and mergekit five to eleven times as long, in memory as large as the model.
+Needs disk and memory for about five times the model (2.7 GB at 0.6B parameters in float32); three
+rounds of everything take 20 minutes on two cores.
 
-Everything is a command of its own, timed from start to end, in turns within a round; printed are the medians of each,
-of its ratio to cp in the same round, and its peak anonymous memory. Once as it is and once with a sync of the file
-system at the end. The first touch of memory costs a virtual machine more than a copy does, and one that gives free
-memory back to its host touches for the first time again seconds later; so before every command the page cache is
-filled, from a file without blocks, and what is written takes its memory from there, as on a machine in use.
+Everything is a command of its own, timed from start to end, in turns within a round; printed are
+the medians of each, of its ratio to cp in the same round, and its peak anonymous memory. Once as it
+is and once with a sync of the file system at the end. The first touch of memory costs a virtual
+machine more than a copy does, and one that gives free memory back to its host touches for the first
+time again seconds later; so before every command the page cache is filled, from a file without
+blocks, and what is written takes its memory from there, as on a machine in use.
 """
 
 from __future__ import annotations
@@ -105,8 +107,12 @@ class Contender:
     command: Callable[[Path], list[str]]
 
 
-def time_contender(contender: Contender, out: Path, synced: bool, read: list[Path]) -> tuple[float, float]:
-    """Seconds, and megabytes of anonymous memory at the peak, of a command; `read`: the directories it reads."""
+def time_contender(
+    contender: Contender, out: Path, synced: bool, read: list[Path]
+) -> tuple[float, float]:
+    """Seconds, and megabytes of anonymous memory at the peak, of a command; `read`: the directories
+    it reads.
+    """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     warm_cache(out.parent, read)
@@ -156,7 +162,9 @@ def count_bytes(directory: Path) -> int:
 def compare(
     what: str, contenders: list[Contender], out: Path, rounds: int, read: list[Path]
 ) -> None:
-    """Time all contenders, which read `read`, in turns; the first is the copy that the ratios are to."""
+    """Time all contenders, which read `read`, in turns; the first is the copy that the ratios are
+    to.
+    """
     for synced in (False, True):
         seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
         memory = dict.fromkeys(seconds, 0.0)
@@ -221,9 +229,11 @@ def list_rivals(source: Path, layer: int, target: int, program: str | None) -> l
 def list_jobs(
     model: Architecture, directory: Path
 ) -> dict[str, tuple[Architecture, Callable[[Path, Path, Path], list[str]]]]:
-    """Every growth that is timed: name -> (the source's model, the command by source, other source and output).
+    """Every growth that is timed: name -> (the source's model, the command by source, other source
+    and output).
 
-    Sources that grow in width have a quarter of the layers, so that all outputs have about the same size.
+    Sources that grow in width have a quarter of the layers, so that all outputs have about the same
+    size.
     """
     target, small = model.layer * 4 // 3, model.change(layer=max(1, model.layer // 4))
     grown = replace(
@@ -320,7 +330,8 @@ def main() -> None:
                 "huggingface", model, directory, chosen.rounds, chosen.mergekit, not chosen.alone
             )
         if chosen.only in (None, "checkpoint"):
-            # A checkpoint holds every parameter three times: a third of the layers, tied, make about as many bytes.
+            # A checkpoint holds every parameter three times: a third of the layers, tied, make
+            # about as many bytes.
             compare_kind(
                 "checkpoint",
                 model.change(layer=model.layer // 3, tied=True),

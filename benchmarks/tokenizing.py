@@ -1,13 +1,15 @@
-"""growkit's tokenizing against the bare library's batches on all cores, over the same text, on this machine.
+"""growkit's tokenizing against the bare library's batches on all cores, over the same text, on this
+machine.
 
     python benchmarks/tokenizing.py [TEXT... --tokenizer FILE] [--rounds N]
 
-Expect at least 0.9 of `encode_batch`. growkit's time is all of `growkit tokenize`'s work: it starts the processes,
-reads and parses the text, encodes, hashes and writes it. The library is given the same documents, in memory already,
-in batches, by both of its functions: `encode_batch`, the one that is best known, and `encode_batch_fast`, which does
-without offsets; its ids are not even taken out. They run in turns; printed are the medians and the ratios of
-throughput, with the least and largest of the rounds. Without TEXT: the Python standard library's source as JSON
-lines, with a BPE of 8192 trained on a part of it.
+Expect at least 0.9 of `encode_batch`. growkit's time is all of `growkit tokenize`'s work: it starts
+the processes, reads and parses the text, encodes, hashes and writes it. The library is given the
+same documents, in memory already, in batches, by both of its functions: `encode_batch`, the one
+that is best known, and `encode_batch_fast`, which does without offsets; its ids are not even taken
+out. They run in turns; printed are the medians and the ratios of throughput, with the least and
+largest of the rounds. Without TEXT: the Python standard library's source as JSON lines, with a BPE
+of 8192 trained on a part of it.
 """
 
 from __future__ import annotations

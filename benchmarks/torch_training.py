@@ -1,6 +1,8 @@
-"""The other side of the training benchmarks: a step of transformers' GPTNeoXForCausalLM with PyTorch's own AdamW.
+"""The other side of the training benchmarks: a step of transformers' GPTNeoXForCausalLM with
+PyTorch's own AdamW.
 
-Knows the model in PyTorch, its step, and how its parameters become the trainer's; leaves timing to the scripts.
+Knows the model in PyTorch, its step, and how its parameters become the trainer's; leaves timing to
+the scripts.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def convert_parameters(network: Any, model: Architecture) -> dict[str, Any]:
 def make_step(
     network: Any, settings: Optimizer, compiled: bool, compute: str
 ) -> Callable[[Any], Any]:
-    """tokens [B, T+1] -> loss: forward, backward, clip by the global norm, and one fused AdamW update."""
+    """tokens [B, T+1] -> loss: forward, backward, clip by the global norm, and one fused AdamW
+    update.
+    """
     parameters = list(network.parameters())
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]

@@ -1,11 +1,13 @@
-"""The trainer's step on a CPU against the same step in PyTorch: tokens/s, in turns, on the same tokens.
+"""The trainer's step on a CPU against the same step in PyTorch: tokens/s, in turns, on the same
+tokens.
 
     python benchmarks/train_cpu.py
 
-The trainer's own jitted step (`make_train_step`: loss, gradients, clip, AdamW) against transformers' GPTNeoXForCausalLM
-with torch.optim.AdamW (fused), eager and under torch.compile: 6 layers, d 256, vocabulary 8192, 8 sequences of 256
-tokens, float32, no dropout, two threads each. All begin with the same parameters, and their losses must agree at the
-end. Printed are the median of each, and the median, least and largest of the rounds' ratios. About a minute and a half.
+The trainer's own jitted step (`make_train_step`: loss, gradients, clip, AdamW) against
+transformers' GPTNeoXForCausalLM with torch.optim.AdamW (fused), eager and under torch.compile: 6
+layers, d 256, vocabulary 8192, 8 sequences of 256 tokens, float32, no dropout, two threads each.
+All begin with the same parameters, and their losses must agree at the end. Printed are the median
+of each, and the median, least and largest of the rounds' ratios. About a minute and a half.
 """
 
 from __future__ import annotations
@@ -66,8 +68,13 @@ def time_step(run: Callable[[np.ndarray], float], batches: np.ndarray) -> float:
 
 
 def make_competitors(config: Config, first: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
-    """The steps by name, each compiled and warm; torch.compile only where it works (it needs a C++ compiler)."""
-    params = convert_parameters(make_network(build_architecture(config.model), config.dropout), build_architecture(config.model))
+    """The steps by name, each compiled and warm; torch.compile only where it works (it needs a C++
+    compiler).
+    """
+    params = convert_parameters(
+        make_network(build_architecture(config.model), config.dropout),
+        build_architecture(config.model),
+    )
     steps = {
         OURS: make_jax_step(config, params),
         EAGER: make_torch_step(config, False),
@@ -89,7 +96,9 @@ def main() -> None:
     shape = (ROUNDS, STEPS, sequences, context + 1)
     tokens = np.random.default_rng(0).integers(0, vocab, shape)
     steps = make_competitors(config, tokens[0])
-    rounds = [{name: time_step(step, batches) for name, step in steps.items()} for batches in tokens]
+    rounds = [
+        {name: time_step(step, batches) for name, step in steps.items()} for batches in tokens
+    ]
     losses = {name: step(tokens[0, 0]) for name, step in steps.items()}
     if max(losses.values()) - min(losses.values()) > 1e-3 * min(losses.values()):
         raise SystemExit(f"these are not the same training: losses {losses}")

@@ -1,12 +1,14 @@
-"""The trainer's step on one GPU against the same step in PyTorch: tokens/s and model FLOPs utilisation.
+"""The trainer's step on one GPU against the same step in PyTorch: tokens/s and model FLOPs
+utilisation.
 
     python benchmarks/train_gpu.py [SEQUENCES]
 
-The 760m preset in bfloat16 (parameters and moments float32), SEQUENCES (16) of 1024 tokens a step: the trainer's jitted
-step against transformers' GPTNeoXForCausalLM under torch.compile, its attention held to the flash kernel, and
-torch.optim.AdamW (fused); one row without dropout and one with the recipe's, the same on both sides. Expected without
-dropout on an H200: at least half of the peak, and 1.2 times PyTorch's tokens/s. Needs jax[cuda12] and a torch with
-CUDA. Timed in turns; the memory is shared, so JAX takes what it needs and not three quarters of the card.
+The 760m preset in bfloat16 (parameters and moments float32), SEQUENCES (16) of 1024 tokens a step:
+the trainer's jitted step against transformers' GPTNeoXForCausalLM under torch.compile, its
+attention held to the flash kernel, and torch.optim.AdamW (fused); one row without dropout and one
+with the recipe's, the same on both sides. Expected without dropout on an H200: at least half of the
+peak, and 1.2 times PyTorch's tokens/s. Needs jax[cuda12] and a torch with CUDA. Timed in turns; the
+memory is shared, so JAX takes what it needs and not three quarters of the card.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def measure_row(config: Config) -> str:
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape)
     for step in steps.values():
         time_step(step, tokens[:3])
-    rounds = [{name: time_step(step, tokens) for name, step in steps.items()} for _ in range(ROUNDS)]
+    rounds = [
+        {name: time_step(step, tokens) for name, step in steps.items()} for _ in range(ROUNDS)
+    ]
     peak = PEAKS.get(jax.devices()[0].device_kind)
     words = []
     for name in steps:

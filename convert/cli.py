@@ -79,17 +79,22 @@ def export(
         _require_check(source)
     write_with_progress([source], contents, parse_path(out), "huggingface", force, shard)
     written = str(choose_dtype(source, dtype))
+    _describe_export(source, src, out, written)
+    if check:
+        from growkit.cli.checking import check_export
+
+        click.echo(check_export(source, parse_path(out), written))
+
+
+def _describe_export(source: Source, src: str, out: str, dtype: str) -> None:
+    """Print what was written, and what the output lacks."""
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
-    click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
+    click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {dtype}{left}")
     if "tokenizer.json" not in source.files:
         click.echo(
             f"note: {src} carries no tokenizer.json, so {out} has none; put one there before "
             "tokenizing with it"
         )
-    if check:
-        from growkit.cli.checking import check_export
-
-        click.echo(check_export(source, parse_path(out), written))
 
 
 def _require_check(source: Source) -> None:

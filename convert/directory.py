@@ -57,7 +57,8 @@ def convert_to_directory(
     model = require_trained(source.model, source.path)
     entry = Conversion(operation="export", source=Origin.of(source), dtype=str(written))
     contents = Contents(
-        config=model.config(source.config),
+        # transformers 4 reads torch_dtype, 5 reads dtype.
+        config=model.config(source.config) | {"torch_dtype": str(written), "dtype": str(written)},
         recipes={"params": _convert_params(source, written if dtype else None)},
         lineage=[*source.lineage, entry.to_json()],
         files={name: content for name, content in source.files.items() if name not in OWN},

@@ -51,4 +51,5 @@ def require_type(name: str, value: object, kind: type | tuple[type, ...], hint: 
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(each.__name__ for each in kinds)
-        raise TypeError(f"{name} must be a {wanted}, {hint}; got a {type(value).__name__}")
+        got = type(value).__name__
+        raise TypeError(f"{name} must be of type {wanted}, {hint}; got one of type {got}")

@@ -117,22 +117,16 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from dataclasses import asdict
 
     from growkit.checkpoint.location import open_source
-    from growkit.surgery.comparison import compare_sources, find_differences, model_of
+    from growkit.surgery.comparison import compare_sources
 
     one = open_source(a)
     other = open_source(b)
     with show_progress("comparing", one.size + other.size) as progress:
         tensors = list(compare_sources(one, other, progress))
-    facts: dict[str, Any] = {
-        "a": _describe_side(one),
-        "b": _describe_side(other),
-        "model": find_differences(model_of(one), model_of(other)),
-        "config": find_differences(one.config, other.config),
-        "count": [side.record.get("count") for side in (one, other)],
-    }
+    facts = _compare_facts(one, other)
     # Without moments on both sides, Adam's count means nothing.
-    same_count = "mu" not in one.tensors or "mu" not in other.tensors
-    same_count = same_count or facts["count"][0] == facts["count"][1]
+    both_moments = "mu" in one.tensors and "mu" in other.tensors
+    same_count = not both_moments or facts["count"][0] == facts["count"][1]
     same_tensors = all(tensor.verdict == "equal" for tensor in tensors)
     equal = not facts["model"] and same_count and same_tensors
     if as_json:
@@ -141,6 +135,19 @@ def diff(a: str, b: str, as_json: bool) -> int:
     else:
         click.echo(_format_diff(facts, tensors, equal, same_count))
     return 0 if equal else 1
+
+
+def _compare_facts(one: Source, other: Source) -> dict[str, Any]:
+    """What the two sides are, and what differs beside their tensors."""
+    from growkit.surgery.comparison import find_differences, model_of
+
+    return {
+        "a": _describe_side(one),
+        "b": _describe_side(other),
+        "model": find_differences(model_of(one), model_of(other)),
+        "config": find_differences(one.config, other.config),
+        "count": [side.record.get("count") for side in (one, other)],
+    }
 
 
 def _describe_side(source: Source) -> dict[str, Any]:
@@ -206,16 +213,12 @@ def verify(src: str, out: str) -> None:
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
-    from growkit.surgery.comparison import find_mismatch, recorded_growth, recorded_plan
+    from growkit.surgery.comparison import find_mismatch, recorded_plan
 
     source = open_source(src)
     result = open_source(out)
     plan = recorded_plan(source, result)
-    origin = recorded_growth(result).source
-    note = ""
-    if origin is None or origin.fingerprint != source.fingerprint:
-        path = origin.path if origin else None
-        note = f"{out} was grown from {path}, whose fingerprint was another than that of {src}"
+    note = _note_other_source(source, result)
     with show_progress("verifying", result.size) as progress:
         wrong = find_mismatch(source, result, plan, progress)
     if wrong:
@@ -228,6 +231,21 @@ def verify(src: str, out: str) -> None:
     )
     if note:
         click.echo(f"note: {note}")
+
+
+def _note_other_source(source: Source, result: Source) -> str:
+    """A note if the growth on record began with another model than `source`, else nothing."""
+    from growkit.surgery.comparison import recorded_growth
+
+    origin = recorded_growth(result).source
+    if origin is None:
+        return f"the lineage of {result.path} does not name its source"
+    if origin.fingerprint == source.fingerprint:
+        return ""
+    return (
+        f"{result.path} was grown from {origin.path}, whose fingerprint was another than that of "
+        f"{source.path}"
+    )
 
 
 COMMANDS = {"inspect": inspect, "diff": diff, "verify": verify}

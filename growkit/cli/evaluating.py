@@ -68,16 +68,26 @@ def evaluate(
     directory = None if data is None else Path(data)
     questions = collect_questions(names, directory, limit, _say)
     window = _choose_window(models)
-    record = report.start_record(
-        {"limit": limit, "data": data, "batch": batch, "max_length": window, "dtype": "float32"}
-    )
-    for model in models:
-        answers = ask_questions(model.text, questions, load_model(model, window, batch))
-        record["models"].append(report.record_model(model.text, model.source, answers))
+    settings = {"limit": limit, "data": data, "batch": batch, "max_length": window}
+    record = _measure(models, questions, settings)
     report.print_record(record)
     if files is not None:
         report.write_record(record, *files)
         click.echo(f"wrote {files[0]} and {files[1]}")
+
+
+def _measure(
+    models: list[Model], questions: list[Question], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Ask every model all questions; returns the record, see `growkit.evaluation.report`."""
+    from growkit.evaluation import report
+
+    record = report.start_record(settings | {"dtype": "float32"})
+    for model in models:
+        loaded = load_model(model, settings["max_length"], settings["batch"])
+        answers = ask_questions(model.text, questions, loaded)
+        record["models"].append(report.record_model(model.text, model.source, answers))
+    return record
 
 
 def _say(words: str) -> None:

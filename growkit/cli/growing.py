@@ -26,6 +26,7 @@ from growkit.growth.width import METHODS as WIDTH_METHODS
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
+    from growkit.cli.checking import GrowthCheck
     from growkit.models.architecture import Architecture
 
 # Tokens of --check without a number.
@@ -43,36 +44,46 @@ class Growing(click.Command):
         return super().parse_args(ctx, words)
 
 
+# What all growing verbs take, beside options of their own.
+SHARED: tuple[Callable[[Any], Any], ...] = (
+    click.argument("src"),
+    click.argument("out"),
+    click.option(
+        "--moments",
+        default="map",
+        metavar="|".join(MOMENTS),
+        help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, or "
+        "nu-only (mu zero).",
+    ),
+    click.option(
+        "--noise",
+        default="0",
+        metavar="S",
+        help="Add noise of S initializer_ranges to weights that read copied units; it sums to "
+        "zero over the copies.",
+    ),
+    click.option("--seed", default="0", metavar="N", help="Seed of noise and random fills."),
+    click.option(
+        "--check",
+        metavar="[TOKENS]",
+        help=f"Run SRC and OUT on the same tokens (default {TOKENS}), on the CPU, and compare "
+        "logits and loss.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    click.option("--force", is_flag=True, help="Replace OUT if it exists."),
+    add_shard_option,
+    click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print the plan, and the result of --check, as JSON.",
+    ),
+)
+
+
 def add_growing_options(command: Command) -> Command:
     """The arguments and options that all growing verbs share."""
-    options: tuple[Callable[[Command], Command], ...] = (
-        click.argument("src"),
-        click.argument("out"),
-        click.option(
-            "--moments", default="map", metavar="|".join(MOMENTS),
-            help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, "
-            "or nu-only (mu zero).",
-        ),
-        click.option(
-            "--noise", default="0", metavar="S",
-            help="Add noise of S initializer_ranges to weights that read copied units; it sums to "
-            "zero over the copies.",
-        ),
-        click.option("--seed", default="0", metavar="N", help="Seed of noise and random fills."),
-        click.option(
-            "--check", metavar="[TOKENS]",
-            help=f"Run SRC and OUT on the same tokens (default {TOKENS}), on the CPU, and compare "
-            "logits and loss.",
-        ),
-        click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
-        click.option("--force", is_flag=True, help="Replace OUT if it exists."),
-        add_shard_option,
-        click.option(
-            "--json", "as_json", is_flag=True,
-            help="Print the plan, and the result of --check, as JSON.",
-        ),
-    )  # fmt: skip
-    for option in reversed(options):
+    for option in reversed(SHARED):
         command = option(command)
     return command
 
@@ -245,23 +256,29 @@ def grow(source: Source, plan: Plan, out: Path, output: Output) -> None:
     contents = prepare_growth(source, plan)
     if not output.as_json:
         click.echo(describe(source, plan, contents.size, out))
-    found = None
+    check = None
     if not output.dry_run:
         write_with_progress([source], contents, out, source.kind, output.force, output.shard)
-        if output.tokens is not None:
-            from growkit.cli.checking import check_growth
-
-            found = check_growth(source, out, plan, output.tokens)
+        check = _check(source, plan, out, output)
     if output.as_json:
-        checked = {"check": found.to_json()} if found else {}
         summary = summarize(source, plan, contents.size, out, output.dry_run)
+        checked = {"check": check.to_json()} if check else {}
         click.echo(format_json(summary | checked))
     elif not output.dry_run:
         click.echo(f"wrote {out}")
-        if found:
-            click.echo(found.describe())
-    if found:
-        found.require_promise(out)
+    if check and not output.as_json:
+        click.echo(check.describe())
+    if check:
+        check.require_promise(out)
+
+
+def _check(source: Source, plan: Plan, out: Path, output: Output) -> GrowthCheck | None:
+    """The result of --check, None without it."""
+    if output.tokens is None:
+        return None
+    from growkit.cli.checking import check_growth
+
+    return check_growth(source, out, plan, output.tokens)
 
 
 COMMANDS = {"depth": depth, "width": width, "grow": grow_like}

@@ -141,10 +141,11 @@ def read_standard_library(limit: int) -> list[tuple[str, str]]:
 
 def _train(directory: Path, name: str, values: dict[str, Any], start: str | None) -> int:
     """Train the run `name` in the directory, from another model or anew; returns the exit code."""
-    from trainer.cli.training import exit_code, train_run
+    from trainer.cli.training import exit_code
+    from trainer.run.stages import train
 
     data = {"data": {"train": {str(directory / "tokens"): 1.0}}}
-    result = train_run(RECIPE | data | values, directory / name, start)
+    result = train(RECIPE | data | values, directory / name, start)
     return exit_code(result)
 
 

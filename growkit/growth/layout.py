@@ -49,8 +49,10 @@ class Layout:
     """Finds the rows of a table by paths, in either way of holding stacked axes."""
 
     def __init__(self, table: Table):
+        self.table = table
         self.rows = table.rows
-        self._stacked = {row.path: row for row in table.rows}
+        # A row of one kind of layers has no place in an array over all layers.
+        self._stacked = {row.path: row for row in table.rows if not row.kind}
         self._by_unit = [(row, _compile(row)) for row in table.rows if row.stacked]
 
     def find(self, path: Path) -> tuple[Row, Position | None] | None:
@@ -81,7 +83,8 @@ class Layout:
         if unknown:
             raise GrowkitError(self.describe_unknown(min(unknown, key=join)))
         for row in self.rows:
-            _check_units(row, [leaf for leaf in leaves if leaf.row is row], sizes)
+            found_units = [leaf for leaf in leaves if leaf.row is row]
+            _check_units(row, found_units, list_units(row, self.table, sizes), sizes)
         return leaves
 
     def holds(self, tree: Mapping[Any, Any]) -> bool:
@@ -95,6 +98,13 @@ class Layout:
         best = find_nearest(re.sub(r"\.\d+(?=\.)", "", name), known, likeness=0.4)
         hint = f"; the nearest row is {known[best].name}" if best else ""
         return f"no row of the axis table covers the parameter {name!r}{hint}"
+
+
+def list_units(row: Row, table: Table, sizes: Mapping[str, int]) -> list[Position]:
+    """The units of the row's stacked axes that have the parameter, in order."""
+    return [
+        position for position in row.positions(sizes) if not position or table.has(row, position[0])
+    ]
 
 
 def path_at(row: Row, position: Position, like: Path) -> Path:
@@ -118,10 +128,18 @@ def iterate_leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def list_children(node: Any) -> dict[Any, Any] | None:
     """The children of a container of a parameter tree by key or place; None for a leaf."""
     if isinstance(node, Mapping):
-        return dict(node)
+        return open_mapping(node)
     if type(node) in (list, tuple):
         return dict(enumerate(node))
     return None
+
+
+def open_mapping(node: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The children of a mapping by key.
+
+    nnx.State holds dicts and shows them as states; its `raw_mapping` has them as they are.
+    """
+    return dict(getattr(node, "raw_mapping", node))
 
 
 def assemble(node: Any, leaves: Sequence[Leaf], depth: int = 0) -> Any:
@@ -173,14 +191,17 @@ def _make_key(word: str, key: Any) -> Any:
     return int(word) if isinstance(key, int) else word
 
 
-def _check_units(row: Row, leaves: Sequence[Leaf], sizes: Mapping[str, int]) -> None:
+def _check_units(
+    row: Row, leaves: Sequence[Leaf], wanted: Sequence[Position], sizes: Mapping[str, int]
+) -> None:
     """Raise GrowkitError unless one leaf holds all units of the row, or each unit has one."""
     found = [leaf.position for leaf in leaves]
     if found == [None]:
         return
     if None in found:
         raise GrowkitError(f"the tree holds {row.name} twice: stacked and unit by unit")
-    wanted = list(row.positions(sizes))
+    if not found and not wanted:
+        return
     if not found:
         raise GrowkitError(f"the tree lacks the parameter {join(row.path)!r}, which {row.name} is")
     stated = ", ".join(f"{axis.name} = {sizes[axis.name]}" for axis in row.stacked)

@@ -354,10 +354,10 @@ class PartGrowth:
         first = int(np.ravel_multi_index(at, others)) if at else 0
         return self._extend_as(array, place, role, f"head_dim {role}", first, xp)
 
-    def _extend_as(
-        self, array: Any, place: int, role: str, what: str, first: int, xp: Any
-    ) -> Any:
-        """Pad one axis by the rule of a role. what: the fill's name; first: its first unit's number."""
+    def _extend_as(self, array: Any, place: int, role: str, what: str, first: int, xp: Any) -> Any:
+        """Pad one axis by the rule of a role. what: the fill's name; first: its first unit's
+        number.
+        """
         size, along = self.after[place], place - self.lead + 1
         free = self._random_from(first, xp)
         return extend(array, along, size, self._rule(place, role), free, what, xp)

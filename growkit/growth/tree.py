@@ -27,6 +27,8 @@ from growkit.growth.layout import (
     fill_container,
     iterate_leaves,
     join,
+    list_units,
+    open_mapping,
     path_at,
 )
 from growkit.growth.padding import MU, NU, VALUE
@@ -102,7 +104,7 @@ def grow_parameters(
             grown.append(Leaf(leaf.path, value, row, None, leaf.path))
         elif row.name not in done:
             done.add(row.name)
-            for position in row.positions(plan.grown.sizes):
+            for position in list_units(row, plan.grown.table, plan.grown.sizes):
                 origin = units[row.name, find_source(plan, row, position)]
                 grown.append(_grow_unit(origin, plan, moment, position))
     made: Mapping[Any, Any] = assemble(tree, grown)
@@ -162,9 +164,8 @@ def _change_array(leaf: Any, change: Callable[[Any, Any], Any], name: str) -> An
     if not arrays:
         return leaf
     if len(arrays) > 1 or not isinstance(arrays[0], jax.Array | np.ndarray):
-        raise TypeError(
-            f"growkit.grow takes numpy and jax arrays, got a {type(leaf).__name__} for {name!r}"
-        )
+        kind = type(arrays[0] if len(arrays) == 1 else leaf).__name__
+        raise TypeError(f"growkit.grow takes numpy and jax arrays, but {name!r} is of type {kind}")
     if arrays[0] is leaf:
         return change(leaf, jax.numpy) if leaf.shape else leaf
     return jax.tree.unflatten(box, [_change_array(arrays[0], change, name)])
@@ -191,7 +192,7 @@ def _zero(child: Any) -> Any:
 def _children(node: Any) -> dict[Any, Any] | None:
     """The children of a container of a state by field, key or place; None for a leaf."""
     if isinstance(node, Mapping):
-        return dict(node)
+        return open_mapping(node)
     if isinstance(node, tuple) and hasattr(node, "_asdict"):
         return dict(node._asdict())
     if isinstance(node, tuple | list):

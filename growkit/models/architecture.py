@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.fields import RATIO, Frozen
 from growkit.models.notation import Row, Table
-from growkit.models.rotary import write_rotary
+from growkit.models.rotary import read_rotary, write_rotary
 
 if TYPE_CHECKING:
     from growkit.models.family import Family
@@ -302,8 +302,9 @@ class Architecture:
         Fields of `base` that say nothing about sizes or options are kept as they are.
         """
         family = self.family
-        written: dict[str, Any] = {"architectures": [family.class_name], **family.new}
-        written |= base or {}
+        written: dict[str, Any] = dict(base or {})
+        if "model_type" not in written:
+            written = {"architectures": [family.class_name], **family.new, **written}
         written["model_type"] = family.kind
         for axis, path in family.fields.items():
             if "/" not in path:
@@ -317,6 +318,37 @@ class Architecture:
         if family.rotary:
             written |= write_rotary(self.rope, family.rotary, base or {})
         return written
+
+    def update(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json of a model of this family, with the fields changed that say something else.
+
+        Fields that say what this model is already, and fields left out whose defaults do, stay as
+        they are.
+        """
+        written = dict(base)
+        complete = self.config(base)
+        stated = [*self._size_fields(), *self.family.options.values()]
+        # A size written changes the default of another that follows it: head_dim from the heads.
+        for _ in range(2):
+            fields = self.family.fields_of(written)
+            for path in stated:
+                if fields.get(path) != complete[path]:
+                    written[path] = complete[path]
+                    fields = self.family.fields_of(written)
+        rotary = self.family.rotary
+        if rotary:
+            fields = self.family.fields_of(written)
+            if read_rotary(fields.given, rotary, fields) != self.rope:
+                written |= write_rotary(self.rope, rotary, base)
+        return written
+
+    def _size_fields(self) -> list[str]:
+        """The configuration fields of all sizes."""
+        found = []
+        for path in self.fields.values():
+            ratio = RATIO.fullmatch(path)
+            found.append(ratio[1] if ratio else path)
+        return list(dict.fromkeys(found))
 
 
 def keep_rotated(rotary: int, head_dim: int) -> float:

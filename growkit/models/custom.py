@@ -21,7 +21,7 @@ HEAD_DIM_STAYS = (
     "a table does not say which of its dimensions rotary positions rotate; grow the heads instead"
 )
 
-_FACTOR = re.compile(r"(?:1/)?sqrt\((\w+)\)")
+_FACTOR = re.compile(r"(?:1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 def describe_model(
@@ -39,9 +39,9 @@ def describe_model(
     norm: 'layer' for norms that subtract the mean, 'rms' for those that do not; padding asks.
     norm_eps: what norms add to the variance (Flax adds 1e-6); padding changes it, and
     `plan.grown.norm_eps` says to what. initializer_range: the standard deviation of new weights,
-    the unit of noise. scalars: row -> 'sqrt(axis)' or '1/sqrt(axis)', a factor that the model
-    itself multiplies the parameter by. options: the truth of each condition that a row of the table
-    has.
+    the unit of noise. scalars: row -> 'sqrt(axis)', 'axis' or 1 over one of them, a factor that the
+    model itself multiplies the parameter by. options: the truth of each condition that a row of the
+    table has.
 
     Raises ValueError for a line that is no row, GrowkitError for sizes that are not those of the
     axes.
@@ -88,6 +88,12 @@ def _check_sizes(rows: tuple[Row, ...], sizes: Mapping[str, int]) -> None:
     """Raise GrowkitError unless `sizes` states each axis of the rows, and no other, as a count."""
     if not rows:
         raise GrowkitError("the table has no rows; write one line for each parameter")
+    for row in rows:
+        if row.kind:
+            raise GrowkitError(
+                f"{row.name} is only in layers of the kind {row.kind!r}, and a description does "
+                f"not say which they are; such models grow from files"
+            )
     axes = {axis.name for row in rows for axis in row.stacked}
     axes = axes.union(*(row.axes for row in rows))
     for axis in sorted(axes - sizes.keys()):
@@ -111,7 +117,8 @@ def _check_scalars(
             near = did_you_mean(name, names)
             raise GrowkitError(f"scalars names {name!r}, which is no row of the table{near}")
         found = _FACTOR.fullmatch(text)
-        if found is None or found[1] not in sizes:
+        if found is None or (found[1] or found[2]) not in sizes:
             raise GrowkitError(
-                f"a scalar is sqrt(axis) or 1/sqrt(axis) of an axis of the table, got {text!r}"
+                f"a scalar is axis, sqrt(axis), 1/axis or 1/sqrt(axis) of an axis of the table, "
+                f"got {text!r}"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,21 +115,23 @@ class Family:
 
         Raises GrowkitError for values of the wrong kind and for values that contradict each other.
         """
-        given = {key: value for key, value in config.items() if value is not None}
-        stated_null = {
-            key: self.nulls[key] for key in config.keys() & self.nulls if key not in given
-        }
-        values = Fields(given, {**self.defaults, **stated_null})
+        values = self.fields_of(config)
         self._check_proved(values)
         try:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
-            rope = read_rotary(given, self.rotary, values) if self.rotary else {}
+            rope = read_rotary(values.given, self.rotary, values) if self.rotary else {}
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
         return Architecture(
             self, Frozen({**sizes, **self.constants}), Frozen(options | {"rope": rope})
         )
+
+    def fields_of(self, config: Mapping[str, Any]) -> Fields:
+        """The fields of a config.json, with the defaults of those that it leaves out."""
+        given = {key: value for key, value in config.items() if value is not None}
+        null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
+        return Fields(given, {**self.defaults, **null})
 
     def _check_proved(self, values: Fields) -> None:
         """Raise GrowkitError for a field whose value the table was not proved for."""
@@ -152,25 +154,3 @@ def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
         if bool(options[name]) == negated:
             return False
     return True
-
-
-def follow_layers(
-    config: Mapping[str, Any], before: Mapping[str, Any], family: Family, index: Sequence[int]
-) -> dict[str, Any]:
-    """A grown config.json whose fields with one entry for each layer follow a map of the layers.
-
-    before: the source's config.json. index: for each new layer the old layer that it copies. Kinds
-    of layers that the configuration states by a rule of the layer's number are written as a list
-    where the rule would give a layer another kind than its source's.
-    """
-    grown = dict(config)
-    for name in family.by_layer:
-        entries = grown.get(name)
-        if isinstance(entries, list) and entries:
-            grown[name] = [entries[layer] for layer in index]
-    kinds = family.layer_kinds(before)
-    if kinds is not None and not grown.get("layer_types"):
-        wanted = [kinds[layer] for layer in index]
-        if family.layer_kinds(grown) != wanted:
-            grown["layer_types"] = wanted
-    return grown

@@ -1,19 +1,18 @@
-"""The notation of a model's table: one line for each parameter, parsed into axes, start values and
-a role.
+"""The notation of a model's table: one line for each parameter says its axes, start and role.
 
-A line is `name  axes  begins  role  [conditions]`:
+A line is `name  axes  begins  role  [conditions]`, and these are lines of several models:
 
-model.layers.{/layer}.mlp.down_proj.weight             embed /mlp                   normal   matrix
-model.layers.{layer}.self_attn.q_proj.bias             (kv group head_dim)          zeros    query
-bias model.layers.{layer}.self_attn.qkv_proj.weight         (q | k | v) /embed           normal
-qkv model.layers.{layer}.mlp.experts.{expert}.w2.weight    embed /mlp                   normal
-matrix model.layers.{layer}.self_attn.q_norm.weight           head_dim                     1+zeros
-norm(head_dim)
+    layers.{/layer}.mlp.down_proj.weight           embed /mlp           normal   matrix
+    layers.{layer}.self_attn.q_proj.bias           (kv group head_dim)  zeros    query     biased
+    layers.{layer}.self_attn.qkv_proj.weight       (q | k | v) /embed   normal   qkv
+    layers.{layer}.mlp.experts.{expert}.w2.weight  embed /mlp           normal   matrix
+    layers.{layer}.self_attn.q_norm.weight         head head_dim        1+zeros  norm(head_dim)
 
-Axes, one word for each stored dimension: * A slash marks an axis that the parameter *reads*, that
-is, sums over. It *writes* every other axis. * Parentheses hold several axes fused in one dimension:
-`(head qkv head_dim)`. * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each
-block grows by itself.
+The axes, one word for each stored dimension:
+
+  * A slash marks an axis that the parameter *reads*, that is, sums over. It *writes* all others.
+  * Parentheses hold several axes fused in one dimension: `(head qkv head_dim)`.
+  * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each block grows by itself.
 
 Braces in the name hold stacked axes: one tensor for each unit. `{/layer}` says that the parameter
 writes into the residual stream, which is a sum over layers. `{layer:sparse}` stacks over those
@@ -180,7 +179,7 @@ class Row:
         """The sizes of axes that `sizes` lacks, one a dimension at most, from the stored shape."""
         found: dict[str, int] = {}
         for length, terms in zip(shape, self.blocks, strict=True):
-            known = sizes | found
+            known = {**sizes, **found}
             unknown = [[axis.name for axis in term if axis.name not in known] for term in terms]
             names = {name for term in unknown for name in term}
             if len(names) != 1:

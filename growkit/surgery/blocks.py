@@ -184,7 +184,8 @@ class Blocks:
 def count_leading(part: Part, plan: Plan) -> int:
     """How many axes of the first dimension count units: those before the first that is padded.
 
-    Where that stands first, it counts them itself, alone; but not one that queries, keys and values share.
+    Where that stands first, it counts them itself, alone; but not one that queries, keys and values
+    share.
     """
     names = [axis.name for axis in part.dimensions[0]]
     before = next((place for place, name in enumerate(names) if name in plan.pads), len(names))

@@ -1,4 +1,4 @@
-"""The growing verbs, diff and verify, as a user calls them, on both kinds of source; broken on purpose, they say so."""
+"""The growing verbs, diff and verify, as a user calls them, on both kinds of source."""
 
 from __future__ import annotations
 
@@ -492,20 +492,28 @@ REFUSALS = {
     "width --mlp 6": "--mlp 6 is below the source's 12",
     "width --mlp 1.3x": "is no whole number; the nearest are 15 and 16",
     "width --embed 1x": "nothing grows: every size asked for is the source's own",
-    "width --embed 50 --heads 5 --head-dim 12": "embed must be heads x head_dim: 5 x 12 is 60, not 50",
+    "width --embed 50 --heads 5 --head-dim 12": (
+        "embed must be heads x head_dim: 5 x 12 is 60, not 50"
+    ),
     "width --embed 30": "the nearest are 24 and 32",
     "width --embed 24 --method clone": "--method pad takes 24 exactly",
-    "width --embed 24 --method clnoe": "--method is one of clone, pad, got 'clnoe'; did you mean 'clone'?",
+    "width --embed 24 --method clnoe": (
+        "--method is one of clone, pad, got 'clnoe'; did you mean 'clone'?"
+    ),
     "width --mlp 2x --spread 1": "--spread must lie in [0, 1)",
     "width --mlp 2x --spread much": "--spread takes a number, got 'much'",
     "width --head-dim 12 --mlp 12 --spread 0.5": "none are copied here",
-    "depth --map 2:4 --moments mpa": "--moments is one of map, copy, reset, nu-only, got 'mpa'; did you mean 'map'?",
+    "depth --map 2:4 --moments mpa": (
+        "--moments is one of map, copy, reset, nu-only, got 'mpa'; did you mean 'map'?"
+    ),
     "depth --map 2:4 --noise 0.1": "--noise separates the copies of units in width",
     "width --mlp 2x --noise -0.1": "--noise is a number of at least 0, got -0.1",
     "width --mlp 2x --noise nan": "--noise is a number of at least 0, got nan",
     "width --mlp 2x --seed 1.5": "--seed takes a whole number, got '1.5'",
     "depth --map 0,0,1 --method stack": "--method stack goes with --map SOURCE:TARGET",
-    "depth --map 2:4 --method stak": "--method is one of replicate, nearest, stack, identity, got 'stak'",
+    "depth --map 2:4 --method stak": (
+        "--method is one of replicate, nearest, stack, identity, got 'stak'"
+    ),
     "depth --map 0-1": "nothing grows: the map gives every layer of the source once",
     "depth --map 2:4 --check --dry-run": "--check runs the output, and --dry-run writes none",
     "depth --map 2:4 --check 1": "--check takes at least 2 tokens",
@@ -514,20 +522,35 @@ REFUSALS = {
     "grow --like tiny": "growth keeps vocab: the source has 40, the target 4096",
     "grow --like tinny": "no preset of that name; the presets are 1b,",
     "grow --like recipe": "--like recipe: it has no section `model`",
-    "grow --like target.json tied=false": "growth keeps tied: the source has True, the target False",
+    "grow --like target.json tied=false": (
+        "growth keeps tied: the source has True, the target False"
+    ),
     "grow --like target.json vocab=41": "growth keeps vocab: the source has 40, the target 41",
-    "grow --like target.json residual=false": "growth keeps parallel_residual: the source has True, the target False",
-    "grow --like target.json base=500.0": "growth keeps rotary_base: the source has 10000.0, the target 500.0",
-    "grow --like target.json layer=1": "layer of the target is 1, below the source's 2; growkit only grows models",
-    "grow --like target.json odd=0.25": "--like target.json: the rotated part of a head must be even",
+    "grow --like target.json residual=false": (
+        "growth keeps parallel_residual: the source has True, the target False"
+    ),
+    "grow --like target.json base=500.0": (
+        "growth keeps rotary_base: the source has 10000.0, the target 500.0"
+    ),
+    "grow --like target.json layer=1": (
+        "layer of the target is 1, below the source's 2; growkit only grows models"
+    ),
+    "grow --like target.json odd=0.25": (
+        "--like target.json: the rotated part of a head must be even"
+    ),
     "grow --like target.json rotary=0.5": "4, the target 6",
     "grow --like target.json kind=llama": "the source is a gpt_neox model, the target a llama one",
 }
 FIELDS = {
-    "tied": "tie_word_embeddings", "vocab": "vocab_size", "residual": "use_parallel_residual",
-    "base": "rotary_emb_base", "layer": "num_hidden_layers", "odd": "rotary_pct", "rotary": "rotary_pct",
+    "tied": "tie_word_embeddings",
+    "vocab": "vocab_size",
+    "residual": "use_parallel_residual",
+    "base": "rotary_emb_base",
+    "layer": "num_hidden_layers",
+    "odd": "rotary_pct",
+    "rotary": "rotary_pct",
     "kind": "model_type",
-}  # fmt: skip
+}
 
 
 def target_changed(place: Path, words: list[str]) -> list[str]:
@@ -551,9 +574,8 @@ def test_growing_verbs_refuse_with_one_sentence(light, capsys, command):
     assert run([*words, "hf", "out"]) == 2
     out, err = capsys.readouterr()
     said = REFUSALS[command]
-    assert (
-        out == "" and err.startswith("growkit: ") and len(err.splitlines()) == 1 and said in err
-    ), err
+    assert out == "" and err.startswith("growkit: ") and len(err.splitlines()) == 1, err
+    assert said in err
     assert sorted(light.rglob("*")) == before
 
 

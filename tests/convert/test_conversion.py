@@ -1,4 +1,4 @@
-"""Conversion is a copy: in and out bit for bit, in either order with growth, and transformers reads what comes out."""
+"""Conversion is a copy, bit for bit, before or after growth; transformers reads the result."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_growth_keeps_count_and_files_of_a_checkpoint(tmp_path, checkpoint):
 def test_export_in_another_dtype_rounds_once(tmp_path):
     hf = save_directory(tmp_path / "hf", SMALL, "float64")
     tensors = random_tensors(SMALL, "float64")
-    # Just above and below the middle between 1 and the next bfloat16, by less than float32 can tell.
+    # Just above and below the middle between 1 and the next bfloat16, by less than float32 sees.
     edge = np.array(
         [1 + 2**-8 + 2**-40, 1 + 2**-8 - 2**-40, -1 - 2**-8 - 2**-40, 1 + 2**-8, 0.0, 1e-300]
     )
@@ -369,7 +369,7 @@ def test_check_compares_with_transformers(tmp_path, capsys, monkeypatch):
     assert run(["export", str(hf), str(tmp_path / "out"), "--check"]) == 0
     assert "check: logits of transformers and of JAX differ by at most" in capsys.readouterr().out
     assert run(["export", str(hf), str(tmp_path / "narrow"), "--check", "--dtype", "bfloat16"]) == 0
-    # What is wrong by little is found out; where nothing was rounded, even the last bit of bfloat16.
+    # A small error is found; where nothing was rounded, even the last bit of bfloat16.
     monkeypatch.setattr("convert.directory.copy_tensor", with_last_bit_flipped)
     narrow = save_directory(tmp_path / "bf16", dtype="bfloat16")
     assert run(["export", str(narrow), str(tmp_path / "wrong"), "--check"]) == 1

@@ -245,7 +245,7 @@ def test_who_is_behind_and_for_how_long():
     said = watch.look(moved, 111.0)
     assert (
         said
-        == "the others wait for process 1 on b, process 2 on c, which have not gone on for 11 s"
+        == "the others wait for process 1 on b, process 2 on c, which have made no progress for 11 s"
     )
     assert watch.look(moved, 120.0) is None and "for 22 s" in watch.look(moved, 122.0)
     # A slow process is not stalled: it goes on. Nor are processes that have all met equally often,

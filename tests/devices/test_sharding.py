@@ -23,12 +23,13 @@ import pytest
 import trainer.devices.sharding as sharding
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
+from growkit.lineage import Lineage
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
 from trainer.model.decoder import init_params
-from trainer.run.checkpoint import Checkpoints, from_source, to_tree
+from trainer.run.checkpoint import Checkpoints, Snapshot, from_source, to_tree
 from trainer.step.update import abstract_state, init_state, make_eval_step, make_train_step
 
 MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
@@ -310,7 +311,7 @@ def move_state(directory):
     for name in PLACES:
         if previous:
             checkpoints = Checkpoints(Path(directory) / previous, CONFIG.checkpoint)
-            state, _ = checkpoints.restore(1, like[name])
+            state = checkpoints.restore(1, like[name]).state
             assert list_shardings(state) == list_shardings(like[name])
         save(state, Path(directory) / name)
         source = open_source(f"{directory}/{name}")
@@ -335,7 +336,7 @@ def list_shardings(state):
 
 def save(state, directory):
     checkpoints = Checkpoints(directory, CONFIG.checkpoint)
-    checkpoints.save(1, state, MODEL.config(), [], {}, {})
+    checkpoints.save(1, Snapshot(state, MODEL.config(), Lineage(), {}, {}))
     checkpoints.close()
 
 

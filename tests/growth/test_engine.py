@@ -1,8 +1,10 @@
-"""One engine grows every row that the notation can say: whole, in blocks of any size, in numpy, in jax, under jit.
+"""One engine grows every row that the notation can say: whole, in blocks of any size, in numpy, in
+jax, under jit.
 
-Random tables (axes in any order, fused, summed, stacked, read or written, with offsets and norms of any
-axes) and random plans must give, bit for bit, the same numbers every way, and those that the rules give
-when they are written out a second time, in `expected`. Every check has siblings that break the engine.
+Random tables (axes in any order, fused, summed, stacked, read or written, with offsets and norms of
+any axes) and random plans must give, bit for bit, the same numbers every way, and those that the
+rules give when they are written out a second time, in `expected`. Every check has siblings that
+break the engine.
 """
 
 from __future__ import annotations
@@ -16,14 +18,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.growth.axes import insert, make_map, tile
 from growkit.growth.plan import MOMENTS, Plan, build_plan
-from growkit.growth.rule import PartGrowth, find_source, grow_array, moment_fate
+from growkit.growth.rule import grow_array, moment_fate
 from growkit.models.architecture import Architecture, keep_rotated
 from growkit.models.family import Family
 from growkit.models.notation import Row, parse_table
@@ -47,9 +48,9 @@ BLOCKS = (1, 40, 150, 1000)
 class Case:
     """A row of a table, and a growth of it.
 
-    maps: axis -> (index, shares). query_norm: whether the model has a norm of queries, which shares eps.
-    scalar: what the model multiplies the row by. position: the new unit of the stacked axes. stride: how
-    many rows of the source are stored as one.
+    maps: axis -> (index, shares). query_norm: whether the model has a norm of queries, which shares
+    eps. scalar: what the model multiplies the row by. position: the new unit of the stacked axes.
+    stride: how many rows of the source are stored as one.
     """
 
     line: str
@@ -361,7 +362,9 @@ def axis_maps(draw, size, preserving, uniform):
         return tuple(made.index.tolist()), tuple(made.share.tolist())
     more = draw(st.lists(st.integers(0, size - 1), max_size=4))
     index = draw(st.permutations([*range(size), *more]))
-    weights = draw(st.lists(st.sampled_from([0.25, 0.3, 1.0, 1.7]), min_size=len(index), max_size=len(index)))
+    weights = draw(
+        st.lists(st.sampled_from([0.25, 0.3, 1.0, 1.7]), min_size=len(index), max_size=len(index))
+    )
     share = np.array(weights)
     if preserving:
         share = share / np.bincount(index, share)[index]

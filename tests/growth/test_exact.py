@@ -1,6 +1,8 @@
-"""Every operator of growth in float64: which keep the function, what its gradient becomes, and that order is nothing.
+"""Every operator of growth in float64: which keep the function, what its gradient becomes, and that
+order is nothing.
 
-Each theorem has a sibling that breaks one thing and must fail. The figures in comments were measured here.
+Each theorem has a sibling that breaks one thing and must fail. The figures in comments were
+measured here.
 """
 
 from __future__ import annotations
@@ -156,7 +158,9 @@ def rule_changed(when, **what):
 
         def wrong(*args):
             rule = right(*args)
-            return replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            return (
+                replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            )
 
         patch.setattr(engine, "rule_along", wrong)
         return plan
@@ -319,8 +323,11 @@ def padding_errors(plan, model, params):
 
 @pytest.mark.parametrize("tied,target", [(True, {"embed": 24}), (False, {"head_dim": 12})])
 def test_the_gradient_after_padding(tied, target):
-    """What reads the residual stream, norms and queries: the rule's gradient [2e-15]. What writes into it: off by a
-    constant over embed [1.5 to 6.3 % of mu, 3 to 9 % of nu] and by nothing else [2e-15]."""
+    """What reads the residual stream, norms and queries: the rule's gradient [2e-15].
+
+    What writes into it: off by a constant over embed [1.5 to 6.3 % of mu, 3 to 9 % of nu] and by
+    nothing else [2e-15].
+    """
     model, params, _ = small(True, tied)
     plan = plan_width(model, **target, mlp="1x")
     assert set(plan.pads) == {"embed", *target}
@@ -401,7 +408,9 @@ def test_the_order_of_axes_does_not_matter(wider, method):
 
 
 def unfilled(state):
-    """The parts of a grown state that no random fill is in: moments, and values that write into the residual stream."""
+    """The parts of a grown state that no random fill is in: moments, and values that write into the
+    residual stream.
+    """
     layers = state["params"]["layers"]
     norms = {name: layers[name] for name in ("input_layernorm", "post_attention_layernorm")}
     writers = (
@@ -414,14 +423,17 @@ def unfilled(state):
 
 @st.composite
 def two_growths(draw):
-    """Maps of heads (and embed with them), mlp and layers for BASE, and others for what they make of it."""
+    """Maps of heads (and embed with them), mlp and layers for BASE, and others for what they make
+    of it.
+    """
 
     def growth(heads, mlp, layers):
         index = {"head": (heads, 2 * heads), "mlp": (mlp, mlp + 3), "layer": (layers, layers + 1)}
         maps = {"embed": tile(heads * 8, heads * 16)}
         for axis, (source, size) in index.items():
             units = draw(st.lists(st.integers(0, source - 1), min_size=size, max_size=size))
-            # Shares that are powers of two: composed or one after the other, products are the same numbers.
+            # Shares that are powers of two: composed or one after the other, products are the same
+            # numbers.
             shares = draw(
                 st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0]), min_size=size, max_size=size)
             )
@@ -465,7 +477,9 @@ ON_DISK = ["clone 2x", "mean-pad 24", "head_dim 10", "identity"]
 
 
 def through_files(tmp_path, name, dtype, tied, mutate=None):
-    """transformers' logits of a model that was exported, and of what growth on disk made of the export."""
+    """transformers' logits of a model that was exported, and of what growth on disk made of the
+    export.
+    """
     model = BASE.change(tied=tied, rotary_pct=0.25)
     tensors = random_tensors(model, "float64")
     write_output(

@@ -1,7 +1,9 @@
-"""Llama by its table: growth of grouped-query models keeps the logits of transformers' own class, on files.
+"""Llama by its table: growth of grouped-query models keeps the logits of transformers' own class,
+on files.
 
-In float64 the class's norms are computed in float64 too: by themselves they round to float32, under which an
-error of 3e-7 would hide. In float32 the class is taken as it is. Every operator has mutations that are found out.
+In float64 the class's norms are computed in float64 too: by themselves they round to float32, under
+which an error of 3e-7 would hide. In float32 the class is taken as it is. Every operator has
+mutations that are found out.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ SCALED = {
 
 
 def save(path: Path, model: Architecture = SMALL, dtype: str = "float32", **config) -> Path:
-    """A Hugging Face directory of random parameters, norms too, in the form that transformers 4 wrote."""
+    """A Hugging Face directory of random parameters, norms too, in the form that transformers 4
+    wrote.
+    """
     path.mkdir(parents=True)
     save_tensors(path / "model.safetensors", random_tensors(model, dtype))
     (path / "config.json").write_text(json.dumps(model.config() | config))
@@ -474,9 +478,7 @@ def without(config: dict, *fields: str) -> dict:
     return {key: value for key, value in config.items() if key not in fields}
 
 
-@pytest.mark.parametrize(
-    "rope", [PLAIN | {"rope_theta": 500.0}, SCALED | {"rope_theta": 500.0}]
-)
+@pytest.mark.parametrize("rope", [PLAIN | {"rope_theta": 500.0}, SCALED | {"rope_theta": 500.0}])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_configuration_goes_through(rope, tied):
     transformers = pytest.importorskip("transformers")
@@ -490,10 +492,7 @@ def test_a_configuration_goes_through(rope, tied):
     assert {key: theirs.rope_parameters[key] for key in rope} == rope
     assert read_config(theirs.to_dict()) == model
     assert model.config({"pad_token_id": 7, "hidden_size": 1})["pad_token_id"] == 7
-    assert (
-        read_config(model.config({"pad_token_id": 7, "hidden_size": 1, "head_dim": 9}))
-        == model
-    )
+    assert read_config(model.config({"pad_token_id": 7, "hidden_size": 1, "head_dim": 9})) == model
 
 
 def test_the_older_name_of_a_rotary_type():
@@ -627,8 +626,14 @@ def test_embed_alone_takes_the_heads_along_where_they_fill_it():
         ({"tied": True}, "growth keeps tied: the source has False, the target True"),
         ({"activation": "relu"}, "growth keeps activation: the source has silu, the target relu"),
         ({"mlp_bias": True}, "growth keeps mlp_bias: the source has False, the target True"),
-        ({"rotary_base": 500.0}, "growth keeps rotary_base: the source has 10000.0, the target 500.0"),
-        ({"rope": SCALED}, "growth keeps rope: the source has {'rope_type': 'default'}, the target"),
+        (
+            {"rotary_base": 500.0},
+            "growth keeps rotary_base: the source has 10000.0, the target 500.0",
+        ),
+        (
+            {"rope": SCALED},
+            "growth keeps rope: the source has {'rope_type': 'default'}, the target",
+        ),
     ],
 )
 def test_targets_of_another_kind_are_refused(other, said):

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
 
 from growkit.checkpoint.tensor import Source
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
+from growkit.models import require_trained
 from trainer.config.sections import LARGEST_SEED, Precision
 from trainer.model.decoder import GPTNeoX
 
@@ -82,3 +84,41 @@ def _make_sampler(network: GPTNeoX, temperature: float) -> Callable[..., jax.Arr
         return jnp.where(temperature > 0, drawn, logits_V.argmax())
 
     return draw_token
+
+
+def continue_prompt(source: Source, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+    """The prompt and up to `tokens` tokens that follow it, as text.
+
+    Raises UsageError for a model that the trainer does not compute, no tokens, and ids beyond the
+    model's vocabulary, GrowkitError where the model carries no tokenizer that can be read.
+    """
+    require_trained(source.model, str(source.path))
+    if tokens < 1:
+        raise UsageError(f"--tokens must be at least 1, got {tokens}")
+    tokenizer = _read_tokenizer(source)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if ids and max(ids) >= source.model.vocab:
+        raise UsageError(
+            f"the tokenizer gives the id {max(ids)}, and the model's vocabulary is "
+            f"{source.model.vocab}"
+        )
+    stated = source.config.get("eos_token_id")
+    end = stated if isinstance(stated, int) else None
+    added = generate_tokens(source, ids, tokens, temperature, seed, end)
+    continuation: str = tokenizer.decode(list(added), skip_special_tokens=False)
+    return prompt + continuation
+
+
+def _read_tokenizer(source: Source) -> Tokenizer:
+    """The tokenizer beside a model, whether it names an end of text or not."""
+    if "tokenizer.json" not in source.files:
+        raise GrowkitError(
+            f"{source.path} carries no tokenizer.json, so text cannot be made into tokens; put one "
+            f"beside it"
+        )
+    try:
+        return Tokenizer.from_str(source.files["tokenizer.json"].decode())
+    except Exception as problem:  # tokenizers raises nothing more specific
+        raise GrowkitError(
+            f"the tokenizer.json of {source.path} cannot be read: {problem}"
+        ) from None

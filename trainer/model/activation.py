@@ -30,7 +30,7 @@ def _backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     wide = widen(jax.lax.optimization_barrier(x))
     density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
     slope = _cumulative(wide) + wide * density
-    return ((gradient * slope).astype(x.dtype),)
+    return ((widen(gradient) * slope).astype(x.dtype),)
 
 
 def _cumulative(x: jax.Array) -> jax.Array:

@@ -24,6 +24,8 @@ from trainer.model.precision import select_wide_dtype, widen
 ROWS = {"cpu": 256}
 ROWS_ELSEWHERE = 2048
 
+Pair = tuple[jax.Array, jax.Array]
+
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """The loss of every token, nats [...], from logits [..., V] and targets [...].
@@ -61,7 +63,7 @@ def _sum_groups(
     mask_GxB: jax.Array,
     layout: Layout | None,
 ) -> jax.Array:
-    def add(total_G: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def add(total_G: jax.Array, piece: Pair) -> tuple[jax.Array, None]:
         hidden, targets = piece
         losses = cross_entropy(_logits(hidden, head_VxE), targets)
         return total_G + (losses * mask_GxB[..., None]).sum((1, 2)), None
@@ -77,16 +79,14 @@ def _forward(
     targets_GxBxT: jax.Array,
     mask_GxB: jax.Array,
     layout: Layout | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, Pair]:
     """The sum of losses, and its gradient for hidden states and head."""
     # How the head's gradient is summed: [E, V] or [V, E]. A CPU's compiler copies a product's left
     # operand (see trainer.model.matmul), so there the narrow hidden states go left, and not the
     # logits.
     as_ExV = target_platform(layout) == "cpu"
 
-    def add(
-        carry: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def add(carry: Pair, piece: Pair) -> tuple[Pair, jax.Array]:
         total_G, to_head = carry
         losses, piece_to_head, to_hidden = _differentiate_piece(*piece, head_VxE, mask_GxB, as_ExV)
         total_G = total_G + (losses * mask_GxB[..., None]).sum((1, 2))
@@ -147,7 +147,7 @@ def _start_head_gradient(
 
 
 def _backward(
-    layout: Layout | None, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+    layout: Layout | None, saved: Pair, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     to_hidden, to_head = saved
     scaled_to_hidden = (widen(to_hidden) * gradient).astype(to_hidden.dtype)
