@@ -73,7 +73,7 @@ def _format_model(model: Architecture) -> list[str]:
     if "group" in model.sizes:
         heads += f" in {model.sizes['kv']} groups"
     options = []
-    if model.family.rotary.part:
+    if model.family.rotary and model.family.rotary.part:
         options.append(f"rotary {model.rotary_pct:g} of head_dim")
     if "parallel_residual" in model.options:
         parallel = model.options["parallel_residual"]
