@@ -17,12 +17,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from trainer.config.sections import Config, resolve
 from trainer.data.tokens import TokenWriter
+from trainer.run.begin import begin, prepare
 from trainer.run.loop import Run
 
 ROUNDS = 6
@@ -40,27 +41,25 @@ def write_tokens(directory: Path) -> Path:
     return directory / "tokens"
 
 
-def make_config(tokens: Path) -> Config:
+def make_values(tokens: Path) -> dict[str, Any]:
     """A small model without dropout; nothing is validated or saved on the way."""
     never = {"every": 10**9}
-    return resolve(
-        {
-            "model": MODEL,
-            "dropout": {"hidden": 0.0, "attention": 0.0},
-            "precision": {"compute": "float32"},
-            "batch": {"sequences": SEQUENCES},
-            "data": {"train": {str(tokens): 1.0}},
-            "schedule": {"steps": STEPS, "warmup": 0},
-            "checkpoint": never | {"minutes": 0.0},
-            "eval": never | {"windows": 8},
-            "log": {"every": EVERY},
-        }
-    )
+    return {
+        "model": MODEL,
+        "dropout": {"hidden": 0.0, "attention": 0.0},
+        "precision": {"compute": "float32"},
+        "batch": {"sequences": SEQUENCES},
+        "data": {"train": {str(tokens): 1.0}},
+        "schedule": {"steps": STEPS, "warmup": 0},
+        "checkpoint": never | {"minutes": 0.0},
+        "eval": never | {"windows": 8},
+        "log": {"every": EVERY},
+    }
 
 
 def time_loop(tokens: Path, directory: Path) -> tuple[float, Run]:
     """Train a whole run: (seconds a step, the run). The first row is left out: it may compile."""
-    run = Run(make_config(tokens), directory)
+    run = Run(begin(prepare(make_values(tokens), directory)))
     with contextlib.redirect_stderr(io.StringIO()):
         run.go()
     texts = [row["tokens_per_second"] for row in run.history.rows]

@@ -79,17 +79,7 @@ def open_directory(path: Path) -> Source:
     if not isinstance(config, dict):
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
     files = _list_weight_files(path)
-    buffers = read_model(config, path).buffers
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        found = read_header(file, buffers)
-        twice = tensors.keys() & found.keys()
-        if twice:
-            raise GrowkitError(
-                f"{path} holds the tensor {min(twice)!r} twice, the second time in {file.name}"
-            )
-        tensors |= found
-    _check_index(path, files, tensors)
+    tensors = _read_headers(path, files, read_model(config, path).buffers)
     lineage = path / LINEAGE
     return Source(
         path=path,
@@ -136,6 +126,21 @@ def _list_shards(path: Path) -> list[Path]:
         if not file.is_file():
             raise GrowkitError(f"{index} names the shard {file.name!r}, which is not there")
     return files
+
+
+def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of all weight files. Raises GrowkitError for a tensor that is there twice."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = read_header(file, buffers)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise GrowkitError(
+                f"{path} holds the tensor {min(twice)!r} twice, the second time in {file.name}"
+            )
+        tensors |= found
+    _check_index(path, files, tensors)
+    return tensors
 
 
 def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
@@ -251,10 +256,7 @@ def write_directory(
     weight_map = _write_shards(path, recipes, shard, progress)
     for name, content in contents.files.items():
         (path / name).write_bytes(content)
-    dtype = str(next(iter(recipes.values())).dtype)
-    # transformers 4 reads torch_dtype, 5 reads dtype.
-    config = contents.config | {"torch_dtype": dtype, "dtype": dtype}
-    (path / "config.json").write_bytes(encode_json(config))
+    (path / "config.json").write_bytes(encode_json(contents.config))
     (path / LINEAGE).write_bytes(encode_json(contents.lineage))
     if len(set(weight_map.values())) > 1:
         total = sum(recipe.size for recipe in recipes.values())

@@ -45,7 +45,10 @@ from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Position, Row
 
-STATE, META, FILES = "state", "meta", "files"
+# The items of the composite.
+STATE = "state"
+META = "meta"
+FILES = "files"
 # Orbax writes this file last: a directory that holds it is a finished checkpoint.
 FINISHED = "_CHECKPOINT_METADATA"
 # In buckets, which have no rename, Orbax takes a directory for finished if it holds this file.

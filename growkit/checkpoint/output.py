@@ -109,9 +109,7 @@ def commit_output(out: Path, force: bool = False) -> Iterator[Path]:
         _refuse_existing(out, force)
         yield work / "new"
         _refuse_existing(out, force)
-        if os.path.lexists(out):
-            os.rename(out, work / "old")
-        os.rename(work / "new", out)
+        _move_into_place(work, out)
     except OSError as problem:
         raise GrowkitError(f"cannot write {out}: {problem.strerror or problem}") from problem
     finally:
@@ -146,6 +144,13 @@ def _clear(work: Path, out: Path) -> None:
             shutil.rmtree(left)
         else:
             left.unlink()
+
+
+def _move_into_place(work: Path, out: Path) -> None:
+    """Rename the new directory to the output, after moving an old one away."""
+    if os.path.lexists(out):
+        os.rename(out, work / "old")
+    os.rename(work / "new", out)
 
 
 def _put_back(work: Path, out: Path) -> None:

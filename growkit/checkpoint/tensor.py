@@ -241,7 +241,9 @@ class Source:
     @cached_property
     def model(self) -> Architecture:
         """The model that the configuration describes."""
-        return read_model(self.config, self.path)
+        model = read_model(self.config, self.path)
+        shapes = {name: tensor.shape for name, tensor in self.tensors["params"].items()}
+        return model.measure(shapes) if model.measured else model
 
     @cached_property
     def files(self) -> dict[str, bytes]:

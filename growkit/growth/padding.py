@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.models.notation import Part, Row
+from growkit.models.notation import Axis, Row
 
 # The order matters: a key's new head_dim rows must be zero in the new embed columns too.
 PADDED = ("embed", "head_dim")
@@ -41,18 +41,15 @@ class Rule:
     offset: float = 0.0
 
 
-def rule_along(
-    axis: str, row: Row, part: Part, role: str, moment: int, growth: float, norm: str
-) -> Rule:
+def rule_along(axis: Axis, row: Row, role: str, moment: int, growth: float, norm: str) -> Rule:
     """The rule for a parameter along a padded axis.
 
     role: the part's, or of one slice of a qkv part: query, key or value. growth: the new size over
     the old. norm: 'layer' or 'rms'.
     """
-    reads = any(each.name == axis and each.read for each in part.axes)
-    if axis == "embed":
-        return _embed_rule(row, reads, moment, growth, norm)
-    return _head_dim_rule(role, reads, moment, growth)
+    if axis.name == "embed":
+        return _embed_rule(row, axis.read, moment, growth, norm)
+    return _head_dim_rule(role, axis.read, moment, growth)
 
 
 def _embed_rule(row: Row, reads: bool, moment: int, growth: float, norm: str) -> Rule:

@@ -19,6 +19,8 @@ from growkit.growth.axes import AxisMap
 from growkit.models.architecture import Architecture
 
 MOMENTS = ("map", "copy", "reset", "nu-only")
+# Where a model comes from, for messages about an argument that is none.
+MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,10 @@ def build_plan(
     if "embed" in padded:
         # The variance of a padded residual stream shrinks by d/d', and eps with it.
         eps = model.norm_eps * model.embed / padded["embed"]
-    return Plan(verb, method, model, model.resize(sizes, eps), dict(maps), padded, **options)
+    grown = model.resize(sizes, eps)
+    if "layer" in maps:
+        grown = grown.follow_map(maps["layer"].index.tolist())
+    return Plan(verb, method, model, grown, dict(maps), padded, **options)
 
 
 def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:

@@ -202,16 +202,22 @@ class PartGrowth:
         return None
 
     @cached_property
+    def padded(self) -> list[int]:
+        """The places of the axes that are padded, in the order in which they are."""
+        names = self.part.names
+        axes = [axis for axis in PADDED if axis in self.plan.pads]
+        return [place for axis in axes for place, name in enumerate(names) if name == axis]
+
+    @cached_property
     def outer(self) -> Rule | None:
         """The rule of padding where the axis that counts units is itself padded."""
-        if not self.lead or self.part.names[0] not in self.plan.pads:
-            return None
-        return self._rule(self.part.names[0], self.part.role)
+        counts = self.lead > 0 and 0 in self.padded
+        return self._rule(0, self.part.role) if counts else None
 
     @cached_property
     def depends_on_place(self) -> bool:
         """Whether equal copies differ by where they lie."""
-        return self.noise_place is not None or bool(set(self.part.names) & self.plan.pads.keys())
+        return self.noise_place is not None or bool(self.padded)
 
     def factor_at(self, units: np.ndarray) -> np.ndarray | None:
         """The part of the scale that is these units', [units or 1, inner axes]."""
@@ -233,24 +239,29 @@ class PartGrowth:
     def add_stored(self, units: np.ndarray, dtype: Any) -> np.ndarray:
         """As `UnitGrowth.add`."""
         assert self.outer is not None
-        old = math.prod(self.copied[: self.lead])
         wide = np.float64 if dtype == np.float64 else np.float32
-        shape = (len(units), *self.copied[self.lead :])
-        mean = None if self.sum is None else self.sum / old
-        free = self._random_from(int(units[0]) - old)
+        begun = self.padded.index(0)
+        # Axes that are padded before this one have their new size already.
+        inner = list(self.copied)
+        for place in self.padded[:begun]:
+            inner[place] = self.after[place]
+        mean = None if self.sum is None else self.sum / self.copied[0]
+        free = self._random_from(int(units[0]) - self.copied[0])
+        shape = (len(units), *inner[1:])
         new = fill_new(self.outer, shape, mean, free, self.part.names[0], wide).astype(dtype)
-        return np.asarray(self._store(self._pad_inner(new, units, np)))
+        for place in self.padded[begun + 1 :]:
+            new = self._extend(new, place, units, np)
+        return np.asarray(self._store(new))
 
     def _store(self, array: Any) -> Any:
         """[unit, inner axes] as [unit, rest of the first dimension, other stored dimensions]."""
         first, *others = self.part.dimensions
-        rest = len(first) - self.lead
-        inner = array.shape[1:]
-        shape, place = [math.prod(inner[:rest])] if rest else [], rest
+        place = 1 + len(first) - self.lead
+        shape = [array.shape[0], math.prod(array.shape[1:place])]
         for dimension in others:
-            shape.append(math.prod(inner[place : place + len(dimension)]))
+            shape.append(math.prod(array.shape[place : place + len(dimension)]))
             place += len(dimension)
-        return array.reshape(array.shape[0], *shape)
+        return array.reshape(shape)
 
     def _copy(self, array: Any, units: np.ndarray, xp: Any) -> Any:
         """Copies of source units, with their shares and noise, before padding."""
@@ -300,54 +311,61 @@ class PartGrowth:
 
     def _pad(self, array: Any, units: np.ndarray, xp: Any) -> Any:
         """Copied units, padded: old entries scaled, new ones added within the units."""
-        if self.outer is not None:
-            wide = scale_old(array, self.outer, xp)
-            if self.outer.fill == "mean":
-                begun = wide if self.sum is None else xp.concatenate([self.sum, wide])
-                self.sum = sum_along(begun, 0, xp)
-            array = wide.astype(array.dtype)
-        return self._pad_inner(array, units, xp)
-
-    def _pad_inner(self, array: Any, units: np.ndarray, xp: Any) -> Any:
-        inner = self.part.names[self.lead :]
-        for axis in PADDED:
-            if axis not in self.plan.pads or axis not in inner:
-                continue
-            if axis == "head_dim" and self.part.role == "qkv":
-                array = self._pad_heads(array, units, xp)
+        for place in self.padded:
+            if place < self.lead:
+                array = self._pad_outer(array, xp)
             else:
-                array = self._extend(array, axis, self.part.role, axis, int(units[0]), xp)
+                array = self._extend(array, place, units, xp)
         return array
 
-    def _pad_heads(self, array: Any, units: np.ndarray, xp: Any) -> Any:
+    def _pad_outer(self, array: Any, xp: Any) -> Any:
+        """Old units by the rule of the axis that counts them; `add_stored` makes the new ones."""
+        assert self.outer is not None
+        wide = scale_old(array, self.outer, xp)
+        if self.outer.fill == "mean":
+            begun = wide if self.sum is None else xp.concatenate([self.sum, wide])
+            self.sum = sum_along(begun, 0, xp)
+        return wide.astype(array.dtype)
+
+    def _extend(self, array: Any, place: int, units: np.ndarray, xp: Any) -> Any:
+        """Pad one axis within the units."""
+        axis, role = self.part.names[place], self.part.role
+        if axis == "head_dim" and role == "qkv":
+            return self._extend_heads(array, place, units, xp)
+        return self._extend_as(array, place, role, axis, int(units[0]), xp)
+
+    def _extend_heads(self, array: Any, place: int, units: np.ndarray, xp: Any) -> Any:
         """Pad head_dim of fused queries, keys and values, each kind by its own rule.
 
         The fill of a kind is numbered as if the kind lay alone.
         """
-        place = self.part.names.index("qkv")
-        if place >= self.lead:
-            across = place - self.lead + 1
+        kind = self.part.names.index("qkv")
+        if kind >= self.lead:
+            across = kind - self.lead + 1
             pieces = xp.split(array, len(ATTENTION), axis=across)
             padded = [
-                self._extend(piece, "head_dim", role, f"head_dim {role}", int(units[0]), xp)
+                self._extend_as(piece, place, role, f"head_dim {role}", int(units[0]), xp)
                 for role, piece in zip(ATTENTION, pieces, strict=True)
             ]
             return xp.concatenate(padded, axis=across)
         at = [int(each) for each in np.unravel_index(int(units[0]), self.copied[: self.lead])]
-        role = ATTENTION[at.pop(place)]
-        others = [size for n, size in enumerate(self.copied[: self.lead]) if n != place]
+        role = ATTENTION[at.pop(kind)]
+        others = [size for n, size in enumerate(self.copied[: self.lead]) if n != kind]
         first = int(np.ravel_multi_index(at, others)) if at else 0
-        return self._extend(array, "head_dim", role, f"head_dim {role}", first, xp)
+        return self._extend_as(array, place, role, f"head_dim {role}", first, xp)
 
-    def _extend(self, array: Any, axis: str, role: str, what: str, first: int, xp: Any) -> Any:
-        place = self.part.names.index(axis) - self.lead + 1
-        rule, free = self._rule(axis, role), self._random_from(first, xp)
-        return extend(array, place, self.plan.pads[axis], rule, free, what, xp)
+    def _extend_as(self, array: Any, place: int, role: str, what: str, first: int, xp: Any) -> Any:
+        """Pad one axis by the rule of a role. what: the fill's name; first: its first unit's
+        number.
+        """
+        size, along = self.after[place], place - self.lead + 1
+        free = self._random_from(first, xp)
+        return extend(array, along, size, self._rule(place, role), free, what, xp)
 
-    def _rule(self, axis: str, role: str) -> Rule:
-        growth = self.plan.pads[axis] / self.plan.model.sizes[axis]
-        norm = self.plan.model.norm
-        rule = rule_along(axis, self.row, self.part, role, self.moment, growth, norm)
+    def _rule(self, place: int, role: str) -> Rule:
+        axis, model = self.part.axes[place], self.plan.model
+        growth = self.plan.pads[axis.name] / model.sizes[axis.name]
+        rule = rule_along(axis, self.row, role, self.moment, growth, model.norm)
         return rule if self.by_rule else replace(rule, scale=1.0)
 
     def _random_from(self, first: int, xp: Any = np) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,23 +16,29 @@ from typing import TYPE_CHECKING, Any
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.fields import RATIO, Frozen
 from growkit.models.notation import Row, Table
-from growkit.models.rotary import write_rotary
+from growkit.models.rotary import read_rotary, write_rotary
 
 if TYPE_CHECKING:
     from growkit.models.family import Family
 
-_POWER = re.compile(r"(1/)?sqrt\((\w+)\)")
+_POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model: its family, the size of every axis of the table, and the value of every option."""
+    """One model: its family, the size of every axis of the table, and the value of every option.
+
+    layers: the layers of each kind, where layers differ in their parameters.
+    """
 
     family: Family
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
+    layers: Mapping[str, tuple[int, ...]] = Frozen()
 
     def __post_init__(self) -> None:
+        if self.family.rotary is None:
+            return
         rotated = self.rotary
         if not self.family.rotary.part and rotated % 2:
             raise GrowkitError(
@@ -82,47 +88,47 @@ class Architecture:
     @cached_property
     def table(self) -> Table:
         """The table's rows that hold for this model's options."""
-        return self.family.select_rows(self.options)
+        return replace(self.family.select_rows(self.options), layers=self.layers)
 
     @property
     def layer(self) -> int:
-        """The number of layers."""
-        return self.sizes["layer"]
+        """The number of layers; 0 for a model without the axis, as are all sizes below."""
+        return self.sizes.get("layer", 0)
 
     @property
     def embed(self) -> int:
         """The width of the residual stream."""
-        return self.sizes["embed"]
+        return self.sizes.get("embed", 0)
 
     @property
     def mlp(self) -> int:
         """The units of each mlp."""
-        return self.sizes["mlp"]
+        return self.sizes.get("mlp", 0)
 
     @property
     def vocab(self) -> int:
         """The rows of the embedding."""
-        return self.sizes["vocab"]
+        return self.sizes.get("vocab", 0)
 
     @property
     def head_dim(self) -> int:
         """The dimensions of each head."""
-        return self.sizes["head_dim"]
+        return self.sizes.get("head_dim", 0)
 
     @property
     def head_count(self) -> int:
         """The number of query heads."""
-        return self.sizes[self.heads] * self.sizes.get("group", 1)
+        return self.sizes.get(self.heads, 0) * self.sizes.get("group", 1)
 
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
-        return bool(self.options["tied"])
+        return bool(self.options.get("tied", False))
 
     @property
     def context(self) -> int:
-        """The longest sequence, in tokens."""
-        return int(self.options["context"])
+        """The longest sequence, in tokens; 0 for a model that does not state it."""
+        return int(self.options.get("context", 0))
 
     @property
     def norm_eps(self) -> float:
@@ -149,12 +155,14 @@ class Architecture:
 
     @property
     def rotary_base(self) -> float:
-        """The base of the rotary frequencies."""
-        return float(self.rope["rope_theta"])
+        """The base of the rotary frequencies; 0 for a model without rotary positions."""
+        return float(self.rope.get("rope_theta", 0.0))
 
     @property
     def rotary_pct(self) -> float:
         """The part of each head that is rotated; 1 where a family rotates all of it."""
+        if self.family.rotary is None:
+            return 0.0
         if not self.family.rotary.part:
             return 1.0
         return float(self.rope["partial_rotary_factor"])
@@ -187,12 +195,54 @@ class Architecture:
 
         Source: Gemma multiplies its embedding by sqrt(hidden_size).
         """
-        text = self.family.scalars.get(row.name)
+        scalars = self.family.scalars
+        text = scalars.get(" ".join((row.name, *row.conditions))) or scalars.get(row.name)
         found = _POWER.fullmatch(text) if text else None
         if found is None:
             return 1.0
-        ratio = math.sqrt(self.sizes[found[2]] / grown.sizes[found[2]])
+        axis = found[2] or found[3]
+        ratio = self.sizes[axis] / grown.sizes[axis]
+        if found[2]:
+            ratio = math.sqrt(ratio)
         return 1.0 / ratio if found[1] else ratio
+
+    @property
+    def measured(self) -> bool:
+        """Whether something about the model is to be found in its files: see `measure`."""
+        rows = self.family.rows
+        axes = {name for row in rows for name in row.axes}
+        axes |= {axis.name for row in rows for axis in row.stacked}
+        return bool(axes - self.sizes.keys()) or any(row.kind for row in rows)
+
+    def measure(self, shapes: Mapping[str, Sequence[int]]) -> Architecture:
+        """This model with what its files alone say: some sizes, the kinds of layers.
+
+        shapes: by name in files. A dimension that is a product with one axis of unknown size gives
+        that size; a layer is of a kind if the files have that kind's parameters for it.
+        """
+        sizes = dict(self.sizes)
+        layers: dict[str, set[int]] = {row.kind: set() for row in self.table.rows if row.kind}
+        seen: set[Row] = set()
+        for name, shape in shapes.items():
+            found = ((row, row.match(name)) for row in self.table.rows)
+            row, position = next((pair for pair in found if pair[1] is not None), (None, None))
+            if row is None or position is None:
+                continue
+            if row.kind:
+                layers[row.kind].add(position[0])
+            if row not in seen:
+                sizes |= row.measure(shape, sizes)
+            seen.add(row)
+        kinds = {kind: tuple(sorted(of_kind)) for kind, of_kind in layers.items()}
+        return replace(self, sizes=Frozen(sizes), layers=Frozen(kinds))
+
+    def follow_map(self, index: Sequence[int]) -> Architecture:
+        """This model with each layer of the kind of the old layer that it copies."""
+        kinds = {
+            kind: tuple(new for new, old in enumerate(index) if old in of_kind)
+            for kind, of_kind in self.layers.items()
+        }
+        return replace(self, layers=Frozen(kinds))
 
     def resize(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> Architecture:
         """This model at other sizes; the number of rotated dimensions is kept.
@@ -207,7 +257,8 @@ class Architecture:
         resized = {axis: sizes[axis] for axis in self.sizes}
         if self.coupled:
             resized["head_dim"] = resized["embed"] // resized[self.heads]
-        if self.family.rotary.part and resized["head_dim"] != self.head_dim:
+        rotary = self.family.rotary
+        if rotary and rotary.part and resized["head_dim"] != self.head_dim:
             part = keep_rotated(self.rotary, resized["head_dim"])
             options["rope"] = {**self.rope, "partial_rotary_factor": part}
         grown = replace(self, sizes=Frozen(resized), options=Frozen(options))
@@ -227,7 +278,7 @@ class Architecture:
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
         for axis, reason in self.family.frozen.items():
-            if sizes[axis] != self.sizes[axis]:
+            if axis in self.sizes and sizes[axis] != self.sizes[axis]:
                 raise UsageError(
                     f"{axis} of a {self.family.title} model stays {self.sizes[axis]}: {reason}"
                 )
@@ -251,8 +302,9 @@ class Architecture:
         Fields of `base` that say nothing about sizes or options are kept as they are.
         """
         family = self.family
-        written: dict[str, Any] = {"architectures": [family.class_name], **family.new}
-        written |= base or {}
+        written: dict[str, Any] = dict(base or {})
+        if "model_type" not in written:
+            written = {"architectures": [family.class_name], **family.new, **written}
         written["model_type"] = family.kind
         for axis, path in family.fields.items():
             if "/" not in path:
@@ -263,7 +315,40 @@ class Architecture:
                 written[ratio[1]] = self.sizes[axis] * written[ratio[2]]
         for name, path in family.options.items():
             written[path] = self.options[name]
-        return written | write_rotary(self.rope, family.rotary, base or {})
+        if family.rotary:
+            written |= write_rotary(self.rope, family.rotary, base or {})
+        return written
+
+    def update(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json of a model of this family, with the fields changed that say something else.
+
+        Fields that say what this model is already, and fields left out whose defaults do, stay as
+        they are.
+        """
+        written = dict(base)
+        complete = self.config(base)
+        stated = [*self._size_fields(), *self.family.options.values()]
+        # A size written changes the default of another that follows it: head_dim from the heads.
+        for _ in range(2):
+            fields = self.family.fields_of(written)
+            for path in stated:
+                if fields.get(path) != complete[path]:
+                    written[path] = complete[path]
+                    fields = self.family.fields_of(written)
+        rotary = self.family.rotary
+        if rotary:
+            fields = self.family.fields_of(written)
+            if read_rotary(fields.given, rotary, fields) != self.rope:
+                written |= write_rotary(self.rope, rotary, base)
+        return written
+
+    def _size_fields(self) -> list[str]:
+        """The configuration fields of all sizes."""
+        found = []
+        for path in self.fields.values():
+            ratio = RATIO.fullmatch(path)
+            found.append(ratio[1] if ratio else path)
+        return list(dict.fromkeys(found))
 
 
 def keep_rotated(rotary: int, head_dim: int) -> float:

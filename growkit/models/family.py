@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,8 @@ class Family:
     kind: str
     class_name: str
     title: str
-    # The table, and the first words of names that a parameter tree leaves out.
+    # The table.
     text: str
-    prefix: str
     # The configuration field of each axis; `a / b` for a size that is the ratio of two fields.
     fields: Mapping[str, str]
     # What transformers takes for a field that config.json leaves out.
@@ -35,8 +34,10 @@ class Family:
     norm: str
     # The axis that more heads grow.
     heads: str
-    # The fields of rotary positions.
-    rotary: RotaryFields = ROTARY_FIELDS
+    # The first words of names that a parameter tree leaves out.
+    prefix: str = ""
+    # The fields of rotary positions; None where none of them follows a size: they are kept.
+    rotary: RotaryFields | None = ROTARY_FIELDS
     # Axes of one size, in every model.
     constants: Mapping[str, int] = field(default_factory=dict)
     # Fields of a config.json that is written without one to begin with.
@@ -49,7 +50,8 @@ class Family:
     frozen: Mapping[str, str] = field(default_factory=dict)
     # How names end that old checkpoints carry and no model of today reads.
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
-    # row -> 'sqrt(axis)' or '1/sqrt(axis)': what the model multiplies the parameter by.
+    # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
+    # parameter by. A row's condition may follow its name.
     scalars: Mapping[str, str] = field(default_factory=dict)
     # Fields with one entry for each layer.
     by_layer: tuple[str, ...] = ("layer_types",)
@@ -57,6 +59,11 @@ class Family:
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
     # Whether transformers wants embed to be a multiple of the number of heads.
     whole_heads: bool = True
+    # field -> the one value that the table holds for.
+    proved: Mapping[str, Any] = field(default_factory=dict)
+    # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
+    unpadded: str = ""
+    no_identity: str = ""
 
     def __hash__(self) -> int:
         return hash((self.kind, self.text))
@@ -69,12 +76,12 @@ class Family:
     @property
     def head_name(self) -> str:
         """The parameter of the output head, which files may hold although it is tied."""
-        return next(row.name for row in self.rows if row.role == "head")
+        return next((row.name for row in self.rows if row.role == "head"), "")
 
     @property
     def coupled(self) -> bool:
         """Whether embed is heads x head_dim, so that one of them cannot change alone."""
-        return "/" in self.fields["head_dim"]
+        return "/" in self.fields.get("head_dim", "")
 
     def select_rows(self, options: Mapping[str, Any]) -> Table:
         """The table for a model with these options."""
@@ -88,8 +95,10 @@ class Family:
         """
         given = {**self.fresh, **values}
         config: dict[str, Any] = {"rope_parameters": given.pop("rope", None)}
-        paths = {**self.fields, **self.options, "rotary_base": self.rotary.base}
-        if self.rotary.part:
+        paths = {**self.fields, **self.options}
+        if self.rotary:
+            paths["rotary_base"] = self.rotary.base
+        if self.rotary and self.rotary.part:
             paths["rotary_pct"] = self.rotary.part
         for name in sorted(given, key=lambda name: "/" in paths.get(name, "")):
             if name not in paths:
@@ -106,20 +115,33 @@ class Family:
 
         Raises GrowkitError for values of the wrong kind and for values that contradict each other.
         """
-        given = {key: value for key, value in config.items() if value is not None}
-        stated_null = {
-            key: self.nulls[key] for key in config.keys() & self.nulls if key not in given
-        }
-        values = Fields(given, {**self.defaults, **stated_null})
+        values = self.fields_of(config)
+        self._check_proved(values)
         try:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
-            rope = read_rotary(given, self.rotary, values)
+            rope = read_rotary(values.given, self.rotary, values) if self.rotary else {}
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
         return Architecture(
             self, Frozen({**sizes, **self.constants}), Frozen(options | {"rope": rope})
         )
+
+    def fields_of(self, config: Mapping[str, Any]) -> Fields:
+        """The fields of a config.json, with the defaults of those that it leaves out."""
+        given = {key: value for key, value in config.items() if value is not None}
+        null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
+        return Fields(given, {**self.defaults, **null})
+
+    def _check_proved(self, values: Fields) -> None:
+        """Raise GrowkitError for a field whose value the table was not proved for."""
+        for name, proved in self.proved.items():
+            value = values.get(name)
+            if value != proved:
+                raise GrowkitError(
+                    f"growth of {self.title} models is proved for {name} {proved!r} only, and this "
+                    f"model has {value!r}"
+                )
 
 
 def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
@@ -132,25 +154,3 @@ def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
         if bool(options[name]) == negated:
             return False
     return True
-
-
-def follow_layers(
-    config: Mapping[str, Any], before: Mapping[str, Any], family: Family, index: Sequence[int]
-) -> dict[str, Any]:
-    """A grown config.json whose fields with one entry for each layer follow a map of the layers.
-
-    before: the source's config.json. index: for each new layer the old layer that it copies. Kinds
-    of layers that the configuration states by a rule of the layer's number are written as a list
-    where the rule would give a layer another kind than its source's.
-    """
-    grown = dict(config)
-    for name in family.by_layer:
-        entries = grown.get(name)
-        if isinstance(entries, list) and entries:
-            grown[name] = [entries[layer] for layer in index]
-    kinds = family.layer_kinds(before)
-    if kinds is not None and not grown.get("layer_types"):
-        wanted = [kinds[layer] for layer in index]
-        if family.layer_kinds(grown) != wanted:
-            grown["layer_types"] = wanted
-    return grown

@@ -13,11 +13,12 @@ from typing import Any
 from growkit.errors import GrowkitError
 
 RATIO = re.compile(r"(\w+) / (\w+)")
+_MULTIPLE = re.compile(r"(\d+) \* (\w+)")
 
 
 @dataclass(frozen=True)
 class Same:
-    """A default that is the value of another field, or the ratio of two: Same("a / b")."""
+    """A default that is the value of another field: Same("a"), Same("4 * a") or Same("a / b")."""
 
     path: str
 
@@ -40,6 +41,8 @@ class Fields:
         """The value of a field, or its default."""
         if name in self.given:
             return self.given[name]
+        if name not in self.defaults:
+            raise GrowkitError(f"config.json lacks {name}, which has no default")
         default = self.defaults[name]
         return self.size(default.path) if isinstance(default, Same) else default
 
@@ -53,7 +56,10 @@ class Fields:
         return value
 
     def size(self, path: str) -> int:
-        """The size that a field states, or two of them by their ratio."""
+        """The size that a field states, a multiple of it, or two of them by their ratio."""
+        multiple = _MULTIPLE.fullmatch(path)
+        if multiple:
+            return int(multiple[1]) * self.whole(multiple[2])
         ratio = RATIO.fullmatch(path)
         if ratio is None:
             return self.whole(path)

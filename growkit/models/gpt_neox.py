@@ -6,8 +6,7 @@ from growkit.models.family import Family
 from growkit.models.rotary import RotaryFields
 
 TABLE = """
-# name                                                   axes                         begins  role
-# when
+# name                                                   axes                         begins  role      when
 gpt_neox.embed_in.weight                                 vocab embed                  normal  embedding
 gpt_neox.layers.{layer}.input_layernorm.weight           embed                        ones    norm
 gpt_neox.layers.{layer}.input_layernorm.bias             embed                        zeros   bias

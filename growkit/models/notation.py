@@ -1,22 +1,22 @@
-"""The notation of a model's table: one line for each parameter, parsed into axes, start values and
-a role.
+"""The notation of a model's table: one line for each parameter says its axes, start and role.
 
-A line is `name  axes  begins  role  [conditions]`:
+A line is `name  axes  begins  role  [conditions]`, and these are lines of several models:
 
-model.layers.{/layer}.mlp.down_proj.weight             embed /mlp                   normal   matrix
-model.layers.{layer}.self_attn.q_proj.bias             (kv group head_dim)          zeros    query
-bias model.layers.{layer}.self_attn.qkv_proj.weight         (q | k | v) /embed           normal
-qkv model.layers.{layer}.mlp.experts.{expert}.w2.weight    embed /mlp                   normal
-matrix model.layers.{layer}.self_attn.q_norm.weight           head_dim                     1+zeros
-norm(head_dim)
+    layers.{/layer}.mlp.down_proj.weight           embed /mlp           normal   matrix
+    layers.{layer}.self_attn.q_proj.bias           (kv group head_dim)  zeros    query     biased
+    layers.{layer}.self_attn.qkv_proj.weight       (q | k | v) /embed   normal   qkv
+    layers.{layer}.mlp.experts.{expert}.w2.weight  embed /mlp           normal   matrix
+    layers.{layer}.self_attn.q_norm.weight         head head_dim        1+zeros  norm(head_dim)
 
-Axes, one word for each stored dimension: * A slash marks an axis that the parameter *reads*, that
-is, sums over. It *writes* every other axis. * Parentheses hold several axes fused in one dimension:
-`(head qkv head_dim)`. * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each
-block grows by itself.
+The axes, one word for each stored dimension:
+
+  * A slash marks an axis that the parameter *reads*, that is, sums over. It *writes* all others.
+  * Parentheses hold several axes fused in one dimension: `(head qkv head_dim)`.
+  * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each block grows by itself.
 
 Braces in the name hold stacked axes: one tensor for each unit. `{/layer}` says that the parameter
-writes into the residual stream, which is a sum over layers.
+writes into the residual stream, which is a sum over layers. `{layer:sparse}` stacks over those
+layers alone that are of the kind `sparse`: those whose files have that kind's parameters.
 
 `begins` is normal, ones or zeros; `1+zeros` says that the model computes with 1 + the parameter.
 The role is one of ROLES; a norm names the axes that it averages over where they are not all of its
@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
@@ -44,7 +44,7 @@ FORM = f"name axes {'|'.join(INITIALISATIONS)} {'|'.join(ROLES)} [conditions]"
 _WORD = re.compile(r"\w*\([^)]*\)|\S+")
 _BEGINS = re.compile(rf"(?:(\d+(?:\.\d+)?)\+)?({'|'.join(INITIALISATIONS)})")
 _ROLE = re.compile(rf"({'|'.join(ROLES)})(?:\(([^)]*)\))?")
-_BRACES = re.compile(r"\{(/?)(\w+)\}")
+_BRACES = re.compile(r"\{(/?)(\w+)(?::(\w+))?\}")
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 
 Position = tuple[int, ...]
@@ -98,7 +98,8 @@ class Row:
 
     blocks: for each stored dimension its terms, each a product of axes. averages: the axes that a
     norm averages over. offset: what the model adds to the parameter before it uses it. prefix: the
-    first words of the name that a parameter tree leaves out.
+    first words of the name that a parameter tree leaves out. kind: the kind of layers that have the
+    parameter, "" for all.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Row:
     conditions: tuple[str, ...] = ()
     stacked: Product = ()
     prefix: str = ""
+    kind: str = ""
 
     @cached_property
     def summed(self) -> int | None:
@@ -173,6 +175,21 @@ class Row:
         total = sum(shape[self.summed] for shape in shapes)
         return (*shapes[0][: self.summed], total, *shapes[0][self.summed + 1 :])
 
+    def measure(self, shape: Sequence[int], sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of axes that `sizes` lacks, one a dimension at most, from the stored shape."""
+        found: dict[str, int] = {}
+        for length, terms in zip(shape, self.blocks, strict=True):
+            known = {**sizes, **found}
+            unknown = [[axis.name for axis in term if axis.name not in known] for term in terms]
+            names = {name for term in unknown for name in term}
+            if len(names) != 1:
+                continue
+            rest = [math.prod(known.get(axis.name, 1) for axis in term) for term in terms]
+            fixed = sum(part for part, term in zip(rest, unknown, strict=True) if not term)
+            share = sum(part for part, term in zip(rest, unknown, strict=True) if term)
+            found[names.pop()] = (length - fixed) // share
+        return found
+
     def stacked_sizes(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """How many units each stacked axis has."""
         return tuple(sizes[axis.name] for axis in self.stacked)
@@ -205,9 +222,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All parameters of a model, for its options."""
+    """All parameters of a model, for its options. layers: the layers of each kind of layers."""
 
     rows: tuple[Row, ...]
+    layers: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     @cached_property
     def uniform_axes(self) -> frozenset[str]:
@@ -252,9 +270,13 @@ class Table:
         for unit in range(max((sizes[row.stacked[0].name] for row in stacked), default=0)):
             for row in stacked:
                 inner = product(*(range(sizes[axis.name]) for axis in row.stacked[1:]))
-                if unit < sizes[row.stacked[0].name]:
+                if unit < sizes[row.stacked[0].name] and self.has(row, unit):
                     for rest in inner:
                         yield row.name_at((unit, *rest)), row, (unit, *rest)
+
+    def has(self, row: Row, unit: int) -> bool:
+        """Whether a layer has the row's parameter: all have it unless the row is of a kind."""
+        return not row.kind or unit in self.layers.get(row.kind, ())
 
     def check_covered(
         self,
@@ -290,6 +312,7 @@ class Table:
                     f"the parameter {name!r} belongs to {axis.name} {unit}, but the configuration "
                     f"says {fields[axis.name]} = {size}, whose last {axis.name} is {size - 1}"
                 )
+        raise GrowkitError(f"the parameter {name!r} is not of its layer's kind")
 
 
 def _state_stacked(row: Row, sizes: Mapping[str, int], fields: Mapping[str, str]) -> str:
@@ -338,17 +361,19 @@ def _parse_row(line: str, prefix: str) -> Row:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")
     offset, begins = _BEGINS.fullmatch(words[place]).groups()  # type: ignore[union-attr]
     blocks = tuple(_parse_dimension(word) for word in words[:place])
+    braces = _BRACES.findall(name)
     _check_sums(blocks, role[1], line)
     return Row(
-        name=name.replace("{/", "{"),
+        name=_BRACES.sub(r"{\2}", name),
         blocks=blocks,
         begins=begins,
         role=role[1],
         offset=float(offset or 0.0),
         averages=_parse_averages(role, blocks, line),
         conditions=tuple(words[place + 2 :]),
-        stacked=tuple(Axis(axis, bool(slash)) for slash, axis in _BRACES.findall(name)),
+        stacked=tuple(Axis(axis, bool(slash)) for slash, axis, _ in braces),
         prefix=prefix,
+        kind=next((kind for _, _, kind in braces if kind), ""),
     )
 
 

@@ -1,4 +1,6 @@
-"""Axis maps compose, Gopher's layers are what they are, and the table's notation says what it cannot read."""
+"""Axis maps compose, Gopher's layers are what they are, and the table's notation says what it
+cannot read.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,10 @@ def test_gophers_layers():
         (lambda: make_map([0, 1], 2, [1.0]), "2 indices but 1 shares"),
         (lambda: make_map([0, 2], 2), "0 to 2, source has 2"),
         (lambda: make_map([-1, 1], 2), "-1 to 1, source has 2"),
-        (lambda: make_map([0, 1], 2).then(make_map([0, 2], 3)), "makes 2 units, the second takes 3"),
+        (
+            lambda: make_map([0, 1], 2).then(make_map([0, 2], 3)),
+            "makes 2 units, the second takes 3",
+        ),
     ],
 )
 def test_maps_that_are_none(make, said):

@@ -1,6 +1,8 @@
-"""Every operator of growth in float64: which keep the function, what its gradient becomes, and that order is nothing.
+"""Every operator of growth in float64: which keep the function, what its gradient becomes, and that
+order is nothing.
 
-Each theorem has a sibling that breaks one thing and must fail. The figures in comments were measured here.
+Each theorem has a sibling that breaks one thing and must fail. The figures in comments were
+measured here.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from conftest import random_tensors, transformers_logits
+from conftest import random_tensors, save_directory, transformers_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_growth import break_table, held, loss_and_gradient
@@ -38,7 +40,7 @@ BASE = GPT_NEOX.model(
 )  # fmt: skip
 TOKENS = np.random.default_rng(1).integers(0, BASE.vocab, (2, 9))
 # The arguments of `growkit.growth.padding.rule_along`.
-ARGUMENTS = ("axis", "row", "part", "role", "moment", "growth", "norm")
+ARGUMENTS = ("axis", "row", "role", "moment", "growth", "norm")
 RESIDUAL_AND_TYING = [(True, True), (True, False), (False, True), (False, False)]
 ROTARY = (0.25, 0.5, 1.0)
 
@@ -156,7 +158,9 @@ def rule_changed(when, **what):
 
         def wrong(*args):
             rule = right(*args)
-            return replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            return (
+                replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            )
 
         patch.setattr(engine, "rule_along", wrong)
         return plan
@@ -166,7 +170,7 @@ def rule_changed(when, **what):
 
 def along(axis, condition):
     """Whether a rule is one along the axis and the condition holds of its arguments."""
-    return lambda **given: given["axis"] == axis and condition(given)
+    return lambda **given: given["axis"].name == axis and condition(given)
 
 
 def is_norm(given):
@@ -176,7 +180,7 @@ def is_norm(given):
 
 def reads(given):
     """Whether a rule is of a parameter that reads the axis."""
-    return any(axis.name == given["axis"] and axis.read for axis in given["part"].axes)
+    return given["axis"].read
 
 
 def grown_otherwise(option):
@@ -319,8 +323,11 @@ def padding_errors(plan, model, params):
 
 @pytest.mark.parametrize("tied,target", [(True, {"embed": 24}), (False, {"head_dim": 12})])
 def test_the_gradient_after_padding(tied, target):
-    """What reads the residual stream, norms and queries: the rule's gradient [2e-15]. What writes into it: off by a
-    constant over embed [1.5 to 6.3 % of mu, 3 to 9 % of nu] and by nothing else [2e-15]."""
+    """What reads the residual stream, norms and queries: the rule's gradient [2e-15].
+
+    What writes into it: off by a constant over embed [1.5 to 6.3 % of mu, 3 to 9 % of nu] and by
+    nothing else [2e-15].
+    """
     model, params, _ = small(True, tied)
     plan = plan_width(model, **target, mlp="1x")
     assert set(plan.pads) == {"embed", *target}
@@ -338,7 +345,7 @@ def test_the_gradient_after_padding_by_the_rule_of_values_is_not(axis, seen, mon
     right, place = engine.rule_along, ARGUMENTS.index("moment")
 
     def wrong(*args):
-        if args[0] != axis:
+        if args[0].name != axis:
             return right(*args)
         return right(*args[:place], VALUE, *args[place + 1 :])
 
@@ -401,7 +408,9 @@ def test_the_order_of_axes_does_not_matter(wider, method):
 
 
 def unfilled(state):
-    """The parts of a grown state that no random fill is in: moments, and values that write into the residual stream."""
+    """The parts of a grown state that no random fill is in: moments, and values that write into the
+    residual stream.
+    """
     layers = state["params"]["layers"]
     norms = {name: layers[name] for name in ("input_layernorm", "post_attention_layernorm")}
     writers = (
@@ -414,14 +423,17 @@ def unfilled(state):
 
 @st.composite
 def two_growths(draw):
-    """Maps of heads (and embed with them), mlp and layers for BASE, and others for what they make of it."""
+    """Maps of heads (and embed with them), mlp and layers for BASE, and others for what they make
+    of it.
+    """
 
     def growth(heads, mlp, layers):
         index = {"head": (heads, 2 * heads), "mlp": (mlp, mlp + 3), "layer": (layers, layers + 1)}
         maps = {"embed": tile(heads * 8, heads * 16)}
         for axis, (source, size) in index.items():
             units = draw(st.lists(st.integers(0, source - 1), min_size=size, max_size=size))
-            # Shares that are powers of two: composed or one after the other, products are the same numbers.
+            # Shares that are powers of two: composed or one after the other, products are the same
+            # numbers.
             shares = draw(
                 st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0]), min_size=size, max_size=size)
             )
@@ -465,7 +477,9 @@ ON_DISK = ["clone 2x", "mean-pad 24", "head_dim 10", "identity"]
 
 
 def through_files(tmp_path, name, dtype, tied, mutate=None):
-    """transformers' logits of a model that was exported, and of what growth on disk made of the export."""
+    """transformers' logits of a model that was exported, and of what growth on disk made of the
+    export.
+    """
     model = BASE.change(tied=tied, rotary_pct=0.25)
     tensors = random_tensors(model, "float64")
     write_output(
@@ -486,6 +500,37 @@ def test_transformers_finds_the_same_function_in_files(tmp_path, name, dtype, li
     )
     size = np.abs(small_logits).max()
     assert size > 1 and np.abs(grown_logits - small_logits).max() / size < limit
+
+
+# What growth keeps although the trainer does not compute it.
+HALF = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LINEAR = HALF | {"rope_type": "linear", "factor": 2.0}
+YARN = HALF | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+KEPT = {
+    "another activation": ("clone and identity", {"activation": "relu"}),
+    "no attention bias": ("clone and identity", {"attention_bias": False}),
+    "no attention bias, padded": ("mean-pad 24", {"attention_bias": False}),
+    "no attention bias, head_dim": ("head_dim 10", {"attention_bias": False}),
+    "linear rotary": ("head_dim 10", {"rope": LINEAR}),
+    "yarn rotary": ("mean-pad 24", {"rope": YARN}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_transformers_finds_the_same_function_where_the_trainer_computes_none(tmp_path, name):
+    operator, options = KEPT[name]
+    save_directory(tmp_path / "plain", BASE, "float64")
+    save_directory(tmp_path / "small", BASE.change(**options), "float64")
+    source = open_source(str(tmp_path / "small"))
+    plan = EXACT[operator](source.model)
+    write_output(tmp_path / "grown", "huggingface", surgery.prepare_growth(source, plan), [source])
+    found = {
+        which: transformers_logits(tmp_path / which, TOKENS, "float64")[0]
+        for which in ("plain", "small", "grown")
+    }
+    assert np.abs(found["small"]).max() > 1
+    assert np.abs(found["grown"] - found["small"]).max() < 1e-10
+    assert np.abs(found["small"] - found["plain"]).max() > 1e-3, "the option must be seen"
 
 
 BROKEN_FILES = {

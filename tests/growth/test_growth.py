@@ -1,4 +1,5 @@
-"""The theorems of growth, in float64 on the trainer's own model: what preserves the function, and what its gradient is.
+"""The theorems of growth, in float64 on the trainer's own model: what preserves the function, and
+what its gradient is.
 
 Every theorem has its mutations: a table or a map that is wrong in one place must be found out.
 """
@@ -30,7 +31,9 @@ from growkit.surgery import grow as surgery
 from trainer.config.sections import Precision
 from trainer.model.decoder import GPTNeoX
 
-SMALL = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
+SMALL = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True
+)
 VARIANTS = [(parallel, tied) for parallel in (True, False) for tied in (True, False)]
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, (2, 9))
 WIDTH = {
@@ -115,7 +118,9 @@ def with_gradient(source: Source) -> tuple[np.ndarray, Source]:
 
 
 def gap(ours: dict[str, np.ndarray], theirs: Source, slot: str, layers=None) -> float:
-    """The largest relative difference to a slot, over all parameters or those of some layers and of none."""
+    """The largest relative difference to a slot, over all parameters or those of some layers and of
+    none.
+    """
     gaps = []
     for name, row, position in theirs.model.table.names(theirs.model.sizes):
         if layers is None or not row.stacked or position[0] in layers:

@@ -1,4 +1,6 @@
-"""Growth in memory is growth on disk, bit for bit, in whatever state the parameters stand and on whatever device."""
+"""Growth in memory is growth on disk, bit for bit, in whatever state the parameters stand and on
+whatever device.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
 from growkit.surgery import grow as surgery
 
-TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
+TINY = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False
+)
 EXACT = {
     "gopher": plan_depth(TINY, "2:3"),
     "stack": plan_depth(TINY, "2:5", "stack"),

@@ -1,7 +1,9 @@
-"""Every family grows as transformers computes: through files, in float64, against transformers' own classes.
+"""Every family grows as transformers computes: through files, in float64, against transformers' own
+classes.
 
-Exact operators leave the logits as they were; depth by copies gives the logits of transformers' own list of
-layers, put in another order. Each family's mutations (a row that says something wrong) must be found out.
+Exact operators leave the logits as they were; depth by copies gives the logits of transformers' own
+list of layers, put in another order. Each family's mutations (a row that says something wrong) must
+be found out.
 """
 
 from __future__ import annotations
@@ -174,7 +176,8 @@ def test_depth_by_copies_is_transformers_layers_in_that_order(
         network.config.layer_types = [kinds[layer] for layer in index]
     for number_, layer in enumerate(inner.layers):
         layer.self_attn.layer_idx = number_
-        # A deep copy's norms still call the forward of the original: bind them to their own weights.
+        # A deep copy's norms still call the forward of the original: bind them to their own
+        # weights.
         for module in layer.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = widen_norm(torch, module)

@@ -1,4 +1,4 @@
-"""Runs: however one is stopped, it goes on as if it had not been; and a grown one goes on where its source was."""
+"""However a run is stopped, it resumes to the bit; a grown one goes on where its source was."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ from growkit.growth.depth import plan_depth
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery.grow import prepare_growth
-from trainer.cli.training import train_run
-from trainer.config.sections import build_section, resolve
+from trainer.config.sections import build_section
 from trainer.data.stream import Stream
 from trainer.data.tokens import TokenWriter
-from trainer.run.checkpoint import find_last_step, to_tree
+from trainer.run.begin import begin, prepare
+from trainer.run.checkpoint import find_last_step
 from trainer.run.directory import lock_run
 from trainer.run.loop import Run
+from trainer.run.stages import train
+from trainer.run.state import from_tree, to_tree
 from trainer.step.optimizer import Multipliers
 
-# After a restore that fails, Orbax leaves coroutines behind that complain when they are collected, whenever that is.
+# After a restore that fails, Orbax leaves coroutines behind that complain when they are
+# collected, whenever that is.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
@@ -56,7 +59,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Runs of one configuration share their programs and their new model: compiling is most of a small run."""
+    """Share programs and new models between runs: compiling is most of a small run."""
     made = {}
 
     def shared(make):
@@ -76,7 +79,7 @@ def compiled_once():
 
         return of
 
-    initial = shared(trainer.run.loop.init_params)
+    initial = shared(trainer.run.state.init_params)
 
     def init_params(*given):
         with jax.ensure_compile_time_eval():  # also where only shapes are asked for
@@ -87,7 +90,7 @@ def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.run.loop, "make_train_step", shared(trainer.run.loop.make_train_step))
         patch.setattr(trainer.run.loop, "make_eval_step", shared(trainer.run.loop.make_eval_step))
-        patch.setattr(trainer.run.loop, "init_params", init_params)
+        patch.setattr(trainer.run.state, "init_params", init_params)
         yield
 
 
@@ -112,7 +115,7 @@ def values(root, **sections):
 
 
 def new_run(root, out, **sections):
-    return Run(resolve(values(root, **sections)), out)
+    return Run(begin(prepare(values(root, **sections), out)))
 
 
 def state_of(out):
@@ -271,9 +274,7 @@ def test_a_resumed_run_with_a_cold_optimizer_is_another(slot, data, tmp_path, wh
     out = stopped_early(data, tmp_path / "run")
     run = new_run(data, out)
     tree = to_tree(run.state)
-    cold = trainer.run.checkpoint.from_tree(
-        tree | {slot: jax.tree.map(jnp.zeros_like, tree[slot])}, run.state
-    )
+    cold = from_tree(tree | {slot: jax.tree.map(jnp.zeros_like, tree[slot])}, run.state)
     run.state = cold
     run.go()
     assert not same_state(state_of(out), state_of(whole))
@@ -309,7 +310,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(data, tmp_path, whole):
 def test_a_signal_during_validation(step, data, tmp_path, whole, monkeypatch):
     out = tmp_path / "run"
     run = new_run(data, out)
-    batches = trainer.run.loop.validation_batches
+    batches = trainer.run.validation.validation_batches
 
     def interrupted(*given):
         for batch in batches(*given):
@@ -317,12 +318,12 @@ def test_a_signal_during_validation(step, data, tmp_path, whole, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(trainer.run.loop, "validation_batches", interrupted)
+    monkeypatch.setattr(trainer.run.validation, "validation_batches", interrupted)
     result = run.go()
     # The last step is no exception: without its validation the run is not finished.
     assert (result.step, result.signal, result.validation_loss) == (step, signal.SIGTERM, None)
     monkeypatch.undo()
-    monkeypatch.setattr(trainer.run.loop, "validation_batches", batches)
+    monkeypatch.setattr(trainer.run.validation, "validation_batches", batches)
     assert new_run(data, out).go().signal is None
     assert_as_if_uninterrupted(out, whole)
 
@@ -448,10 +449,10 @@ def test_a_half_written_checkpoint_is_ignored_and_cleaned_away(data, tmp_path, w
 
 def test_with_only_a_half_written_checkpoint_a_run_begins_with_its_source(data, tmp_path, whole):
     out, settings = tmp_path / "run", values(data, checkpoint={"every": STEPS})
-    train_run(settings, out, str(whole))
+    train(settings, out, str(whole))
     expected = rows_of(out)
     half_written(out, STEPS)
-    train_run(settings, out, str(whole))
+    train(settings, out, str(whole))
     assert rows_of(out) == expected
     assert float(expected[1]["validation_loss"]) == float(rows_of(whole)[-1]["validation_loss"])
 
@@ -563,11 +564,12 @@ def test_what_may_not_change_is_named(data, tmp_path, whole):
     shutil.copytree(whole, out)
     with pytest.raises(
         UsageError,
-        match=r"other values of optimizer.clip \(.* then, .* now\), seed \(5 then, .* now\), which may not change",
+        match=r"other values of optimizer.clip \(.* then, .* now\), "
+        r"seed \(5 then, .* now\), which may not change",
     ):
         new_run(data, out, optimizer={"clip": 0.5}, seed=7)
     with pytest.raises(UsageError, match="other values of --from,"):
-        train_run(values(data), out, str(whole))
+        train(values(data), out, str(whole))
     assert_as_if_uninterrupted(out, whole)
     assert new_run(data, out, log={"every": 5}, checkpoint={"every": 6}).go().signal is None
 
@@ -608,13 +610,8 @@ def larger(whole, tmp_path_factory):
 
 def begun(root, out, start, **sections):
     """A run that begins with a source, not yet gone."""
-    model = asdict(build_section(open_source(str(start)).model))
-    return Run(
-        resolve(values(root, **sections) | {"model": model}),
-        out,
-        open_source(str(start)),
-        str(start),
-    )
+    sections = values(root, **sections) | {"model": {}}
+    return Run(begin(prepare(sections, out, str(start))))
 
 
 def same_tree(ours, theirs):
@@ -664,7 +661,7 @@ def test_a_grown_run_stopped_and_resumed_is_the_same(data, tmp_path, larger):
     moved = larger.rename(larger.with_name("moved"))
     try:
         # What was taken from the source is in the run: the source may be gone.
-        train_run(values(data) | {"model": {}}, out, str(larger))
+        train(values(data) | {"model": {}}, out, str(larger))
     finally:
         moved.rename(larger)
     assert_as_if_uninterrupted(out, tmp_path / "whole")
@@ -725,14 +722,9 @@ def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, wh
 
 
 def test_a_context_of_its_own(data, tmp_path, whole):
-    """The context may differ from the source's; the windows are others then, and so is the data stream."""
-    model = asdict(build_section(TINY.change(context=8)))
-    run = Run(
-        resolve(values(data) | {"model": model}),
-        tmp_path / "run",
-        open_source(str(whole)),
-        str(whole),
-    )
-    assert run.hf_config["max_position_embeddings"] == 8
+    """The context may differ from the source's; then the windows differ, and so does the stream."""
+    sections = values(data) | {"model": {"context": 8}}
+    run = Run(begin(prepare(sections, tmp_path / "run", str(whole))))
+    assert run.model_config["max_position_embeddings"] == 8
     assert run.position.new
     run.close()

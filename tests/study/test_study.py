@@ -16,9 +16,9 @@ import trainer.study.course
 from growkit.checkpoint.location import open_source
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
-from trainer.cli.training import train_run
 from trainer.log.history import parse_rows
 from trainer.log.report import Result
+from trainer.run.stages import train
 from trainer.study.course import Course
 from trainer.study.design import SCRATCH, Task
 from trainer.study.evidence import read_study
@@ -397,9 +397,9 @@ def test_an_arms_run_is_what_the_train_verb_does(done, data, tmp_path):  # noqa:
         r for r in json.loads((done / "results.json").read_text())["runs"] if r["name"] == "clone"
     )
     kept = json.loads((done / "runs" / run["run"] / "result.json").read_text())
-    result = train_run(kept["values"], tmp_path / "run", str(done / "runs" / kept["from"]))
+    result = train(kept["values"], tmp_path / "run", str(done / "runs" / kept["from"]))
     assert result.validation_loss == run["loss"]
-    other = train_run(
+    other = train(
         kept["values"] | {"optimizer": {"learning_rate": 2e-3}},
         tmp_path / "other",
         str(done / "runs" / kept["from"]),
@@ -408,7 +408,7 @@ def test_an_arms_run_is_what_the_train_verb_does(done, data, tmp_path):  # noqa:
 
 
 class Stopping:
-    """train_run that is stopped by a signal in one run, halfway, and counts its calls."""
+    """train that is stopped by a signal in one run, halfway, and counts its calls."""
 
     def __init__(self, monkeypatch, at):
         self.calls, self.at = 0, at
@@ -425,8 +425,8 @@ class Stopping:
 
             with self.monkeypatch.context() as patch:
                 patch.setattr(trainer.study.course.RunProgress, "show_row", stop)
-                return train_run(values, out, start, show=show)
-        return train_run(values, out, start, show=show)
+                return train(values, out, start, show=show)
+        return train(values, out, start, show=show)
 
 
 def test_a_study_that_was_stopped_goes_on_and_gives_the_same(
@@ -461,7 +461,7 @@ def test_by_the_command_a_study_that_exists_needs_resume(done, file, capsys):
 
 
 class Pretended:
-    """train_run without training, which does not stay finite where it is told so."""
+    """train without training, which does not stay finite where it is told so."""
 
     def __init__(self, diverges):
         self.diverges = diverges

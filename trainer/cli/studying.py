@@ -29,9 +29,10 @@ def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> in
     end a picture (study.png). After Ctrl-C, SIGTERM or a kill, the same command with --resume
     continues.
     """
-    from trainer.cli.training import exit_code, train_run
+    from trainer.cli.training import exit_code
     from trainer.config.values import read_values
     from trainer.log.report import Result
+    from trainer.run.stages import train
     from trainer.study.course import Course
     from trainer.study.report import show_report, write_report
     from trainer.study.section import read_design
@@ -43,7 +44,7 @@ def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> in
     def write_tables(outcome: Outcome) -> None:
         write_report(outcome, directory, picture=False)
 
-    course = Course(design, directory, train_run, write_tables)
+    course = Course(design, directory, train, write_tables)
     signal = course.go()
     if signal is not None:
         click.echo(f"{directory}: stopped; the same command with --resume continues")

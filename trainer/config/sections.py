@@ -49,9 +49,8 @@ class Model:
 class Dropout:
     """Probabilities of dropping."""
 
-    hidden: float = number(
-        0.1, at_least=0, below=1
-    )  # the outputs of attention and feed-forward in each block
+    # The outputs of attention and feed-forward in each block.
+    hidden: float = number(0.1, at_least=0, below=1)
     attention: float = number(0.1, at_least=0, below=1)  # attention weights
     embedding: float = number(0.0, at_least=0, below=1)  # embedded tokens
 
@@ -122,9 +121,8 @@ class Schedule:
     kind: str = choice("cosine", of=("cosine", "linear", "wsd", "constant"))
     steps: int = number(82000, at_least=1)  # length of the run
     warmup: int = number(2000, at_least=0)  # steps of linear warm-up from 0
-    floor: float = number(
-        0.1, at_least=0, at_most=1
-    )  # last learning rate, as a fraction of the peak
+    # The last learning rate, as a fraction of the peak.
+    floor: float = number(0.1, at_least=0, at_most=1)
     decay: float = number(0.1, at_least=0, at_most=1)  # fraction of the steps that wsd decays in
     continued: bool = False  # with --from: go on where the source's schedule stood
     # Steps of an additional linear warm-up after a growth through which the schedule goes on:

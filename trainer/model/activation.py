@@ -25,12 +25,12 @@ def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    # The barrier keeps the compiler from saving intermediate values of the forward pass: it is cheaper
-    # to read x alone and compute them again.
+    # The barrier keeps the compiler from saving intermediate values of the forward pass: it is
+    # cheaper to read x alone and compute them again.
     wide = widen(jax.lax.optimization_barrier(x))
     density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
     slope = _cumulative(wide) + wide * density
-    return ((gradient * slope).astype(x.dtype),)
+    return ((widen(gradient) * slope).astype(x.dtype),)
 
 
 def _cumulative(x: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """Causal attention with a backward pass of its own.
 
-It takes q, k and v [B, H, T, D] and returns their mixture [B, H, T, D]. The backward pass keeps the attention
-weights and computes their gradient in closed form. Left to automatic differentiation, the same program spends
-more time around its matrix products than in them. On a CPU it takes one block of queries after another.
+It takes q, k and v [B, H, T, D] and returns their mixture [B, H, T, D]. The backward pass keeps the
+attention weights and computes their gradient in closed form. Left to automatic differentiation, the
+same program spends more time around its matrix products than in them. On a CPU it takes one block
+of queries after another.
 
 Shapes in names: B batch, H head, T queries, S keys, D head_dim.
 """
@@ -20,8 +21,8 @@ from trainer.model.dropout import apply_mask, draw_mask
 from trainer.model.matmul import matmul_transposed
 from trainer.model.precision import select_wide_dtype, widen
 
-# Number of blocks of queries by platform, 1 where none is named. A block is multiplied with the keys of its
-# past only, so N blocks do (N + 1) / 2N of the work: 62.5 % for 4.
+# Number of blocks of queries by platform, 1 where none is named. A block is multiplied with the
+# keys of its past only, so N blocks do (N + 1) / 2N of the work: 62.5 % for 4.
 BLOCKS = {"cpu": 4}
 # The fewest queries in a block; shorter blocks cost more compile time than they save.
 SHORTEST = 64
@@ -38,9 +39,10 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(D)) v over the past.
 
-    Scores and softmax are computed in at least float32; the weights are then rounded to q's dtype. With a
-    key, each weight is dropped with probability `dropout` and the others are scaled by 1 / (1 - dropout).
-    platform: what the program is compiled for; it changes how the result is computed, not the result.
+    Scores and softmax are computed in at least float32; the weights are then rounded to q's dtype.
+    With a key, each weight is dropped with probability `dropout` and the others are scaled by 1 /
+    (1 - dropout). platform: what the program is compiled for; it changes how the result is
+    computed, not the result.
     """
     return _forward(q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, key, dropout, platform)[0]
 
@@ -137,7 +139,8 @@ def _drop(weights: jax.Array, mask: jax.Array | None, dropout: float, platform: 
         return weights
     dropped = apply_mask(weights, mask, dropout)
     if platform == "tpu":
-        # Without the barrier the compiler for v4 and v5p (libtpu 0.0.42) overflows its stack on large steps.
+        # Without the barrier the compiler for v4 and v5p (libtpu 0.0.42) overflows its stack on
+        # large steps.
         return jax.lax.optimization_barrier(dropped)
     return dropped
 

@@ -1,12 +1,12 @@
 """GPT-NeoX in Flax: tokens in, logits out, equal to Hugging Face's.
 
-Flax's linen does three things here: it scans one block over the stacked layers, so that compile time does
-not grow with depth; it derives keys for dropout and initialisation; it rematerialises. Linen and not nnx,
-because the train step stays a pure function of a tree. The tree is exactly the axis table's: a parameter
-takes its shape and its initialisation from the table's row for its own path.
+Flax's linen does three things here: it scans one block over the stacked layers, so that compile
+time does not grow with depth; it derives keys for dropout and initialisation; it rematerialises.
+Linen and not nnx, because the train step stays a pure function of a tree. The tree is exactly the
+axis table's: a parameter takes its shape and its initialisation from the row for its own path.
 
-Shapes in names: B batch, T time (S for keys), E embed, H head, D head_dim, R rotated part of D, V vocab,
-I and O inputs and outputs.
+Shapes in names: B batch, T time (S for keys), E embed, H head, D head_dim, R rotated part of D,
+V vocab, I and O inputs and outputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trainer.model.kernels import kernel_attention
 from trainer.model.matmul import project
 from trainer.model.precision import select_wide_dtype, widen
 
-# What the backward pass keeps of a block; it computes the rest again.
+# What is kept of a block for the backward pass, which computes the rest again; None keeps all.
 REMAT = {
     "none": None,
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -46,8 +46,8 @@ REMAT = {
 def compute_rotary_tables(model: Architecture, time: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine [T, R/2] of the rotary angles.
 
-    As in Hugging Face, angles and tables are rounded to float32 whatever the model's precision. The functions
-    themselves are computed in float64, so that every machine gets the same tables.
+    As in Hugging Face, angles and tables are rounded to float32 whatever the model's precision. The
+    functions themselves are computed in float64, so that every machine gets the same tables.
     """
     exponent = np.arange(0, model.rotary, 2, dtype=np.float32) / np.float32(model.rotary)
     frequency = np.float32(1.0) / np.float32(model.rotary_base) ** exponent
@@ -71,9 +71,10 @@ def find_row(model: Architecture, path: tuple[str, ...]) -> Row:
 
 
 def select_initializer(model: Architecture, row: Row) -> Any:
-    """Select how a row begins. Weights that write into the residual stream are smaller by 1/sqrt(2 layers).
+    """Select how a row begins.
 
-    Source: GPT-2 (Radford et al. 2019), section 2.3.
+    Weights that write into the residual stream begin smaller by 1/sqrt(2 layers). Source: GPT-2
+    (Radford et al. 2019), section 2.3.
     """
     if row.begins == "ones":
         return nn.initializers.ones
@@ -103,7 +104,10 @@ class Parameters(nn.Module):
         return target_platform(self.layout)
 
     def parameter(self, name: str, dtype: DTypeLike | None = None) -> jax.Array:
-        """The parameter `name` of this module, laid out to compute with. dtype: the compute dtype unless given."""
+        """The parameter `name` of this module, laid out to compute with.
+
+        dtype: the compute dtype unless given.
+        """
         row = find_row(self.model, (*self.path, name))
         initializer = select_initializer(self.model, row)
         shape = row.shape(self.model.sizes)
@@ -221,9 +225,9 @@ class Block(Parameters):
 class GPTNeoX(Parameters):
     """The language model.
 
-    `apply({"params": tree}, tokens [B, T])` gives logits [B, T, V] in at least float32, or with head=False the
-    hidden states [B, T, E] that the head would read.
-    kernel: xla, or a kernel, which reads sequences of the configured context and drops no attention weights.
+    `apply({"params": tree}, tokens [B, T])` gives logits [B, T, V] in at least float32, or with
+    head=False the hidden states [B, T, E] that the head would read. kernel: xla, or a kernel, which
+    reads sequences of the configured context and drops no attention weights.
     """
 
     dropout: Dropout = Dropout(0.0, 0.0, 0.0)
@@ -256,7 +260,10 @@ class GPTNeoX(Parameters):
         return embed(x_BxTxE, as_head=True)
 
     def head_weight(self, params: Any) -> jax.Array:
-        """The head's weight [V, E] of a parameter tree, to compute with; the embedding's where they are tied."""
+        """The head's weight [V, E] of a parameter tree, to compute with.
+
+        Where the two are tied it is the embedding's.
+        """
         name = "embed_in" if self.model.tied else "embed_out"
         weight = params[name]["weight"].astype(self.precision.compute)
         return self.lay_out(weight, find_row(self.model, (name, "weight")))
@@ -266,7 +273,8 @@ def _scan_block(remat: str, layer: int) -> Any:
     """The module of all layers: one block, scanned over parameters stacked by layer."""
     block: Any = Block
     if remat != "none":
-        # Argument 3 of __call__ is deterministic. A scan needs no barrier against common subexpressions.
+        # Argument 3 of __call__ is deterministic. A scan needs no barrier against common
+        # subexpressions.
         block = nn.remat(Block, policy=REMAT[remat], prevent_cse=False, static_argnums=(3,))
     return nn.scan(
         block,

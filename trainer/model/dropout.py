@@ -1,8 +1,9 @@
-"""Dropout whose masks are computed where they are used, from a key and each number's place in the array.
+"""Dropout whose masks are computed where they are used, from a key and places in the array.
 
-`jax.random.bernoulli` runs 20 rounds of Threefry. XLA's compiler for TPUs keeps the result of so many
-rounds in memory beside a layer. With 13 rounds it computes them inside whatever uses the mask, and the mask
-takes no memory. A mask depends on the key and on places in the whole array, so it is the same on every mesh.
+`jax.random.bernoulli` runs 20 rounds of Threefry. XLA's compiler for TPUs keeps the result of so
+many rounds in memory beside a layer. With 13 rounds it computes them inside whatever uses the mask,
+and the mask takes no memory. A mask depends on the key and on places in the whole array, so it is
+the same on every mesh.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ ROUNDS = 13
 def draw_mask(words: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Draw independent booleans of a shape, each False with probability `rate`.
 
-    words: uint32 [2], the data of a key. Raises ValueError where the last two dimensions, or the product of
-    the others, hold more than 2**32 numbers.
+    words: uint32 [2], the data of a key. Raises ValueError where the last two dimensions, or the
+    product of the others, hold more than 2**32 numbers.
     """
     cut = max(0, len(shape) - 2)
     key = (words[0], words[1])
@@ -39,7 +40,8 @@ def _number_places(shape: tuple[int, ...], first: int, last: int) -> jax.Array:
     """uint32 of a shape: each place's index, in C order, along dimensions `first` to `last` - 1."""
     if math.prod(shape[first:last]) > 2**32:
         raise ValueError(
-            f"dropout counts the places of dimensions {shape[first:last]} in 32 bits, which are too few"
+            f"dropout numbers the places of dimensions {shape[first:last]} with 32 bits, "
+            f"which are too few"
         )
     place = jnp.zeros(shape, jnp.uint32)
     for dimension in range(first, last):
@@ -57,8 +59,8 @@ def apply_mask(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
 def drop(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
     """Set numbers of x to 0 with probability `rate`, and scale the others by 1 / (1 - rate).
 
-    words: uint32 [2], the data of a key. The backward pass draws the same mask again, so that only the key is
-    kept for it.
+    words: uint32 [2], the data of a key. The backward pass draws the same mask again, so that only
+    the key is kept for it.
     """
     return apply_mask(x, draw_mask(words, rate, x.shape), rate)
 
@@ -75,7 +77,10 @@ drop.defvjp(_forward, _backward)
 
 
 class HiddenDropout(nn.Module):
-    """Dropout of hidden states. Flax derives its key from this class's name: another name, other masks."""
+    """Dropout of hidden states.
+
+    Flax derives its key from the name of this class: under another name it draws other masks.
+    """
 
     rate: float
 

@@ -1,8 +1,8 @@
 """Attention by the kernels of TPUs and GPUs, and the rules for when to use them.
 
-The kernels are splash attention (Pallas) on TPUs and cuDNN's flash attention on NVIDIA GPUs. They never hold
-the weights of all pairs of positions. Where a rule forbids them, `trainer.model.attention` is used, compiled
-by XLA.
+The kernels are splash attention (Pallas) on TPUs and cuDNN's flash attention on NVIDIA GPUs. They
+never hold the weights of all pairs of positions. Where a rule forbids them,
+`trainer.model.attention` is used, compiled by XLA.
 
 Shapes in names: B batch, H head, T time, D head_dim.
 """
@@ -27,8 +27,8 @@ from trainer.model.precision import widen
 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 TITLES = {"splash": "Pallas splash attention", "cudnn": "cuDNN flash attention", "xla": "XLA"}
-# Block sizes of splash attention: the largest that divides the sequence. 128 is a row of registers and
-# the smallest that the kernel takes.
+# Block sizes of splash attention: the largest that divides the sequence. 128 is a row of registers
+# and the smallest that the kernel takes.
 BLOCKS = (512, 256, 128)
 # The widest head, in dimensions, that each kernel takes.
 WIDEST_HEADS = {"splash": 256, "cudnn": 128}
@@ -36,7 +36,7 @@ WIDEST_HEADS = {"splash": 256, "cudnn": 128}
 
 @dataclass(frozen=True)
 class Choice:
-    """How attention is computed. name: xla, splash or cudnn. reason: why, as a phrase for the log."""
+    """How attention is computed. name: xla, splash or cudnn. reason: why, for the log."""
 
     name: str
     reason: str
@@ -58,7 +58,8 @@ class Rule(NamedTuple):
 def select_kernel(config: Config, model: Architecture, layout: Layout) -> Choice:
     """Select the kernel of a run's devices where its rules allow it, else XLA.
 
-    config.attention can ask for XLA or for one kernel. Raises UsageError for a kernel that cannot be used.
+    config.attention can ask for XLA or for one kernel. Raises UsageError for a kernel that cannot
+    be used.
     """
     asked = config.attention
     kernel = KERNELS.get(layout.platform)
@@ -72,7 +73,8 @@ def select_kernel(config: Config, model: Architecture, layout: Layout) -> Choice
             continue
         if asked == kernel:
             raise UsageError(
-                f"attention={kernel} needs {rule.need}, but {rule.fact}; attention=auto uses XLA here"
+                f"attention={kernel} needs {rule.need}, but {rule.fact}; "
+                f"attention=auto uses XLA here"
             )
         return Choice("xla", f"because {rule.fact}; {TITLES[kernel]} needs {rule.need}")
     sizes = f"head_dim {model.head_dim} and context {config.model.context}"
@@ -98,8 +100,8 @@ def _explain_no_kernel(config: Config, platform: str) -> str:
 def _list_rules(kernel: str, config: Config, model: Architecture, device: Any) -> list[Rule]:
     """The rules of a kernel.
 
-    cuDNN's are those that jax._src.cudnn checks on any GPU. Splash attention's were found by compiling for
-    v4, v5e, v5p and v6e.
+    cuDNN's are those that jax._src.cudnn checks on any GPU. Splash attention's were found by
+    compiling for v4, v5e, v5p and v6e.
     """
     dropout = config.dropout.attention
     compute = config.precision.compute
@@ -137,7 +139,10 @@ def kernel_attention(
     v_BxHxTxD: jax.Array,
     layout: Layout | None,
 ) -> jax.Array:
-    """softmax(q k / sqrt(D)) v over the past by a kernel; each device takes its own sequences and heads."""
+    """softmax(q k / sqrt(D)) v over the past by a kernel.
+
+    Each device takes its own sequences and heads.
+    """
     attention: Callable[..., jax.Array] = cudnn_attention
     if name == "splash":
         attention = splash_attention
@@ -170,7 +175,8 @@ def splash_attention(
         block_sizes=_select_block_sizes(time),
         interpret=interpret,
     )
-    # The kernel does not scale. In bfloat16 the factor 1 / sqrt(D) alone would be wrong by up to 1 in 256.
+    # The kernel does not scale. In bfloat16 the factor 1 / sqrt(D) alone would be wrong by up to 1
+    # in 256.
     scaled = widen(q_BxHxTxD) / math.sqrt(depth)
     return jax.vmap(kernel)(scaled.astype(q_BxHxTxD.dtype), k_BxHxTxD, v_BxHxTxD)
 

@@ -1,8 +1,9 @@
 """Matrix products in the form that the platform computes fastest.
 
-A CPU's compiler copies the left operand of a product when the dimension summed over is not its last. The
-copy is not blocked, and slower the wider the operand. The gradients of weights are such products. Here the
-narrower operand goes left, and the (small) result is transposed. Other platforms get the plain product.
+A CPU's compiler copies the left operand of a product when the dimension summed over is not its
+last. The copy is not blocked, and slower the wider the operand. The gradients of weights are such
+products. Here the narrower operand goes left, and the (small) result is transposed. Other platforms
+get the plain product.
 """
 
 from __future__ import annotations

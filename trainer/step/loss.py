@@ -1,11 +1,12 @@
 """The cross-entropy of the next token, without holding the logits of all tokens at once.
 
-The hidden states are cut along time, and one piece is taken after another. Where a gradient is wanted, it is
-computed in the same pass: a piece's logits are computed once and never kept. Over several devices, each sums
-the head's gradient of its own sequences; the devices' sums are added once, after the last piece.
+The hidden states are cut along time, and one piece is taken after another. Where a gradient is
+wanted, it is computed in the same pass: a piece's logits are computed once and never kept. Over
+several devices, each sums the head's gradient of its own sequences; the devices' sums are added
+once, after the last piece.
 
-Shapes in names: G groups of sequences, one for each device that has its own; B sequences of a group, T time,
-E embed, V vocab.
+Shapes in names: G groups of sequences, one for each device that has its own; B sequences of a
+group, T time, E embed, V vocab.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ import jax.numpy as jnp
 from trainer.devices.sharding import BATCH_AXES, COMPUTE_RULES, Layout, target_platform
 from trainer.model.precision import select_wide_dtype, widen
 
-# How many logits rows (sequences x time) are held at once. On a CPU a piece should stay in the caches.
+# How many logits rows (sequences x time) are held at once. On a CPU a piece should stay in the
+# caches.
 ROWS = {"cpu": 256}
 ROWS_ELSEWHERE = 2048
 
+Pair = tuple[jax.Array, jax.Array]
+
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The loss of every token, nats [...], of logits [..., V] and targets [...], in the logits' dtype."""
+    """The loss of every token, nats [...], from logits [..., V] and targets [...].
+
+    It has the logits' dtype.
+    """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
@@ -56,7 +63,7 @@ def _sum_groups(
     mask_GxB: jax.Array,
     layout: Layout | None,
 ) -> jax.Array:
-    def add(total_G: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def add(total_G: jax.Array, piece: Pair) -> tuple[jax.Array, None]:
         hidden, targets = piece
         losses = cross_entropy(_logits(hidden, head_VxE), targets)
         return total_G + (losses * mask_GxB[..., None]).sum((1, 2)), None
@@ -72,15 +79,14 @@ def _forward(
     targets_GxBxT: jax.Array,
     mask_GxB: jax.Array,
     layout: Layout | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, Pair]:
     """The sum of losses, and its gradient for hidden states and head."""
-    # How the head's gradient is summed: [E, V] or [V, E]. A CPU's compiler copies a product's left operand
-    # (see trainer.model.matmul), so there the narrow hidden states go left, and not the logits.
+    # How the head's gradient is summed: [E, V] or [V, E]. A CPU's compiler copies a product's left
+    # operand (see trainer.model.matmul), so there the narrow hidden states go left, and not the
+    # logits.
     as_ExV = target_platform(layout) == "cpu"
 
-    def add(
-        carry: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def add(carry: Pair, piece: Pair) -> tuple[Pair, jax.Array]:
         total_G, to_head = carry
         losses, piece_to_head, to_hidden = _differentiate_piece(*piece, head_VxE, mask_GxB, as_ExV)
         total_G = total_G + (losses * mask_GxB[..., None]).sum((1, 2))
@@ -106,7 +112,10 @@ def _differentiate_piece(
     mask_GxB: jax.Array,
     as_ExV: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The losses [G, B, T] of a piece, and the gradients of their masked sum for head and hidden states."""
+    """The losses [G, B, T] of a piece, and the gradients of their masked sum.
+
+    The gradients are for the head, [G, E, V] or [G, V, E], and for the hidden states.
+    """
     logits_GxBxTxV = _logits(hidden_GxBxTxE, head_VxE)
     losses_GxBxT = cross_entropy(logits_GxBxTxV, targets_GxBxT)
     wide = logits_GxBxTxV.dtype
@@ -138,7 +147,7 @@ def _start_head_gradient(
 
 
 def _backward(
-    layout: Layout | None, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+    layout: Layout | None, saved: Pair, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     to_hidden, to_head = saved
     scaled_to_hidden = (widen(to_hidden) * gradient).astype(to_hidden.dtype)

@@ -1,8 +1,9 @@
 """AdamW as growth needs it: clip, Adam, learning-rate multipliers and weight decay.
 
-optax gives the vocabulary and the state, which others find by structure, as in any optax state. Written here
-is what its adamw lacks: an eps, a learning-rate multiplier and a clip weight for each parameter, as one number
-or one for each unit. With them an exactly grown model trains on exactly as the small one would have.
+optax gives the vocabulary and the state, which others find by structure, as in any optax state.
+Written here is what its adamw lacks: an eps, a learning-rate multiplier and a clip weight for each
+parameter, as one number or one for each unit. With them an exactly grown model trains on exactly as
+the small one would have.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from trainer.config.sections import Optimizer
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Trees with the structure of the parameters, each leaf broadcastable to its parameter; None for all ones.
+    """Trees with the structure of the parameters; None for all ones.
 
-    learning_rate: multiplies Adam's direction, and not the decay. eps: multiplies Adam's eps. clip: weighs
-    squared gradients in the global norm.
+    Each leaf is broadcastable to its parameter. learning_rate: multiplies Adam's direction, and not
+    the decay. eps: multiplies Adam's eps. clip: weighs squared gradients in the global norm.
     """
 
     learning_rate: Any = None
@@ -32,7 +33,7 @@ class Multipliers:
 
 
 def select_decayed(model: Architecture) -> dict[str, Any]:
-    """Select the parameters that weight decay acts on, matrices and embeddings: a tree of booleans."""
+    """A tree of booleans: whether weight decay acts on a parameter, a matrix or an embedding."""
     return model.table.tree(lambda row: row.decays)
 
 
@@ -58,7 +59,10 @@ def clip_by_norm(limit: float, weights: Any = None) -> optax.GradientTransformat
 def scale_by_adam(
     beta1: float, beta2: float, eps: float, multipliers: Any = None
 ) -> optax.GradientTransformation:
-    """Adam (arXiv 1412.6980), algorithm 1, with eps x multiplier for each parameter; optax's own state."""
+    """Adam (arXiv 1412.6980), algorithm 1, with its eps multiplied for each parameter.
+
+    The state is optax's own.
+    """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         mu = optax.tree.update_moment(updates, state.mu, beta1, 1)
@@ -86,7 +90,10 @@ def scale_each(multipliers: Any) -> optax.GradientTransformation:
 def adamw(
     settings: Optimizer, model: Architecture, multipliers: Multipliers | None = None
 ) -> optax.GradientTransformation:
-    """All of the update but the learning rate, which the step applies: new = params - rate x update."""
+    """All of the update but the learning rate.
+
+    The step applies that: new = params - rate x update.
+    """
     multipliers = multipliers or Multipliers()
     clip = optax.identity()
     if settings.clip:
@@ -94,8 +101,8 @@ def adamw(
     scale = optax.identity()
     if multipliers.learning_rate is not None:
         scale = scale_each(multipliers.learning_rate)
-    # Always four parts, so that the state has one structure with and without clip and multipliers, and can be
-    # handed from one to the other.
+    # Always four parts, so that the state has one structure with and without clip and multipliers,
+    # and can be handed from one to the other.
     return optax.chain(
         clip,
         scale_by_adam(settings.beta1, settings.beta2, settings.eps, multipliers.eps),

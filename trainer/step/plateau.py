@@ -1,7 +1,7 @@
 """Where a validation loss stopped falling, found from the losses on record.
 
-Between two validations nothing is remembered but the losses themselves, which a run keeps anyway. So a resumed
-run finds the same plateaus as one that was never interrupted.
+Between two validations nothing is remembered but the losses themselves, which a run keeps anyway.
+So a resumed run finds the same plateaus as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from trainer.config.sections import Config, Plateau, Schedule
 def find_plateaus(losses: Sequence[float], settings: Plateau) -> list[int]:
     """Find the indices of the losses that complete a plateau; none when the patience is 0.
 
-    The rule is that of optax.contrib.reduce_on_plateau, and so are its names: a plateau is `patience` losses in
-    a row, none of them below (1 - rtol) times the best one before it. After a plateau the count begins again,
-    and the best loss stays.
+    The rule is that of optax.contrib.reduce_on_plateau, and so are its names: a plateau is
+    `patience` losses in a row, none of them below (1 - rtol) times the best one before it. After a
+    plateau the count begins again, and the best loss stays.
     """
     best = math.inf
     since = 0
@@ -37,10 +37,10 @@ def find_plateaus(losses: Sequence[float], settings: Plateau) -> list[int]:
 
 
 def compute_reduction(losses: Sequence[float], schedule: Schedule, lineage: Lineage) -> float:
-    """The factor on the learning rate after these validation losses: schedule.plateau.factor for each plateau.
+    """The factor on the learning rate after these validation losses.
 
-    lineage: its last entry is this training. A schedule that continues its source's begins with the source's
-    factor.
+    Each plateau multiplies it by schedule.plateau.factor. lineage: its last entry is this training.
+    A schedule that continues its source's begins with the source's factor.
     """
     source = lineage.entries[-1].source
     before = source.reduction if source and schedule.continued else 1.0

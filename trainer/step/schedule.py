@@ -1,7 +1,7 @@
-"""The learning rate as a function of the step: warm-up, then a shape, and another warm-up after growth.
+"""The learning rate as a function of the step: warm-up, a shape, another warm-up after growth.
 
-Not taken from optax.schedules, because here the first update takes the first warm-up step and the last update
-ends at the floor exactly. The tests compare it with optax's.
+Not taken from optax.schedules, because here the first update takes the first warm-up step and the
+last update ends at the floor exactly. The tests compare it with optax's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from trainer.config.sections import Schedule
 
-# From the part of the fall that is done, 0 to 1, to the height above the floor that is left, 1 to 0.
+# From the part of the fall that is done, 0 to 1, to the height above the floor that is left, 1 to
+# 0.
 SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "cosine": lambda part: 0.5 * (1 + jnp.cos(jnp.pi * part)),
     "linear": lambda part: 1 - part,
@@ -49,9 +50,10 @@ def encode_schedule(
 
 
 def evaluate_schedule(kind: str, numbers: Mapping[str, Any], step: jax.Array | int) -> jax.Array:
-    """The rate of the update after `step` updates since the branch point; step 0 takes the first warm-up step.
+    """The rate of the update after `step` updates since the branch point.
 
-    The numbers may be traced, so that one program serves every schedule of a kind.
+    Step 0 takes the first warm-up step. The numbers may be traced, so that one program serves every
+    schedule of a kind.
     """
     done = jnp.asarray(step + 1, jnp.result_type(float))
     part = jnp.clip((done - numbers["begin"]) / numbers["length"], 0.0, 1.0)
@@ -66,7 +68,7 @@ def compute_learning_rate(
 ) -> jax.Array:
     """The rate of a schedule with this peak at a step.
 
-    grown_at: the step of this schedule at which the model was grown, from which schedule.rewarmup counts; None
-    for no growth within the schedule.
+    grown_at: the step of this schedule at which the model was grown, from which schedule.rewarmup
+    counts; None for no growth within the schedule.
     """
     return evaluate_schedule(schedule.kind, encode_schedule(schedule, peak, grown_at), step)

@@ -1,7 +1,7 @@
 """One step of training and one of evaluation: pure, jitted functions of (state, tokens).
 
-A train step is given its state for good: the state's memory is reused for the result (it is donated). Where
-arrays lie on a mesh of devices is part of both programs.
+A train step is given its state for good: the state's memory is reused for the result (it is
+donated). Where arrays lie on a mesh of devices is part of both programs.
 
 Shapes in names: A parts of a batch, one after another; B sequences of a part; T time, T1 is T + 1.
 """
@@ -39,8 +39,8 @@ EvalStep = Callable[[Any, jax.Array, jax.Array], jax.Array]
 class State(NamedTuple):
     """All that training changes.
 
-    step counts the updates of this run, schedule_step those since the last branch point. Adam's own count, in
-    `optimizer`, is kept through growth.
+    step counts the updates of this run, schedule_step those since the last branch point. Adam's own
+    count, in `optimizer`, is kept through growth.
     """
 
     params: Any
@@ -87,7 +87,8 @@ def accumulate_gradients(
 ) -> tuple[jax.Array, Any]:
     """The mean loss and its gradient over all A x B sequences.
 
-    Both are summed over the A parts and divided once, so that parts give what the whole batch would.
+    Both are summed over the A parts and divided once, so that parts give what the whole batch
+    would.
     """
     differentiate = jax.value_and_grad(partial(sum_loss, network))
     parts, batch, length = tokens_AxBxT1.shape
@@ -115,12 +116,12 @@ def _shard_as_moments(network: GPTNeoX, tree: Any) -> Any:
 
 
 class TrainStep:
-    """(state, tokens [A, B, T+1]) -> (state, metrics), with one run's numbers; the state given is donated.
+    """(state, tokens [A, B, T+1]) -> (state, metrics), with one run's numbers.
 
-    Metrics: loss, nats per token; gradient_norm, before the clip; learning_rate.
-    numbers: arguments of the program, so that runs of one model that differ in learning rate, schedule or seed
-    share the program. memory: what the program was found to need, for whoever asks again. remat: the policy
-    that the program was made with.
+    The state given is donated. Metrics: loss, nats per token; gradient_norm, before the clip;
+    learning_rate. numbers: arguments of the program, so that runs of one model that differ in
+    learning rate, schedule or seed share the program. memory: what the program was found to need,
+    for whoever asks again. remat: the policy that the program was made with.
     """
 
     def __init__(self, program: Any, memory: dict[Any, Any], numbers: dict[str, float], remat: str):
@@ -153,8 +154,8 @@ def make_train_step(
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
     network = GPTNeoX(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
-    # The learning rate is one of the numbers, and `multipliers` is an argument of its own: neither is part of
-    # what identifies a program.
+    # The learning rate is one of the numbers, and `multipliers` is an argument of its own: neither
+    # is part of what identifies a program.
     settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto")
     # Trees of multipliers cannot be hashed, so their programs are not kept.
     make = _keep_program if multipliers is None else _make_program
@@ -166,7 +167,10 @@ def make_train_step(
 def _make_program(
     network: GPTNeoX, settings: Optimizer, kind: str, multipliers: Multipliers | None
 ) -> tuple[Any, dict[Any, Any]]:
-    """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics), and its `memory`, empty."""
+    """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics).
+
+    With it comes an empty dict, its `memory`.
+    """
     layout = network.layout
     state = _describe_state(network.precision, settings, network.model, layout)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -216,7 +220,10 @@ def _scale_update(rate: jax.Array, direction: jax.Array, param: jax.Array) -> ja
 
 
 def make_eval_step(config: Config, model: Architecture, layout: Layout | None = None) -> EvalStep:
-    """Make the jitted validation: (params, tokens [B, T+1], mask [B]) -> summed loss, nats, where mask is 1."""
+    """Make the jitted validation: (params, tokens [B, T+1], mask [B]) -> loss.
+
+    The loss, nats, is summed over the sequences whose mask is 1.
+    """
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
     return _keep_eval_step(GPTNeoX(model, config.precision, kernel=kernel, layout=layout))

@@ -1,0 +1,233 @@
+"""The derivation of one model type: read, cut, prove; what is not proved is frozen, with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+from typing import Any
+
+from growkit.derive import proof
+from growkit.derive.assemble import fields_of, link, make_family, row_lines
+from growkit.derive.network import make_config, runs
+from growkit.derive.proof import BOUND, depth_gap, even, identity_map, measure_gap, uneven
+from growkit.derive.sizes import shapes_of
+from growkit.derive.tiny import tiny_fields
+from growkit.derive.variant import Choice, Variant, read_variant
+from growkit.growth.axes import AxisMap, tile
+from growkit.models.architecture import Family
+
+# How many ways to cut the dimensions along one axis are tried at most.
+TRIES = 60
+NEVER = {
+    "vocab": "the tokenizer states it",
+    "position": "positions are learned one by one",
+    "expert": "another number of experts is another choice among them",
+}
+# Options that say how a model is run and not what it computes.
+NO_FLAGS = re.compile(
+    r"use_cache|output_.*|return_dict|is_encoder_decoder|add_cross_attention|is_decoder|torchscript"
+    r"|chunk_size.*|tie_encoder_decoder|use_bfloat16|.*router_logits|use_mambapy|use_mamba_kernels"
+    r"|cross_attention.*|problem_type|_.*|gradient_checkpointing|scale_embedding_by_none"
+)
+SCALARS = ("", "sqrt(embed)", "1/sqrt(embed)", "embed", "1/embed")
+
+
+@dataclass
+class Derivation:
+    """A family, and how exactly each growth of it was found to be."""
+
+    family: Family
+    gaps: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Workings:
+    """The state of one derivation: the ways that rows are cut, what is frozen, the scalars."""
+
+    variant: Variant
+    choice: Choice = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
+    scalars: dict[str, str] = field(default_factory=dict)
+    gaps: dict[str, float] = field(default_factory=dict)
+    maps: dict[str, AxisMap] = field(default_factory=dict)
+    even_only: set[str] = field(default_factory=set)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def attempt(self, what: str, compute: Any, failed: Any) -> Any:
+        """What a computation gives; `failed`, and the reason kept, where it is refused."""
+        try:
+            return compute()
+        except Exception as problem:
+            self.problems[what] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+            return failed
+
+    def family(self, **facts: Any) -> Family:
+        """The family of the variant alone, nothing frozen: what proofs grow."""
+        variant = self.variant
+        lines = row_lines(variant, self.choice, pooled(variant))
+        text = "\n".join(f"{name} {rest}" for name, rest in lines)
+        return make_family(variant, text, {}, {}, scalars=self.scalars, whole_heads=False, **facts)
+
+
+def pooled(variant: Variant) -> bool:
+    """Whether the head is the embedding."""
+    return not any(draft.role == "head" for draft in variant.drafts)
+
+
+def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
+    """Derive a type's family. Raises ValueError where not even depth can be derived."""
+    variant = read_variant(kind, fields or tiny_fields(kind))
+    work = Workings(variant)
+    prove_depth(work)
+    prove_width(work)
+    return finish(work)
+
+
+def prove_depth(work: Workings) -> None:
+    """Depth by copies against transformers' own layers, and layers that add nothing."""
+    variant, family = work.variant, work.family()
+    layers = variant.names.layers
+    copies = [sorted([*range(layers), 0, layers - 1]), [*range(layers), *range(layers)]]
+    found = []
+    for index in copies:
+        copied, _ = work.attempt("layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0))
+        found.append(copied)
+    work.gaps["layer"] = max(found)
+    if max(found) > BOUND:
+        work.frozen["layer"] = "copies of layers are not transformers' layers in that order"
+    if not any(draft.stream for draft in variant.drafts):
+        work.gaps["identity"] = float("inf")
+        return
+    work.gaps["identity"] = work.attempt(
+        "identity", lambda: measure_gap(family, variant, {"layer": identity_map(layers)}), float("inf")
+    )
+
+
+def prove_width(work: Workings) -> None:
+    """Each axis alone, then all that are exact together."""
+    variant = work.variant
+    axes = [axis for axis in fields_of(variant) if axis not in ("layer", *NEVER)]
+    for axis in axes:
+        if axis == "embed" and variant.coupled:
+            # It grows with its heads.
+            continue
+        if axis == "head_dim" and variant.coupled:
+            work.frozen[axis] = "it is embed over heads"
+            continue
+        prove_axis(work, axis)
+    for axis in NEVER:
+        if axis in fields_of(variant):
+            work.frozen[axis] = NEVER[axis]
+    while work.maps:
+        together = work.attempt(
+            "together", lambda: measure_gap(work.family(), variant, work.maps), float("inf")
+        )
+        work.gaps["together"] = together
+        if together < BOUND:
+            return
+        axis = list(work.maps)[-1]
+        del work.maps[axis]
+        work.frozen[axis] = "not exact together with the other axes"
+
+
+def maps_of(work: Workings, axis: str, uniform: bool) -> dict[str, AxisMap]:
+    """The maps that grow one axis; embed = heads x head_dim grows with its heads."""
+    family, variant = work.family(), work.variant
+    model = proof.read_model(family, proof.source_of(variant))
+    grow = even if uniform else uneven
+    if not variant.coupled or axis not in ("embed", family.heads, "group"):
+        return {axis: even(model.sizes[axis]) if axis == "embed" else grow(model.sizes[axis])}
+    heads = "group" if axis == "group" else family.heads
+    return {"embed": tile(model.embed, 2 * model.embed), heads: grow(model.sizes[heads])}
+
+
+def prove_axis(work: Workings, axis: str) -> None:
+    """Grow one axis by copies, the rows cut in every way until one is exact; else freeze it."""
+    for uniform in (False, True):
+        gap = try_maps(work, axis, uniform)
+        if gap > BOUND and uniform:
+            gap = search(work, axis)
+            if gap < BOUND:
+                uneven_gap = try_maps(work, axis, False)
+                uniform = uneven_gap > BOUND
+                gap = gap if uniform else uneven_gap
+        if gap < BOUND:
+            work.gaps[axis] = gap
+            work.maps |= maps_of(work, axis, uniform)
+            if uniform and axis != "embed":
+                work.even_only.add(axis)
+            return
+    work.gaps[axis] = gap
+    work.frozen[axis] = "copies of its units are another function"
+
+
+def try_maps(work: Workings, axis: str, uniform: bool) -> float:
+    gap: float = work.attempt(
+        axis, lambda: measure_gap(work.family(), work.variant, maps_of(work, axis, uniform)), float("inf")
+    )
+    return gap
+
+
+def search(work: Workings, axis: str) -> float:
+    """Try other cuts of the rows along an axis, then scalars; keep what is exact. Returns the gap."""
+    before, scalars = dict(work.choice), dict(work.scalars)
+    for choice in islice(choices(work, axis), TRIES):
+        work.choice = before | choice
+        gap = try_maps(work, axis, True)
+        if gap < BOUND:
+            return gap
+    work.choice = before
+    if axis in ("embed", "head", "kv"):
+        for found in scalar_pairs(work):
+            work.scalars = found
+            gap = try_maps(work, axis, True)
+            if gap < BOUND:
+                return gap
+    work.scalars = scalars
+    return float("inf")
+
+
+def choices(work: Workings, axis: str) -> Iterator[Choice]:
+    """Other ways to cut the rows along an axis, fewest changes first."""
+    options: dict[tuple[str, int], int] = {}
+    for draft in work.variant.drafts:
+        for place, cuts in enumerate(draft.cuts):
+            if len(cuts) > 1 and any(re.search(rf"\b{axis}\b", cut) for cut in cuts):
+                options[link(draft), place] = max(options.get((link(draft), place), 1), len(cuts))
+    keys = list(options)
+    for key in keys:
+        for number in range(1, options[key]):
+            yield {key: number}
+    for numbers in product(*(range(options[key]) for key in keys)):
+        if sum(number > 0 for number in numbers) > 1:
+            yield dict(zip(keys, numbers, strict=True))
+
+
+def scalar_pairs(work: Workings) -> Iterator[dict[str, str]]:
+    """Factors that follow embed on the embedding, and on the head or what is before it."""
+    variant = work.variant
+    embedding = [d.name for d in variant.drafts if d.role == "embedding" and "vocab" in str(d.cuts)]
+    final = [d.name for d in variant.drafts if d.final]
+    head = [d.name for d in variant.drafts if d.role == "head"]
+    for first, last in product(SCALARS, SCALARS):
+        if not (first or last) or not embedding:
+            continue
+        found = {embedding[0]: first} if first else {}
+        if head:
+            found |= {head[0]: last} if last else {}
+        elif last:
+            found |= dict.fromkeys(final, last)
+        yield found
+
+
+def finish(work: Workings) -> Derivation:
+    """The family of a single variant with what was not proved frozen."""
+    family = replace(work.family(), frozen=work.frozen)
+    return Derivation(family, work.gaps, problems=work.problems)
+
+
+_ = (Iterable, make_config, runs, shapes_of)
