@@ -286,8 +286,7 @@ class Run:
             self.eval_step,
             self.state.params,
             self.data,
-            self.config,
-            self.layout,
+            self.stage,
             self.interrupt.stopped,
         )
 
