@@ -117,16 +117,18 @@ def scale_old(array: Any, rule: Rule, xp: Any = np) -> Any:
 def scale_with_offset(wide: Any, scale: Any, offset: float, xp: Any = np) -> Any:
     """scale x (offset + w) - offset: what scales a parameter that the model adds an offset to."""
     if not offset:
-        return wide * scale
-    return prevent_fusing((wide + wide.dtype.type(offset)) * scale, xp) - wide.dtype.type(offset)
+        return round_here(wide * scale, xp)
+    added = wide.dtype.type(offset)
+    return round_here(round_here((wide + added) * scale, xp) - added, xp)
 
 
-def prevent_fusing(product: Any, xp: Any) -> Any:
-    """Identity that prevents fusing the product into a following add (FMA).
+def round_here(result: Any, xp: Any) -> Any:
+    """The same numbers, rounded before anything else is done with them, as numpy does.
 
-    With it numpy and XLA round alike.
+    Under jit a compiler may take two operations as one (x * a + b, or x * a * b as x * (a * b)),
+    which rounds once. A maximum that changes nothing stands between them.
     """
-    return xp.maximum(product, xp.finfo(product.dtype).min)
+    return result if xp is np else xp.maximum(result, xp.finfo(result.dtype).min)
 
 
 def fill_new(

@@ -30,7 +30,7 @@ from growkit.growth.padding import (
     Rule,
     extend,
     fill_new,
-    prevent_fusing,
+    round_here,
     rule_along,
     scale_old,
     scale_with_offset,
@@ -288,7 +288,7 @@ class PartGrowth:
         spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
         difference = self._numbers(units, xp) - self._numbers_of_next(units, xp)
         noise = difference.astype(wide) * xp.asarray(spread, wide)
-        exact = prevent_fusing(array.astype(wide), xp) + prevent_fusing(noise, xp)
+        exact = round_here(array.astype(wide), xp) + round_here(noise, xp)
         return exact.astype(array.dtype)
 
     def _numbers(self, units: np.ndarray, xp: Any) -> Any:
