@@ -29,6 +29,8 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
     source = open_source(hf_dir)
     contents = convert_to_checkpoint(source)
     write_with_progress([source], contents, parse_path(out), "checkpoint", force)
+    for note in source.notes:
+        click.echo(f"note: {note}")
     click.echo(
         f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in "
         f"{hf_dir}, count 0"
@@ -90,6 +92,8 @@ def _describe_export(source: Source, src: str, out: str, dtype: str) -> None:
     """Print what was written, and what the output lacks."""
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
     click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {dtype}{left}")
+    for note in source.notes:
+        click.echo(f"note: {note}")
     if "tokenizer.json" not in source.files:
         click.echo(
             f"note: {src} carries no tokenizer.json, so {out} has none; put one there before "

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from growkit.checkpoint.files import encode_json, read_json
+from growkit.checkpoint.naming import name_tensors
 from growkit.checkpoint.output import Job, Progress, create_file, fill
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, open_raw, read_model
 from growkit.errors import GrowkitError
@@ -79,17 +80,21 @@ def open_directory(path: Path) -> Source:
     if not isinstance(config, dict):
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
     files = _list_weight_files(path)
-    tensors = _read_headers(path, files, read_model(config, path).buffers)
+    model = read_model(config, path)
+    tensors = _read_headers(path, files, model.buffers)
+    named = name_tensors(tensors, model, config, path)
     lineage = path / LINEAGE
     return Source(
         path=path,
         kind="huggingface",
-        config=config,
-        tensors={"params": tensors},
+        config=config | named.config,
+        tensors={"params": named.tensors},
         weights=files,
         lineage=read_json(lineage) if lineage.exists() else [],
         record={},
         read_files=lambda: _read_small_files(path),
+        known_model=named.model,
+        notes=named.notes,
     )
 
 

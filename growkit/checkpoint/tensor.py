@@ -208,6 +208,10 @@ class Source:
     lineage: list[dict[str, Any]]
     record: dict[str, Any]
     read_files: Callable[[], dict[str, bytes]]
+    # The model, where the tensors say more of it than the configuration does.
+    known_model: Architecture | None = None
+    # What a user should know of how the files were read, a sentence each.
+    notes: tuple[str, ...] = ()
     stamps: dict[Path, tuple[int, int]] = field(init=False)
     here: Path = field(init=False)
 
@@ -215,19 +219,9 @@ class Source:
         if not isinstance(self.lineage, list):
             raise GrowkitError(f"{self.path}: the lineage is not a list of entries")
         for slot, tensors in self.tensors.items():
-            used = self._drop_unused(tensors)
-            self._check_covered(slot, used)
-            self.tensors[slot] = used
+            self._check_covered(slot, tensors)
         self.here = self.path
         self.stamps = {path: _stamp(path) for path in self.weights}
-
-    def _drop_unused(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors without old buffers and without the copy of a tied head."""
-        buffers = self.model.buffers
-        used = {name: tensor for name, tensor in tensors.items() if not name.endswith(buffers)}
-        if self.model.tied:
-            used.pop(self.model.head_name, None)
-        return used
 
     def _check_covered(self, slot: str, tensors: dict[str, Tensor]) -> None:
         """Raise GrowkitError unless names and shapes are those of the axis table."""
@@ -241,7 +235,7 @@ class Source:
     @cached_property
     def model(self) -> Architecture:
         """The model that the configuration describes."""
-        model = read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path)
         shapes = {name: tensor.shape for name, tensor in self.tensors["params"].items()}
         return model.measure(shapes) if model.measured else model
 

@@ -41,6 +41,7 @@ def _collect_facts(source: Source) -> dict[str, Any]:
         "slots": list(source.tensors),
         "record": source.record,
         "files": sorted(source.files),
+        "notes": list(source.notes),
         "fingerprint": source.fingerprint,
         "lineage": source.lineage,
     }
@@ -62,6 +63,7 @@ def _format_facts(source: Source) -> str:
         f"files        {', '.join(sorted(source.files)) or 'none beside the weights'}",
         f"fingerprint  {source.fingerprint[:16]}",
     ]
+    lines += [f"note         {note}" for note in source.notes]
     for number, entry in enumerate(Lineage.read(source.lineage), 1):
         lines.append(f"lineage {number:<4} {entry.operation}: {_format_entry(entry)}")
     return "\n".join(lines)
@@ -73,7 +75,7 @@ def _format_model(model: Architecture) -> list[str]:
     if "group" in model.sizes:
         heads += f" in {model.sizes['kv']} groups"
     options = []
-    if model.family.rotary.part:
+    if model.family.rotary and model.family.rotary.part:
         options.append(f"rotary {model.rotary_pct:g} of head_dim")
     if "parallel_residual" in model.options:
         parallel = model.options["parallel_residual"]

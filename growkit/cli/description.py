@@ -29,6 +29,7 @@ def describe(source: Source, plan: Plan, size: int, out: Path) -> str:
     ratio = after.parameters / before.parameters
     lines = [
         f"source      {source.path} ({KINDS[source.kind]}, {source.dtype})",
+        *(f"note        {note}" for note in source.notes),
         f"output      {out}",
         f"sizes       {format_changes(before.sizes, after.sizes)}",
         *_describe_growth(plan),

@@ -13,6 +13,17 @@ from growkit.models.notation import Row, Table, parse_table
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
 
+# Buffers of transformers' decoders, by how their names end; no parameter is called so.
+BUFFERS = (
+    ".inv_freq",
+    ".original_inv_freq",
+    ".cos_cached",
+    ".sin_cached",
+    ".masked_bias",
+    ".causal_mask",
+    ".position_ids",
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -49,7 +60,7 @@ class Family:
     # axis -> why it cannot grow.
     frozen: Mapping[str, str] = field(default_factory=dict)
     # How names end that old checkpoints carry and no model of today reads.
-    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    buffers: tuple[str, ...] = BUFFERS
     # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
     # parameter by. A row's condition may follow its name.
     scalars: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +96,10 @@ class Family:
 
     def select_rows(self, options: Mapping[str, Any]) -> Table:
         """The table for a model with these options."""
-        return Table(tuple(row for row in self.rows if holds_for(row, options)))
+        rows = [row for row in self.rows if holds_for(row, options)]
+        if options.get("headless"):
+            rows = [row for row in rows if row.role != "head"]
+        return Table(tuple(rows))
 
     def model(self, **values: Any) -> Architecture:
         """A new model from sizes by axis and options by name; what is left out has its default.

@@ -133,7 +133,7 @@ def _report_end(out: str, result: Result) -> int:
 
 def exit_code(result: Result) -> int:
     """0 for a run that is finished, otherwise what its signal means."""
-    codes = {None: 0, signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}
+    codes: dict[int | None, int] = {None: 0, signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}
     return codes[result.signal]
 
 

@@ -60,8 +60,8 @@ class Display(Protocol):
     def say(self, words: str) -> None: ...
 
 
-# (the run's name, its steps, the step that it begins or resumes at) -> what shows it.
-MakeDisplay = Callable[[str, int, int], Display]
+# How a run is shown: from its name, its number of steps, and the step that it begins or resumes at.
+Show = Callable[[str, int, int], Display]
 
 
 class Report:

@@ -57,6 +57,11 @@ class Stage:
         """The stage of a model. Raises UsageError where the model does not fit on the mesh."""
         return cls(config, model, make_layout(config, model))
 
+    @classmethod
+    def after(cls, growth: Plan, config: Config) -> Stage:
+        """The stage after a growth on the way, of a run with this configuration."""
+        return cls.of(grow_config(config, growth), growth.grown)
+
     @cached_property
     def like(self) -> State:
         """The shapes, dtypes and shardings of the training state."""
@@ -124,11 +129,6 @@ def prepare(
     check_precision(config)
     first = Stage.of(config, build_architecture(config.model))
     later_growth = plan_growth(config.grow, first.model) if config.grow.at else None
-    grown = None
-    if later_growth is not None:
-        # Where the grown model does not fit on the mesh, it is refused now, not when its step has
-        # come.
-        grown = Stage.of(grow_config(config, later_growth), later_growth.grown)
     path = epath.Path(out)
     return Setup(
         out=path,
@@ -141,7 +141,8 @@ def prepare(
         source=source,
         growth=growth,
         later_growth=later_growth,
-        grown=grown,
+        # Where the grown model does not fit on the mesh, it is refused now and not at its step.
+        grown=Stage.after(later_growth, config) if later_growth else None,
         allow_gap=allow_gap,
         branch=branch,
     )
@@ -309,7 +310,8 @@ def _take_snapshot(
 ) -> Snapshot:
     """What a model on disk starts from, grown first where there is a growth."""
     taken = open_grown(source, growth) if growth else source
-    config, model = stage.config, stage.model
+    config = stage.config
+    model = stage.model
     before = Lineage.read(taken.lineage)
     applied = select_multipliers(config.optimizer.multipliers, before, model) is not None
     training = Training(

@@ -184,9 +184,9 @@ def find_changed_keys(before: dict[str, Any], after: dict[str, Any], where: str 
             continue
         old = before.get(key)
         new = after.get(key)
-        are_sections = isinstance(old, dict) and isinstance(new, dict)
-        # The sections of data have paths for keys.
-        if are_sections and not where.startswith("data."):
+        # The sections of data have paths for keys, so they are compared whole.
+        whole = where.startswith("data.")
+        if isinstance(old, dict) and isinstance(new, dict) and not whole:
             changed += find_changed_keys(old, new, f"{where}{key}.")
         elif old != new:
             changed.append(f"{where}{key}")

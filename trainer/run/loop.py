@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import jax
@@ -19,7 +19,7 @@ import jax
 from growkit.checkpoint.files import is_remote
 from growkit.errors import GrowkitError
 from trainer.log.history import EARLIER
-from trainer.log.report import Report, Result
+from trainer.log.report import Report, Result, Show
 from trainer.log.speed import Stopwatch, Utilization
 from trainer.model.kernels import select_kernel
 from trainer.plan.memory import require_fit, select_step
@@ -34,9 +34,6 @@ from trainer.run.watch import Watch
 from trainer.step.optimizer import Multipliers
 from trainer.step.plateau import compute_reduction, reduce_learning_rate
 from trainer.step.update import make_eval_step, make_train_step
-
-# How a run is shown: from its name, its number of steps and its first step.
-Show = Callable[[str, int, int], Report]
 
 
 class DivergenceError(GrowkitError):
@@ -289,8 +286,7 @@ class Run:
             self.eval_step,
             self.state.params,
             self.data,
-            self.config,
-            self.layout,
+            self.stage,
             self.interrupt.stopped,
         )
 

@@ -40,7 +40,7 @@ class Position:
         self.tokens_before = record.get("tokens", 0) - first * self.tokens_per_step
         self.flops_before = record.get("flops", 0.0) - first * self.flops_per_step
         beginning = {"number": 0, "seed": config.seed, "drawn": 0, "fingerprint": None}
-        place = record.get("stream") or beginning
+        place: Mapping[str, Any] = record.get("stream") or beginning
         self.number = place["number"]
         self.stream = Stream(mixture, place["seed"])
         drawn = place["drawn"]

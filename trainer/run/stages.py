@@ -13,9 +13,9 @@ from typing import Any
 
 from growkit.entries import Branch
 from trainer.devices.programs import enable_program_cache
-from trainer.log.report import Report, Result
+from trainer.log.report import Report, Result, Show
 from trainer.run.begin import begin, prepare
-from trainer.run.loop import Run, Show
+from trainer.run.loop import Run
 
 
 def train(

@@ -44,7 +44,7 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
     """
 
     def counter(value: int) -> jax.Array:
-        return place(np.int32(value), like.step.sharding)
+        return place(np.asarray(value, np.int32), like.step.sharding)
 
     rows = source.model.table.tree(lambda row: row)
     tree = jax.tree.map(_zeros, to_tree(like))

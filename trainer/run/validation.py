@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from trainer.config.sections import Config
 from trainer.data.corpus import Corpus
 from trainer.data.stream import validation_batches
-from trainer.devices.sharding import Layout, place
+from trainer.devices.sharding import place
+from trainer.run.begin import Stage
 
 EvalStep = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -20,14 +20,15 @@ def compute_validation_loss(
     eval_step: EvalStep,
     params: Any,
     data: Corpus,
-    config: Config,
-    layout: Layout,
+    stage: Stage,
     stopped: Callable[[], bool],
 ) -> float | None:
     """The mean loss in nats a token; None when `stopped` became true meanwhile.
 
     eval_step: (params, tokens [B, T+1], mask [B]) -> the summed loss of the unmasked sequences.
     """
+    config = stage.config
+    layout = stage.layout
     windows = config.eval.windows
     shards = layout.batch_shards
     # The smallest multiple of the shards that takes all windows, if that is less than a step's

@@ -25,7 +25,7 @@ from growkit.checkpoint.files import encode_json
 from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import resolve
 from trainer.devices.hosts import write_once
-from trainer.log.report import MakeDisplay, Result
+from trainer.log.report import Result, Show
 from trainer.run.directory import find_changed_keys
 from trainer.run.loop import DivergenceError
 from trainer.study.design import SCRATCH, Design, Task
@@ -44,7 +44,7 @@ class Train(Protocol):
     """
 
     def __call__(
-        self, values: Values, out: Path, start: str | None = None, *, show: MakeDisplay
+        self, values: Values, out: Path, start: str | None = None, *, show: Show
     ) -> Result: ...
 
 
