@@ -382,6 +382,7 @@ CASES = {
     "moments as they are, padded": Case(
         QKV, pads={"head_dim": 6, "embed": 7}, moment=2, moments="copy"
     ),
+    "a number": Case("m.{/layer}.scale  ()  ones  matrix", maps=DEEP, position=(1,)),
     "rows stored as one": Case("m.w  (mlp head) /embed  normal  matrix", maps=UNEVEN_MLP, stride=4),
     "bfloat16": Case(QKV, maps=UNEVEN_HEADS, pads={"embed": 7, "head_dim": 6}, dtype="bfloat16"),
 }
