@@ -248,6 +248,8 @@ def assert_by_the_rules(case: Case, grown: np.ndarray) -> None:
 
 def tensor_of(array: np.ndarray, stride: int) -> Tensor:
     def rows(start: int, stop: int) -> np.ndarray:
+        if not array.ndim:
+            return array
         assert 0 <= start < stop <= len(array)
         return array[start:stop].copy()
 
