@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.errors import GrowkitError, require_type
+from growkit.errors import GrowkitError, UsageError, require_type
 from growkit.growth.layout import (
     Layout,
     Leaf,
@@ -30,6 +30,14 @@ from growkit.growth.layout import (
     list_units,
     open_mapping,
     path_at,
+)
+from growkit.growth.optimizers import (
+    STEPS,
+    UNKNOWN,
+    find_rule,
+    is_optimizer_state,
+    normalises,
+    refuse_unknown,
 )
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
@@ -42,17 +50,20 @@ MOMENTS = {"mu": MU, "nu": NU, "trace": MU, "nu_max": NU}
 NUMBERS = (bool, int, float, complex, str, np.generic, type(None))
 
 
-def grow(tree: Any, plan: Plan) -> Any:
+def grow(tree: Any, plan: Plan, nu: str = "square") -> Any:
     """The tree grown by a plan; the tree given is left as it was.
 
-    tree: parameters, or a state that holds them, or both. Returns the same containers with the same
-    kinds of arrays, at the sizes of `plan.grown`. Copies have the bits that growth on disk writes;
-    means (mean-pad) agree to the last digits. Raises GrowkitError when the tree holds no
-    parameters, when a parameter is missing, unknown or of another shape, and TypeError for what is
-    no plan or no array.
+    tree: parameters, or a state that holds them, or both. nu: "maximum" for a state of Adamax,
+    whose nu is the largest absolute gradient and has the class of Adam's state; else "square".
+    Returns the same containers with the same kinds of arrays, at the sizes of `plan.grown`. Copies
+    have the bits that growth on disk writes; means (mean-pad) agree to the last digits. Raises
+    GrowkitError when the tree holds no parameters, when a parameter is missing, unknown or of
+    another shape, and TypeError for what is no plan or no array.
     """
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
-    walk = _Walk(plan)
+    if nu not in ("square", "maximum"):
+        raise UsageError(f"nu is 'square', or 'maximum' for Adamax; got {nu!r}")
+    walk = _Walk(plan, nu == "maximum")
     grown = walk.visit(tree, VALUE)
     if not walk.found:
         raise GrowkitError(_describe_nothing_found(tree, walk.layout))
@@ -62,22 +73,41 @@ def grow(tree: Any, plan: Plan) -> Any:
 class _Walk:
     """One passage through a state. found: how many parameter trees were met on it."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, maximum: bool = False):
         self.plan = plan
+        self.maximum = maximum
         self.layout = Layout(plan.model.table)
         self.found = 0
+        # The class and field of the optimizer's state that was entered last.
+        self.within = ("", "")
+        # Whether the chain normalised its gradients before the state that is being visited.
+        self.normalised = False
 
     def visit(self, node: Any, moment: int) -> Any:
         """A node of the state: grown if it is a parameter tree, else with its children grown."""
         if isinstance(node, Mapping) and self.layout.holds(node):
+            if moment == UNKNOWN:
+                raise refuse_unknown(*self.within)
             self.found += 1
+            if moment == STEPS:
+                copied = dataclasses.replace(self.plan, moments="copy")
+                return grow_parameters(node, self.layout, copied, MU)
             return grow_parameters(node, self.layout, self.plan, moment)
         children = _children(node)
         if children is None:
             return node
         grown = {}
+        optimizer = is_optimizer_state(node)
+        before = self.normalised
         for name, child in children.items():
-            grown[name] = self._visit_child(name, child, children, moment)
+            rule = MOMENTS.get(name, moment)
+            if optimizer:
+                self.within = (type(node).__name__, str(name))
+                rule = find_rule(node, name, self.maximum, before)
+            grown[name] = self._visit_child(name, child, children, rule)
+            # The states of a chain stand one after another in a plain tuple.
+            self.normalised = self.normalised or (type(node) is tuple and normalises(child))
+        self.normalised = before
         if all(grown[name] is child for name, child in children.items()):
             return node
         return _rebuild(node, grown)
@@ -86,7 +116,7 @@ class _Walk:
         # The count that belongs to Adam lies beside its moments; a schedule's own goes on.
         if self.plan.moments == "reset" and name == "count" and siblings.keys() & MOMENTS.keys():
             return _zero(child)
-        return self.visit(child, MOMENTS.get(name, moment))
+        return self.visit(child, moment)
 
 
 def grow_parameters(

@@ -39,6 +39,8 @@ def parse_size(option: str, text: str | int | None, current: int) -> int | None:
     """
     if text is None:
         return None
+    if not current:
+        raise UsageError(f"the model has no axis {option!r} that could grow")
     found = _SIZE.fullmatch(str(text))
     if not found or (found[2] and not found[3]):
         raise UsageError(
@@ -134,7 +136,7 @@ def complete_widths(
     notes = []
     if model.coupled:
         notes += _complete_embed(target, asked, old)
-    elif asked["heads"] is None and old["embed"] == old["heads"] * old["head_dim"]:
+    elif asked["heads"] is None and 0 < old["embed"] == old["heads"] * old["head_dim"]:
         notes += _complete_heads(model, target, old)
     if asked["mlp"] is None and old["mlp"] and target["embed"] != old["embed"]:
         target["mlp"] = max(old["mlp"], round(old["mlp"] * target["embed"] / old["embed"]))
