@@ -64,7 +64,7 @@ def grow_array(
     if moment_fate(plan, row, moment, position) == "zero":
         return xp.zeros(row.shape(plan.grown.sizes), array.dtype)
     growth = UnitGrowth(row, plan, moment, position)
-    return growth.grow(array[None], np.zeros(1, np.int64), xp)[0]
+    return growth.grow(array[None], np.zeros(1, np.int64), xp)[0, ...]
 
 
 def moment_fate(plan: Plan, row: Row, moment: int, position: Position) -> str:
@@ -255,6 +255,8 @@ class PartGrowth:
 
     def _store(self, array: Any) -> Any:
         """[unit, inner axes] as [unit, rest of the first dimension, other stored dimensions]."""
+        if not self.part.dimensions:
+            return array
         first, *others = self.part.dimensions
         place = 1 + len(first) - self.lead
         shape = [array.shape[0], math.prod(array.shape[1:place])]

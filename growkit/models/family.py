@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,8 +162,9 @@ class Family:
 def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
     """Whether all conditions of a row hold. `untied` and `!tied` negate the option `tied`."""
     for condition in row.conditions:
-        negated = condition.startswith("!") or condition.startswith("un")
-        name = condition.removeprefix("!").removeprefix("un") if negated else condition
+        negated = condition not in options
+        # An option's own name may begin with un.
+        name = re.sub("^(!|un)", "", condition) if negated else condition
         if name not in options:
             raise GrowkitError(f"the row {row.name} depends on {condition!r}, which is no option")
         if bool(options[name]) == negated:

@@ -44,6 +44,8 @@ FORM = f"name axes {'|'.join(INITIALISATIONS)} {'|'.join(ROLES)} [conditions]"
 _WORD = re.compile(r"\w*\([^)]*\)|\S+")
 _BEGINS = re.compile(rf"(?:(\d+(?:\.\d+)?)\+)?({'|'.join(INITIALISATIONS)})")
 _ROLE = re.compile(rf"({'|'.join(ROLES)})(?:\(([^)]*)\))?")
+_AXIS = re.compile(r"/?\w+")
+_DIMENSION = re.compile(r"/?\w+|\([^()]*\)")
 _BRACES = re.compile(r"\{(/?)(\w+)(?::(\w+))?\}")
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 
@@ -142,7 +144,7 @@ class Row:
     def path(self) -> tuple[str, ...]:
         """Where the parameter lies in a tree: ('layers', 'attention', 'dense', 'weight')."""
         inner = self.name.removeprefix(f"{self.prefix}.") if self.prefix else self.name
-        return tuple(re.sub(r"\.\{\w+\}", "", inner).split("."))
+        return tuple(word for word in inner.split(".") if not _BRACES.fullmatch(word))
 
     @property
     def writes_stream(self) -> bool:
@@ -360,9 +362,12 @@ def _parse_row(line: str, prefix: str) -> Row:
     if not place or role is None:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")
     offset, begins = _BEGINS.fullmatch(words[place]).groups()  # type: ignore[union-attr]
-    blocks = tuple(_parse_dimension(word) for word in words[:place])
-    braces = _BRACES.findall(name)
+    # A parameter without dimensions, one number, has the word `()`.
+    blocks = tuple(_parse_dimension(word, line) for word in words[:place] if word != "()")
     _check_sums(blocks, role[1], line)
+    braces = _BRACES.findall(name)
+    if re.search("[{}]", _BRACES.sub("", name)):
+        raise ValueError(f"braces of a name hold an axis, as {{layer}} or {{/layer}}, got {line!r}")
     return Row(
         name=_BRACES.sub(r"{\2}", name),
         blocks=blocks,
@@ -377,13 +382,19 @@ def _parse_row(line: str, prefix: str) -> Row:
     )
 
 
-def _parse_dimension(word: str) -> tuple[Product, ...]:
+def _parse_dimension(word: str, line: str) -> tuple[Product, ...]:
     """'embed', '(/head /head_dim)' or '(mlp | mlp)' as terms, each a product of axes."""
-    return tuple(_parse_axes(term.split()) for term in word.strip("()").split("|"))
+    terms = [term.split() for term in word.strip("()").split("|")]
+    axes = [axis for term in terms for axis in term]
+    if not _DIMENSION.fullmatch(word) or not all(_AXIS.fullmatch(axis) for axis in axes):
+        raise ValueError(
+            f"a dimension is an axis, (axis /axis) or (axis | axis); {word!r} is none, got {line!r}"
+        )
+    return tuple(_parse_axes(term) for term in terms)
 
 
 def _parse_axes(words: Sequence[str]) -> Product:
-    return tuple(Axis(word.lstrip("/"), word.startswith("/")) for word in words)
+    return tuple(Axis(word.removeprefix("/"), word.startswith("/")) for word in words)
 
 
 def _parse_averages(
@@ -400,7 +411,7 @@ def _parse_averages(
 
 
 def _check_sums(blocks: tuple[tuple[Product, ...], ...], role: str, line: str) -> None:
-    """Raise ValueError for empty products, two sums in one row, and a qkv sum of another length."""
+    """Raise ValueError for empty products, two sums in one row, and a qkv row without its kinds."""
     if not all(term for terms in blocks for term in terms):
         raise ValueError(f"every block of a dimension needs an axis, got {line!r}")
     lengths = [len(terms) for terms in blocks if len(terms) > 1]
@@ -408,3 +419,6 @@ def _check_sums(blocks: tuple[tuple[Product, ...], ...], role: str, line: str) -
         raise ValueError(f"one dimension of a row can be a sum, got {line!r}")
     if role == "qkv" and lengths and lengths != [3]:
         raise ValueError(f"a sum of role qkv has three blocks, query | key | value, got {line!r}")
+    names = [axis.name for terms in blocks for term in terms for axis in term]
+    if role == "qkv" and not lengths and names.count("qkv") != 1:
+        raise ValueError(f"a row of role qkv has an axis qkv or a sum of three, got {line!r}")

@@ -45,7 +45,7 @@ def grown_recipe(tensor: Tensor, row: Row, plan: Plan, moment: int, position: Po
     size = math.prod(shape) * tensor.dtype.itemsize
 
     def pieces() -> Iterator[Piece]:
-        if len(shape) == 1 or size <= BLOCK:
+        if len(shape) < 2 or size <= BLOCK:
             yield 0, grow_array(tensor.read(), row, plan, moment, position)
             return
         offset = 0

@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from growkit.checkpoint.tensor import Tensor
+from growkit.growth import padding, rule, shares
 from growkit.growth.axes import insert, make_map, tile
 from growkit.growth.plan import MOMENTS, Plan, build_plan
-from growkit.growth.rule import grow_array, moment_fate
+from growkit.growth.rule import PartGrowth, grow_array, moment_fate
 from growkit.models.architecture import Architecture, keep_rotated
 from growkit.models.family import Family
-from growkit.models.notation import Row, parse_table
+from growkit.models.notation import ATTENTION, Row, parse_table
 from growkit.models.rotary import RotaryFields
 from growkit.surgery import blocks
 
@@ -247,6 +248,8 @@ def assert_by_the_rules(case: Case, grown: np.ndarray) -> None:
 
 def tensor_of(array: np.ndarray, stride: int) -> Tensor:
     def rows(start: int, stop: int) -> np.ndarray:
+        if not array.ndim:
+            return array
         assert 0 <= start < stop <= len(array)
         return array[start:stop].copy()
 
@@ -293,12 +296,97 @@ def check_jax(case: Case, *ways) -> None:
 
 # Cases that are written out
 
-HEADS = {"head": ((0, 1, 1, 0), (0.5, 0.25, 0.75, 0.5))}
+UNEVEN_HEADS = {"head": ((0, 1, 1, 0), (0.25, 0.3, 0.7, 0.75))}
+UNEVEN_MLP = {"mlp": ((0, 1, 2, 2, 0), (0.4, 1.0, 0.5, 0.5, 0.6))}
+WIDE = {"embed": ((0, 1, 2, 3) * 2, (0.5,) * 8)}
+DEEP = {"layer": ((0, 0, 1), (1.0, 0.0, 1.0))}
+MORE_EXPERTS = {"expert": ((0, 1, 0), (0.3, 1.0, 0.7))}
+EXPERT = "m.{layer}.experts.{/expert}.w2  embed /mlp  normal  matrix"
+QKV = "m.qkv  (head qkv head_dim) /embed  normal  qkv"
 # GPT-2 stores queries, keys and values so.
 GPT2 = Case("h.attn.c_attn.weight  /embed (qkv head head_dim)  normal  qkv", pads={"head_dim": 6})
 CASES = {
     "gpt2": GPT2,
     "gpt2, both padded": replace(GPT2, pads={"head_dim": 6, "embed": 7}),
+    "gpt2, nu": replace(GPT2, moment=2, maps=UNEVEN_HEADS),
+    "uneven heads": Case(QKV, maps={**UNEVEN_HEADS, **WIDE}),
+    "uneven heads, noise": Case(QKV, maps={**UNEVEN_HEADS, **WIDE}, noise=0.4),
+    "heads, head_dim padded": Case(QKV, maps=UNEVEN_HEADS, pads={"head_dim": 6, "embed": 7}),
+    "kinds first, head_dim in another dimension": Case(
+        "m.qkv  (qkv head) head_dim /embed  normal  qkv", pads={"head_dim": 5}
+    ),
+    "head_dim before kinds": Case(
+        "m.qkv  (head_dim qkv head) /embed  normal  qkv", pads={"head_dim": 5}
+    ),
+    "a sum": Case("m.gate_up  (mlp | mlp) /embed  normal  matrix", maps={**UNEVEN_MLP, **WIDE}),
+    "a sum of another dimension": Case(
+        "m.gate_up  /embed (mlp | mlp)  normal  matrix", maps=UNEVEN_MLP
+    ),
+    "a sum between dimensions": Case(
+        "m.gate_up  embed (mlp | mlp) /head  normal  matrix", maps=UNEVEN_HEADS
+    ),
+    "queries, keys and values in a row": Case(
+        "m.qkv  (head head_dim | kv head_dim | kv head_dim) /embed  normal  qkv",
+        maps={**UNEVEN_HEADS, "kv": ((1, 0, 1), (0.3, 1.0, 0.7))},
+        pads={"head_dim": 7, "embed": 6},
+    ),
+    "queries, keys and values beside embed": Case(
+        "m.qkv  /embed (head head_dim | kv head_dim | kv head_dim)  normal  qkv",
+        maps={**UNEVEN_HEADS, **WIDE},
+        pads={"head_dim": 7},
+        noise=0.4,
+    ),
+    "both padded, head_dim first": Case(
+        "m.k  head_dim /embed  normal  key", pads={"embed": 6, "head_dim": 6}
+    ),
+    "the mean along one of two axes": Case(
+        "m.w  (embed mlp) /head  normal  matrix", pads={"embed": 7}
+    ),
+    "the mean of a moment": Case(
+        "m.w  (embed mlp) head  normal  matrix", pads={"embed": 7}, moment=2
+    ),
+    "new columns": Case("m.w  mlp /embed  normal  matrix", pads={"embed": 7}),
+    "a square": Case("m.w  embed /embed  normal  matrix", pads={"embed": 7}),
+    "an offset, twice scaled": Case(
+        "m.norm  (mlp /head) embed  1+zeros  norm",
+        maps=UNEVEN_HEADS,
+        pads={"embed": 7},
+        norm="rms",
+    ),
+    "a query before its norm, twice scaled": Case(
+        "m.q  (mlp head_dim) head  normal  query",
+        pads={"embed": 7, "head_dim": 7},
+        query_norm=True,
+        norm="rms",
+    ),
+    "fused before norms": Case(QKV, pads={"embed": 7}, query_norm=True, norm="rms"),
+    "mu of what is written": Case("m.w  mlp /embed  normal  matrix", maps=UNEVEN_MLP, moment=1),
+    "nu of what is written": Case("m.w  mlp /embed  normal  matrix", maps=UNEVEN_MLP, moment=2),
+    "stacked twice": Case(EXPERT, maps={**DEEP, **MORE_EXPERTS, **WIDE}, position=(2, 2)),
+    "stacked twice, mu": Case(
+        "m.{layer}.experts.{expert}.w2  embed /mlp  normal  matrix",
+        maps={**DEEP, **MORE_EXPERTS},
+        position=(2, 2),
+        moment=1,
+    ),
+    "a copied layer that reads": Case(
+        "m.{/layer}.w  embed /mlp  normal  matrix", maps=DEEP, position=(1,)
+    ),
+    "nu of copied layers": Case(
+        "m.{layer}.w  embed /mlp  normal  matrix",
+        maps={"layer": ((0, 0, 1), (0.5, 0.5, 1.0))},
+        position=(1,),
+        moment=2,
+    ),
+    "multiplied by a size": Case(
+        "m.w  mlp embed  normal  embedding", maps=WIDE, scalar="sqrt(embed)"
+    ),
+    "moments as they are, padded": Case(
+        QKV, pads={"head_dim": 6, "embed": 7}, moment=2, moments="copy"
+    ),
+    "a number": Case("m.{/layer}.scale  ()  ones  matrix", maps=DEEP, position=(1,)),
+    "rows stored as one": Case("m.w  (mlp head) /embed  normal  matrix", maps=UNEVEN_MLP, stride=4),
+    "bfloat16": Case(QKV, maps=UNEVEN_HEADS, pads={"embed": 7, "head_dim": 6}, dtype="bfloat16"),
 }
 
 
@@ -312,6 +400,242 @@ def test_gpt2_grows_its_heads_kind_by_kind():
     assert np.array_equal(keys[..., :4], old[:, 1]) and (keys[..., 4:] == 0).all()
     assert np.array_equal(values[..., :4], old[:, 2])
     assert (queries[..., 4:] != 0).all() and (values[..., 4:] != 0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_grows_by_the_rules_and_in_blocks(name):
+    check_blocks(CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_grows_under_jit_to_the_same_bits(name):
+    check_jax(CASES[name], jax.jit)
+
+
+@pytest.mark.parametrize("name", ["gpt2, both padded", "uneven heads, noise", "stacked twice"])
+def test_jax_gives_the_same_bits_one_operation_at_a_time(name):
+    check_jax(CASES[name], lambda grow: grow)
+
+
+# The engine broken on purpose
+
+
+def one_role_for_all_kinds(call):
+    """GPT-2's queries, keys and values padded as one matrix."""
+    return lambda self, array, place, units, xp: self._extend_as(
+        array, place, "matrix", "head_dim", int(units[0]), xp
+    )
+
+
+def kinds_numbered_together(call):
+    """The fills of queries, keys and values numbered by the unit and not by the head."""
+
+    def extend(self, array, place, units, xp):
+        kind = self.part.names.index("qkv")
+        if kind >= self.lead:
+            return call(self, array, place, units, xp)
+        at = np.unravel_index(int(units[0]), self.copied[: self.lead])
+        role = ATTENTION[int(at[kind])]
+        return self._extend_as(array, place, role, f"head_dim {role}", int(units[0]), xp)
+
+    return extend
+
+
+def of_first_unit(call):
+    return lambda self, units, *xp: call(self, units[:1], *xp)
+
+
+def from_first_unit(call):
+    return lambda self, units, *xp: call(self, units - units[0], *xp)
+
+
+def begun_anew(call):
+    return lambda self, first, *xp: call(self, 0, *xp)
+
+
+def forgetting_earlier_blocks(call):
+    def pad(self, array, xp):
+        self.sum = None
+        return call(self, array, xp)
+
+    return pad
+
+
+def without_empty_rest(call):
+    """Units without the dimension that their empty rest of the first dimension is."""
+
+    def store(self, array):
+        stored = call(self, array)
+        return stored if self.lead < len(self.part.dimensions[0]) else stored[:, 0]
+
+    return store
+
+
+def whole_at_once(call):
+    """All source units as one block."""
+    return lambda self: iter([(0, self.units)])
+
+
+def without_offset(call):
+    return lambda wide, scale, offset, xp=np: call(wide, scale, 0.0, xp)
+
+
+def mu_for_nu(call):
+    return lambda axes, maps, moment: call(axes, maps, min(moment, 1))
+
+
+def read_for_written(call):
+    def scale(axes, maps, moment):
+        return call(tuple(replace(axis, read=not axis.read) for axis in axes), maps, moment)
+
+    return scale
+
+
+def layers_as_others(call):
+    """Shares of layers for moments too."""
+
+    def share(row, maps, moment, position):
+        renamed = tuple(replace(axis, name=f"{axis.name}s") for axis in row.stacked)
+        maps = {f"{axis}s": axis_map for axis, axis_map in maps.items()}
+        return call(replace(row, stacked=renamed), maps, moment, position)
+
+    return share
+
+
+def always_one(call):
+    return lambda *arguments: 1.0
+
+
+# What is broken, where, and the cases that show it.
+BROKEN = {
+    "kinds not split": (
+        PartGrowth,
+        "_extend_heads",
+        one_role_for_all_kinds,
+        ["gpt2", "gpt2, nu", "heads, head_dim padded"],
+    ),
+    "kinds numbered together": (
+        PartGrowth,
+        "_extend_heads",
+        kinds_numbered_together,
+        ["heads, head_dim padded"],
+    ),
+    "kinds mixed in a block": (
+        blocks.Blocks,
+        "_cut_source",
+        whole_at_once,
+        ["heads, head_dim padded"],
+    ),
+    "the first unit's factor for all": (
+        PartGrowth,
+        "factor_at",
+        of_first_unit,
+        ["mu of what is written", "nu of what is written"],
+    ),
+    "factors counted from each block": (
+        PartGrowth,
+        "factor_at",
+        from_first_unit,
+        ["mu of what is written"],
+    ),
+    "noise numbered anew in each block": (
+        PartGrowth,
+        "_numbers",
+        from_first_unit,
+        ["uneven heads, noise"],
+    ),
+    "fills numbered anew in each block": (
+        PartGrowth,
+        "_random_from",
+        begun_anew,
+        ["new columns"],
+    ),
+    "the mean of the last block alone": (
+        PartGrowth,
+        "_pad_outer",
+        forgetting_earlier_blocks,
+        ["the mean along one of two axes"],
+    ),
+    "blocks joined along another dimension": (
+        PartGrowth,
+        "_store",
+        without_empty_rest,
+        ["a sum between dimensions"],
+    ),
+    "no offset": (
+        padding,
+        "scale_with_offset",
+        without_offset,
+        ["an offset, twice scaled"],
+    ),
+    "mu's rule for nu": (
+        shares,
+        "share_scale",
+        mu_for_nu,
+        ["nu of what is written"],
+    ),
+    "read for written": (
+        shares,
+        "share_scale",
+        read_for_written,
+        ["uneven heads", "mu of what is written", "a sum"],
+    ),
+    "shares of layers for moments": (
+        shares,
+        "stacked_share",
+        layers_as_others,
+        ["nu of copied layers"],
+    ),
+    "no shares of stacked axes": (
+        shares,
+        "stacked_share",
+        always_one,
+        ["stacked twice", "stacked twice, mu", "a copied layer that reads"],
+    ),
+    "queries not scaled for their norm": (
+        shares,
+        "_eps_scale",
+        always_one,
+        ["fused before norms", "a query before its norm, twice scaled"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_engine_is_found_out(name, monkeypatch):
+    where, function, wrong, cases = BROKEN[name]
+    monkeypatch.setattr(where, function, wrong(getattr(where, function)))
+    for case in cases:
+        with pytest.raises(AssertionError):
+            check_blocks(CASES[case])
+
+
+def test_padding_in_the_other_order_is_found_out(monkeypatch):
+    monkeypatch.setattr("growkit.growth.rule.PADDED", ("head_dim", "embed"))
+    with pytest.raises(AssertionError):
+        check_blocks(CASES["both padded, head_dim first"])
+
+
+@pytest.mark.parametrize(
+    "name,where",
+    [
+        ("an offset, twice scaled", padding),
+        ("a query before its norm, twice scaled", padding),
+        ("uneven heads, noise", rule),
+    ],
+)
+def test_operations_that_a_compiler_takes_as_one_are_found_out(name, where, monkeypatch):
+    monkeypatch.setattr(where, "round_here", lambda result, xp: result)
+    with pytest.raises(AssertionError):
+        check_jax(CASES[name], jax.jit)
+
+
+def test_a_wrong_number_is_found_out():
+    case, right = CASES["uneven heads"], expected(CASES["uneven heads"])
+    assert_by_the_rules(case, right)
+    right[1, 1] *= 1 + 1e-4
+    with pytest.raises(AssertionError):
+        assert_by_the_rules(case, right)
 
 
 # Random cases
@@ -409,20 +733,15 @@ def cases(draw):
     )
 
 
-def with_examples(test):
-    """The test of random cases, after those that are written out."""
-    return reduce(lambda test, case: example(case)(test), reversed(CASES.values()), test)
-
-
-@with_examples
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(GPT2)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_the_whole_is_by_the_rules_and_blocks_are_the_whole(case):
     check_blocks(case)
 
 
-@with_examples
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(GPT2)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
-def test_jax_gives_the_same_bits(case):
+def test_growth_under_jit_gives_the_same_bits(case):
     check_jax(case, jax.jit)
