@@ -240,7 +240,7 @@ def _decompress(raw: BinaryIO, path: epath.Path) -> AbstractContextManager[Binar
 @contextmanager
 def _decompress_zstandard(raw: BinaryIO, path: epath.Path) -> Iterator[BinaryIO]:
     try:
-        from compression import zstd  # Python 3.14 and later
+        from compression import zstd  # type: ignore[import-not-found]  # Python 3.14 and later
     except ImportError:
         zstd = _import_optional("backports.zstd", path)
     try:

@@ -65,10 +65,11 @@ def tokenize(
     _check_arguments(tokenizer, train_bpe, shard)
     check_output(_check_local(out), None, force)
     inputs = open_inputs(texts)
-    if train_bpe is None:
-        loaded = load_tokenizer(tokenizer)
-    else:
+    if train_bpe is not None:
         loaded = train_tokenizer(inputs.read_documents(), train_bpe)
+    else:
+        assert tokenizer is not None, "one of the two is given, as _check_arguments saw"
+        loaded = load_tokenizer(tokenizer)
     encoded = _encode_blocks(inputs.read_blocks(shard), loaded, processes)
     origin: dict[str, Any] = {"sources": [epath.Path(text).name for text in texts]}
     if shard is None:
