@@ -29,7 +29,8 @@ from trainer.config.sections import Batch, Config, Dropout, Mesh, Optimizer, Pre
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
 from trainer.model.decoder import init_params
-from trainer.run.checkpoint import Checkpoints, Snapshot, from_source, to_tree
+from trainer.run.checkpoint import Checkpoints, Snapshot
+from trainer.run.state import from_source, to_tree
 from trainer.step.update import abstract_state, init_state, make_eval_step, make_train_step
 
 MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
@@ -320,7 +321,7 @@ def move_state(directory):
         found[f"begun from {name}"] = digest(to_tree(from_source(source, like["eight"])))
         previous = name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.run.checkpoint._key", len)
+        patch.setattr("trainer.run.state._key", len)
         wrong = from_source(source, like[previous])
         found["begun with the first device's parts"] = digest(to_tree(wrong))
     return found

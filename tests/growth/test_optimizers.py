@@ -1,7 +1,7 @@
 """Optimizer states of optax grow by the rule of what they hold, or are refused by name.
 
-For every transformation that growkit knows: a model cloned in width, with its grown state, takes the same
-steps as the small one, seen as functions. A state grown by a wrong rule does not.
+For every transformation that growkit knows, the state of a small model, grown, is the state that the
+grown model would have. A state grown by a wrong rule is not.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def loss(params):
     return jnp.square(compute(params) - TARGETS).mean()
 
 
-# Steps whose size does not depend on the gradients' scale need the learning rates of a clone; what is
-# compared here is the state alone: the gradient of the grown model against the grown gradient.
+# Steps need the learning rates of a clone; what is compared here is the state alone.
 GRADIENTS = {
     "adam": optax.adam(1e-2),
     "amsgrad": optax.amsgrad(1e-2),
@@ -57,7 +56,7 @@ GRADIENTS = {
     "momentum": optax.sgd(1e-2, momentum=0.9),
     "nesterov": optax.sgd(1e-2, momentum=0.9, nesterov=True),
     "rmsprop": optax.rmsprop(1e-2),
-    "rmsprop centred": optax.rmsprop(1e-2, centered=True, momentum=0.9),
+    "rmsprop centred": optax.rmsprop(1e-2, eps=1e-30, centered=True, momentum=0.9),
     "ema": optax.chain(optax.ema(0.9), optax.scale(-1e-2)),
     "apply_every": optax.chain(optax.apply_every(3), optax.scale(-1e-2)),
     "accumulated": optax.MultiSteps(optax.adam(1e-2), 3),

@@ -190,5 +190,6 @@ def test_a_trace_ends_with_the_run(data, tmp_path, monkeypatch):  # noqa: F811
     heard, out = traced(monkeypatch), tmp_path / "run"
     run = send_at(new_run(data, out, log={"profile": "5:700"}), 6, signal.SIGTERM)
     run.go()
-    assert heard == [5] and not run.trace.running
+    assert heard == [5]
+    assert not run.setup.trace.running
     assert list((out / "profile").rglob("*.xplane.pb"))

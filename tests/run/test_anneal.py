@@ -58,7 +58,7 @@ def test_it_is_a_training_from_the_checkpoint_at_that_rate(branch, source, data,
     ours, theirs = state_of(branch), state_of(tmp_path / "hand")
     assert same_state(ours, theirs)
     assert ours["count"] == STEPS + 6
-    # With the moments begun anew, or from another checkpoint, it is not.
+    # A fresh optimizer, or another checkpoint, gives another training.
     write_output(tmp_path / "hf", "huggingface", convert_to_directory(open_source(str(source))))
     train(by_hand, tmp_path / "cold", str(tmp_path / "hf"))
     train(by_hand, tmp_path / "earlier", f"{source}@8")

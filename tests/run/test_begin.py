@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import yaml
 from test_training import TINY, Killed, data, new_run, values  # noqa: F401 (data is a fixture)
@@ -9,6 +11,7 @@ from test_training import TINY, Killed, data, new_run, values  # noqa: F401 (dat
 from growkit.errors import UsageError
 from trainer.config.sections import build_architecture, build_section, resolve
 from trainer.run.begin import begin, prepare, take_model
+from trainer.run.loop import Run
 from trainer.run.stages import train
 
 
@@ -57,6 +60,17 @@ def test_nothing_is_written_before_a_run_begins(data, tmp_path):  # noqa: F811
         False,
         True,
     )
+
+
+def test_a_loop_keeps_only_one_state(data, tmp_path):  # noqa: F811
+    """A second reference to the first state would cost its memory where a step donates none."""
+    beginning = begin(prepare(values(data), tmp_path / "run"))
+    kept = weakref.ref(beginning.snapshot)
+    run = Run(beginning)
+    assert kept() is beginning.snapshot
+    del beginning
+    assert kept() is None
+    run.close()
 
 
 def origin_of(out):

@@ -34,7 +34,7 @@ from trainer.run.stages import train
 
 AT = 6
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
-# The schedule is still falling at the end, and growth is followed by three steps of warm-up.
+# The learning rate still falls at the end, and three steps of warm-up follow the growth.
 SECTIONS = {
     "dropout": NO_DROPOUT,
     "checkpoint": {"every": 6},
@@ -66,7 +66,7 @@ def whole(data, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def on_disk(small, data, tmp_path_factory):  # noqa: F811
-    """By the re-warm-up: the run stopped at that step, grown on disk, and trained on."""
+    """By steps of re-warm-up: the run stopped at step AT, grown on disk, and trained on."""
     root, runs = tmp_path_factory.mktemp("disk"), {}
     source = open_source(f"{small}@{AT}")
     write_output(
@@ -84,7 +84,7 @@ def on_disk(small, data, tmp_path_factory):  # noqa: F811
 
 
 def measured(out, step=0, last=STEPS):
-    """Rows by the steps after `step`, without the step and the event."""
+    """The rows after the last event, by their number of steps after `step`."""
     rows = [row for row in rows_of(out) if step <= int(row["step"]) <= last]
     begun = max((n for n, row in enumerate(rows) if row["event"]), default=0)
     rest = [
@@ -100,7 +100,7 @@ def test_growth_within_is_growth_on_disk(whole, on_disk):
     assert same_state(ours, theirs)
     assert measured(whole, AT) == measured(on_disk[3], last=STEPS - AT)
     assert len(measured(whole, AT)) > STEPS - AT
-    # Without the re-warm-up it is another training.
+    # Without the re-warm-up the training differs.
     assert not same_state(ours, {**state_of(f"{on_disk[0]}@{STEPS - AT}")} | {"step": 0})
     assert measured(whole, AT) != measured(on_disk[0], last=STEPS - AT)
 
@@ -141,7 +141,7 @@ def test_the_run_says_what_happened(whole):
 
 
 def stopped(monkeypatch, step, act):
-    """While patched, drawing the batch after `step` steps acts first."""
+    """Patch the data stream so that it calls `act` before it draws the batch after `step` steps."""
     batch = Stream.batch
 
     def drawing(stream, drawn, count):
@@ -203,11 +203,11 @@ def test_exact_growth_within_goes_on_as_the_small_model_would(data, small, whole
     train(settings(data, grow={"embed": "2x", "at": AT}, schedule={"rewarmup": 0}), out)
     np.testing.assert_allclose(losses(out), losses(small), rtol=2e-4)
     assert "growth was exact: the source's validation loss was" in capsys.readouterr().err
-    # Which growth by copied layers does not.
+    # Growth by copied layers does not go on as the small model would.
     assert not np.allclose(losses(whole), losses(small), rtol=2e-4)
 
 
-# Validation is flat at step 3 and 6, is so again after the growth, and twice at the end.
+# Validation is flat at steps 3 and 6, and after the growth at steps 9 and 12.
 FLAT = {0: 4.0, 3: 4.0, 6: 4.0, 9: 5.0, 12: 5.0}
 
 
@@ -217,7 +217,7 @@ def test_growth_at_the_first_plateau(data, tmp_path, monkeypatch):  # noqa: F811
     sections = settings(data, grow={"map": "2:3", "at": "plateau"}, schedule={"plateau": plateau})
     train(sections, tmp_path / "run")
     events = [(row["step"], row["event"]) for row in rows_of(tmp_path / "run") if row["event"]]
-    # What was best before the growth is not what the grown model is measured by.
+    # The best loss of before the growth does not count for the grown model.
     assert events == [
         ("0", "start"),
         ("6", "grown: layer 2 to 3"),

@@ -17,9 +17,9 @@ import yaml
 from test_training import data, rows_of, same_state, state_of, values  # noqa: F401 (data is a fixture)
 
 # One process imports everything once. Each training is a fork of it, preempted at a random moment
-# and forked again until it is finished, and so on with further runs until there were enough
-# preemptions. A fork tells by a byte that it begins (b), compiles (c), draws a batch (t),
-# validates (v) or saves (s): moments are random within each of these.
+# and forked again until it is finished. Further runs follow until there were enough preemptions.
+# A fork writes a byte when it begins (b), compiles (c), draws a batch (t), validates (v) or saves
+# (s); the moment of the preemption is random within each of these.
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -34,8 +34,7 @@ from trainer.run import position
 
 config, root, moments = sys.argv[1], Path(sys.argv[2]), random.Random(0)
 curves.draw_curves = lambda *given: None
-# How often a fork comes to each, at most, and how long it stays there, in seconds, on a small
-# machine.
+# How often a fork comes to each phase, at most, and for how many seconds, on a small machine.
 OFTEN = {"b": 1, "c": 1, "t": 8, "v": 4, "s": 3}
 LONG = {"b": 1.5, "c": 2.0, "t": 0.02, "v": 0.05, "s": 0.2}
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
@@ -48,7 +47,7 @@ def telling(owner, name, byte, tell):
     setattr(owner, name, told)
 
 def without_programs(run):
-    # Compiling takes long only where it is not read from the cache.
+    # A program that is read from the cache takes no time to compile.
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
 
@@ -83,7 +82,7 @@ def begin(out, broken, phase):
     os._exit(run(["train", config, "--out", str(out)]))
 
 def trained(out, broken="", phase="", number=0):
-    # The exit code, 0 also where the run was finished before the moment came.
+    # Returns the exit code, which is also 0 where the run finished before the moment came.
     child, hear = begin(out, broken, phase)
     awaited = moments.randint(1, OFTEN[phase]) if phase else 1
     while awaited and (byte := os.read(hear, 1)):
@@ -96,8 +95,7 @@ def trained(out, broken="", phase="", number=0):
     return code
 
 def preempted(out, broken, phases, wanted, found):
-    # One run, preempted until it is finished, or until something is wrong; it is left alone after
-    # enough preemptions.
+    # Preempt one run until it is finished or fails; after enough preemptions let it finish.
     while True:
         phase, number = "", 0
         if len(found["stops"]) < wanted:

@@ -84,7 +84,7 @@ def compiled_once():
     def init_params(*given):
         with jax.ensure_compile_time_eval():  # also where only shapes are asked for
             params = initial(*given)
-        # A copy each time, since a step's argument is donated.
+        # A copy each time, because a step takes over the memory of its argument.
         return jax.tree.map(jnp.array, params)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -132,7 +132,7 @@ def state_of(out):
 
 
 def rows_of(out):
-    """The rows of a run's metrics, without what a clock put there."""
+    """The rows of a run's metrics, without the column that depends on a clock."""
     with open(Path(out) / "metrics.csv") as file:
         return [
             {key: text for key, text in row.items() if key != "tokens_per_second"}
@@ -174,7 +174,7 @@ def send_at(run, step, number, times=1):
     return run
 
 
-# The command line in a process of its own, which sends itself a signal as it draws some batch.
+# The command line in its own process, which sends itself a signal when it draws some batch.
 DRIVER = """
 import os, sys
 from trainer.data.stream import Stream
@@ -233,7 +233,7 @@ def test_a_stopped_run_resumes_to_the_bit(name, stopped, data, whole):
     if name == "terminated":
         assert "stopped; the same command resumes it" in said
     run = new_run(data, out)
-    # The save at step 8 may have been cut off; it waited for that at step 4.
+    # The save at step 8 may have been cut off. The one at step 4 was complete before it began.
     assert run.first in ((4, 8) if name == "killed" else (STOPS[name][0] + 1,))
     assert run.go().signal is None
     assert_as_if_uninterrupted(out, whole)
@@ -320,7 +320,7 @@ def test_a_signal_during_validation(step, data, tmp_path, whole, monkeypatch):
 
     monkeypatch.setattr(trainer.run.validation, "validation_batches", interrupted)
     result = run.go()
-    # The last step is no exception: without its validation the run is not finished.
+    # A run without the validation of its last step is not finished.
     assert (result.step, result.signal, result.validation_loss) == (step, signal.SIGTERM, None)
     monkeypatch.undo()
     monkeypatch.setattr(trainer.run.validation, "validation_batches", batches)
@@ -361,7 +361,7 @@ def test_saving_a_step_again_keeps_it(data, tmp_path, whole):
 
 
 class Killed(BaseException):
-    """Ends a run as a kill does: nothing in it is caught."""
+    """Ends a run as a kill does: no handler in the trainer catches it."""
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path, whole):
@@ -430,7 +430,7 @@ def test_the_names_of_a_runs_checkpoints(whole):
 
 
 def half_written(out, step):
-    """Make a checkpoint look as one does whose saving was killed; returns where it lies."""
+    """Make a checkpoint look as if its saving had been killed; returns its path."""
     path = out / "checkpoints" / str(step)
     return path.rename(path.with_name(f"{step}.orbax-checkpoint-tmp"))
 
@@ -522,7 +522,7 @@ def test_a_save_by_the_clock_changes_nothing_else(data, tmp_path, whole, monkeyp
 
     run.position.stream.batch = slowly
     run.go()
-    # A planned save counts as one: three batches, 75 seconds, after each save.
+    # A planned save restarts the clock: the next one by time comes after three batches, 75 s.
     assert checkpoints_of(out) == [3, 4, 7, 8, 11, 12]
     assert open_source(f"{out}@7").record["validation_loss"] is None
     assert open_source(f"{out}@best").record["validation_loss"] is not None
@@ -609,7 +609,7 @@ def larger(whole, tmp_path_factory):
 
 
 def begun(root, out, start, **sections):
-    """A run that begins with a source, not yet gone."""
+    """A run that begins with a source and has taken no step."""
     sections = values(root, **sections) | {"model": {}}
     return Run(begin(prepare(sections, out, str(start))))
 
@@ -649,7 +649,7 @@ def test_the_first_rows_after_growth(data, tmp_path, larger, whole):
     assert rates[0] == pytest.approx(1e-2 * 2 / 3)
     lineage = open_source(str(out)).lineage
     assert [entry["operation"] for entry in lineage] == ["train", "depth", "train"]
-    # The source's rows come along, and are drawn before the run's own.
+    # The source's rows come along, and are drawn before those of this run.
     earlier = (out / "history.csv").read_text()
     assert len(earlier.splitlines()) == 1 + len(rows_of(whole))
 
@@ -695,7 +695,7 @@ def test_other_data_after_growth_begin_a_stream_of_their_own(data, tmp_path, lar
     assert [row["event"] for row in rows_of(out) if row["event"]][1:] == ["data stream 1 begins"]
     stream = open_source(str(out)).record["stream"]
     assert (stream["number"], stream["drawn"]) == (1, STEPS * SEQUENCES)
-    # And goes on when the run does.
+    # A run from this one goes on in that stream.
     again = begun(data, tmp_path / "again", out, data=mixture)
     assert (again.position.new, again.position.number, again.position.drawn(0)) == (
         False,

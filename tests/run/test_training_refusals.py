@@ -15,7 +15,7 @@ from trainer.data.tokens import TokenWriter
 
 TINY = GPT_NEOX.model(layer=1, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 MODEL = "model={layer: 1, embed: 16, head: 2, mlp: 32, vocab: 64, context: 16, rotary_pct: 0.5}"
-# A tokenizer of one word a letter.
+# A tokenizer with one token for each of four letters.
 TOKENIZER = {
     "version": "1.0",
     "truncation": None,
