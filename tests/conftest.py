@@ -72,6 +72,7 @@ def programs_apart(tmp_path_factory):
     """Processes that tests start keep their compiled programs where the session's files are, and not the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("GROWKIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
