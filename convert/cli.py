@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from growkit.cli.options import PATH
 from growkit.cli.terminal import add_shard_option, write_with_progress
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
 @add_shard_option
 @click.option(
     "--evaluation",
+    type=PATH,
     metavar="FILE.json",
     help="Put the figures that `evaluate --output` measured of SRC into the model card.",
 )
