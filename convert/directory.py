@@ -12,8 +12,8 @@ import numpy as np
 
 from convert.card import format_card
 from growkit.checkpoint.files import encode_json
-from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.rounding import round_to_dtype
+from growkit.checkpoint.safetensors import DTYPES
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
 from growkit.entries import Conversion, Origin
 from growkit.errors import UsageError, did_you_mean
