@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint.carried import (
+    Beside,
     drop_code_keys,
     list_beside,
     require_inside,
@@ -72,9 +73,19 @@ def open_directory(path: Path) -> Source:
         record={},
         read_files=beside.read,
         known_model=named.model,
-        notes=(*named.notes, *dropped, *beside.notes),
+        notes=(*named.notes, *dropped, *_note_optimizer(beside), *beside.notes),
         optimizer=beside.optimizer,
         hashed=_find_hashes(path, lineage, named.tensors),
+    )
+
+
+def _note_optimizer(beside: Beside) -> tuple[str, ...]:
+    """A note that there is an optimizer's state which is not read, if there is."""
+    if not beside.optimizer:
+        return ()
+    return (
+        f"{beside.optimizer} holds an optimizer's state of another trainer, which growkit does not "
+        "read yet; what is made from this model has no moments",
     )
 
 
