@@ -159,7 +159,7 @@ def hash_meta(meta: Mapping[str, Any]) -> str:
 def make_hashes(
     arrays: Mapping[str, str], files: Mapping[str, bytes], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The value of `hashes` in meta. arrays: the hash of each array, under its name in the state."""
+    """The value of "hashes" in meta. arrays: the hash of each array, by its name in the state."""
     return {
         "algorithm": ALGORITHM,
         "arrays": dict(arrays),
@@ -170,7 +170,7 @@ def make_hashes(
 
 def are_known(hashes: Mapping[str, Any] | None) -> bool:
     """Whether there are hashes, and this version of growkit can compute them."""
-    return bool(hashes) and hashes.get("algorithm") == ALGORITHM
+    return hashes is not None and hashes.get("algorithm") == ALGORITHM
 
 
 def find_changed(
