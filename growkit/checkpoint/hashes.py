@@ -30,9 +30,9 @@ def begin_array_hash(dtype: np.dtype, shape: Sequence[int]) -> xxhash.xxh3_64:
     return xxhash.xxh3_64(f"{dtype.name} {sizes}\n".encode())
 
 
-def view_bytes(array: np.ndarray) -> np.ndarray:
+def view_bytes(array: np.ndarray) -> memoryview:
     """The bytes of an array in C order, without a copy where they lie so already."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def hash_array(array: np.ndarray) -> str:
@@ -56,7 +56,7 @@ def hash_meta(meta: Mapping[str, Any]) -> str:
 def make_hashes(
     arrays: Mapping[str, str], files: Mapping[str, bytes], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The value of `hashes` in meta. arrays: the hash of each array, under its name in the state."""
+    """The value of `hashes` in meta. arrays: the hash of each array by its name in the state."""
     return {
         "algorithm": ALGORITHM,
         "arrays": dict(arrays),
@@ -67,7 +67,7 @@ def make_hashes(
 
 def are_known(hashes: Mapping[str, Any] | None) -> bool:
     """Whether there are hashes, and this version of growkit can compute them."""
-    return bool(hashes) and hashes.get("algorithm") == ALGORITHM
+    return hashes is not None and hashes.get("algorithm") == ALGORITHM
 
 
 def find_changed(
