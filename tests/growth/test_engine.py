@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from growkit.checkpoint.tensor import Tensor
-from growkit.growth import padding, rule, shares
+from growkit.growth import multipliers, padding, rule, shares
 from growkit.growth.axes import insert, make_map, tile
 from growkit.growth.plan import MOMENTS, Plan, build_plan
-from growkit.growth.rule import PartGrowth, grow_array, moment_fate
+from growkit.growth.rule import PartGrowth, find_source, grow_array, moment_fate
 from growkit.models.architecture import Architecture, keep_rotated
 from growkit.models.family import Family
 from growkit.models.notation import ATTENTION, Row, parse_table
@@ -745,3 +745,68 @@ def test_the_whole_is_by_the_rules_and_blocks_are_the_whole(case):
 @given(cases())
 def test_growth_under_jit_gives_the_same_bits(case):
     check_jax(case, jax.jit)
+
+
+# What an optimizer multiplies
+
+
+def factors_of(case: Case, plan: Plan) -> dict[str, np.ndarray]:
+    """The multipliers of the row, of the shape of its leaf in a parameter tree."""
+    found = {}
+    for name, node in multipliers.multipliers(plan.grown, [plan]).items():
+        for key in case.row.path:
+            node = node[key]
+        found[name] = np.broadcast_to(node, case.row.stacked_shape(plan.grown.sizes))
+    return found
+
+
+def check_multipliers(case: Case, plan: Plan) -> None:
+    """Rates are what ones grow to, eps what they grow to as mu; and norms of gradients stay."""
+    row, sizes = case.row, plan.model.sizes
+    factors = factors_of(case, plan)
+    ones = np.ones(row.shape(sizes))
+    gradient = np.random.default_rng(1).normal(size=row.stacked_shape(sizes))
+    squares = 0.0
+    for position in row.positions(plan.grown.sizes):
+        values = grow_array(ones - row.offset, row, plan, 0, position) + row.offset
+        moments = [grow_array(ones, row, plan, moment, position) for moment in (1, 2)]
+        assert np.allclose(factors["learning_rate"][position], values, rtol=1e-12)
+        assert np.allclose(factors["eps"][position], moments[0], rtol=1e-12)
+        assert np.allclose(factors["eps"][position] ** 2, moments[1], rtol=1e-12)
+        source = gradient[find_source(plan, row, position)]
+        grown = grow_array(source, row, plan, 1, position)
+        squares += (factors["clip"][position] * np.square(grown)).sum()
+    assert np.allclose(squares, np.square(gradient).sum(), rtol=1e-12)
+
+
+def copies_alone(case: Case) -> Case:
+    """The case without what training does not go on after."""
+    maps = {axis: axis_map for axis, axis_map in case.maps.items() if axis != "layer"}
+    return replace(case, maps=maps, pads={}, noise=0.0, moments="map", dtype="float64")
+
+
+@example(Case("m.{expert}.w  (mlp | mlp) /embed  normal  matrix", maps=MORE_EXPERTS))
+@example(Case("m.w  (mlp | kv head) /embed  normal  matrix", maps=UNEVEN_HEADS))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cases().map(copies_alone))
+def test_multipliers_are_what_growth_makes_of_ones(case):
+    plan = case.plan()
+    assume(plan.preserved)
+    check_multipliers(case, plan)
+
+
+@pytest.mark.parametrize(
+    "function,wrong,name",
+    [
+        ("share_scale", read_for_written, "a sum of another dimension"),
+        ("_count_copies", always_one, "a sum of another dimension"),
+        ("share_scale", read_for_written, "uneven heads"),
+    ],
+)
+def test_multipliers_by_another_rule_are_found_out(function, wrong, name, monkeypatch):
+    case = copies_alone(CASES[name])
+    plan = case.plan()
+    check_multipliers(case, plan)
+    monkeypatch.setattr(multipliers, function, wrong(getattr(multipliers, function)))
+    with pytest.raises(AssertionError):
+        check_multipliers(case, plan)

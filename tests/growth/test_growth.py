@@ -268,14 +268,23 @@ WRONG_MAPS = {
     "layers halved": {"layer": make_map([0, 0, 1], 2, [0.5, 0.5, 1.0])},
     "layers out of order": {"layer": make_map([1, 0, 1], 2, [1.0, 1.0, 0.0])},
     "layers copied": {"layer": replicate(2, 3)},
+    "head_dim": {"head": make_map([0, 1], 2), "head_dim": tile(8, 16)},
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_MAPS)
 def test_maps_that_do_not_preserve(wrong):
     logits, source = with_gradient(small())
-    ours, _ = measured(grow(source, WIDTH | IDENTITY | WRONG_MAPS[wrong]))
+    maps = WIDTH | IDENTITY | WRONG_MAPS[wrong]
+    assert not build_plan("test", "test", source.model, maps).preserved
+    ours, _ = measured(grow(source, maps))
     assert np.abs(ours - logits).max() > 1e-3
+
+
+def test_copies_of_the_vocabulary_are_not_exact():
+    """Each probability is shared between the copies."""
+    plan = build_plan("test", "test", SMALL, {"vocab": tile(40, 80)})
+    assert plan.maps["vocab"].preserves_sums and not plan.preserved
 
 
 def test_width_then_depth_is_depth_then_width_is_both_at_once():
