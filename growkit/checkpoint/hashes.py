@@ -140,9 +140,9 @@ def read_stated(stated: Any, known: Sequence[str], where: object) -> tuple[str, 
     return algorithm, {name: value for name, value in arrays.items() if name in present}
 
 
-def view_bytes(array: np.ndarray) -> np.ndarray:
+def view_bytes(array: np.ndarray) -> memoryview:
     """The bytes of an array in C order, without a copy where they lie so already."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def hash_array(array: np.ndarray) -> str:
@@ -159,7 +159,7 @@ def hash_meta(meta: Mapping[str, Any]) -> str:
 def make_hashes(
     arrays: Mapping[str, str], files: Mapping[str, bytes], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The value of "hashes" in meta. arrays: the hash of each array, by its name in the state."""
+    """The value of "hashes" in meta. arrays: the hash of each array by its name in the state."""
     return {
         "algorithm": ALGORITHM,
         "arrays": dict(arrays),
