@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from growkit.cli.terminal import add_shard_option, write_with_progress
+from growkit.cli.options import PATH
+from growkit.cli.terminal import (
+    add_care_options,
+    add_shard_option,
+    parse_care,
+    say,
+    write_with_progress,
+)
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
@@ -17,7 +24,8 @@ if TYPE_CHECKING:
 @click.argument("hf_dir")
 @click.argument("out")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-def import_(hf_dir: str, out: str, force: bool) -> None:
+@add_care_options
+def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     """Turn the Hugging Face directory HF_DIR into the trainer checkpoint OUT, bit for bit.
 
     A directory has no moments: training from OUT starts Adam at count 0.
@@ -28,10 +36,11 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
 
     source = open_source(hf_dir)
     contents = convert_to_checkpoint(source)
-    write_with_progress([source], contents, parse_path(out), "checkpoint", force)
+    care = parse_care(options)
+    write_with_progress([source], contents, parse_path(out), "checkpoint", force, care=care)
     for note in source.notes:
-        click.echo(f"note: {note}")
-    click.echo(
+        say(f"note: {note}")
+    say(
         f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in "
         f"{hf_dir}, count 0"
     )
@@ -52,8 +61,16 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @add_shard_option
+@add_care_options
+@click.option(
+    "--private-lineage",
+    is_flag=True,
+    help="Keep the paths of this machine in OUT's lineage and settings, as for a model that stays "
+    "here. Without it only their last names are kept.",
+)
 @click.option(
     "--evaluation",
+    type=PATH,
     metavar="FILE.json",
     help="Put the figures that `evaluate --output` measured of SRC into the model card.",
 )
@@ -64,7 +81,9 @@ def export(
     check: bool,
     force: bool,
     shard: str | None,
+    private_lineage: bool,
     evaluation: str | None,
+    **options: Any,
 ) -> None:
     """Turn SRC into the Hugging Face directory OUT: weights, config, tokenizer, model card.
 
@@ -76,26 +95,27 @@ def export(
 
     source = open_source(src)
     figures = "" if evaluation is None else read_evaluation(source, Path(evaluation))
-    contents = convert_to_directory(source, dtype, figures)
+    contents = convert_to_directory(source, dtype, figures, private_lineage)
+    care = parse_care(options)
     if check:
         _require_check(source)
-    write_with_progress([source], contents, parse_path(out), "huggingface", force, shard)
+    write_with_progress([source], contents, parse_path(out), "huggingface", force, shard, care)
     written = str(choose_dtype(source, dtype))
     _describe_export(source, src, out, written)
     if check:
         from growkit.cli.checking import check_export
 
-        click.echo(check_export(source, parse_path(out), written))
+        say(check_export(source, parse_path(out), written))
 
 
 def _describe_export(source: Source, src: str, out: str, dtype: str) -> None:
     """Print what was written, and what the output lacks."""
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
-    click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {dtype}{left}")
+    say(f"wrote {out}: {source.model.parameters:,} parameters in {dtype}{left}")
     for note in source.notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
     if "tokenizer.json" not in source.files:
-        click.echo(
+        say(
             f"note: {src} carries no tokenizer.json, so {out} has none; put one there before "
             "tokenizing with it"
         )

@@ -11,9 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from convert.card import format_card
+from convert.privacy import strip_config, strip_paths, strip_settings
+from growkit.checkpoint.carried import select_carried
 from growkit.checkpoint.files import encode_json
-from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.rounding import round_to_dtype
+from growkit.checkpoint.safetensors import DTYPES
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
 from growkit.entries import Conversion, Origin
 from growkit.errors import UsageError, did_you_mean
@@ -45,23 +47,28 @@ def convert_to_checkpoint(source: Source) -> Contents:
 
 
 def convert_to_directory(
-    source: Source, dtype: str | None = None, evaluation: str = ""
+    source: Source, dtype: str | None = None, evaluation: str = "", paths: bool = False
 ) -> Contents:
     """A Hugging Face directory of any source, without its moments.
 
     dtype: float64, float32, bfloat16 or float16, or None for each tensor's own. evaluation: what
-    the model card says of quality, in Markdown. Raises UsageError for another dtype, and for a
-    model that the trainer does not compute.
+    the model card says of quality, in Markdown. paths: whether the lineage and the settings keep
+    the paths of this machine; only their last names stay otherwise. Raises UsageError for another
+    dtype, and for a model that the trainer does not compute.
     """
     written = choose_dtype(source, dtype)
     model = require_trained(source.model, source.path)
     entry = Conversion(operation="export", source=Origin.of(source), dtype=str(written))
+    lineage = [*source.lineage, entry.to_json()]
+    config = model.config(source.config)
+    files = {name: content for name, content in source.files.items() if name not in OWN}
     contents = Contents(
         # transformers 4 reads torch_dtype, 5 reads dtype.
-        config=model.config(source.config) | {"torch_dtype": str(written), "dtype": str(written)},
+        config=(config if paths else strip_config(config))
+        | {"torch_dtype": str(written), "dtype": str(written)},
         recipes={"params": _convert_params(source, written if dtype else None)},
-        lineage=[*source.lineage, entry.to_json()],
-        files={name: content for name, content in source.files.items() if name not in OWN},
+        lineage=lineage if paths else strip_paths(lineage),
+        files=select_carried(files if paths else strip_settings(files)),
     )
     beside = {
         "README.md": format_card(model, contents.lineage, evaluation).encode(),

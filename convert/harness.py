@@ -18,6 +18,19 @@ from growkit.evaluation.harness import Request, WindowedModel, join_scores, sile
 class HuggingFaceModel(WindowedModel, HFLM):
     """The harness's model of a directory; its bars are off, `expect` and `advance` are called."""
 
+    def tok_encode(self, string: str, *rest: Any, **options: Any) -> list[int]:
+        """Encode a text. Raises GrowkitError for a token that the model does not have."""
+        ids: list[int] = super().tok_encode(string, *rest, **options)
+        vocab = self.model.get_input_embeddings().num_embeddings
+        highest = max(ids, default=0)
+        if highest >= vocab:
+            raise GrowkitError(
+                f"the text has the token {self.tokenizer.convert_ids_to_tokens(highest)!r} with "
+                f"the id {highest}, and the vocabulary of the model ends at {vocab - 1}; leave "
+                f"that text out"
+            )
+        return ids
+
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 

@@ -76,6 +76,7 @@ def programs_apart(tmp_path_factory):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("GROWKIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

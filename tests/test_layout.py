@@ -35,7 +35,7 @@ MOST_STATEMENTS = 30
 FLOORS = {
     "growkit": [
         ["errors"],
-        ["quantity"],
+        ["quantity", "textfiles"],
         ["models"],
         ["growth", "checkpoint"],
         ["entries"],

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from growkit.cli.terminal import add_shard_option, write_with_progress
+from growkit.cli.terminal import (
+    add_care_options,
+    add_shard_option,
+    parse_care,
+    say,
+    write_with_progress,
+)
 
 
 @click.command()
@@ -22,8 +30,14 @@ from growkit.cli.terminal import add_shard_option, write_with_progress
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @add_shard_option
+@add_care_options
 def average(
-    src: tuple[str, ...], out: str, weights: str | None, force: bool, shard: str | None
+    src: tuple[str, ...],
+    out: str,
+    weights: str | None,
+    force: bool,
+    shard: str | None,
+    **options: Any,
 ) -> None:
     """Average the parameters of the models SRC, as a run's last checkpoints: RUN@8000 RUN@9000.
 
@@ -38,15 +52,18 @@ def average(
     sources = [open_source(each) for each in src]
     contents = average_checkpoints(sources, None if weights is None else _parse_weights(weights))
     last = sources[-1]
-    write_with_progress(sources, contents, parse_path(out), last.kind, force, shard)
+    care = parse_care(options)
+    write_with_progress(sources, contents, parse_path(out), last.kind, force, shard, care)
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
+        say(f"note: {note}")
     entry = Lineage.read(contents.lineage).last_as(Average)
     assert entry is not None, "an average says so in its lineage"
     shares = ", ".join(f"{share:.4g}" for share in entry.weights)
-    click.echo(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
+    say(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
     if "mu" in last.tensors:
-        click.echo(f"the optimizer's moments are those of {src[-1]}, unchanged")
+        say(f"the optimizer's moments are those of {src[-1]}, unchanged")
     else:
-        click.echo(f"{src[-1]} has no optimizer's moments, and neither has {out}")
+        say(f"{src[-1]} has no optimizer's moments, and neither has {out}")
 
 
 def _parse_weights(text: str) -> list[float]:

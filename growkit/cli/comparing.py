@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.description import KINDS, format_changes
-from growkit.cli.terminal import format_json, show_progress
+from growkit.cli.terminal import format_json, say, show_progress
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.entries import Entry
     from growkit.models.architecture import Architecture
     from growkit.surgery.comparison import Comparison
+
+
+# Entries of a lineage that are shown, the last ones.
+MOST_ENTRIES = 100
 
 
 @click.command()
@@ -25,7 +29,10 @@ def inspect(src: str, as_json: bool) -> None:
     from growkit.checkpoint.location import open_source
 
     source = open_source(src)
-    click.echo(json.dumps(_collect_facts(source)) if as_json else _format_facts(source))
+    if as_json:
+        click.echo(json.dumps(_collect_facts(source)))
+    else:
+        say(_format_facts(source))
 
 
 def _collect_facts(source: Source) -> dict[str, Any]:
@@ -64,7 +71,10 @@ def _format_facts(source: Source) -> str:
         f"fingerprint  {source.fingerprint[:16]}",
     ]
     lines += [f"note         {note}" for note in source.notes]
-    for number, entry in enumerate(Lineage.read(source.lineage), 1):
+    entries = list(enumerate(Lineage.read(source.lineage), 1))
+    if len(entries) > MOST_ENTRIES:
+        lines.append(f"lineage      {len(entries) - MOST_ENTRIES:,} earlier entries")
+    for number, entry in entries[-MOST_ENTRIES:]:
         lines.append(f"lineage {number:<4} {entry.operation}: {_format_entry(entry)}")
     return "\n".join(lines)
 
@@ -135,7 +145,7 @@ def diff(a: str, b: str, as_json: bool) -> int:
         compared = [asdict(tensor) for tensor in tensors]
         click.echo(format_json({"equal": equal} | facts | {"tensors": compared}))
     else:
-        click.echo(_format_diff(facts, tensors, equal, same_count))
+        say(_format_diff(facts, tensors, equal, same_count))
     return 0 if equal else 1
 
 
@@ -224,15 +234,29 @@ def verify(src: str, out: str) -> None:
     with show_progress("verifying", result.size) as progress:
         wrong = find_mismatch(source, result, plan, progress)
     if wrong:
-        hint = f"; {note}" if note else ""
+        reasons = [_find_reason(src, out, result), note]
+        hint = "".join(f"; {reason}" for reason in reasons if reason)
         raise GrowkitError(f"{out} is not what its plan makes of {src}: {wrong}{hint}")
     tensors = sum(len(slot) for slot in result.tensors.values())
-    click.echo(
+    say(
         f"verified: all {tensors:,} tensors of {out} ({result.size / 1e6:,.1f} MB) are what "
         f"{plan.verb} makes of {src}"
     )
     if note:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
+
+
+def _find_reason(src: str, out: str, result: Source) -> str:
+    """Which side changed since the growth, by the hashes on record; empty where there are none."""
+    if result.hashed is None:
+        return ""
+    changed = result.hashed.find_changed()
+    if changed:
+        return f"{out} was changed after it was written: {changed[0]!r} has another hash"
+    return (
+        f"{out} is byte for byte what was written, so {src} is not what it was grown from, or this "
+        "machine rounds otherwise"
+    )
 
 
 def _note_other_source(source: Source, result: Source) -> str:

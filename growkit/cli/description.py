@@ -122,7 +122,10 @@ def _describe_function(source: Source, plan: Plan) -> str:
 def _describe_optimizer(source: Source, plan: Plan) -> str:
     """What becomes of the moments and of Adam's count."""
     if "mu" not in source.tensors:
-        return "none in the source: training starts its moments at zero"
+        where = "none in the source"
+        if source.optimizer:
+            where = f"{source.optimizer} in the source, which growkit does not read yet"
+        return f"{where}: training starts its moments at zero"
     if plan.moments == "reset":
         return "mu, nu and count zero"
     mu = "zero"

@@ -13,6 +13,7 @@ from types import FrameType
 
 import click
 
+from growkit.cli.terminal import say
 from growkit.cli.verbs import growkit
 from growkit.errors import GrowkitError
 
@@ -60,7 +61,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _fail(words: str, code: int) -> int:
     """Print one line on standard error; returns the exit code."""
-    click.echo(f"growkit: {words}", err=True)
+    say(f"growkit: {words}", err=True)
     return code
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from growkit.cli.options import COUNT, PATH
+
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.evaluation.harness import Answer, Question
@@ -27,19 +29,23 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--limit",
-    type=int,
+    type=COUNT,
     metavar="N",
     help="Maximum items per task. Default: all, and 3000 documents for bpb.",
 )
 @click.option(
-    "--data", metavar="DIR", help="Read items from DIR/TASK*.jsonl and DIR/bpb/*, not the Hub."
+    "--data",
+    type=PATH,
+    metavar="DIR",
+    help="Read items from DIR/TASK*.jsonl and DIR/bpb/*, not the Hub.",
 )
 @click.option(
     "--output",
+    type=PATH,
     metavar="FILE.json",
     help="Keep the figures, and write FILE.md with the tables for a model card.",
 )
-@click.option("--batch", default=8, show_default=True, metavar="N", help="Batch size.")
+@click.option("--batch", type=COUNT, default=8, show_default=True, metavar="N", help="Batch size.")
 @click.option("--force", is_flag=True, help="Replace FILE.json and FILE.md if they exist.")
 def evaluate(
     src: tuple[str, ...],
@@ -54,7 +60,7 @@ def evaluate(
 
     A Hugging Face directory is run by lm-evaluation-harness' own model, a trainer checkpoint in
     JAX; both in float32. Bits per byte: one figure for each file or folder in DIR/bpb (.jsonl with
-    "text", .txt, source code; gzipped too).
+    "text", .txt, source code; compressed too).
     """
     from growkit.evaluation import report
     from growkit.evaluation.catalogue import parse_task_names
@@ -147,12 +153,14 @@ def open_model(text: str) -> Model:
         require_trained(source.model, source.path)
     else:
         require_harness("torch", "transformers", "accelerate")
-    tokenizer = load_model_tokenizer(source.files, source.path)
-    if tokenizer.vocab_size > source.model.vocab:
+    tokenizer = load_model_tokenizer(source.files, source.path, source.config)
+    # A tokenizer may have more tokens than the model, as one for padding. A text that has one is
+    # refused when it is encoded; every text follows the end of another.
+    if tokenizer.end_of_text_id >= source.model.vocab:
         raise GrowkitError(
-            f"the tokenizer of {source.path} gives ids up to {tokenizer.vocab_size - 1}, and the "
-            f"vocabulary of the model is {source.model.vocab}: it is not the one the model was "
-            "trained with"
+            f"{tokenizer.end_of_text!r} of {source.path} has the id {tokenizer.end_of_text_id}, "
+            f"and the vocabulary of the model is {source.model.vocab}: the tokenizer is not the "
+            "one that the model was trained with"
         )
     return Model(text, source, tokenizer)
 

@@ -14,9 +14,12 @@ from growkit.cli.description import describe, summarize
 from growkit.cli.target import read_target
 from growkit.cli.terminal import (
     Command,
+    add_care_options,
     add_shard_option,
     format_json,
+    parse_care,
     parse_shard_size,
+    say,
     write_with_progress,
 )
 from growkit.growth.depth import FORM
@@ -25,6 +28,7 @@ from growkit.growth.plan import MOMENTS, Plan
 from growkit.growth.width import METHODS as WIDTH_METHODS
 
 if TYPE_CHECKING:
+    from growkit.checkpoint.location import Care
     from growkit.checkpoint.tensor import Source
     from growkit.cli.checking import GrowthCheck
     from growkit.models.architecture import Architecture
@@ -72,6 +76,7 @@ SHARED: tuple[Callable[[Any], Any], ...] = (
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
     add_shard_option,
+    add_care_options,
     click.option(
         "--json",
         "as_json",
@@ -180,13 +185,17 @@ def grow_like(like: str, src: str, out: str, **options: Any) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """What to do with a plan. shard: bytes of a file, as text. tokens: of --check, or None."""
+    """What to do with a plan. shard: bytes of a file, as text. tokens: of --check, or None.
+
+    care: how careful writing is, None for as careful as can be.
+    """
 
     dry_run: bool = False
     force: bool = False
     as_json: bool = False
     shard: str | None = None
     tokens: int | None = None
+    care: Care | None = None
 
 
 def _plan_and_grow(
@@ -223,7 +232,8 @@ def _parse_output(options: dict[str, Any]) -> Output:
     tokens = None if check is None else _parse_whole("check", check)
     if tokens is not None and options["dry_run"]:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
-    return Output(tokens=tokens, **options)
+    care = parse_care(options)
+    return Output(tokens=tokens, care=care, **options)
 
 
 def _parse_number(option: str, text: str) -> float:
@@ -255,19 +265,21 @@ def grow(source: Source, plan: Plan, out: Path, output: Output) -> None:
 
     contents = prepare_growth(source, plan)
     if not output.as_json:
-        click.echo(describe(source, plan, contents.size, out))
+        say(describe(source, plan, contents.size, out))
     check = None
     if not output.dry_run:
-        write_with_progress([source], contents, out, source.kind, output.force, output.shard)
+        write_with_progress(
+            [source], contents, out, source.kind, output.force, output.shard, output.care
+        )
         check = _check(source, plan, out, output)
     if output.as_json:
         summary = summarize(source, plan, contents.size, out, output.dry_run)
         checked = {"check": check.to_json()} if check else {}
         click.echo(format_json(summary | checked))
     elif not output.dry_run:
-        click.echo(f"wrote {out}")
+        say(f"wrote {out}")
     if check and not output.as_json:
-        click.echo(check.describe())
+        say(check.describe())
     if check:
         check.require_promise(out)
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from growkit.cli.options import PATH
+
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
 
@@ -49,7 +51,12 @@ MARK = "quickstart.json"
 
 @click.command()
 @click.option(
-    "--out", default="quickstart", show_default=True, metavar="DIR", help="Where everything goes."
+    "--out",
+    type=PATH,
+    default="quickstart",
+    show_default=True,
+    metavar="DIR",
+    help="Where everything goes.",
 )
 def quickstart(out: str) -> int:
     """Run the whole pipeline on a tiny model; no data needed.

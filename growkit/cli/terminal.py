@@ -1,4 +1,6 @@
-"""What verbs show alike: progress bars, outputs written under one, growing counts, JSON."""
+"""What verbs show alike: progress bars, outputs written under one, growing counts, JSON, and text
+from a model's files without what would move a terminal's cursor.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ import click
 from growkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from growkit.checkpoint.location import Care
     from growkit.checkpoint.tensor import Contents, Source
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -24,6 +27,14 @@ Counter = Callable[[int, int, int], None]
 
 LINE_EVERY = 30.0  # seconds
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB|B)?")
+# Characters of one line, and lines of one text, that are shown of what a model's files say.
+LONGEST_LINE = 2000
+MOST_LINES = 10_000
+# Control characters (escape sequences move cursors and rename windows), marks that turn the
+# direction of writing, and halves of pairs, which no terminal can be given.
+UNSHOWN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -66,6 +77,43 @@ def add_shard_option(command: Command) -> Command:
     return option(command)
 
 
+CARE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--no-sync",
+        is_flag=True,
+        help="Do not wait until OUT is on the disk: faster, but a power cut may lose it.",
+    ),
+    click.option(
+        "--no-verify",
+        is_flag=True,
+        help="Do not compare the source's bytes with the hashes that were saved with them.",
+    ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Refuse NaN, infinities and negative second moments, which are told otherwise.",
+    ),
+)
+
+
+def add_care_options(command: Command) -> Command:
+    """The options of all verbs that write a model; see `growkit.checkpoint.location.Care`."""
+    for option in reversed(CARE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def parse_care(options: dict[str, Any]) -> Care:
+    """Take the values of `add_care_options` out of a command's options."""
+    from growkit.checkpoint.location import Care
+
+    return Care(
+        sync=not options.pop("no_sync"),
+        verify=not options.pop("no_verify"),
+        strict=options.pop("strict"),
+    )
+
+
 def parse_shard_size(text: str | None, kind: str) -> int:
     """'500MB' in bytes; the default for None.
 
@@ -94,13 +142,40 @@ def write_with_progress(
     kind: str,
     force: bool,
     shard: str | None = None,
+    care: Care | None = None,
 ) -> None:
-    """Write contents made of the sources to `out` under a progress bar; see `write_output`."""
+    """Write contents made of the sources to `out` under a progress bar; see `write_output`.
+
+    Numbers that no model should hold are told on standard error.
+    """
     from growkit.checkpoint.location import write_output
 
     size = parse_shard_size(shard, kind)
     with show_progress("writing", contents.size) as progress:
-        write_output(out, kind, contents, sources, force, progress, size)
+        findings = write_output(out, kind, contents, sources, force, progress, size, care)
+    if findings:
+        say(f"warning: {findings.describe()}; --strict refuses them", err=True)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a text that may hold words from a model's files."""
+    click.echo(clean(text), err=err)
+
+
+def clean(text: str) -> str:
+    """A text as a terminal may be given it: control characters spelled out, long lines cut."""
+    lines = text.split("\n")
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], f"... {len(lines) - MOST_LINES:,} lines more"]
+    return "\n".join(_clean_line(line) for line in lines)
+
+
+def _clean_line(line: str) -> str:
+    if len(line) > LONGEST_LINE:
+        half = LONGEST_LINE // 2
+        left_out = len(line) - 2 * half
+        line = f"{line[:half]}... {left_out:,} characters more ...{line[-half:]}"
+    return UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], line)
 
 
 @contextmanager

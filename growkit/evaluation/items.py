@@ -6,24 +6,34 @@ query, choices, gold, ...), by the same rules as in the harness's own tasks.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
 from growkit.errors import GrowkitError, UsageError
-from growkit.evaluation.catalogue import BPB, SEED
+from growkit.evaluation.catalogue import BPB, SEED, TASKS
+from growkit.textfiles import (
+    HEAD,
+    JSON_LINES,
+    describe_foreign,
+    get_ending,
+    holds_json_lines,
+    open_text,
+    parse_json,
+    strip_compression,
+)
 
 T = TypeVar("T")
 Row = dict[str, Any]
-# Files that bits per byte are taken of; each may be gzipped (.gz) as well.
-TEXTS = (".jsonl", ".txt", ".md", ".py", ".rst", ".tex")
+# Files that bits per byte are taken of; each may be compressed as well.
+PROSE = (".md", ".py", ".rst", ".tex")  # never JSON lines, whatever they begin with
+TEXTS = (".txt", *PROSE, *JSON_LINES)
 
 
 @dataclass
@@ -41,12 +51,30 @@ class Items:
 
 
 def find_task_file(directory: Path, task: str) -> Path | None:
-    """The one file TASK*.jsonl or TASK*.jsonl.gz, or None. Raises UsageError for several."""
-    found = sorted([*directory.glob(f"{task}*.jsonl"), *directory.glob(f"{task}*.jsonl.gz")])
+    """The one file TASK*.jsonl, compressed or not, or None. Raises UsageError for several."""
+    found = [path for path in sorted(directory.iterdir()) if _is_task_file(path, task)]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UsageError(f"{directory} has several files for {task}: {names}; keep one")
     return found[0] if found else None
+
+
+def _is_task_file(path: Path, task: str) -> bool:
+    named = path.name.lower().startswith(task) and get_ending(path.name) in JSON_LINES
+    return named and path.is_file()
+
+
+def list_passed_over(directory: Path) -> list[str]:
+    """The files of a directory of items that no task and no part is read from, as bpb/a.pdf."""
+    folder = directory / BPB
+    passed = [
+        path
+        for path in directory.iterdir()
+        if path.is_file() and not any(_is_task_file(path, task) for task in TASKS)
+    ]
+    if folder.is_dir():
+        passed += [path for path in folder.rglob("*") if path.is_file() and not is_text(path)]
+    return sorted(str(path.relative_to(directory)) for path in passed)
 
 
 def find_parts(directory: Path) -> dict[str, list[Path]]:
@@ -76,7 +104,7 @@ def _name_part(path: Path) -> str:
     """The name of a part: without a file's endings; the Pile's parts as they are published."""
     name = path.name
     if not path.is_dir():
-        name = name.removesuffix(".gz").rsplit(".", 1)[0]
+        name = name[: len(strip_compression(name))].rsplit(".", 1)[0]
     if name.lower().startswith("pile"):
         return name.lower().replace("-", "_")
     return name
@@ -86,7 +114,7 @@ def is_text(path: Path) -> bool:
     """Whether bits per byte are taken of this file."""
     if not path.is_file() or path.name.startswith("."):
         return False
-    return path.name.removesuffix(".gz").endswith(TEXTS)
+    return get_ending(path.name) in TEXTS
 
 
 def read_items(task: str, path: Path, limit: int | None) -> Items:
@@ -291,50 +319,54 @@ DOCUMENTS: dict[str, Callable[[Columns], Row]] = {
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number, object) of a jsonl file. Raises GrowkitError for a line that is no object."""
-    for number, line in _read_lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as problem:
-            raise GrowkitError(f"{path}, line {number}: not JSON ({problem})") from None
+    """(line number, object) of JSON lines. Raises GrowkitError for a line that is no object."""
+    with _open(path) as file:
+        yield from _read_lines(path, file)
+
+
+def _read_lines(path: Path, file: BufferedReader) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(file, 1):
+        where = f"{path}, line {number}"
+        text = _decode(line, where)
+        if not text.strip():
+            continue
+        row = parse_json(text, where)
         if not isinstance(row, dict):
-            raise GrowkitError(
-                f"{path}, line {number}: must be a JSON object, got {type(row).__name__}"
-            )
+            raise GrowkitError(f"{where}: must be a JSON object, got {type(row).__name__}")
         yield number, row
 
 
 def _read_documents(path: Path) -> Iterator[str]:
-    """The documents of a file: the "text" of each line of a jsonl file, else the whole file."""
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, row in read_rows(path):
+    """The documents of a file: the "text" of each of its JSON lines, else the whole file."""
+    ending = get_ending(path.name)
+    with _open(path) as file:
+        are_lines = ending not in PROSE and holds_json_lines(file.peek(HEAD))
+        if ending not in JSON_LINES and not are_lines:
+            yield _decode(file.read(), str(path))
+            return
+        for number, row in _read_lines(path, file):
+            # A null is an empty document, as it is where text is tokenized.
+            if row.get("text", row) is None:
+                row["text"] = ""
             yield Columns(row, f"{path}, line {number}").text("text", may_be_empty=True)
-    else:
-        yield _decode(path, b"".join(_read_bytes(path)), "")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of the lines that are not blank."""
-    for number, line in enumerate(_read_bytes(path), 1):
-        if line.strip():
-            yield number, _decode(path, line, f", line {number}")
-
-
-def _decode(path: Path, data: bytes, where: str) -> str:
+def _decode(data: bytes, where: str) -> str:
     """UTF-8 text, without a byte order mark. Raises GrowkitError."""
     mark = data.startswith(b"\xef\xbb\xbf")
     try:
         return data.decode("utf-8-sig" if mark else "utf-8")
     except UnicodeDecodeError as problem:
         raise GrowkitError(
-            f"{path}{where}: not UTF-8 text (byte {problem.start} is 0x{data[problem.start]:02x})"
+            f"{where}: not UTF-8 text (byte {problem.start} is 0x{data[problem.start]:02x})"
         ) from None
 
 
-def _read_bytes(path: Path) -> Iterator[bytes]:
-    """The lines of a file as bytes, unzipped if its name ends in .gz."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from file
-    except (gzip.BadGzipFile, zlib.error, EOFError) as problem:
-        raise GrowkitError(f"{path} is not a whole gzip file ({problem})") from None
+@contextmanager
+def _open(path: Path) -> Iterator[BufferedReader]:
+    """A file that is open for reading, decompressed. Raises GrowkitError for what is no text."""
+    with open(path, "rb") as raw, open_text(raw, str(path)) as file:
+        foreign = describe_foreign(file.peek(HEAD))
+        if foreign:
+            raise GrowkitError(f"{path} is {foreign}")
+        yield file

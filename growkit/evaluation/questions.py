@@ -23,6 +23,10 @@ def collect_questions(
         return _load_from_hub(names, limit, say)
     if not data.is_dir():
         raise UsageError(f"there is no such directory: {data}")
+    passed = items.list_passed_over(data)
+    if passed:
+        others = f" and {len(passed) - 5} others" if len(passed) > 5 else ""
+        say(f"note: no task is read from {', '.join(passed[:5])}{others} of {data}")
     found: list[harness.Question] = []
     for name in names or NAMES:
         read = _read_parts(data, limit) if name == BPB else _read_task(name, data, limit)
@@ -68,4 +72,4 @@ def _read_parts(data: Path, limit: int | None) -> list[items.Items]:
 
 def _expected_files(name: str) -> str:
     """The files that a task's items would be in, in words."""
-    return f"text in {BPB}/" if name == BPB else f"{name}*.jsonl or {name}*.jsonl.gz"
+    return f"text in {BPB}/" if name == BPB else f"{name}*.jsonl, compressed or not"

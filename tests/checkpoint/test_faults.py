@@ -30,7 +30,7 @@ if broken == "in place":
     import growkit.checkpoint.location
 
     @contextmanager
-    def in_place(out, force=False):
+    def in_place(out, force=False, sync=True):
         yield out
 
     growkit.checkpoint.location.commit_output = in_place

@@ -27,7 +27,8 @@ from conftest import (
 from growkit.checkpoint import orbax
 from growkit.checkpoint.huggingface import INDEX, read_header
 from growkit.checkpoint.location import open_source, write_output
-from growkit.checkpoint.output import commit_output
+from growkit.checkpoint.lock import describe_self
+from growkit.checkpoint.output import MARK, commit_output
 from growkit.checkpoint.tensor import Contents, copy_tensor
 from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
@@ -573,6 +574,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
 def test_a_kill_between_the_renames_loses_nothing(tmp_path):
     save_directory(tmp_path / ".out.partial" / "old")
     save_directory(tmp_path / ".out.partial" / "new", seed=1)
+    (tmp_path / ".out.partial" / MARK).write_text(describe_self())
     with pytest.raises(UsageError, match="the output exists"), commit_output(tmp_path / "out"):
         pass
     assert same_tensors(open_source(str(tmp_path / "out")), random_tensors(SMALL))

@@ -15,10 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import trainer.data.text as text_module
 import trainer.data.tokenizer as module
 from growkit.errors import GrowkitError, UsageError
+from trainer.data.checked import verify
 from trainer.data.text import has_text
 from trainer.data.tokenize import tokenize, tokenize_documents
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
-from trainer.data.tokens import TokenFile, verify
+from trainer.data.tokens import TokenFile
 
 TEXT = "The cat sat on the mat.\r\nThe dog, too; 日本 sat on 12 mats.\n" * 20
 

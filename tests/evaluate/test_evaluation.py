@@ -604,7 +604,7 @@ def test_what_a_data_directory_lacks(tmp_path, checkpoint, capsys):
     words = refused(capsys, 2, checkpoint, "--data", tmp_path, "--tasks", "piqa")
     assert (
         words
-        == f"growkit: {tmp_path} has no items of piqa: looked for piqa*.jsonl or piqa*.jsonl.gz"
+        == f"growkit: {tmp_path} has no items of piqa: looked for piqa*.jsonl, compressed or not"
     )
     assert "looked for text in bpb/" in refused(
         capsys, 2, checkpoint, "--data", tmp_path, "--tasks", "bpb"
@@ -663,7 +663,7 @@ def test_a_broken_item_is_named_by_its_line(task, change, words, tmp_path):
 @pytest.mark.parametrize(
     "content,words",
     [
-        (b"{", "line 1: not JSON"),
+        (b"{", "line 1 is not JSON"),
         (b"[1]", "must be a JSON object, got list"),
         (b'{"text": "\xff"}', "not UTF-8 text"),
         (b"\n\n", "holds no text"),

@@ -1,6 +1,6 @@
 """Optimizer states of optax grow by the rule of what they hold, or are refused by name.
 
-For every transformation that growkit knows, the state of a small model, grown, is the state that the
+For every transformation that growkit knows, the grown state of a small model is the state that the
 grown model would have. A state grown by a wrong rule is not.
 """
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from growkit.cli.options import PATH
 from trainer.plan.cost import MFU
 
 if TYPE_CHECKING:
@@ -44,7 +45,12 @@ MOST_FLOPS = 1e36  # of a budget
 )
 @click.option("--price", type=float, metavar="P", help="Price of a chip and hour, to add the cost.")
 @click.option(
-    "--study", "studies", multiple=True, metavar="DIR", help="A study of your own; may be repeated."
+    "--study",
+    "studies",
+    type=PATH,
+    multiple=True,
+    metavar="DIR",
+    help="A study of your own; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
 def advise(

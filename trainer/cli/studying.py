@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from growkit.cli.options import PATH
+
 if TYPE_CHECKING:
     from trainer.study.outcome import Outcome
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--out",
+    type=PATH,
     default="study",
     show_default=True,
     metavar="DIR",

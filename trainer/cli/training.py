@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli import INTERRUPTED, TERMINATED
+from growkit.cli.options import COUNT, PATH
 
 if TYPE_CHECKING:
     from trainer.log.report import Result
@@ -19,18 +20,35 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("text", nargs=-1, required=True)
-@click.option("--tokenizer", metavar="FILE", help="A tokenizer.json, such as GPT-NeoX-20B's.")
+@click.option(
+    "--tokenizer",
+    metavar="FILE",
+    help="A tokenizer.json such as GPT-NeoX-20B's, or a directory with one.",
+)
 @click.option(
     "--train-bpe",
-    type=int,
+    type=COUNT,
     metavar="VOCAB",
     help="Train a byte-level BPE of VOCAB tokens on the text itself.",
 )
 @click.option("--out", required=True, metavar="OUT", help="The directory of token files to write.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option(
+    "--end-of-text",
+    metavar="TOKEN",
+    help="The token that ends a document.  [default: the one that the tokenizer's files state]",
+)
+@click.option(
+    "--errors",
+    default="strict",
+    show_default=True,
+    metavar="POLICY",
+    help="What to do with documents that are no text: strict stops, replace puts U+FFFD in the "
+    "place of the bytes, skip leaves the document out. Both are counted.",
+)
+@click.option(
     "--processes",
-    type=int,
+    type=COUNT,
     metavar="N",
     help="Number of worker processes.  [default: one per core]",
 )
@@ -45,15 +63,17 @@ def tokenize(
     train_bpe: int | None,
     out: str,
     force: bool,
+    end_of_text: str | None,
+    errors: str,
     processes: int | None,
     shard: str | None,
 ) -> None:
     """Turn TEXT into token files OUT.
 
-    TEXT is files or directories of .txt, .jsonl and .parquet (the field "text") or of source
-    code. Each file may be compressed (.gz, .zst). OUT is the same for any number of processes.
-    --shard I/N takes every N-th file, or every N-th block of text where there are fewer files
-    than parts.
+    TEXT is files or directories of text, source code, JSON lines or Parquet (the field "text").
+    Each file may be compressed (.gz, .zst, .bz2, .xz). What is read and what is passed over of a
+    directory is printed by ending. OUT is the same for any number of processes. --shard I/N takes
+    every N-th file, or every N-th block of text where there are fewer files than parts.
 
     OUT has Megatron's indexed format (tokens.bin, tokens.idx) and a manifest; an end-of-text
     token ends each document.
@@ -67,7 +87,17 @@ def tokenize(
     number = count_cores() if processes is None else processes
     with show_counts("tokenizing") as progress:
         manifest = tokenize_files(
-            list(text), out, tokenizer, train_bpe, force, progress, number, part
+            list(text),
+            out,
+            tokenizer,
+            train_bpe,
+            force,
+            progress,
+            number,
+            part,
+            end_of_text,
+            errors,
+            _say,
         )
     if train_bpe and manifest["vocab_size"] < train_bpe:
         click.echo(
@@ -77,13 +107,24 @@ def tokenize(
     click.echo(f"wrote {out}: {_describe_tokens(manifest)}")
 
 
+def _say(words: str) -> None:
+    """Print a line that is no result."""
+    click.echo(words, err=True)
+
+
 def _describe_tokens(manifest: dict[str, Any]) -> str:
     """What a manifest counts, in words."""
-    empty = manifest.get("empty_documents")
-    left_out = f", {empty} empty ones left out" if empty else ""
+    kinds = {
+        "empty_documents": "empty ones left out",
+        "skipped_documents": "that are no text left out",
+        "replaced_characters": "characters replaced",
+    }
+    others = "".join(
+        f", {manifest[key]:,} {words}" for key, words in kinds.items() if manifest.get(key)
+    )
     each = manifest["bytes"] / manifest["tokens"]
     return (
-        f"{manifest['documents']:,} documents{left_out}, {manifest['tokens']:,} tokens of "
+        f"{manifest['documents']:,} documents{others}, {manifest['tokens']:,} tokens of "
         f"{each:.2f} bytes, vocabulary {manifest['vocab_size']:,}"
     )
 
@@ -97,7 +138,7 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
     metavar="SRC",
     help="Begin with this model, and with its optimizer state where it has one.",
 )
-@click.option("--out", required=True, metavar="RUN", help="The run directory.")
+@click.option("--out", type=PATH, required=True, metavar="RUN", help="The run directory.")
 @click.option(
     "--allow-gap", is_flag=True, help="Train on even if exact growth moved the validation loss."
 )
@@ -144,7 +185,9 @@ def exit_code(result: Result) -> int:
 @click.option(
     "--tokens", required=True, metavar="N", help="Number of tokens to train on: 5B, 500M, 1e9, ..."
 )
-@click.option("--out", required=True, metavar="RUN2", help="The directory of the new run.")
+@click.option(
+    "--out", type=PATH, required=True, metavar="RUN2", help="The directory of the new run."
+)
 def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: str) -> int:
     """Bring the learning rate of RUN down to LR over N more tokens, in a new run RUN2.
 
@@ -172,7 +215,12 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
 @click.argument("src")
 @click.option("--prompt", required=True, metavar="TEXT", help="The text to continue.")
 @click.option(
-    "--tokens", default=100, show_default=True, metavar="N", help="Maximum number of new tokens."
+    "--tokens",
+    type=COUNT,
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of new tokens.",
 )
 @click.option(
     "--temperature",

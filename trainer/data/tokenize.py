@@ -20,13 +20,15 @@ from etils import epath
 
 from growkit.checkpoint.output import check_output, commit_output
 from growkit.errors import UsageError
+from trainer.data.cleaning import Cleaner, Faults, check_policy
+from trainer.data.listing import is_pipe
 from trainer.data.processes import count_cores, map_in_order
 from trainer.data.text import (
     BLOCK_SIZE,
     Block,
     Documents,
+    Inputs,
     Shard,
-    count_utf8_bytes,
     group_documents,
     has_text,
     open_inputs,
@@ -36,6 +38,7 @@ from trainer.data.tokens import MANIFEST, TokenWriter
 
 PathName = str | os.PathLike[str]
 Progress = Callable[[int, int, int], None]  # (documents, tokens, bytes of text) so far
+Say = Callable[[str], None]
 
 
 def tokenize(
@@ -47,35 +50,62 @@ def tokenize(
     progress: Progress | None = None,
     processes: int = 1,
     shard: Shard | None = None,
+    end_of_text: str | None = None,
+    errors: str = "strict",
+    say: Say = lambda words: None,
 ) -> dict[str, Any]:
     """Tokenize text files, or one shard of them, into the directory `out`; returns its manifest.
 
-    texts: files or directories; a directory means the .txt, .md, .rst, .py, .jsonl and .parquet
-    files under it, sorted. A line of a .jsonl file is an object whose "text" is a document; a row
-    of a .parquet file is a document, in the column "text"; any other file is one document. Each may
-    be compressed (.gz, .zst).
+    texts: files or directories; `trainer.data.listing` says what is read of a directory. A line of
+    JSON lines is an object whose "text" is a document; a row of a .parquet file is a document, in
+    the column "text"; any other file is one document. Each may be compressed, whatever its name.
     tokenizer, train_bpe: give one of them, a tokenizer.json or a directory that holds one, or the
     vocabulary size of a byte-level BPE to train on the text.
     progress: called with the documents, tokens and bytes of text written so far.
     processes: does not change the output. One is the calling process, in which the tokenizer has
     threads of its own. More are spawned, so the calling script needs `if __name__ == "__main__"`.
+    end_of_text: the token that ends a document; None for the tokenizer's own.
+    errors: strict, replace or skip; see `trainer.data.cleaning`.
+    say: called with lines about what is read and what is passed over.
 
     Raises UsageError for arguments that cannot work and GrowkitError for broken files.
     """
     _check_arguments(tokenizer, train_bpe, shard)
+    check_policy(errors)
     check_output(_check_local(out), None, force)
-    inputs = open_inputs(texts)
-    if train_bpe is None:
-        loaded = load_tokenizer(tokenizer)
+    inputs = open_inputs(texts, errors)
+    say(inputs.listing.describe(inputs.select_files(shard)))
+    if tokenizer is not None:
+        loaded = load_tokenizer(tokenizer, end_of_text)
     else:
-        loaded = train_tokenizer(inputs.read_documents(), train_bpe)
-    encoded = _encode_blocks(inputs.read_blocks(shard), loaded, processes)
-    origin: dict[str, Any] = {"sources": [epath.Path(text).name for text in texts]}
+        _refuse_pipes(inputs)
+        loaded = train_tokenizer(inputs.read_documents(), train_bpe or 0, end_of_text)
+    encoded = _encode_blocks(inputs.read_blocks(shard), loaded, processes, errors)
+    origin = {"sources": [epath.Path(text).name for text in texts], "errors": errors}
     if shard is None:
         encoded = _refuse_empty_inputs(encoded, inputs.names)
     else:
         origin["shard"] = f"{shard.number}/{shard.count}"
-    return _write_directory(encoded, out, loaded, origin, force, progress)
+    manifest = _write_directory(encoded, out, loaded, origin, force, progress)
+    if inputs.disguised:
+        say(f"note: {_name_some(inputs.disguised)} held JSON lines and were read as such")
+    return manifest
+
+
+def _name_some(names: set[str], most: int = 3) -> str:
+    """Some names, and how many others there are."""
+    listed = ", ".join(sorted(names)[:most])
+    others = len(names) - most
+    return f"{listed} and {others:,} others" if others > 0 else listed
+
+
+def _refuse_pipes(inputs: Inputs) -> None:
+    """Refuse what can be read only once, where a tokenizer is trained on the text first."""
+    for _, path in inputs.files:
+        if is_pipe(path):
+            raise UsageError(
+                f"{path} is a pipe, and --train-bpe reads the text twice; write it to a file first"
+            )
 
 
 def _check_arguments(
@@ -120,9 +150,9 @@ class _Piece:
     """A part of a document that is too long to be encoded at once."""
 
     text: str
-    where: str  # the place of the document, in words
     complete: bool  # this is the last piece of the document
     source: int  # number of the input that it is from
+    faults: Faults = Faults()  # of the block that the document was
 
 
 @dataclass(frozen=True)
@@ -134,6 +164,7 @@ class _Encoded:
     lengths: list[int]  # tokens of each document
     bytes: int  # of the text
     empty: int = 0  # documents without text
+    faults: Faults = Faults()  # what was replaced or left out since the block before
     complete: bool = True  # False: the document goes on in the next piece
 
 
@@ -142,6 +173,7 @@ class _Encoder:
     """Encodes blocks and pieces, in whichever process it is made."""
 
     tokenizer: TextTokenizer
+    policy: str  # see `trainer.data.cleaning`
 
     def __call__(self, block: Block | _Piece) -> _Encoded:
         if isinstance(block, _Piece):
@@ -156,23 +188,26 @@ class _Encoder:
         (ids,) = self.tokenizer.encode([piece.text])
         if piece.complete:
             ids = np.concatenate([ids, self._end])
-        size = count_utf8_bytes(piece.text, piece.where)
-        return _Encoded(piece.source, ids, [len(ids)], size, complete=piece.complete)
+        size = len(piece.text.encode())
+        return _Encoded(
+            piece.source, ids, [len(ids)], size, faults=piece.faults, complete=piece.complete
+        )
 
     def _encode_block(self, block: Block) -> _Encoded:
         texts = []
         size = 0
         empty = 0
-        for text, where in block.read_documents():
+        cleaner = Cleaner(self.policy)
+        for text, _ in block.read_documents(cleaner):
             if has_text(text):
-                size += count_utf8_bytes(text, where)
+                size += len(text.encode())
                 texts.append(text)
             else:
                 empty += 1
         documents = [np.concatenate([*ids, self._end]) for ids in self._encode_texts(texts)]
         ids = np.concatenate([np.zeros(0, np.int32), *documents])
         lengths = [len(document) for document in documents]
-        return _Encoded(block.source, ids, lengths, size, empty)
+        return _Encoded(block.source, ids, lengths, size, empty, block.faults + cleaner.take())
 
     def _encode_texts(self, texts: list[str]) -> Iterator[list[np.ndarray]]:
         """The ids of each text, in pieces."""
@@ -187,7 +222,7 @@ class _Encoder:
 
 
 def _encode_blocks(
-    blocks: Iterable[Block], tokenizer: TextTokenizer, processes: int
+    blocks: Iterable[Block], tokenizer: TextTokenizer, processes: int, policy: str = "strict"
 ) -> Generator[_Encoded, None, None]:
     """The ids of blocks of text, in order, computed by so many processes."""
     if processes < 1:
@@ -196,7 +231,7 @@ def _encode_blocks(
             f"{count_cores()} cores"
         )
     tasks = _cut_long_documents(blocks, tokenizer)
-    return map_in_order(_Encoder, (tokenizer,), tasks, processes)
+    return map_in_order(_Encoder, (tokenizer, policy), tasks, processes)
 
 
 def _cut_long_documents(
@@ -208,12 +243,12 @@ def _cut_long_documents(
     """
     for block in blocks:
         if isinstance(block, Documents) and len(block.texts) == 1 and has_text(block.texts[0]):
-            ((document, where),) = block.read_documents()
-            count_utf8_bytes(document, where)
+            # Documents of files are clean; those of a caller are refused where they are not.
+            ((document, _),) = block.read_documents(Cleaner("strict"))
             *pieces, last = tokenizer.cut_pieces(document)
             for piece in pieces:
-                yield _Piece(piece, where, False, block.source)
-            yield _Piece(last, where, True, block.source)
+                yield _Piece(piece, False, block.source)
+            yield _Piece(last, True, block.source, block.faults)
         else:
             yield block
 
@@ -226,17 +261,19 @@ def _refuse_empty_inputs(
     found = False
     for each in encoded:
         if each.source != current:
-            _refuse_unless(found, names[current])
+            _refuse_unless(found, names[current : each.source])
             current = each.source
             found = False
         found = found or bool(each.lengths)
         yield each
-    _refuse_unless(found, names[current])
+    _refuse_unless(found, names[current:])
 
 
-def _refuse_unless(found: bool, name: str) -> None:
-    if not found:
-        raise UsageError(f"{name} holds no text; leave it out")
+def _refuse_unless(found: bool, names: Sequence[str]) -> None:
+    """Refuse the first input without text: all but the first have none, because none was read."""
+    empty = names[1:] if found else names
+    if empty:
+        raise UsageError(f"{empty[0]} holds no text; leave it out")
 
 
 def _write_directory(
@@ -250,7 +287,7 @@ def _write_directory(
     """Write the directory of tokens; returns its manifest, with `origin` in it."""
     path = _check_local(out)
     check_output(path, None, force)
-    counts = {"bytes": 0, "empty_documents": 0}
+    counts = {"bytes": 0, "empty_documents": 0, "skipped_documents": 0, "replaced_characters": 0}
     with commit_output(path, force) as directory, closing(encoded):
         directory.mkdir()
         with TokenWriter(directory, tokenizer.vocab_size) as writer:
@@ -284,6 +321,8 @@ def _join_pieces(
     for each in encoded:
         counts["bytes"] += each.bytes
         counts["empty_documents"] += each.empty
+        counts["skipped_documents"] += each.faults.skipped
+        counts["replaced_characters"] += each.faults.replaced
         pieces.append(each.ids)
         if not each.complete:
             continue
@@ -300,4 +339,4 @@ def _check_local(out: PathName) -> Path:
         raise UsageError(
             f"token files are memory-mapped, so write them to a local disk and not to {name}"
         )
-    return Path(os.path.abspath(name))
+    return Path(os.path.abspath(os.path.expanduser(name)))

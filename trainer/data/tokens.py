@@ -11,6 +11,7 @@ import array
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class TokenWriter:
         self._index_path = Path(directory) / f"{STEM}.idx"
         self._lengths = array.array("i")
         self._hash = hashlib.sha256()
+        self._index_hash = hashlib.sha256()
         self._bin = open(Path(directory) / f"{STEM}.bin", "wb")  # noqa: SIM115 (closed by close)
 
     def add(self, ids: np.ndarray) -> None:
@@ -93,12 +95,13 @@ class TokenWriter:
         return len(self._lengths)
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest says of the files: documents, tokens, dtype, sha256 of `tokens.bin`."""
+        """What the manifest says of the files, when they are closed: counts, dtype, sha256."""
         return {
             "documents": self.documents,
             "tokens": self.tokens,
             "dtype": self.dtype.name,
             "bin_sha256": self._hash.hexdigest(),
+            "idx_sha256": self._index_hash.hexdigest(),
         }
 
     def close(self) -> None:
@@ -109,11 +112,12 @@ class TokenWriter:
         pointers = np.cumsum(sizes, dtype="<i8") - sizes
         boundaries = np.arange(self.documents + 1, dtype="<i8")
         code = _CODES[self.dtype]
+        header = _HEADER.pack(MAGIC, VERSION, code, len(lengths), len(boundaries))
+        arrays = [lengths, pointers.astype("<i8"), boundaries]
         with open(self._index_path, "wb") as index:
-            index.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(boundaries)))
-            index.write(lengths.tobytes())
-            index.write(pointers.astype("<i8").tobytes())
-            index.write(boundaries.tobytes())
+            for part in (header, *(array.tobytes() for array in arrays)):
+                index.write(part)
+                self._index_hash.update(part)
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -155,9 +159,9 @@ class TokenFile:
     def open(cls, path: str | os.PathLike[str]) -> TokenFile:
         """Open a directory that `tokenize` made, or a Megatron pair by its prefix or either file.
 
-        Checks the whole index, but only sizes and counts of the `.bin` and the manifest; `verify`
-        reads the ids too. Raises UsageError when there is no such data, GrowkitError when the files
-        are broken.
+        Checks the whole index, but only sizes and counts of the `.bin` and the manifest;
+        `trainer.data.checked` reads the ids too. Raises UsageError when there is no such data,
+        GrowkitError when the files are broken.
         """
         prefix = _find_prefix(path)
         bin_path = Path(f"{prefix}.bin")
@@ -200,25 +204,6 @@ class TokenFile:
             digest = hashlib.file_digest(index, "sha256")
         digest.update(str(self.tokens.nbytes).encode())
         return digest.hexdigest()[:16]
-
-
-def verify(token_file: TokenFile) -> None:
-    """Read the whole `.bin` and compare its sha256 with the manifest's.
-
-    Raises GrowkitError when they differ, UsageError when there is no manifest to compare with.
-    """
-    if token_file.manifest is None:
-        raise UsageError(
-            f"only data with a {MANIFEST} can be verified, and {token_file.name} has none"
-        )
-    with open(token_file.bin_path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    expected = token_file.manifest["bin_sha256"]
-    if found != expected:
-        raise GrowkitError(
-            f"{token_file.bin_path} has changed since it was made: its sha256 is {found[:16]}..., "
-            f"and the manifest says {expected[:16]}...; tokenize the text again"
-        )
 
 
 def _find_prefix(path: str | os.PathLike[str]) -> Path:
@@ -349,7 +334,7 @@ def _read_manifest(path: Path, index: _Index, tokens: int) -> dict[str, Any]:
     """The manifest beside a pair, after checking that it describes that pair."""
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GrowkitError(f"{path} is not JSON: {error}") from error
     if not isinstance(manifest, dict):
         raise GrowkitError(f"{path} must hold a JSON object, not a {type(manifest).__name__}")
@@ -364,4 +349,34 @@ def _read_manifest(path: Path, index: _Index, tokens: int) -> dict[str, Any]:
             raise GrowkitError(
                 f"{path} says {key} = {manifest[key]!r}, and the files beside it {value!r}"
             )
+    _check_values(path, manifest)
     return manifest
+
+
+def _check_values(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse values of a manifest that cannot be: of another type, or out of range."""
+    vocab_size = manifest["vocab_size"]
+    end = manifest["end_of_text"]
+    rules = {
+        "vocab_size": (type(vocab_size) is int and vocab_size > 0, "a number of ids"),
+        "end_of_text": (
+            type(end) is int and type(vocab_size) is int and 0 <= end < vocab_size,
+            "an id below vocab_size",
+        ),
+        "shard": (_is_text(manifest.get("shard"), r"[1-9]\d{0,8}/[1-9]\d{0,8}"), "I/N"),
+    }
+    for key in ("bin_sha256", "idx_sha256", "tokenizer_sha256"):
+        may_lack = key != "bin_sha256" or manifest[key] is not None
+        holds = may_lack and _is_text(manifest.get(key), "[0-9a-f]{64}")
+        rules[key] = (holds, "64 hexadecimal digits")
+    for key, (holds, wanted) in rules.items():
+        if not holds:
+            raise GrowkitError(
+                f"{path} says {key} = {manifest[key]!r}, which must be {wanted}; tokenize the text "
+                f"again, or remove the manifest"
+            )
+
+
+def _is_text(value: Any, pattern: str) -> bool:
+    """Whether a value is left out, or text of this pattern."""
+    return value is None or (isinstance(value, str) and re.fullmatch(pattern, value) is not None)

@@ -20,6 +20,8 @@ from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.models import require_trained
 from trainer.config.sections import LARGEST_SEED, Precision
+from trainer.data.panics import explain_panics
+from trainer.data.tokenizer import parse_tokenizer
 from trainer.model.decoder import GPTNeoX
 
 # Windows are multiples of this many tokens, so that few lengths are compiled.
@@ -96,11 +98,12 @@ def continue_prompt(source: Source, prompt: str, tokens: int, temperature: float
     if tokens < 1:
         raise UsageError(f"--tokens must be at least 1, got {tokens}")
     tokenizer = _read_tokenizer(source)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    with explain_panics("encoding the prompt"):
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if ids and max(ids) >= source.model.vocab:
         raise UsageError(
-            f"the tokenizer gives the id {max(ids)}, and the model's vocabulary is "
-            f"{source.model.vocab}"
+            f"the prompt has the token {tokenizer.id_to_token(max(ids))!r} with the id "
+            f"{max(ids)}, and the model's vocabulary ends at {source.model.vocab - 1}"
         )
     stated = source.config.get("eos_token_id")
     end = stated if isinstance(stated, int) else None
@@ -116,9 +119,5 @@ def _read_tokenizer(source: Source) -> Tokenizer:
             f"{source.path} carries no tokenizer.json, so text cannot be made into tokens; put one "
             f"beside it"
         )
-    try:
-        return Tokenizer.from_str(source.files["tokenizer.json"].decode())
-    except Exception as problem:  # tokenizers raises nothing more specific
-        raise GrowkitError(
-            f"the tokenizer.json of {source.path} cannot be read: {problem}"
-        ) from None
+    name = f"the tokenizer.json of {source.path}"
+    return parse_tokenizer(source.files["tokenizer.json"], name)

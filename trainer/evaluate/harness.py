@@ -31,10 +31,11 @@ class JaxModel(WindowedModel, TemplateLM):
     methods are the harness's.
     """
 
-    def __init__(self, likelihood: Likelihood, tokenizer: TextTokenizer):
+    def __init__(self, likelihood: Likelihood, tokenizer: TextTokenizer, vocab: int):
         super().__init__()
         self.likelihood = likelihood
         self.tokenizer = tokenizer
+        self.vocab = vocab  # ids that the model has; the tokenizer may have more
         self.max_length = likelihood.window
 
     @property
@@ -45,9 +46,12 @@ class JaxModel(WindowedModel, TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
-        """Encode a text, with the tokenizer's special tokens unless told otherwise."""
+        """Encode a text, with the tokenizer's special tokens unless told otherwise.
+
+        Raises GrowkitError for a token that the model does not have.
+        """
         special = add_special_tokens is not False
-        return self.tokenizer.tokenizer.encode(string, add_special_tokens=special).ids
+        return self.tokenizer.encode_for_model(string, special, self.vocab, "the model")
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True
@@ -94,4 +98,4 @@ def load_jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch:
     network = GPTNeoX(model, Precision("float32", "float32"), layout=layout)
     shardings = model.table.tree(layout.parameter_sharding)
     params = jax.device_put(source.stack(dtype="float32"), shardings)
-    return JaxModel(Likelihood(network, params, window, batch), tokenizer)
+    return JaxModel(Likelihood(network, params, window, batch), tokenizer, model.vocab)

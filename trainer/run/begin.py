@@ -30,7 +30,14 @@ from growkit.models import require_trained
 from growkit.models.architecture import Architecture
 from growkit.surgery.grow import open_grown
 from trainer.config.rules import check_rules
-from trainer.config.sections import Config, Model, build_architecture, build_section, resolve
+from trainer.config.sections import (
+    Config,
+    Model,
+    build_architecture,
+    build_section,
+    resolve,
+    settle_length,
+)
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.devices.sharding import Layout, make_layout
 from trainer.log.history import EARLIER
@@ -125,7 +132,8 @@ def prepare(
     moved the validation loss. branch: what the lineage says of a run that began as a branch of
     another. Raises UsageError or GrowkitError; nothing is written.
     """
-    config, source, growth = _choose_model(resolve(values), values, out, start)
+    config = resolve(values, takes_model=bool(start))
+    config, source, growth = _choose_model(config, values, out, start)
     check_precision(config)
     first = Stage.of(config, build_architecture(config.model))
     later_growth = plan_growth(config.grow, first.model) if config.grow.at else None
@@ -208,7 +216,7 @@ def take_model(config: Config, values: Mapping[str, Any], model: Model, origin: 
     if "context" in stated:
         model = replace(model, context=config.model.context)
     check_rules(model, "model.")
-    return replace(config, model=model)
+    return settle_length(replace(config, model=model))
 
 
 def begin(setup: Setup) -> Beginning:

@@ -61,7 +61,8 @@ class TaskQuestions:
         network = GPTNeoX(model, config.precision, layout=layout)
         batch = min(BATCH, config.batch.sequences // config.batch.accumulation)
         likelihood = Likelihood(network, None, config.model.context, batch)
-        return Tasks(self.questions, JaxModel(likelihood, load_model_tokenizer(files, run)))
+        tokenizer = load_model_tokenizer(files, run)
+        return Tasks(self.questions, JaxModel(likelihood, tokenizer, model.vocab))
 
 
 class Interrupted(Exception):

@@ -139,7 +139,7 @@ class Design:
             values = merge_values(values, part.values)
             values["model"] = asdict(build_section(part.model))
         steps = self.count_steps(task)
-        return merge_values(values, {"seed": task.seed, "schedule": {"steps": steps}})
+        return merge_values(values, {"seed": task.seed, "schedule": {"steps": steps, "tokens": 0}})
 
     def find_warmup(self, arm: str) -> int:
         """Steps of the learning rate's warm-up after an arm's growth."""

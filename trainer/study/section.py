@@ -35,7 +35,7 @@ ARM_KEYS = ("from", "learning_rates", "against", *CHANGEABLE)
 # Sizes in which a source may be smaller than the model that scratch trains.
 SOURCE_SIZES = ("layer", "embed", "head", "mlp")
 # Keys of a schedule that follow from budgets and shares.
-FIXED_SCHEDULE = ("steps", "continued")
+FIXED_SCHEDULE = ("steps", "tokens", "continued")
 
 Values = dict[str, Any]
 
