@@ -1,8 +1,8 @@
 """What a model is: its parameters, the axes along which they lie, and its config.json.
 
-Read `notation` (the language of tables) first, then one model (`llama`, `gpt_neox`), then `family`
-and `architecture`, which turn a config.json into sizes and options and back. This file lists the
-families.
+Read `notation` (the language of tables) first, then one model (`llama`, `gpt_neox`), then `table`
+(all rows of a model), `family` and `architecture`, which turn a config.json into sizes and options
+and back. This file lists the families.
 """
 
 from __future__ import annotations

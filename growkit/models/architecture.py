@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.fields import RATIO, Frozen
-from growkit.models.notation import Row, Table
+from growkit.models.notation import Row
 from growkit.models.rotary import read_rotary, write_rotary
+from growkit.models.table import Table
 
 if TYPE_CHECKING:
     from growkit.models.family import Family

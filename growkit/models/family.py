@@ -10,9 +10,10 @@ from typing import Any
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.fields import RATIO, Fields, Frozen
-from growkit.models.notation import Row, Table, parse_table
+from growkit.models.notation import Row, parse_table
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
+from growkit.models.table import Table
 
 # Buffers of transformers' decoders, by how their names end; no parameter is called so.
 BUFFERS = (

@@ -26,7 +26,8 @@ from growkit.growth.rule import MU, NU, VALUE, grow_array
 from growkit.models import gpt_neox as neox
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
-from growkit.models.notation import Table, parse_table
+from growkit.models.notation import parse_table
+from growkit.models.table import Table
 from growkit.surgery import grow as surgery
 from trainer.config.sections import Precision
 from trainer.model.decoder import GPTNeoX

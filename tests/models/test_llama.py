@@ -456,10 +456,11 @@ def test_parameters_that_contradict_the_configuration(tmp_path):
     path = save(tmp_path / "hf")
     tensors = random_tensors(SMALL)
     for name, said in {
-        "model.layers.1.self_attn.k_proj.weight": "num_key_value_heads = 2, head_dim = 4, hidden_size = 24",
-        "model.layers.1.self_attn.q_proj.weight": "num_attention_heads / num_key_value_heads = 3, head_dim = 4",
-        "model.layers.0.mlp.down_proj.weight": "hidden_size = 24, intermediate_size = 20",
+        "1.self_attn.k_proj": "num_key_value_heads = 2, head_dim = 4, hidden_size = 24",
+        "1.self_attn.q_proj": "num_attention_heads / num_key_value_heads = 3, head_dim = 4",
+        "0.mlp.down_proj": "hidden_size = 24, intermediate_size = 20",
     }.items():
+        name = f"model.layers.{name}.weight"
         save_tensors(path / "model.safetensors", tensors | {name: tensors[name][:-1]})
         with pytest.raises(GrowkitError) as refusal:
             open_source(str(path))

@@ -14,7 +14,8 @@ import pytest
 from growkit.errors import GrowkitError
 from growkit.models import FAMILIES
 from growkit.models.family import holds_for
-from growkit.models.notation import Axis, Table, parse_table
+from growkit.models.notation import Axis, parse_table
+from growkit.models.table import Table
 
 SIZES = {"embed": 6, "mlp": 5, "head": 2, "kv": 1, "head_dim": 4, "qkv": 3, "layer": 3, "expert": 2}
 FUSED = "m.qkv.weight  (head head_dim | kv head_dim | kv head_dim) /embed  normal  qkv"
