@@ -13,7 +13,16 @@ import torch
 from growkit.derive import stream
 from growkit.derive.network import State, build, file_state, make_config, wide
 from growkit.derive.rows import ATTENTION, Draft, Names, cut, draft_rows, find_names
-from growkit.derive.sizes import HIDDEN, LAYERS, Probe, Size, find_sizes, make_probe, shapes_of, size_of
+from growkit.derive.sizes import (
+    HIDDEN,
+    LAYERS,
+    Probe,
+    Size,
+    find_sizes,
+    make_probe,
+    shapes_of,
+    size_of,
+)
 from growkit.derive.tiny import BY_LAYER
 
 Choice = dict[tuple[str, int], int]
