@@ -155,15 +155,27 @@ def test_cover_accepts_the_model_itself():
     [
         (
             lambda found: found | {"gpt_neox.layers.0.attention.densee.weight": (32, 32)},
-            ["layers.0.attention.densee.weight'", "nearest row is gpt_neox.layers.{layer}.attention.dense.weight"],
+            [
+                "layers.0.attention.densee.weight'",
+                "nearest row is gpt_neox.layers.{layer}.attention.dense.weight",
+            ],
         ),
-        (lambda found: found | {"zzz": (1,)}, ["no row of the axis table covers the parameter 'zzz'"]),
+        (
+            lambda found: found | {"zzz": (1,)},
+            ["no row of the axis table covers the parameter 'zzz'"],
+        ),
         (
             lambda found: found | {"gpt_neox.layers.3.mlp.dense_4h_to_h.bias": (32,)},
-            ["'gpt_neox.layers.3.mlp.dense_4h_to_h.bias'", "num_hidden_layers = 3", "last layer is 2"],
+            [
+                "'gpt_neox.layers.3.mlp.dense_4h_to_h.bias'",
+                "num_hidden_layers = 3",
+                "last layer is 2",
+            ],
         ),
         (
-            lambda found: {name: shape for name, shape in found.items() if name != "gpt_neox.embed_in.weight"},
+            lambda found: {
+                name: shape for name, shape in found.items() if name != "gpt_neox.embed_in.weight"
+            },
             ["'gpt_neox.embed_in.weight' is missing"],
         ),
         (
@@ -172,10 +184,15 @@ def test_cover_accepts_the_model_itself():
         ),
         (
             lambda found: found | {"gpt_neox.layers.1.mlp.dense_h_to_4h.weight": (65, 32)},
-            ["'gpt_neox.layers.1.mlp.dense_h_to_4h.weight'", "[65, 32]", "[64, 32]", "intermediate_size = 64"],
+            [
+                "'gpt_neox.layers.1.mlp.dense_h_to_4h.weight'",
+                "[65, 32]",
+                "[64, 32]",
+                "intermediate_size = 64",
+            ],
         ),
     ],
-)  # fmt: skip
+)
 def test_cover_names_what_does_not_fit(change, said):
     with pytest.raises(GrowkitError) as refusal:
         SMALL.table.check_covered(change(shapes()), SMALL.sizes, SMALL.fields)

@@ -105,7 +105,7 @@ def save_model(path: Path, model: Architecture, **fields) -> Path:
 
 
 def load_network(path: Path):
-    """transformers' model of a directory, its norms in the dtype of their input (they are float32)."""
+    """transformers' model of a directory; its norms, float32 there, in the dtype of their input."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
@@ -213,7 +213,10 @@ def break_row(monkeypatch, right: str, wrong: str, kind: str) -> None:
 
 
 WRONG_ROWS = {
-    "o_proj does not write the stream": ("{/layer}.self_attn.o_proj.weight ", "{layer}.self_attn.o_proj.weight  "),
+    "o_proj does not write the stream": (
+        "{/layer}.self_attn.o_proj.weight ",
+        "{layer}.self_attn.o_proj.weight  ",
+    ),
     "down_proj does not read mlp": ("embed /mlp", "embed mlp "),
     "heads before groups": ("(kv group head_dim) /embed", "(group kv head_dim) /embed"),
     "queries do not read embed": ("(kv group head_dim) /embed ", "(kv group head_dim) embed  "),
