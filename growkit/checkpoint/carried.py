@@ -7,7 +7,6 @@ link must stay in the directory, or lead from a snapshot of the Hub's cache to t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint.files import KINDS as FILE_KINDS
-from growkit.checkpoint.files import read_regular
+from growkit.checkpoint.files import change_json, read_regular
 from growkit.errors import GrowkitError
 
 # Names of files that are carried, in lower case.
@@ -187,14 +186,13 @@ def drop_code(name: str, content: bytes) -> bytes:
     """A configuration file without the keys that name Python to be run; others as they are."""
     if not name.endswith(".json") or not any(key.encode() in content for key in CODE_KEYS):
         return content
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return content
-    if not isinstance(value, dict) or not any(key in value for key in CODE_KEYS):
-        return content
-    kept = {key: part for key, part in value.items() if key not in CODE_KEYS}
-    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    return change_json(content, _leave_out_code)
+
+
+def _leave_out_code(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: part for key, part in value.items() if key not in CODE_KEYS}
 
 
 def drop_code_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

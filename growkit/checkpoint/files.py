@@ -9,7 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,21 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory",
 }
+
+
+def change_json(content: bytes, change: Callable[[Any], Any]) -> bytes:
+    """The bytes of a JSON file whose value is changed.
+
+    Byte for byte as they were where they are no JSON, or where nothing changes.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    changed = change(value)
+    if changed == value:
+        return content
+    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,17 @@ class Filled:
 
     hashes: dict[tuple[str, str], str] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
+
+
+@contextmanager
+def collect_jobs() -> Iterator[list[Job]]:
+    """An empty list for jobs, whose files are closed at the end."""
+    jobs: list[Job] = []
+    try:
+        yield jobs
+    finally:
+        for file in {job.file for job in jobs}:
+            os.close(file)
 
 
 def create_file(path: Path, size: int) -> int:

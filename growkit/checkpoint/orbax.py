@@ -28,7 +28,7 @@ import numpy as np
 
 from growkit.checkpoint.carried import drop_code_keys, require_inside, select_carried
 from growkit.checkpoint.files import read_json
-from growkit.checkpoint.fill import Job, Progress, create_file, fill
+from growkit.checkpoint.fill import Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_hashes
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.raw import Stamp, read_stamp
@@ -355,8 +355,7 @@ def _write_arrays(
     Returns the hashes by array, and what was found in the numbers.
     """
     state.mkdir()
-    jobs: list[Job] = []
-    try:
+    with collect_jobs() as jobs:
         for keys, leaf in arrays.items():
             directory = state / ".".join(keys)
             directory.mkdir()
@@ -365,9 +364,6 @@ def _write_arrays(
             slot = keys[0] if keys[0] in SLOTS else ""
             jobs.append(Job(slot, ".".join(keys), leaf.recipes, file, 0))
         filled = fill(jobs, progress)
-    finally:
-        for file in {job.file for job in jobs}:
-            os.close(file)
     (state / "_METADATA").write_text(json.dumps(_tree_metadata(arrays)))
     return {name: value for (_, name), value in filled.hashes.items()}, filled.findings
 

@@ -1,5 +1,4 @@
-"""Both kinds of model answer alike, items are asked as the harness does, figures repeat.
-"""
+"""Both kinds of model answer alike, items are asked as the harness does, figures repeat."""
 
 from __future__ import annotations
 
@@ -173,8 +172,7 @@ def asked(names=None, data=None, limit=None):
 
 
 def responses(model, question) -> list:
-    """What a model answers to each request of a question: log likelihoods, and hits if any.
-    """
+    """What a model answers to each request of a question: log likelihoods, and hits if any."""
     harness.ask(model, question)
     return [
         np.atleast_1d(np.asarray(request.resps[0], float)) for request in question.task.instances
@@ -192,8 +190,7 @@ def alike(ours: list, theirs: list, tolerance: float = 1e-4) -> bool:
 
 
 def test_jax_answers_as_transformers_does(data, in_jax, in_torch):
-    """Every request of every task, longer ones than the window too; both count the same cuts.
-    """
+    """Every request of every task, longer ones than the window too; both count the same cuts."""
     found, _ = asked(data=data)
     assert [question.name for question in found] == [*TASKS, "bpb/mixed", "bpb/notes"]
     for question in found:
@@ -245,8 +242,7 @@ def test_no_torch_is_loaded_for_a_checkpoint(checkpoint, data):
 
 
 def logits_after(checkpoint, texts: list[list[int]]) -> np.ndarray:
-    """The logits [texts, WINDOW, vocab] of texts of at most a window, padded with zeros.
-    """
+    """The logits [texts, WINDOW, vocab] of texts of at most a window, padded with zeros."""
     tokens = np.array([text + [0] * (WINDOW - len(text)) for text in texts])
     return compute_logits(open_source(str(checkpoint)), tokens).astype(np.float64)
 
@@ -384,8 +380,7 @@ def test_bits_per_byte_are_of_at_most_3000_documents(tmp_path):
 
 
 def test_bits_per_byte_of_an_untrained_model(tmp_path, tokenizer):
-    """With near-zero parameters each token costs log2(vocabulary) bits, padding rows included.
-    """
+    """With near-zero parameters each token costs log2(vocabulary) bits, padding rows included."""
     source = open_source(str(save_model(tmp_path / "ck", tokenizer, scale=1e-4)))
     (tmp_path / "bpb").mkdir()
     text = " ".join(WORDS) * 20

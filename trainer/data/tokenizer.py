@@ -20,6 +20,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from growkit.errors import GrowkitError, UsageError
+from growkit.models.vocabulary import check_ids
 from trainer.data.panics import explain_panics
 from trainer.data.special import (
     CONFIG,
@@ -84,21 +85,6 @@ class TextTokenizer:
         """Whether two texts encode to the same ids apart as together."""
         whole, *parts = self.encode([left + right, left, right])
         return np.array_equal(whole, np.concatenate(parts))
-
-
-def check_ids(
-    ids: Sequence[int], vocab: int, model: object, name: Callable[[int], str | None]
-) -> None:
-    """Raise GrowkitError where a text has a token that a model's vocabulary does not have.
-
-    name: the function from an id to its token.
-    """
-    highest = max(ids, default=0)
-    if highest >= vocab:
-        raise GrowkitError(
-            f"the text has the token {name(highest)!r} with the id {highest}, and the vocabulary "
-            f"of {model} ends at {vocab - 1}; leave that text out"
-        )
 
 
 def load_tokenizer(path: str | os.PathLike[str], end_of_text: str | None = None) -> TextTokenizer:
