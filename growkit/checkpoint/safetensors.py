@@ -78,7 +78,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         raise GrowkitError(f"{garbled}: it holds {problem.args[0]!r} twice") from None
     except (ValueError, RecursionError):
         raise GrowkitError(f"{garbled}: {len(text)} bytes that are not JSON") from None
-    if not isinstance(header, dict) or not text.startswith(b"{"):
+    if not isinstance(header, dict):
         raise GrowkitError(f"{garbled}: it is not a JSON object")
     metadata = header.pop("__metadata__", {})
     texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
