@@ -235,7 +235,13 @@ def _chunk(shape: tuple[int, ...]) -> str:
 
 
 def _parse_dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
+    if name == "bfloat16":
+        return np.dtype(ml_dtypes.bfloat16)
+    dtype: np.dtype = np.dtype(name)
+    if dtype.kind not in "fiu":
+        raise ValueError(name)
+    return dtype
 
 
 def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from growkit.checkpoint.carried import LFS_POINTER
-from growkit.checkpoint.files import open_regular
+from growkit.checkpoint.files import LFS_POINTER, open_regular
 from growkit.checkpoint.raw import Stamp, stamp_of
 from growkit.checkpoint.tensor import Tensor, open_raw
 from growkit.errors import GrowkitError

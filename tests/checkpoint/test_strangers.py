@@ -307,3 +307,37 @@ def test_words_from_a_models_files_are_shown_harmless(place, capsys):
 
 def test_plain_text_is_shown_as_it_is():
     assert clean("a\tb\nü → 日本 😀") == "a\tb\nü → 日本 😀"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_pointers_in_the_place_of_json(place, capsys, name):
+    if name != "config.json":
+        (place / "model" / "model.safetensors").rename(place / "model" / "a.safetensors")
+    (place / "model" / name).write_text(POINTER)
+    refused(capsys, depth(), f"{name} is a Git LFS pointer")
+
+
+@pytest.mark.parametrize("dtype", ["|O", "|S4", "<M8[s]"])
+def test_arrays_of_no_numbers(place, capsys, dtype):
+    header = save_checkpoint(place / "ck") / "state" / "mu.embed_in.weight" / ".zarray"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"dtype": dtype}))
+    refused(capsys, depth("ck"), "not one of growkit's trainer")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pads": {"embed": 10**12}},
+        {"maps": {"layer": {"index": [0] * 10**6, "share": [1.0] * 10**6}}},
+        {"maps": {"layer": {"index": [10**30] * 4, "share": [1.0] * 4}}},
+        {"maps": {"layer": {"index": [7] * 4, "share": [1.0] * 4}}},
+    ],
+)
+def test_a_plan_in_a_lineage_is_no_loop(place, capsys, change):
+    assert run(depth()) == 0
+    path = place / "out" / "lineage.json"
+    lineage = json.loads(path.read_text())
+    lineage[-1] |= change
+    path.write_text(json.dumps(lineage))
+    capsys.readouterr()
+    refused(capsys, ["verify", "model", "out"], "out", "plan")
