@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint.files import KINDS as FILE_KINDS
-from growkit.checkpoint.files import change_json, read_regular
+from growkit.checkpoint.files import LFS_POINTER, change_json, read_regular
 from growkit.errors import GrowkitError
 
 # Names of files that are carried, in lower case.
@@ -43,7 +43,6 @@ LIMIT = 100_000_000
 # How weights, archives and pickles begin, whatever they are called.
 BINARIES = (b"PK\x03\x04", b"\x1f\x8b", b"\x7fELF", b"\x89HDF", b"GGUF", b"\x93NUMPY")
 PICKLE = re.compile(rb"\x80[\x02-\x05]")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Names of what is an optimizer's, a schedule's or a random state's, of several trainers.
 OPTIMIZER = re.compile(
     r"optimizer.*|.*optim_states\.pt|global_step\d+|pytorch_model_fsdp_\d+|distributed_checkpoint"
