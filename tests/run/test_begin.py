@@ -50,6 +50,16 @@ def test_a_model_section_that_is_not_the_sources(section, fragment):
     assert fragment in str(caught.value)
 
 
+def test_a_length_in_tokens_is_of_the_sources_context():
+    """The context is known with the source: at the default of 1024, 10k tokens are 2 steps."""
+    stated = {"schedule": {"tokens": "10k", "warmup": 9}, "batch": {"sequences": 4}}
+    config = take_model(resolve(stated, takes_model=True), stated, build_section(TINY), "here")
+    assert config.schedule.steps == 10_000 // (4 * TINY.context)
+    short = {"schedule": {"tokens": 60}, "batch": {"sequences": 4}}
+    with pytest.raises(UsageError, match=f"less than one step, .* of {TINY.context} tokens"):
+        take_model(resolve(short, takes_model=True), short, build_section(TINY), "here")
+
+
 def test_nothing_is_written_before_a_run_begins(data, tmp_path):
     setup = prepare(values(data, grow={"map": "2:3", "at": 6}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -123,8 +123,11 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
         f", {manifest[key]:,} {words}" for key, words in kinds.items() if manifest.get(key)
     )
     each = manifest["bytes"] / manifest["tokens"]
+    documents = (
+        "1 document" if manifest["documents"] == 1 else f"{manifest['documents']:,} documents"
+    )
     return (
-        f"{manifest['documents']:,} documents{others}, {manifest['tokens']:,} tokens of "
+        f"{documents}{others}, {manifest['tokens']:,} tokens of "
         f"{each:.2f} bytes, vocabulary {manifest['vocab_size']:,}"
     )
 
