@@ -180,10 +180,11 @@ def train(
     from trainer.config.values import read_values
     from trainer.devices.hosts import join_cluster
     from trainer.run import stages
+    from trainer.run.begin import Trust
 
     join_cluster()
     values = read_values(config, list(overrides))
-    trust = stages.Trust(verify=not no_verify, from_last_whole=from_last_whole)
+    trust = Trust(verify=not no_verify, from_last_whole=from_last_whole)
     return _report_end(out, stages.train(values, out, start, allow_gap, trust=trust))
 
 
@@ -236,6 +237,7 @@ def anneal(
     from trainer.devices.hosts import is_writer, join_cluster
     from trainer.run import stages
     from trainer.run.anneal import plan_annealing, read_annealing
+    from trainer.run.begin import Trust
 
     count = parse_count(tokens, "--tokens")
     join_cluster()
@@ -245,7 +247,7 @@ def anneal(
     if is_writer():
         rates = f"learning rate {branch.rate:g} to {to:g}"
         click.echo(f"{out}: {rates}, linearly over {steps:,} steps", err=True)
-    trust = stages.Trust(verify=not no_verify, from_last_whole=from_last_whole)
+    trust = Trust(verify=not no_verify, from_last_whole=from_last_whole)
     return _report_end(out, stages.train(values, out, src, branch=branch, trust=trust))
 
 
