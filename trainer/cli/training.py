@@ -138,6 +138,7 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
 @click.option(
     "--from",
     "start",
+    type=PATH,
     metavar="SRC",
     help="Begin with this model, and with its optimizer state where it has one.",
 )
@@ -182,7 +183,7 @@ def exit_code(result: Result) -> int:
 
 
 @click.command()
-@click.argument("src", metavar="RUN[@STEP]")
+@click.argument("src", type=PATH, metavar="RUN[@STEP]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--to", type=float, required=True, metavar="LR", help="The final learning rate.")
 @click.option(
