@@ -155,6 +155,7 @@ def offer_trust(command: Callable[..., int]) -> Callable[..., int]:
 @click.option(
     "--from",
     "start",
+    type=PATH,
     metavar="SRC",
     help="Begin with this model, and with its optimizer state where it has one.",
 )
@@ -208,7 +209,7 @@ def exit_code(result: Result) -> int:
 
 
 @click.command()
-@click.argument("src", metavar="RUN[@STEP]")
+@click.argument("src", type=PATH, metavar="RUN[@STEP]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--to", type=float, required=True, metavar="LR", help="The final learning rate.")
 @click.option(
