@@ -237,7 +237,8 @@ def _chunk(shape: tuple[int, ...]) -> str:
 def _parse_dtype(name: str) -> np.dtype:
     """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
     if name == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     dtype: np.dtype = np.dtype(name)
     if dtype.kind not in "fiu":
         raise ValueError(name)
