@@ -142,6 +142,11 @@ def same_state(ours, theirs):
     )
 
 
+def assert_as_if_uninterrupted(out, whole):
+    assert same_state(state_of(out), state_of(whole))
+    assert rows_of(out) == rows_of(whole)
+
+
 def send_at(run, step, number, times=1):
     """Have a run send its own process a signal while it draws the batch after `step` steps."""
     batch = run.position.stream.batch

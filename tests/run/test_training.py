@@ -19,6 +19,7 @@ from runs import (
     STEPS,
     TINY,
     Killed,
+    assert_as_if_uninterrupted,
     new_run,
     rows_of,
     same_state,
@@ -45,23 +46,8 @@ from trainer.run.state import from_tree, to_tree
 # After a restore that fails, Orbax leaves coroutines behind that complain when they are
 # collected, whenever that is.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("compiled_once"),
 ]
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """A run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    result = new_run(data, out).go()
-    assert (result.step, result.signal) == (STEPS, None)
-    return out
-
-
-def assert_as_if_uninterrupted(out, whole):
-    assert same_state(state_of(out), state_of(whole))
-    assert rows_of(out) == rows_of(whole)
 
 
 # The command line in its own process, which sends itself a signal when it draws some batch.
