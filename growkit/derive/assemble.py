@@ -21,6 +21,10 @@ OPTIONS = {
 }
 
 
+# Fields that list the numbers of layers of a kind.
+NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "hybrid_layer_ids")
+
+
 def row_lines(variant: Variant, choice: Choice, pooled: bool) -> list[tuple[str, str]]:
     """(name, rest) of each row. pooled: whether the last norm takes the reader's share, as under a tied head."""
     lines = []
@@ -32,6 +36,7 @@ def row_lines(variant: Variant, choice: Choice, pooled: bool) -> list[tuple[str,
         if draft.final and pooled:
             words = ["/embed"]
         begins = f"1+{draft.begins}" if draft.offset else draft.begins
+        words = words or ["()"]
         lines.append((table_name(draft), " ".join([*words, begins, role_word(draft, words, variant)])))
     return lines
 
@@ -97,7 +102,7 @@ def make_family(
         fields=fields,
         defaults=variant.once(
             f"defaults {sorted(flags)}",
-            lambda: find_defaults(variant, [*fields.values(), *options.values()]),
+            lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
         ),
         options=options,
         norm=facts.pop("norm", "rms"),
@@ -106,6 +111,8 @@ def make_family(
         constants=constants,
         frozen=dict(frozen),
         by_layer=list_fields(variant),
+        leading=variant.leading,
+        numbers=tuple(n for n in NUMBERS if isinstance(variant.probe.stated.get(n), list)),
         **facts,
     )
 
@@ -126,7 +133,7 @@ def list_fields(variant: Variant) -> tuple[str, ...]:
     return tuple(
         name
         for name, value in variant.probe.stated.items()
-        if isinstance(value, list) and len(value) == layers and name not in ("eos_token_id",)
+        if isinstance(value, list) and len(value) == layers and name not in ("eos_token_id", *NUMBERS)
     )
 
 

@@ -19,7 +19,7 @@ from growkit.growth.axes import AxisMap, tile
 from growkit.models.architecture import Family
 
 # How many ways to cut the dimensions along one axis are tried at most.
-TRIES = 60
+TRIES = 40
 NEVER = {
     "vocab": "the tokenizer states it",
     "position": "positions are learned one by one",
@@ -92,6 +92,9 @@ def prove_depth(work: Workings) -> None:
     variant, family = work.variant, work.family()
     layers = variant.names.layers
     copies = [sorted([*range(layers), 0, layers - 1]), [*range(layers), *range(layers)]]
+    if variant.leading:
+        # Layers that are counted in front stay there.
+        del copies[1]
     found = []
     for index in copies:
         copied, _ = work.attempt("layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0))
@@ -149,7 +152,7 @@ def prove_axis(work: Workings, axis: str) -> None:
     """Grow one axis by copies, the rows cut in every way until one is exact; else freeze it."""
     for uniform in (False, True):
         gap = try_maps(work, axis, uniform)
-        if gap > BOUND and uniform:
+        if gap > BOUND and uniform and searchable(work, axis):
             gap = search(work, axis)
             if gap < BOUND:
                 uneven_gap = try_maps(work, axis, False)
@@ -163,6 +166,11 @@ def prove_axis(work: Workings, axis: str) -> None:
             return
     work.gaps[axis] = gap
     work.frozen[axis] = "copies of its units are another function"
+
+
+def searchable(work: Workings, axis: str) -> bool:
+    """Whether other cuts may help: growth was computed, and was another function."""
+    return axis not in work.problems and not re.search(r"_dim$|kernel|state|conv", axis)
 
 
 def try_maps(work: Workings, axis: str, uniform: bool) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,8 @@ def grow(source: Grown, plan: Plan) -> Grown:
     state = {}
     for name, row, position in plan.grown.table.names(plan.grown.sizes):
         array = source.state[row.name_at(find_source(plan, row, position))].numpy()
-        state[name] = torch.from_numpy(np.ascontiguousarray(grow_array(array, row, plan, 0, position)))
+        grown = grow_array(array, row, plan, 0, position)
+        state[name] = torch.from_numpy(np.array(grown, order="C"))
     config = plan.grown.config(source.config)
     if "layer" in plan.maps:
         index = plan.maps["layer"].index.tolist()
@@ -57,7 +59,9 @@ def grow(source: Grown, plan: Plan) -> Grown:
 
 def network_of(model: Grown) -> Any:
     """transformers' model of a configuration and parameters."""
-    config = CONFIG_MAPPING[model.config["model_type"]].from_dict(deepcopy(model.config))
+    config_class = CONFIG_MAPPING[model.config["model_type"]]
+    # As transformers reads a file: infinities are tagged in it.
+    config = config_class.from_dict(config_class._decode_special_floats(deepcopy(model.config)))
     return load(set_plain(config), model.state)
 
 
@@ -131,11 +135,11 @@ def reordered_logits(source: Grown, variant: Variant, index: Sequence[int]) -> t
 
 
 def renumber(config: Any, variant: Variant, index: Sequence[int]) -> None:
-    """Make a configuration's number of layers and lists of layers those of another order."""
-    for name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers"):
-        entries = getattr(config, name, None)
+    """Make a configuration's number of layers and its lists by layer those of another order."""
+    for name, entries in list(vars(config).items()):
         if isinstance(entries, list) and len(entries) == variant.names.layers:
-            setattr(config, name, [entries[layer] for layer in index])
+            with suppress(AttributeError):
+                setattr(config, name, [entries[layer] for layer in index])
     setattr(config, variant.layer_field, len(index))
 
 

@@ -224,18 +224,19 @@ def _parameter(network: Any, name: str) -> Any:
     return getattr(_module(network, path), leaf, None)
 
 
-def cut(draft: Draft, coupled: set[tuple[str, ...]], embed: bool) -> None:
+def cut(draft: Draft, coupled: set[tuple[str, ...]], embed: bool, mixer: bool) -> None:
     """The ways to cut each dimension. coupled: the products of axes that are embed's size.
 
-    embed: whether such a dimension is the stream's, for a parameter with one such dimension.
+    mixer: whether the row lies in the part of a layer that has heads; there a matrix has the stream on
+    one side. embed: whether such a dimension is the stream's in any other row.
     """
     draft.cuts = []
     widths = coupled | {("embed",)}
     draft.streams = tuple(bool(t) and len(t) == 1 and bool(set(t) & widths) for t in draft.terms)
     for place, terms in enumerate(draft.terms):
-        others = [n for n, t in enumerate(draft.terms) if n != place and t and set(t) & coupled]
         if terms and len(terms) == 1 and (axes := next(iter(terms))) in coupled:
-            stream = embed if not others else draft.reads[place] != draft.stream
+            matrix = mixer and len(draft.terms) > 1 and draft.role != "embedding"
+            stream = draft.reads[place] != draft.stream if matrix else embed
             word = "embed" if stream else " ".join(axes)
             draft.cuts.append(_times(word, terms[axes]))
         else:
@@ -284,6 +285,8 @@ def _sum_words(terms: Terms, draft: Draft, place: int) -> list[str]:
     found = [f"({' | '.join(blocks)})", f"({' | '.join(reversed(blocks))})"]
     shared = [axis for axis in next(iter(terms)) if all(axis in axes for axes in terms)]
     if shared:
-        inner = "shared_" + str(place) if len(shared) > 1 else "with_" + shared[0]
-        found.append(f"({shared[0]} {inner} {' '.join(shared[1:])})".replace(" )", ")"))
+        # Per key and value head: its queries, its key and its value.
+        place = -1 if shared[-1] == "head_dim" else len(shared)
+        shared.insert(place, f"shared_{'_'.join(shared)}")
+        found.append(f"({' '.join(shared)})")
     return found

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any
 
-from growkit.derive.network import build, file_state, make_config
+from growkit.derive.network import build, file_state, make_config, runs
 
 Shapes = dict[str, tuple[int, ...]]
 Terms = dict[tuple[str, ...], int]
@@ -122,7 +122,8 @@ def make_probe(kind: str, fields: Mapping[str, Any]) -> Probe:
     stated = Probe(kind, {**fields, "head_dim": probe.value("head_dim")})
     wider = stated.shapes({"head_dim": 2})
     reads = stated.shapes() == probe.shapes() and wider not in (None, probe.shapes())
-    return stated if reads else probe
+    wide = stated.fields | {"head_dim": 2 * probe.value("head_dim")}
+    return stated if reads and runs(make_config(kind, wide)) is None else probe
 
 
 def shapes_of(kind: str, fields: Mapping[str, Any]) -> Shapes | None:
@@ -164,6 +165,18 @@ def _changes(probe: Probe, *names: str) -> bool:
     return shapes is not None and shapes != probe.base
 
 
+def _double(probe: Probe, *names: str) -> dict[str, int]:
+    return {name: 2 * probe.value(name) for name in names}
+
+
+def runs_with(probe: Probe, changed: Mapping[str, Any]) -> bool:
+    """Whether the model computes with some fields changed."""
+    try:
+        return runs(make_config(probe.kind, probe.fields | dict(changed))) is None
+    except Exception:
+        return False
+
+
 def _grows(probe: Probe, *names: str) -> bool:
     """Whether some dimension is longer when these fields are doubled."""
     shapes = probe.shapes(dict.fromkeys(names, 2))
@@ -184,13 +197,18 @@ def _find_heads(probe: Probe, hidden: str | None, heads: str | None, kv: str | N
         return [Size("embed", (hidden,), hidden)]
     both = (heads,) if kv is None else (heads, kv)
     coupled = not _grows(probe, *both)
+    explicit = not coupled
+    if not coupled and not runs_with(probe, _double(probe, hidden)):
+        # The model wants embed = heads x head_dim, although all three are stated (Helium).
+        coupled = runs_with(probe, _double(probe, hidden, *both))
     follows = (hidden,) if coupled else ()
     if kv is not None and probe.grown([Size("", (*both, *follows), "")]) == probe.grown(
         [Size("", (heads, *follows), "")]
     ):
-        # The field is there, and the model does not read it (Falcon with one key and value head).
-        kv = None
-    head_dim = (hidden,) if coupled else ("head_dim",)
+        # The field is there and no shape follows it: unless the model needs it, it is not read.
+        if runs_with(probe, _double(probe, heads, *follows)):
+            kv = None
+    head_dim = (*follows, "head_dim") if explicit else follows
     path = f"{hidden} / {heads}" if coupled else "head_dim"
     found = [] if coupled else [Size("embed", (hidden,), hidden)]
     if kv is None:

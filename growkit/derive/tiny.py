@@ -34,6 +34,8 @@ SIZES: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
     "num_expert_group": 2,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 28,
     "shared_intermediate_size": 28,
@@ -125,6 +127,21 @@ SIZES: dict[str, Any] = {
 
 # Where the values above contradict each other for one type.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "dots1": {"n_shared_experts": 1},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "gemma4_text": {
+        "vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "global_head_dim": 8,
+    },
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+        "num_kv_shared_layers": 0, "num_hidden_layers": 3, "intermediate_size": 24,
+        "activation_sparsity_pattern": [0.0, 0.0, 0.0],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 6},
 }
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")

@@ -32,6 +32,7 @@ class Variant:
     state: State
     layer_field: str
     problems: list[str] = field(default_factory=list)
+    leading: tuple[str, ...] = ()
     known: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, compute: Any) -> Any:
@@ -71,7 +72,8 @@ def read_variant(kind: str, fields: Mapping[str, Any]) -> Variant:
         network = build(config)
     state = fill(file_state(network))
     drafts = draft_rows(probe, sizes, names, network)
-    variant = Variant(kind, probe, sizes, names, drafts, config, state, layer_field)
+    leading = find_leading(probe, drafts, names)
+    variant = Variant(kind, probe, sizes, names, drafts, config, state, layer_field, leading=leading)
     for draft in drafts:
         cut_draft(draft, variant)
     _compute(variant, network)
@@ -89,6 +91,23 @@ def lengthen(probe: Probe) -> tuple[str, dict[str, Any]]:
         if shapes is not None and len(shapes) > len(probe.base):
             return name, changed
     raise ValueError("no field counts its layers")
+
+
+def find_leading(probe: Probe, drafts: list[Draft], names: Names) -> tuple[str, ...]:
+    """Fields that count the layers of one kind, which lie in front: one more makes one more of that kind."""
+    fronts = {len(d.layers) for d in drafts if d.kind and d.layers == frozenset(range(len(d.layers)))}
+    found = []
+    for name, value in probe.stated.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value not in fronts:
+            continue
+        if value + 1 >= names.layers or isinstance(probe.stated.get("mlp_layer_types"), list):
+            continue
+        shapes = shapes_of(probe.kind, probe.fields | {name: value + 1})
+        if shapes is not None and shapes.keys() != probe.base.keys() and len(shapes) > 1:
+            before = {names.template(n)[0] for n in probe.base}
+            if {names.template(n)[0] for n in shapes} == before:
+                found.append(name)
+    return tuple(found)
 
 
 def longer_lists(probe: Probe, count: int) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def cut_draft(draft: Draft, variant: Variant) -> None:
         products = {tuple(a for a in ("head", "kv", "group", "head_dim") if a in variant.sizes)}
     inner = draft.name.partition("{layer}.")[2]
     mixer = bool(ATTENTION.search(inner.split(".")[0].lower())) and "norm" not in inner.split(".")[0]
-    cut(draft, products, embed=not mixer or draft.stream or draft.role == "embedding")
+    cut(draft, products, not mixer or draft.stream or draft.role == "embedding", mixer)
 
 
 def _compute(variant: Variant, network: Any) -> None:

@@ -127,7 +127,7 @@ def build_plan(
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
     sizes |= padded
     if model.coupled and "embed" not in maps and "embed" not in padded:
-        sizes["embed"] = sizes[model.heads] * sizes["head_dim"]
+        sizes["embed"] = sizes[model.heads] * sizes.get("group", 1) * sizes["head_dim"]
     eps = None
     if "embed" in padded:
         # The variance of a padded residual stream shrinks by d/d', and eps with it.

@@ -314,6 +314,8 @@ class PartGrowth:
 
     def _store(self, array: Any) -> Any:
         """[unit, inner axes] as [unit, rest of the first dimension, other stored dimensions]."""
+        if not self.part.dimensions:
+            return array
         first, *others = self.part.dimensions
         rest = len(first) - self.lead
         inner = array.shape[1:]

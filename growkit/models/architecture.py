@@ -46,7 +46,10 @@ class Family:
     whether transformers wants embed to be a multiple of the number of heads. proved: field ->
     the one value that the table holds for. unpadded, no_identity: why embed cannot be padded, why
     layers that add nothing cannot be inserted; empty where they can. rotary is None where no field
-    of rotary positions follows a size: then they are kept as they are. An axis of
+    of rotary positions follows a size: then they are kept as they are. leading: fields that count
+    the layers of one kind, which lie in front. numbers: fields that list numbers of layers. patterns:
+    list by layer -> the kinds that repeat where config.json leaves the list out. stated: lists by
+    layer that config.json must hold for growth in depth. An axis of
     the table that has neither a field nor a constant is measured in the files.
     """
 
@@ -72,6 +75,10 @@ class Family:
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
     whole_heads: bool = True
     proved: Mapping[str, Any] = field(default_factory=dict)
+    leading: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stated: tuple[str, ...] = ()
     unpadded: str = ""
     no_identity: str = ""
 
@@ -461,7 +468,8 @@ class Architecture:
             options["norm_eps"] = norm_eps
         resized = {axis: sizes[axis] for axis in self.sizes}
         if self.coupled:
-            resized["head_dim"] = resized["embed"] // resized[self.heads]
+            heads = resized[self.heads] * resized.get("group", 1)
+            resized["head_dim"] = resized["embed"] // heads
         rotary = self.family.rotary
         if rotary and rotary.part and resized["head_dim"] != self.head_dim:
             part = keep_rotated(self.rotary, resized["head_dim"])
@@ -548,13 +556,54 @@ def follow_layers(
     where the rule would give a layer another kind than its source's.
     """
     grown = dict(config)
+    _check_stated(before, family)
     for name in family.by_layer:
-        entries = grown.get(name)
-        if isinstance(entries, list) and entries:
+        entries = _entries_by_layer(name, before, family)
+        if entries:
             grown[name] = [entries[layer] for layer in index]
+    for name in family.leading:
+        grown[name] = _count_leading(name, before, family, index)
+    for name in family.numbers:
+        if isinstance(before.get(name), list):
+            grown[name] = [new for new, old in enumerate(index) if old in before[name]]
     kinds = family.layer_kinds(before)
     if kinds is not None and not grown.get("layer_types"):
         wanted = [kinds[layer] for layer in index]
         if family.layer_kinds(grown) != wanted:
             grown["layer_types"] = wanted
     return grown
+
+
+def _check_stated(before: Mapping[str, Any], family: Family) -> None:
+    """Raise UsageError where a list of kinds is missing that transformers would make by a rule."""
+    for name in family.stated:
+        if not isinstance(before.get(name), list):
+            raise UsageError(
+                f"config.json lacks {name}, which says what kind each layer is of: load the model in "
+                f"transformers and save it once, then grow it in depth"
+            )
+
+
+def _entries_by_layer(name: str, before: Mapping[str, Any], family: Family) -> list[Any]:
+    """The source's entries of a list with one for each layer; empty where it has none."""
+    entries = before.get(name)
+    if isinstance(entries, list):
+        return entries
+    pattern = family.patterns.get(name, ())
+    layers = before.get(family.fields["layer"], family.defaults.get(family.fields["layer"], 0))
+    return [pattern[layer % len(pattern)] for layer in range(layers)] if pattern else []
+
+
+def _count_leading(
+    name: str, before: Mapping[str, Any], family: Family, index: Sequence[int]
+) -> int:
+    """How many layers in front copy one of the layers that a field counts. They must stay in front."""
+    counted = before.get(name, family.defaults.get(name))
+    leads = [layer < int(counted or 0) for layer in index]
+    count = sum(leads)
+    if not all(leads[:count]):
+        raise UsageError(
+            f"{name} counts the first {counted} layers, which are of another kind than the rest: their "
+            f"copies must stay in front, and this map has one at place {leads.index(False)} and later"
+        )
+    return count

@@ -361,7 +361,8 @@ def _parse_row(line: str, prefix: str) -> Row:
     if not place or role is None:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")
     offset, begins = _BEGINS.fullmatch(words[place]).groups()  # type: ignore[union-attr]
-    blocks = tuple(_parse_dimension(word) for word in words[:place])
+    # A parameter without dimensions, one number, has the word `()`.
+    blocks = tuple(_parse_dimension(word) for word in words[:place] if word != "()")
     braces = _BRACES.findall(name)
     _check_sums(blocks, role[1], line)
     return Row(
