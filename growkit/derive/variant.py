@@ -201,4 +201,4 @@ def axis_size(variant: Variant, axis: str) -> int:
     return size_of(axis, variant.probe, variant.sizes)
 
 
-_ = (BY_LAYER, re)
+

@@ -49,7 +49,8 @@ class Family:
     of rotary positions follows a size: then they are kept as they are. leading: fields that count
     the layers of one kind, which lie in front. numbers: fields that list numbers of layers. patterns:
     list by layer -> the kinds that repeat where config.json leaves the list out. stated: lists by
-    layer that config.json must hold for growth in depth. An axis of
+    layer that config.json must hold for growth in depth. uniform: axes that are copied evenly, though
+    no norm averages over them. An axis of
     the table that has neither a field nor a constant is measured in the files.
     """
 
@@ -79,6 +80,7 @@ class Family:
     numbers: tuple[str, ...] = ()
     patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stated: tuple[str, ...] = ()
+    uniform: tuple[str, ...] = ()
     unpadded: str = ""
     no_identity: str = ""
 
@@ -301,7 +303,8 @@ class Architecture:
     @cached_property
     def table(self) -> Table:
         """The table's rows that hold for this model's options."""
-        return replace(self.family.select_rows(self.options), layers=self.layers)
+        rows = self.family.select_rows(self.options)
+        return replace(rows, layers=self.layers, uniform=self.family.uniform)
 
     @property
     def layer(self) -> int:

@@ -223,15 +223,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All parameters of a model, for its options. layers: the layers of each kind of layers."""
+    """All parameters of a model, for its options.
+
+    layers: the layers of each kind of layers. uniform: axes that are copied evenly for other reasons
+    than norms.
+    """
 
     rows: tuple[Row, ...]
     layers: Mapping[str, Collection[int]] = field(default_factory=dict)
+    uniform: tuple[str, ...] = ()
 
     @cached_property
     def uniform_axes(self) -> frozenset[str]:
         """The axes that a norm averages over: copies of them must be uniform to be exact."""
-        return frozenset(name for row in self.rows for name in row.averages)
+        return frozenset(name for row in self.rows for name in row.averages) | set(self.uniform)
 
     @cached_property
     def normalises_queries(self) -> bool:
@@ -354,9 +359,19 @@ def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
     return tuple(_parse_row(line, prefix) for line in lines if line and not line.startswith("#"))
 
 
+def split_words(line: str) -> list[str]:
+    """The words of a line; what stands in parentheses is one."""
+    return _WORD.findall(line)
+
+
+def find_begins(words: Sequence[str]) -> int | None:
+    """The place of the word that says how a parameter begins, after which the role stands."""
+    return next((n for n, word in enumerate(words) if _BEGINS.fullmatch(word)), None)
+
+
 def _parse_row(line: str, prefix: str) -> Row:
-    name, *words = _WORD.findall(line)
-    place = next((n for n, word in enumerate(words) if _BEGINS.fullmatch(word)), None)
+    name, *words = split_words(line)
+    place = find_begins(words)
     role = None if place is None else _ROLE.fullmatch(" ".join(words[place + 1 : place + 2]))
     if not place or role is None:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")

@@ -1,18 +1,16 @@
-"""The derivation of one model type: read, cut, prove; what is not proved is frozen, with the reason."""
+"""The derivation of one configuration: read, cut, prove; what is not proved is frozen, with the reason."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any
 
 from growkit.derive import proof
 from growkit.derive.assemble import fields_of, link, make_family, row_lines
-from growkit.derive.network import make_config, runs
 from growkit.derive.proof import BOUND, depth_gap, even, identity_map, measure_gap, uneven
-from growkit.derive.sizes import shapes_of
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import Choice, Variant, read_variant
 from growkit.growth.axes import AxisMap, tile
@@ -25,23 +23,7 @@ NEVER = {
     "position": "positions are learned one by one",
     "expert": "another number of experts is another choice among them",
 }
-# Options that say how a model is run and not what it computes.
-NO_FLAGS = re.compile(
-    r"use_cache|output_.*|return_dict|is_encoder_decoder|add_cross_attention|is_decoder|torchscript"
-    r"|chunk_size.*|tie_encoder_decoder|use_bfloat16|.*router_logits|use_mambapy|use_mamba_kernels"
-    r"|cross_attention.*|problem_type|_.*|gradient_checkpointing|scale_embedding_by_none"
-)
 SCALARS = ("", "sqrt(embed)", "1/sqrt(embed)", "embed", "1/embed")
-
-
-@dataclass
-class Derivation:
-    """A family, and how exactly each growth of it was found to be."""
-
-    family: Family
-    gaps: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    problems: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,13 +60,12 @@ def pooled(variant: Variant) -> bool:
     return not any(draft.role == "head" for draft in variant.drafts)
 
 
-def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
-    """Derive a type's family. Raises ValueError where not even depth can be derived."""
-    variant = read_variant(kind, fields or tiny_fields(kind))
-    work = Workings(variant)
+def work_out(kind: str, fields: Mapping[str, Any] | None = None) -> Workings:
+    """Read one configuration of a type and prove what grows. Raises ValueError where nothing can be read."""
+    work = Workings(read_variant(kind, fields or tiny_fields(kind)))
     prove_depth(work)
     prove_width(work)
-    return finish(work)
+    return work
 
 
 def prove_depth(work: Workings) -> None:
@@ -100,6 +81,8 @@ def prove_depth(work: Workings) -> None:
         copied, _ = work.attempt("layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0))
         found.append(copied)
     work.gaps["layer"] = max(found)
+    if max(found) > BOUND and scale_by_depth(work):
+        return
     if max(found) > BOUND:
         work.frozen["layer"] = "copies of layers are not transformers' layers in that order"
     if not any(draft.stream for draft in variant.drafts):
@@ -108,6 +91,19 @@ def prove_depth(work: Workings) -> None:
     work.gaps["identity"] = work.attempt(
         "identity", lambda: measure_gap(family, variant, {"layer": identity_map(layers)}), float("inf")
     )
+
+
+def scale_by_depth(work: Workings) -> bool:
+    """Whether what layers add follows their number, and rows that write the stream make up for it."""
+    if work.scalars or not any(draft.stream for draft in work.variant.drafts):
+        return False
+    work.scalars = {d.name: "1/sqrt(layer)" for d in work.variant.drafts if d.stream}
+    prove_depth(work)
+    if work.gaps["layer"] < BOUND:
+        del work.frozen["layer"]
+        return True
+    work.scalars = {}
+    return False
 
 
 def prove_width(work: Workings) -> None:
@@ -229,13 +225,6 @@ def scalar_pairs(work: Workings) -> Iterator[dict[str, str]]:
             found |= {head[0]: last} if last else {}
         elif last:
             found |= dict.fromkeys(final, last)
-        yield found
+        yield work.scalars | found
 
 
-def finish(work: Workings) -> Derivation:
-    """The family of a single variant with what was not proved frozen."""
-    family = replace(work.family(), frozen=work.frozen)
-    return Derivation(family, work.gaps, problems=work.problems)
-
-
-_ = (Iterable, make_config, runs, shapes_of)
