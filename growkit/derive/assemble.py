@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from growkit.derive.network import CONFIG_MAPPING, class_of
-from growkit.derive.rows import Draft, read_word
-from growkit.derive.sizes import HIDDEN, POSITIONS
+from growkit.derive.rows import Draft, link, read_word
+from growkit.derive.sizes import HIDDEN, POSITIONS, shapes_of
 from growkit.derive.variant import Choice, Variant, axis_size
 from growkit.models.architecture import Family, Same
 
@@ -39,11 +39,6 @@ def row_lines(variant: Variant, choice: Choice, pooled: bool) -> list[tuple[str,
         words = words or ["()"]
         lines.append((table_name(draft), " ".join([*words, begins, role_word(draft, words, variant)])))
     return lines
-
-
-def link(draft: Draft) -> str:
-    """What a weight and its bias share: they are cut alike."""
-    return re.sub(r"[._](weight|bias)$", "", draft.name)
 
 
 def table_name(draft: Draft) -> str:
@@ -92,6 +87,12 @@ def make_family(
         and variant.probe.stated[found] is not None
     }
     options |= {"tied": "tie_word_embeddings"} | dict(flags)
+    defaults = variant.once(
+        f"defaults {sorted(flags)}",
+        lambda: find_defaults(
+            variant, [*fields.values(), *options.values(), *variant.leading]
+        ),
+    )
     constants = {"qkv": 3} if re.search(r"\bqkv\b", re.sub(r"\S+\s*$", "", text)) else {}
     return Family(
         kind=variant.kind,
@@ -100,10 +101,8 @@ def make_family(
         text=text,
         prefix=_prefix(text),
         fields=fields,
-        defaults=variant.once(
-            f"defaults {sorted(flags)}",
-            lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
-        ),
+        defaults=defaults,
+        nulls=variant.once(f"nulls {sorted(flags)}", lambda: find_nulls(variant, defaults)),
         options=options,
         norm=facts.pop("norm", "rms"),
         heads=next((axis for axis in ("kv", "head") if axis in fields), ""),
@@ -190,8 +189,6 @@ def _same_as(plain: Any, name: str, value: Any, follows: list[str]) -> Any:
 
 def _shape_default(variant: Variant, name: str) -> Any:
     """What the model takes for a field that is None: the field of hidden size, a multiple, or a ratio of it."""
-    from growkit.derive.sizes import shapes_of
-
     probe = variant.probe
     hidden = probe.name(HIDDEN)
     if hidden is None:
@@ -203,19 +200,50 @@ def _shape_default(variant: Variant, name: str) -> Any:
     candidates |= {Same(f"{n} * {hidden}"): n * probe.value(hidden) for n in (1, 2, 3, 4, 8)}
     if whole:
         candidates[Same(f"{hidden} / {whole}")] = probe.value(hidden) // probe.value(whole)
-    base = shapes_of(variant.kind, without | {name: None}) or shapes_of(variant.kind, without)
     wider = {hidden: probe.value(hidden) * 2, **({whole: probe.value(whole) * 2} if whole else {})}
+    base, grown = (_without(variant.kind, without | more, name) for more in ({}, wider))
     for same, value in candidates.items():
-        if base is None or shapes_of(variant.kind, without | {name: value}) != base:
-            continue
         doubled = value * 2 if " / " not in same.path else value
-        if shapes_of(variant.kind, without | wider | {name: doubled}) == shapes_of(
-            variant.kind, without | wider | {name: None}
-        ):
+        same_base = shapes_of(variant.kind, without | {name: value}) == base
+        if same_base and shapes_of(variant.kind, without | wider | {name: doubled}) == grown:
             return same
     return None
 
 
-def describe_draft(draft: Draft) -> str:
-    """A row in a word, for messages."""
-    return draft.name
+def _without(kind: str, fields: Mapping[str, Any], name: str) -> Any:
+    """Shapes where a field is null, or where that is refused, left out."""
+    return shapes_of(kind, {**fields, name: None}) or shapes_of(kind, fields)
+
+
+def find_nulls(variant: Variant, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a field that is null means, where that is not what it means to leave it out."""
+    config_class = CONFIG_MAPPING[variant.kind]
+    names = [name for name in defaults if name in variant.probe.stated]
+    found = {}
+    for name in names:
+        try:
+            value = getattr(config_class(**{name: None}), name)
+        except Exception:
+            continue
+        if value is None or isinstance(value, (bool, str)):
+            continue
+        same = _same_as(config_class(**{name: None}), name, value, _follows_null(config_class, name, value, names))
+        if same is not None and same != defaults[name]:
+            found[name] = same
+    return found
+
+
+def _follows_null(config_class: Any, name: str, value: Any, others: list[str]) -> list[str]:
+    """The fields that change what a null stands for."""
+    found = []
+    for other in others:
+        before = getattr(config_class(), other, None)
+        if other == name or isinstance(before, bool) or not isinstance(before, int):
+            continue
+        try:
+            changed = getattr(config_class(**{name: None, other: before * 2}), name)
+        except Exception:
+            continue
+        if changed != value:
+            found.append(other)
+    return found

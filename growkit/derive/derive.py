@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,7 @@ from growkit import models
 from growkit.checkpoint.location import open_source, write_output
 from growkit.derive import proof
 from growkit.derive.assemble import fields_of, list_fields, make_family, row_lines
-from growkit.derive.network import CONFIG_MAPPING, KeepWide, load, make_config, run, set_plain, wide
+from growkit.derive.network import CONFIG_MAPPING, load, make_config, run, set_plain, wide
 from growkit.derive.options import Sample, find_options, merge
 from growkit.derive.proof import BOUND, depth_gap, identity_map, measure_gap, source_logits
 from growkit.derive.sizes import runs_with
@@ -59,6 +57,8 @@ def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
     """Derive a type's family. Raises ValueError where not even depth can be derived."""
     work = work_out(kind, fields)
     base = work.variant
+    if base.config.model_type != kind:
+        raise ValueError(f"files of {kind} say {base.config.model_type}: derive that")
     layout, function = find_options(base)
     proved: dict[str, Any] = {}
     variants = [base, *read_variants(work, layout, proved)]
@@ -111,7 +111,7 @@ def read_variants(work: Workings, layout: list[str], proved: dict[str, Any]) -> 
     found = []
     for flip in flips:
         try:
-            variant = read_variant(base.kind, base.probe.fields | flip)
+            variant = read_variant(base.kind, base.probe.fields | flip, like=base)
         except Exception:
             variant = None
         if variant is not None and fields_of(variant) == fields_of(base):
@@ -330,4 +330,4 @@ def known(family: Family) -> Iterator[None]:
             models.FAMILIES[family.kind] = before
 
 
-_ = (json, re, KeepWide)
+

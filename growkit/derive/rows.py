@@ -53,6 +53,15 @@ class Draft:
     final: bool = False
     streams: tuple[bool, ...] = ()
 
+    def memory_of(self, name: str) -> str:
+        """The name in memory of another of the row's parameters, where only a layer's number differs."""
+        prefix = self.name.partition("{layer}")[0]
+        ours = re.match(rf"{re.escape(prefix)}(\d+)\.", self.example)
+        theirs = re.match(rf"{re.escape(prefix)}(\d+)\.", name)
+        if ours is None or theirs is None:
+            return self.memory
+        return re.sub(rf"\b{ours[1]}\b", theirs[1], self.memory, count=1)
+
     @property
     def square(self) -> bool:
         """Whether both dimensions are as long as the stream is wide."""
@@ -69,6 +78,11 @@ class Draft:
             read_word(cuts[choice.get((self.name, place), 0)], self.reads[place])
             for place, cuts in enumerate(self.cuts)
         ]
+
+
+def link(draft: Draft) -> str:
+    """What a weight and its bias share: they are cut alike."""
+    return re.sub(r"[._](weight|bias)$", "", draft.name)
 
 
 def read_word(word: str, read: bool) -> str:

@@ -32,6 +32,54 @@ class Layer:
         return network.get_submodule(self.prefix)
 
 
+class Bench:
+    """One tiny model whose parameters are changed again and again, without loading it each time.
+
+    Where files hold a parameter in another form than memory does (stacked experts), it is loaded anew.
+    """
+
+    def __init__(self, config: Any, state: State, memory: Mapping[str, str]):
+        self.config, self.state, self.memory = config, state, memory
+        # Loading may share memory with what it is given.
+        self.network = load(config, {name: tensor.clone() for name, tensor in state.items()})
+        self.held = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+
+    def direct(self, name: str) -> bool:
+        """Whether memory holds the parameter as files do."""
+        held = self.held.get(self.memory.get(name, ""))
+        return held is not None and torch.equal(held, self.state[name])
+
+    def run(self, changed: State, watch: Callable[[Any], None]) -> None:
+        """Compute with a changed state; `watch` hooks what it wants to see."""
+        names = [name for name in changed if changed[name] is not self.state[name]]
+        if not all(self.direct(name) for name in names):
+            network = load(self.config, changed)
+            watch(network)
+            run(network, TOKENS)
+            return
+        handles: list[Any] = []
+        watch(_Hooked(self.network, handles))
+        with wide():
+            for name in names:
+                self.held[self.memory[name]].copy_(changed[name])
+        run(self.network, TOKENS)
+        with wide():
+            for name in names:
+                self.held[self.memory[name]].copy_(self.state[name])
+        for handle in handles:
+            handle.remove()
+
+
+class _Hooked:
+    """A network that remembers the hooks that are set on it, so that they can be taken away."""
+
+    def __init__(self, network: Any, handles: list[Any]):
+        self.network, self.handles = network, handles
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+
 def scaled(state: State, names: Iterable[str], factor: float, offsets: Mapping[str, float]) -> State:
     """A state with some parameters scaled; those with an offset in their effective value."""
     changed = dict(state)
@@ -41,21 +89,23 @@ def scaled(state: State, names: Iterable[str], factor: float, offsets: Mapping[s
     return changed
 
 
-def added_by(config: Any, state: State, layer: Layer) -> torch.Tensor:
+def added_by(bench: Bench, state: State, layer: Layer) -> torch.Tensor:
     """What a layer adds to the stream: its output less its input."""
-    network = load(config, state)
     seen: dict[str, torch.Tensor] = {}
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
-        seen["in"] = first_tensor((*args, *kwargs.values()))
+        seen["in"] = first_tensor((*args, *kwargs.values())).clone()
 
     def after(module: Any, args: Any, output: Any) -> None:
-        seen["out"] = first_tensor(output if isinstance(output, tuple) else (output,))
+        seen["out"] = first_tensor(output if isinstance(output, tuple) else (output,)).clone()
 
-    module = layer.module(network)
-    module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(after)
-    run(network, TOKENS)
+    def watch(network: Any) -> None:
+        module = layer.module(network)
+        handles = getattr(network, "handles", [])
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+
+    bench.run(state, watch)
     return seen["out"] - seen["in"]
 
 
@@ -72,7 +122,7 @@ def is_affine(at: Callable[[float], torch.Tensor]) -> bool:
     return bool((two - one - step).abs().max() <= 1e-9 * step.abs().max())
 
 
-def find_writers(config: Any, state: State, layer: Layer, drafts: Mapping[str, Draft]) -> set[str]:
+def find_writers(bench: Bench, state: State, layer: Layer, drafts: Mapping[str, Draft]) -> set[str]:
     """The rows of one layer that write the stream; empty where the layer cannot be silenced.
 
     drafts: of the layer's parameters, by name in files.
@@ -89,11 +139,11 @@ def find_writers(config: Any, state: State, layer: Layer, drafts: Mapping[str, D
         for row, names in rows.items():
             if not drafts[names[0]].may_write or not set(names) <= half | norms:
                 continue
-            if is_affine(lambda t, n=names, q=quiet: added_by(config, scaled(q, n, t, offsets), layer)):
+            if is_affine(lambda t, n=names, q=quiet: added_by(bench, scaled(q, n, t, offsets), layer)):
                 found.add(row)
     found = last_of_square(found, {draft.name: draft for draft in drafts.values()})
     quiet = scaled(state, [n for row in found for n in rows[row]], 0.0, offsets)
-    silent = added_by(config, quiet, layer)
+    silent = added_by(bench, quiet, layer)
     return found if silent.abs().max() <= SMALL else set()
 
 
@@ -122,17 +172,20 @@ def last_of_square(found: set[str], drafts: Mapping[str, Draft]) -> set[str]:
     return found - dropped - gone
 
 
-def head_input(config: Any, state: State) -> torch.Tensor:
+def head_input(bench: Bench, state: State) -> torch.Tensor:
     """What the output head reads."""
-    network = load(config, state)
-    seen = []
-    head = network.get_output_embeddings()
-    head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    run(network, TOKENS)
+    seen: list[torch.Tensor] = []
+
+    def watch(network: Any) -> None:
+        head = network.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        getattr(network, "handles", []).append(handle)
+
+    bench.run(state, watch)
     return seen[0]
 
 
-def find_final(config: Any, state: State, drafts: Mapping[str, Draft]) -> set[str]:
+def find_final(bench: Bench, state: State, drafts: Mapping[str, Draft]) -> set[str]:
     """The parameters that the head's input is linear in together: those of the last norm."""
     offsets = {name: float(draft.offset) for name, draft in drafts.items()}
     candidates = {
@@ -143,10 +196,10 @@ def find_final(config: Any, state: State, drafts: Mapping[str, Draft]) -> set[st
     found = {
         name
         for name in candidates
-        if is_affine(lambda t, n=name: head_input(config, scaled(state, [n], t, offsets)))
+        if is_affine(lambda t, n=name: head_input(bench, scaled(state, [n], t, offsets)))
     }
-    whole = head_input(config, state)
-    half = head_input(config, scaled(state, found, 0.5, offsets))
+    whole = head_input(bench, state)
+    half = head_input(bench, scaled(state, found, 0.5, offsets))
     return found if found and (whole / 2 - half).abs().max() <= SMALL * whole.abs().max() else set()
 
 

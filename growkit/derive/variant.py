@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +11,17 @@ import torch
 
 from growkit.derive import stream
 from growkit.derive.network import State, build, file_state, make_config, wide
-from growkit.derive.rows import ATTENTION, Draft, Names, cut, draft_rows, find_names
-from growkit.derive.sizes import HIDDEN, LAYERS, Probe, Size, find_sizes, make_probe, shapes_of, size_of
-from growkit.derive.tiny import BY_LAYER
+from growkit.derive.rows import ATTENTION, Draft, Names, cut, draft_rows, find_names, link
+from growkit.derive.sizes import (
+    HIDDEN,
+    LAYERS,
+    Probe,
+    Size,
+    find_sizes,
+    make_probe,
+    shapes_of,
+    size_of,
+)
 
 Choice = dict[tuple[str, int], int]
 
@@ -60,8 +67,11 @@ class Variant:
         return {name: rows[self.names.template(name)[0]] for name in self.state}
 
 
-def read_variant(kind: str, fields: Mapping[str, Any]) -> Variant:
-    """Everything about one configuration. Raises ValueError where its layers are not one list."""
+def read_variant(kind: str, fields: Mapping[str, Any], like: Variant | None = None) -> Variant:
+    """Everything about one configuration. Raises ValueError where its layers are not one list.
+
+    like: the same type with other options, of whose rows the role in the stream is known.
+    """
     probe = make_probe(kind, fields)
     sizes = {size.axis: size for size in find_sizes(probe)}
     layer_field, longer = lengthen(probe)
@@ -76,7 +86,7 @@ def read_variant(kind: str, fields: Mapping[str, Any]) -> Variant:
     variant = Variant(kind, probe, sizes, names, drafts, config, state, layer_field, leading=leading)
     for draft in drafts:
         cut_draft(draft, variant)
-    _compute(variant, network)
+    _compute(variant, like)
     return variant
 
 
@@ -150,20 +160,35 @@ def cut_draft(draft: Draft, variant: Variant) -> None:
     cut(draft, products, not mixer or draft.stream or draft.role == "embedding", mixer)
 
 
-def _compute(variant: Variant, network: Any) -> None:
+def _compute(variant: Variant, like: Variant | None) -> None:
     """What computations tell of the rows."""
     config, state, rows = variant.config, variant.state, variant.draft_of()
     stream.describe_norms(config, state, representatives(variant))
+    if like is not None:
+        _take_over(variant, like)
+        return
+    bench = stream.Bench(config, state, {name: rows[name].memory_of(name) for name in rows})
     for layer, drafts in layers_to_try(variant):
-        writers = stream.find_writers(config, state, layer, drafts)
+        writers = stream.find_writers(bench, state, layer, drafts)
         if not writers:
             variant.problems.append(f"nothing silences layer {layer.index}")
         for draft in drafts.values():
             draft.stream |= draft.name in writers
     for draft in variant.drafts:
         cut_draft(draft, variant)
-    for name in stream.find_final(config, state, rows):
+    for name in stream.find_final(bench, state, rows):
         rows[name].final = True
+
+
+def _take_over(variant: Variant, like: Variant) -> None:
+    """Give rows the marks of the same rows of another variant; a new bias is as its weight. Proofs tell."""
+    known = {link(draft): draft for draft in like.drafts}
+    known |= {draft.name: draft for draft in like.drafts}
+    for draft in variant.drafts:
+        other = known.get(draft.name) or known.get(link(draft))
+        if other is not None:
+            draft.stream, draft.final = other.stream, other.final
+        cut_draft(draft, variant)
 
 
 def representatives(variant: Variant) -> dict[str, Draft]:

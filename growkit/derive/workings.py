@@ -9,8 +9,9 @@ from itertools import islice, product
 from typing import Any
 
 from growkit.derive import proof
-from growkit.derive.assemble import fields_of, link, make_family, row_lines
+from growkit.derive.assemble import fields_of, make_family, row_lines
 from growkit.derive.proof import BOUND, depth_gap, even, identity_map, measure_gap, uneven
+from growkit.derive.rows import link
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import Choice, Variant, read_variant
 from growkit.growth.axes import AxisMap, tile
