@@ -44,6 +44,10 @@ VERBS = {
         "growkit.cli.growing",
         "Grow a model to the sizes of another, in depth and width at once.",
     ),
+    "derive": (
+        "growkit.derive.cli",
+        "Derive and prove the table of a model type of transformers.",
+    ),
     "average": ("growkit.cli.averaging", "Average the parameters of several checkpoints."),
     "inspect": ("growkit.cli.comparing", "Say what a model on disk is."),
     "diff": ("growkit.cli.comparing", "Compare two models, tensor by tensor."),

@@ -13,7 +13,6 @@ from growkit.derive.variant import Choice, Variant, axis_size
 from growkit.models.architecture import Family, Same
 
 OPTIONS = {
-    "tied": ("tie_word_embeddings",),
     "context": POSITIONS,
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
     "initializer_range": ("initializer_range", "init_std", "initializer_std"),
@@ -86,7 +85,7 @@ def make_family(
         if (found := next((n for n in names if n in variant.probe.stated), None))
         and variant.probe.stated[found] is not None
     }
-    options |= {"tied": "tie_word_embeddings"} | dict(flags)
+    options |= dict(flags)
     defaults = variant.once(
         f"defaults {sorted(flags)}",
         lambda: find_defaults(

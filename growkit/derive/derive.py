@@ -136,7 +136,7 @@ def assemble(work: Workings, variants: list[Variant], options: list[str], proved
     for variant in variants:
         values = {name: bool(variant.probe.stated[name]) for name in options}
         samples.append(Sample(values, row_lines(variant, work.choice, pooled(variant))))
-    flags = {name: name for name in options if name != TIE}
+    flags = {"tied" if name == TIE else name: name for name in options}
     patterns, stated = find_patterns(work.variant)
     family = make_family(
         work.variant,
@@ -204,7 +204,7 @@ def holds(family: Family, variant: Variant, work: Workings) -> bool:
             index = sorted([*range(layers), 0, layers - 1])
             if depth_gap(family, variant, index)[0] > BOUND:
                 return False
-        if work.gaps.get("identity", 1.0) > BOUND:
+        if work.gaps.get("identity", 1.0) > BOUND or "layer" in work.frozen:
             return True
         return measure_gap(family, variant, {"layer": identity_map(layers)}) < BOUND
     except Exception:
@@ -288,7 +288,7 @@ def prove_files(family: Family, variant: Variant, work: Workings) -> float:
         maps = dict(work.maps)
         expected = source_logits(variant)
         layers = variant.names.layers
-        if work.gaps.get("identity", 1.0) < BOUND:
+        if work.gaps.get("identity", 1.0) < BOUND and "layer" not in work.frozen:
             maps["layer"] = identity_map(layers)
         elif not maps and "layer" not in work.frozen:
             index = sorted([*range(layers), 0])

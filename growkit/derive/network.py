@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 transformers.logging.set_verbosity(50)
+transformers.utils.logging.disable_progress_bar()
 State = dict[str, torch.Tensor]
 
 
@@ -82,6 +83,8 @@ def build(config: Any, meta: bool = False) -> Any:
     """A new model: on the meta device, or with random float64 parameters."""
     with torch.device("meta") if meta else wide():
         network = class_of(config)(config)
+    # Not every class ties its head when it is made.
+    network.tie_weights()
     return network.eval()
 
 
@@ -117,9 +120,11 @@ def memory_names(network: Any) -> dict[str, str]:
 
 def load(config: Any, state: Mapping[str, torch.Tensor]) -> Any:
     """The model whose files hold these tensors. Raises ValueError where names or shapes do not fit."""
+    # A loaded model may share memory with what it was given, and change it.
+    given = {name: tensor.clone() for name, tensor in state.items()}
     with wide():
         network, report = class_of(config).from_pretrained(
-            None, config=config, state_dict=dict(state), output_loading_info=True, dtype=torch.float64
+            None, config=config, state_dict=given, output_loading_info=True, dtype=torch.float64
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:

@@ -186,7 +186,9 @@ def describe(draft: Draft, network: Any) -> None:
     module = _module(network, path)
     kind = type(module).__name__
     draft.reads = [False] * len(draft.shape)
-    if isinstance(module, nn.Embedding):
+    embedding = network.get_input_embeddings()
+    tied = embedding is not None and _parameter(network, draft.memory) is embedding.weight
+    if isinstance(module, nn.Embedding) or tied:
         draft.role = "embedding"
     elif leaf.endswith("bias") or len(draft.shape) < 2:
         draft.role = "norm" if "norm" in f"{kind} {path}".lower() and leaf != "bias" else "bias"
@@ -200,7 +202,8 @@ def describe(draft: Draft, network: Any) -> None:
         draft.reads[_read_place(draft)] = True
     elif len(draft.shape) == 2:
         draft.reads[-1] = True
-    if network.get_output_embeddings() is module and module is not None and leaf == "weight":
+    head = network.get_output_embeddings()
+    if head is module and module is not None and leaf == "weight" and not tied:
         draft.role = "head"
     parameter = _parameter(network, draft.memory)
     if parameter is not None:
@@ -271,8 +274,8 @@ def cut_terms(terms: Terms | None, draft: Draft, place: int) -> list[str]:
 
 def _own_axis(draft: Draft, place: int) -> str:
     """An axis of the row's own, measured in files."""
-    leaf = re.sub(r"\{\w+\}\.?", "", draft.name).split(".")
-    return re.sub(r"\W", "_", "_".join(leaf[-2:])) + f"_{place}"
+    words = re.sub(r"\{\w+\}\.?", "", draft.name).split(".")
+    return re.sub(r"\W", "_", "_".join(words[1:] or words)) + f"_{place}"
 
 
 def _times(word: str, factor: int) -> list[str]:
@@ -301,6 +304,6 @@ def _sum_words(terms: Terms, draft: Draft, place: int) -> list[str]:
     if shared:
         # Per key and value head: its queries, its key and its value.
         place = -1 if shared[-1] == "head_dim" else len(shared)
-        shared.insert(place, f"shared_{'_'.join(shared)}")
+        shared.insert(place, _own_axis(draft, draft.terms.index(terms)))
         found.append(f"({' '.join(shared)})")
     return found

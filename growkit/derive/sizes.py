@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any
 
-from growkit.derive.network import build, file_state, make_config, runs
+from growkit.derive.network import CONFIG_MAPPING, build, file_state, make_config, runs
 
 Shapes = dict[str, tuple[int, ...]]
 Terms = dict[tuple[str, ...], int]
@@ -45,7 +45,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max
 # Fields of whole numbers that are no sizes.
 NO_SIZES = re.compile(
     r".*(token_id|token_index|_idx|window|chunk_size|topk|top_k|per_tok(en)?|seed|period|offset|interval"
-    r"|first_k_dense_replace|.*layer.*)"
+    r"|first_k_dense_replace|.*multiple_of.*|.*layer.*)"
 )
 
 
@@ -60,11 +60,21 @@ class Size:
 
 @dataclass
 class Probe:
-    """Shapes of a type's parameters, as files hold them, at the sizes asked for."""
+    """Shapes of a type's parameters, as files hold them, at the sizes asked for.
+
+    unsaved: second names of tied parameters, which no file holds.
+    """
 
     kind: str
     fields: dict[str, Any]
+    unsaved: frozenset[str] = frozenset()
     made: dict[tuple[tuple[str, int], ...], Shapes | None] = field(default_factory=dict)
+
+    @property
+    def head_dim(self) -> str:
+        """The field of the size of heads."""
+        aliases: dict[str, str] = getattr(CONFIG_MAPPING[self.kind], "attribute_map", {})
+        return aliases.get("head_dim", "head_dim")
 
     @cached_property
     def stated(self) -> dict[str, Any]:
@@ -88,7 +98,10 @@ class Probe:
             changed = {name: self.value(name) * factor for name, factor in factors.items()}
         except KeyError:
             return None
-        return shapes_of(self.kind, self.fields | changed)
+        shapes = shapes_of(self.kind, self.fields | changed)
+        if shapes is None:
+            return None
+        return {name: shape for name, shape in shapes.items() if name not in self.unsaved}
 
     def value(self, name: str) -> int:
         """A field's value; head_dim is hidden size over heads where no field says it."""
@@ -117,7 +130,7 @@ def make_probe(kind: str, fields: Mapping[str, Any]) -> Probe:
     """A probe of a type; head_dim is stated where the model reads it, though the class has no such field."""
     probe = Probe(kind, dict(fields))
     hidden, heads = probe.name(HIDDEN), probe.name(HEADS)
-    if probe.name(("head_dim",)) or hidden is None or heads is None:
+    if probe.name((probe.head_dim,)) or hidden is None or heads is None:
         return probe
     stated = Probe(kind, {**fields, "head_dim": probe.value("head_dim")})
     wider = stated.shapes({"head_dim": 2})
@@ -208,15 +221,15 @@ def _find_heads(probe: Probe, hidden: str | None, heads: str | None, kv: str | N
         # The field is there and no shape follows it: unless the model needs it, it is not read.
         if runs_with(probe, _double(probe, heads, *follows)):
             kv = None
-    head_dim = (*follows, "head_dim") if explicit else follows
-    path = f"{hidden} / {heads}" if coupled else "head_dim"
+    head_dim = (*follows, probe.head_dim) if explicit else follows
+    path = f"{hidden} / {heads}" if coupled else probe.head_dim
     found = [] if coupled else [Size("embed", (hidden,), hidden)]
     if kv is None:
         found.append(Size("head", (heads, *follows), heads))
     else:
         found.append(Size("kv", (heads, kv, *follows), kv))
         found.append(Size("group", (heads, *follows), f"{heads} / {kv}"))
-    if coupled or _changes(probe, "head_dim"):
+    if coupled or _changes(probe, probe.head_dim):
         found.append(Size("head_dim", head_dim, path))
     return found
 

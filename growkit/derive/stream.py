@@ -40,8 +40,7 @@ class Bench:
 
     def __init__(self, config: Any, state: State, memory: Mapping[str, str]):
         self.config, self.state, self.memory = config, state, memory
-        # Loading may share memory with what it is given.
-        self.network = load(config, {name: tensor.clone() for name, tensor in state.items()})
+        self.network = load(config, state)
         self.held = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
 
     def direct(self, name: str) -> bool:

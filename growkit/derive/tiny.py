@@ -6,6 +6,7 @@ value of the class. Every size is divisible by 2, so that each can be doubled al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from growkit.derive.network import CONFIG_MAPPING, make_config, runs
@@ -144,13 +145,29 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 6},
 }
+NAMES = ("model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "is_decoder")
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 SAME_HEADS = {"num_key_value_heads": 4}
 
 
-def tiny_fields(kind: str) -> dict[str, Any]:
-    """The keyword arguments of a tiny configuration whose model computes: with grouped heads where it can."""
-    fields = shrink(kind)
+def options_of(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a config.json states: what is neither a size nor a name nor a list."""
+    stated = CONFIG_MAPPING[kind]().to_dict()
+    return {
+        name: value
+        for name, value in config.items()
+        if name in stated
+        and (isinstance(value, (bool, str)) or name.endswith(("_scale", "_multiplier", "_softcapping")))
+        and name not in NAMES
+    }
+
+
+def tiny_fields(kind: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keyword arguments of a tiny configuration whose model computes: with grouped heads where it can.
+
+    options: what else its configuration states.
+    """
+    fields = shrink(kind) | dict(options or {})
     tries = [fields]
     if "num_key_value_heads" in fields:
         tries.append(fields | SAME_HEADS)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from growkit.derive import stream
-from growkit.derive.network import State, build, file_state, make_config, wide
+from growkit.derive.network import State, build, file_state, load, make_config, wide
 from growkit.derive.rows import ATTENTION, Draft, Names, cut, draft_rows, find_names, link
 from growkit.derive.sizes import (
     HIDDEN,
@@ -73,6 +73,9 @@ def read_variant(kind: str, fields: Mapping[str, Any], like: Variant | None = No
     like: the same type with other options, of whose rows the role in the stream is known.
     """
     probe = make_probe(kind, fields)
+    probe.unsaved = find_unsaved(kind, probe)
+    probe.made.clear()
+    probe.__dict__.pop("base", None)
     sizes = {size.axis: size for size in find_sizes(probe)}
     layer_field, longer = lengthen(probe)
     names = find_names(probe, sizes, (layer_field, longer))
@@ -80,7 +83,7 @@ def read_variant(kind: str, fields: Mapping[str, Any], like: Variant | None = No
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = build(config)
-    state = fill(file_state(network))
+    state = fill({n: t for n, t in file_state(network).items() if n not in probe.unsaved})
     drafts = draft_rows(probe, sizes, names, network)
     leading = find_leading(probe, drafts, names)
     variant = Variant(kind, probe, sizes, names, drafts, config, state, layer_field, leading=leading)
@@ -88,6 +91,14 @@ def read_variant(kind: str, fields: Mapping[str, Any], like: Variant | None = No
         cut_draft(draft, variant)
     _compute(variant, like)
     return variant
+
+
+def find_unsaved(kind: str, probe: Probe) -> frozenset[str]:
+    """Names that a new model has and a loaded one does not save, because they are tied."""
+    config = make_config(kind, probe.fields)
+    state = file_state(build(config))
+    saved = file_state(load(config, state))
+    return frozenset(probe.base.keys() - saved.keys())
 
 
 def lengthen(probe: Probe) -> tuple[str, dict[str, Any]]:

@@ -24,6 +24,11 @@ NEVER = {
     "position": "positions are learned one by one",
     "expert": "another number of experts is another choice among them",
 }
+# Axes of units that a reader sums over, which copies with shares may keep exact.
+GROWS = re.compile(
+    r"embed|kv|head|group|head_dim|mlp|.*intermediate.*|.*lora_rank|.*ffn.*|n_shared_experts"
+    r"|attention_hidden_size|time_step_rank|.*dt_rank"
+)
 SCALARS = ("", "sqrt(embed)", "1/sqrt(embed)", "embed", "1/embed")
 
 
@@ -77,6 +82,7 @@ def prove_depth(work: Workings) -> None:
     if variant.leading:
         # Layers that are counted in front stay there.
         del copies[1]
+    work.frozen.pop("layer", None)
     found = []
     for index in copies:
         copied, _ = work.attempt("layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0))
@@ -85,6 +91,7 @@ def prove_depth(work: Workings) -> None:
     if max(found) > BOUND and scale_by_depth(work):
         return
     if max(found) > BOUND:
+        work.gaps["layer"] = max(found)
         work.frozen["layer"] = "copies of layers are not transformers' layers in that order"
     if not any(draft.stream for draft in variant.drafts):
         work.gaps["identity"] = float("inf")
@@ -101,7 +108,6 @@ def scale_by_depth(work: Workings) -> bool:
     work.scalars = {d.name: "1/sqrt(layer)" for d in work.variant.drafts if d.stream}
     prove_depth(work)
     if work.gaps["layer"] < BOUND:
-        del work.frozen["layer"]
         return True
     work.scalars = {}
     return False
@@ -111,6 +117,10 @@ def prove_width(work: Workings) -> None:
     """Each axis alone, then all that are exact together."""
     variant = work.variant
     axes = [axis for axis in fields_of(variant) if axis not in ("layer", *NEVER)]
+    for axis in axes:
+        if not GROWS.fullmatch(axis):
+            work.frozen[axis] = "growkit has no rule for its units"
+    axes = [axis for axis in axes if axis not in work.frozen]
     for axis in axes:
         if axis == "embed" and variant.coupled:
             # It grows with its heads.

@@ -339,7 +339,7 @@ class Architecture:
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
-        return bool(self.options["tied"])
+        return bool(self.options.get("tied", False))
 
     @property
     def context(self) -> int:
@@ -501,7 +501,7 @@ class Architecture:
 
     def _check_whole_heads(self, grown: Architecture) -> None:
         """A source that breaks this rule of transformers 5 may grow in depth all the same."""
-        if not self.family.whole_heads or self.embed % self.head_count:
+        if not (self.family.whole_heads and self.heads) or self.embed % self.head_count:
             return
         heads = grown.head_count
         if grown.embed % heads:
