@@ -55,6 +55,8 @@ class Derivation:
 
 def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
     """Derive a type's family. Raises ValueError where not even depth can be derived."""
+    if getattr(CONFIG_MAPPING[kind](), "is_encoder_decoder", False):
+        raise ValueError(f"{kind} models are an encoder and a decoder")
     work = work_out(kind, fields)
     base = work.variant
     if base.config.model_type != kind:

@@ -96,7 +96,7 @@ def added_by(bench: Bench, state: State, layer: Layer) -> torch.Tensor:
         seen["in"] = first_tensor((*args, *kwargs.values())).clone()
 
     def after(module: Any, args: Any, output: Any) -> None:
-        seen["out"] = first_tensor(output if isinstance(output, tuple) else (output,)).clone()
+        seen["out"] = first_tensor(output if isinstance(output, (tuple, list)) else (output,)).clone()
 
     def watch(network: Any) -> None:
         module = layer.module(network)
@@ -241,9 +241,13 @@ def _describe_norm(module: nn.Module, weight: torch.Tensor, call: Any, draft: Dr
     if isinstance(bias, torch.Tensor):
         bias.zero_()
     weight.fill_(-1.0)
-    draft.offset = bool(module(x, *rest, **kwargs).abs().max() <= SMALL)
+    silent = module(x, *rest, **kwargs)
+    if isinstance(silent, torch.Tensor):
+        draft.offset = bool(silent.abs().max() <= SMALL)
     for each, value in kept:
         each.copy_(value)
+    if not isinstance(silent, torch.Tensor):
+        return
     moved = x.clone()
     moved[(0,) * moved.dim()] += 1.0
     difference = (module(moved, *rest, **kwargs) - module(x, *rest, **kwargs)).abs() > SMALL

@@ -128,6 +128,11 @@ SIZES: dict[str, Any] = {
 
 # Where the values above contradict each other for one type.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots3_note_text": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
