@@ -9,10 +9,11 @@ from growkit.models.architecture import Family
 from growkit.models.table_file import read_family
 
 
-def list_shipped() -> list[str]:
+@cache
+def list_shipped() -> tuple[str, ...]:
     """The model types that have a table here."""
     names = (file.name for file in files(__package__).iterdir())
-    return sorted(name.removesuffix(".txt") for name in names if name.endswith(".txt"))
+    return tuple(sorted(name.removesuffix(".txt") for name in names if name.endswith(".txt")))
 
 
 def read_text(kind: str) -> str:
