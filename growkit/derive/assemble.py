@@ -1,4 +1,6 @@
-"""From a variant's rows to a family that growkit grows: the table's text, the fields, their defaults."""
+"""From a variant's rows to a family that growkit grows: the table's text, the fields, their
+defaults.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from growkit.models.architecture import Family, Same
 
 OPTIONS = {
     "context": POSITIONS,
-    "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
+    "norm_eps": (
+        "rms_norm_eps",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "norm_eps",
+        "norm_epsilon",
+    ),
     "initializer_range": ("initializer_range", "init_std", "initializer_std"),
     "activation": ("hidden_act", "hidden_activation", "activation_function", "activation"),
 }
@@ -25,7 +33,9 @@ NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "hybrid_layer_ids"
 
 
 def row_lines(variant: Variant, choice: Choice, pooled: bool) -> list[tuple[str, str]]:
-    """(name, rest) of each row. pooled: whether the last norm takes the reader's share, as under a tied head."""
+    """(name, rest) of each row. pooled: whether the last norm takes the reader's share, as under a
+    tied head.
+    """
     lines = []
     for draft in variant.drafts:
         words = [
@@ -36,12 +46,16 @@ def row_lines(variant: Variant, choice: Choice, pooled: bool) -> list[tuple[str,
             words = ["/embed"]
         begins = f"1+{draft.begins}" if draft.offset else draft.begins
         words = words or ["()"]
-        lines.append((table_name(draft), " ".join([*words, begins, role_word(draft, words, variant)])))
+        lines.append(
+            (table_name(draft), " ".join([*words, begins, role_word(draft, words, variant)]))
+        )
     return lines
 
 
 def table_name(draft: Draft) -> str:
-    """A row's name with its marks: a slash where it writes the stream, a kind where not all layers have it."""
+    """A row's name with its marks: a slash where it writes the stream, a kind where not all layers
+    have it.
+    """
     slash = "/" if draft.stream else ""
     kind = f":{draft.kind}" if draft.kind else ""
     return draft.name.replace("{layer}", f"{{{slash}layer{kind}}}")
@@ -77,7 +91,9 @@ def fields_of(variant: Variant) -> dict[str, str]:
 def make_family(
     variant: Variant, text: str, frozen: Mapping[str, str], flags: Mapping[str, str], **facts: Any
 ) -> Family:
-    """A family of a table's text, everything else taken from a variant. flags: options that rows depend on."""
+    """A family of a table's text, everything else taken from a variant. flags: options that rows
+    depend on.
+    """
     fields = fields_of(variant)
     options = {
         name: found
@@ -88,9 +104,7 @@ def make_family(
     options |= dict(flags)
     defaults = variant.once(
         f"defaults {sorted(flags)}",
-        lambda: find_defaults(
-            variant, [*fields.values(), *options.values(), *variant.leading]
-        ),
+        lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
     )
     constants = {"qkv": 3} if re.search(r"\bqkv\b", re.sub(r"\S+\s*$", "", text)) else {}
     return Family(
@@ -131,12 +145,16 @@ def list_fields(variant: Variant) -> tuple[str, ...]:
     return tuple(
         name
         for name, value in variant.probe.stated.items()
-        if isinstance(value, list) and len(value) == layers and name not in ("eos_token_id", *NUMBERS)
+        if isinstance(value, list)
+        and len(value) == layers
+        and name not in ("eos_token_id", *NUMBERS)
     )
 
 
 def find_defaults(variant: Variant, paths: list[str]) -> dict[str, Any]:
-    """What a configuration that leaves a field out means by it, as far as a value or another field says it."""
+    """What a configuration that leaves a field out means by it, as far as a value or another field
+    says it.
+    """
     config_class = CONFIG_MAPPING[variant.kind]
     plain = config_class()
     names = list(dict.fromkeys(name for path in paths for name in path.split(" / ")))
@@ -187,14 +205,18 @@ def _same_as(plain: Any, name: str, value: Any, follows: list[str]) -> Any:
 
 
 def _shape_default(variant: Variant, name: str) -> Any:
-    """What the model takes for a field that is None: the field of hidden size, a multiple, or a ratio of it."""
+    """What the model takes for a field that is None: the field of hidden size, a multiple, or a
+    ratio of it.
+    """
     probe = variant.probe
     hidden = probe.name(HIDDEN)
     if hidden is None:
         return None
     without = {key: value for key, value in probe.fields.items() if key != name}
     heads = next((size.path for size in variant.sizes.values() if size.axis in ("head", "kv")), "")
-    whole = next((s.path.split(" / ")[0] for s in variant.sizes.values() if s.axis == "group"), heads)
+    whole = next(
+        (s.path.split(" / ")[0] for s in variant.sizes.values() if s.axis == "group"), heads
+    )
     candidates = {Same(whole): probe.value(whole)} if whole else {}
     candidates |= {Same(f"{n} * {hidden}"): n * probe.value(hidden) for n in (1, 2, 3, 4, 8)}
     if whole:
@@ -226,7 +248,12 @@ def find_nulls(variant: Variant, defaults: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if value is None or isinstance(value, (bool, str)):
             continue
-        same = _same_as(config_class(**{name: None}), name, value, _follows_null(config_class, name, value, names))
+        same = _same_as(
+            config_class(**{name: None}),
+            name,
+            value,
+            _follows_null(config_class, name, value, names),
+        )
         if same is not None and same != defaults[name]:
             found[name] = same
     return found

@@ -21,8 +21,8 @@ def derive_command(model: str, out: Path | None) -> None:
 
     MODEL is a model type, as olmo2, or a directory with a config.json, whose options are then the
     ones that are proved first. No code of the directory is run. A tiny random model of the type is
-    grown along each axis, computed by transformers in float64, and compared with its source; an axis
-    that is not exact is frozen.
+    grown along each axis, computed by transformers in float64, and compared with its source; an
+    axis that is not exact is frozen.
     """
     kind, config = read_argument(model)
     derivation, version = _derive(kind, config)
@@ -86,9 +86,13 @@ def describe(derivation: Any) -> list[str]:
             reason = family.no_identity or None
         if reason is None and axis == "padding":
             reason = family.unpadded or None
-        lines.append(f"  {axis:<24} {f'exact to {gap:.0e}' if reason is None else f'frozen: {reason}'}")
+        lines.append(
+            f"  {axis:<24} {f'exact to {gap:.0e}' if reason is None else f'frozen: {reason}'}"
+        )
     known = derivation.gaps
-    lines += [f"  {axis:<24} frozen: {why}" for axis, why in family.frozen.items() if axis not in known]
+    lines += [
+        f"  {axis:<24} frozen: {why}" for axis, why in family.frozen.items() if axis not in known
+    ]
     for name, value in family.proved.items():
         lines.append(f"  holds for {name} = {json.dumps(value)} alone")
     return lines

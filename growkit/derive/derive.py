@@ -28,7 +28,12 @@ from growkit.growth.plan import build_plan
 from growkit.models.architecture import Family
 from growkit.surgery.grow import prepare_growth
 
-INVERSE = {"sqrt(embed)": "1/sqrt(embed)", "1/sqrt(embed)": "sqrt(embed)", "embed": "1/embed", "1/embed": "embed"}
+INVERSE = {
+    "sqrt(embed)": "1/sqrt(embed)",
+    "1/sqrt(embed)": "sqrt(embed)",
+    "embed": "1/embed",
+    "1/embed": "embed",
+}
 TIE = "tie_word_embeddings"
 
 
@@ -132,8 +137,12 @@ def with_fields(base: Variant, changed: Mapping[str, Any]) -> Variant | None:
     return replace(base, config=config, known={})
 
 
-def assemble(work: Workings, variants: list[Variant], options: list[str], proved: Mapping[str, Any]) -> Family:
-    """The family of all variants. Raises ValueError where their options do not tell their rows apart."""
+def assemble(
+    work: Workings, variants: list[Variant], options: list[str], proved: Mapping[str, Any]
+) -> Family:
+    """The family of all variants. Raises ValueError where their options do not tell their rows
+    apart.
+    """
     samples = []
     for variant in variants:
         values = {name: bool(variant.probe.stated[name]) for name in options}
@@ -152,7 +161,9 @@ def assemble(work: Workings, variants: list[Variant], options: list[str], proved
         uniform=tuple(sorted(work.even_only)),
         no_identity=no_identity(work),
     )
-    return replace(family, defaults=family.defaults | {n: default_of(work.variant, n) for n in proved})
+    return replace(
+        family, defaults=family.defaults | {n: default_of(work.variant, n) for n in proved}
+    )
 
 
 def default_of(variant: Variant, name: str) -> Any:
@@ -222,7 +233,9 @@ def wants_whole_heads(variant: Variant) -> bool:
 
 
 def find_patterns(variant: Variant) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """What lists by layer are where config.json leaves them out: kinds that repeat, or to be stated."""
+    """What lists by layer are where config.json leaves them out: kinds that repeat, or to be
+    stated.
+    """
     patterns: dict[str, tuple[str, ...]] = {}
     stated = []
     config_class = CONFIG_MAPPING[variant.kind]
@@ -256,7 +269,9 @@ def follows_others(config_class: Any, name: str, entries: list[Any]) -> bool:
 
 
 def prove_padding(family: Family, variants: list[Variant], work: Workings) -> Family:
-    """Pad embed by half: under the rule of LayerNorm or of RMSNorm, whichever is exact for all variants."""
+    """Pad embed by half: under the rule of LayerNorm or of RMSNorm, whichever is exact for all
+    variants.
+    """
     if "embed" in family.frozen or (family.coupled and family.heads in family.frozen):
         return replace(family, unpadded="its copies are not exact either")
     gaps = {}
@@ -282,7 +297,7 @@ def pad_gap(family: Family, variant: Variant) -> float:
 
 
 def prove_files(family: Family, variant: Variant, work: Workings) -> float:
-    """Grow through files: saved by transformers, grown by growkit on disk, loaded by transformers."""
+    """Grow through files: saved by transformers, grown on disk, loaded by transformers."""
     with tempfile.TemporaryDirectory() as folder, known(family):
         path = Path(folder)
         save(variant, path / "source")
@@ -330,6 +345,3 @@ def known(family: Family) -> Iterator[None]:
             del models.FAMILIES[family.kind]
         else:
             models.FAMILIES[family.kind] = before
-
-
-

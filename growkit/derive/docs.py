@@ -1,6 +1,7 @@
-"""docs/models.md: a row for each model type with a table, from what the tables' files say was measured.
+"""docs/models.md: a row for each model type with a table, from what the tables' files say was
+measured.
 
-    python -m growkit.derive.docs > docs/models.md
+python -m growkit.derive.docs > docs/models.md
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from growkit.models.tables import list_shipped, read_shipped, read_text
 BOUND = 1e-10
 HEAD = """# Models that grow
 
-GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3 have tables written by hand (`growkit/models/`). The types below
-have tables that `growkit derive` made from transformers' own classes (`growkit/models/tables/`). Each was
-proved on tiny random models: grown by growkit, computed by transformers in float64, compared with the
-source. Norms, softmaxes and rotary positions are computed in float64 too, which transformers does in float32.
+GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3 have tables written by hand (`growkit/models/`). The types
+below have tables that `growkit derive` made from transformers' own classes
+(`growkit/models/tables/`). Each was proved on tiny random models: grown by growkit, computed by
+transformers in float64, compared with the source. Norms, softmaxes and rotary positions are
+computed in float64 too; transformers itself computes them in float32.
 
-* **copies**: layers copied in any order compute what transformers' own layers compute in that order.
+* **copies**: layers copied compute what transformers' own layers compute in that order.
 * **identity**: layers that add nothing can be inserted; the function stays.
 * **width**: the axes that copies widen, alone and all together, with unequal multiplicities.
 * **padding**: embed grows to any size.
-* **difference**: the largest difference of logits over the largest logit, of all exact growths of the row,
-  through files too.
-* **holds for**: options whose other value is another function, or was not proved. growkit refuses it.
+* **difference**: the largest difference of logits over the largest logit, of all exact growths of
+  the row, through files too.
+* **holds for**: options whose other value is another function, or was not proved. growkit refuses
+  models that have it.
 
 An axis that is not named is frozen; the table's file says why.
 """
@@ -36,7 +39,11 @@ def write_docs() -> str:
     wide = sum(row[3] != "no" for row in rows)
     deep = sum(row[1] == "yes" for row in rows)
     count = f"{len(rows)} types: {deep} grow in depth by copies, {wide} in width.\n"
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS), *(" | ".join(row) for row in rows)]
+    lines = [
+        " | ".join(COLUMNS),
+        " | ".join("---" for _ in COLUMNS),
+        *(" | ".join(row) for row in rows),
+    ]
     return "\n".join([HEAD, count, *(f"| {line} |" for line in lines)]) + "\n"
 
 

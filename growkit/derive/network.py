@@ -1,4 +1,5 @@
-"""transformers' side: build a type's model, name its parameters as files do, compute its logits in float64.
+"""transformers' side: build a type's model, name its parameters as files do, compute its logits in
+float64.
 
 Nothing here runs code from a model directory: classes come from the installed transformers alone.
 """
@@ -29,8 +30,8 @@ State = dict[str, torch.Tensor]
 class KeepWide(TorchFunctionMode):
     """Compute in float64 what a model asks to be computed in float32.
 
-    Norms, softmaxes and rotary positions of transformers are float32 whatever the model's dtype; a proof
-    needs them as wide as the rest.
+    Norms, softmaxes and rotary positions of transformers are float32 whatever the model's dtype; a
+    proof needs them as wide as the rest.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -89,7 +90,9 @@ def build(config: Any, meta: bool = False) -> Any:
 
 
 def file_state(network: Any) -> State:
-    """A model's parameters and saved buffers as its files hold them: names, shapes, no tied ones twice."""
+    """A model's parameters and saved buffers as its files hold them: names, shapes, no tied ones
+    twice.
+    """
     state = dict(network.state_dict())
     for name in network._keys_to_ignore_on_save or ():
         state.pop(name, None)
@@ -97,13 +100,17 @@ def file_state(network: Any) -> State:
 
 
 def memory_names(network: Any) -> dict[str, str]:
-    """The name in memory of each parameter that files hold: found by giving every parameter its number.
+    """The name in memory of each parameter that files hold: found by giving every parameter its
+    number.
 
     A tensor of files that is made of several gets the name of the first.
     """
     with wide():
         # A tied parameter has one number, that of its first name.
-        state = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(network.state_dict().items())}
+        state = {
+            tensor.data_ptr(): (name, tensor)
+            for name, tensor in reversed(network.state_dict().items())
+        }
         state = {name: tensor for name, tensor in reversed(state.values())}
         kept = {name: tensor.clone() for name, tensor in state.items()}
         numbered = list(dict.fromkeys(state))
@@ -119,7 +126,7 @@ def memory_names(network: Any) -> dict[str, str]:
 
 
 def load(config: Any, state: Mapping[str, torch.Tensor]) -> Any:
-    """The model whose files hold these tensors. Raises ValueError where names or shapes do not fit."""
+    """The model whose files hold these tensors. Raises ValueError where names or shapes differ."""
     # A loaded model may share memory with what it was given, and change it.
     given = {name: tensor.clone() for name, tensor in state.items()}
     with wide():

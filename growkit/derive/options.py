@@ -1,4 +1,6 @@
-"""Options of the configuration: which of them matter, what each does to the rows, which the table is proved for."""
+"""Options of the configuration: which of them matter, what each does to the rows, which the table
+is proved for.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ class Sample:
 
 
 def find_options(variant: Variant) -> tuple[list[str], list[str]]:
-    """The options that change which parameters there are, and those that change the function alone."""
+    """The options that change which parameters there are; those that change the function alone."""
     layout, function = [], []
     for name, value in variant.probe.stated.items():
         if not isinstance(value, bool) or NO_OPTIONS.fullmatch(name):
@@ -65,7 +67,9 @@ def condition(entity: Entity, samples: list[Sample]) -> tuple[str, ...] | None:
     fit = [
         (name, value)
         for name, value in literals
-        if all(s.values[name] == value for s, present in zip(samples, there, strict=True) if present)
+        if all(
+            s.values[name] == value for s, present in zip(samples, there, strict=True) if present
+        )
     ]
     for chosen in subsets(fit):
         says = [all(s.values[name] == value for name, value in chosen) for s in samples]
@@ -88,7 +92,9 @@ def write_literal(name: str, value: bool) -> str:
 
 
 def merge(samples: list[Sample]) -> str:
-    """One table for all samples. Raises ValueError where the options do not say when a row is there."""
+    """One table for all samples. Raises ValueError where the options do not say when a row is
+    there.
+    """
     order: dict[Entity, None] = {}
     for sample in samples:
         place = list(order)
@@ -106,7 +112,9 @@ def merge(samples: list[Sample]) -> str:
 
 
 def sort_like(rows: list[Entity], samples: list[Sample]) -> list[Entity]:
-    """Rows in the order of a sample that has most of them; others after the row they follow in theirs."""
+    """Rows in the order of a sample that has most of them; others after the row they follow in
+    theirs.
+    """
     ordered = list(max(samples, key=lambda sample: len(sample.rows)).rows)
     for sample in samples:
         for place, row in enumerate(sample.rows):

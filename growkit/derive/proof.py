@@ -1,4 +1,6 @@
-"""Growth proved: a tiny model, grown by growkit, computed by transformers in float64, against its source."""
+"""Growth proved: a tiny model, grown by growkit, computed by transformers in float64, against its
+source.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ BOUND = 1e-10
 
 @dataclass
 class Grown:
-    """A model in memory: its configuration as a file states it, and its parameters as files hold them."""
+    """A model in memory: its configuration as a file states it, and its parameters as files hold
+    them.
+    """
 
     config: dict[str, Any]
     state: State
@@ -90,7 +94,9 @@ def even(size: int, times: int = 2) -> AxisMap:
     return tile(size, times * size)
 
 
-def measure_gap(family: Family, variant: Variant, maps: Mapping[str, AxisMap], pads: Mapping[str, int] = {}) -> float:  # noqa: B006
+def measure_gap(
+    family: Family, variant: Variant, maps: Mapping[str, AxisMap], pads: Mapping[str, int] = {}
+) -> float:  # noqa: B006
     """The gap of a growth; infinite where something refuses it."""
     source = source_of(variant)
     model = read_model(family, source)
@@ -105,7 +111,9 @@ def source_logits(variant: Variant) -> torch.Tensor:
 
 
 def depth_gap(family: Family, variant: Variant, index: Sequence[int]) -> tuple[float, float]:
-    """Depth by copies against transformers' own layers in that order; and how far it is from the source."""
+    """Depth by copies against transformers' own layers in that order; and how far it is from the
+    source.
+    """
     source = source_of(variant)
     model = read_model(family, source)
     plan = build_plan("depth", "", model, {"layer": make_map(index, model.layer)})

@@ -1,8 +1,9 @@
-"""Which sizes a model's parameters follow: found by doubling one size of the configuration at a time.
+"""Which sizes a model's parameters follow: found by doubling one size of the configuration at a
+time.
 
 Models are built on the meta device, so that only names and shapes are made. A dimension becomes a
-polynomial of sizes: `{("kv", "head_dim"): 2, ("kv", "group", "head_dim"): 1}` is a fused query, key and
-value. What no size explains is left to be measured in the files.
+polynomial of sizes: `{("kv", "head_dim"): 2, ("kv", "group", "head_dim"): 1}` is a fused query, key
+and value. What no size explains is left to be measured in the files.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ LAYERS = (
     "num_blocks",
 )
 INTERMEDIATE = (
-    "intermediate_size", "decoder_ffn_dim", "n_inner", "ffn_dim", "dim_ff", "dff", "ffn_hidden_size",
+    "intermediate_size",
+    "decoder_ffn_dim",
+    "n_inner",
+    "ffn_dim",
+    "dim_ff",
+    "dff",
+    "ffn_hidden_size",
 )  # fmt: skip
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length")
 # Fields of whole numbers that are no sizes.
@@ -51,7 +58,7 @@ NO_SIZES = re.compile(
 
 @dataclass(frozen=True)
 class Size:
-    """One size: the axis that it measures, the fields that double with it, the path that states it."""
+    """One size: the axis it measures, the fields that double with it, the path that states it."""
 
     axis: str
     grows: tuple[str, ...]
@@ -127,7 +134,9 @@ class Probe:
 
 
 def make_probe(kind: str, fields: Mapping[str, Any]) -> Probe:
-    """A probe of a type; head_dim is stated where the model reads it, though the class has no such field."""
+    """A probe of a type; head_dim is stated where the model reads it, though the class has no such
+    field.
+    """
     probe = Probe(kind, dict(fields))
     hidden, heads = probe.name(HIDDEN), probe.name(HEADS)
     if probe.name((probe.head_dim,)) or hidden is None or heads is None:
@@ -178,6 +187,13 @@ def _changes(probe: Probe, *names: str) -> bool:
     return shapes is not None and shapes != probe.base
 
 
+def _reads_kv(probe: Probe, heads: str, kv: str, follows: tuple[str, ...]) -> bool:
+    """Whether a shape follows the number of key and value heads, or the model needs it all the same."""
+    both = probe.grown([Size("", (heads, kv, *follows), "")])
+    alone = probe.grown([Size("", (heads, *follows), "")])
+    return both != alone or not runs_with(probe, _double(probe, heads, *follows))
+
+
 def _double(probe: Probe, *names: str) -> dict[str, int]:
     return {name: 2 * probe.value(name) for name in names}
 
@@ -215,12 +231,8 @@ def _find_heads(probe: Probe, hidden: str | None, heads: str | None, kv: str | N
         # The model wants embed = heads x head_dim, although all three are stated (Helium).
         coupled = runs_with(probe, _double(probe, hidden, *both))
     follows = (hidden,) if coupled else ()
-    if kv is not None and probe.grown([Size("", (*both, *follows), "")]) == probe.grown(
-        [Size("", (heads, *follows), "")]
-    ):
-        # The field is there and no shape follows it: unless the model needs it, it is not read.
-        if runs_with(probe, _double(probe, heads, *follows)):
-            kv = None
+    if kv is not None and not _reads_kv(probe, heads, kv, follows):
+        kv = None
     head_dim = (*follows, probe.head_dim) if explicit else follows
     path = f"{hidden} / {heads}" if coupled else probe.head_dim
     found = [] if coupled else [Size("embed", (hidden,), hidden)]
@@ -235,12 +247,15 @@ def _find_heads(probe: Probe, hidden: str | None, heads: str | None, kv: str | N
 
 
 def find_terms(name: str, place: int, probe: Probe, sizes: Mapping[str, Size]) -> Terms | None:
-    """A dimension as a polynomial of sizes: {axes: factor}, () for a constant. None where it is none.
+    """A dimension as a polynomial of sizes: {axes: factor}, () for a constant. None where it is
+    none.
 
     name: the parameter's in files.
     """
     length = probe.base[name][place]
-    follows = [axis for axis, size in sizes.items() if _length(probe, [size], name, place) != length]
+    follows = [
+        axis for axis, size in sizes.items() if _length(probe, [size], name, place) != length
+    ]
     # Dimensions of a head come after the heads.
     follows.sort(key=lambda axis: (axis.endswith("dim"), list(sizes).index(axis)))
     if len(follows) > 4:
@@ -260,7 +275,9 @@ def find_terms(name: str, place: int, probe: Probe, sizes: Mapping[str, Size]) -
     return _divide(parts, probe, sizes)
 
 
-def _divide(parts: Mapping[tuple[str, ...], int], probe: Probe, sizes: Mapping[str, Size]) -> Terms | None:
+def _divide(
+    parts: Mapping[tuple[str, ...], int], probe: Probe, sizes: Mapping[str, Size]
+) -> Terms | None:
     terms: Terms = {}
     for axes, part in parts.items():
         unit = 1

@@ -1,7 +1,9 @@
-"""What only a computation tells: which rows write the stream, which norm is last, what norms average over.
+"""What only a computation tells: which rows write the stream, which norm is last, what norms
+average over.
 
-A row writes the stream if what its layer adds is affine in it while the layer's other half is silent, and
-if the layer is silent without all such rows. Everything is tried on a tiny model in float64.
+A row writes the stream if what its layer adds is affine in it while the layer's other half is
+silent, and if the layer is silent without all such rows. Everything is tried on a tiny model in
+float64.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torch import nn
 from growkit.derive.network import State, load, run, wide
 from growkit.derive.rows import ATTENTION, Draft
 
-TOKENS = torch.tensor([[3, 17, 9, 4, 30, 22, 11, 3, 8, 39, 5, 26], [7, 7, 12, 36, 19, 4, 28, 13, 33, 21, 6, 10]])
+TOKENS = torch.tensor(
+    [[3, 17, 9, 4, 30, 22, 11, 3, 8, 39, 5, 26], [7, 7, 12, 36, 19, 4, 28, 13, 33, 21, 6, 10]]
+)
 SMALL = 1e-11
 
 
@@ -35,7 +39,8 @@ class Layer:
 class Bench:
     """One tiny model whose parameters are changed again and again, without loading it each time.
 
-    Where files hold a parameter in another form than memory does (stacked experts), it is loaded anew.
+    Where files hold a parameter in another form than memory does (stacked experts), it is loaded
+    anew.
     """
 
     def __init__(self, config: Any, state: State, memory: Mapping[str, str]):
@@ -79,7 +84,9 @@ class _Hooked:
         return getattr(self.network, name)
 
 
-def scaled(state: State, names: Iterable[str], factor: float, offsets: Mapping[str, float]) -> State:
+def scaled(
+    state: State, names: Iterable[str], factor: float, offsets: Mapping[str, float]
+) -> State:
     """A state with some parameters scaled; those with an offset in their effective value."""
     changed = dict(state)
     for name in names:
@@ -96,7 +103,9 @@ def added_by(bench: Bench, state: State, layer: Layer) -> torch.Tensor:
         seen["in"] = first_tensor((*args, *kwargs.values())).clone()
 
     def after(module: Any, args: Any, output: Any) -> None:
-        seen["out"] = first_tensor(output if isinstance(output, (tuple, list)) else (output,)).clone()
+        seen["out"] = first_tensor(
+            output if isinstance(output, (tuple, list)) else (output,)
+        ).clone()
 
     def watch(network: Any) -> None:
         module = layer.module(network)
@@ -109,7 +118,9 @@ def added_by(bench: Bench, state: State, layer: Layer) -> torch.Tensor:
 
 
 def first_tensor(values: Iterable[Any]) -> torch.Tensor:
-    return next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() > 1)
+    return next(
+        v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() > 1
+    )
 
 
 def is_affine(at: Callable[[float], torch.Tensor]) -> bool:
@@ -130,7 +141,9 @@ def find_writers(bench: Bench, state: State, layer: Layer, drafts: Mapping[str, 
     rows: dict[str, list[str]] = {}
     for name, draft in drafts.items():
         rows.setdefault(draft.name, []).append(name)
-    norms = {name for name in drafts if drafts[name].role == "norm" or "norm" in name.rsplit(".", 2)[-2]}
+    norms = {
+        name for name in drafts if drafts[name].role == "norm" or "norm" in name.rsplit(".", 2)[-2]
+    }
     found: set[str] = set()
     for half in split_halves(layer, drafts):
         others = [name for name in drafts if name not in half | norms]
@@ -138,7 +151,9 @@ def find_writers(bench: Bench, state: State, layer: Layer, drafts: Mapping[str, 
         for row, names in rows.items():
             if not drafts[names[0]].may_write or not set(names) <= half | norms:
                 continue
-            if is_affine(lambda t, n=names, q=quiet: added_by(bench, scaled(q, n, t, offsets), layer)):
+            if is_affine(
+                lambda t, n=names, q=quiet: added_by(bench, scaled(q, n, t, offsets), layer)
+            ):
                 found.add(row)
     found = last_of_square(found, {draft.name: draft for draft in drafts.values()})
     quiet = scaled(state, [n for row in found for n in rows[row]], 0.0, offsets)
@@ -149,13 +164,19 @@ def find_writers(bench: Bench, state: State, layer: Layer, drafts: Mapping[str, 
 def split_halves(layer: Layer, drafts: Mapping[str, Draft]) -> list[set[str]]:
     """The parameters of the mixer of positions, and those of the mlp."""
     inner = {name: name.removeprefix(f"{layer.prefix}.").split(".")[0] for name in drafts}
-    mixer = {name for name, child in inner.items() if ATTENTION.search(child.lower()) and "norm" not in child}
+    mixer = {
+        name
+        for name, child in inner.items()
+        if ATTENTION.search(child.lower()) and "norm" not in child
+    }
     rest = {name for name, child in inner.items() if name not in mixer and "norm" not in child}
     return [half for half in (mixer, rest) if half]
 
 
 def last_of_square(found: set[str], drafts: Mapping[str, Draft]) -> set[str]:
-    """Of several square matrices in one block the last alone writes the stream; the others are within it."""
+    """Of several square matrices in one block the last alone writes the stream; the others are
+    within it.
+    """
     order = list(drafts)
     squares: dict[str, list[str]] = {}
     for name in found:
@@ -164,7 +185,11 @@ def last_of_square(found: set[str], drafts: Mapping[str, Draft]) -> set[str]:
             squares.setdefault(name.rsplit(".", 2)[0], []).append(name)
     dropped: set[str] = set()
     for names in squares.values():
-        outputs = [n for n in names if re.search(r"(^|[._])(o|out|dense|c_proj|output|wo)", n.rsplit(".", 2)[1])]
+        outputs = [
+            n
+            for n in names
+            if re.search(r"(^|[._])(o|out|dense|c_proj|output|wo)", n.rsplit(".", 2)[1])
+        ]
         kept = outputs or sorted(names, key=order.index)[-1:]
         dropped |= set(names) - set(kept)
     gone = {n.removesuffix("weight") + "bias" for n in dropped}
@@ -205,8 +230,8 @@ def find_final(bench: Bench, state: State, drafts: Mapping[str, Draft]) -> set[s
 def describe_norms(config: Any, state: State, drafts: Mapping[str, Draft]) -> None:
     """Fill in what norms add to their weights and how many entries they average over.
 
-    Without an offset a weight of -1 gives something; one entry of the input moves all that it is averaged
-    with.
+    Without an offset a weight of -1 gives something; one entry of the input moves all that it is
+    averaged with.
     """
     network = load(config, state)
     norms = {}
@@ -217,7 +242,8 @@ def describe_norms(config: Any, state: State, drafts: Mapping[str, Draft]) -> No
     calls: dict[str, Any] = {}
     for name, module in norms.items():
         module.register_forward_pre_hook(
-            lambda module, args, kwargs, n=name: calls.setdefault(n, (args, kwargs)), with_kwargs=True
+            lambda module, args, kwargs, n=name: calls.setdefault(n, (args, kwargs)),
+            with_kwargs=True,
         )
     run(network, TOKENS)
     for name, module in norms.items():

@@ -1,7 +1,7 @@
 """Tiny configurations: any model type of transformers at sizes that a CPU builds in milliseconds.
 
-Sizes go by the names that configurations use, `attribute_map` followed. A name that is not listed keeps the
-value of the class. Every size is divisible by 2, so that each can be doubled alone.
+Sizes go by the names that configurations use, `attribute_map` followed. A name that is not listed
+keeps the value of the class. Every size is divisible by 2, so that each can be doubled alone.
 """
 
 from __future__ import annotations
@@ -141,16 +141,29 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
     "zaya": {"num_experts_per_tok": 1},
     "gemma4_text": {
-        "vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "global_head_dim": 8,
+        "vocab_size_per_layer_input": 40,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 8,
     },
     "gemma3n_text": {
-        "vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
-        "num_kv_shared_layers": 0, "num_hidden_layers": 3, "intermediate_size": 24,
+        "vocab_size_per_layer_input": 40,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
         "activation_sparsity_pattern": [0.0, 0.0, 0.0],
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 6},
 }
-NAMES = ("model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "is_decoder")
+NAMES = (
+    "model_type",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "is_decoder",
+)
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 SAME_HEADS = {"num_key_value_heads": 4}
 
@@ -162,13 +175,17 @@ def options_of(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in config.items()
         if name in stated
-        and (isinstance(value, (bool, str)) or name.endswith(("_scale", "_multiplier", "_softcapping")))
+        and (
+            isinstance(value, (bool, str))
+            or name.endswith(("_scale", "_multiplier", "_softcapping"))
+        )
         and name not in NAMES
     }
 
 
 def tiny_fields(kind: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The keyword arguments of a tiny configuration whose model computes: with grouped heads where it can.
+    """The keyword arguments of a tiny configuration whose model computes: with grouped heads where
+    it can.
 
     options: what else its configuration states.
     """

@@ -1,4 +1,6 @@
-"""One configuration of a type, as far as it can be read: its sizes, its rows, and a random model of it."""
+"""One configuration of a type, as far as it can be read: its sizes, its rows, and a random model of
+it.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def read_variant(kind: str, fields: Mapping[str, Any], like: Variant | None = No
     state = fill({n: t for n, t in file_state(network).items() if n not in probe.unsaved})
     drafts = draft_rows(probe, sizes, names, network)
     leading = find_leading(probe, drafts, names)
-    variant = Variant(kind, probe, sizes, names, drafts, config, state, layer_field, leading=leading)
+    variant = Variant(
+        kind, probe, sizes, names, drafts, config, state, layer_field, leading=leading
+    )
     for draft in drafts:
         cut_draft(draft, variant)
     _compute(variant, like)
@@ -102,7 +106,9 @@ def find_unsaved(kind: str, probe: Probe) -> frozenset[str]:
 
 
 def lengthen(probe: Probe) -> tuple[str, dict[str, Any]]:
-    """The field of the number of layers, and what a model with one layer more has for it and its lists."""
+    """The field of the number of layers, and what a model with one layer more has for it and its
+    lists.
+    """
     for name in LAYERS:
         count = probe.stated.get(name)
         if not isinstance(count, int):
@@ -115,8 +121,12 @@ def lengthen(probe: Probe) -> tuple[str, dict[str, Any]]:
 
 
 def find_leading(probe: Probe, drafts: list[Draft], names: Names) -> tuple[str, ...]:
-    """Fields that count the layers of one kind, which lie in front: one more makes one more of that kind."""
-    fronts = {len(d.layers) for d in drafts if d.kind and d.layers == frozenset(range(len(d.layers)))}
+    """Fields that count the layers of one kind, which lie in front: one more makes one more of that
+    kind.
+    """
+    fronts = {
+        len(d.layers) for d in drafts if d.kind and d.layers == frozenset(range(len(d.layers)))
+    }
     found = []
     for name, value in probe.stated.items():
         if isinstance(value, bool) or not isinstance(value, int) or value not in fronts:
@@ -162,12 +172,16 @@ def fill(state: State, seed: int = 0) -> State:
 
 
 def cut_draft(draft: Draft, variant: Variant) -> None:
-    """Cut the dimensions of a row, knowing whether it lies in a layer's mixer and writes the stream."""
+    """Cut the dimensions of a row, knowing whether it lies in a layer's mixer and writes the
+    stream.
+    """
     products = set()
     if variant.coupled:
         products = {tuple(a for a in ("head", "kv", "group", "head_dim") if a in variant.sizes)}
     inner = draft.name.partition("{layer}.")[2]
-    mixer = bool(ATTENTION.search(inner.split(".")[0].lower())) and "norm" not in inner.split(".")[0]
+    mixer = (
+        bool(ATTENTION.search(inner.split(".")[0].lower())) and "norm" not in inner.split(".")[0]
+    )
     cut(draft, products, not mixer or draft.stream or draft.role == "embedding", mixer)
 
 
@@ -192,7 +206,9 @@ def _compute(variant: Variant, like: Variant | None) -> None:
 
 
 def _take_over(variant: Variant, like: Variant) -> None:
-    """Give rows the marks of the same rows of another variant; a new bias is as its weight. Proofs tell."""
+    """Give rows the marks of the same rows of another variant; a new bias is as its weight. Proofs
+    tell.
+    """
     known = {link(draft): draft for draft in like.drafts}
     known |= {draft.name: draft for draft in like.drafts}
     for draft in variant.drafts:
@@ -235,6 +251,3 @@ def axis_size(variant: Variant, axis: str) -> int:
     if axis == "layer":
         return variant.names.layers
     return size_of(axis, variant.probe, variant.sizes)
-
-
-

@@ -1,4 +1,6 @@
-"""The derivation of one configuration: read, cut, prove; what is not proved is frozen, with the reason."""
+"""The derivation of one configuration: read, cut, prove; what is not proved is frozen, with the
+reason.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Workings:
         try:
             return compute()
         except Exception as problem:
-            self.problems[what] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+            self.problems[what] = (
+                f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+            )
             return failed
 
     def family(self, **facts: Any) -> Family:
@@ -67,7 +71,9 @@ def pooled(variant: Variant) -> bool:
 
 
 def work_out(kind: str, fields: Mapping[str, Any] | None = None) -> Workings:
-    """Read one configuration of a type and prove what grows. Raises ValueError where nothing can be read."""
+    """Read one configuration of a type and prove what grows. Raises ValueError where nothing can be
+    read.
+    """
     work = Workings(read_variant(kind, fields or tiny_fields(kind)))
     prove_depth(work)
     prove_width(work)
@@ -85,7 +91,9 @@ def prove_depth(work: Workings) -> None:
     work.frozen.pop("layer", None)
     found = []
     for index in copies:
-        copied, _ = work.attempt("layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0))
+        copied, _ = work.attempt(
+            "layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0)
+        )
         found.append(copied)
     work.gaps["layer"] = max(found)
     if max(found) > BOUND and scale_by_depth(work):
@@ -97,12 +105,14 @@ def prove_depth(work: Workings) -> None:
         work.gaps["identity"] = float("inf")
         return
     work.gaps["identity"] = work.attempt(
-        "identity", lambda: measure_gap(family, variant, {"layer": identity_map(layers)}), float("inf")
+        "identity",
+        lambda: measure_gap(family, variant, {"layer": identity_map(layers)}),
+        float("inf"),
     )
 
 
 def scale_by_depth(work: Workings) -> bool:
-    """Whether what layers add follows their number, and rows that write the stream make up for it."""
+    """Whether what layers add follows their number, and rows that write the stream undo that."""
     if work.scalars or not any(draft.stream for draft in work.variant.drafts):
         return False
     work.scalars = {d.name: "1/sqrt(layer)" for d in work.variant.drafts if d.stream}
@@ -182,13 +192,15 @@ def searchable(work: Workings, axis: str) -> bool:
 
 def try_maps(work: Workings, axis: str, uniform: bool) -> float:
     gap: float = work.attempt(
-        axis, lambda: measure_gap(work.family(), work.variant, maps_of(work, axis, uniform)), float("inf")
+        axis,
+        lambda: measure_gap(work.family(), work.variant, maps_of(work, axis, uniform)),
+        float("inf"),
     )
     return gap
 
 
 def search(work: Workings, axis: str) -> float:
-    """Try other cuts of the rows along an axis, then scalars; keep what is exact. Returns the gap."""
+    """Try other cuts of the rows along an axis, then scalars; keep what is exact: its gap."""
     before, scalars = dict(work.choice), dict(work.scalars)
     for choice in islice(choices(work, axis), TRIES):
         work.choice = before | choice
@@ -237,5 +249,3 @@ def scalar_pairs(work: Workings) -> Iterator[dict[str, str]]:
         elif last:
             found |= dict.fromkeys(final, last)
         yield work.scalars | found
-
-

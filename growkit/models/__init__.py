@@ -26,7 +26,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(kind: str) -> Family | None:
-    """The family of a model type: written by hand, else of a derived table; None where there is none."""
+    """The family of a model type, by hand or of a derived table; None where there is none."""
     if kind in FAMILIES:
         return FAMILIES[kind]
     return read_shipped(kind) if kind in list_shipped() else None

@@ -47,11 +47,11 @@ class Family:
     the one value that the table holds for. unpadded, no_identity: why embed cannot be padded, why
     layers that add nothing cannot be inserted; empty where they can. rotary is None where no field
     of rotary positions follows a size: then they are kept as they are. leading: fields that count
-    the layers of one kind, which lie in front. numbers: fields that list numbers of layers. patterns:
-    list by layer -> the kinds that repeat where config.json leaves the list out. stated: lists by
-    layer that config.json must hold for growth in depth. uniform: axes that are copied evenly, though
-    no norm averages over them. An axis of
-    the table that has neither a field nor a constant is measured in the files.
+    the layers of one kind, which lie in front. numbers: fields that list numbers of layers.
+    patterns: list by layer -> the kinds that repeat where config.json leaves the list out. stated:
+    lists by layer that config.json must hold for growth in depth. uniform: axes that are copied
+    evenly, though no norm averages over them. An axis of the table that has neither a field nor a
+    constant is measured in the files.
     """
 
     kind: str
@@ -582,8 +582,8 @@ def _check_stated(before: Mapping[str, Any], family: Family) -> None:
     for name in family.stated:
         if not isinstance(before.get(name), list):
             raise UsageError(
-                f"config.json lacks {name}, which says what kind each layer is of: load the model in "
-                f"transformers and save it once, then grow it in depth"
+                f"config.json lacks {name}, which says what kind each layer is of: load the model "
+                f"in transformers and save it once, then grow it in depth"
             )
 
 
@@ -600,13 +600,13 @@ def _entries_by_layer(name: str, before: Mapping[str, Any], family: Family) -> l
 def _count_leading(
     name: str, before: Mapping[str, Any], family: Family, index: Sequence[int]
 ) -> int:
-    """How many layers in front copy one of the layers that a field counts. They must stay in front."""
+    """How many layers copy one of those that a field counts; they must stay in front."""
     counted = before.get(name, family.defaults.get(name))
     leads = [layer < int(counted or 0) for layer in index]
     count = sum(leads)
     if not all(leads[:count]):
         raise UsageError(
-            f"{name} counts the first {counted} layers, which are of another kind than the rest: their "
-            f"copies must stay in front, and this map has one at place {leads.index(False)} and later"
+            f"{name} counts the first {counted} layers, which are of another kind than the rest: "
+            f"their copies must stay in front, and this map has others from {leads.index(False)} on"
         )
     return count

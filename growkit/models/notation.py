@@ -225,8 +225,8 @@ class Row:
 class Table:
     """All parameters of a model, for its options.
 
-    layers: the layers of each kind of layers. uniform: axes that are copied evenly for other reasons
-    than norms.
+    layers: the layers of each kind of layers. uniform: axes that are copied evenly for other
+    reasons than norms.
     """
 
     rows: tuple[Row, ...]

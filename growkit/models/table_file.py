@@ -11,8 +11,9 @@
     [table]
     model.embed_tokens.weight  vocab embed  normal  embedding
 
-Lines that start with # are comments, as in tables. Values are JSON, or `same` and a path for what another field
-says. `[proof]` keeps what was measured when the file was derived; nothing reads it but people and docs.
+Lines that start with # are comments, as in tables. Values are JSON, or `same` and a path for what
+another field says. `[proof]` keeps what was measured when the file was derived; nothing reads it
+but people and docs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ from growkit.models.rotary import RotaryFields
 
 HEADER = "growkit table 1"
 TEXTS = ("kind", "class_name", "title", "prefix", "norm", "heads", "unpadded", "no_identity")
-MAPS = ("fields", "options", "defaults", "nulls", "proved", "constants", "frozen", "scalars", "patterns")
+MAPS = (
+    "fields",
+    "options",
+    "defaults",
+    "nulls",
+    "proved",
+    "constants",
+    "frozen",
+    "scalars",
+    "patterns",
+)
 LISTS = ("by_layer", "leading", "numbers", "stated", "uniform", "buffers")
 
 

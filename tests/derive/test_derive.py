@@ -1,4 +1,6 @@
-"""Tables derived from transformers' classes: as by hand where there are both, as shipped, and mistakes are noticed."""
+"""Tables derived from transformers' classes: as by hand where there are both, as shipped, and
+mistakes are noticed.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_a_derived_table_is_the_one_by_hand(kind):
         for fact in ("blocks", "begins", "role", "offset", "averages", "stacked", "kind"):
             assert getattr(row, fact) == getattr(expected[key], fact), (key, fact)
     assert family.fields == by_hand.fields
-    assert {name: family.defaults[name] for name in family.fields.values() if name in family.defaults} == {
+    assert {
+        name: family.defaults[name] for name in family.fields.values() if name in family.defaults
+    } == {
         name: by_hand.defaults[name] for name in by_hand.fields.values() if name in by_hand.defaults
     }
 

@@ -1,4 +1,6 @@
-"""Families as text files: what is written is read again, and nothing of transformers is needed for it."""
+"""Families as text files: what is written is read again, and nothing of transformers is needed for
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables that `growkit derive` made, one text file for each model type, read when they are asked for."""
+"""Tables that `growkit derive` made: a text file for each model type, read when asked for."""
 
 from __future__ import annotations
 
