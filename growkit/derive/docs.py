@@ -1,12 +1,12 @@
-"""docs/models.md: a row for each model type with a table, from what the tables' files say was
-measured.
+"""docs/derived.md: a row for each model type with a shipped table, from what the tables' files say
+was measured.
 
-python -m growkit.derive.docs > docs/models.md
+python -m growkit.derive.docs > docs/derived.md
 """
 
 from __future__ import annotations
 
-from growkit.models.architecture import Family
+from growkit.models.family import Family
 from growkit.models.table_file import split_sections
 from growkit.models.tables import list_shipped, read_shipped, read_text
 

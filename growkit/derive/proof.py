@@ -19,7 +19,9 @@ from growkit.derive.variant import Variant, config_json
 from growkit.growth.axes import AxisMap, insert, make_map, tile
 from growkit.growth.plan import Plan, build_plan
 from growkit.growth.rule import find_source, grow_array
-from growkit.models.architecture import Architecture, Family, follow_layers
+from growkit.models.architecture import Architecture
+from growkit.models.family import Family
+from growkit.models.layer_fields import follow_layers
 
 # Of the largest logit.
 BOUND = 1e-10
@@ -87,7 +89,7 @@ def uneven(size: int) -> AxisMap:
     index = [*range(size), *added]
     weight = np.random.default_rng(size).uniform(0.5, 1.5, len(index))
     sums = np.bincount(index, weights=weight, minlength=size)
-    return make_map(index, size, weight / sums[index])
+    return make_map(index, size, (weight / sums[index]).tolist())
 
 
 def even(size: int, times: int = 2) -> AxisMap:

@@ -18,7 +18,12 @@ from growkit.errors import UsageError, did_you_mean
 from growkit.growth.axes import AxisMap
 from growkit.models.architecture import Architecture
 
+# No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
+# sum to 1 along vocab. Copies there are another function whatever their shares.
+UNCOPIED = ("head_dim", "vocab")
 MOMENTS = ("map", "copy", "reset", "nu-only")
+# Where a model comes from, for messages about an argument that is none.
+MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
 
 @dataclass(frozen=True)
@@ -164,8 +169,10 @@ def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:
 
     layer: one copy of each source with share 1, in the sources' order, all others 0. uniform:
     whether a norm averages over the axis; then every unit needs as many copies, with equal shares.
-    Any other axis: shares that sum to 1 for each source.
+    head_dim and vocab: never. Any other axis: shares that sum to 1 for each source.
     """
+    if axis in UNCOPIED:
+        return False
     if axis == "layer":
         kept = axis_map.index[axis_map.share == 1.0]
         only_whole = bool(np.isin(axis_map.share, (0.0, 1.0)).all())

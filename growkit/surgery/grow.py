@@ -14,7 +14,7 @@ from growkit.entries import Growth, Origin
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source, moment_fate, needs_work
-from growkit.models.architecture import follow_layers
+from growkit.models.layer_fields import follow_layers
 from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 
@@ -42,7 +42,7 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
 
 def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
     """The grown model's config.json; fields with one entry for each layer follow the map."""
-    config = plan.grown.config(source.config)
+    config = plan.grown.update(source.config)
     if "layer" not in plan.maps:
         return config
     index = plan.maps["layer"].index.tolist()

@@ -10,7 +10,6 @@ import dataclasses
 import pytest
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.rules import Bounds, check_rules
 from trainer.config.sections import (
     Config,
@@ -22,7 +21,7 @@ from trainer.config.sections import (
     resolve,
 )
 from trainer.config.values import list_presets, read_values
-from trainer.run.directory import fill_model, find_changed_keys
+from trainer.run.directory import find_changed_keys
 
 
 def refusal(values, *fragments):
@@ -225,39 +224,6 @@ def test_changed_keys_are_named_and_what_may_change_is_not():
     ).to_dict()
     assert find_changed_keys(before, after) == ["data.train", "optimizer.clip", "seed"]
     assert find_changed_keys(after, after) == []
-
-
-SOURCE = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
-
-
-def test_a_source_fills_the_model_section():
-    values = fill_model({"seed": 3}, SOURCE, "here")
-    assert build_architecture(resolve(values).model) == SOURCE
-    longer = fill_model({"model": {"context": 32, "layer": 2}}, SOURCE, "here")
-    assert build_architecture(resolve(longer).model) == SOURCE.change(context=32)
-
-
-def test_a_stated_value_is_compared_as_the_number_it_is():
-    """YAML reads 1e-5 as text; it equals the source's 1e-05 all the same."""
-    assert fill_model({"model": {"layer_norm_eps": "1e-5", "rotary_base": 10000}}, SOURCE, "here")
-
-
-@pytest.mark.parametrize(
-    "section,fragment",
-    [
-        (
-            {"layer": 3, "tied": False},
-            "than here: layer is 3 in the one and 2 in the other, tied is False",
-        ),
-        ({"layers": 2}, "unknown key model.layers; the keys here are layer, "),
-        ("large", "model is a section of values, got 'large'"),
-        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps is 1e-06 in the one and 1e-05 in the other"),
-    ],
-)
-def test_a_model_section_that_is_not_the_sources(section, fragment):
-    with pytest.raises(UsageError) as caught:
-        fill_model({"model": section}, SOURCE, "here")
-    assert fragment in str(caught.value)
 
 
 def test_a_map_of_layers_is_not_read_as_a_number_to_the_base_of_60(tmp_path):

@@ -1,4 +1,6 @@
-"""Growth in memory is growth on disk, bit for bit, in whatever state the parameters stand and on whatever device."""
+"""Growth in memory is growth on disk, bit for bit, in whatever state the parameters stand and on
+whatever device.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
 from growkit.surgery import grow as surgery
 
-TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
+TINY = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False
+)
 EXACT = {
     "gopher": plan_depth(TINY, "2:3"),
     "stack": plan_depth(TINY, "2:5", "stack"),
@@ -136,11 +140,11 @@ def test_another_architectures_tree_grows_as_on_disk():
     plan = dataclasses.replace(combine_plans("grow", plans, model), noise=0.2)
     grown = growkit.grow(source.stack(), plan)
     for name, recipe in surgery.prepare_growth(source, plan).recipes["params"].items():
-        row, layer = plan.grown.table.match(name)
+        row, position = plan.grown.table.match(name)
         leaf = grown
         for key in row.path:
             leaf = leaf[key]
-        assert np.array_equal(leaf[layer] if row.stacked else leaf, made(recipe)), name
+        assert np.array_equal(leaf[position], made(recipe)), name
 
 
 def test_one_wrong_bit_is_seen():
@@ -281,7 +285,7 @@ except AttributeError as problem:
 """
 SHARDED = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/growth"]
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import growkit
@@ -300,7 +304,10 @@ for name in ("noise", "mean-pad"):
     grown = jax.jit(lambda state: growkit.grow(state, PLANS[name]))(state)
     for slot in SLOTS:
         theirs = on_disk(name, slot)
-        assert near(grown[slot], theirs) < 1e-6 if name == "mean-pad" else same(grown[slot], theirs), (name, slot)
+        if name == "mean-pad":
+            assert near(grown[slot], theirs) < 1e-6, slot
+        else:
+            assert same(grown[slot], theirs), slot
 eager = growkit.grow(state["params"], PLANS["both"])
 assert same(eager, on_disk("both", "params"))
 print("sharded growth is the same")

@@ -1,4 +1,4 @@
-"""Speed as the log gives it: by its formula, and without what compiling took; and where programs are kept."""
+"""Speed in the log: by its formula, compilation excluded; and where compiled programs are kept."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ def on(kind, devices=4):
 def test_utilization_is_the_formula_that_is_printed():
     made = on("TPU v3")
     assert made.formula == (
-        "MFU = FLOPs a token (2e+09) x tokens/s / (devices (4) x peak); peak of TPU v3, dense bfloat16: 61.5 TFLOP/s"
+        "MFU = FLOPs a token (2e+09) x tokens/s / (devices (4) x peak); "
+        "peak of TPU v3, dense bfloat16: 61.5 TFLOP/s"
     )
-    assert made.compute_mfu(49_200) == pytest.approx(2.0e9 * 49_200 / (4 * 61.5e12)) == pytest.approx(0.4)
+    assert (
+        made.compute_mfu(49_200)
+        == pytest.approx(2.0e9 * 49_200 / (4 * 61.5e12))
+        == pytest.approx(0.4)
+    )
     assert made.describe(49_200) == "49.2K tokens/s (12.3K a device)  MFU 40.0%"
 
 
@@ -50,7 +55,10 @@ def test_a_stopwatch_counts_from_where_it_was_set(monkeypatch):
 
 
 def first_row(data, out, monkeypatch, **log):  # noqa: F811
-    """The speed and the time left that a run says first, with a first step that takes a second more to compile."""
+    """(seconds a step in the first row with a speed, the step that the time left counts from).
+
+    The first step takes a second more to compile.
+    """
     make, said = trainer.run.loop.make_train_step, []
 
     def slow(*given):
@@ -70,7 +78,7 @@ def first_row(data, out, monkeypatch, **log):  # noqa: F811
     row = trainer.run.loop.Report.show_row
 
     def told(report, step, *rest):
-        said.append((step, report.begun))
+        said.append((step, report.clock))
         row(report, step, *rest)
 
     monkeypatch.setattr(trainer.run.loop.Report, "show_row", told)

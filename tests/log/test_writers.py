@@ -1,4 +1,4 @@
-"""Metrics elsewhere and traces: what a run hands over is its history, and it trains as if it did not."""
+"""Metrics elsewhere and traces: a run writes its whole history, and trains as it would without."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_scores_have_names_of_their_own():
         [],
         writers.Writers(SimpleNamespace(log=SimpleNamespace(tensorboard=False, wandb=""))),
     )
-    made.open = [SimpleNamespace(add=lambda step, numbers: told.append((step, numbers)))]
+    made.writers = [SimpleNamespace(add=lambda step, numbers: told.append((step, numbers)))]
     made.add({"step": "4", "loss": "", "scores": json.dumps({"piqa/acc": 0.5}), "event": ""})
     assert told == [(4, {"score/piqa/acc": 0.5})]
 
@@ -143,13 +143,18 @@ def test_tensorboards_files_hold_the_history(data, tmp_path, plain):  # noqa: F8
         ({"wandb": "growth"}, "log.wandb needs wandb, which is not installed: pip install wandb"),
         (
             {"profile": "9:9"},
-            "log.profile is FIRST:LAST, as 100:110 for the ten steps after step 100; got '9:9'",
+            "log.profile must be FIRST:LAST, such as 100:110 for the ten steps after step 100; "
+            "got '9:9'",
         ),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_run_is_begun(
-    log, sentence, data, tmp_path, monkeypatch
-):  # noqa: F811
+    log,
+    sentence,
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
     def missing(name):
         raise ImportError(name)
 
@@ -185,5 +190,6 @@ def test_a_trace_ends_with_the_run(data, tmp_path, monkeypatch):  # noqa: F811
     heard, out = traced(monkeypatch), tmp_path / "run"
     run = send_at(new_run(data, out, log={"profile": "5:700"}), 6, signal.SIGTERM)
     run.go()
-    assert heard == [5] and not run.trace.running
+    assert heard == [5]
+    assert not run.setup.trace.running
     assert list((out / "profile").rglob("*.xplane.pb"))

@@ -1,4 +1,4 @@
-"""What the verbs train and generate refuse: one sentence, the right exit code, and nothing written."""
+"""What train and generate refuse: one sentence, the right exit code, and nothing written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.data.tokens import TokenWriter
 
 TINY = GPT_NEOX.model(layer=1, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 MODEL = "model={layer: 1, embed: 16, head: 2, mlp: 32, vocab: 64, context: 16, rotary_pct: 0.5}"
-# A tokenizer of one word a letter.
+# A tokenizer with one token for each of four letters.
 TOKENIZER = {
     "version": "1.0",
     "truncation": None,
@@ -49,7 +49,7 @@ def token_directory(path, count=400, vocab=64, **manifest):
 
 def model_directory(path, files=(), **sizes):
     """A Hugging Face directory of small random numbers, with files beside it."""
-    model = GPT_NEOX.model(**{**vars(TINY), **sizes})
+    model = TINY.change(**sizes)
     random = np.random.default_rng(0)
 
     def recipe(row):
@@ -64,7 +64,7 @@ def model_directory(path, files=(), **sizes):
 
 @pytest.fixture
 def refused(capsys, tmp_path):
-    """Checks that a command ends with a code and one line that holds these words, and that it begins no run."""
+    """Check that a command ends with this code and one line of these words, and begins no run."""
 
     def check(arguments, code, *fragments):
         assert run([str(argument) for argument in arguments]) == code

@@ -1,0 +1,40 @@
+"""What options and arguments of verbs take: counts as people write them, paths with a tilde."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+
+class Count(click.ParamType):  # type: ignore[type-arg]
+    """A whole number, which may be written 32k, 1.5M or 1e6."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; one that is below 1 is left to the verb to refuse. Raises UsageError."""
+        from growkit.quantity import parse_count
+
+        if isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            option = param.opts[0] if param is not None else "a count"
+            return parse_count(value, option)
+
+
+class PathName(click.ParamType):  # type: ignore[type-arg]
+    """A path, in which ~ is the home directory: no shell expands it after an equals sign."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path with the home directory in the place of ~."""
+        return os.path.expanduser(value)
+
+
+COUNT = Count()
+PATH = PathName()

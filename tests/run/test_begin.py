@@ -1,0 +1,99 @@
+"""What is settled before a run's first step: its models, and what RUN says of its source."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import yaml
+from test_training import TINY, Killed, data, new_run, values  # noqa: F401 (data is a fixture)
+
+from growkit.errors import UsageError
+from trainer.config.sections import build_architecture, build_section, resolve
+from trainer.run.begin import begin, prepare, take_model
+from trainer.run.loop import Run
+from trainer.run.stages import train
+
+
+def taken(section):
+    """The configuration of a run from TINY whose model section states these values."""
+    stated = {"seed": 3} if section is None else {"model": section}
+    return take_model(resolve(stated), stated, build_section(TINY), "here")
+
+
+def test_a_source_fills_the_model_section():
+    assert build_architecture(taken(None).model) == TINY and taken(None).seed == 3
+    longer = taken({"context": 32, "layer": 2})
+    assert build_architecture(longer.model) == TINY.change(context=32)
+
+
+def test_a_stated_value_is_compared_as_the_number_it_is():
+    """YAML reads 1e-5 as text; it equals the source's 1e-05 all the same."""
+    assert taken({"layer_norm_eps": "1e-5", "rotary_base": 10000}).model == build_section(TINY)
+
+
+@pytest.mark.parametrize(
+    "section,fragment",
+    [
+        (
+            {"layer": 3, "tied": False},
+            "than here: layer is 3 in the one and 2 in the other, tied is False",
+        ),
+        ({"layers": 2}, "unknown key model.layers; the keys here are layer, "),
+        ("large", "model is a section of values, got 'large'"),
+        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps is 1e-06 in the one and 1e-05 in the other"),
+    ],
+)
+def test_a_model_section_that_is_not_the_sources(section, fragment):
+    with pytest.raises(UsageError) as caught:
+        taken(section)
+    assert fragment in str(caught.value)
+
+
+def test_nothing_is_written_before_a_run_begins(data, tmp_path):  # noqa: F811
+    setup = prepare(values(data, grow={"map": "2:3", "at": 6}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # Both of its models are known by now, and each has a configuration of its own.
+    assert (setup.first.model.layer, setup.grown.model.layer) == (2, 3)
+    assert setup.grown.model == setup.later_growth.grown
+    assert (setup.first.config.schedule.continued, setup.grown.config.schedule.continued) == (
+        False,
+        True,
+    )
+
+
+def test_a_loop_keeps_only_one_state(data, tmp_path):  # noqa: F811
+    """A second reference to the first state would cost its memory where a step donates none."""
+    beginning = begin(prepare(values(data), tmp_path / "run"))
+    kept = weakref.ref(beginning.snapshot)
+    run = Run(beginning)
+    assert kept() is beginning.snapshot
+    del beginning
+    assert kept() is None
+    run.close()
+
+
+def origin_of(out):
+    return yaml.safe_load((out / "config.yaml").read_text())["from"]
+
+
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(data, tmp_path):  # noqa: F811
+    """RUN was begun with a source, killed before its first checkpoint, and begun without it."""
+    source, out = tmp_path / "source", tmp_path / "run"
+    train(values(data), source)
+    setup = prepare(values(data), out, str(source))
+    begin(setup).directory.close()
+    assert origin_of(out) == {"path": str(source), "fingerprint": setup.source.fingerprint}
+    run = new_run(data, out)
+    assert not run.resumed and origin_of(out) is None
+    run.close()
+
+
+def test_a_directory_that_is_refused_is_not_left_locked(data, tmp_path):  # noqa: F811
+    train(values(data), tmp_path / "run")
+    other = prepare(values(data, seed=6), tmp_path / "run")
+    with pytest.raises(UsageError, match="seed") as kept:  # with its traceback, and so its frames
+        begin(other)
+    run = new_run(data, tmp_path / "run")
+    assert run.resumed and kept is not None
+    run.close()
