@@ -111,7 +111,8 @@ def list_loaded(statement: str) -> set[str]:
     "statement",
     [
         "import growkit",
-        "import growkit.checkpoint.location, growkit.growth.plan, growkit.surgery.grow, growkit.cli",
+        "import growkit.checkpoint.location, growkit.growth.plan, growkit.surgery.grow",
+        "import growkit.cli",
         "import growkit.cli.growing, convert.cli, convert.directory, convert.card",
         "import growkit.evaluation.questions, growkit.evaluation.report, growkit.cli.evaluating",
         "from growkit.cli import run; assert run(['--help']) == 0",

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def make_hashes(
     }
 
 
-def are_known(hashes: Mapping[str, Any] | None) -> bool:
+def are_known(hashes: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Whether there are hashes, and this version of growkit can compute them."""
     return hashes is not None and hashes.get("algorithm") == ALGORITHM
 
@@ -182,9 +182,9 @@ def find_changed(
     """What differs first from its stored hash, in words (`the array 'mu.x'`); None for nothing.
 
     arrays: hashes computed now, of as many arrays as were read. files, meta: None where they were
-    not read. An array without a stored hash is not compared.
+    not read. What has no stored hash is not compared.
     """
-    if meta is not None and hash_meta(meta) != hashes.get("meta"):
+    if meta is not None and "meta" in hashes and hash_meta(meta) != hashes["meta"]:
         return "the meta"
     stored = hashes.get("arrays", {})
     for name, found in arrays.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -176,7 +176,7 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """How many numbers the model holds, a tied embedding counted once."""
-        return count_parameters(self.table.rows, self.sizes)
+        return self._count_numbers(self.table.rows)
 
     def flops_per_token(self, context: int | None = None) -> float:
         """Training FLOPs a token: 6 for each weight that multiplies, and attention's products.
@@ -184,11 +184,19 @@ class Architecture:
         Attention takes 12 x layer x heads x head_dim x context. PaLM (arXiv 2204.02311), appendix
         B. The embedding look-up multiplies nothing; the head does.
         """
-        matrices = [row for row in self.table.rows if row.multiplies]
-        weights = count_parameters(matrices, self.sizes)
+        weights = self._count_numbers([row for row in self.table.rows if row.multiplies])
         head = self.vocab * self.embed if self.tied else 0
         attention = self.layer * self.head_count * self.head_dim * (context or self.context)
         return 6.0 * (weights + head) + 12.0 * attention
+
+    def _count_numbers(self, rows: Sequence[Row]) -> int:
+        """How many numbers the parameters of some rows hold, in the layers that have them."""
+        return sum(
+            math.prod(row.shape(self.sizes))
+            for row in rows
+            for position in row.positions(self.sizes)
+            if not position or self.table.has(row, position[0])
+        )
 
     def scalar_growth(self, row: Row, grown: Architecture) -> float:
         """f(old) / f(new) of the factor f that the model applies to a parameter; 1 where there is
@@ -198,9 +206,14 @@ class Architecture:
         """
         scalars = self.family.scalars
         text = scalars.get(" ".join((row.name, *row.conditions))) or scalars.get(row.name)
-        found = _POWER.fullmatch(text) if text else None
-        if found is None:
+        if text is None:
             return 1.0
+        found = _POWER.fullmatch(text)
+        if found is None:
+            raise GrowkitError(
+                f"the factor of {row.name} is axis, sqrt(axis), 1/axis or 1/sqrt(axis), got "
+                f"{text!r}"
+            )
         axis = found[2] or found[3]
         ratio = self.sizes[axis] / grown.sizes[axis]
         if found[2]:
@@ -360,8 +373,3 @@ def keep_rotated(rotary: int, head_dim: int) -> float:
         return part
     # Where rounding would miss the count (30 of 44: 29), half a dimension is added.
     return (rotary + 0.5) / head_dim
-
-
-def count_parameters(rows: Iterable[Row], sizes: Mapping[str, int]) -> int:
-    """The number of elements of all parameters of `rows` at `sizes`."""
-    return sum(math.prod(row.stacked_shape(sizes)) for row in rows)

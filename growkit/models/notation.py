@@ -146,7 +146,7 @@ class Row:
     @property
     def writes_stream(self) -> bool:
         """Whether the parameter writes into the residual stream, a sum over layers."""
-        return any(axis.read for axis in self.stacked)
+        return any(axis.read and axis.name == "layer" for axis in self.stacked)
 
     @property
     def decays(self) -> bool:

@@ -32,8 +32,29 @@ class Table:
 
     @cached_property
     def normalises_queries(self) -> bool:
-        """Whether queries and keys have norms of their own, over axes of the head."""
-        return any(row.role == "norm" and "embed" not in row.averages for row in self.rows)
+        """Whether queries and keys have norms of their own, over axes that they write."""
+        return any(self._is_of_queries(row) for row in self.rows)
+
+    @cached_property
+    def other_norms(self) -> tuple[Row, ...]:
+        """The norms that average neither over embed nor over axes of queries and keys."""
+        return tuple(
+            row
+            for row in self.rows
+            if row.role == "norm" and "embed" not in row.averages and not self._is_of_queries(row)
+        )
+
+    def _is_of_queries(self, row: Row) -> bool:
+        """Whether a row is a norm of queries or keys."""
+        written = {
+            axis.name
+            for other in self.rows
+            for part in other.parts
+            if part.role in ("query", "key", "qkv")
+            for axis in part.axes
+            if not axis.read
+        }
+        return row.role == "norm" and "embed" not in row.averages and set(row.averages) <= written
 
     def match(self, name: str) -> tuple[Row, Position]:
         """The row and unit of a parameter's name in files.

@@ -175,7 +175,10 @@ def without(part: str):
         ),
         (
             lambda found: found | {f"{LAYERS}.3.mlp.dense_4h_to_h.bias": (32,)},
-            [f"'{LAYERS}.3.mlp.dense_4h_to_h.bias'", "num_hidden_layers = 3", "last layer is 2"],
+            [f"'{LAYERS}.3.mlp.dense_4h_to_h.bias'",
+                "num_hidden_layers = 3",
+                "last layer is 2",
+            ],
         ),
         (without("embed_in"), ["'gpt_neox.embed_in.weight' is missing"]),
         (without(".2."), [f"'{LAYERS}.2.", "is missing", "num_hidden_layers = 3"]),

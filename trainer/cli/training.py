@@ -7,6 +7,7 @@ Only options and printing are here. A run is `trainer.run.stages.train`'s, and a
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -123,10 +124,29 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
         f", {manifest[key]:,} {words}" for key, words in kinds.items() if manifest.get(key)
     )
     each = manifest["bytes"] / manifest["tokens"]
+    documents = (
+        "1 document" if manifest["documents"] == 1 else f"{manifest['documents']:,} documents"
+    )
     return (
-        f"{manifest['documents']:,} documents{others}, {manifest['tokens']:,} tokens of "
+        f"{documents}{others}, {manifest['tokens']:,} tokens of "
         f"{each:.2f} bytes, vocabulary {manifest['vocab_size']:,}"
     )
+
+
+def offer_trust(command: Callable[..., int]) -> Callable[..., int]:
+    """The options that say what becomes of a damaged checkpoint when a run is resumed."""
+    unverified = click.option(
+        "--no-verify",
+        is_flag=True,
+        help="Resume without comparing the checkpoint with the hashes on record.",
+    )
+    whole = click.option(
+        "--from-last-whole",
+        is_flag=True,
+        help="Where the last checkpoints are damaged, set them aside and go on from the last one "
+        "that is whole.",
+    )
+    return unverified(whole(command))
 
 
 @click.command()
@@ -142,8 +162,15 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
 @click.option(
     "--allow-gap", is_flag=True, help="Train on even if exact growth moved the validation loss."
 )
+@offer_trust
 def train(
-    config: str, overrides: tuple[str, ...], start: str | None, out: str, allow_gap: bool
+    config: str,
+    overrides: tuple[str, ...],
+    start: str | None,
+    out: str,
+    allow_gap: bool,
+    no_verify: bool,
+    from_last_whole: bool,
 ) -> int:
     """Train by CONFIG, a YAML file or a preset, into the run directory RUN.
 
@@ -156,7 +183,8 @@ def train(
 
     join_cluster()
     values = read_values(config, list(overrides))
-    return _report_end(out, stages.train(values, out, start, allow_gap))
+    trust = stages.Trust(verify=not no_verify, from_last_whole=from_last_whole)
+    return _report_end(out, stages.train(values, out, start, allow_gap, trust=trust))
 
 
 def _report_end(out: str, result: Result) -> int:
@@ -188,7 +216,16 @@ def exit_code(result: Result) -> int:
 @click.option(
     "--out", type=PATH, required=True, metavar="RUN2", help="The directory of the new run."
 )
-def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: str) -> int:
+@offer_trust
+def anneal(
+    src: str,
+    overrides: tuple[str, ...],
+    to: float,
+    tokens: str,
+    out: str,
+    no_verify: bool,
+    from_last_whole: bool,
+) -> int:
     """Bring the learning rate of RUN down to LR over N more tokens, in a new run RUN2.
 
     RUN2 starts from RUN's checkpoint, with its optimizer state, its place in the data stream and
@@ -208,7 +245,8 @@ def anneal(src: str, overrides: tuple[str, ...], to: float, tokens: str, out: st
     if is_writer():
         rates = f"learning rate {branch.rate:g} to {to:g}"
         click.echo(f"{out}: {rates}, linearly over {steps:,} steps", err=True)
-    return _report_end(out, stages.train(values, out, src, branch=branch))
+    trust = stages.Trust(verify=not no_verify, from_last_whole=from_last_whole)
+    return _report_end(out, stages.train(values, out, src, branch=branch, trust=trust))
 
 
 @click.command()

@@ -44,6 +44,7 @@ from trainer.log.history import EARLIER
 from trainer.log.trace import Trace
 from trainer.log.writers import Writers
 from trainer.run.checkpoint import Snapshot, find_last_step
+from trainer.run.damage import DamagedError, go_back
 from trainer.run.directory import RunDirectory, open_run, read_run
 from trainer.run.growth import grow_config, is_growth_due, plan_growth, select_multipliers
 from trainer.run.state import from_source, new_state
@@ -76,6 +77,18 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Trust:
+    """What is asked of the checkpoint that a run resumes.
+
+    verify: whether it must have the hashes on record. from_last_whole: whether to go back to the
+    last whole checkpoint where later ones are damaged.
+    """
+
+    verify: bool = True
+    from_last_whole: bool = False
+
+
+@dataclass(frozen=True)
 class Setup:
     """A run as a command asks for it, resolved, planned and checked.
 
@@ -97,6 +110,7 @@ class Setup:
     grown: Stage | None = None
     allow_gap: bool = False
     branch: Branch | None = None
+    trust: Trust = Trust()
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class Beginning:
     step: how many steps of the run are done. snapshot: what is trained on from there. resumed:
     whether the snapshot is a checkpoint of this run as it was saved. grows: whether a growth is
     still to come. source_record: the record of the model that this stage was made from, empty for
-    a new or resumed one.
+    a new or resumed one. notes: what to tell the user about how it was found.
     """
 
     setup: Setup
@@ -117,6 +131,7 @@ class Beginning:
     resumed: bool
     grows: bool
     source_record: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -125,6 +140,7 @@ def prepare(
     start: str | None = None,
     allow_gap: bool = False,
     branch: Branch | None = None,
+    trust: Trust | None = None,
 ) -> Setup:
     """Resolve a run's configuration values, plan its growths, and check all that can be checked.
 
@@ -153,6 +169,7 @@ def prepare(
         grown=Stage.after(later_growth, config) if later_growth else None,
         allow_gap=allow_gap,
         branch=branch,
+        trust=trust or Trust(),
     )
 
 
@@ -225,7 +242,30 @@ def begin(setup: Setup) -> Beginning:
     Raises UsageError where RUN was begun otherwise, GrowkitError where another process trains
     into it, or a checkpoint cannot be read.
     """
-    directory = open_run(setup.out, setup.first.config, setup.start, setup.source)
+    others = (setup.start, setup.source, setup.trust.from_last_whole)
+    directory = open_run(setup.out, setup.first.config, *others)
+    try:
+        return _begin_or_go_back(setup, directory)
+    except BaseException:
+        directory.unlock()
+        raise
+
+
+def _begin_or_go_back(setup: Setup, directory: RunDirectory) -> Beginning:
+    """Start where the last checkpoint says, or the last whole one where that is asked for."""
+    notes = directory.notes
+    try:
+        beginning = _begin_in(setup, directory)
+    except DamagedError as problem:
+        damaged = {problem.step: str(problem)}
+        notes += tuple(go_back(setup.out, damaged, setup.trust.from_last_whole))
+        directory.checkpoints.reload()
+        beginning = _begin_in(setup, directory)
+    return replace(beginning, notes=notes)
+
+
+def _begin_in(setup: Setup, directory: RunDirectory) -> Beginning:
+    """Start where the last checkpoint of an open directory says. Raises DamagedError."""
     last = directory.checkpoints.last
     if last is None:
         return _begin_anew(setup, directory)
@@ -243,7 +283,7 @@ def begin(setup: Setup) -> Beginning:
 
 def _resume(setup: Setup, stage: Stage, directory: RunDirectory, last: int) -> Beginning:
     """Go on from a checkpoint of this run."""
-    snapshot = directory.checkpoints.restore(last, stage.like)
+    snapshot = directory.checkpoints.restore(last, stage.like, setup.trust.verify)
     files = {name: content for name, content in snapshot.files.items() if name != EARLIER}
     directory.history.keep_until(last)
     return Beginning(

@@ -1,32 +1,42 @@
 """A run's checkpoints: saved by Orbax in the background, whole or not at all, restored to the bit.
 
-A checkpoint holds a `Snapshot`, in the layout that `growkit.checkpoint.orbax` describes. Which
-checkpoints stay on disk is the section `checkpoint`'s to say; when to save is the loop's.
+A checkpoint holds a `Snapshot`, in the layout that `growkit.checkpoint.orbax` describes, and the
+hashes of all of it (`trainer.run.hashed`). Which checkpoints stay on disk is the section
+`checkpoint`'s to say; when to save is the loop's.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from growkit.checkpoint.files import is_remote
+from growkit.checkpoint.hashes import HASHES, are_known, find_changed
 from growkit.checkpoint.location import CHECKPOINTS
 from growkit.checkpoint.orbax import FILES, META, STATE, decode_files, encode_files
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.lineage import Lineage
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Checkpoint
+from trainer.devices.hosts import is_writer
+from trainer.run.damage import DamagedError, find_damage, read_item
+from trainer.run.hashed import HashedJson, copy_to_host, hash_arrays, hash_later
 from trainer.run.state import from_tree, to_tree
 from trainer.step.update import State
+
+# The directory in RUN of a checkpoint that is being saved again.
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,30 @@ class Snapshot:
 
 def find_last_step(run: str | os.PathLike[str]) -> int | None:
     """The step of a run's last finished checkpoint, None when it has none."""
-    return max(ocp.utils.checkpoint_steps(epath.Path(run) / CHECKPOINTS), default=None)
+    steps = ocp.utils.checkpoint_steps(epath.Path(run) / CHECKPOINTS)
+    return max([*steps, *_list_replaced(epath.Path(run))], default=None)
+
+
+def _list_replaced(run: epath.Path) -> list[int]:
+    """The checkpoints that were being saved again when the run was killed."""
+    directory = run / REPLACED
+    return [int(entry.name) for entry in directory.iterdir()] if directory.exists() else []
+
+
+def put_back_replaced(run: epath.Path) -> None:
+    """Put back what was being saved again when the run was killed, unless the new one is whole."""
+    if is_writer():
+        for step in _list_replaced(run):
+            if not (run / CHECKPOINTS / str(step)).exists():
+                (run / REPLACED / str(step)).rename(run / CHECKPOINTS / str(step))
+        (run / REPLACED).rmtree(missing_ok=True)
+    _meet("put back")
+
+
+def _meet(name: str) -> None:
+    """Wait for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"growkit {name}")
 
 
 def select_validation_loss(metrics: dict[str, float]) -> float:
@@ -87,17 +120,23 @@ class Checkpoints:
             preservation_policy=build_preservation_policy(settings),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            # Orbax's threads wait for a directory that cannot be made, and the process for them.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         state_handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=settings.ocdbt, use_compression=settings.ocdbt
         )
-        handlers = {
-            STATE: state_handler,
-            META: ocp.JsonCheckpointHandler(),
-            FILES: ocp.JsonCheckpointHandler(),
-        }
+        json_args = (ocp.args.JsonSave, ocp.args.JsonRestore)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item, handler, kinds in (
+            (STATE, state_handler, (ocp.args.PyTreeSave, ocp.args.PyTreeRestore)),
+            (META, HashedJson(), json_args),
+            (FILES, ocp.JsonCheckpointHandler(), json_args),
+        ):
+            for kind in kinds:
+                handlers.add(item, kind, handler)
         self.manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
+            self.directory, options=options, handler_registry=handlers
         )
 
     @property
@@ -118,9 +157,10 @@ class Checkpoints:
             "lineage": snapshot.lineage.to_json(),
             "record": dict(snapshot.record),
         }
+        hashes = hash_later(snapshot.state, snapshot.files, meta)
         items = {
             STATE: ocp.args.PyTreeSave(to_tree(snapshot.state)),
-            META: ocp.args.JsonSave(meta),
+            META: ocp.args.JsonSave(meta | {HASHES: hashes}),
             FILES: ocp.args.JsonSave(encode_files(dict(snapshot.files))),
         }
         loss = snapshot.record.get("validation_loss")
@@ -129,34 +169,103 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         return True
 
-    def restore(self, step: int, like: State) -> Snapshot:
-        """The content of a finished checkpoint, its state in the dtypes and shardings of `like`."""
+    def replace(self, step: int, snapshot: Snapshot) -> None:
+        """Save a step again, as where a signal kept its first save from having all there is.
+
+        Waits until it is written. A kill meanwhile leaves the old checkpoint, which
+        `put_back_replaced` finds. A bucket has no rename: there the old one is removed first.
+        """
+        self.wait()
+        if is_remote(self.run):
+            self.manager.delete(step)
+        elif is_writer():
+            (self.run / REPLACED).mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(self.run / REPLACED / str(step))
+        _meet("replace")
+        self.manager.reload()
+        self.save(step, snapshot)
+        self.wait()
+        if is_writer():
+            (self.run / REPLACED).rmtree(missing_ok=True)
+
+    def restore(self, step: int, like: State, verify: bool = True) -> Snapshot:
+        """The content of a finished checkpoint, its state in the dtypes and shardings of `like`.
+
+        verify: whether what was read must have the hashes on record. Raises DamagedError for what
+        is not as it was saved.
+        """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_tree(like))
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         items = {
             STATE: ocp.args.PyTreeRestore(target, restore_args=restore_args),
             META: ocp.args.JsonRestore(),
         }
-        with self._name_unreadable(step):
+        try:
             found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as problem:  # Orbax and its storages raise many types
+            self._refuse_unreadable(step, problem)
         meta = found[META]
-        return Snapshot(
+        snapshot = Snapshot(
             state=from_tree(found[STATE], like),
             model_config=meta["config"],
             lineage=Lineage.read(meta["lineage"]),
             record=meta["record"],
-            files=decode_files(self._read_json(step, FILES)),
+            files=decode_files(self._read(step, FILES)),
         )
+        if verify:
+            self._require_unchanged(step, meta, snapshot)
+        return snapshot
+
+    def _refuse_unreadable(self, step: int, problem: Exception) -> NoReturn:
+        """Raise DamagedError for a damaged checkpoint, GrowkitError for any other reason."""
+        path = self.directory / str(step)
+        damage = find_damage(path)
+        if damage is not None:
+            raise DamagedError(step, damage) from problem
+        words = f"the checkpoint {path} could not be read ({first_line(problem)})"
+        if is_remote(path):
+            raise DamagedError(step, words) from problem
+        raise GrowkitError(words) from problem
+
+    def _require_unchanged(self, step: int, meta: Mapping[str, Any], snapshot: Snapshot) -> None:
+        """Raise DamagedError where something has another hash than the one on record."""
+        hashes = meta.get(HASHES)
+        if not are_known(hashes):
+            return
+        arrays = hash_arrays(copy_to_host(snapshot.state))
+        changed = find_changed(hashes, arrays, snapshot.files, meta)
+        if changed is not None:
+            raise DamagedError(
+                step,
+                f"{changed} of {self.directory / str(step)} is not what was saved: its hash is "
+                f"another than the one on record",
+            )
 
     def model(self, step: int) -> Architecture:
         """The sizes and options of the model in a finished checkpoint."""
-        with self._name_unreadable(step):
-            return read_config(self._read_json(step, META)["config"])
+        try:
+            return read_config(self._read(step, META)["config"])
+        except GrowkitError as problem:
+            raise DamagedError(step, f"{self.directory / str(step)}: {problem}") from None
 
-    def _read_json(self, step: int, item: str) -> dict[str, Any]:
-        text = (self.directory / str(step) / item / "metadata").read_text()
-        content: dict[str, Any] = json.loads(text)
+    def find_last_good(self) -> int | None:
+        """The step of the last checkpoint whose loss was finite when it was validated."""
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            loss = self._read(step, META)["record"].get("validation_loss")
+            if loss is not None and math.isfinite(loss):
+                return int(step)
+        return None
+
+    def _read(self, step: int, item: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = read_item(self.directory / str(step), item)
+        except ValueError as problem:
+            raise DamagedError(step, str(problem)) from None
         return content
+
+    def reload(self) -> None:
+        """Look again at which checkpoints there are."""
+        self.manager.reload()
 
     def wait(self) -> None:
         """Return when everything begun is on disk."""
@@ -168,10 +277,6 @@ class Checkpoints:
         self.wait()
         self.manager.close()
 
-    def _name_unreadable(self, step: int) -> Any:
-        path = self.directory / str(step)
-        return self._name_failure(f"read, {path}; without it, the run goes on from the one before")
-
     @contextmanager
     def _name_failure(self, done: str) -> Iterator[None]:
         """Turn whatever a storage raises into one sentence.
@@ -181,7 +286,6 @@ class Checkpoints:
         try:
             yield
         except Exception as problem:
-            lines = str(problem).strip().splitlines() or [type(problem).__name__]
             raise GrowkitError(
-                f"a checkpoint of {self.run} could not be {done} ({lines[0][:300]})"
+                f"a checkpoint of {self.run} could not be {done} ({first_line(problem)})"
             ) from problem

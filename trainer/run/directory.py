@@ -3,6 +3,7 @@
 RUN/config.yaml         the resolved configuration, and the source the run began with
 RUN/metrics.csv         a row every few steps
 RUN/checkpoints/STEP/   see `trainer.run.checkpoint`
+RUN/damaged/STEP/       see `trainer.run.damage`
 RUN/.lock               held while a process trains into RUN
 """
 
@@ -24,10 +25,13 @@ from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import Config, resolve
 from trainer.devices.hosts import is_writer, write_once
 from trainer.log.history import History
-from trainer.run.checkpoint import Checkpoints, find_last_step
+from trainer.run.checkpoint import Checkpoints, find_last_step, put_back_replaced
+from trainer.run.damage import find_broken_files, go_back
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+# Keys that people change to train a run on for longer, or at another rate.
+SCHEDULES = ("schedule.", "optimizer.learning_rate")
 # Sections that may differ between a run and its resumption: they change what is kept and shown,
 # and which devices compute, but not what is trained.
 CHANGEABLE = ("mesh", "attention", "remat", "checkpoint", "eval", "log")
@@ -48,13 +52,15 @@ class StoredRun:
 class RunDirectory:
     """What a run has open in its directory.
 
-    lock: None in a bucket, and in processes that do not write.
+    lock: None in a bucket, and in processes that do not write. notes: what was done about damaged
+    checkpoints, in words.
     """
 
     path: epath.Path
     checkpoints: Checkpoints
     history: History
     lock: IO[str] | None
+    notes: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Wait for what is being saved, then let other processes in.
@@ -62,6 +68,10 @@ class RunDirectory:
         After a failure nobody calls this; the end of the process unlocks RUN.
         """
         self.checkpoints.close()
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Let other processes in at once."""
         if self.lock is not None:
             self.lock.close()
 
@@ -93,13 +103,18 @@ def _list_visible(directory: epath.Path) -> list[str]:
 
 
 def open_run(
-    path: epath.Path, config: Config, start: str | None, source: Source | None
+    path: epath.Path,
+    config: Config,
+    start: str | None,
+    source: Source | None,
+    from_last_whole: bool = False,
 ) -> RunDirectory:
     """Make RUN and write its configuration, or check that RUN was begun with the same one.
 
     start: --from, as given. Where RUN has no checkpoint yet, the run begins anew, whatever the
-    configuration was before. Raises UsageError, or GrowkitError when another process trains into
-    RUN.
+    configuration was before. from_last_whole: whether checkpoints whose small files are damaged are
+    set aside. Raises UsageError, or GrowkitError when another process trains into RUN, or a
+    checkpoint is damaged.
     """
     path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as on_failure:
@@ -110,13 +125,17 @@ def open_run(
         stored = read_run(path)
         resumes = stored is not None and find_last_step(path) is not None
         if stored is not None and resumes:
-            require_same_run(stored, config, start, source)
+            require_same_run(stored, config, start, source, path)
+            put_back_replaced(path)
+        broken = find_broken_files(path)
+        notes = go_back(path, broken, from_last_whole) if broken else []
         origin = stored.origin if stored is not None and resumes else None
         if source is not None:
             origin = {"path": start, "fingerprint": source.fingerprint}
         content = {"growkit": __version__, "from": origin, "config": config.to_dict()}
         write_once(path / CONFIG, yaml.safe_dump(content, sort_keys=False).encode())
-        opened = RunDirectory(path, Checkpoints(path, config.checkpoint), History(path), lock)
+        checkpoints = Checkpoints(path, config.checkpoint)
+        opened = RunDirectory(path, checkpoints, History(path), lock, tuple(notes))
         on_failure.pop_all()
     return opened
 
@@ -152,7 +171,7 @@ def lock_run(directory: epath.Path) -> IO[str] | None:
 
 
 def require_same_run(
-    stored: StoredRun, config: Config, start: str | None, source: Source | None
+    stored: StoredRun, config: Config, start: str | None, source: Source | None, out: epath.Path
 ) -> None:
     """Raise UsageError, naming the keys, when a run was begun otherwise, or from another source."""
     before = stored.config.to_dict()
@@ -170,7 +189,18 @@ def require_same_run(
         raise UsageError(
             f"this run was begun with other values of {', '.join(changed)}, which may not change "
             f"when it is resumed; name another --out, or give the values that its {CONFIG} holds"
+            f"{_suggest_branch(changed, out)}"
         )
+
+
+def _suggest_branch(changed: list[str], out: epath.Path) -> str:
+    """A clause that says how to train on by another schedule, where that is what changed."""
+    if not any(key.startswith(SCHEDULES) for key in changed):
+        return ""
+    return (
+        f"; to train its model on by another schedule or learning rate, begin a new run with "
+        f"--from {out}, or lower the rate to its end with `growkit anneal {out}`"
+    )
 
 
 def find_changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:

@@ -56,6 +56,7 @@ class Run:
         self.grows = beginning.grows
         self.source_record = beginning.source_record
         self.resumed = beginning.resumed
+        self.notes = beginning.notes
         self.first = beginning.step
         self.step = beginning.step
         self._take(beginning.snapshot)
@@ -135,7 +136,7 @@ class Run:
 
     def _announce(self) -> None:
         """Say what is trained, on what, and where it begins."""
-        for line in self._describe():
+        for line in [*self.notes, *self._describe()]:
             self.report.say(line)
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
@@ -224,10 +225,12 @@ class Run:
 
     def _describe_last_good(self) -> str:
         self.checkpoints.wait()
-        last = self.checkpoints.last
-        if last is None:
+        if self.checkpoints.last is None:
             return "no checkpoint was saved yet"
-        return f"the last good checkpoint is {self.directory.path}@{last}"
+        good = self.checkpoints.find_last_good()
+        if good is None:
+            return "no checkpoint has a validation loss, so none is known to be good"
+        return f"the last good checkpoint is {self.directory.path}@{good}"
 
     def _save_due(self) -> bool:
         """Whether to save: every so many steps, or after so many minutes by any process's clock."""

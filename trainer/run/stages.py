@@ -14,7 +14,7 @@ from typing import Any
 from growkit.entries import Branch
 from trainer.devices.programs import enable_program_cache
 from trainer.log.report import Report, Result, Show
-from trainer.run.begin import begin, prepare
+from trainer.run.begin import Trust, begin, prepare
 from trainer.run.loop import Run
 
 
@@ -25,17 +25,18 @@ def train(
     allow_gap: bool = False,
     branch: Branch | None = None,
     show: Show = Report,
+    trust: Trust | None = None,
 ) -> Result:
     """Train into the run directory `out`, or go on with the run there, to its end or to a signal.
 
     values: the configuration, as nested values. start: the model to begin with, None for a new
     one. allow_gap: train on where exact growth moved the validation loss. branch: what the
-    lineage says of a run that began as a branch of another. show: what the user sees. Raises
-    UsageError or GrowkitError.
+    lineage says of a run that began as a branch of another. show: what the user sees. trust:
+    what becomes of a damaged checkpoint. Raises UsageError or GrowkitError.
     """
     # Orbax logs its errors with tracebacks, and raises them too: the user is shown one sentence.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    setup = prepare(values, out, start, allow_gap, branch)
+    setup = prepare(values, out, start, allow_gap, branch, trust)
     enable_program_cache()
     result = Run(begin(setup)).go(show)
     while result.signal is None and result.step < setup.first.config.schedule.steps:
