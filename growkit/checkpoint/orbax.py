@@ -236,10 +236,9 @@ def _chunk(shape: tuple[int, ...]) -> str:
 
 def _parse_dtype(name: str) -> np.dtype:
     """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
-    if name == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
-    dtype: np.dtype = np.dtype(name)
-    if dtype.kind not in "fiu":
+    kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
+    dtype: np.dtype[Any] = np.dtype(kind)
+    if name != "bfloat16" and dtype.kind not in "fiu":
         raise ValueError(name)
     return dtype
 

@@ -144,6 +144,9 @@ def build_plan(
     sizes |= padded
     if model.coupled and "embed" not in maps and "embed" not in padded:
         sizes["embed"] = sizes[model.heads] * sizes.get("group", 1) * sizes["head_dim"]
+    inserts = "layer" in maps and bool((maps["layer"].share == 0.0).any())
+    if inserts and model.family.no_identity:
+        raise UsageError(f"no layers that add nothing can be inserted: {model.family.no_identity}")
     eps = None
     if "embed" in padded:
         _check_paddable(model)
@@ -174,6 +177,8 @@ def _check_possible(
 
 def _check_paddable(model: Architecture) -> None:
     """Raise UsageError where padding of embed would change the function."""
+    if model.family.unpadded:
+        raise UsageError(f"embed cannot be padded: {model.family.unpadded}")
     for row in model.table.other_norms:
         raise UsageError(
             f"embed cannot be padded: {row.name} averages over {', '.join(row.averages)} and "

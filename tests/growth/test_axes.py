@@ -175,7 +175,8 @@ def without(part: str):
         ),
         (
             lambda found: found | {f"{LAYERS}.3.mlp.dense_4h_to_h.bias": (32,)},
-            [f"'{LAYERS}.3.mlp.dense_4h_to_h.bias'",
+            [
+                f"'{LAYERS}.3.mlp.dense_4h_to_h.bias'",
                 "num_hidden_layers = 3",
                 "last layer is 2",
             ],

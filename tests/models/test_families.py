@@ -105,7 +105,7 @@ def save_model(path: Path, model: Architecture, **fields) -> Path:
 
 
 def load_network(path: Path):
-    """transformers' model of a directory; its norms, float32 there, compute in the dtype of their input."""
+    """transformers' model of a directory; norms, float32 there, compute in their input's dtype."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)

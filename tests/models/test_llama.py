@@ -450,12 +450,8 @@ def test_parameters_that_contradict_the_configuration(tmp_path):
     path = save(tmp_path / "hf")
     tensors = random_tensors(SMALL)
     for name, said in {
-        "1.self_attn.k_proj": (
-            "num_key_value_heads = 2, head_dim = 4, hidden_size = 24"
-        ),
-        "1.self_attn.q_proj": (
-            "num_attention_heads / num_key_value_heads = 3, head_dim = 4"
-        ),
+        "1.self_attn.k_proj": ("num_key_value_heads = 2, head_dim = 4, hidden_size = 24"),
+        "1.self_attn.q_proj": ("num_attention_heads / num_key_value_heads = 3, head_dim = 4"),
         "0.mlp.down_proj": "hidden_size = 24, intermediate_size = 20",
     }.items():
         name = f"model.layers.{name}.weight"

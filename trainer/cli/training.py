@@ -155,6 +155,7 @@ def offer_trust(command: Callable[..., int]) -> Callable[..., int]:
 @click.option(
     "--from",
     "start",
+    type=PATH,
     metavar="SRC",
     help="Begin with this model, and with its optimizer state where it has one.",
 )
@@ -180,10 +181,11 @@ def train(
     from trainer.config.values import read_values
     from trainer.devices.hosts import join_cluster
     from trainer.run import stages
+    from trainer.run.begin import Trust
 
     join_cluster()
     values = read_values(config, list(overrides))
-    trust = stages.Trust(verify=not no_verify, from_last_whole=from_last_whole)
+    trust = Trust(verify=not no_verify, from_last_whole=from_last_whole)
     return _report_end(out, stages.train(values, out, start, allow_gap, trust=trust))
 
 
@@ -207,7 +209,7 @@ def exit_code(result: Result) -> int:
 
 
 @click.command()
-@click.argument("src", metavar="RUN[@STEP]")
+@click.argument("src", type=PATH, metavar="RUN[@STEP]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--to", type=float, required=True, metavar="LR", help="The final learning rate.")
 @click.option(
@@ -236,6 +238,7 @@ def anneal(
     from trainer.devices.hosts import is_writer, join_cluster
     from trainer.run import stages
     from trainer.run.anneal import plan_annealing, read_annealing
+    from trainer.run.begin import Trust
 
     count = parse_count(tokens, "--tokens")
     join_cluster()
@@ -245,7 +248,7 @@ def anneal(
     if is_writer():
         rates = f"learning rate {branch.rate:g} to {to:g}"
         click.echo(f"{out}: {rates}, linearly over {steps:,} steps", err=True)
-    trust = stages.Trust(verify=not no_verify, from_last_whole=from_last_whole)
+    trust = Trust(verify=not no_verify, from_last_whole=from_last_whole)
     return _report_end(out, stages.train(values, out, src, branch=branch, trust=trust))
 
 
