@@ -41,6 +41,7 @@ FLOORS = {
         ["entries"],
         ["lineage"],
         ["surgery", "evaluation"],
+        ["derive"],
         ["api", "cli", "__init__"],
         ["__main__"],
     ],

@@ -133,13 +133,17 @@ def build_plan(
     pads: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan of maps and pads for a model, the grown model worked out from them."""
+    """The plan of maps and pads for a model, the grown model worked out from them.
+
+    Raises UsageError for what the family cannot do.
+    """
     padded = dict(pads or {})
+    _check_possible(model, maps, padded)
     sizes = dict(model.sizes)
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
     sizes |= padded
     if model.coupled and "embed" not in maps and "embed" not in padded:
-        sizes["embed"] = sizes[model.heads] * sizes["head_dim"]
+        sizes["embed"] = sizes[model.heads] * sizes.get("group", 1) * sizes["head_dim"]
     inserts = "layer" in maps and bool((maps["layer"].share == 0.0).any())
     if inserts and model.family.no_identity:
         raise UsageError(f"no layers that add nothing can be inserted: {model.family.no_identity}")
@@ -152,6 +156,23 @@ def build_plan(
     if "layer" in maps:
         grown = grown.follow_map(maps["layer"].index.tolist())
     return Plan(verb, method, model, grown, dict(maps), padded, **options)
+
+
+def _check_possible(
+    model: Architecture, maps: Mapping[str, AxisMap], pads: Mapping[str, int]
+) -> None:
+    """Raise UsageError for layers that add nothing and for padding where the family has neither."""
+    family = model.family
+    if family.no_identity and "layer" in maps and (maps["layer"].share == 0.0).any():
+        raise UsageError(
+            f"a {family.title} model takes no layers that add nothing: {family.no_identity}; copy "
+            f"layers instead"
+        )
+    if family.unpadded and "embed" in pads:
+        raise UsageError(
+            f"embed of a {family.title} model grows by whole copies only, not to {pads['embed']}: "
+            f"{family.unpadded}; the nearest are {model.embed} and {2 * model.embed}"
+        )
 
 
 def _check_paddable(model: Architecture) -> None:

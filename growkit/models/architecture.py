@@ -270,7 +270,8 @@ class Architecture:
             options["norm_eps"] = norm_eps
         resized = {axis: sizes[axis] for axis in self.sizes}
         if self.coupled:
-            resized["head_dim"] = resized["embed"] // resized[self.heads]
+            heads = resized[self.heads] * resized.get("group", 1)
+            resized["head_dim"] = resized["embed"] // heads
         rotary = self.family.rotary
         if rotary and rotary.part and resized["head_dim"] != self.head_dim:
             part = keep_rotated(self.rotary, resized["head_dim"])
@@ -299,7 +300,7 @@ class Architecture:
 
     def _check_whole_heads(self, grown: Architecture) -> None:
         """A source that breaks this rule of transformers 5 may grow in depth all the same."""
-        if not self.family.whole_heads or self.embed % self.head_count:
+        if not (self.family.whole_heads and self.heads) or self.embed % self.head_count:
             return
         heads = grown.head_count
         if grown.embed % heads:

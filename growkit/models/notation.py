@@ -236,9 +236,19 @@ def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
     return tuple(_parse_row(line, prefix) for line in lines if line and not line.startswith("#"))
 
 
+def split_words(line: str) -> list[str]:
+    """The words of a line; what stands in parentheses is one."""
+    return _WORD.findall(line)
+
+
+def find_begins(words: Sequence[str]) -> int | None:
+    """The place of the word that says how a parameter begins, after which the role stands."""
+    return next((n for n, word in enumerate(words) if _BEGINS.fullmatch(word)), None)
+
+
 def _parse_row(line: str, prefix: str) -> Row:
-    name, *words = _WORD.findall(line)
-    place = next((n for n, word in enumerate(words) if _BEGINS.fullmatch(word)), None)
+    name, *words = split_words(line)
+    place = find_begins(words)
     role = None if place is None else _ROLE.fullmatch(" ".join(words[place + 1 : place + 2]))
     if not place or role is None:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")

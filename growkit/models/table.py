@@ -14,15 +14,21 @@ from growkit.models.notation import Position, Row
 
 @dataclass(frozen=True)
 class Table:
-    """All parameters of a model, for its options. layers: the layers of each kind of layers."""
+    """All parameters of a model, for its options.
+
+    layers: the layers of each kind of layers. uniform: axes that are copied evenly for other
+    reasons than norms.
+    """
 
     rows: tuple[Row, ...]
     layers: Mapping[str, Collection[int]] = field(default_factory=dict)
+    uniform: tuple[str, ...] = ()
 
     @cached_property
     def uniform_axes(self) -> frozenset[str]:
-        """The axes that a norm averages over: copies of them must be uniform to be exact."""
-        return frozenset(name for row in self.rows for name in row.averages)
+        """The axes whose copies must be uniform to be exact: norms average over most of them."""
+        averaged = frozenset(name for row in self.rows for name in row.averages)
+        return averaged.union(self.uniform)
 
     @cached_property
     def normalises_queries(self) -> bool:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from runs import new_run, same_state, send_at, state_of
 
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from trainer.log import trace, writers
 from trainer.log.history import parse_rows
 
@@ -89,6 +89,29 @@ def test_a_resumed_run_goes_on_where_it_was_written_to(data, tmp_path, board):
     new_run(data, out, log={"wandb": "growth"}).go()
     assert len(board.begun) == 2 and len(board.runs) == 1
     assert logged(board) == numbers_of(out)
+
+
+def test_no_login_is_a_sentence_before_anything_is_computed(
+    data,  # noqa: F811
+    tmp_path,
+    board,
+    monkeypatch,
+):
+    def refuse(**given):
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    def compute(*given):
+        raise AssertionError("a state was made before Weights & Biases was reached")
+
+    monkeypatch.setattr(board, "init", refuse)
+    monkeypatch.setattr("trainer.run.begin.new_state", compute)
+    with pytest.raises(GrowkitError) as caught:
+        new_run(data, tmp_path / "run", log={"wandb": "growth"})
+    said = str(caught.value)
+    assert "(No API key configured.); log in with `wandb login`, or set WANDB_MODE=offline" in said
+    assert "\n" not in said
+    monkeypatch.undo()
+    new_run(data, tmp_path / "run").close()
 
 
 def test_rows_left_out_would_be_seen(data, tmp_path, board, monkeypatch):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 
 import pytest
 import yaml
 from runs import TINY, new_run, values
 
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import build_architecture, build_section, resolve
 from trainer.run.begin import begin, prepare, take_model
 from trainer.run.loop import Run
@@ -107,3 +108,41 @@ def test_a_directory_that_is_refused_is_not_left_locked(data, tmp_path):
     run = new_run(data, tmp_path / "run")
     assert run.resumed and kept is not None
     run.close()
+
+
+@pytest.mark.parametrize(
+    "change", [{"schedule": {"steps": 24}}, {"optimizer": {"learning_rate": 1e-3}}]
+)
+def test_another_schedule_is_refused_with_the_ways_to_it(change, data, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    new_run(data, out).go()
+    with pytest.raises(UsageError) as caught:
+        new_run(data, out, **change)
+    said = str(caught.value)
+    assert f"begin a new run with --from {out}" in said and f"`growkit anneal {out}`" in said
+    with pytest.raises(UsageError) as caught:
+        new_run(data, out, seed=6)
+    assert "anneal" not in str(caught.value)
+
+
+def test_tokens_of_another_tokenizer_are_not_resumed_on(data, tmp_path):  # noqa: F811
+    tokens, out = tmp_path / "tokens", tmp_path / "run"
+    shutil.copytree(data / "text", tokens)
+    (tokens / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    new_run(tmp_path, out, data={"train": [str(tokens)]}).go()
+    (tokens / "tokenizer.json").write_text('{"padding": null, "model": {"vocab": {"a": 0}}}')
+    new_run(tmp_path, out, data={"train": [str(tokens)]}).close()
+    (tokens / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
+    with pytest.raises(UsageError) as caught:
+        new_run(tmp_path, out, data={"train": [str(tokens)]})
+    assert f"{tokens} was tokenized with another tokenizer than the one {out}@12" in str(
+        caught.value
+    )
+
+
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_made(data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("trainer.plan.memory.find_available_memory", lambda devices: 10_000)
+    monkeypatch.setattr("trainer.run.begin.open_corpus", None)
+    with pytest.raises(GrowkitError, match="the model does not fit: its parameters take"):
+        prepare(values(data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -6,9 +6,12 @@ Only options and printing are here. A run is `trainer.run.stages.train`'s, and a
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -175,8 +178,8 @@ def train(
 ) -> int:
     """Train by CONFIG, a YAML file or a preset, into the run directory RUN.
 
-    The same command given again resumes RUN where it stopped. On Ctrl-C or SIGTERM the run saves a
-    checkpoint and exits, with code 130 or 75.
+    The same command given again resumes RUN where it stopped. On Ctrl-C, SIGTERM or a closed
+    terminal (SIGHUP) the run saves a checkpoint and exits, with code 130 or 75.
     """
     from trainer.config.values import read_values
     from trainer.devices.hosts import join_cluster
@@ -198,13 +201,30 @@ def _report_end(out: str, result: Result) -> int:
         loss = f", validation loss {result.validation_loss:.4f}"
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
     if is_writer():
-        click.echo(f"{out}: step {result.step}{loss}, {state}")
+        # The terminal may be gone, as after a hangup.
+        with suppress(OSError):
+            click.echo(f"{out}: step {result.step}{loss}, {state}")
+    if result.compiling:
+        _leave_at_once(exit_code(result))
     return exit_code(result)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End the process without Python's own end, which a thread that compiles would not survive."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def exit_code(result: Result) -> int:
     """0 for a run that is finished, otherwise what its signal means."""
-    codes: dict[int | None, int] = {None: 0, signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}
+    codes: dict[int | None, int] = {
+        None: 0,
+        signal.SIGTERM: TERMINATED,
+        signal.SIGHUP: TERMINATED,
+        signal.SIGINT: INTERRUPTED,
+    }
     return codes[result.signal]
 
 

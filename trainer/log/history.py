@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from growkit.checkpoint.files import is_remote
+from growkit.errors import GrowkitError
 from trainer.devices.hosts import is_writer, write_once
 
 METRICS = "metrics.csv"
@@ -30,6 +31,18 @@ COLUMNS = (
     "scores",
     "event",
 )
+REMEDY = "remove the file, and the run makes it again from its last checkpoint"
+# The columns that every row has, and those that hold a number or nothing.
+NEEDED = ("step", "tokens", "flops", "loss", "validation_loss", "event")
+NUMBERS = (
+    "tokens",
+    "flops",
+    "loss",
+    "validation_loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+)
 # The first words of the events that begin a run, and that mark a growth within it.
 START = "start"
 GROWN = "grown"
@@ -41,10 +54,47 @@ CARRIED_WHOLE = ("validation_loss", "scores", "event")
 Row = dict[str, str]
 
 
-def parse_rows(text: str) -> list[Row]:
-    """The rows of a CSV text, without a last line that a kill cut off."""
+def parse_rows(text: str, where: object = "the metrics") -> list[Row]:
+    """The rows of a CSV text, without a last line that a kill cut off.
+
+    where: what the text is, for errors. Raises GrowkitError naming a line that is no row.
+    """
     complete = text[: text.rfind("\n") + 1]
-    return list(csv.DictReader(io.StringIO(complete)))
+    lines = csv.reader(io.StringIO(complete))
+    rows: list[Row] = []
+    try:
+        header = next(lines, [])
+        _check_header(header)
+        for line in lines:
+            if line:
+                rows.append(_parse_row(header, line))
+    except (ValueError, RecursionError, csv.Error) as problem:
+        raise GrowkitError(
+            f"{where}, line {max(lines.line_num, 1)}, is not a row of metrics ({problem})"
+        ) from None
+    return rows
+
+
+def _check_header(header: list[str]) -> None:
+    """Raise ValueError for a first line without the columns that every row has."""
+    missing = [column for column in NEEDED if header and column not in header]
+    if missing:
+        raise ValueError(f"the header has no {missing[0]}")
+
+
+def _parse_row(header: list[str], line: list[str]) -> Row:
+    """A row by column. Raises ValueError for what no run wrote."""
+    if len(line) != len(header):
+        raise ValueError(f"it has {len(line)} columns and the header {len(header)}")
+    row = dict(zip(header, line, strict=True))
+    if not row["step"].isdecimal():
+        raise ValueError(f"the step is {row['step'][:20]!r}")
+    for column in NUMBERS:
+        if row.get(column):
+            float(row[column])
+    if not isinstance(json.loads(row.get("scores") or "{}"), dict):
+        raise ValueError("the scores are no object")
+    return row
 
 
 def render_rows(rows: list[Row]) -> str:
@@ -57,7 +107,19 @@ def render_rows(rows: list[Row]) -> str:
 
 
 def _read_rows(path: epath.Path) -> list[Row]:
-    return parse_rows(path.read_text()) if path.exists() else []
+    """The rows of a file, none where there is no file. Raises GrowkitError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as problem:
+        raise GrowkitError(
+            f"{path} is damaged: byte {problem.start} is no text; {REMEDY}"
+        ) from None
+    try:
+        return parse_rows(text, path)
+    except GrowkitError as problem:
+        raise GrowkitError(f"{problem}; {REMEDY}") from None
 
 
 class History:
@@ -72,9 +134,39 @@ class History:
         """Start without rows. earlier: the CSV text that a source carried, which may be empty."""
         if earlier:
             write_once(self.run / EARLIER, earlier)
-        self.earlier = parse_rows(earlier.decode())
+        self.earlier = _parse_carried(earlier)
         self.rows = []
         self.flush()
+
+    def restore(self, carried: bytes, step: int) -> int:
+        """Bring the rows to those that the checkpoint of a step carries.
+
+        A checkpoint carries all rows until its step, plain training losses thinned out. What was
+        lost of them is made again. A validation at its step that it does not have is forgotten, as
+        where a run was killed before it saved again, and is done again. Returns how
+        many rows were lost. `keep_until` writes them.
+        """
+        rows = _parse_carried(carried)
+        if not rows:
+            return 0
+        own = _find_start(rows)
+        if not self.earlier and own:
+            self.earlier = rows[:own]
+            write_once(self.run / EARLIER, render_rows(self.earlier).encode())
+        places = {_identify(row): place for place, row in enumerate(self.rows)}
+        lost = [row for row in rows[own:] if _identify(row) not in places]
+        for row in rows[own:]:
+            if _identify(row) in places:
+                self.rows[places[_identify(row)]] = row
+        known = {_identify(row) for row in rows[own:]}
+        self.rows = [
+            row
+            for row in self.rows
+            if row["step"] != str(step) or not _is_carried_whole(row) or _identify(row) in known
+        ]
+        # Sorting keeps the order of the rows of one step.
+        self.rows = sorted(self.rows + lost, key=lambda row: int(row["step"]))
+        return len(lost)
 
     def keep_until(self, step: int) -> None:
         """Remove the rows after `step`, which a resumed run will write again."""
@@ -141,6 +233,30 @@ class History:
         dropped = set(plain) - set(plain[::stride])
         kept = [row for number, row in enumerate(rows) if number not in dropped]
         return render_rows(kept).encode()
+
+
+def _parse_carried(carried: bytes) -> list[Row]:
+    """The rows that a checkpoint or a source carries, with all columns. Raises GrowkitError."""
+    try:
+        text = carried.decode()
+    except UnicodeDecodeError:
+        raise GrowkitError(f"the {EARLIER} that the checkpoint carries is no text") from None
+    rows = parse_rows(text, f"the {EARLIER} that the checkpoint carries")
+    return [{column: row.get(column, "") for column in COLUMNS} for row in rows]
+
+
+def _find_start(rows: list[Row]) -> int:
+    """Where the rows of the last run begin."""
+    for number in reversed(range(len(rows))):
+        if rows[number]["event"].startswith(START):
+            return number
+    return 0
+
+
+def _identify(row: Row) -> tuple[Any, ...]:
+    """What no other row of a run has: its step, and which kinds of values it holds."""
+    kinds = tuple(bool(row.get(column)) for column in ("loss", "validation_loss", "scores"))
+    return row["step"], kinds, row["event"]
 
 
 def _is_carried_whole(row: Row) -> bool:

@@ -32,13 +32,15 @@ class Result:
 
     step: its last step. signal: the signal that stopped it, None when it finished. validation_loss:
     at that step, in nats a token; None when it was not validated. heard: a signal that arrived,
-    even if the run finished nevertheless.
+    even if the run finished nevertheless. compiling: whether a program is still being compiled in
+    a thread of this process, which must not be waited for.
     """
 
     step: int
     signal: int | None
     validation_loss: float | None
     heard: int | None = None
+    compiling: bool = False
 
 
 class Display(Protocol):
@@ -85,12 +87,24 @@ class Report:
             self.task = self.bar.add_task(
                 self.name, total=self.steps, completed=self.first, words="compiling"
             )
-            self.bar.start()
+            self._show(self.bar.start)
         return self
 
     def __exit__(self, *problem: object) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            self._show(self.bar.stop)
+
+    def _show(self, write: Callable[..., Any], *given: Any, **named: Any) -> None:
+        """Write to the terminal, unless it is gone: training goes on without it.
+
+        A closed terminal (EIO) or a pipe whose reader has ended (EPIPE) must not cost the run.
+        """
+        if not self.shown:
+            return
+        try:
+            write(*given, **named)
+        except OSError:
+            self.shown = False
 
     def restart_clock(self, step: int) -> None:
         """Estimate the time left from here on: `step` is done, and its program is compiled."""
@@ -101,11 +115,12 @@ class Report:
         perplexity = math.exp(min(loss, HIGHEST_LOSS))
         words = f"loss {loss:.4f}  ppl {perplexity:.2f}  {speed}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, words=words)
-        elif self.shown:
-            left = self._estimate_time_left(step)
-            place = f"step {step}/{self.steps}"
-            click.echo(f"{self.name}  {place}  {words}  lr {rate:.2e}  left {left}", err=True)
+            self._show(self.bar.update, self.task, completed=step, words=words)
+            return
+        left = self._estimate_time_left(step)
+        place = f"step {step}/{self.steps}"
+        line = f"{self.name}  {place}  {words}  lr {rate:.2e}  left {left}"
+        self._show(click.echo, line, err=True)
 
     def _estimate_time_left(self, step: int) -> str:
         begun, first = self.clock
@@ -116,10 +131,11 @@ class Report:
 
     def say(self, words: str) -> None:
         """Show a line of its own."""
+        line = f"{self.name}  {words}"
         if self.bar is not None:
-            self.bar.console.print(f"{self.name}  {words}", highlight=False)
-        elif self.shown:
-            click.echo(f"{self.name}  {words}", err=True)
+            self._show(self.bar.console.print, line, highlight=False)
+        else:
+            self._show(click.echo, line, err=True)
 
 
 def _make_bar() -> Any:

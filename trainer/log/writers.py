@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError, first_line
 from trainer.config.sections import Config
 from trainer.devices.hosts import is_writer, write_once
 
@@ -59,13 +59,20 @@ class Wandb:
     def __init__(self, library: Any, run: epath.Path, config: Config):
         if not (run / WANDB).exists():
             write_once(run / WANDB, secrets.token_hex(8).encode())
-        self.run = library.init(
-            project=config.log.wandb,
-            name=run.name,
-            id=(run / WANDB).read_text(),
-            resume="allow",
-            config=config.to_dict(),
-        )
+        try:
+            self.run = library.init(
+                project=config.log.wandb,
+                name=run.name,
+                id=(run / WANDB).read_text(),
+                resume="allow",
+                config=config.to_dict(),
+            )
+        except Exception as problem:  # W&B raises many types, by the version
+            raise GrowkitError(
+                f"log.wandb: Weights & Biases cannot be reached ({first_line(problem)}); log in "
+                f"with `wandb login`, or set WANDB_MODE=offline to keep the metrics here until "
+                f"`wandb sync`"
+            ) from None
         # W&B's own step can only increase, and a resumed run goes back: count by a metric instead.
         self.run.define_metric("*", step_metric="step")
 
@@ -100,20 +107,30 @@ class Writers:
         self.writers: list[Writer] = []
         self.tensorboard: Any = None
         self.wandb: Any = None
+        self.connected: Wandb | None = None
         # Imported in every process: if only the writing one refused, the others would wait for it.
         if config.log.tensorboard:
             self.tensorboard = _import_library("tensorboardX", "log.tensorboard")
         if config.log.wandb:
             self.wandb = _import_library("wandb", "log.wandb")
 
+    def connect(self, run: epath.Path) -> None:
+        """Reach Weights & Biases now, before anything is computed. Raises GrowkitError."""
+        if self.wandb and is_writer():
+            self.connected = Wandb(self.wandb, run, self.config)
+
     def begin(self, run: epath.Path, first: int) -> None:
-        """Open the writers for a run that begins or resumes at step `first`."""
+        """Open the writers for a run that begins or resumes at step `first`.
+
+        The second stage of a run connects once more.
+        """
         if not is_writer():
             return
         if self.tensorboard:
             self.writers.append(TensorBoard(self.tensorboard, run, first))
         if self.wandb:
-            self.writers.append(Wandb(self.wandb, run, self.config))
+            self.writers.append(self.connected or Wandb(self.wandb, run, self.config))
+            self.connected = None
 
     def add(self, row: Mapping[str, str]) -> None:
         """Write a row of the history. A task's score is named score/TASK METRIC."""
@@ -129,6 +146,9 @@ class Writers:
         for writer in self.writers:
             writer.close()
         self.writers = []
+        if self.connected is not None:
+            self.connected.close()
+            self.connected = None
 
 
 def _read_numbers(row: Mapping[str, str]) -> dict[str, float]:

@@ -106,8 +106,8 @@ def measure_memory(lowered: Any, like: State, available: int) -> Memory:
     like: the abstract state that the step takes. Raises the compiler's error when it is not about
     memory.
     """
-    parameters = _count_bytes(like.params)
-    optimizer = _count_bytes(like.optimizer)
+    parameters = count_bytes(like.params)
+    optimizer = count_bytes(like.optimizer)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as problem:
@@ -126,7 +126,7 @@ def measure_memory(lowered: Any, like: State, available: int) -> Memory:
     return Memory(parameters, optimizer, temporaries, other, available)
 
 
-def _count_bytes(tree: Any) -> int:
+def count_bytes(tree: Any) -> int:
     """Bytes of a tree of abstract arrays on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):

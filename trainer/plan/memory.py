@@ -17,6 +17,7 @@ from trainer.plan.compiler import (
     Memory,
     abstract_batch,
     compile_step,
+    count_bytes,
     list_policies,
     measure_memory,
 )
@@ -60,6 +61,23 @@ def require_fit(config: Config, layout: Layout, step: TrainStep, like: State) ->
     policy = f", with remat {step.remat}" if config.remat == "auto" else ""
     needed = f"{memory.peak / GIB:.2f} of {memory.available / GIB:.1f} GiB"
     return f"memory: a step takes {needed} a device{policy}"
+
+
+def require_state_fit(layout: Layout, like: State) -> None:
+    """Refuse, before anything is compiled, a state that alone takes more memory than there is.
+
+    Raises GrowkitError. Whether the whole step fits is `require_fit`'s to find out, in minutes.
+    """
+    available = find_available_memory(layout.mesh.local_devices)
+    parameters = count_bytes(like.params)
+    optimizer = count_bytes(like.optimizer)
+    if parameters + optimizer <= available:
+        return
+    raise GrowkitError(
+        f"the model does not fit: its parameters take {parameters / GIB:.1f} GiB a device and its "
+        f"optimizer {optimizer / GIB:.1f}, and there are {available / GIB:.1f} GiB; shard it over "
+        f"more devices (mesh.fsdp, mesh.tensor), or take a smaller model"
+    )
 
 
 def _explain_refusal(config: Config, layout: Layout, memory: Memory) -> str:

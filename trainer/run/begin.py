@@ -38,11 +38,12 @@ from trainer.config.sections import (
     resolve,
     settle_length,
 )
-from trainer.data.corpus import Corpus, open_corpus
+from trainer.data.corpus import Corpus, encode_alike, open_corpus
 from trainer.devices.sharding import Layout, make_layout
-from trainer.log.history import EARLIER
+from trainer.log.history import EARLIER, METRICS
 from trainer.log.trace import Trace
 from trainer.log.writers import Writers
+from trainer.plan.memory import require_state_fit
 from trainer.run.checkpoint import Snapshot, find_last_step
 from trainer.run.damage import DamagedError, go_back
 from trainer.run.directory import RunDirectory, open_run, read_run
@@ -153,6 +154,11 @@ def prepare(
     check_precision(config)
     first = Stage.of(config, build_architecture(config.model))
     later_growth = plan_growth(config.grow, first.model) if config.grow.at else None
+    # Where the grown model does not fit on the mesh, it is refused now and not at its step.
+    grown = Stage.after(later_growth, config) if later_growth else None
+    for stage in (first, grown):
+        if stage is not None:
+            require_state_fit(stage.layout, stage.like)
     path = epath.Path(out)
     return Setup(
         out=path,
@@ -165,8 +171,7 @@ def prepare(
         source=source,
         growth=growth,
         later_growth=later_growth,
-        # Where the grown model does not fit on the mesh, it is refused now and not at its step.
-        grown=Stage.after(later_growth, config) if later_growth else None,
+        grown=grown,
         allow_gap=allow_gap,
         branch=branch,
         trust=trust or Trust(),
@@ -245,8 +250,10 @@ def begin(setup: Setup) -> Beginning:
     others = (setup.start, setup.source, setup.trust.from_last_whole)
     directory = open_run(setup.out, setup.first.config, *others)
     try:
+        setup.writers.connect(directory.path)
         return _begin_or_go_back(setup, directory)
     except BaseException:
+        setup.writers.close()
         directory.unlock()
         raise
 
@@ -261,7 +268,7 @@ def _begin_or_go_back(setup: Setup, directory: RunDirectory) -> Beginning:
         notes += tuple(go_back(setup.out, damaged, setup.trust.from_last_whole))
         directory.checkpoints.reload()
         beginning = _begin_in(setup, directory)
-    return replace(beginning, notes=notes)
+    return replace(beginning, notes=notes + beginning.notes)
 
 
 def _begin_in(setup: Setup, directory: RunDirectory) -> Beginning:
@@ -271,7 +278,14 @@ def _begin_in(setup: Setup, directory: RunDirectory) -> Beginning:
         return _begin_anew(setup, directory)
     if setup.grown is None:
         return _resume(setup, setup.first, directory, last)
-    directory.history.keep_until(last)
+    carried = directory.checkpoints.files(last).get(EARLIER, b"")
+    notes = _restore_history(directory, carried, last)
+    return replace(_begin_stage(setup, directory, last), notes=notes)
+
+
+def _begin_stage(setup: Setup, directory: RunDirectory, last: int) -> Beginning:
+    """Go on with the model that a run had before or after its growth, or grow it now."""
+    assert setup.grown is not None
     if directory.checkpoints.model(last).sizes == setup.grown.model.sizes:
         return _resume(setup, setup.grown, directory, last)
     # A run that was killed after its growth and before the next checkpoint grows once more.
@@ -285,7 +299,8 @@ def _resume(setup: Setup, stage: Stage, directory: RunDirectory, last: int) -> B
     """Go on from a checkpoint of this run."""
     snapshot = directory.checkpoints.restore(last, stage.like, setup.trust.verify)
     files = {name: content for name, content in snapshot.files.items() if name != EARLIER}
-    directory.history.keep_until(last)
+    _require_same_tokenizer(setup.data, files, f"{directory.path}@{last}")
+    notes = _restore_history(directory, snapshot.files.get(EARLIER, b""), last)
     return Beginning(
         setup=setup,
         stage=stage,
@@ -294,7 +309,32 @@ def _resume(setup: Setup, stage: Stage, directory: RunDirectory, last: int) -> B
         snapshot=replace(snapshot, files=files),
         resumed=True,
         grows=setup.grown is not None and stage is setup.first,
+        notes=notes,
     )
+
+
+def _require_same_tokenizer(data: Corpus, files: Mapping[str, bytes], where: str) -> None:
+    """Raise UsageError when the tokens now come from another tokenizer than a checkpoint's."""
+    theirs = files.get("tokenizer.json")
+    ours = data.tokenizer.get("tokenizer.json")
+    if theirs is None or ours is None or encode_alike(ours, theirs):
+        return
+    name = data.mixture.parts[0].name
+    raise UsageError(
+        f"{name} was tokenized with another tokenizer than the one {where} was trained with; "
+        f"tokenize the text with --tokenizer from there, or name another --out"
+    )
+
+
+def _restore_history(directory: RunDirectory, carried: bytes, last: int) -> tuple[str, ...]:
+    """Bring the metrics to a checkpoint's step, lost rows made again; what was done, in words."""
+    history = directory.history
+    lost = history.restore(carried, last)
+    history.keep_until(last)
+    if not lost:
+        return ()
+    rows = "1 row" if lost == 1 else f"{lost:,} rows"
+    return (f"{rows} of {METRICS} had been lost: made again from the checkpoint",)
 
 
 def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
@@ -323,6 +363,7 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
 def _begin_grown(setup: Setup, stage: Stage, directory: RunDirectory, last: int) -> Beginning:
     """Grow the run's last checkpoint, and go on with the grown model at the same step."""
     source = open_source(f"{directory.path}@{last}")
+    _require_same_tokenizer(setup.data, source.files, str(source.path))
     return Beginning(
         setup=setup,
         stage=stage,

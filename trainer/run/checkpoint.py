@@ -210,7 +210,7 @@ class Checkpoints:
             model_config=meta["config"],
             lineage=Lineage.read(meta["lineage"]),
             record=meta["record"],
-            files=decode_files(self._read(step, FILES)),
+            files=self.files(step),
         )
         if verify:
             self._require_unchanged(step, meta, snapshot)
@@ -248,8 +248,21 @@ class Checkpoints:
         except GrowkitError as problem:
             raise DamagedError(step, f"{self.directory / str(step)}: {problem}") from None
 
-    def find_last_good(self) -> int | None:
-        """The step of the last checkpoint whose loss was finite when it was validated."""
+    def files(self, step: int) -> dict[str, bytes]:
+        """The small files that a finished checkpoint carries, by name."""
+        return decode_files(self._read(step, FILES))
+
+    def describe_last_good(self) -> str:
+        """The last checkpoint whose loss was finite when it was validated, in words."""
+        self.wait()
+        if self.last is None:
+            return "no checkpoint was saved yet"
+        good = self._find_last_good()
+        if good is None:
+            return "no checkpoint has a validation loss, so none is known to be good"
+        return f"the last good checkpoint is {self.run}@{good}"
+
+    def _find_last_good(self) -> int | None:
         for step in sorted(self.manager.all_steps(), reverse=True):
             loss = self._read(step, META)["record"].get("validation_loss")
             if loss is not None and math.isfinite(loss):

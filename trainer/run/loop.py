@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from typing import Any, TypeVar
 
 import jax
 
@@ -26,14 +27,16 @@ from trainer.plan.memory import require_fit, select_step
 from trainer.run import growth
 from trainer.run.begin import Beginning
 from trainer.run.checkpoint import Snapshot
-from trainer.run.interrupt import Interrupt
+from trainer.run.interrupt import AbandonedError, Interrupt
 from trainer.run.metrics import Metrics
 from trainer.run.position import Position
 from trainer.run.validation import compute_validation_loss
 from trainer.run.watch import Watch
 from trainer.step.optimizer import Multipliers
 from trainer.step.plateau import compute_reduction, reduce_learning_rate
-from trainer.step.update import make_eval_step, make_train_step
+from trainer.step.update import State, TrainStep, make_eval_step, make_train_step
+
+T = TypeVar("T")
 
 
 class DivergenceError(GrowkitError):
@@ -64,8 +67,15 @@ class Run:
         self.utilization = self._measure_utilization()
         self.multipliers = self._find_multipliers()
         # The losses of before a growth say nothing of plateaus after it.
-        self._make_train_step(self.history.list_validation_losses() if self.resumed else [])
+        losses = self.history.list_validation_losses() if self.resumed else []
+        self.reduction = compute_reduction(losses, self.config.schedule, self.lineage)
+        self.train_step: TrainStep
+        # With `remat: auto` choosing the step compiles, which is the business of `go`.
+        if self.config.remat != "auto":
+            self.train_step = self._select_step()
         self.eval_step = make_eval_step(self.config, self.model, self.layout)
+        self.evaluated = False
+        self.compiling = False
         self.tasks = self.setup.questions.bind(
             self.config, self.model, self.layout, self.files, self.directory.path
         )
@@ -94,15 +104,14 @@ class Run:
         setting = "on" if self.lineage.last_training.multipliers else "off"
         return growth.select_multipliers(setting, self.lineage.before_last, self.model)
 
-    def _make_train_step(self, losses: list[float]) -> None:
-        """Make the program of a step, at the learning rate that plateaus of these losses leave."""
-        self.reduction = compute_reduction(losses, self.config.schedule, self.lineage)
+    def _select_step(self) -> TrainStep:
+        """Make the program of a step at the present learning rate; `remat: auto` compiles some."""
         config = reduce_learning_rate(self.config, self.reduction)
         others = (self.model, self.multipliers, self.layout, self.lineage.grown_at)
-        self.train_step = select_step(
+        self.compiled = False
+        return select_step(
             config, self.layout, self.stage.like, lambda each: make_train_step(each, *others)
         )
-        self.compiled = False
 
     def go(self, show: Show = Report) -> Result:
         """Train to the end of the stage, or until a signal. The run is saved either way.
@@ -120,10 +129,10 @@ class Run:
         ):
             self.setup.writers.begin(path, self.first)
             self._announce()
-            self._compile()
-            self._validate_if_due()
-            self._measure_if_due()
-            self._train()
+            with suppress(AbandonedError):
+                self._compile()
+                self._pause_at_first()
+                self._train()
             self._finish()
         return self._result()
 
@@ -168,8 +177,28 @@ class Run:
     def _compile(self) -> None:
         """Compile the step, if there is one to take. Refuse a model that does not fit in memory."""
         if self.step < self.until:
-            memory = require_fit(self.config, self.layout, self.train_step, self.stage.like)
-            self.report.say(memory)
+            if self.config.remat == "auto":
+                self.train_step = self._await_compiled(self._select_step)
+            given = (self.config, self.layout, self.train_step, self.stage.like)
+            self.report.say(self._await_compiled(lambda: require_fit(*given)))
+
+    def _await_compiled(self, work: Callable[[], T]) -> T:
+        """The result of work that compiles. Raises AbandonedError on a signal meanwhile."""
+        self.compiling = True
+        result = self.interrupt.compile(work, self.report.say)
+        self.compiling = False
+        return result
+
+    def _pause_at_first(self) -> None:
+        """Validate and ask the tasks before the first step, where that is due and was not done.
+
+        A signal may have kept the checkpoint that is resumed from them: then it is saved again.
+        """
+        rows = len(self.history.rows)
+        self._validate_if_due()
+        self._measure_if_due()
+        if self.resumed and len(self.history.rows) > rows:
+            self.checkpoints.replace(self.step, self.snapshot())
 
     def _train(self) -> None:
         """Take steps. While one is computed, draw the next batch and read the last metrics."""
@@ -178,7 +207,7 @@ class Run:
         while self.step < self.until and self.interrupt.stop is None:
             self.setup.trace.update(self.step, self.state)
             batch = self.position.next_batch(self.step, self.layout)
-            self.state, metrics = self.train_step(self.state, batch)
+            self.state, metrics = self._step(batch)
             self.step += 1
             if not self.compiled:
                 self._first_done(metrics)
@@ -193,6 +222,12 @@ class Run:
         self.setup.trace.update(self.step, self.state)
         if pending is not None:
             self._note(*pending)
+
+    def _step(self, batch: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        """Dispatch a step. The first one compiles its program, or reads it from the cache."""
+        if self.compiled or self.step > self.first:
+            return self.train_step(self.state, batch)
+        return self._await_compiled(lambda: self.train_step(self.state, batch))
 
     def _first_done(self, metrics: dict[str, jax.Array]) -> None:
         """Wait for the first step of a program, so that compiling it does not count as training."""
@@ -220,17 +255,8 @@ class Run:
         raise DivergenceError(
             f"step {step} is not finite (loss {values['loss']}, gradient norm "
             f"{values['gradient_norm']}), in sequences {first} to {last} of data stream "
-            f"{self.position.number}; {self._describe_last_good()}"
+            f"{self.position.number}; {self.checkpoints.describe_last_good()}"
         )
-
-    def _describe_last_good(self) -> str:
-        self.checkpoints.wait()
-        if self.checkpoints.last is None:
-            return "no checkpoint was saved yet"
-        good = self.checkpoints.find_last_good()
-        if good is None:
-            return "no checkpoint has a validation loss, so none is known to be good"
-        return f"the last good checkpoint is {self.directory.path}@{good}"
 
     def _save_due(self) -> bool:
         """Whether to save: every so many steps, or after so many minutes by any process's clock."""
@@ -267,9 +293,8 @@ class Run:
         if loss is None:
             return
         if not math.isfinite(loss):
-            raise DivergenceError(
-                f"the validation loss at step {self.step} is {loss}; {self._describe_last_good()}"
-            )
+            good = self.checkpoints.describe_last_good()
+            raise DivergenceError(f"the validation loss at step {self.step} is {loss}; {good}")
         self.metrics.add(self.step, validation_loss=loss)
         perplexity = math.exp(min(loss, 30))
         self.report.say(
@@ -286,12 +311,20 @@ class Run:
     def validate(self) -> float | None:
         """The mean loss, nats a token, on the fixed windows; None when a signal cut it short."""
         return compute_validation_loss(
-            self.eval_step,
+            self._evaluate,
             self.state.params,
             self.data,
             self.stage,
             self.interrupt.stopped,
         )
+
+    def _evaluate(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Dispatch a part of a validation. The first one compiles its program."""
+        if self.evaluated:
+            return self.eval_step(params, tokens, mask)
+        loss = self._await_compiled(lambda: self.eval_step(params, tokens, mask))
+        self.evaluated = True
+        return loss
 
     def _compare(self, loss: float) -> None:
         """Refuse to go on where growth was exact and the validation loss is not the source's."""
@@ -310,11 +343,13 @@ class Run:
             self.until = self.step
             return
         losses = self.history.list_validation_losses()
-        if compute_reduction(losses, self.config.schedule, self.lineage) != self.reduction:
-            self._make_train_step(losses)
-            event = f"plateau: learning rate x {self.reduction:g}"
+        reduction = compute_reduction(losses, self.config.schedule, self.lineage)
+        if reduction != self.reduction:
+            self.reduction = reduction
+            event = f"plateau: learning rate x {reduction:g}"
             self.metrics.add(self.step, event=event)
             self.report.say(event)
+            self.train_step = self._await_compiled(self._select_step)
 
     def _measure_if_due(self) -> None:
         """Ask the tasks where they are due and were not asked before a resume."""
@@ -332,13 +367,24 @@ class Run:
 
     def _finish(self) -> None:
         """Save the run where it stands, and let go of its directory."""
+        saves = not self._is_untouched()
         if self.interrupt.stop is not None:
-            self.report.say(
-                f"stopping at step {self.step}: saving; another signal exits without saving"
-            )
-        self._save()
+            ending = "saving; another signal exits without saving" if saves else "nothing to save"
+            self.report.say(f"stopping at step {self.step}: {ending}")
+        if saves:
+            self._save()
         self.close()
         self.metrics.draw(final=True)
+
+    def _is_untouched(self) -> bool:
+        """Whether a signal came before the first step, and before the first validation was done.
+
+        The same command then does both again, with all that is checked there.
+        """
+        if self.interrupt.stop is None or self.step != self.first:
+            return False
+        validated = self.history.find_validation_loss(self.step) is not None
+        return self.resumed or self.compiling or (self._validation_due() and not validated)
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
@@ -370,4 +416,4 @@ class Run:
         loss = self.history.find_validation_loss(self.step)
         signal = self.interrupt.stop
         finished = self.step == self.config.schedule.steps and loss is not None
-        return Result(self.step, None if finished else signal, loss, signal)
+        return Result(self.step, None if finished else signal, loss, signal, self.compiling)
