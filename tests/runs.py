@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import trainer.run.loop
 import trainer.run.state
@@ -96,6 +97,12 @@ def values(root, **sections):
     for name, section in sections.items():
         base[name] = base[name] | section if isinstance(section, dict) and name in base else section
     return base
+
+
+def configuration(path, root):
+    """The configuration of a small run, written to a file."""
+    path.write_text(yaml.safe_dump(values(root)))
+    return path
 
 
 def recipe(root, **sections):

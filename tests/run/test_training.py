@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 from runs import (
     SEQUENCES,
     STEPS,
     TINY,
     Killed,
     assert_as_if_uninterrupted,
+    configuration,
     new_run,
     rows_of,
     same_state,
@@ -68,11 +68,6 @@ STOPS = {
     "terminated": (5, signal.SIGTERM, 75),
     "killed": (9, signal.SIGKILL, -signal.SIGKILL),
 }
-
-
-def configuration(path, data):
-    path.write_text(yaml.safe_dump(values(data)))
-    return path
 
 
 @pytest.fixture(scope="module")
