@@ -174,15 +174,17 @@ def find_defaults(variant: Variant, paths: list[str]) -> dict[str, Any]:
     return {name: value for name, value in defaults.items() if value is not None}
 
 
-def _followed(config_class: Any, name: str, value: Any, others: list[str]) -> list[str]:
-    """The fields that change a field that is left out."""
+def _followed(
+    config_class: Any, name: str, value: Any, others: list[str], **given: None
+) -> list[str]:
+    """The fields that change a field that is left out, or is null where `given` says so."""
     found = []
     for other in others:
         before = getattr(config_class(), other, None)
         if other == name or isinstance(before, bool) or not isinstance(before, int):
             continue
         try:
-            changed = getattr(config_class(**{other: before * 2}), name, None)
+            changed = getattr(config_class(**given, **{other: before * 2}), name, None)
         except Exception:
             continue
         if changed != value:
@@ -253,24 +255,8 @@ def find_nulls(variant: Variant, defaults: Mapping[str, Any]) -> dict[str, Any]:
             config_class(**{name: None}),
             name,
             value,
-            _follows_null(config_class, name, value, names),
+            _followed(config_class, name, value, names, **{name: None}),
         )
         if same is not None and same != defaults[name]:
             found[name] = same
-    return found
-
-
-def _follows_null(config_class: Any, name: str, value: Any, others: list[str]) -> list[str]:
-    """The fields that change what a null stands for."""
-    found = []
-    for other in others:
-        before = getattr(config_class(), other, None)
-        if other == name or isinstance(before, bool) or not isinstance(before, int):
-            continue
-        try:
-            changed = getattr(config_class(**{name: None, other: before * 2}), name)
-        except Exception:
-            continue
-        if changed != value:
-            found.append(other)
     return found
