@@ -109,6 +109,17 @@ def compiled_once():
         yield
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A small run that nothing interrupted."""
+    from runs import STEPS, new_run
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = new_run(data, out).go()
+    assert (result.step, result.signal) == (STEPS, None)
+    return out
+
+
 @pytest.fixture
 def strict_promotion():
     """JAX mixes no dtypes and adds no dimensions that the code under test does not name."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import trainer.run.loop
 import trainer.run.state
@@ -98,6 +99,12 @@ def values(root, **sections):
     return base
 
 
+def configuration(path, root):
+    """The configuration of a small run, written to a file."""
+    path.write_text(yaml.safe_dump(values(root)))
+    return path
+
+
 def recipe(root, **sections):
     """A configuration without a model section, for --from."""
     made = values(root, **(RECIPE | sections))
@@ -140,6 +147,11 @@ def same_state(ours, theirs):
     return ours.keys() == theirs.keys() and all(
         np.array_equal(ours[name], theirs[name]) for name in ours
     )
+
+
+def assert_as_if_uninterrupted(out, whole):
+    assert same_state(state_of(out), state_of(whole))
+    assert rows_of(out) == rows_of(whole)
 
 
 def send_at(run, step, number, times=1):

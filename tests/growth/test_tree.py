@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import random_tensors
-from test_growth import held, made
+from in_memory import held, made
 
 import growkit
 from growkit.checkpoint.tensor import Source, wrap_array

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 from runs import (
     SEQUENCES,
     STEPS,
     TINY,
     Killed,
+    assert_as_if_uninterrupted,
+    configuration,
     new_run,
     rows_of,
     same_state,
@@ -45,23 +46,8 @@ from trainer.run.state import from_tree, to_tree
 # After a restore that fails, Orbax leaves coroutines behind that complain when they are
 # collected, whenever that is.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("compiled_once"),
 ]
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """A run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    result = new_run(data, out).go()
-    assert (result.step, result.signal) == (STEPS, None)
-    return out
-
-
-def assert_as_if_uninterrupted(out, whole):
-    assert same_state(state_of(out), state_of(whole))
-    assert rows_of(out) == rows_of(whole)
 
 
 # The command line in its own process, which sends itself a signal when it draws some batch.
@@ -82,11 +68,6 @@ STOPS = {
     "terminated": (5, signal.SIGTERM, 75),
     "killed": (9, signal.SIGKILL, -signal.SIGKILL),
 }
-
-
-def configuration(path, data):
-    path.write_text(yaml.safe_dump(values(data)))
-    return path
 
 
 @pytest.fixture(scope="module")
