@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from growkit.errors import GrowkitError, first_line
 from growkit.evaluation.harness import Request, WindowedModel, join_scores, silence_libraries
+from growkit.models.vocabulary import check_ids
 
 
 class HuggingFaceModel(WindowedModel, HFLM):
@@ -22,13 +23,7 @@ class HuggingFaceModel(WindowedModel, HFLM):
         """Encode a text. Raises GrowkitError for a token that the model does not have."""
         ids: list[int] = super().tok_encode(string, *rest, **options)
         vocab = self.model.get_input_embeddings().num_embeddings
-        highest = max(ids, default=0)
-        if highest >= vocab:
-            raise GrowkitError(
-                f"the text has the token {self.tokenizer.convert_ids_to_tokens(highest)!r} with "
-                f"the id {highest}, and the vocabulary of the model ends at {vocab - 1}; leave "
-                f"that text out"
-            )
+        check_ids(ids, vocab, "the model", self.tokenizer.convert_ids_to_tokens)
         return ids
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -8,10 +8,11 @@ settings stay as they are.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from growkit.checkpoint.files import change_json
 
 # Keys whose values are paths, and sections in which every text is one.
 PATH_KEYS = ("path", "from", "out", "_name_or_path", "name_or_path")
@@ -71,20 +72,10 @@ def _name_key(key: str, path: bool, taken: Mapping[str, Any]) -> str:
 
 def strip_settings(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Files beside a model, those with settings without paths; the others byte for byte."""
-    return {name: _strip_file(name, content) for name, content in files.items()}
-
-
-def _strip_file(name: str, content: bytes) -> bytes:
-    if name not in SETTINGS:
-        return content
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return content
-    stripped = _strip_values(value)
-    if stripped == value:
-        return content
-    return (json.dumps(stripped, indent=2, ensure_ascii=False) + "\n").encode()
+    return {
+        name: change_json(content, _strip_values) if name in SETTINGS else content
+        for name, content in files.items()
+    }
 
 
 def _strip_values(value: Any) -> Any:

@@ -158,7 +158,7 @@ def _open_zstandard(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
 
 
 _OPENERS: dict[str, Callable[[Any, str], AbstractContextManager[Any]]] = {
-    "gzip": lambda file, name: gzip.GzipFile(fileobj=file),
+    "gzip": lambda file, name: gzip.GzipFile(fileobj=file, mode="rb"),
     "zst": _open_zstandard,
     "bz2": lambda file, name: bz2.BZ2File(file),
     "xz": lambda file, name: lzma.LZMAFile(file),  # noqa: SIM115 (the caller closes it)

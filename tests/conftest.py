@@ -1,4 +1,4 @@
-"""Small GPT-NeoX models on disk, made by transformers, and the models and trees that tests share."""
+"""Small GPT-NeoX models on disk, made by transformers; models, trees and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = GPT_NEOX.model(
 def save_transformers_model(
     path: Path, model: Architecture, dtype: str = "float32", seed: int = 0
 ) -> Path:
-    """A directory saved by transformers' own class, every parameter random (norms and biases too)."""
+    """A directory saved by transformers' own class; all parameters are random, norms too."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
@@ -90,6 +90,34 @@ def programs_of_patched_code(request):
     yield
     if patched:
         made.forget_programs()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two token directories of random ids, text and code, for the small runs of `runs`."""
+    from runs import write_tokens
+
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """The small runs of a module share programs and new models."""
+    from runs import share_programs
+
+    with share_programs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A small run that nothing interrupted."""
+    from runs import STEPS, new_run
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = new_run(data, out).go()
+    assert (result.step, result.signal) == (STEPS, None)
+    return out
 
 
 @pytest.fixture
@@ -159,7 +187,7 @@ def save_directory(
 def save_checkpoint(
     path: Path, model: Architecture = SMALL, seed: int = 0, dtype: str = "float32", **record
 ) -> Path:
-    """A trainer checkpoint of random parameters and moments (nu positive), with counters and files."""
+    """A trainer checkpoint of random parameters and moments (nu positive), counters and files."""
     slots = {
         slot: random_tensors(model, dtype, seed + n)
         for n, slot in enumerate(("params", "mu", "nu"))

@@ -41,6 +41,7 @@ FLOORS = {
         ["entries"],
         ["lineage"],
         ["surgery", "evaluation"],
+        ["derive"],
         ["api", "cli", "__init__"],
         ["__main__"],
     ],
@@ -110,7 +111,8 @@ def list_loaded(statement: str) -> set[str]:
     "statement",
     [
         "import growkit",
-        "import growkit.checkpoint.location, growkit.growth.plan, growkit.surgery.grow, growkit.cli",
+        "import growkit.checkpoint.location, growkit.growth.plan, growkit.surgery.grow",
+        "import growkit.cli",
         "import growkit.cli.growing, convert.cli, convert.directory, convert.card",
         "import growkit.evaluation.questions, growkit.evaluation.report, growkit.cli.evaluating",
         "from growkit.cli import run; assert run(['--help']) == 0",

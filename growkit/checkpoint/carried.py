@@ -7,7 +7,6 @@ link must stay in the directory, or lead from a snapshot of the Hub's cache to t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint.files import KINDS as FILE_KINDS
-from growkit.checkpoint.files import read_regular
+from growkit.checkpoint.files import LFS_POINTER, change_json, read_regular
 from growkit.errors import GrowkitError
 
 # Names of files that are carried, in lower case.
@@ -44,7 +43,6 @@ LIMIT = 100_000_000
 # How weights, archives and pickles begin, whatever they are called.
 BINARIES = (b"PK\x03\x04", b"\x1f\x8b", b"\x7fELF", b"\x89HDF", b"GGUF", b"\x93NUMPY")
 PICKLE = re.compile(rb"\x80[\x02-\x05]")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Names of what is an optimizer's, a schedule's or a random state's, of several trainers.
 OPTIMIZER = re.compile(
     r"optimizer.*|.*optim_states\.pt|global_step\d+|pytorch_model_fsdp_\d+|distributed_checkpoint"
@@ -187,14 +185,13 @@ def drop_code(name: str, content: bytes) -> bytes:
     """A configuration file without the keys that name Python to be run; others as they are."""
     if not name.endswith(".json") or not any(key.encode() in content for key in CODE_KEYS):
         return content
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return content
-    if not isinstance(value, dict) or not any(key in value for key in CODE_KEYS):
-        return content
-    kept = {key: part for key, part in value.items() if key not in CODE_KEYS}
-    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    return change_json(content, _leave_out_code)
+
+
+def _leave_out_code(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: part for key, part in value.items() if key not in CODE_KEYS}
 
 
 def drop_code_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from growkit.errors import GrowkitError
 # Bytes of a JSON file at most. A checkpoint's `files` hold tokenizers, the largest of which have
 # tens of megabytes.
 JSON_LIMIT = 1 << 30
+# How a file begins that stands for one in Git LFS, where that was not fetched.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -26,6 +28,21 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory",
 }
+
+
+def change_json(content: bytes, change: Callable[[Any], Any]) -> bytes:
+    """The bytes of a JSON file whose value is changed.
+
+    Byte for byte as they were where they are no JSON, or where nothing changes.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    changed = change(value)
+    if changed == value:
+        return content
+    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -76,9 +93,12 @@ def read_regular(path: Path, limit: int = JSON_LIMIT) -> bytes:
 def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
     """The content of a JSON file. Raises GrowkitError if it cannot be read or is not JSON."""
     try:
-        if is_remote(path):
-            return json.loads(path.read_text())
-        return json.loads(read_regular(path, limit).decode())
+        content = path.read_bytes() if is_remote(path) else read_regular(path, limit)
+        if content.startswith(LFS_POINTER):
+            raise GrowkitError(
+                f"{path} is a Git LFS pointer, not the file; `git lfs pull` fetches that"
+            )
+        return json.loads(content.decode())
     except OSError as problem:
         raise GrowkitError(f"cannot read {path}: {problem.strerror}") from None
     except (ValueError, RecursionError) as problem:

@@ -20,7 +20,7 @@ from growkit.checkpoint.carried import (
     select_carried,
 )
 from growkit.checkpoint.files import encode_json, read_json
-from growkit.checkpoint.fill import Filled, Job, Progress, create_file, fill
+from growkit.checkpoint.fill import Filled, Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_in_lineage
 from growkit.checkpoint.naming import name_tensors
 from growkit.checkpoint.numbers import Findings
@@ -201,8 +201,7 @@ def _write_shards(
     """Write all weight files; returns the file of each tensor, and what is known of them."""
     shards = _split_into_shards(recipes, limit)
     weight_map: dict[str, str] = {}
-    jobs: list[Job] = []
-    try:
+    with collect_jobs() as jobs:
         for number, names in enumerate(shards, 1):
             file_name = WHOLE
             if len(shards) > 1:
@@ -210,9 +209,6 @@ def _write_shards(
             weight_map |= dict.fromkeys(names, file_name)
             jobs += _begin_shard(path / file_name, {name: recipes[name] for name in names})
         filled = fill(jobs, progress)
-    finally:
-        for file in {job.file for job in jobs}:
-            os.close(file)
     return weight_map, filled
 
 

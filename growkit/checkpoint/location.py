@@ -94,9 +94,13 @@ def _enter_run(path: Path) -> Path:
 def _may_be_hub_id(text: str) -> bool:
     """Whether this is OWNER/NAME, with an optional @revision.
 
-    Nothing of this name is here; a directory of the owner's name may be, as transformers has it.
+    Nothing of this name is here. A directory of the owner's name may be, as for transformers, but
+    not a model or a run: then this was meant to lie in it.
     """
     name = text.rpartition("@")[0] or text
+    owner = Path(name.split("/")[0])
+    if is_directory(owner) or is_checkpoint(owner) or (owner / CHECKPOINTS).is_dir():
+        return False
     return HUB_ID.fullmatch(name) is not None and "/" in text
 
 

@@ -57,7 +57,7 @@ def find_trainer(path: Path) -> tuple[Path, str] | None:
     for run in (path, *path.absolute().parents[:2]):
         holder = _find_holder(run / RUN_LOCK)
         if holder is not None:
-            return run, holder
+            return run if path.is_absolute() else Path(os.path.relpath(run)), holder
     return None
 
 

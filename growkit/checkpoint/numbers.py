@@ -41,7 +41,9 @@ class Findings:
         finite = np.isfinite(block)
         self._add(self.nonfinite, slot, name, block.size - int(finite.sum()))
         if squares:
-            self._add(self.negative, slot, name, int(((block < 0) & finite).sum()))
+            with np.errstate(invalid="ignore"):
+                negative = (block < 0) & finite
+            self._add(self.negative, slot, name, int(negative.sum()))
 
     def _add(self, found: dict[str, dict[str, int]], slot: str, name: str, count: int) -> None:
         if not count:

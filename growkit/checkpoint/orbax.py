@@ -28,7 +28,7 @@ import numpy as np
 
 from growkit.checkpoint.carried import drop_code_keys, require_inside, select_carried
 from growkit.checkpoint.files import read_json
-from growkit.checkpoint.fill import Job, Progress, create_file, fill
+from growkit.checkpoint.fill import Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_hashes
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.raw import Stamp, read_stamp
@@ -114,7 +114,7 @@ def open_checkpoint(path: Path) -> Source:
     try:
         config, dropped = drop_code_keys(meta["config"])
         lineage = meta.get("lineage", [])
-        record = meta.get("record", {})
+        record = _read_record(meta)
         names = _list_arrays(tree)
         arrays = {name: _open_array(path / STATE, name, tree) for name in names}
         model = read_model(config, path)
@@ -136,6 +136,16 @@ def open_checkpoint(path: Path) -> Source:
         notes=dropped,
         hashed=hashed,
     )
+
+
+def _read_record(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's position. Raises ValueError where it is none."""
+    record: dict[str, Any] = dict(meta.get("record", {}).items())
+    counters = [record[name] for name in COUNTERS if name in record]
+    # They are written as int32.
+    if not all(type(value) is int and abs(value) < 1 << 31 for value in counters):
+        raise ValueError
+    return record
 
 
 def _read_counter(name: str, array: Array, path: Path) -> int:
@@ -225,7 +235,12 @@ def _chunk(shape: tuple[int, ...]) -> str:
 
 
 def _parse_dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
+    kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
+    dtype: np.dtype[Any] = np.dtype(kind)
+    if name != "bfloat16" and dtype.kind not in "fiu":
+        raise ValueError(name)
+    return dtype
 
 
 def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
@@ -270,7 +285,7 @@ def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
         if "text" in entry:
             files[name] = entry["text"].encode()
         else:
-            files[name] = base64.b64decode(entry["base64"])
+            files[name] = base64.b64decode(entry["base64"], validate=True)
     return files
 
 
@@ -355,8 +370,7 @@ def _write_arrays(
     Returns the hashes by array, and what was found in the numbers.
     """
     state.mkdir()
-    jobs: list[Job] = []
-    try:
+    with collect_jobs() as jobs:
         for keys, leaf in arrays.items():
             directory = state / ".".join(keys)
             directory.mkdir()
@@ -365,9 +379,6 @@ def _write_arrays(
             slot = keys[0] if keys[0] in SLOTS else ""
             jobs.append(Job(slot, ".".join(keys), leaf.recipes, file, 0))
         filled = fill(jobs, progress)
-    finally:
-        for file in {job.file for job in jobs}:
-            os.close(file)
     (state / "_METADATA").write_text(json.dumps(_tree_metadata(arrays)))
     return {name: value for (_, name), value in filled.hashes.items()}, filled.findings
 

@@ -17,8 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from growkit.checkpoint.carried import LFS_POINTER
-from growkit.checkpoint.files import open_regular
+from growkit.checkpoint.files import LFS_POINTER, open_regular
 from growkit.checkpoint.raw import Stamp, stamp_of
 from growkit.checkpoint.tensor import Tensor, open_raw
 from growkit.errors import GrowkitError
@@ -78,7 +77,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         raise GrowkitError(f"{garbled}: it holds {problem.args[0]!r} twice") from None
     except (ValueError, RecursionError):
         raise GrowkitError(f"{garbled}: {len(text)} bytes that are not JSON") from None
-    if not isinstance(header, dict) or not text.startswith(b"{"):
+    if not isinstance(header, dict):
         raise GrowkitError(f"{garbled}: it is not a JSON object")
     metadata = header.pop("__metadata__", {})
     texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())

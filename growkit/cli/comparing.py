@@ -71,10 +71,10 @@ def _format_facts(source: Source) -> str:
         f"fingerprint  {source.fingerprint[:16]}",
     ]
     lines += [f"note         {note}" for note in source.notes]
-    entries = list(enumerate(Lineage.read(source.lineage), 1))
-    if len(entries) > MOST_ENTRIES:
-        lines.append(f"lineage      {len(entries) - MOST_ENTRIES:,} earlier entries")
-    for number, entry in entries[-MOST_ENTRIES:]:
+    earlier = max(0, len(source.lineage) - MOST_ENTRIES)
+    if earlier:
+        lines.append(f"lineage      {earlier:,} earlier entries")
+    for number, entry in enumerate(Lineage.read(source.lineage[earlier:]), earlier + 1):
         lines.append(f"lineage {number:<4} {entry.operation}: {_format_entry(entry)}")
     return "\n".join(lines)
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.description import describe, summarize
+from growkit.cli.options import combine_options
 from growkit.cli.target import read_target
 from growkit.cli.terminal import (
-    Command,
     add_care_options,
     add_shard_option,
     format_json,
@@ -48,8 +48,8 @@ class Growing(click.Command):
         return super().parse_args(ctx, words)
 
 
-# What all growing verbs take, beside options of their own.
-SHARED: tuple[Callable[[Any], Any], ...] = (
+# The arguments and options that all growing verbs share.
+add_growing_options = combine_options(
     click.argument("src"),
     click.argument("out"),
     click.option(
@@ -84,13 +84,6 @@ SHARED: tuple[Callable[[Any], Any], ...] = (
         help="Print the plan, and the result of --check, as JSON.",
     ),
 )
-
-
-def add_growing_options(command: Command) -> Command:
-    """The arguments and options that all growing verbs share."""
-    for option in reversed(SHARED):
-        command = option(command)
-    return command
 
 
 @click.command(cls=Growing)

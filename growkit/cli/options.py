@@ -1,11 +1,25 @@
-"""What options and arguments of verbs take: counts as people write them, paths with a tilde."""
+"""What options and arguments of verbs take: counts as people write them, paths with a tilde; and
+several options as one.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
+
+
+def combine_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One decorator of a verb for several, whose options its help shows in their order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from growkit.cli.options import combine_options
 from growkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def add_shard_option(command: Command) -> Command:
     return option(command)
 
 
-CARE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+# The options of all verbs that write a model; see `growkit.checkpoint.location.Care`.
+add_care_options = combine_options(
     click.option(
         "--no-sync",
         is_flag=True,
@@ -94,13 +96,6 @@ CARE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Refuse NaN, infinities and negative second moments, which are told otherwise.",
     ),
 )
-
-
-def add_care_options(command: Command) -> Command:
-    """The options of all verbs that write a model; see `growkit.checkpoint.location.Care`."""
-    for option in reversed(CARE_OPTIONS):
-        command = option(command)
-    return command
 
 
 def parse_care(options: dict[str, Any]) -> Care:

@@ -33,6 +33,10 @@ VERBS = {
     "depth": ("growkit.cli.growing", "Grow a model in depth, optimizer state included."),
     "width": ("growkit.cli.growing", "Grow a model in width without changing its function."),
     "grow": ("growkit.cli.growing", "Grow a model to the sizes of another, in depth and width."),
+    "derive": (
+        "growkit.derive.cli",
+        "Derive and prove the table of a model type of transformers.",
+    ),
     "average": ("growkit.cli.averaging", "Average the parameters of several checkpoints."),
     "inspect": ("growkit.cli.comparing", "Describe a model on disk."),
     "diff": ("growkit.cli.comparing", "Compare two models, tensor by tensor."),

@@ -1,4 +1,6 @@
-"""From a variant's rows to a family that growkit grows: the table's text, the fields, their defaults."""
+"""From a variant's rows to a family that growkit grows: the table's text, the fields, their
+defaults.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +9,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from growkit.derive.network import CONFIG_MAPPING, class_of
-from growkit.derive.rows import Draft, read_word
-from growkit.derive.sizes import HIDDEN, POSITIONS
+from growkit.derive.rows import Draft, link, read_word
+from growkit.derive.sizes import HIDDEN, POSITIONS, shapes_of
 from growkit.derive.variant import Choice, Variant, axis_size
-from growkit.models.architecture import Family, Same
+from growkit.models.family import Family
+from growkit.models.fields import Same
 
 OPTIONS = {
-    "tied": ("tie_word_embeddings",),
     "context": POSITIONS,
-    "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
+    "norm_eps": (
+        "rms_norm_eps",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "norm_eps",
+        "norm_epsilon",
+    ),
     "initializer_range": ("initializer_range", "init_std", "initializer_std"),
     "activation": ("hidden_act", "hidden_activation", "activation_function", "activation"),
 }
 
 
+# Fields that list the numbers of layers of a kind.
+NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "hybrid_layer_ids")
+
+
 def row_lines(variant: Variant, choice: Choice, pooled: bool) -> list[tuple[str, str]]:
-    """(name, rest) of each row. pooled: whether the last norm takes the reader's share, as under a tied head."""
+    """(name, rest) of each row. pooled: whether the last norm takes the reader's share, as under a
+    tied head.
+    """
     lines = []
     for draft in variant.drafts:
         words = [
@@ -32,17 +46,17 @@ def row_lines(variant: Variant, choice: Choice, pooled: bool) -> list[tuple[str,
         if draft.final and pooled:
             words = ["/embed"]
         begins = f"1+{draft.begins}" if draft.offset else draft.begins
-        lines.append((table_name(draft), " ".join([*words, begins, role_word(draft, words, variant)])))
+        words = words or ["()"]
+        lines.append(
+            (table_name(draft), " ".join([*words, begins, role_word(draft, words, variant)]))
+        )
     return lines
 
 
-def link(draft: Draft) -> str:
-    """What a weight and its bias share: they are cut alike."""
-    return re.sub(r"[._](weight|bias)$", "", draft.name)
-
-
 def table_name(draft: Draft) -> str:
-    """A row's name with its marks: a slash where it writes the stream, a kind where not all layers have it."""
+    """A row's name with its marks: a slash where it writes the stream, a kind where not all layers
+    have it.
+    """
     slash = "/" if draft.stream else ""
     kind = f":{draft.kind}" if draft.kind else ""
     return draft.name.replace("{layer}", f"{{{slash}layer{kind}}}")
@@ -78,7 +92,9 @@ def fields_of(variant: Variant) -> dict[str, str]:
 def make_family(
     variant: Variant, text: str, frozen: Mapping[str, str], flags: Mapping[str, str], **facts: Any
 ) -> Family:
-    """A family of a table's text, everything else taken from a variant. flags: options that rows depend on."""
+    """A family of a table's text, everything else taken from a variant. flags: options that rows
+    depend on.
+    """
     fields = fields_of(variant)
     options = {
         name: found
@@ -86,7 +102,11 @@ def make_family(
         if (found := next((n for n in names if n in variant.probe.stated), None))
         and variant.probe.stated[found] is not None
     }
-    options |= {"tied": "tie_word_embeddings"} | dict(flags)
+    options |= dict(flags)
+    defaults = variant.once(
+        f"defaults {sorted(flags)}",
+        lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
+    )
     constants = {"qkv": 3} if re.search(r"\bqkv\b", re.sub(r"\S+\s*$", "", text)) else {}
     return Family(
         kind=variant.kind,
@@ -95,10 +115,8 @@ def make_family(
         text=text,
         prefix=_prefix(text),
         fields=fields,
-        defaults=variant.once(
-            f"defaults {sorted(flags)}",
-            lambda: find_defaults(variant, [*fields.values(), *options.values()]),
-        ),
+        defaults=defaults,
+        nulls=variant.once(f"nulls {sorted(flags)}", lambda: find_nulls(variant, defaults)),
         options=options,
         norm=facts.pop("norm", "rms"),
         heads=next((axis for axis in ("kv", "head") if axis in fields), ""),
@@ -106,6 +124,8 @@ def make_family(
         constants=constants,
         frozen=dict(frozen),
         by_layer=list_fields(variant),
+        leading=variant.leading,
+        numbers=tuple(n for n in NUMBERS if isinstance(variant.probe.stated.get(n), list)),
         **facts,
     )
 
@@ -126,12 +146,16 @@ def list_fields(variant: Variant) -> tuple[str, ...]:
     return tuple(
         name
         for name, value in variant.probe.stated.items()
-        if isinstance(value, list) and len(value) == layers and name not in ("eos_token_id",)
+        if isinstance(value, list)
+        and len(value) == layers
+        and name not in ("eos_token_id", *NUMBERS)
     )
 
 
 def find_defaults(variant: Variant, paths: list[str]) -> dict[str, Any]:
-    """What a configuration that leaves a field out means by it, as far as a value or another field says it."""
+    """What a configuration that leaves a field out means by it, as far as a value or another field
+    says it.
+    """
     config_class = CONFIG_MAPPING[variant.kind]
     plain = config_class()
     names = list(dict.fromkeys(name for path in paths for name in path.split(" / ")))
@@ -182,33 +206,71 @@ def _same_as(plain: Any, name: str, value: Any, follows: list[str]) -> Any:
 
 
 def _shape_default(variant: Variant, name: str) -> Any:
-    """What the model takes for a field that is None: the field of hidden size, a multiple, or a ratio of it."""
-    from growkit.derive.sizes import shapes_of
-
+    """What the model takes for a field that is None: the field of hidden size, a multiple, or a
+    ratio of it.
+    """
     probe = variant.probe
     hidden = probe.name(HIDDEN)
     if hidden is None:
         return None
     without = {key: value for key, value in probe.fields.items() if key != name}
     heads = next((size.path for size in variant.sizes.values() if size.axis in ("head", "kv")), "")
-    whole = next((s.path.split(" / ")[0] for s in variant.sizes.values() if s.axis == "group"), heads)
+    whole = next(
+        (s.path.split(" / ")[0] for s in variant.sizes.values() if s.axis == "group"), heads
+    )
     candidates = {Same(whole): probe.value(whole)} if whole else {}
     candidates |= {Same(f"{n} * {hidden}"): n * probe.value(hidden) for n in (1, 2, 3, 4, 8)}
     if whole:
         candidates[Same(f"{hidden} / {whole}")] = probe.value(hidden) // probe.value(whole)
-    base = shapes_of(variant.kind, without | {name: None}) or shapes_of(variant.kind, without)
     wider = {hidden: probe.value(hidden) * 2, **({whole: probe.value(whole) * 2} if whole else {})}
+    base, grown = (_without(variant.kind, without | more, name) for more in ({}, wider))
     for same, value in candidates.items():
-        if base is None or shapes_of(variant.kind, without | {name: value}) != base:
-            continue
         doubled = value * 2 if " / " not in same.path else value
-        if shapes_of(variant.kind, without | wider | {name: doubled}) == shapes_of(
-            variant.kind, without | wider | {name: None}
-        ):
+        same_base = shapes_of(variant.kind, without | {name: value}) == base
+        if same_base and shapes_of(variant.kind, without | wider | {name: doubled}) == grown:
             return same
     return None
 
 
-def describe_draft(draft: Draft) -> str:
-    """A row in a word, for messages."""
-    return draft.name
+def _without(kind: str, fields: Mapping[str, Any], name: str) -> Any:
+    """Shapes where a field is null, or where that is refused, left out."""
+    return shapes_of(kind, {**fields, name: None}) or shapes_of(kind, fields)
+
+
+def find_nulls(variant: Variant, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a field that is null means, where that is not what it means to leave it out."""
+    config_class = CONFIG_MAPPING[variant.kind]
+    names = [name for name in defaults if name in variant.probe.stated]
+    found = {}
+    for name in names:
+        try:
+            value = getattr(config_class(**{name: None}), name)
+        except Exception:
+            continue
+        if value is None or isinstance(value, (bool, str)):
+            continue
+        same = _same_as(
+            config_class(**{name: None}),
+            name,
+            value,
+            _follows_null(config_class, name, value, names),
+        )
+        if same is not None and same != defaults[name]:
+            found[name] = same
+    return found
+
+
+def _follows_null(config_class: Any, name: str, value: Any, others: list[str]) -> list[str]:
+    """The fields that change what a null stands for."""
+    found = []
+    for other in others:
+        before = getattr(config_class(), other, None)
+        if other == name or isinstance(before, bool) or not isinstance(before, int):
+            continue
+        try:
+            changed = getattr(config_class(**{name: None, other: before * 2}), name)
+        except Exception:
+            continue
+        if changed != value:
+            found.append(other)
+    return found

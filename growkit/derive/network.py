@@ -1,4 +1,5 @@
-"""transformers' side: build a type's model, name its parameters as files do, compute its logits in float64.
+"""transformers' side: build a type's model, name its parameters as files do, compute its logits in
+float64.
 
 Nothing here runs code from a model directory: classes come from the installed transformers alone.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
@@ -18,21 +19,25 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING as CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 transformers.logging.set_verbosity(50)
+transformers.utils.logging.disable_progress_bar()
 State = dict[str, torch.Tensor]
+VERSION = str(transformers.__version__)
 
 
-class KeepWide(TorchFunctionMode):
+class KeepWide(TorchFunctionMode):  # type: ignore[misc]
     """Compute in float64 what a model asks to be computed in float32.
 
-    Norms, softmaxes and rotary positions of transformers are float32 whatever the model's dtype; a proof
-    needs them as wide as the rest.
+    Norms, softmaxes and rotary positions of transformers are float32 whatever the model's dtype; a
+    proof needs them as wide as the rest.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if function is torch.Tensor.float:
             function = torch.Tensor.double
@@ -60,7 +65,7 @@ def model_types() -> list[str]:
     return [kind for kind in CONFIG_MAPPING if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING]
 
 
-def class_of(config: Any) -> type:
+def class_of(config: Any) -> Any:
     """The class of a configuration's causal language model."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return found[0] if isinstance(found, tuple) else found
@@ -82,26 +87,36 @@ def build(config: Any, meta: bool = False) -> Any:
     """A new model: on the meta device, or with random float64 parameters."""
     with torch.device("meta") if meta else wide():
         network = class_of(config)(config)
+    # Not every class ties its head when it is made.
+    network.tie_weights()
     return network.eval()
 
 
 def file_state(network: Any) -> State:
-    """A model's parameters and saved buffers as its files hold them: names, shapes, no tied ones twice."""
+    """A model's parameters and saved buffers as its files hold them: names, shapes, no tied ones
+    twice.
+    """
     state = dict(network.state_dict())
     for name in network._keys_to_ignore_on_save or ():
         state.pop(name, None)
-    return revert_weight_conversion(network, remove_tied_weights_from_state_dict(state, network))
+    untied = remove_tied_weights_from_state_dict(state, network)
+    held: State = revert_weight_conversion(network, untied)
+    return held
 
 
 def memory_names(network: Any) -> dict[str, str]:
-    """The name in memory of each parameter that files hold: found by giving every parameter its number.
+    """The name in memory of each parameter that files hold: found by giving every parameter its
+    number.
 
     A tensor of files that is made of several gets the name of the first.
     """
     with wide():
         # A tied parameter has one number, that of its first name.
-        state = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(network.state_dict().items())}
-        state = {name: tensor for name, tensor in reversed(state.values())}
+        named = {
+            tensor.data_ptr(): (name, tensor)
+            for name, tensor in reversed(network.state_dict().items())
+        }
+        state = dict(reversed(named.values()))
         kept = {name: tensor.clone() for name, tensor in state.items()}
         numbered = list(dict.fromkeys(state))
         for number, name in enumerate(numbered):
@@ -116,10 +131,12 @@ def memory_names(network: Any) -> dict[str, str]:
 
 
 def load(config: Any, state: Mapping[str, torch.Tensor]) -> Any:
-    """The model whose files hold these tensors. Raises ValueError where names or shapes do not fit."""
+    """The model whose files hold these tensors. Raises ValueError where names or shapes differ."""
+    # A loaded model may share memory with what it was given, and change it.
+    given = {name: tensor.clone() for name, tensor in state.items()}
     with wide():
         network, report = class_of(config).from_pretrained(
-            None, config=config, state_dict=dict(state), output_loading_info=True, dtype=torch.float64
+            None, config=config, state_dict=given, output_loading_info=True, dtype=torch.float64
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:

@@ -1,8 +1,11 @@
-"""Growth proved: a tiny model, grown by growkit, computed by transformers in float64, against its source."""
+"""Growth proved: a tiny model, grown by growkit, computed by transformers in float64, against its
+source.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +19,9 @@ from growkit.derive.variant import Variant, config_json
 from growkit.growth.axes import AxisMap, insert, make_map, tile
 from growkit.growth.plan import Plan, build_plan
 from growkit.growth.rule import find_source, grow_array
-from growkit.models.architecture import Architecture, Family, follow_layers
+from growkit.models.architecture import Architecture
+from growkit.models.family import Family
+from growkit.models.layer_fields import follow_layers
 
 # Of the largest logit.
 BOUND = 1e-10
@@ -24,7 +29,9 @@ BOUND = 1e-10
 
 @dataclass
 class Grown:
-    """A model in memory: its configuration as a file states it, and its parameters as files hold them."""
+    """A model in memory: its configuration as a file states it, and its parameters as files hold
+    them.
+    """
 
     config: dict[str, Any]
     state: State
@@ -47,7 +54,8 @@ def grow(source: Grown, plan: Plan) -> Grown:
     state = {}
     for name, row, position in plan.grown.table.names(plan.grown.sizes):
         array = source.state[row.name_at(find_source(plan, row, position))].numpy()
-        state[name] = torch.from_numpy(np.ascontiguousarray(grow_array(array, row, plan, 0, position)))
+        grown = grow_array(array, row, plan, 0, position)
+        state[name] = torch.from_numpy(np.array(grown, order="C"))
     config = plan.grown.config(source.config)
     if "layer" in plan.maps:
         index = plan.maps["layer"].index.tolist()
@@ -57,7 +65,9 @@ def grow(source: Grown, plan: Plan) -> Grown:
 
 def network_of(model: Grown) -> Any:
     """transformers' model of a configuration and parameters."""
-    config = CONFIG_MAPPING[model.config["model_type"]].from_dict(deepcopy(model.config))
+    config_class = CONFIG_MAPPING[model.config["model_type"]]
+    # As transformers reads a file: infinities are tagged in it.
+    config = config_class.from_dict(config_class._decode_special_floats(deepcopy(model.config)))
     return load(set_plain(config), model.state)
 
 
@@ -79,14 +89,16 @@ def uneven(size: int) -> AxisMap:
     index = [*range(size), *added]
     weight = np.random.default_rng(size).uniform(0.5, 1.5, len(index))
     sums = np.bincount(index, weights=weight, minlength=size)
-    return make_map(index, size, weight / sums[index])
+    return make_map(index, size, (weight / sums[index]).tolist())
 
 
 def even(size: int, times: int = 2) -> AxisMap:
     return tile(size, times * size)
 
 
-def measure_gap(family: Family, variant: Variant, maps: Mapping[str, AxisMap], pads: Mapping[str, int] = {}) -> float:  # noqa: B006
+def measure_gap(
+    family: Family, variant: Variant, maps: Mapping[str, AxisMap], pads: Mapping[str, int] = {}
+) -> float:  # noqa: B006
     """The gap of a growth; infinite where something refuses it."""
     source = source_of(variant)
     model = read_model(family, source)
@@ -101,7 +113,9 @@ def source_logits(variant: Variant) -> torch.Tensor:
 
 
 def depth_gap(family: Family, variant: Variant, index: Sequence[int]) -> tuple[float, float]:
-    """Depth by copies against transformers' own layers in that order; and how far it is from the source."""
+    """Depth by copies against transformers' own layers in that order; and how far it is from the
+    source.
+    """
     source = source_of(variant)
     model = read_model(family, source)
     plan = build_plan("depth", "", model, {"layer": make_map(index, model.layer)})
@@ -131,11 +145,11 @@ def reordered_logits(source: Grown, variant: Variant, index: Sequence[int]) -> t
 
 
 def renumber(config: Any, variant: Variant, index: Sequence[int]) -> None:
-    """Make a configuration's number of layers and lists of layers those of another order."""
-    for name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers"):
-        entries = getattr(config, name, None)
+    """Make a configuration's number of layers and its lists by layer those of another order."""
+    for name, entries in list(vars(config).items()):
         if isinstance(entries, list) and len(entries) == variant.names.layers:
-            setattr(config, name, [entries[layer] for layer in index])
+            with suppress(AttributeError):
+                setattr(config, name, [entries[layer] for layer in index])
     setattr(config, variant.layer_field, len(index))
 
 

@@ -1,7 +1,7 @@
 """From names, shapes and modules to the rows of a table.
 
-Parameters of the same name but for a layer's or an expert's number are one row. Each dimension gets the
-ways to cut it into axes, the likeliest first; what a proof refuses gives way to the next.
+Parameters of the same name but for a layer's or an expert's number are one row. Each dimension gets
+the ways to cut it into axes, the likeliest first; what a proof refuses gives way to the next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from growkit.derive.network import memory_names
 from growkit.derive.sizes import Probe, Size, Terms, find_terms, size_of
 
-ATTENTION = re.compile(r"attn|attention|mixer|mamba|linear_attn|self_attn|recurrent|temporal|conv\b")
+ATTENTION = re.compile(
+    r"attn|attention|mixer|mamba|linear_attn|self_attn|recurrent|temporal|conv\b"
+)
 QUERY = re.compile(r"(.*[._])?(q|query|wq|q_proj|q_lin|q_b_proj|project_q)")
 KEY = re.compile(r"(.*[._])?(k|key|wk|k_proj|k_lin|project_k)")
 VALUE = re.compile(r"(.*[._])?(v|value|wv|v_proj|v_lin|project_v)")
@@ -30,9 +32,9 @@ STREAMS = {("embed",), ("head", "head_dim"), ("kv", "group", "head_dim")}
 class Draft:
     """A row in the making.
 
-    name: with {layer} and {expert} in it, as in tables but for slashes and kinds. example: a parameter's
-    name in files. cuts: for each dimension the words that it may be, the likeliest first. reads: which
-    dimensions are read. stream: whether the row writes the stream.
+    name: with {layer} and {expert} in it, as in tables but for slashes and kinds. example: a
+    parameter's name in files. cuts: for each dimension the words that it may be, the likeliest
+    first. reads: which dimensions are read. stream: whether the row writes the stream.
     """
 
     name: str
@@ -53,6 +55,17 @@ class Draft:
     final: bool = False
     streams: tuple[bool, ...] = ()
 
+    def memory_of(self, name: str) -> str:
+        """The name in memory of another of the row's parameters, where only a layer's number
+        differs.
+        """
+        prefix = self.name.partition("{layer}")[0]
+        ours = re.match(rf"{re.escape(prefix)}(\d+)\.", self.example)
+        theirs = re.match(rf"{re.escape(prefix)}(\d+)\.", name)
+        if ours is None or theirs is None:
+            return self.memory
+        return re.sub(rf"\b{ours[1]}\b", theirs[1], self.memory, count=1)
+
     @property
     def square(self) -> bool:
         """Whether both dimensions are as long as the stream is wide."""
@@ -69,6 +82,11 @@ class Draft:
             read_word(cuts[choice.get((self.name, place), 0)], self.reads[place])
             for place, cuts in enumerate(self.cuts)
         ]
+
+
+def link(draft: Draft) -> str:
+    """What a weight and its bias share: they are cut alike."""
+    return re.sub(r"[._](weight|bias)$", "", draft.name)
 
 
 def read_word(word: str, read: bool) -> str:
@@ -97,7 +115,9 @@ class Names:
         return name, tuple(numbers)
 
 
-def find_names(probe: Probe, sizes: Mapping[str, Size], layers: tuple[str, dict[str, Any]]) -> Names:
+def find_names(
+    probe: Probe, sizes: Mapping[str, Size], layers: tuple[str, dict[str, Any]]
+) -> Names:
     """Where layers and experts are counted: by what a longer and a larger model adds.
 
     layers: the field of the number of layers, and the fields of a model with one layer more. Raises
@@ -120,10 +140,9 @@ def find_names(probe: Probe, sizes: Mapping[str, Size], layers: tuple[str, dict[
         for name in grown:
             if name in probe.base:
                 continue
-            template = names.template(name)[0]
-            if match := re.match(r"(.*?)\.(\d+)\b", template):
-                if int(match[2]) >= units:
-                    names.stacked[match[1]] = axis
+            match = re.match(r"(.*?)\.(\d+)\b", names.template(name)[0])
+            if match and int(match[2]) >= units:
+                names.stacked[match[1]] = axis
     return names
 
 
@@ -149,7 +168,10 @@ def draft_rows(probe: Probe, sizes: Mapping[str, Size], names: Names, network: A
 
 
 def label_kinds(
-    drafts: Mapping[str, Draft], seen: Mapping[str, set[int]], layers: int, config: Mapping[str, Any]
+    drafts: Mapping[str, Draft],
+    seen: Mapping[str, set[int]],
+    layers: int,
+    config: Mapping[str, Any],
 ) -> None:
     """Name the kinds of layers: after a list of the configuration where one says the same."""
     listed: dict[frozenset[int], str] = {}
@@ -168,42 +190,61 @@ def label_kinds(
 
 def describe(draft: Draft, network: Any) -> None:
     """What a row's module tells: what it reads, its role, how it begins."""
-    path, _, leaf = draft.memory.rpartition(".")
-    module = _module(network, path)
-    kind = type(module).__name__
     draft.reads = [False] * len(draft.shape)
-    if isinstance(module, nn.Embedding):
-        draft.role = "embedding"
-    elif leaf.endswith("bias") or len(draft.shape) < 2:
-        draft.role = "norm" if "norm" in f"{kind} {path}".lower() and leaf != "bias" else "bias"
-    elif isinstance(module, Conv1D):
-        draft.reads[0] = True
-    elif isinstance(module, nn.Conv1d):
-        draft.reads[1] = module.groups == 1
-    elif "norm" in kind.lower():
-        draft.role = "norm"
-    elif len(draft.shape) == 3:
-        draft.reads[_read_place(draft)] = True
-    elif len(draft.shape) == 2:
-        draft.reads[-1] = True
-    if network.get_output_embeddings() is module and module is not None and leaf == "weight":
-        draft.role = "head"
-    parameter = _parameter(network, draft.memory)
-    if parameter is not None:
-        if (parameter == 0).all():
-            draft.begins = "zeros"
-        elif (parameter == 1).all():
-            draft.begins = "ones"
+    _describe_module(draft, network)
+    _describe_beginning(draft, network)
     path = draft.example.rpartition(".")[0]
     inner = path.rpartition("{layer}.")[2] or path
+    if draft.role not in ("matrix", "bias") or "{layer}" not in draft.name:
+        return
     for pattern, role in ((FUSED, "qkv"), (QUERY, "query"), (KEY, "key"), (VALUE, "value")):
-        if draft.role in ("matrix", "bias") and "{layer}" in draft.name and pattern.fullmatch(inner):
+        if pattern.fullmatch(inner):
             draft.role = role
             break
 
 
-def _read_place(draft: Draft) -> int:
-    """Which of the last two dimensions of stacked experts is read: the stream's, but not on the way down."""
+def _describe_module(draft: Draft, network: Any) -> None:
+    """The role, and the dimension that is read, by the class of the module."""
+    path, _, leaf = draft.memory.rpartition(".")
+    module = _module(network, path)
+    kind = type(module).__name__
+    embedding = network.get_input_embeddings()
+    tied = embedding is not None and _parameter(network, draft.memory) is embedding.weight
+    if isinstance(module, nn.Embedding) or tied:
+        draft.role = "embedding"
+    elif leaf.endswith("bias") or len(draft.shape) < 2:
+        draft.role = "norm" if "norm" in f"{kind} {path}".lower() and leaf != "bias" else "bias"
+    elif "norm" in kind.lower():
+        draft.role = "norm"
+    elif isinstance(module, nn.Conv1d):
+        draft.reads[1] = module.groups == 1
+    elif len(draft.shape) <= 3:
+        draft.reads[_read_place(draft, module)] = True
+    head = network.get_output_embeddings()
+    if head is module and module is not None and leaf == "weight" and not tied:
+        draft.role = "head"
+
+
+def _describe_beginning(draft: Draft, network: Any) -> None:
+    """Whether the parameter begins as zeros or ones."""
+    parameter = _parameter(network, draft.memory)
+    if parameter is None:
+        return
+    if (parameter == 0).all():
+        draft.begins = "zeros"
+    elif (parameter == 1).all():
+        draft.begins = "ones"
+
+
+def _read_place(draft: Draft, module: Any) -> int:
+    """Which dimension of a matrix is read.
+
+    Of stacked experts, which are raw parameters, the stream's, but not on the way down.
+    """
+    if isinstance(module, Conv1D):
+        return 0
+    if len(draft.shape) == 2:
+        return 1
     streams = [bool(terms and set(terms) & STREAMS) for terms in draft.terms[1:]]
     down = re.search(r"down|w2|fc2|output|out_proj|c_proj", draft.name) is not None
     if streams.count(True) != 1:
@@ -224,18 +265,21 @@ def _parameter(network: Any, name: str) -> Any:
     return getattr(_module(network, path), leaf, None)
 
 
-def cut(draft: Draft, coupled: set[tuple[str, ...]], embed: bool) -> None:
+def cut(draft: Draft, coupled: set[tuple[str, ...]], embed: bool, mixer: bool) -> None:
     """The ways to cut each dimension. coupled: the products of axes that are embed's size.
 
-    embed: whether such a dimension is the stream's, for a parameter with one such dimension.
+    mixer: whether the row lies in the part of a layer that has heads; there a matrix has the stream
+    on one side. embed: whether such a dimension is the stream's in any other row.
     """
     draft.cuts = []
     widths = coupled | {("embed",)}
-    draft.streams = tuple(bool(t) and len(t) == 1 and bool(set(t) & widths) for t in draft.terms)
+    draft.streams = tuple(
+        t is not None and len(t) == 1 and bool(set(t) & widths) for t in draft.terms
+    )
     for place, terms in enumerate(draft.terms):
-        others = [n for n, t in enumerate(draft.terms) if n != place and t and set(t) & coupled]
         if terms and len(terms) == 1 and (axes := next(iter(terms))) in coupled:
-            stream = embed if not others else draft.reads[place] != draft.stream
+            matrix = mixer and len(draft.terms) > 1 and draft.role != "embedding"
+            stream = draft.reads[place] != draft.stream if matrix else embed
             word = "embed" if stream else " ".join(axes)
             draft.cuts.append(_times(word, terms[axes]))
         else:
@@ -256,8 +300,8 @@ def cut_terms(terms: Terms | None, draft: Draft, place: int) -> list[str]:
 
 def _own_axis(draft: Draft, place: int) -> str:
     """An axis of the row's own, measured in files."""
-    leaf = re.sub(r"\{\w+\}\.?", "", draft.name).split(".")
-    return re.sub(r"\W", "_", "_".join(leaf[-2:])) + f"_{place}"
+    words = re.sub(r"\{\w+\}\.?", "", draft.name).split(".")
+    return re.sub(r"\W", "_", "_".join(words[1:] or words)) + f"_{place}"
 
 
 def _times(word: str, factor: int) -> list[str]:
@@ -284,6 +328,8 @@ def _sum_words(terms: Terms, draft: Draft, place: int) -> list[str]:
     found = [f"({' | '.join(blocks)})", f"({' | '.join(reversed(blocks))})"]
     shared = [axis for axis in next(iter(terms)) if all(axis in axes for axes in terms)]
     if shared:
-        inner = "shared_" + str(place) if len(shared) > 1 else "with_" + shared[0]
-        found.append(f"({shared[0]} {inner} {' '.join(shared[1:])})".replace(" )", ")"))
+        # Per key and value head: its queries, its key and its value.
+        place = -1 if shared[-1] == "head_dim" else len(shared)
+        shared.insert(place, _own_axis(draft, draft.terms.index(terms)))
+        found.append(f"({' '.join(shared)})")
     return found

@@ -1,8 +1,9 @@
-"""Which sizes a model's parameters follow: found by doubling one size of the configuration at a time.
+"""Which sizes a model's parameters follow: found by doubling one size of the configuration at a
+time.
 
 Models are built on the meta device, so that only names and shapes are made. A dimension becomes a
-polynomial of sizes: `{("kv", "head_dim"): 2, ("kv", "group", "head_dim"): 1}` is a fused query, key and
-value. What no size explains is left to be measured in the files.
+polynomial of sizes: `{("kv", "head_dim"): 2, ("kv", "group", "head_dim"): 1}` is a fused query, key
+and value. What no size explains is left to be measured in the files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any
 
-from growkit.derive.network import build, file_state, make_config
+from growkit.derive.network import CONFIG_MAPPING, build, file_state, make_config, runs
 
 Shapes = dict[str, tuple[int, ...]]
 Terms = dict[tuple[str, ...], int]
@@ -39,19 +40,25 @@ LAYERS = (
     "num_blocks",
 )
 INTERMEDIATE = (
-    "intermediate_size", "decoder_ffn_dim", "n_inner", "ffn_dim", "dim_ff", "dff", "ffn_hidden_size",
+    "intermediate_size",
+    "decoder_ffn_dim",
+    "n_inner",
+    "ffn_dim",
+    "dim_ff",
+    "dff",
+    "ffn_hidden_size",
 )  # fmt: skip
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length")
 # Fields of whole numbers that are no sizes.
 NO_SIZES = re.compile(
     r".*(token_id|token_index|_idx|window|chunk_size|topk|top_k|per_tok(en)?|seed|period|offset|interval"
-    r"|first_k_dense_replace|.*layer.*)"
+    r"|first_k_dense_replace|.*multiple_of.*|.*layer.*)"
 )
 
 
 @dataclass(frozen=True)
 class Size:
-    """One size: the axis that it measures, the fields that double with it, the path that states it."""
+    """One size: the axis it measures, the fields that double with it, the path that states it."""
 
     axis: str
     grows: tuple[str, ...]
@@ -60,11 +67,21 @@ class Size:
 
 @dataclass
 class Probe:
-    """Shapes of a type's parameters, as files hold them, at the sizes asked for."""
+    """Shapes of a type's parameters, as files hold them, at the sizes asked for.
+
+    unsaved: second names of tied parameters, which no file holds.
+    """
 
     kind: str
     fields: dict[str, Any]
+    unsaved: frozenset[str] = frozenset()
     made: dict[tuple[tuple[str, int], ...], Shapes | None] = field(default_factory=dict)
+
+    @property
+    def head_dim(self) -> str:
+        """The field of the size of heads."""
+        aliases: dict[str, str] = getattr(CONFIG_MAPPING[self.kind], "attribute_map", {})
+        return aliases.get("head_dim", "head_dim")
 
     @cached_property
     def stated(self) -> dict[str, Any]:
@@ -88,7 +105,10 @@ class Probe:
             changed = {name: self.value(name) * factor for name, factor in factors.items()}
         except KeyError:
             return None
-        return shapes_of(self.kind, self.fields | changed)
+        shapes = shapes_of(self.kind, self.fields | changed)
+        if shapes is None:
+            return None
+        return {name: shape for name, shape in shapes.items() if name not in self.unsaved}
 
     def value(self, name: str) -> int:
         """A field's value; head_dim is hidden size over heads where no field says it."""
@@ -96,7 +116,7 @@ class Probe:
             return int(self.fields[name])
         if name in self.stated and self.stated[name] is not None:
             return int(self.stated[name])
-        return int(self.stated[self.name(HIDDEN)]) // int(self.stated[self.name(HEADS)])
+        return int(self.stated[str(self.name(HIDDEN))]) // int(self.stated[str(self.name(HEADS))])
 
     def grown(self, sizes: Iterable[Size]) -> Shapes | None:
         """Shapes with some sizes doubled together."""
@@ -114,15 +134,18 @@ class Probe:
 
 
 def make_probe(kind: str, fields: Mapping[str, Any]) -> Probe:
-    """A probe of a type; head_dim is stated where the model reads it, though the class has no such field."""
+    """A probe of a type; head_dim is stated where the model reads it, though the class has no such
+    field.
+    """
     probe = Probe(kind, dict(fields))
     hidden, heads = probe.name(HIDDEN), probe.name(HEADS)
-    if probe.name(("head_dim",)) or hidden is None or heads is None:
+    if probe.name((probe.head_dim,)) or hidden is None or heads is None:
         return probe
     stated = Probe(kind, {**fields, "head_dim": probe.value("head_dim")})
     wider = stated.shapes({"head_dim": 2})
     reads = stated.shapes() == probe.shapes() and wider not in (None, probe.shapes())
-    return stated if reads else probe
+    wide = stated.fields | {"head_dim": 2 * probe.value("head_dim")}
+    return stated if reads and runs(make_config(kind, wide)) is None else probe
 
 
 def shapes_of(kind: str, fields: Mapping[str, Any]) -> Shapes | None:
@@ -164,6 +187,25 @@ def _changes(probe: Probe, *names: str) -> bool:
     return shapes is not None and shapes != probe.base
 
 
+def _reads_kv(probe: Probe, heads: str, kv: str, follows: tuple[str, ...]) -> bool:
+    """Whether a shape follows the number of key and value heads, or the model needs it anyway."""
+    both = probe.grown([Size("", (heads, kv, *follows), "")])
+    alone = probe.grown([Size("", (heads, *follows), "")])
+    return both != alone or not runs_with(probe, _double(probe, heads, *follows))
+
+
+def _double(probe: Probe, *names: str) -> dict[str, int]:
+    return {name: 2 * probe.value(name) for name in names}
+
+
+def runs_with(probe: Probe, changed: Mapping[str, Any]) -> bool:
+    """Whether the model computes with some fields changed."""
+    try:
+        return runs(make_config(probe.kind, probe.fields | dict(changed))) is None
+    except Exception:
+        return False
+
+
 def _grows(probe: Probe, *names: str) -> bool:
     """Whether some dimension is longer when these fields are doubled."""
     shapes = probe.shapes(dict.fromkeys(names, 2))
@@ -184,32 +226,36 @@ def _find_heads(probe: Probe, hidden: str | None, heads: str | None, kv: str | N
         return [Size("embed", (hidden,), hidden)]
     both = (heads,) if kv is None else (heads, kv)
     coupled = not _grows(probe, *both)
+    explicit = not coupled
+    if not coupled and not runs_with(probe, _double(probe, hidden)):
+        # The model wants embed = heads x head_dim, although all three are stated (Helium).
+        coupled = runs_with(probe, _double(probe, hidden, *both))
     follows = (hidden,) if coupled else ()
-    if kv is not None and probe.grown([Size("", (*both, *follows), "")]) == probe.grown(
-        [Size("", (heads, *follows), "")]
-    ):
-        # The field is there, and the model does not read it (Falcon with one key and value head).
+    if kv is not None and not _reads_kv(probe, heads, kv, follows):
         kv = None
-    head_dim = (hidden,) if coupled else ("head_dim",)
-    path = f"{hidden} / {heads}" if coupled else "head_dim"
+    head_dim = (*follows, probe.head_dim) if explicit else follows
+    path = f"{hidden} / {heads}" if coupled else probe.head_dim
     found = [] if coupled else [Size("embed", (hidden,), hidden)]
     if kv is None:
         found.append(Size("head", (heads, *follows), heads))
     else:
         found.append(Size("kv", (heads, kv, *follows), kv))
         found.append(Size("group", (heads, *follows), f"{heads} / {kv}"))
-    if coupled or _changes(probe, "head_dim"):
+    if coupled or _changes(probe, probe.head_dim):
         found.append(Size("head_dim", head_dim, path))
     return found
 
 
 def find_terms(name: str, place: int, probe: Probe, sizes: Mapping[str, Size]) -> Terms | None:
-    """A dimension as a polynomial of sizes: {axes: factor}, () for a constant. None where it is none.
+    """A dimension as a polynomial of sizes: {axes: factor}, () for a constant. None where it is
+    none.
 
     name: the parameter's in files.
     """
     length = probe.base[name][place]
-    follows = [axis for axis, size in sizes.items() if _length(probe, [size], name, place) != length]
+    follows = [
+        axis for axis, size in sizes.items() if _length(probe, [size], name, place) != length
+    ]
     # Dimensions of a head come after the heads.
     follows.sort(key=lambda axis: (axis.endswith("dim"), list(sizes).index(axis)))
     if len(follows) > 4:
@@ -229,7 +275,9 @@ def find_terms(name: str, place: int, probe: Probe, sizes: Mapping[str, Size]) -
     return _divide(parts, probe, sizes)
 
 
-def _divide(parts: Mapping[tuple[str, ...], int], probe: Probe, sizes: Mapping[str, Size]) -> Terms | None:
+def _divide(
+    parts: Mapping[tuple[str, ...], int], probe: Probe, sizes: Mapping[str, Size]
+) -> Terms | None:
     terms: Terms = {}
     for axes, part in parts.items():
         unit = 1

@@ -1,11 +1,12 @@
 """Tiny configurations: any model type of transformers at sizes that a CPU builds in milliseconds.
 
-Sizes go by the names that configurations use, `attribute_map` followed. A name that is not listed keeps the
-value of the class. Every size is divisible by 2, so that each can be doubled alone.
+Sizes go by the names that configurations use, `attribute_map` followed. A name that is not listed
+keeps the value of the class. Every size is divisible by 2, so that each can be doubled alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from growkit.derive.network import CONFIG_MAPPING, make_config, runs
@@ -34,6 +35,8 @@ SIZES: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
     "num_expert_group": 2,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 28,
     "shared_intermediate_size": 28,
@@ -125,15 +128,68 @@ SIZES: dict[str, Any] = {
 
 # Where the values above contradict each other for one type.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots1": {"n_shared_experts": 1},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "gemma4_text": {
+        "vocab_size_per_layer_input": 40,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 8,
+    },
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": 40,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+        "activation_sparsity_pattern": [0.0, 0.0, 0.0],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 6},
 }
+NAMES = (
+    "model_type",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "is_decoder",
+)
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 SAME_HEADS = {"num_key_value_heads": 4}
 
 
-def tiny_fields(kind: str) -> dict[str, Any]:
-    """The keyword arguments of a tiny configuration whose model computes: with grouped heads where it can."""
-    fields = shrink(kind)
+def options_of(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a config.json states: what is neither a size nor a name nor a list."""
+    stated = CONFIG_MAPPING[kind]().to_dict()
+    return {
+        name: value
+        for name, value in config.items()
+        if name in stated
+        and (
+            isinstance(value, (bool, str))
+            or name.endswith(("_scale", "_multiplier", "_softcapping"))
+        )
+        and name not in NAMES
+    }
+
+
+def tiny_fields(kind: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keyword arguments of a tiny configuration whose model computes: with grouped heads where
+    it can.
+
+    options: what else its configuration states.
+    """
+    fields = shrink(kind) | dict(options or {})
     tries = [fields]
     if "num_key_value_heads" in fields:
         tries.append(fields | SAME_HEADS)

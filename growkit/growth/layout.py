@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from growkit.errors import GrowkitError, find_nearest
-from growkit.models.notation import Position, Row, Table
+from growkit.models.notation import Position, Row
+from growkit.models.table import Table
 
 Path = tuple[Any, ...]
 

@@ -43,6 +43,12 @@ FIELDS: dict[str, dict[str, int]] = {
     "ScheduleFreeState": {"z": VALUE},
     "LookaheadParams": {"fast": VALUE, "slow": VALUE},
 }
+# The counters of steps that belong to averages; `--moments reset` sets them to zero with those.
+COUNTERS = {
+    "ScaleByAdanState": ("t",),
+    "ScaleByAdemamixState": ("count", "count_m2"),
+    "ScaleBySimplifiedAdEMAMixState": ("t",),
+}
 # Why some states cannot grow.
 REASONS = {
     "FactoredState": "Adafactor keeps sums over rows and columns, not a number for each parameter",
@@ -65,8 +71,21 @@ def is_optimizer_state(node: Any) -> bool:
 
 
 def normalises(node: Any) -> bool:
-    """Whether a state's transformation divides by the size of gradients: it keeps their squares."""
-    return is_optimizer_state(node) and NU in FIELDS.get(type(node).__name__, {}).values()
+    """Whether a state's transformation divides by the size of gradients: it keeps their squares.
+
+    A chain does so where one of its parts does.
+    """
+    if is_optimizer_state(node):
+        return NU in FIELDS.get(type(node).__name__, {}).values()
+    return type(node) is tuple and any(normalises(part) for part in node)
+
+
+def is_counter(node: Any, field: str) -> bool:
+    """Whether a field of an optax state counts the steps of averages that the state keeps."""
+    kind = type(node).__name__
+    if not is_optimizer_state(node) or kind not in FIELDS:
+        return False
+    return field in COUNTERS.get(kind, ("count",))
 
 
 def find_rule(node: Any, field: str, maximum: bool, normalised: bool) -> int:

@@ -60,6 +60,11 @@ class Plan:
     def preserved(self) -> bool:
         """Whether the grown model computes the source's function."""
         uniform = self.model.table.uniform_axes
+        layers = self.maps.get("layer")
+        inserts = layers is not None and bool((layers.share == 0.0).any())
+        # Inserted layers add nothing only where something that writes the stream is silenced.
+        if inserts and not any(row.writes_stream for row in self.model.table.rows):
+            return False
         return all(
             preserves(axis, axis_map, axis in uniform) for axis, axis_map in self.maps.items()
         )
@@ -72,6 +77,8 @@ class Plan:
         """
         copied = any(len(axis_map) > axis_map.source for axis_map in self.maps.values())
         exact = self.preserved and not self.pads and self.moments == "map" and not self.noise
+        # A copy with a share of 0 would have an eps of 0: Adam divides 0 by 0.
+        exact = exact and all((axis_map.share > 0.0).all() for axis_map in self.maps.values())
         return copied and exact and "layer" not in self.maps
 
     @property
@@ -126,21 +133,65 @@ def build_plan(
     pads: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan of maps and pads for a model, the grown model worked out from them."""
+    """The plan of maps and pads for a model, the grown model worked out from them.
+
+    Raises UsageError for what the family cannot do.
+    """
     padded = dict(pads or {})
+    _check_possible(model, maps, padded)
     sizes = dict(model.sizes)
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
     sizes |= padded
     if model.coupled and "embed" not in maps and "embed" not in padded:
-        sizes["embed"] = sizes[model.heads] * sizes["head_dim"]
+        sizes["embed"] = sizes[model.heads] * sizes.get("group", 1) * sizes["head_dim"]
+    inserts = "layer" in maps and bool((maps["layer"].share == 0.0).any())
+    if inserts and model.family.no_identity:
+        raise UsageError(f"no layers that add nothing can be inserted: {model.family.no_identity}")
     eps = None
     if "embed" in padded:
+        _check_paddable(model)
         # The variance of a padded residual stream shrinks by d/d', and eps with it.
         eps = model.norm_eps * model.embed / padded["embed"]
     grown = model.resize(sizes, eps)
     if "layer" in maps:
         grown = grown.follow_map(maps["layer"].index.tolist())
     return Plan(verb, method, model, grown, dict(maps), padded, **options)
+
+
+def _check_possible(
+    model: Architecture, maps: Mapping[str, AxisMap], pads: Mapping[str, int]
+) -> None:
+    """Raise UsageError for layers that add nothing and for padding where the family has neither."""
+    family = model.family
+    if family.no_identity and "layer" in maps and (maps["layer"].share == 0.0).any():
+        raise UsageError(
+            f"a {family.title} model takes no layers that add nothing: {family.no_identity}; copy "
+            f"layers instead"
+        )
+    if family.unpadded and "embed" in pads:
+        raise UsageError(
+            f"embed of a {family.title} model grows by whole copies only, not to {pads['embed']}: "
+            f"{family.unpadded}; the nearest are {model.embed} and {2 * model.embed}"
+        )
+
+
+def _check_paddable(model: Architecture) -> None:
+    """Raise UsageError where padding of embed would change the function."""
+    if model.family.unpadded:
+        raise UsageError(f"embed cannot be padded: {model.family.unpadded}")
+    for row in model.table.other_norms:
+        raise UsageError(
+            f"embed cannot be padded: {row.name} averages over {', '.join(row.averages)} and "
+            f"shares its eps with the norms over embed, whose eps padding changes; copies "
+            f"(a whole multiple of {model.embed}) are exact"
+        )
+    for row in model.table.rows:
+        if model.norm == "layer" and row.role == "norm" and row.writes_stream:
+            raise UsageError(
+                f"embed cannot be padded: {row.name} writes into the residual stream, and no fill "
+                f"of its new entries is the mean of what it writes; copies (a whole multiple of "
+                f"{model.embed}) are exact"
+            )
 
 
 def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:

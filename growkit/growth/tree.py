@@ -35,6 +35,7 @@ from growkit.growth.optimizers import (
     STEPS,
     UNKNOWN,
     find_rule,
+    is_counter,
     is_optimizer_state,
     normalises,
     refuse_unknown,
@@ -90,7 +91,8 @@ class _Walk:
                 raise refuse_unknown(*self.within)
             self.found += 1
             if moment == STEPS:
-                copied = dataclasses.replace(self.plan, moments="copy")
+                fate = "reset" if self.plan.moments == "reset" else "copy"
+                copied = dataclasses.replace(self.plan, moments=fate)
                 return grow_parameters(node, self.layout, copied, MU)
             return grow_parameters(node, self.layout, self.plan, moment)
         children = _children(node)
@@ -104,7 +106,10 @@ class _Walk:
             if optimizer:
                 self.within = (type(node).__name__, str(name))
                 rule = find_rule(node, name, self.maximum, before)
-            grown[name] = self._visit_child(name, child, children, rule)
+            if self._resets(node, name, children):
+                grown[name] = _zero(child)
+            else:
+                grown[name] = self.visit(child, rule)
             # The states of a chain stand one after another in a plain tuple.
             self.normalised = self.normalised or (type(node) is tuple and normalises(child))
         self.normalised = before
@@ -112,11 +117,13 @@ class _Walk:
             return node
         return _rebuild(node, grown)
 
-    def _visit_child(self, name: Any, child: Any, siblings: Mapping[Any, Any], moment: int) -> Any:
-        # The count that belongs to Adam lies beside its moments; a schedule's own goes on.
-        if self.plan.moments == "reset" and name == "count" and siblings.keys() & MOMENTS.keys():
-            return _zero(child)
-        return self.visit(child, moment)
+    def _resets(self, node: Any, name: Any, siblings: Mapping[Any, Any]) -> bool:
+        """Whether a field counts steps of moments that begin again; a schedule's own goes on."""
+        if self.plan.moments != "reset":
+            return False
+        if is_optimizer_state(node):
+            return is_counter(node, name)
+        return name == "count" and bool(siblings.keys() & MOMENTS.keys())
 
 
 def grow_parameters(
@@ -149,7 +156,8 @@ def _grow_unit(origin: Leaf, plan: Plan, moment: int, position: Position) -> Lea
         _check_shape(array, row.shape(plan.model.sizes), origin.name)
         return grow_array(array, row, plan, moment, position, xp)
 
-    value = _change_array(origin.value, grow_it, origin.name)
+    scalar = not row.shape(plan.model.sizes)
+    value = _change_array(origin.value, grow_it, origin.name, scalar)
     path = path_at(row, position, origin.path)
     return Leaf(path, value, row, position, origin.path)
 
@@ -172,20 +180,24 @@ def grow_leaf(leaf: Any, row: Row, plan: Plan, moment: int = VALUE) -> Any:
         ]
         return xp.stack(units).reshape(row.stacked_shape(plan.grown.sizes))
 
-    return _change_array(leaf, grow_it, name)
+    scalar = not row.stacked_shape(plan.model.sizes)
+    return _change_array(leaf, grow_it, name, scalar)
 
 
-def _change_array(leaf: Any, change: Callable[[Any, Any], Any], name: str) -> Any:
+def _change_array(
+    leaf: Any, change: Callable[[Any, Any], Any], name: str, scalar: bool = False
+) -> Any:
     """The leaf with its array changed by `change(array, numpy or jax.numpy)`.
 
-    A leaf without an array, or with one of no dimensions, is returned as it is.
+    A leaf without an array is returned as it is, and so is one without dimensions (a mask, a rate)
+    unless the parameter itself has none.
     """
     if isinstance(leaf, NUMBERS):
         return leaf
     if isinstance(leaf, np.ndarray):
-        if not leaf.shape:
+        if not leaf.shape and not scalar:
             return leaf
-        grown = change(leaf, np)
+        grown = np.asarray(change(leaf, np))
         # Without this, copies of one layer would be the same memory.
         return grown.copy() if np.may_share_memory(grown, leaf) else grown
     import jax
@@ -197,8 +209,8 @@ def _change_array(leaf: Any, change: Callable[[Any, Any], Any], name: str) -> An
         kind = type(arrays[0] if len(arrays) == 1 else leaf).__name__
         raise TypeError(f"growkit.grow takes numpy and jax arrays, but {name!r} is of type {kind}")
     if arrays[0] is leaf:
-        return change(leaf, jax.numpy) if leaf.shape else leaf
-    return jax.tree.unflatten(box, [_change_array(arrays[0], change, name)])
+        return change(leaf, jax.numpy) if leaf.shape or scalar else leaf
+    return jax.tree.unflatten(box, [_change_array(arrays[0], change, name, scalar)])
 
 
 def _check_shape(array: Any, wanted: tuple[int, ...], name: str) -> None:

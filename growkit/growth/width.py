@@ -39,8 +39,6 @@ def parse_size(option: str, text: str | int | None, current: int) -> int | None:
     """
     if text is None:
         return None
-    if not current:
-        raise UsageError(f"the model has no axis {option!r} that could grow")
     found = _SIZE.fullmatch(str(text))
     if not found or (found[2] and not found[3]):
         raise UsageError(
@@ -87,13 +85,13 @@ def plan_width(
         raise UsageError(
             f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}"
         )
+    _check_axes(model, {"embed": embed, "heads": heads, "head_dim": head_dim, "mlp": mlp})
     asked = {
         "embed": parse_size("embed", embed, model.embed),
         "heads": parse_size("heads", heads, model.head_count),
         "head_dim": parse_size("head-dim", head_dim, model.head_dim),
         "mlp": parse_size("mlp", mlp, model.mlp),
     }
-    _check_axes(model, asked)
     if all(size is None for size in asked.values()):
         raise UsageError(
             "growth in width needs at least one of --embed, --heads, --mlp and --head-dim"
@@ -108,7 +106,7 @@ def plan_width(
     return plan
 
 
-def _check_axes(model: Architecture, asked: Mapping[str, int | None]) -> None:
+def _check_axes(model: Architecture, asked: Mapping[str, str | int | None]) -> None:
     """Raise UsageError for a size of an axis that the model's table does not have."""
     for name, size in _list_widths(model).items():
         if asked[name] is not None and size == 0:
@@ -304,7 +302,7 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
                 f"growkit only grows models"
             )
     plans = []
-    if target["layer"] > sizes["layer"]:
+    if target.get("layer", 0) > sizes.get("layer", 0):
         words = f"replicate: floor(i*{sizes['layer']}/{target['layer']})"
         layers = replicate(sizes["layer"], target["layer"])
         plans.append(build_plan("depth", words, model, {"layer": layers}))
@@ -329,11 +327,12 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
     """
     if model.kind != like.kind:
         raise UsageError(f"the source is a {model.kind} model, the target a {like.kind} one")
-    theirs = _list_kept(like)
-    for name, value in _list_kept(model).items():
-        if value != theirs[name]:
+    ours, theirs = _list_kept(model), _list_kept(like)
+    for name in dict.fromkeys([*ours, *theirs]):
+        if ours.get(name) != theirs.get(name):
             raise UsageError(
-                f"growth keeps {name}: the source has {value}, the target {theirs[name]}"
+                f"growth keeps {name}: the source has {ours.get(name)}, the target "
+                f"{theirs.get(name)}"
             )
     different = set(model.table.rows) ^ set(like.table.rows)
     if different:

@@ -1,8 +1,8 @@
 """What a model is: its parameters, the axes along which they lie, and its config.json.
 
-Read `notation` (the language of tables) first, then one model (`llama`, `gpt_neox`), then `family`
-and `architecture`, which turn a config.json into sizes and options and back. This file lists the
-families.
+Read `notation` (the language of tables) first, then one model (`llama`, `gpt_neox`), then `table`
+(all rows of a model), `family` and `architecture`, which turn a config.json into sizes and options
+and back. This file lists the families.
 """
 
 from __future__ import annotations
@@ -18,21 +18,30 @@ from growkit.models.llama import LLAMA
 from growkit.models.mistral import MISTRAL
 from growkit.models.qwen2 import QWEN2
 from growkit.models.qwen3 import QWEN3
+from growkit.models.tables import list_shipped, read_shipped
 
 FAMILIES: dict[str, Family] = {
     family.kind: family for family in (GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)
 }
 
 
+def find_family(kind: str) -> Family | None:
+    """The family of a model type, by hand or of a derived table; None where there is none."""
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    return read_shipped(kind) if kind in list_shipped() else None
+
+
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The model that a config.json describes. Raises GrowkitError for an unknown architecture."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    family = find_family(str(kind))
+    if family is None:
         *others, last = (repr(name) for name in FAMILIES)
         known = f"{', '.join(others)} and {last}"
-        near = did_you_mean(str(kind), FAMILIES)
+        near = did_you_mean(str(kind), [*FAMILIES, *list_shipped()])
         raise GrowkitError(f"the architecture is {kind!r}, and growkit knows {known} only{near}")
-    return FAMILIES[kind].read(config)
+    return family.read(config)
 
 
 # What the trainer computes; growth works for every family.

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.fields import RATIO, Frozen
-from growkit.models.notation import Row, Table
+from growkit.models.notation import Row
 from growkit.models.rotary import read_rotary, write_rotary
+from growkit.models.table import Table
 
 if TYPE_CHECKING:
     from growkit.models.family import Family
@@ -175,7 +176,7 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """How many numbers the model holds, a tied embedding counted once."""
-        return count_parameters(self.table.rows, self.sizes)
+        return self._count_numbers(self.table.rows)
 
     def flops_per_token(self, context: int | None = None) -> float:
         """Training FLOPs a token: 6 for each weight that multiplies, and attention's products.
@@ -183,11 +184,19 @@ class Architecture:
         Attention takes 12 x layer x heads x head_dim x context. PaLM (arXiv 2204.02311), appendix
         B. The embedding look-up multiplies nothing; the head does.
         """
-        matrices = [row for row in self.table.rows if row.multiplies]
-        weights = count_parameters(matrices, self.sizes)
+        weights = self._count_numbers([row for row in self.table.rows if row.multiplies])
         head = self.vocab * self.embed if self.tied else 0
         attention = self.layer * self.head_count * self.head_dim * (context or self.context)
         return 6.0 * (weights + head) + 12.0 * attention
+
+    def _count_numbers(self, rows: Sequence[Row]) -> int:
+        """How many numbers the parameters of some rows hold, in the layers that have them."""
+        return sum(
+            math.prod(row.shape(self.sizes))
+            for row in rows
+            for position in row.positions(self.sizes)
+            if not position or self.table.has(row, position[0])
+        )
 
     def scalar_growth(self, row: Row, grown: Architecture) -> float:
         """f(old) / f(new) of the factor f that the model applies to a parameter; 1 where there is
@@ -197,9 +206,14 @@ class Architecture:
         """
         scalars = self.family.scalars
         text = scalars.get(" ".join((row.name, *row.conditions))) or scalars.get(row.name)
-        found = _POWER.fullmatch(text) if text else None
-        if found is None:
+        if text is None:
             return 1.0
+        found = _POWER.fullmatch(text)
+        if found is None:
+            raise GrowkitError(
+                f"the factor of {row.name} is axis, sqrt(axis), 1/axis or 1/sqrt(axis), got "
+                f"{text!r}"
+            )
         axis = found[2] or found[3]
         ratio = self.sizes[axis] / grown.sizes[axis]
         if found[2]:
@@ -256,7 +270,8 @@ class Architecture:
             options["norm_eps"] = norm_eps
         resized = {axis: sizes[axis] for axis in self.sizes}
         if self.coupled:
-            resized["head_dim"] = resized["embed"] // resized[self.heads]
+            heads = resized[self.heads] * resized.get("group", 1)
+            resized["head_dim"] = resized["embed"] // heads
         rotary = self.family.rotary
         if rotary and rotary.part and resized["head_dim"] != self.head_dim:
             part = keep_rotated(self.rotary, resized["head_dim"])
@@ -285,7 +300,7 @@ class Architecture:
 
     def _check_whole_heads(self, grown: Architecture) -> None:
         """A source that breaks this rule of transformers 5 may grow in depth all the same."""
-        if not self.family.whole_heads or self.embed % self.head_count:
+        if not (self.family.whole_heads and self.heads) or self.embed % self.head_count:
             return
         heads = grown.head_count
         if grown.embed % heads:
@@ -358,8 +373,3 @@ def keep_rotated(rotary: int, head_dim: int) -> float:
         return part
     # Where rounding would miss the count (30 of 44: 29), half a dimension is added.
     return (rotary + 0.5) / head_dim
-
-
-def count_parameters(rows: Iterable[Row], sizes: Mapping[str, int]) -> int:
-    """The number of elements of all parameters of `rows` at `sizes`."""
-    return sum(math.prod(row.stacked_shape(sizes)) for row in rows)

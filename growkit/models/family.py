@@ -10,9 +10,10 @@ from typing import Any
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.fields import RATIO, Fields, Frozen
-from growkit.models.notation import Row, Table, parse_table
+from growkit.models.notation import Row, parse_table
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
+from growkit.models.table import Table
 
 # Buffers of transformers' decoders, by how their names end; no parameter is called so.
 BUFFERS = (
@@ -67,12 +68,22 @@ class Family:
     scalars: Mapping[str, str] = field(default_factory=dict)
     # Fields with one entry for each layer.
     by_layer: tuple[str, ...] = ("layer_types",)
+    # Fields that list numbers of layers.
+    numbers: tuple[str, ...] = ()
+    # Fields that count the layers of one kind, which lie in front.
+    leading: tuple[str, ...] = ()
+    # list by layer -> the kinds that repeat where config.json leaves the list out.
+    patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Lists by layer that config.json must hold for growth in depth.
+    stated: tuple[str, ...] = ()
     # The kinds of all layers, where the configuration states them by a rule and not in a list.
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
     # Whether transformers wants embed to be a multiple of the number of heads.
     whole_heads: bool = True
     # field -> the one value that the table holds for.
     proved: Mapping[str, Any] = field(default_factory=dict)
+    # Axes that are copied evenly, though no norm averages over them.
+    uniform: tuple[str, ...] = ()
     # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
     unpadded: str = ""
     no_identity: str = ""
@@ -100,7 +111,7 @@ class Family:
         rows = [row for row in self.rows if holds_for(row, options)]
         if options.get("headless"):
             rows = [row for row in rows if row.role != "head"]
-        return Table(tuple(rows))
+        return Table(tuple(rows), uniform=self.uniform)
 
     def model(self, **values: Any) -> Architecture:
         """A new model from sizes by axis and options by name; what is left out has its default.

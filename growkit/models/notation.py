@@ -28,13 +28,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
-from typing import Any
-
-from growkit.errors import GrowkitError, find_nearest
 
 INITIALISATIONS = ("normal", "ones", "zeros")
 ATTENTION = ("query", "key", "value")
@@ -149,7 +146,7 @@ class Row:
     @property
     def writes_stream(self) -> bool:
         """Whether the parameter writes into the residual stream, a sum over layers."""
-        return any(axis.read for axis in self.stacked)
+        return any(axis.read and axis.name == "layer" for axis in self.stacked)
 
     @property
     def decays(self) -> bool:
@@ -222,122 +219,6 @@ class Row:
         return None if found is None else tuple(int(number) for number in found.groups())
 
 
-@dataclass(frozen=True)
-class Table:
-    """All parameters of a model, for its options. layers: the layers of each kind of layers."""
-
-    rows: tuple[Row, ...]
-    layers: Mapping[str, Collection[int]] = field(default_factory=dict)
-
-    @cached_property
-    def uniform_axes(self) -> frozenset[str]:
-        """The axes that a norm averages over: copies of them must be uniform to be exact."""
-        return frozenset(name for row in self.rows for name in row.averages)
-
-    @cached_property
-    def normalises_queries(self) -> bool:
-        """Whether queries and keys have norms of their own, over axes of the head."""
-        return any(row.role == "norm" and "embed" not in row.averages for row in self.rows)
-
-    def match(self, name: str) -> tuple[Row, Position]:
-        """The row and unit of a parameter's name in files.
-
-        Raises GrowkitError, naming the nearest row, when no row covers the name.
-        """
-        for row in self.rows:
-            position = row.match(name)
-            if position is not None:
-                return row, position
-        examples = {row.name_at((0,) * len(row.stacked)): row for row in self.rows}
-        best = find_nearest(name, examples, likeness=0.4)
-        hint = f"; the nearest row is {examples[best].name}" if best else ""
-        raise GrowkitError(f"no row of the axis table covers the parameter {name!r}{hint}")
-
-    def tree(self, make: Callable[[Row], Any]) -> dict[str, Any]:
-        """What `make` makes of every row, nested as a parameter tree is."""
-        tree: dict[str, Any] = {}
-        for row in self.rows:
-            node = tree
-            for key in row.path[:-1]:
-                node = node.setdefault(key, {})
-            node[row.path[-1]] = make(row)
-        return tree
-
-    def names(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Row, Position]]:
-        """Every (name, row, position) of a model, layer by layer as files have them."""
-        for row in self.rows:
-            if not row.stacked:
-                yield row.name, row, ()
-        stacked = [row for row in self.rows if row.stacked]
-        for unit in range(max((sizes[row.stacked[0].name] for row in stacked), default=0)):
-            for row in stacked:
-                inner = product(*(range(sizes[axis.name]) for axis in row.stacked[1:]))
-                if unit < sizes[row.stacked[0].name] and self.has(row, unit):
-                    for rest in inner:
-                        yield row.name_at((unit, *rest)), row, (unit, *rest)
-
-    def has(self, row: Row, unit: int) -> bool:
-        """Whether a layer has the row's parameter: all have it unless the row is of a kind."""
-        return not row.kind or unit in self.layers.get(row.kind, ())
-
-    def check_covered(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        sizes: Mapping[str, int],
-        fields: Mapping[str, str],
-    ) -> None:
-        """Check that `shapes` holds exactly the parameters of these sizes, each of the right shape.
-
-        fields: the configuration field of each axis, for the messages. Raises GrowkitError.
-        """
-        wanted = {name: row for name, row, _ in self.names(sizes)}
-        for name in shapes:
-            if name not in wanted:
-                self._refuse_extra(name, sizes, fields)
-        for name, row in wanted.items():
-            if name not in shapes:
-                raise GrowkitError(
-                    f"the parameter {name!r} is missing, which the configuration asks for"
-                    f"{_state_stacked(row, sizes, fields)}"
-                )
-            if tuple(shapes[name]) != row.shape(sizes):
-                raise GrowkitError(
-                    _describe_contradiction(name, tuple(shapes[name]), row, sizes, fields)
-                )
-
-    def _refuse_extra(self, name: str, sizes: Mapping[str, int], fields: Mapping[str, str]) -> None:
-        row, position = self.match(name)
-        for axis, unit in zip(row.stacked, position, strict=True):
-            size = sizes[axis.name]
-            if unit >= size:
-                raise GrowkitError(
-                    f"the parameter {name!r} belongs to {axis.name} {unit}, but the configuration "
-                    f"says {fields[axis.name]} = {size}, whose last {axis.name} is {size - 1}"
-                )
-        raise GrowkitError(f"the parameter {name!r} is not of its layer's kind")
-
-
-def _state_stacked(row: Row, sizes: Mapping[str, int], fields: Mapping[str, str]) -> str:
-    """' (num_hidden_layers = 3)' for a row that is stacked by layer, else nothing."""
-    stated = [f"{fields[axis.name]} = {sizes[axis.name]}" for axis in row.stacked]
-    return f" ({', '.join(stated)})" if stated else ""
-
-
-def _describe_contradiction(
-    name: str,
-    shape: tuple[int, ...],
-    row: Row,
-    sizes: Mapping[str, int],
-    fields: Mapping[str, str],
-) -> str:
-    axes = [axis for part in row.parts for axis in part.names if axis in fields]
-    stated = ", ".join(f"{fields[axis]} = {sizes[axis]}" for axis in dict.fromkeys(axes))
-    return (
-        f"the configuration contradicts the parameter {name!r}: it has shape {list(shape)}, "
-        f"but {stated} asks for {list(row.shape(sizes))}"
-    )
-
-
 @lru_cache
 def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
     """Parse the lines of a table; blank lines and lines that start with # are skipped.
@@ -355,9 +236,19 @@ def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
     return tuple(_parse_row(line, prefix) for line in lines if line and not line.startswith("#"))
 
 
+def split_words(line: str) -> list[str]:
+    """The words of a line; what stands in parentheses is one."""
+    return _WORD.findall(line)
+
+
+def find_begins(words: Sequence[str]) -> int | None:
+    """The place of the word that says how a parameter begins, after which the role stands."""
+    return next((n for n, word in enumerate(words) if _BEGINS.fullmatch(word)), None)
+
+
 def _parse_row(line: str, prefix: str) -> Row:
-    name, *words = _WORD.findall(line)
-    place = next((n for n, word in enumerate(words) if _BEGINS.fullmatch(word)), None)
+    name, *words = split_words(line)
+    place = find_begins(words)
     role = None if place is None else _ROLE.fullmatch(" ".join(words[place + 1 : place + 2]))
     if not place or role is None:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")

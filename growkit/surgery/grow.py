@@ -67,7 +67,7 @@ def open_grown(source: Source, plan: Plan) -> Source:
         slot: {name: _made_when_read(recipe) for name, recipe in recipes.items()}
         for slot, recipes in contents.recipes.items()
     }
-    return Source(
+    grown = Source(
         path=source.path,
         kind=source.kind,
         config=contents.config,
@@ -77,6 +77,9 @@ def open_grown(source: Source, plan: Plan) -> Source:
         record=contents.record,
         read_files=lambda: contents.files,
     )
+    # What is read is the source's files, as they were when it was opened.
+    grown.stamps = source.stamps
+    return grown
 
 
 def _made_when_read(recipe: Recipe) -> Tensor:

@@ -255,18 +255,30 @@ def test_an_output_within_the_source_or_around_it(place, capsys, verb, force, ou
 
 
 def test_an_output_that_holds_what_the_source_links_to(place, capsys):
-    (place / "links").mkdir()
-    shutil.copy(place / "model" / "config.json", place / "links")
-    (place / "links" / "model.safetensors").symlink_to(place / "model" / "model.safetensors")
+    # As in the Hub's cache.
+    links = place / "models--a--b" / "snapshots" / "c0ffee"
+    links.mkdir(parents=True)
+    blobs = shutil.copytree(place / "model", place / "models--a--b" / "blobs")
+    for name in ("config.json", "model.safetensors"):
+        (links / name).symlink_to(blobs / name)
+    source = str(links.relative_to(place))
     refused(
         capsys,
         place,
-        [*depth("links", "model"), "--force"],
+        [*depth(source, "models--a--b/blobs"), "--force"],
         2,
-        "output model and the source links",
+        "output models--a--b/blobs and the source",
         "within",
     )
-    assert run(depth("links")) == 0
+    assert run(depth(source)) == 0
+
+
+def test_a_source_whose_weights_lie_elsewhere(place, capsys):
+    (place / "links").mkdir()
+    shutil.copy(place / "model" / "config.json", place / "links")
+    (place / "links" / "model.safetensors").symlink_to(place / "model" / "model.safetensors")
+    said = ("links/model.safetensors is not read", "outside the directory", "put the file itself")
+    refused(capsys, place, depth("links"), 1, *said)
 
 
 @pytest.mark.parametrize("out", ["file", "full", "link", "dangling"])

@@ -16,6 +16,7 @@ from growkit.checkpoint.location import open_source
 from growkit.cli import run
 from growkit.growth.plan import Plan
 from growkit.models.gpt_neox import GPT_NEOX
+from growkit.models.llama import LLAMA
 from growkit.surgery import blocks, comparison
 
 TINY = GPT_NEOX.model(
@@ -343,9 +344,10 @@ def test_the_check_reads_text_where_there_is_a_tokenizer(place, capsys):
 
 def test_another_architecture_is_checked_in_transformers(place, capsys):
     pytest.importorskip("transformers")
-    from test_llama import save
-
-    save(place / "llama")
+    model = LLAMA.model(
+        layer=3, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=96, context=32, norm_eps=0.05
+    )
+    save_directory(place / "llama", model)
     assert run(["width", "--mlp", "2x", "--check", "64", "llama", "out"]) == 0
     assert "PRESERVED" in capsys.readouterr().out
     assert run(["verify", "llama", "out"]) == 0 and run(["inspect", "llama"]) == 0

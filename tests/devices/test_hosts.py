@@ -243,9 +243,8 @@ def test_who_is_behind_and_for_how_long():
     moved = {0: (5, "a"), 1: (4, "b"), 2: (4, "c")}
     assert watch.look(moved, 100.0) is None and watch.look(moved, 109.0) is None
     said = watch.look(moved, 111.0)
-    assert (
-        said
-        == "the others wait for process 1 on b, process 2 on c, which have made no progress for 11 s"
+    assert said == (
+        "the others wait for process 1 on b, process 2 on c, which have made no progress for 11 s"
     )
     assert watch.look(moved, 120.0) is None and "for 22 s" in watch.look(moved, 122.0)
     # A slow process is not stalled: it goes on. Nor are processes that have all met equally often,

@@ -1,10 +1,11 @@
-"""Both kinds of model answer alike, items are asked as the harness does, figures repeat.
-"""
+"""Both kinds of model answer alike, items are asked as the harness does, figures repeat."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import math
 import random
 from pathlib import Path
@@ -173,8 +174,7 @@ def asked(names=None, data=None, limit=None):
 
 
 def responses(model, question) -> list:
-    """What a model answers to each request of a question: log likelihoods, and hits if any.
-    """
+    """What a model answers to each request of a question: log likelihoods, and hits if any."""
     harness.ask(model, question)
     return [
         np.atleast_1d(np.asarray(request.resps[0], float)) for request in question.task.instances
@@ -192,8 +192,7 @@ def alike(ours: list, theirs: list, tolerance: float = 1e-4) -> bool:
 
 
 def test_jax_answers_as_transformers_does(data, in_jax, in_torch):
-    """Every request of every task, longer ones than the window too; both count the same cuts.
-    """
+    """Every request of every task, longer ones than the window too; both count the same cuts."""
     found, _ = asked(data=data)
     assert [question.name for question in found] == [*TASKS, "bpb/mixed", "bpb/notes"]
     for question in found:
@@ -245,8 +244,7 @@ def test_no_torch_is_loaded_for_a_checkpoint(checkpoint, data):
 
 
 def logits_after(checkpoint, texts: list[list[int]]) -> np.ndarray:
-    """The logits [texts, WINDOW, vocab] of texts of at most a window, padded with zeros.
-    """
+    """The logits [texts, WINDOW, vocab] of texts of at most a window, padded with zeros."""
     tokens = np.array([text + [0] * (WINDOW - len(text)) for text in texts])
     return compute_logits(open_source(str(checkpoint)), tokens).astype(np.float64)
 
@@ -384,8 +382,7 @@ def test_bits_per_byte_are_of_at_most_3000_documents(tmp_path):
 
 
 def test_bits_per_byte_of_an_untrained_model(tmp_path, tokenizer):
-    """With near-zero parameters each token costs log2(vocabulary) bits, padding rows included.
-    """
+    """With near-zero parameters each token costs log2(vocabulary) bits, padding rows included."""
     source = open_source(str(save_model(tmp_path / "ck", tokenizer, scale=1e-4)))
     (tmp_path / "bpb").mkdir()
     text = " ".join(WORDS) * 20
@@ -686,10 +683,91 @@ def test_models_that_cannot_be_asked(tmp_path, tokenizer, data, capsys):
     bare = save_model(tmp_path / "bare", tokenizer, files=False)
     assert "carries no tokenizer.json" in refused(capsys, 1, bare, "--data", data)
     small = save_model(tmp_path / "small", tokenizer, MODEL.change(vocab=280))
-    assert "gives ids up to 289, and the vocabulary of the model is 280" in refused(
-        capsys, 1, small, "--data", data
+    assert "and the vocabulary of the model ends at 279; leave that text out" in refused(
+        capsys, 1, small, "--data", data, "--tasks", "bpb"
     )
     assert "no such directory" in refused(capsys, 2, tmp_path / "none", "--data", data)
+
+
+def add_padding(path: Path, vocab: int) -> int:
+    """Give a model's tokenizer a token for padding, whose id is the first that the model lacks."""
+    content = json.loads((path / "tokenizer.json").read_text())
+    number = 1 + max(
+        max(content["model"]["vocab"].values()), max(each["id"] for each in content["added_tokens"])
+    )
+    assert number == vocab
+    added = content["added_tokens"][0] | {"id": number, "content": "<|pad|>"}
+    content["added_tokens"].append(added)
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return number
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "directory"])
+def test_a_token_beyond_the_vocabulary_that_no_text_has(tmp_path, tokenizer, kind, capsys):
+    vocab = tokenizer.vocab_size
+    made = save_model(tmp_path / "ck", tokenizer, MODEL.change(vocab=vocab))
+    assert run(["export", str(made), str(tmp_path / "hf")]) == 0
+    number = add_padding(tmp_path / "hf", vocab)
+    if kind == "checkpoint":
+        assert run(["import", str(tmp_path / "hf"), str(tmp_path / "imported")]) == 0
+    model = tmp_path / {"checkpoint": "imported", "directory": "hf"}[kind]
+    (tmp_path / "data" / "bpb").mkdir(parents=True)
+    text = tmp_path / "data" / "bpb" / "a.txt"
+    text.write_text("the cat sat")
+    assert evaluated(capsys, model, "--data", tmp_path / "data")[0] == 0
+    text.write_text("the cat <|pad|> sat")
+    words = refused(capsys, 1, model, "--data", tmp_path / "data")
+    assert f"the token '<|pad|>' with the id {number}" in words
+    assert f"the vocabulary of the model ends at {vocab - 1}" in words
+
+
+def test_texts_are_read_as_tokenize_reads_them(tmp_path):
+    """Under other endings, compressed under any name, with marks; nothing is passed over unsaid."""
+    folder = tmp_path / "bpb"
+    folder.mkdir()
+    lines = b'{"text": "the cat"}\n{"text": null}\n'
+    mark = b"\xef\xbb\xbf"
+    files = {
+        "a.NDJSON": lines,
+        "b.txt": lines,
+        "c.jsonl.xz": lzma.compress(mark + lines),
+        "d.jsonl": gzip.compress(lines),
+        "e.JSON.BZ2": bz2.compress(lines),
+        "f.txt": mark + b"the cat",
+        "g.txt": "the cat".encode("utf-16"),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    parts = items.find_parts(tmp_path)
+    assert list(parts) == list("abcdefg")
+    for name, paths in parts.items():
+        found = items.read_texts(name, paths, None)
+        assert found.documents == [{"text": "the cat"}], name
+        assert found.empty == (name not in "fg"), name
+    for name in ("x.pdf", "y.csv"):
+        (folder / name).touch()
+    (tmp_path / "PIQA_some.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    (tmp_path / "readme").touch()
+    assert items.find_task_file(tmp_path, "piqa").name == "PIQA_some.jsonl.gz"
+    assert items.list_passed_over(tmp_path) == ["bpb/x.pdf", "bpb/y.csv", "readme"]
+    said = []
+    with pytest.raises(GrowkitError):
+        collect_questions(["piqa"], tmp_path, None, said.append)
+    assert said == [f"note: no task is read from bpb/x.pdf, bpb/y.csv, readme of {tmp_path}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1 nests too deep"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_one_sentence(tmp_path, content, words):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(GrowkitError, match=words):
+        items.read_texts("a", [path], None)
 
 
 def test_without_a_network_and_without_data(checkpoint, capsys, monkeypatch):

@@ -96,8 +96,7 @@ def scores_of(run) -> dict[int, dict[str, float]]:
 
 
 def test_a_run_is_measured_as_its_checkpoint_is(whole, data, tmp_path):
-    """Each task at its steps and at both ends; training on code improves the score on code.
-    """
+    """Each task at its steps and at both ends; training on code improves the score on code."""
     found = scores_of(whole)
     assert list(found) == [0, 12, 24, STEPS]
     assert list(found[0]) == ["piqa acc", "piqa acc_norm", "bpb/code bits_per_byte"]
@@ -124,8 +123,7 @@ def test_measuring_changes_no_bit(whole, data, tmp_path):
 
 
 def test_a_signal_while_a_task_is_asked(data, tmp_path, whole, monkeypatch):
-    """The task is dropped and the run saved; the resumed run asks and ends as the whole one.
-    """
+    """The task is dropped and the run saved; the resumed run asks and ends as the whole one."""
     asked = []
     ask = harness.ask
 

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import random_tensors
-from test_growth import held
+from in_memory import held
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.growth.axes import make_map, repeat

@@ -193,7 +193,7 @@ def test_the_lineages_multipliers_are_these(growths):
 
 
 def error(trees=None, state=None, step=None):
-    """The largest change in loss, untied and grown twice, with something other than it should be."""
+    """The largest change in loss, untied and grown twice, where something is not as it should."""
     found = losses(
         step or grown_step(False, 2),
         trees or multipliers(False),

@@ -16,7 +16,7 @@ import pytest
 from conftest import random_tensors, save_directory, transformers_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_growth import break_table, held, loss_and_gradient
+from in_memory import break_table, held, loss_and_gradient
 
 from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output

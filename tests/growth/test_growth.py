@@ -7,8 +7,6 @@ Every theorem has its mutations: a table or a map that is wrong in one place mus
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import random_tensors
+from in_memory import break_table, held, loss_and_gradient, made
 
-from growkit.checkpoint.tensor import Source, wrap_array
+from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError
 from growkit.growth.axes import make_map, replicate, tile
 from growkit.growth.depth import plan_depth
@@ -26,16 +25,14 @@ from growkit.growth.rule import MU, NU, VALUE, grow_array
 from growkit.models import gpt_neox as neox
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
-from growkit.models.notation import Table, parse_table
+from growkit.models.notation import parse_table
+from growkit.models.table import Table
 from growkit.surgery import grow as surgery
-from trainer.config.sections import Precision
-from trainer.model.decoder import GPTNeoX
 
 SMALL = GPT_NEOX.model(
     layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True
 )
 VARIANTS = [(parallel, tied) for parallel in (True, False) for tied in (True, False)]
-TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, (2, 9))
 WIDTH = {
     "embed": tile(16, 32),
     "head": make_map([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
@@ -48,15 +45,6 @@ WIDTH = {
 IDENTITY = {"layer": make_map([0, 0, 1], 2, [1.0, 0.0, 1.0])}
 
 
-def held(model: Architecture, **slots: dict[str, np.ndarray]) -> Source:
-    """A model in memory, as the source that surgery takes."""
-    tensors = {
-        slot: {name: wrap_array(array) for name, array in arrays.items()}
-        for slot, arrays in slots.items()
-    }
-    return Source(Path("memory"), "huggingface", model.config(), tensors, [], [], {}, dict)
-
-
 def grow(source: Source, maps, moments: str = "map") -> Source:
     """What surgery makes of a source, in memory again."""
     plan = build_plan("test", "test", source.model, maps, moments=moments)
@@ -66,28 +54,6 @@ def grow(source: Source, maps, moments: str = "map") -> Source:
         for slot, recipes in contents.recipes.items()
     }
     return held(plan.grown, **slots)
-
-
-def made(recipe) -> np.ndarray:
-    if recipe.pieces is None:
-        return np.zeros(recipe.shape, recipe.dtype)
-    ((offset, array),) = recipe.pieces()
-    assert offset == 0 and array.shape == recipe.shape and array.dtype == recipe.dtype
-    return array
-
-
-@cache
-def loss_and_gradient(model: Architecture):
-    network = GPTNeoX(model, Precision("float64", "float64"))
-
-    def loss(params):
-        logits = network.apply({"params": params}, TOKENS)
-        picked = jnp.take_along_axis(logits[:, :-1], TOKENS[:, 1:, None], -1)
-        return (jax.nn.logsumexp(logits[:, :-1], -1) - picked[..., 0]).mean(), logits
-
-    # Models this small compile longer than they run.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)
 
 
 def measured(source: Source) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -210,13 +176,6 @@ def test_a_wrong_row_is_another_function(wrong, monkeypatch):
     break_table(monkeypatch, neox.TABLE.replace(right, left))
     ours, _ = measured(grow(source, WIDTH | IDENTITY))
     assert np.abs(ours - logits).max() > 1e-3
-
-
-def break_table(monkeypatch, text: str) -> None:
-    """Let every model have the rows of another table of GPT-NeoX, for its own options."""
-    family = replace(GPT_NEOX, text=text)
-    table = property(lambda self: family.select_rows(self.options))
-    monkeypatch.setattr(Architecture, "table", table)
 
 
 def exchanged(row):
@@ -401,10 +360,10 @@ BAD = {
     "6:12": ["6:12", "the source has 12", "--map 12:24"],
     "18:19": ["the source has 12", "--map 12:13"],
     "18:99999999": ["the source has 12", "--map 12:4096"],
-    "16:12": ["would go from 16 to 12", "did you mean 12:16?"],
-    "24:18": ["would go from 24 to 18", "try 12:13"],
-    "12:12": ["would go from 12 to 12", "try 12:13"],
-    "12:-3": ["would go from 12 to -3"],
+    "16:12": ["goes from 16 layers to 12", "only adds layers", "did you mean 12:16?"],
+    "24:18": ["goes from 24 layers to 18", "only adds layers", "try 12:13"],
+    "12:12": ["goes from 12 layers to 12", "only adds layers", "try 12:13"],
+    "12:-3": ["goes from 12 layers to -3", "only adds layers"],
     "-3:5": ["-3:5", "the source has 12"],
     "0:5": ["0:5", "the source has 12"],
     "12:4097": ["12:4097", "at most 4096"],

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from test_training import compiled_once, data, new_run  # noqa: F401 (fixtures)
+from runs import new_run
 
 import trainer.run.loop
 from trainer.devices import programs
 from trainer.log import speed
 from trainer.log.speed import Stopwatch, Utilization
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def on(kind, devices=4):
@@ -54,7 +56,7 @@ def test_a_stopwatch_counts_from_where_it_was_set(monkeypatch):
     assert watch.read(210) == 10.0
 
 
-def first_row(data, out, monkeypatch, **log):  # noqa: F811
+def first_row(data, out, monkeypatch, **log):
     """(seconds a step in the first row with a speed, the step that the time left counts from).
 
     The first step takes a second more to compile.
@@ -88,13 +90,13 @@ def first_row(data, out, monkeypatch, **log):  # noqa: F811
     return tokens / float(first["tokens_per_second"]), said[0][1][1]
 
 
-def test_the_first_row_does_not_count_compiling(data, tmp_path, monkeypatch):  # noqa: F811
+def test_the_first_row_does_not_count_compiling(data, tmp_path, monkeypatch):
     seconds, counted_from = first_row(data, tmp_path / "run", monkeypatch)
     assert seconds < 0.5
     assert counted_from == 1
 
 
-def test_a_first_row_that_counted_compiling_would_be_seen(data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_first_row_that_counted_compiling_would_be_seen(data, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.run.loop.Run, "_first_done", lambda run, metrics: None)
     seconds, counted_from = first_row(data, tmp_path / "run", monkeypatch)
     assert seconds > 0.5

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
 from growkit.growth.width import plan_width
 from growkit.models.gpt_neox import GPT_NEOX
@@ -49,6 +52,37 @@ def test_every_list_of_a_configuration_follows():
     assert after["mlp_layer_types"] == ["x", "x", "y", "z", "z"]
     changed = {key for key in after if after[key] != before.get(key)}
     assert changed == {"num_hidden_layers", "layer_types", "mlp_layer_types"}
+
+
+def test_names_that_a_family_knows_follow_too():
+    """`offsets` says nothing by its name; a family that knows it holds numbers of layers does."""
+    assert follow_list("offsets", [0, 2], 3, INDEX) is None
+    assert follow_list("offsets", [0, 2], 3, INDEX, numbers=("offsets",)) == [0, 1, 3, 4]
+
+
+def test_kinds_that_repeat_are_written_where_they_were_left_out():
+    family = replace(LLAMA, patterns={"layer_types": ("a", "b")})
+    before = MODEL.config()
+    assert follow_layers(before, before, family, INDEX)["layer_types"] == ["a", "a", "b", "a", "a"]
+    stated = before | {"layer_types": ["x", "y", "z"]}
+    assert follow_layers(stated, stated, family, INDEX)["layer_types"] == ["x", "x", "y", "z", "z"]
+
+
+def test_kinds_that_must_be_stated_are_asked_for():
+    family = replace(LLAMA, stated=("layer_types",))
+    before = MODEL.config()
+    with pytest.raises(UsageError, match="config.json lacks layer_types"):
+        follow_layers(before, before, family, INDEX)
+    stated = before | {"layer_types": ["x", "y", "z"]}
+    assert follow_layers(stated, stated, family, [0, 1, 2])["layer_types"] == ["x", "y", "z"]
+
+
+def test_layers_that_are_counted_stay_in_front():
+    family = replace(LLAMA, leading=("first_k_dense_replace",))
+    before = MODEL.config() | {"first_k_dense_replace": 1}
+    assert follow_layers(before, before, family, INDEX)["first_k_dense_replace"] == 2
+    with pytest.raises(UsageError, match="must stay in front, .* has others from 1 on"):
+        follow_layers(before, before, family, [0, 1, 0, 2])
 
 
 @pytest.mark.parametrize("family", [GPT_NEOX, LLAMA], ids=lambda family: family.kind)

@@ -8,13 +8,12 @@ mutations that are found out.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BESIDE, random_tensors, save_tensors
+from conftest import BESIDE, random_tensors, save_directory, save_tensors
 
 from convert.directory import convert_to_checkpoint, convert_to_directory
 from growkit.checkpoint.huggingface import INDEX
@@ -51,12 +50,7 @@ def save(path: Path, model: Architecture = SMALL, dtype: str = "float32", **conf
     """A Hugging Face directory of random parameters, norms too, in the form that transformers 4
     wrote.
     """
-    path.mkdir(parents=True)
-    save_tensors(path / "model.safetensors", random_tensors(model, dtype))
-    (path / "config.json").write_text(json.dumps(model.config() | config))
-    for name, content in BESIDE.items():
-        (path / name).write_bytes(content)
-    return path
+    return save_directory(path, model, dtype, **config)
 
 
 def network_of(path: Path, dtype: str = "float32"):
@@ -415,11 +409,10 @@ def test_a_stray_head_and_old_buffers_are_passed_over(tmp_path):
     }
     save_tensors(path / "model.safetensors", tensors | stray)
     assert open_source(str(path)).tensors["params"].keys() == tensors.keys()
-    save_tensors(
-        path / "model.safetensors", tensors | {"embed_out.weight": stray["lm_head.weight"]}
-    )
+    other = {"output.weight": stray["lm_head.weight"]}
+    save_tensors(path / "model.safetensors", tensors | other)
     with pytest.raises(
-        GrowkitError, match="no row of the axis table covers the parameter 'embed_out.weight'"
+        GrowkitError, match="no row of the axis table covers the parameter 'output.weight'"
     ):
         open_source(str(path))
 
@@ -457,10 +450,11 @@ def test_parameters_that_contradict_the_configuration(tmp_path):
     path = save(tmp_path / "hf")
     tensors = random_tensors(SMALL)
     for name, said in {
-        "model.layers.1.self_attn.k_proj.weight": "num_key_value_heads = 2, head_dim = 4, hidden_size = 24",
-        "model.layers.1.self_attn.q_proj.weight": "num_attention_heads / num_key_value_heads = 3, head_dim = 4",
-        "model.layers.0.mlp.down_proj.weight": "hidden_size = 24, intermediate_size = 20",
+        "1.self_attn.k_proj": ("num_key_value_heads = 2, head_dim = 4, hidden_size = 24"),
+        "1.self_attn.q_proj": ("num_attention_heads / num_key_value_heads = 3, head_dim = 4"),
+        "0.mlp.down_proj": "hidden_size = 24, intermediate_size = 20",
     }.items():
+        name = f"model.layers.{name}.weight"
         save_tensors(path / "model.safetensors", tensors | {name: tensors[name][:-1]})
         with pytest.raises(GrowkitError) as refusal:
             open_source(str(path))

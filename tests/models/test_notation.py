@@ -14,7 +14,8 @@ import pytest
 from growkit.errors import GrowkitError
 from growkit.models import FAMILIES
 from growkit.models.family import holds_for
-from growkit.models.notation import Axis, Table, parse_table
+from growkit.models.notation import Axis, parse_table
+from growkit.models.table import Table
 
 SIZES = {"embed": 6, "mlp": 5, "head": 2, "kv": 1, "head_dim": 4, "qkv": 3, "layer": 3, "expert": 2}
 FUSED = "m.qkv.weight  (head head_dim | kv head_dim | kv head_dim) /embed  normal  qkv"
@@ -116,9 +117,26 @@ def test_what_a_norm_averages_over(role, averages):
     row = parse(f"w  (head head_dim)  ones  {role}")
     assert row.averages == averages
     assert row.role == role.split("(")[0]
-    table = Table((row,))
-    assert table.uniform_axes == set(averages)
-    assert table.normalises_queries == bool(averages)
+    assert Table((row,)).uniform_axes == set(averages)
+
+
+@pytest.mark.parametrize(
+    "norm,of_queries",
+    [
+        ("(head head_dim)  ones  norm", True),
+        ("head_dim  ones  norm", True),
+        ("(head head_dim)  ones  norm(head_dim)", True),
+        ("mlp  ones  norm", False),
+        ("embed  ones  norm", False),
+    ],
+)
+def test_norms_of_queries_average_over_axes_that_queries_write(norm, of_queries):
+    queries = "q  (head head_dim) /embed  normal  query"
+    table = Table(parse_table(f"{queries}\nw  {norm}"))
+    assert table.normalises_queries == of_queries
+    assert bool(table.other_norms) == ("mlp" in norm)
+    # Without queries there is nothing that such a norm could be of.
+    assert not Table(parse_table(f"w  {norm}")).normalises_queries
 
 
 def test_norms_over_embed_are_no_norms_of_queries():
@@ -184,7 +202,9 @@ def test_a_condition_that_no_option_answers_is_refused(condition):
 def test_several_stacked_axes():
     row = parse("m.{layer}.experts.{/expert}.w2  embed /mlp  normal  matrix")
     assert row.name == "m.{layer}.experts.{expert}.w2"
-    assert row.stacked == (Axis("layer"), Axis("expert", True)) and row.writes_stream
+    assert row.stacked == (Axis("layer"), Axis("expert", True))
+    # A sum over experts is not the residual stream, which is a sum over layers.
+    assert not row.writes_stream
     assert row.name_at((2, 1)) == "m.2.experts.1.w2"
     assert row.match("m.2.experts.1.w2") == (2, 1)
     wrong = ["m.2.experts.w2", "m.2.experts.01.w2", "m.2.experts.1.w22", "m.{layer}.experts.1.w2"]

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_grown_training import recipe, rows
-from test_training import SEQUENCES, STEPS, TINY, compiled_once, data, same_state, state_of, values  # noqa: F401
+from runs import (
+    NO_DROPOUT,
+    SEQUENCES,
+    STEPS,
+    TINY,
+    recipe,
+    rows,
+    same_state,
+    state_of,
+    values,
+)
 
 from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
@@ -16,12 +25,13 @@ from growkit.quantity import parse_count
 from growkit.surgery.grow import prepare_growth
 from trainer.run.stages import train
 
-NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 STEP = SEQUENCES * TINY.context
 
 
 @pytest.fixture(scope="module")
-def source(data, tmp_path_factory):  # noqa: F811
+def source(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("source") / "run"
     train(values(data, dropout=NO_DROPOUT), out)
     return out
@@ -50,7 +60,7 @@ def test_the_rate_falls_linearly_from_where_the_run_stood(branch, source):
     np.testing.assert_allclose(rates(branch), np.linspace(last, 2e-4, 7)[1:], rtol=1e-5)
 
 
-def test_it_is_a_training_from_the_checkpoint_at_that_rate(branch, source, data, tmp_path):  # noqa: F811
+def test_it_is_a_training_from_the_checkpoint_at_that_rate(branch, source, data, tmp_path):
     fall = {"kind": "linear", "steps": 6, "warmup": 0, "floor": 0.2}
     sections = {"dropout": NO_DROPOUT, "batch": {"accumulation": 2}, "eval": {"every": 3}}
     by_hand = recipe(data, schedule=fall, optimizer={"learning_rate": 1e-3}, **sections)
@@ -94,7 +104,7 @@ def test_the_same_command_resumes_it_even_without_its_source(branch, source, cap
     assert same_state(state_of(branch), before)
 
 
-def test_from_a_step_and_onto_other_data(source, data, tmp_path):  # noqa: F811
+def test_from_a_step_and_onto_other_data(source, data, tmp_path):
     assert (
         anneal(
             f"{source}@4",

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import yaml
-from test_training import TINY, Killed, data, new_run, values  # noqa: F401 (data is a fixture)
+from runs import TINY, new_run, values
 
 from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import build_architecture, build_section, resolve
@@ -51,7 +51,17 @@ def test_a_model_section_that_is_not_the_sources(section, fragment):
     assert fragment in str(caught.value)
 
 
-def test_nothing_is_written_before_a_run_begins(data, tmp_path):  # noqa: F811
+def test_a_length_in_tokens_is_of_the_sources_context():
+    """The context is known with the source: at the default of 1024, 10k tokens are 2 steps."""
+    stated = {"schedule": {"tokens": "10k", "warmup": 9}, "batch": {"sequences": 4}}
+    config = take_model(resolve(stated, takes_model=True), stated, build_section(TINY), "here")
+    assert config.schedule.steps == 10_000 // (4 * TINY.context)
+    short = {"schedule": {"tokens": 60}, "batch": {"sequences": 4}}
+    with pytest.raises(UsageError, match=f"less than one step, .* of {TINY.context} tokens"):
+        take_model(resolve(short, takes_model=True), short, build_section(TINY), "here")
+
+
+def test_nothing_is_written_before_a_run_begins(data, tmp_path):
     setup = prepare(values(data, grow={"map": "2:3", "at": 6}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # Both of its models are known by now, and each has a configuration of its own.
@@ -63,7 +73,7 @@ def test_nothing_is_written_before_a_run_begins(data, tmp_path):  # noqa: F811
     )
 
 
-def test_a_loop_keeps_only_one_state(data, tmp_path):  # noqa: F811
+def test_a_loop_keeps_only_one_state(data, tmp_path):
     """A second reference to the first state would cost its memory where a step donates none."""
     beginning = begin(prepare(values(data), tmp_path / "run"))
     kept = weakref.ref(beginning.snapshot)
@@ -78,7 +88,7 @@ def origin_of(out):
     return yaml.safe_load((out / "config.yaml").read_text())["from"]
 
 
-def test_a_run_without_a_checkpoint_begins_anew_and_says_so(data, tmp_path):  # noqa: F811
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(data, tmp_path):
     """RUN was begun with a source, killed before its first checkpoint, and begun without it."""
     source, out = tmp_path / "source", tmp_path / "run"
     train(values(data), source)
@@ -90,7 +100,7 @@ def test_a_run_without_a_checkpoint_begins_anew_and_says_so(data, tmp_path):  # 
     run.close()
 
 
-def test_a_directory_that_is_refused_is_not_left_locked(data, tmp_path):  # noqa: F811
+def test_a_directory_that_is_refused_is_not_left_locked(data, tmp_path):
     train(values(data), tmp_path / "run")
     other = prepare(values(data, seed=6), tmp_path / "run")
     with pytest.raises(UsageError, match="seed") as kept:  # with its traceback, and so its frames

@@ -7,14 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_training import (  # noqa: F401 (data, whole and compiled_once are fixtures)
-    assert_as_if_uninterrupted,
-    compiled_once,
-    data,
-    new_run,
-    values,
-    whole,
-)
+from runs import assert_as_if_uninterrupted, new_run, values
 
 from growkit.checkpoint.hashes import HASHES, hash_array
 from growkit.errors import GrowkitError
@@ -22,13 +15,13 @@ from trainer.run.begin import Trust, begin, prepare
 from trainer.run.damage import find_damage, find_last_whole
 from trainer.run.loop import Run
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ARRAY = "state/mu.embed_in.weight/0.0"
 LAST = 12
 
 
 @pytest.fixture
-def out(tmp_path, whole):  # noqa: F811
+def out(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
 
@@ -47,7 +40,7 @@ def read_meta(out, step=LAST):
     return json.loads((checkpoint(out, step) / "meta" / "metadata").read_text())
 
 
-def refuse(data, out, **how):  # noqa: F811
+def refuse(data, out, **how):
     with pytest.raises(GrowkitError) as caught:
         begin(prepare(values(data), out, trust=Trust(**how)))
     said = str(caught.value)
@@ -55,7 +48,7 @@ def refuse(data, out, **how):  # noqa: F811
     return said
 
 
-def resume(data, out, **how):  # noqa: F811
+def resume(data, out, **how):
     return Run(begin(prepare(values(data), out, trust=Trust(**how))))
 
 
@@ -70,7 +63,7 @@ def test_every_array_and_file_has_the_hash_of_what_was_trained(out):
 
 
 @pytest.mark.parametrize("damage", ["one bit", "zeros"])
-def test_an_array_with_other_bytes_is_named(damage, data, out):  # noqa: F811
+def test_an_array_with_other_bytes_is_named(damage, data, out):
     if damage == "one bit":
         flip_bit(checkpoint(out) / ARRAY)
     else:
@@ -97,13 +90,13 @@ def change_small_file(out, name):
 
 
 @pytest.mark.parametrize("name", ["files", "meta", "metrics"])
-def test_a_small_file_cut_short_is_named(name, data, out):  # noqa: F811
+def test_a_small_file_cut_short_is_named(name, data, out):
     path = change_small_file(out, name)
     assert refuse(data, out).startswith(f"{path} is damaged: it is not JSON; the last checkpoint")
 
 
 @pytest.mark.parametrize("content", ["[5]", "null", '{"validation_loss": "x"}', '"a"'])
-def test_a_small_file_of_another_form_is_named(content, data, out):  # noqa: F811
+def test_a_small_file_of_another_form_is_named(content, data, out):
     for item in ("files/metadata", "meta/metadata", "metrics/metrics"):
         path = checkpoint(out) / item
         before = path.read_bytes()
@@ -112,7 +105,7 @@ def test_a_small_file_of_another_form_is_named(content, data, out):  # noqa: F81
         path.write_bytes(before)
 
 
-def test_an_empty_directory_and_a_missing_marker_are_named(data, out):  # noqa: F811
+def test_an_empty_directory_and_a_missing_marker_are_named(data, out):
     (checkpoint(out, 40)).mkdir()
     assert refuse(data, out).startswith(f"{checkpoint(out, 40)} is not a whole checkpoint")
     (checkpoint(out, 40)).rmdir()
@@ -120,14 +113,14 @@ def test_an_empty_directory_and_a_missing_marker_are_named(data, out):  # noqa: 
     assert "it has no _CHECKPOINT_METADATA" in refuse(data, out)
 
 
-def test_a_changed_number_in_the_meta_or_a_file_is_seen(data, out):  # noqa: F811
+def test_a_changed_number_in_the_meta_or_a_file_is_seen(data, out):
     meta = read_meta(out)
     meta["record"]["validation_loss"] += 1
     (checkpoint(out) / "meta" / "metadata").write_text(json.dumps(meta))
     assert refuse(data, out).startswith("the meta of ")
 
 
-def test_the_run_goes_on_from_the_last_whole_checkpoint_when_told(data, out, whole):  # noqa: F811
+def test_the_run_goes_on_from_the_last_whole_checkpoint_when_told(data, out, whole):
     flip_bit(checkpoint(out) / ARRAY)
     run = resume(data, out, from_last_whole=True)
     assert run.step == 8
@@ -137,7 +130,7 @@ def test_the_run_goes_on_from_the_last_whole_checkpoint_when_told(data, out, who
     assert (out / "damaged" / "12" / ARRAY).exists()
 
 
-def test_several_damaged_checkpoints_are_passed_over(data, out):  # noqa: F811
+def test_several_damaged_checkpoints_are_passed_over(data, out):
     change_small_file(out, "files")
     flip_bit(checkpoint(out, 8) / ARRAY)
     assert find_last_whole(out, ()) == 4
@@ -147,14 +140,14 @@ def test_several_damaged_checkpoints_are_passed_over(data, out):  # noqa: F811
     run.close()
 
 
-def test_nothing_whole_is_no_new_run(data, out):  # noqa: F811
+def test_nothing_whole_is_no_new_run(data, out):
     for step in (4, 8, 12):
         flip_bit(checkpoint(out, step) / ARRAY)
     assert "no other checkpoint" in refuse(data, out, from_last_whole=True)
     assert checkpoint(out, 12).exists()
 
 
-def test_a_checkpoint_without_hashes_is_resumed(data, out):  # noqa: F811
+def test_a_checkpoint_without_hashes_is_resumed(data, out):
     meta = read_meta(out)
     del meta[HASHES]
     (checkpoint(out) / "meta" / "metadata").write_text(json.dumps(meta))

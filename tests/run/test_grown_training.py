@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_training import data, state_of, values  # noqa: F401 (data is a fixture)
+from runs import RECIPE, recipe, rows, state_of, values
 
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.plan import set_options
 from growkit.growth.width import plan_width
 from growkit.surgery.grow import prepare_growth
-from trainer.log.history import parse_rows
 from trainer.run.stages import train
-
-NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
-RECIPE = {"dropout": NO_DROPOUT, "batch": {"accumulation": 1}, "eval": {"every": 4}}
-
-
-def recipe(root, **sections):
-    """A configuration without a model section, for --from."""
-    made = values(root, **(RECIPE | sections))
-    made.pop("model")
-    return made
 
 
 @pytest.fixture(scope="module")
-def small(data, tmp_path_factory):  # noqa: F811
+def small(data, tmp_path_factory):
     """A small model trained for a dozen steps, validated at the last."""
     out = tmp_path_factory.mktemp("small") / "run"
     train(values(data, **RECIPE), out)
@@ -44,14 +33,10 @@ def wide(small, tmp_path_factory):
     return out
 
 
-def rows(out):
-    return parse_rows((out / "metrics.csv").read_text())
-
-
 @pytest.mark.parametrize(
     "section", [{"map": "2:3"}, {"embed": "2x"}, {"map": "2:3", "embed": 40, "seed": 3}]
 )
-def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):  # noqa: F811
+def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):
     from trainer.config.sections import resolve
     from trainer.run.growth import plan_growth
 
@@ -74,7 +59,7 @@ def losses(out):
     return [float(row["loss"]) for row in rows(out) if row["loss"]]
 
 
-def test_an_exactly_widened_model_goes_on_as_the_small_one_would(data, small, wide, tmp_path):  # noqa: F811
+def test_an_exactly_widened_model_goes_on_as_the_small_one_would(data, small, wide, tmp_path):
     schedule = {"schedule": {"steps": 24, "continued": True}}
     train(recipe(data, **schedule), tmp_path / "small", str(small))
     for setting in ("auto", "on", "off"):
@@ -90,7 +75,7 @@ def test_an_exactly_widened_model_goes_on_as_the_small_one_would(data, small, wi
     assert open_source(str(tmp_path / "off")).lineage[-1]["multipliers"] is False
 
 
-def test_a_schedule_begins_again_unless_it_is_continued(data, wide, tmp_path):  # noqa: F811
+def test_a_schedule_begins_again_unless_it_is_continued(data, wide, tmp_path):
     train(recipe(data), tmp_path / "again", str(wide))
     train(recipe(data, schedule={"continued": True}), tmp_path / "on", str(wide))
     assert (
@@ -99,7 +84,7 @@ def test_a_schedule_begins_again_unless_it_is_continued(data, wide, tmp_path):  
     ) == (12, 24)
 
 
-def test_multipliers_stay_when_a_run_is_trained_on(data, wide, tmp_path):  # noqa: F811
+def test_multipliers_stay_when_a_run_is_trained_on(data, wide, tmp_path):
     train(recipe(data), tmp_path / "first", str(wide))
     train(recipe(data), tmp_path / "second", str(tmp_path / "first"))
     train(
@@ -115,7 +100,7 @@ def test_multipliers_stay_when_a_run_is_trained_on(data, wide, tmp_path):  # noq
     assert applied == [True, False, False]
 
 
-def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys):  # noqa: F811
+def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys):
     train(recipe(data), tmp_path / "run", str(wide))
     assert "growth was exact: the source's validation loss was" in capsys.readouterr().err
     source = open_source(str(small))
@@ -132,7 +117,7 @@ def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys
     assert "no validation loss on these windows" in capsys.readouterr().err
 
 
-def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys):  # noqa: F811
+def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys):
     train(recipe(data), tmp_path / "tied", str(wide))
     assert (
         "the copies of embed, head, mlp have equal gradients and dropout is 0"
@@ -158,12 +143,12 @@ def test_noise_is_not_exact_continuation(small):
         ({"depth_method": "stack"}, "has options but no growth"),
     ],
 )
-def test_growth_that_cannot_be_meant(data, small, tmp_path, section, said):  # noqa: F811
+def test_growth_that_cannot_be_meant(data, small, tmp_path, section, said):
     with pytest.raises(UsageError, match=said):
         train(recipe(data, grow=section), tmp_path / "run", str(small))
     assert not (tmp_path / "run").exists()
 
 
-def test_growth_needs_a_source(data, tmp_path):  # noqa: F811
+def test_growth_needs_a_source(data, tmp_path):
     with pytest.raises(UsageError, match="--from"):
         train(values(data, grow={"map": "2:3"}), tmp_path / "run")

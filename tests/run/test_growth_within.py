@@ -7,15 +7,13 @@ import signal
 
 import numpy as np
 import pytest
-from test_training import (  # noqa: F401 (fixtures)
+from runs import (
+    NO_DROPOUT,
     SEQUENCES,
     STEPS,
     Killed,
-    compiled_once,
-    data,
     rows_of,
     same_state,
-    send_at,
     state_of,
     values,
 )
@@ -32,8 +30,9 @@ from trainer.log.history import History
 from trainer.run.loop import Run
 from trainer.run.stages import train
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 AT = 6
-NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 # The learning rate still falls at the end, and three steps of warm-up follow the growth.
 SECTIONS = {
     "dropout": NO_DROPOUT,
@@ -49,7 +48,7 @@ def settings(root, **sections):
 
 
 @pytest.fixture(scope="module")
-def small(data, tmp_path_factory):  # noqa: F811
+def small(data, tmp_path_factory):
     """The same run without growth."""
     out = tmp_path_factory.mktemp("small") / "run"
     train(settings(data), out)
@@ -57,7 +56,7 @@ def small(data, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):  # noqa: F811
+def whole(data, tmp_path_factory):
     """A run that grows at its sixth step."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert train(settings(data, grow=DEPTH), out).step == STEPS
@@ -65,7 +64,7 @@ def whole(data, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def on_disk(small, data, tmp_path_factory):  # noqa: F811
+def on_disk(small, data, tmp_path_factory):
     """By steps of re-warm-up: the run stopped at step AT, grown on disk, and trained on."""
     root, runs = tmp_path_factory.mktemp("disk"), {}
     source = open_source(f"{small}@{AT}")
@@ -168,7 +167,7 @@ def kill():
 )
 def test_stopped_around_the_growth_it_goes_on_the_same(
     step, act, data, tmp_path, whole, monkeypatch
-):  # noqa: F811
+):
     out, sections = tmp_path / "run", settings(data, grow=DEPTH)
     with monkeypatch.context() as patch:
         stopped(patch, step, act)
@@ -186,7 +185,7 @@ def test_stopped_around_the_growth_it_goes_on_the_same(
 
 def test_rows_of_a_growth_that_is_made_again_would_be_there_twice(
     data, tmp_path, whole, monkeypatch
-):  # noqa: F811
+):
     monkeypatch.setattr(History, "forget_growth", lambda history, step: None)
     monkeypatch.setattr(History, "restore", lambda history, carried, step: 0)
     with pytest.raises(AssertionError):
@@ -199,7 +198,7 @@ def losses(out):
     return [float(row["loss"]) for row in rows_of(out) if row["loss"]]
 
 
-def test_exact_growth_within_goes_on_as_the_small_model_would(data, small, whole, tmp_path, capsys):  # noqa: F811
+def test_exact_growth_within_goes_on_as_the_small_model_would(data, small, whole, tmp_path, capsys):
     out = tmp_path / "run"
     train(settings(data, grow={"embed": "2x", "at": AT}, schedule={"rewarmup": 0}), out)
     np.testing.assert_allclose(losses(out), losses(small), rtol=2e-4)
@@ -212,7 +211,7 @@ def test_exact_growth_within_goes_on_as_the_small_model_would(data, small, whole
 FLAT = {0: 4.0, 3: 4.0, 6: 4.0, 9: 5.0, 12: 5.0}
 
 
-def test_growth_at_the_first_plateau(data, tmp_path, monkeypatch):  # noqa: F811
+def test_growth_at_the_first_plateau(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "validate", lambda run: FLAT[run.step] + (run.model.layer == 3))
     plateau = {"patience": 2, "factor": 0.5}
     sections = settings(data, grow={"map": "2:3", "at": "plateau"}, schedule={"plateau": plateau})
@@ -235,7 +234,7 @@ def test_growth_at_the_first_plateau(data, tmp_path, monkeypatch):  # noqa: F811
     )
 
 
-def test_growth_on_the_way_of_a_run_that_begins_with_a_source(data, small, tmp_path):  # noqa: F811
+def test_growth_on_the_way_of_a_run_that_begins_with_a_source(data, small, tmp_path):
     sections = settings(data, grow=DEPTH)
     sections.pop("model")
     train(sections, tmp_path / "run", str(small))
@@ -258,7 +257,7 @@ def test_growth_on_the_way_of_a_run_that_begins_with_a_source(data, small, tmp_p
         ({"map": "3:4", "at": 6}, "the source has 2"),
     ],
 )
-def test_growth_that_cannot_come(data, tmp_path, section, said):  # noqa: F811
+def test_growth_that_cannot_come(data, tmp_path, section, said):
     with pytest.raises(UsageError, match=said):
         train(settings(data, grow=section), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from collections import Counter
 
 import pytest
 import yaml
-from test_training import data, rows_of, same_state, state_of, values  # noqa: F401 (data is a fixture)
+from runs import rows_of, same_state, state_of, values
 
 # One process imports everything once. Each training is a fork of it, preempted at a random moment
 # and forked again until it is finished. Further runs follow until there were enough preemptions.
@@ -140,7 +140,7 @@ CACHE = {
 @pytest.fixture(
     scope="module", params=[CASES, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def preempted(request, tmp_path_factory, data):  # noqa: F811
+def preempted(request, tmp_path_factory, data):
     """By case: what the driver counted, and how many runs ended as the uninterrupted one did."""
     root = tmp_path_factory.mktemp("preempted")
     (root / "run.yaml").write_text(yaml.safe_dump(values(data)))

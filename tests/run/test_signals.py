@@ -12,16 +12,13 @@ import threading
 import time
 
 import pytest
-from test_training import (  # noqa: F401 (data, whole and compiled_once are fixtures)
+from runs import (
     STEPS,
     Killed,
     assert_as_if_uninterrupted,
-    compiled_once,
     configuration,
-    data,
     new_run,
     send_at,
-    whole,
 )
 
 import trainer.run.loop
@@ -30,7 +27,7 @@ from trainer.log import report
 from trainer.run.checkpoint import REPLACED, find_last_step
 from trainer.run.interrupt import Interrupt
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def signalled_in_validation(run, step, number=signal.SIGTERM):
@@ -58,7 +55,7 @@ def history_of(out, step):
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
-def assert_same_checkpoints(out, whole):  # noqa: F811
+def assert_same_checkpoints(out, whole):
     for path in (whole / "checkpoints").iterdir():
         step = int(path.name)
         assert record_of(out, step) == record_of(whole, step)
@@ -70,9 +67,9 @@ def assert_same_checkpoints(out, whole):  # noqa: F811
 @pytest.mark.parametrize("step", [4, STEPS])
 def test_a_validation_cut_short_is_in_the_checkpoint_after_the_resume(
     step,
-    data,  # noqa: F811
+    data,
     tmp_path,
-    whole,  # noqa: F811
+    whole,
 ):
     out = tmp_path / "run"
     result = signalled_in_validation(new_run(data, out), step).go()
@@ -85,9 +82,9 @@ def test_a_validation_cut_short_is_in_the_checkpoint_after_the_resume(
 
 
 def test_a_kill_before_it_is_saved_again_changes_nothing(
-    data,  # noqa: F811
+    data,
     tmp_path,
-    whole,  # noqa: F811
+    whole,
     monkeypatch,
 ):
     out = tmp_path / "run"
@@ -112,7 +109,7 @@ def test_a_kill_before_it_is_saved_again_changes_nothing(
     assert_same_checkpoints(out, whole)
 
 
-def test_a_run_stopped_in_its_first_validation_begins_again(data, tmp_path, whole):  # noqa: F811
+def test_a_run_stopped_in_its_first_validation_begins_again(data, tmp_path, whole):
     out = tmp_path / "run"
     result = signalled_in_validation(new_run(data, out), 0).go()
     assert (result.step, result.signal) == (0, signal.SIGTERM)
@@ -123,7 +120,7 @@ def test_a_run_stopped_in_its_first_validation_begins_again(data, tmp_path, whol
     assert_as_if_uninterrupted(out, whole)
 
 
-def test_a_closed_terminal_saves(data, tmp_path, whole):  # noqa: F811
+def test_a_closed_terminal_saves(data, tmp_path, whole):
     out = tmp_path / "run"
     # A hangup is often followed by another: of the shell, and of the kernel.
     result = send_at(new_run(data, out), 5, signal.SIGHUP, times=3).go()
@@ -162,9 +159,9 @@ def test_a_terminal_that_is_gone_costs_nothing(monkeypatch):
 @pytest.mark.parametrize("name", ["require_fit", "make_eval_step", "make_train_step"])
 def test_a_signal_while_a_program_compiles_is_obeyed_at_once(
     name,
-    data,  # noqa: F811
+    data,
     tmp_path,
-    whole,  # noqa: F811
+    whole,
     monkeypatch,
 ):
     out, ended = tmp_path / "run", threading.Event()
@@ -208,7 +205,7 @@ main(sys.argv[2:])
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
 )
-def test_the_command_ends_without_waiting_for_the_compiler(number, code, data, tmp_path):  # noqa: F811
+def test_the_command_ends_without_waiting_for_the_compiler(number, code, data, tmp_path):
     config = configuration(tmp_path / "run.yaml", data)
     command = ["train", str(config), "--out", str(tmp_path / "run")]
     done = subprocess.run(

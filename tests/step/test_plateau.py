@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training import STEPS, compiled_once, data, rows_of, same_state, send_at, state_of, values  # noqa: F401
+from runs import STEPS, rows_of, same_state, send_at, state_of, values
 
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
@@ -20,6 +20,8 @@ from trainer.run.begin import begin, prepare
 from trainer.run.loop import Run
 from trainer.run.stages import train
 from trainer.step.plateau import find_plateaus
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def by_optax(losses, settings):
@@ -75,7 +77,7 @@ def new_run(root, out, **more):
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):  # noqa: F811
+def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "validate", lambda run: LOSSES[run.step])
@@ -100,14 +102,14 @@ def test_a_plateau_lowers_the_rate(whole):
 
 
 @pytest.mark.parametrize("step", [3, 5, 8])
-def test_a_resumed_run_finds_the_plateaus_again(step, data, tmp_path, whole):  # noqa: F811
+def test_a_resumed_run_finds_the_plateaus_again(step, data, tmp_path, whole):
     out = tmp_path / "run"
     send_at(new_run(data, out), step, signal.SIGTERM).go()
     new_run(data, out).go()
     assert same_state(state_of(out), state_of(whole)) and rows_of(out) == rows_of(whole)
 
 
-def test_a_run_that_forgot_its_losses_would_be_another(data, tmp_path, whole):  # noqa: F811
+def test_a_run_that_forgot_its_losses_would_be_another(data, tmp_path, whole):
     out = tmp_path / "run"
     send_at(new_run(data, out), 5, signal.SIGTERM).go()
     metrics = Path(out) / METRICS
@@ -117,7 +119,7 @@ def test_a_run_that_forgot_its_losses_would_be_another(data, tmp_path, whole):  
     assert not same_state(state_of(out), state_of(whole))
 
 
-def test_a_schedule_that_goes_on_in_its_sources_keeps_the_reduction(data, tmp_path, whole):  # noqa: F811
+def test_a_schedule_that_goes_on_in_its_sources_keeps_the_reduction(data, tmp_path, whole):
     section = values(data, **FLAT)
     section["schedule"]["continued"] = True
     train(section, tmp_path / "on", str(whole))

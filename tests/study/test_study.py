@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from test_training import data, values  # noqa: F401 (data is a fixture)
+from runs import NO_DROPOUT, values
 
 import trainer.study.course
 from growkit.checkpoint.location import open_source
@@ -26,7 +26,6 @@ from trainer.study.outcome import Crossing, FinishedRun, Outcome, compute_spread
 from trainer.study.report import describe_best_arm, render_markdown, write_report
 from trainer.study.section import read_design
 
-NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
 STUDY = {
     "learning_rates": [1e-3, 4e-3],
     "seeds": [0, 1],
@@ -66,7 +65,7 @@ def nested(root, **changed):
 
 
 @pytest.fixture(scope="module")
-def file(data, tmp_path_factory):  # noqa: F811
+def file(data, tmp_path_factory):
     """The study's file, its paths absolute."""
     path = tmp_path_factory.mktemp("design") / "study.yaml"
     path.write_text(yaml.safe_dump(nested(data), sort_keys=False))
@@ -86,7 +85,7 @@ def finished(name, seed=0, rate=1.0, budget=None, flops=0.0, before=0.0, loss=0.
     return FinishedRun(name, seed, rate, budget, tried, 1, 1, flops, before, loss, 1.0, run)
 
 
-def test_arms_and_their_sources_together_stay_within_the_budget(data):  # noqa: F811
+def test_arms_and_their_sources_together_stay_within_the_budget(data):
     study = read_design(nested(data))
     assert study.budgets == (0.6, 1.0)
     for task in study.list_tasks(list(study.arms)):
@@ -102,7 +101,7 @@ def test_arms_and_their_sources_together_stay_within_the_budget(data):  # noqa: 
         assert abs(own + before - wanted * study.flops_of_scratch) <= slack
 
 
-def test_noise_is_of_the_studys_seed(data):  # noqa: F811
+def test_noise_is_of_the_studys_seed(data):
     study = read_design(nested(data))
     for seed in (0, 1):
         values = study.build_values(Task("clone", seed, None, 1.0), 1e-3)
@@ -111,7 +110,7 @@ def test_noise_is_of_the_studys_seed(data):  # noqa: F811
     assert stated.build_values(Task("clone", 1, None, 1.0), 1e-3)["grow"]["seed"] == 7
 
 
-def test_a_source_is_cheaper_a_step_and_the_target_is_what_scratch_trains(data):  # noqa: F811
+def test_a_source_is_cheaper_a_step_and_the_target_is_what_scratch_trains(data):
     study = read_design(nested(data))
     assert (
         study.count_flops_per_step("half")
@@ -122,7 +121,7 @@ def test_a_source_is_cheaper_a_step_and_the_target_is_what_scratch_trains(data):
     assert study.arms["clone"].model.sizes == study.model.sizes
 
 
-def test_all_runs_are_planned_before_the_first(data):  # noqa: F811
+def test_all_runs_are_planned_before_the_first(data):
     study = read_design(nested(data))
     first = [task for task in study.list_tasks() if task.seed == 0]
     assert [t.name for t in first] == [SCRATCH] * 2 + ["half", "narrow"] + ["replicate"] * 3 + [
@@ -188,12 +187,12 @@ def test_all_runs_are_planned_before_the_first(data):  # noqa: F811
         ({"seed": 1}, "unknown key study.seed.*did you mean 'seeds'"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(data, changed, words):  # noqa: F811
+def test_what_cannot_be_compared_is_refused(data, changed, words):
     with pytest.raises(UsageError, match=words):
         read_design(nested(data, **changed))
 
 
-def test_a_part_is_checked_with_the_values_that_it_lies_over(data):  # noqa: F811
+def test_a_part_is_checked_with_the_values_that_it_lies_over(data):
     made = nested(
         data, arms__replicate__dropout={"hidden": 0.1}, arms__replicate__schedule={"warmup": 1}
     )
@@ -207,7 +206,7 @@ def test_a_part_is_checked_with_the_values_that_it_lies_over(data):  # noqa: F81
     )
 
 
-def test_growth_in_stages_counts_all_its_sources(data):  # noqa: F811
+def test_growth_in_stages_counts_all_its_sources(data):
     made = nested(data)
     made["model"]["layer"] = 4
     section = made["study"]
@@ -226,7 +225,7 @@ def test_growth_in_stages_counts_all_its_sources(data):  # noqa: F811
     assert study.count_steps(end) == round(steps)
 
 
-def test_a_study_needs_its_section_and_a_model(data):  # noqa: F811
+def test_a_study_needs_its_section_and_a_model(data):
     made = nested(data)
     with pytest.raises(UsageError, match="has no study section"):
         read_design({key: value for key, value in made.items() if key != "study"})
@@ -256,7 +255,7 @@ def test_spread_by_hand():
     assert compute_spread([1.0, None]).mean is None and compute_spread([]).mean is None
 
 
-def test_a_report_can_be_made_after_the_first_run(data, tmp_path):  # noqa: F811
+def test_a_report_can_be_made_after_the_first_run(data, tmp_path):
     known = Outcome(read_design(nested(data)), [finished(SCRATCH, 0, 1e-3, 1.0, 100.0, loss=3.2)])
     write_report(known, tmp_path, picture=False)
     table = (tmp_path / "report.md").read_text()
@@ -265,7 +264,7 @@ def test_a_report_can_be_made_after_the_first_run(data, tmp_path):  # noqa: F811
 
 
 @pytest.fixture
-def outcome(data):  # noqa: F811
+def outcome(data):
     """Scratch reaches 3.0 with 100 FLOPs; replicate with 60, of which its source takes 20."""
     runs = [
         finished(SCRATCH, 0, 1e-3, 1.0, 100.0, loss=3.2),
@@ -301,7 +300,7 @@ def test_saving_by_hand_counted_both_ways(outcome):
 @pytest.mark.parametrize(
     ("third", "words"), [(3.1, "better"), (3.05, "within the spread"), (None, "too few seeds")]
 )
-def test_arms_are_told_apart_by_their_spread(data, third, words):  # noqa: F811
+def test_arms_are_told_apart_by_their_spread(data, third, words):
     """By hand: three times -0.3; then -0.3, -0.3, -0.05: mean -0.217, standard deviation 0.144."""
     study = read_design(
         nested(data, budgets=[1.0], seeds=[0, 1, 2], best=0, arms__clone__against="replicate")
@@ -332,7 +331,7 @@ def test_the_sources_compute_makes_the_difference(outcome):
     )
 
 
-def test_a_source_beyond_the_share_is_not_in_the_headline(data, outcome):  # noqa: F811
+def test_a_source_beyond_the_share_is_not_in_the_headline(data, outcome):
     outcome.study = read_design(nested(data, sources__half__share=0.3))
     report = outcome.summarize()
     assert not report["arms"][0]["within_share"] and outcome.choose_best_arms() == ["clone"]
@@ -391,7 +390,7 @@ def test_models_worth_evaluating_are_kept_and_the_others_are_not(done):
     assert open_source(str(done / "runs" / min(ends))).model.layer == 2
 
 
-def test_an_arms_run_is_what_the_train_verb_does(done, data, tmp_path):  # noqa: F811
+def test_an_arms_run_is_what_the_train_verb_does(done, data, tmp_path):
     """And another learning rate is another run."""
     run = next(
         r for r in json.loads((done / "results.json").read_text())["runs"] if r["name"] == "clone"
@@ -432,7 +431,7 @@ class Stopping:
 def test_a_study_that_was_stopped_goes_on_and_gives_the_same(
     done,
     file,
-    data,  # noqa: F811
+    data,
     tmp_path,
     monkeypatch,
 ):
@@ -474,7 +473,7 @@ class Pretended:
         return Result(12, None, 3.0 + len(out.name) / 1e4)
 
 
-def course_of(data, out, diverges):  # noqa: F811
+def course_of(data, out, diverges):
     return Course(
         read_design(nested(data)),
         out,
@@ -484,7 +483,7 @@ def course_of(data, out, diverges):  # noqa: F811
 
 
 @pytest.mark.parametrize("what", ["lr0.004", "clone-seed1", "scratch-seed1", "clone"])
-def test_a_run_that_diverges_is_a_run_and_not_the_end(data, tmp_path, what):  # noqa: F811
+def test_a_run_that_diverges_is_a_run_and_not_the_end(data, tmp_path, what):
     course = course_of(data, tmp_path, lambda name: what in name)
     assert course.go() is None
     write_report(course.outcome, tmp_path)
@@ -506,12 +505,12 @@ def test_a_run_that_diverges_is_a_run_and_not_the_end(data, tmp_path, what):  # 
         ("half", "a source needs"),
     ],
 )
-def test_a_study_without_a_baseline_or_a_source_ends_with_a_sentence(data, tmp_path, what, words):  # noqa: F811
+def test_a_study_without_a_baseline_or_a_source_ends_with_a_sentence(data, tmp_path, what, words):
     with pytest.raises(GrowkitError, match=words):
         course_of(data, tmp_path, lambda name: what in name).go()
 
 
-def test_a_signal_at_the_end_of_a_run_ends_the_study_after_it(data, tmp_path):  # noqa: F811
+def test_a_signal_at_the_end_of_a_run_ends_the_study_after_it(data, tmp_path):
     class Told(Pretended):
         def __call__(self, values, out, start=None, show=None):
             return replace(super().__call__(values, out, start, show), heard=signal.SIGTERM)

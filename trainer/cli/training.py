@@ -127,8 +127,11 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
         f", {manifest[key]:,} {words}" for key, words in kinds.items() if manifest.get(key)
     )
     each = manifest["bytes"] / manifest["tokens"]
+    documents = (
+        "1 document" if manifest["documents"] == 1 else f"{manifest['documents']:,} documents"
+    )
     return (
-        f"{manifest['documents']:,} documents{others}, {manifest['tokens']:,} tokens of "
+        f"{documents}{others}, {manifest['tokens']:,} tokens of "
         f"{each:.2f} bytes, vocabulary {manifest['vocab_size']:,}"
     )
 
@@ -155,6 +158,7 @@ def offer_trust(command: Callable[..., int]) -> Callable[..., int]:
 @click.option(
     "--from",
     "start",
+    type=PATH,
     metavar="SRC",
     help="Begin with this model, and with its optimizer state where it has one.",
 )
@@ -225,7 +229,7 @@ def exit_code(result: Result) -> int:
 
 
 @click.command()
-@click.argument("src", metavar="RUN[@STEP]")
+@click.argument("src", type=PATH, metavar="RUN[@STEP]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--to", type=float, required=True, metavar="LR", help="The final learning rate.")
 @click.option(

@@ -54,7 +54,9 @@ class Listing:
             return
         before = len(self.files)
         for file in self._walk(path):
-            if _is_read(file):
+            if not _is_file(file):
+                self._pass_over("broken links, pipes or devices", file.name)
+            elif _is_read(file):
                 self.files.append((number, file))
             else:
                 self._pass_over(_name_ending(file.name), file.name)
@@ -91,8 +93,9 @@ class Listing:
         if not self.passed:
             return ""
         listed = sorted(self.passed.items(), key=lambda item: (-len(item[1]), item[0]))
-        words = [_describe_ending(ending, names) for ending, names in listed[:_ENDINGS]]
-        others = listed[_ENDINGS:]
+        shown = _ENDINGS if len(listed) > _ENDINGS + 1 else len(listed)
+        words = [_describe_ending(ending, names) for ending, names in listed[:shown]]
+        others = listed[shown:]
         if others:
             count = sum(len(names) for _, names in others)
             words.append(f"{count:,} of {len(others)} other endings")
@@ -109,6 +112,11 @@ def list_inputs(texts: Sequence[str | os.PathLike[str]]) -> Listing:
     return listing
 
 
+def _is_file(path: epath.Path) -> bool:
+    """Whether a path on this machine is a file; what a bucket lists is one."""
+    return is_remote(path) or os.path.isfile(path)
+
+
 def is_pipe(path: epath.Path) -> bool:
     """Whether a file can be read only once."""
     return not is_remote(path) and stat.S_ISFIFO(os.stat(path).st_mode)
@@ -116,7 +124,7 @@ def is_pipe(path: epath.Path) -> bool:
 
 def _check_named(path: epath.Path) -> None:
     """Refuse a file that is named and cannot hold text."""
-    if not is_remote(path) and not path.is_file() and not is_pipe(path):
+    if not _is_file(path) and not is_pipe(path):
         raise UsageError(f"{path} is a device or a socket, and text is read from files and pipes")
     ending = get_ending(path.name)
     if ending in TABLES:
@@ -133,7 +141,7 @@ def _refuse_unread(error: OSError) -> None:
 def _is_read(path: epath.Path) -> bool:
     """Whether a file of a directory holds text, by its ending."""
     ending = get_ending(path.name)
-    if ending not in READ or not (is_remote(path) or path.is_file()):
+    if ending not in READ:
         return False
     return ending != ".json" or _holds_documents(path)
 

@@ -64,49 +64,71 @@ def get_token_name(stated: Any) -> str | None:
     return stated if isinstance(stated, str) and stated else None
 
 
-def find_end_of_text(
-    tokenizer: Tokenizer, name: str, beside: Beside, chosen: str | None, model_id: Any = None
-) -> str:
-    """The name of the end-of-text token.
+BY_OPTION = "name the one that does with --end-of-text"
+BY_FILE = f"state it as eos_token in a {CONFIG} beside the model"
 
-    name: the tokenizer's, for messages. chosen: what the user names. model_id: the eos_token_id of
-    a model's configuration, which may be a list of them. Raises UsageError where none is found.
+
+def choose_end_of_text(tokenizer: Tokenizer, name: str, beside: Beside, chosen: str | None) -> str:
+    """The name of the end-of-text token for a text that is tokenized.
+
+    name: the tokenizer's, for messages. chosen: what the user names. Raises UsageError where none
+    is found.
     """
-    if chosen is not None:
-        _require_token(tokenizer, chosen, f"{name} has no token {chosen!r}")
-        return chosen
-    if beside.stated is not None:
-        end, file = beside.stated
-        _require_token(
-            tokenizer, end, f"{file} says that {end!r} ends a text, and {name} has no such token"
+    if chosen is None:
+        return _find_stated_end(tokenizer, name, beside, BY_OPTION) or _find_usual_end(
+            tokenizer, name, BY_OPTION
         )
-        return end
+    if tokenizer.token_to_id(chosen) is None:
+        raise UsageError(
+            f"--end-of-text names {chosen!r}, and {name} has no such token"
+            f"{_list_special_tokens(tokenizer)}"
+        )
+    return chosen
+
+
+def find_model_end_of_text(
+    tokenizer: Tokenizer, name: str, beside: Beside, model_id: Any = None
+) -> str:
+    """The name of the end-of-text token of a model's tokenizer.
+
+    model_id: the eos_token_id of the model's configuration, which may be a list of them. Raises
+    UsageError where none is found.
+    """
+    stated = _find_stated_end(tokenizer, name, beside, BY_FILE)
+    if stated is not None:
+        return stated
     first = model_id[0] if isinstance(model_id, list) and model_id else model_id
     if type(first) is int and 0 <= first < 1 << 31:
         token: str | None = tokenizer.id_to_token(first)
         if token is not None:
             return token
-    return _find_usual_end(tokenizer, name)
+    return _find_usual_end(tokenizer, name, BY_FILE)
 
 
-def _require_token(tokenizer: Tokenizer, token: str, fault: str) -> None:
-    if tokenizer.token_to_id(token) is None:
-        known = _list_special_tokens(tokenizer)
-        raise UsageError(f"{fault}; name another with --end-of-text{known}")
+def _find_stated_end(tokenizer: Tokenizer, name: str, beside: Beside, advice: str) -> str | None:
+    """The token that the files beside the tokenizer state, None where they state none."""
+    if beside.stated is None:
+        return None
+    end, file = beside.stated
+    if tokenizer.token_to_id(end) is None:
+        raise UsageError(
+            f"{file} says that {end!r} ends a text, and {name} has no such token; {advice}"
+            f"{_list_special_tokens(tokenizer)}"
+        )
+    return end
 
 
-def _find_usual_end(tokenizer: Tokenizer, name: str) -> str:
+def _find_usual_end(tokenizer: Tokenizer, name: str, advice: str) -> str:
     found = [end for end in USUAL_ENDS if tokenizer.token_to_id(end) is not None]
     if len(found) == 1:
         return found[0]
     if found:
         raise UsageError(
-            f"{name} has {len(found)} tokens that may end a text, {' and '.join(found)}; choose "
-            f"one with --end-of-text"
+            f"{name} has {len(found)} tokens that may end a text, {' and '.join(found)}; {advice}"
         )
     raise UsageError(
-        f"{name} has no end-of-text token of the usual names ({', '.join(USUAL_ENDS)}); name its "
-        f"own with --end-of-text{_list_special_tokens(tokenizer)}"
+        f"{name} has no end-of-text token of the usual names ({', '.join(USUAL_ENDS)}); {advice}"
+        f"{_list_special_tokens(tokenizer)}"
     )
 
 

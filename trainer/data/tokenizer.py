@@ -20,6 +20,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from growkit.errors import GrowkitError, UsageError
+from growkit.models.vocabulary import check_ids
 from trainer.data.panics import explain_panics
 from trainer.data.special import (
     CONFIG,
@@ -27,7 +28,8 @@ from trainer.data.special import (
     MAP,
     USUAL_ENDS,
     Beside,
-    find_end_of_text,
+    choose_end_of_text,
+    find_model_end_of_text,
     read_beside,
 )
 
@@ -86,21 +88,6 @@ class TextTokenizer:
         return np.array_equal(whole, np.concatenate(parts))
 
 
-def check_ids(
-    ids: Sequence[int], vocab: int, model: object, name: Callable[[int], str | None]
-) -> None:
-    """Raise GrowkitError where a text has a token that a model's vocabulary does not have.
-
-    name: the function from an id to its token.
-    """
-    highest = max(ids, default=0)
-    if highest >= vocab:
-        raise GrowkitError(
-            f"the text has the token {name(highest)!r} with the id {highest}, and the vocabulary "
-            f"of {model} ends at {vocab - 1}; leave that text out"
-        )
-
-
 def load_tokenizer(path: str | os.PathLike[str], end_of_text: str | None = None) -> TextTokenizer:
     """Load a tokenizer.json, or the one in a directory, without its truncation and padding.
 
@@ -120,8 +107,11 @@ def load_tokenizer(path: str | os.PathLike[str], end_of_text: str | None = None)
     if file.name == "tokenizer.json":
         others = [file.parent / name for name in (CONFIG, MAP)]
         beside = {other.name: other.read_bytes() for other in others if other.exists()}
+    content = file.read_bytes()
+    tokenizer = parse_tokenizer(content, str(file))
     settings = read_beside(beside, str(file.parent))
-    return _read_tokenizer(file.read_bytes(), str(file), settings, end_of_text)
+    end = choose_end_of_text(tokenizer, str(file), settings, end_of_text)
+    return _make_text_tokenizer(tokenizer, content, end, settings)
 
 
 def load_model_tokenizer(
@@ -137,17 +127,12 @@ def load_model_tokenizer(
             f"{origin} carries no tokenizer.json, so text cannot be made into tokens; put the one "
             f"it was trained with beside it"
         )
+    content = files["tokenizer.json"]
     name = f"the tokenizer.json of {origin}"
-    model_id = (config or {}).get("eos_token_id")
-    beside = read_beside(files, str(origin))
-    return _read_tokenizer(files["tokenizer.json"], name, beside, model_id=model_id)
-
-
-def _read_tokenizer(
-    content: bytes, name: str, beside: Beside, chosen: str | None = None, model_id: Any = None
-) -> TextTokenizer:
     tokenizer = parse_tokenizer(content, name)
-    end = find_end_of_text(tokenizer, name, beside, chosen, model_id)
+    beside = read_beside(files, str(origin))
+    model_id = (config or {}).get("eos_token_id")
+    end = find_model_end_of_text(tokenizer, name, beside, model_id)
     return _make_text_tokenizer(tokenizer, content, end, beside)
 
 
@@ -163,7 +148,7 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
         )
     try:
         with explain_panics(name):
-            tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
+            tokenizer = Tokenizer.from_str(content.decode())
     except GrowkitError:
         raise
     except Exception as error:  # the library raises the bare class

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -208,18 +207,19 @@ class Block(Parameters):
         self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool
     ) -> tuple[jax.Array, None]:
         common = self.common
-        drop = partial(HiddenDropout(self.dropout.hidden), deterministic=deterministic)
+        drop = HiddenDropout(self.dropout.hidden)
         attention = Attention(**common, dropout=self.dropout, kernel=self.kernel, name="attention")
         mlp = MLP(**common, name="mlp")
         attention_norm = LayerNorm(**common, name="input_layernorm")
         mlp_norm = LayerNorm(**common, name="post_attention_layernorm")
-        attended_BxTxE = drop(attention(attention_norm(x_BxTxE), rotary, deterministic))
-        residual_BxTxE = x_BxTxE + attended_BxTxE
+        attended_BxTxE = attention(attention_norm(x_BxTxE), rotary, deterministic)
+        residual_BxTxE = x_BxTxE + drop(attended_BxTxE, deterministic)
         if not self.model.options["parallel_residual"]:
             # The mlp reads what attention wrote, and not what attention read.
             residual_BxTxE = self.shard_batch(residual_BxTxE)
             x_BxTxE = residual_BxTxE
-        return self.shard_batch(residual_BxTxE + drop(mlp(mlp_norm(x_BxTxE)))), None
+        expanded_BxTxE = mlp(mlp_norm(x_BxTxE))
+        return self.shard_batch(residual_BxTxE + drop(expanded_BxTxE, deterministic)), None
 
 
 class GPTNeoX(Parameters):

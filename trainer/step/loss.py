@@ -12,6 +12,7 @@ group, T time, E embed, V vocab.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,9 +140,11 @@ def _start_head_gradient(
     groups = len(hidden_GxBxTxE)
     vocab, embed = head_VxE.shape
     (vocab_axis,) = COMPUTE_RULES["vocab"]
-    shape, spec = (groups, vocab, embed), (BATCH_AXES, vocab_axis, None)
+    shape = (groups, vocab, embed)
+    spec: tuple[Any, ...] = (BATCH_AXES, vocab_axis, None)
     if as_ExV:
-        shape, spec = (groups, embed, vocab), (BATCH_AXES, None, vocab_axis)
+        shape = (groups, embed, vocab)
+        spec = (BATCH_AXES, None, vocab_axis)
     zeros = jnp.zeros(shape, select_wide_dtype(hidden_GxBxTxE.dtype))
     return layout.constrain(zeros, layout.make_sharding(*spec)) if layout else zeros
 

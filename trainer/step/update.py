@@ -110,9 +110,16 @@ def accumulate_gradients(
 
 def _shard_as_moments(network: GPTNeoX, tree: Any) -> Any:
     """Lay out a tree of the parameters' structure as the moments are."""
-    layout = network.layout
+    layout = _layout_of(network)
     shardings = network.model.table.tree(layout.moment_sharding)
     return jax.tree.map(layout.constrain, tree, shardings)
+
+
+def _layout_of(network: GPTNeoX) -> Layout:
+    """The layout of a step's network. Only a network that is in no step may have none."""
+    if network.layout is None:
+        raise ValueError("the network of a step needs a layout: give GPTNeoX its `layout`")
+    return network.layout
 
 
 class TrainStep:
@@ -171,7 +178,7 @@ def _make_program(
 
     With it comes an empty dict, its `memory`.
     """
-    layout = network.layout
+    layout = _layout_of(network)
     state = _describe_state(network.precision, settings, network.model, layout)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     program = jax.jit(
@@ -234,7 +241,7 @@ def _keep_eval_step(network: GPTNeoX) -> EvalStep:
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
         return sum_loss(network, params, tokens_BxT1, None, mask_B)
 
-    layout = network.layout
+    layout = _layout_of(network)
     params = network.model.table.tree(layout.parameter_sharding)
     shardings = (params, layout.batch_sharding(), layout.batch_sharding())
     return jax.jit(eval_step, in_shardings=shardings, out_shardings=layout.replicated)

@@ -1,47 +1,37 @@
-"""The derivation of one model type: read, cut, prove; what is not proved is frozen, with the reason."""
+"""The derivation of one configuration: read, cut, prove; what is not proved is frozen, with the
+reason.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any
 
 from growkit.derive import proof
-from growkit.derive.assemble import fields_of, link, make_family, row_lines
-from growkit.derive.network import make_config, runs
+from growkit.derive.assemble import fields_of, make_family, row_lines
 from growkit.derive.proof import BOUND, depth_gap, even, identity_map, measure_gap, uneven
-from growkit.derive.sizes import shapes_of
+from growkit.derive.rows import link
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import Choice, Variant, read_variant
 from growkit.growth.axes import AxisMap, tile
-from growkit.models.architecture import Family
+from growkit.models.family import Family
 
 # How many ways to cut the dimensions along one axis are tried at most.
-TRIES = 60
+TRIES = 40
 NEVER = {
     "vocab": "the tokenizer states it",
     "position": "positions are learned one by one",
     "expert": "another number of experts is another choice among them",
 }
-# Options that say how a model is run and not what it computes.
-NO_FLAGS = re.compile(
-    r"use_cache|output_.*|return_dict|is_encoder_decoder|add_cross_attention|is_decoder|torchscript"
-    r"|chunk_size.*|tie_encoder_decoder|use_bfloat16|.*router_logits|use_mambapy|use_mamba_kernels"
-    r"|cross_attention.*|problem_type|_.*|gradient_checkpointing|scale_embedding_by_none"
+# Axes of units that a reader sums over, which copies with shares may keep exact.
+GROWS = re.compile(
+    r"embed|kv|head|group|head_dim|mlp|.*intermediate.*|.*lora_rank|.*ffn.*|n_shared_experts"
+    r"|attention_hidden_size|time_step_rank|.*dt_rank"
 )
 SCALARS = ("", "sqrt(embed)", "1/sqrt(embed)", "embed", "1/embed")
-
-
-@dataclass
-class Derivation:
-    """A family, and how exactly each growth of it was found to be."""
-
-    family: Family
-    gaps: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    problems: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,7 +52,9 @@ class Workings:
         try:
             return compute()
         except Exception as problem:
-            self.problems[what] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+            self.problems[what] = (
+                f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+            )
             return failed
 
     def family(self, **facts: Any) -> Family:
@@ -78,13 +70,14 @@ def pooled(variant: Variant) -> bool:
     return not any(draft.role == "head" for draft in variant.drafts)
 
 
-def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
-    """Derive a type's family. Raises ValueError where not even depth can be derived."""
-    variant = read_variant(kind, fields or tiny_fields(kind))
-    work = Workings(variant)
+def work_out(kind: str, fields: Mapping[str, Any] | None = None) -> Workings:
+    """Read one configuration of a type and prove what grows. Raises ValueError where nothing can be
+    read.
+    """
+    work = Workings(read_variant(kind, fields or tiny_fields(kind)))
     prove_depth(work)
     prove_width(work)
-    return finish(work)
+    return work
 
 
 def prove_depth(work: Workings) -> None:
@@ -92,25 +85,52 @@ def prove_depth(work: Workings) -> None:
     variant, family = work.variant, work.family()
     layers = variant.names.layers
     copies = [sorted([*range(layers), 0, layers - 1]), [*range(layers), *range(layers)]]
+    if variant.leading:
+        # Layers that are counted in front stay there.
+        del copies[1]
+    work.frozen.pop("layer", None)
     found = []
     for index in copies:
-        copied, _ = work.attempt("layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0))
+        copied, _ = work.attempt(
+            "layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0)
+        )
         found.append(copied)
     work.gaps["layer"] = max(found)
+    if max(found) > BOUND and scale_by_depth(work):
+        return
     if max(found) > BOUND:
+        work.gaps["layer"] = max(found)
         work.frozen["layer"] = "copies of layers are not transformers' layers in that order"
     if not any(draft.stream for draft in variant.drafts):
         work.gaps["identity"] = float("inf")
         return
     work.gaps["identity"] = work.attempt(
-        "identity", lambda: measure_gap(family, variant, {"layer": identity_map(layers)}), float("inf")
+        "identity",
+        lambda: measure_gap(family, variant, {"layer": identity_map(layers)}),
+        float("inf"),
     )
+
+
+def scale_by_depth(work: Workings) -> bool:
+    """Whether what layers add follows their number, and rows that write the stream undo that."""
+    if work.scalars or not any(draft.stream for draft in work.variant.drafts):
+        return False
+    work.scalars = {d.name: "1/sqrt(layer)" for d in work.variant.drafts if d.stream}
+    prove_depth(work)
+    if work.gaps["layer"] < BOUND:
+        return True
+    work.scalars = {}
+    return False
 
 
 def prove_width(work: Workings) -> None:
     """Each axis alone, then all that are exact together."""
     variant = work.variant
     axes = [axis for axis in fields_of(variant) if axis not in ("layer", *NEVER)]
+    for axis in axes:
+        if not GROWS.fullmatch(axis):
+            work.frozen[axis] = "growkit has no rule for its units"
+    axes = [axis for axis in axes if axis not in work.frozen]
     for axis in axes:
         if axis == "embed" and variant.coupled:
             # It grows with its heads.
@@ -149,7 +169,7 @@ def prove_axis(work: Workings, axis: str) -> None:
     """Grow one axis by copies, the rows cut in every way until one is exact; else freeze it."""
     for uniform in (False, True):
         gap = try_maps(work, axis, uniform)
-        if gap > BOUND and uniform:
+        if gap > BOUND and uniform and searchable(work, axis):
             gap = search(work, axis)
             if gap < BOUND:
                 uneven_gap = try_maps(work, axis, False)
@@ -165,15 +185,22 @@ def prove_axis(work: Workings, axis: str) -> None:
     work.frozen[axis] = "copies of its units are another function"
 
 
+def searchable(work: Workings, axis: str) -> bool:
+    """Whether other cuts may help: growth was computed, and was another function."""
+    return axis not in work.problems and not re.search(r"_dim$|kernel|state|conv", axis)
+
+
 def try_maps(work: Workings, axis: str, uniform: bool) -> float:
     gap: float = work.attempt(
-        axis, lambda: measure_gap(work.family(), work.variant, maps_of(work, axis, uniform)), float("inf")
+        axis,
+        lambda: measure_gap(work.family(), work.variant, maps_of(work, axis, uniform)),
+        float("inf"),
     )
     return gap
 
 
 def search(work: Workings, axis: str) -> float:
-    """Try other cuts of the rows along an axis, then scalars; keep what is exact. Returns the gap."""
+    """Try other cuts of the rows along an axis, then scalars; keep what is exact: its gap."""
     before, scalars = dict(work.choice), dict(work.scalars)
     for choice in islice(choices(work, axis), TRIES):
         work.choice = before | choice
@@ -221,13 +248,4 @@ def scalar_pairs(work: Workings) -> Iterator[dict[str, str]]:
             found |= {head[0]: last} if last else {}
         elif last:
             found |= dict.fromkeys(final, last)
-        yield found
-
-
-def finish(work: Workings) -> Derivation:
-    """The family of a single variant with what was not proved frozen."""
-    family = replace(work.family(), frozen=work.frozen)
-    return Derivation(family, work.gaps, problems=work.problems)
-
-
-_ = (Iterable, make_config, runs, shapes_of)
+        yield work.scalars | found

@@ -1,0 +1,27 @@
+"""Tables that `growkit derive` made: a text file for each model type, read when asked for."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+from growkit.models.family import Family
+from growkit.models.table_file import read_family
+
+
+@cache
+def list_shipped() -> tuple[str, ...]:
+    """The model types that have a table here."""
+    names = (file.name for file in files(__package__).iterdir())
+    return tuple(sorted(name.removesuffix(".txt") for name in names if name.endswith(".txt")))
+
+
+def read_text(kind: str) -> str:
+    """The text of a type's table."""
+    return (files(__package__) / f"{kind}.txt").read_text()
+
+
+@cache
+def read_shipped(kind: str) -> Family:
+    """The family of a type that has a table here."""
+    return read_family(read_text(kind))

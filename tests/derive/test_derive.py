@@ -1,0 +1,137 @@
+"""Tables derived from transformers' classes: as by hand where there are both, as shipped, and
+mistakes are noticed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+
+from growkit.derive import proof
+from growkit.derive.derive import derive, pad_gap
+from growkit.derive.tiny import tiny_fields
+from growkit.derive.variant import read_variant
+from growkit.derive.workings import Workings, maps_of
+from growkit.models import FAMILIES
+from growkit.models.table_file import write_family
+from growkit.models.tables import list_shipped, read_shipped, read_text
+
+torch.set_num_threads(1)
+SLOW = pytest.mark.slow
+SAMPLE = ["llama", *(pytest.param(kind, marks=SLOW) for kind in ("gemma2", "gpt2", "phi3"))]
+NOTICED = 1e-6
+
+
+@cache
+def derive_once(kind):
+    return derive(kind)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
+def test_a_derived_table_is_the_one_by_hand(kind):
+    family, by_hand = derive_once(kind).family, FAMILIES[kind]
+    derived = {(row.name, row.conditions): row for row in family.rows}
+    expected = {(row.name, row.conditions): row for row in by_hand.rows}
+    assert derived.keys() == expected.keys()
+    for key, row in derived.items():
+        for fact in ("blocks", "begins", "role", "offset", "averages", "stacked", "kind"):
+            assert getattr(row, fact) == getattr(expected[key], fact), (key, fact)
+    assert family.fields == by_hand.fields
+    assert {
+        name: family.defaults[name] for name in family.fields.values() if name in family.defaults
+    } == {
+        name: by_hand.defaults[name] for name in by_hand.fields.values() if name in by_hand.defaults
+    }
+
+
+def check_as_shipped(kind):
+    derivation = derive_once(kind)
+    text = write_family(derivation.family, {}, "")
+    shipped = read_text(kind)
+    for section in ("fields", "options", "defaults", "scalars", "proved", "table"):
+        assert cut_section(text, section) == cut_section(shipped, section), section
+    assert derivation.family.frozen.keys() == read_shipped(kind).frozen.keys()
+
+
+def cut_section(text: str, section: str) -> str:
+    found = re.search(rf"^\[{section}\]\n(.*?)(?=^\[|\Z)", text, re.S | re.M)
+    return found[1].strip() if found else ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list_shipped())
+def test_every_table_is_derived_as_shipped(kind):
+    check_as_shipped(kind)
+
+
+def plant_mistakes(family):
+    """(what, family with one row that says something wrong), for every row that growth touches."""
+    lines = family.text.splitlines()
+    for place, line in enumerate(lines):
+        for what, wrong in wrong_lines(line, family):
+            text = "\n".join([*lines[:place], wrong, *lines[place + 1 :]])
+            yield f"{what}: {line.split()[0]}", replace(family, text=text)
+
+
+def wrong_lines(line, family):
+    """What a line could say wrongly."""
+    if "{/layer" in line:
+        yield "does not write the stream", line.replace("{/layer", "{layer")
+    for axis in ("embed", "mlp"):
+        if re.search(rf"\s/{axis}\s", line):
+            yield f"does not read {axis}", re.sub(rf"\s/{axis}\b", f" {axis}", line)
+    if re.search(r"\(kv group head_dim\)", line):
+        yield "groups before heads", line.replace("(kv group", "(group kv")
+    if re.search(r"\sembed\s+(1\+)?(ones|zeros)\s+norm", line):
+        yield "a norm is a bias", re.sub(r"\bnorm\b(?=\s*$|\s+\w*tied)", "bias", line)
+
+
+def largest_gap(family, variant):
+    """The largest gap of growth along the axes that are not frozen, each alone and all together.
+
+    Alone, because axes of one size with one map can be taken for each other.
+    """
+    alone = []
+    for axis in family.fields:
+        if axis in ("layer", "embed") or axis in family.frozen:
+            continue
+        alone.append(maps_of(Workings(variant), axis, axis in family.uniform))
+    if not family.coupled:
+        alone.append(maps_of(Workings(variant), "embed", True))
+    together = {axis: axis_map for maps in alone for axis, axis_map in maps.items()}
+    growths = [together, {"layer": proof.identity_map(variant.names.layers)}, *alone]
+    try:
+        gaps = [proof.measure_gap(family, variant, growth) for growth in growths]
+    except Exception:
+        return float("inf")
+    return max(*gaps, pad_gap(family, variant))
+
+
+@pytest.mark.parametrize("kind", SAMPLE)
+def test_planted_mistakes_are_noticed(kind):
+    family = derive_once(kind).family
+    variant = read_variant(kind, tiny_fields(kind))
+    assert largest_gap(family, variant) < proof.BOUND
+    wanted = {row.name for row in proof.read_model(family, proof.source_of(variant)).table.rows}
+    missed = []
+    for what, wrong in plant_mistakes(family):
+        name = re.sub(r"\{/(\w+)", r"{\1", what.split(": ")[1])
+        row = re.sub(r":\w+\}", "}", name)
+        if row in wanted and largest_gap(wrong, variant) < NOTICED:
+            missed.append(what)
+    # Rows of a tied head that the untied tiny model does not have are no mistakes in it.
+    assert not [what for what in missed if not is_other_variant(what, family, variant)]
+
+
+def is_other_variant(what, family, variant):
+    """Whether two rows have the name, of which the tiny model has the other."""
+    name = what.split(": ")[1]
+    return family.text.count(f"{name} ") > 1
