@@ -16,8 +16,8 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, BinaryIO, cast
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Any, BinaryIO
 
 from growkit.errors import GrowkitError, UsageError
 
@@ -81,7 +81,7 @@ def open_text(raw: BinaryIO, name: str) -> Iterator[io.BufferedReader]:
     try:
         with ExitStack() as opened:
             file = _decompress(raw, name, opened)
-            yield _recode(file)
+            yield _recode(file, opened)
     except UnicodeDecodeError as error:
         raise GrowkitError(f"{name} is not whole {error.encoding} text: {error.reason}") from error
     except OSError as error:
@@ -89,7 +89,7 @@ def open_text(raw: BinaryIO, name: str) -> Iterator[io.BufferedReader]:
 
 
 def _decompress(raw: BinaryIO, name: str, opened: ExitStack) -> io.BufferedReader:
-    file = _buffer(raw)
+    file = _buffer(raw, opened)
     expected = _COMPRESSED.get(os.path.splitext(name.lower())[1])
     for layer in range(_MOST_LAYERS):
         head = file.peek(HEAD)
@@ -103,13 +103,23 @@ def _decompress(raw: BinaryIO, name: str, opened: ExitStack) -> io.BufferedReade
         if kind is None:
             return file
         inner = opened.enter_context(_explain_damage(_OPENERS[kind](file, name), kind, name))
-        file = _buffer(inner)
+        file = _buffer(inner, opened)
     return file
 
 
-def _buffer(file: BinaryIO) -> io.BufferedReader:
-    """A reader whose `peek` shows HEAD bytes, or the whole of a shorter file."""
-    return io.BufferedReader(cast("io.RawIOBase", file), HEAD)
+def _buffer(file: Any, opened: ExitStack) -> io.BufferedReader:
+    """A reader whose `peek` shows HEAD bytes, or the whole of a shorter file.
+
+    It lets go of the file before that is closed.
+    """
+    reader = io.BufferedReader(file, HEAD)
+    opened.callback(_let_go, reader)
+    return reader
+
+
+def _let_go(reader: io.BufferedReader | io.TextIOWrapper) -> None:
+    with suppress(ValueError):  # closed, or let go, already
+        reader.detach()
 
 
 def find_compression(head: bytes) -> str | None:
@@ -195,12 +205,17 @@ class _Recoder(io.RawIOBase):
         buffer[: len(part)] = part
         return len(part)
 
+    def close(self) -> None:
+        """Let go of the file, which others close."""
+        _let_go(self._text)
+        super().close()
 
-def _recode(file: io.BufferedReader) -> io.BufferedReader:
+
+def _recode(file: io.BufferedReader, opened: ExitStack) -> io.BufferedReader:
     head = file.peek(HEAD)
     for mark, encoding in _MARKS:
         if head.startswith(mark):
-            return io.BufferedReader(_Recoder(file, encoding), HEAD)
+            return _buffer(opened.enter_context(_Recoder(file, encoding)), opened)
     return file
 
 

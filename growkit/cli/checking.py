@@ -169,15 +169,18 @@ def _tokenize_documentation(source: Source, count: int) -> list[int] | None:
         return None
     from pydoc_data.topics import topics
 
-    from tokenizers import Tokenizer
+    from trainer.data.panics import explain_panics
+    from trainer.data.tokenizer import parse_tokenizer
 
-    try:
-        tokenizer = Tokenizer.from_str(source.files["tokenizer.json"].decode())
-    except Exception:  # tokenizers raises nothing more specific
-        return None
     # 16 characters a token are more than any tokenizer needs for text like this.
     text = "\n".join(topics[name] for name in sorted(topics))[: 16 * count]
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids[:count]
+    try:
+        # The whole text, whatever truncation is saved with the tokenizer.
+        tokenizer = parse_tokenizer(source.files["tokenizer.json"], "the tokenizer")
+        with explain_panics("encoding a text"):
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids[:count]
+    except GrowkitError:
+        return None
     return ids or None
 
 

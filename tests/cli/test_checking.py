@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from conftest import SMALL, save_checkpoint, save_directory
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from growkit.checkpoint.location import open_source
 from growkit.cli import checking, run
@@ -85,6 +86,22 @@ def test_what_is_computed_in_jax_is_computed_on_the_cpu(tmp_path, monkeypatch):
     logits = checking.load_function(source)(np.zeros((1, 3), np.int64))
     assert logits.shape == (1, 3, SMALL.vocab) and logits.dtype == np.float32
     assert [device.platform for device in chosen] == ["cpu"]
+
+
+def test_the_text_is_not_cut_by_what_is_saved_with_the_tokenizer(tmp_path):
+    """With a truncation to 4 tokens, a check of 60 would be of the same 4, over and over."""
+    words = {"<unk>": 0, **{f"w{number}": number for number in range(1, 90)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    place = save_directory(tmp_path / "hf")
+    tokenizer.save(str(place / "tokenizer.json"))
+    whole, said = checking.select_tokens(open_source(str(place)), 60)
+    assert said == "tokens of Python's documentation"
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9, pad_id=5)
+    tokenizer.save(str(place / "tokenizer.json"))
+    ids, said = checking.select_tokens(open_source(str(place)), 60)
+    assert said == "tokens of Python's documentation" and (ids == whole).all()
 
 
 def test_writing_leaves_the_choice_of_devices_to_others(tmp_path, monkeypatch):

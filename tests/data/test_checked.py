@@ -193,8 +193,16 @@ def test_values_of_a_manifest_that_cannot_be(tmp_path, changed):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "manifest.json"])
+def test_a_git_lfs_pointer_is_named(tmp_path, name):
+    path = write(tmp_path / "data")
+    (path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n")
+    with pytest.raises(GrowkitError, match=f"{name} is a Git LFS pointer, not the file"):
+        TokenFile.open(path)
+
+
 def test_a_manifest_that_nests_deeply(tmp_path):
     path = write(tmp_path / "data") / "manifest.json"
     path.write_text("[" * 100_000 + "]" * 100_000)
-    with pytest.raises(GrowkitError, match="is not JSON"):
+    with pytest.raises(GrowkitError, match="is not valid JSON"):
         TokenFile.open(tmp_path / "data")

@@ -185,7 +185,7 @@ def check_ends(large, out, number, code, word, to_group, delay):
     assert not list(out.parent.iterdir())
 
 
-@pytest.mark.parametrize(("ending", "to_group"), zip(SIGNALS, [True, False], strict=True))
+@pytest.mark.parametrize(("ending", "to_group"), list(zip(SIGNALS, [True, False], strict=True)))
 def test_a_signal_leaves_nothing(tmp_path, large, ending, to_group):
     check_ends(large, tmp_path / "out", *ending, to_group, random.uniform(0, 2))
 

@@ -242,7 +242,7 @@ def test_no_tokens_at_all_is_caught(tmp_path):
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[]", "JSON object"),
         ("{}", "lacks 'bin_sha256'"),
         ('{"tokens": 13}', "tokens = 13"),

@@ -196,3 +196,17 @@ def test_a_row_that_was_changed_is_put_right(tmp_path):
     carried, rows = history.export(), list(history.rows)
     history.rows[2] = history.rows[2] | {"loss": "9.0"}
     assert history.restore(carried, 8) == 0 and history.rows == rows
+
+
+def test_a_step_that_is_validated_before_and_after_growth_keeps_both(tmp_path):
+    history = begun(tmp_path / "run")
+    history.add(step=0, tokens=0, flops=0.0, event="start")
+    add_rows(history, 1, 4)
+    before = list(history.rows)
+    carried = history.export()
+    history.add(step=4, tokens=256, flops=4.0, event="grown: layer 2 to 3")
+    history.add(step=4, tokens=256, flops=4.0, validation_loss=0.9)
+    after = list(history.rows)
+    assert history.restore(history.export(), 4) == 0 and history.rows == after
+    # A run that was killed after its growth goes on from the checkpoint before it.
+    assert history.restore(carried, 4) == 0 and history.rows == before

@@ -280,6 +280,35 @@ def test_generating_from_nothing(refused, tmp_path):
     refused(["generate", tmp_path / "nothing", "--prompt", "a"], 2, "there is no such directory")
 
 
+@pytest.mark.parametrize(
+    ("stated", "beside", "shorter"),
+    [
+        (None, {}, False),
+        (63, {}, False),
+        (1, {}, True),
+        ([63, 1], {}, True),
+        (None, {"eos_token": "b"}, True),
+        (63, {"eos_token": {"content": "b"}}, True),
+    ],
+)
+def test_generating_ends_with_the_text(monkeypatch, stated, beside, shorter, tmp_path, capsys):
+    """The ids of the configuration end it, one or a list, and the token of the tokenizer's own."""
+    from trainer.evaluate import generate
+
+    drawn = iter([2, 3, 1, 2])
+    monkeypatch.setattr(generate, "_make_sampler", lambda *given: lambda *given: next(drawn))
+    files = {
+        "tokenizer.json": json.dumps(TOKENIZER).encode(),
+        "tokenizer_config.json": json.dumps(beside).encode(),
+    }
+    source = model_directory(tmp_path / "source", files)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": stated}))
+    words = ["generate", str(source), "--prompt", "a", "--tokens", "4"]
+    assert run(words) == 0
+    assert capsys.readouterr().out.strip() == ("acd" if shorter else "acdbc")
+
+
 def test_what_is_not_refused_generates(source, capsys):
     assert (
         run(["generate", str(source), "--prompt", "abc", "--tokens", "3", "--temperature", "0"])

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from growkit.checkpoint.files import LFS_POINTER, is_remote
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.vocabulary import check_ids
 from trainer.data.panics import explain_panics
@@ -98,7 +99,7 @@ def load_tokenizer(path: str | os.PathLike[str], end_of_text: str | None = None)
     file = epath.Path(os.path.expanduser(path))
     if file.is_dir():
         file = file / "tokenizer.json"
-    if not file.exists():
+    if not (file.exists() if is_remote(file) else os.path.isfile(file)):
         raise UsageError(
             f"no tokenizer at {file}: give a tokenizer.json, or a directory holding one"
         )
@@ -142,7 +143,7 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
     Of what is saved in a tokenizer.json, truncation, padding and the dropout of merges are
     switched off: they are settings of somebody's training. Raises GrowkitError for a broken one.
     """
-    if content.startswith(b"version https://git-lfs"):
+    if content.startswith(LFS_POINTER):
         raise GrowkitError(
             f"{name} is a Git LFS pointer and no tokenizer; `git lfs pull` brings the file itself"
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import json
 import os
 import re
 import struct
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from growkit.checkpoint.files import LFS_POINTER, read_json
 from growkit.errors import GrowkitError, UsageError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -166,6 +166,8 @@ class TokenFile:
         prefix = _find_prefix(path)
         bin_path = Path(f"{prefix}.bin")
         index_path = Path(f"{prefix}.idx")
+        for each in (bin_path, index_path):
+            _refuse_pointer(each)
         index = _read_index(index_path)
         tokens = _map_tokens(bin_path, index_path, index)
         manifest_path = bin_path.with_name(MANIFEST)
@@ -236,6 +238,15 @@ def _check_pair(name: str, prefix: str) -> None:
         raise UsageError(
             f"no token data at {name}: neither a directory, nor {missing[0]} and {missing[1]}"
         )
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Refuse a file that Git LFS left in the place of the real one."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise GrowkitError(
+                f"{path} is a Git LFS pointer, not the file; `git lfs pull` fetches that"
+            )
 
 
 def _read_index(path: Path) -> _Index:
@@ -332,10 +343,7 @@ def _check_contiguous(path: Path, index: _Index) -> int:
 
 def _read_manifest(path: Path, index: _Index, tokens: int) -> dict[str, Any]:
     """The manifest beside a pair, after checking that it describes that pair."""
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise GrowkitError(f"{path} is not JSON: {error}") from error
+    manifest = read_json(path)
     if not isinstance(manifest, dict):
         raise GrowkitError(f"{path} must hold a JSON object, not a {type(manifest).__name__}")
     found = {"tokens": tokens, "documents": len(index.documents) - 1, "dtype": index.dtype.name}

@@ -8,7 +8,7 @@ for serving one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.models import require_trained
 from trainer.config.sections import LARGEST_SEED, Precision
 from trainer.data.panics import explain_panics
+from trainer.data.special import read_beside
 from trainer.data.tokenizer import parse_tokenizer
 from trainer.model.decoder import GPTNeoX
 
@@ -34,9 +35,9 @@ def generate_tokens(
     count: int,
     temperature: float,
     seed: int,
-    end_of_text: int | None = None,
+    ends: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yield up to `count` token ids that follow `prompt`; stop before `end_of_text`.
+    """Yield up to `count` token ids that follow `prompt`; stop before one of `ends`.
 
     Temperature 0 takes the likeliest token. A text longer than the context is cut on the left.
     Raises UsageError for an empty prompt and for a temperature or a seed out of range.
@@ -53,7 +54,7 @@ def generate_tokens(
         tokens_T[: len(last)] = last
         key = jax.random.fold_in(jax.random.key(seed), number)
         token = int(draw_token(params, tokens_T, len(last), key))
-        if token == end_of_text:
+        if token in ends:
             return
         text.append(token)
         yield token
@@ -105,11 +106,20 @@ def continue_prompt(source: Source, prompt: str, tokens: int, temperature: float
             f"the prompt has the token {tokenizer.id_to_token(max(ids))!r} with the id "
             f"{max(ids)}, and the model's vocabulary ends at {source.model.vocab - 1}"
         )
-    stated = source.config.get("eos_token_id")
-    end = stated if isinstance(stated, int) else None
-    added = generate_tokens(source, ids, tokens, temperature, seed, end)
+    ends = _list_ends(source, tokenizer)
+    added = generate_tokens(source, ids, tokens, temperature, seed, ends)
     continuation: str = tokenizer.decode(list(added), skip_special_tokens=False)
     return prompt + continuation
+
+
+def _list_ends(source: Source, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a text: those of the configuration, and the tokenizer's own."""
+    stated = source.config.get("eos_token_id")
+    listed = stated if isinstance(stated, list) else [stated]
+    ends = {number for number in listed if isinstance(number, int)}
+    beside = read_beside(source.files, str(source.path))
+    own = tokenizer.token_to_id(beside.stated[0]) if beside.stated else None
+    return ends if own is None else ends | {own}
 
 
 def _read_tokenizer(source: Source) -> Tokenizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from typing import Any
 
 from etils import epath
@@ -153,19 +154,16 @@ class History:
         if not self.earlier and own:
             self.earlier = rows[:own]
             write_once(self.run / EARLIER, render_rows(self.earlier).encode())
-        places = {_identify(row): place for place, row in enumerate(self.rows)}
-        lost = [row for row in rows[own:] if _identify(row) not in places]
-        for row in rows[own:]:
-            if _identify(row) in places:
-                self.rows[places[_identify(row)]] = row
-        known = {_identify(row) for row in rows[own:]}
-        self.rows = [
-            row
-            for row in self.rows
-            if row["step"] != str(step) or not _is_carried_whole(row) or _identify(row) in known
+        known = _index(rows[own:])
+        found = _index(self.rows)
+        lost = [row for name, row in known.items() if name not in found]
+        kept = [
+            known.get(name, row)
+            for name, row in found.items()
+            if row["step"] != str(step) or not _is_carried_whole(row) or name in known
         ]
         # Sorting keeps the order of the rows of one step.
-        self.rows = sorted(self.rows + lost, key=lambda row: int(row["step"]))
+        self.rows = sorted(kept + lost, key=lambda row: int(row["step"]))
         return len(lost)
 
     def keep_until(self, step: int) -> None:
@@ -253,10 +251,19 @@ def _find_start(rows: list[Row]) -> int:
     return 0
 
 
-def _identify(row: Row) -> tuple[Any, ...]:
-    """What no other row of a run has: its step, and which kinds of values it holds."""
-    kinds = tuple(bool(row.get(column)) for column in ("loss", "validation_loss", "scores"))
-    return row["step"], kinds, row["event"]
+def _index(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
+    """The rows by what no other has: the step, the kinds of values, and which such row it is.
+
+    A step at which the model grows is validated twice, before and after.
+    """
+    found: dict[tuple[Any, ...], Row] = {}
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for row in rows:
+        kinds = tuple(bool(row.get(column)) for column in ("loss", "validation_loss", "scores"))
+        name = (row["step"], kinds, row["event"])
+        found[(*name, counts[name])] = row
+        counts[name] += 1
+    return found
 
 
 def _is_carried_whole(row: Row) -> bool:
