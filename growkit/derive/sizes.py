@@ -188,8 +188,7 @@ def _changes(probe: Probe, *names: str) -> bool:
 
 
 def _reads_kv(probe: Probe, heads: str, kv: str, follows: tuple[str, ...]) -> bool:
-    """Whether a shape follows the number of key and value heads, or the model needs it all the same.
-    """
+    """Whether a shape follows the number of key and value heads, or the model needs it."""
     both = probe.grown([Size("", (heads, kv, *follows), "")])
     alone = probe.grown([Size("", (heads, *follows), "")])
     return both != alone or not runs_with(probe, _double(probe, heads, *follows))

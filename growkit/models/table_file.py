@@ -36,6 +36,8 @@ MAPS = (
     "nulls",
     "proved",
     "constants",
+    "new",
+    "fresh",
     "frozen",
     "scalars",
     "patterns",
