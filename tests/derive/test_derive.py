@@ -24,7 +24,7 @@ from growkit.models.table_file import write_family
 from growkit.models.tables import list_shipped, read_shipped, read_text
 
 torch.set_num_threads(1)
-SAMPLE = ["llama", "gemma2", "gpt2", "phi3"]
+SAMPLE = ["gemma2", "gpt2", "phi3", "mixtral"]
 NOTICED = 1e-6
 
 
