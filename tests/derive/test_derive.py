@@ -93,15 +93,14 @@ def wrong_lines(line, family):
 
 
 def largest_gap(family, variant):
-    """The largest gap of growth along all axes that are not frozen."""
-    maps = {}
-    for axis in family.fields:
-        if axis in ("layer", "embed") or axis in family.frozen:
-            continue
-        maps |= maps_of(Workings(variant), axis, axis in family.uniform)
-    if not family.coupled:
-        maps |= maps_of(Workings(variant), "embed", True)
-    growths = [maps, {"layer": proof.identity_map(variant.names.layers)}]
+    """The largest gap of growth along all axes that are not frozen, each alone and all together."""
+    axes = [axis for axis in family.fields if axis != "layer" and axis not in family.frozen]
+    if family.coupled:
+        axes.remove("embed")
+    work = Workings(variant)
+    growths = [maps_of(work, axis, axis in family.uniform) for axis in axes]
+    together = {axis: axis_map for growth in growths for axis, axis_map in growth.items()}
+    growths += [together, {"layer": proof.identity_map(variant.names.layers)}]
     try:
         gaps = [proof.measure_gap(family, variant, growth) for growth in growths]
     except Exception:
