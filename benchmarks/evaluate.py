@@ -1,11 +1,13 @@
-"""How fast growkit's model in JAX is evaluated, beside lm-evaluation-harness' own model in transformers.
+"""How fast growkit's model in JAX is evaluated, compared with lm-evaluation-harness's own model.
 
-    python benchmarks/evaluate.py [--data DIR] [--limit N] [--batch N] [--layers N] [--embed N] [--vocab N]
+    python benchmarks/evaluate.py [--data DIR] [--limit N] [--batch N] [--layers N] [--embed N]
+                                  [--vocab N] [--context N]
 
-Expect a ratio (JAX over transformers) of at most 1 for each task on the CPU: the same items, the same parameters in
-float32, the same number of texts at once. Both are asked every task once before they are timed, so that
-programs are compiled and memory is there, and then in turns; printed are medians, and the first times beside
-them. Without --data the items are made up, of the lengths that the real ones have.
+Expect a ratio (time of JAX over time of transformers) of at most 1 for each task on a CPU: with the
+same items, the same float32 parameters and the same batch size. Both models are asked every task
+once before they are timed, so that programs are compiled and memory is allocated; then they take
+turns. The script prints medians, with the first times beside them. Without --data the items are
+made up, about as long as the real ones.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -34,67 +38,71 @@ from trainer.data.tokenizer import TextTokenizer, train_tokenizer, write_tokeniz
 from trainer.evaluate.harness import load_jax_model
 
 ROUNDS = 3
-# Words in what is asked and in what is scored, about as in the real items.
+# Words in a question and in each of its answers, about as in the real items.
 LENGTHS = {"piqa": (8, 20), "hellaswag": (40, 25), "arc_easy": (20, 4)}
+PASSAGE = 75  # words of a LAMBADA passage
+DOCUMENT = 1500  # words of a document for bits per byte
+SPREAD = 0.02  # standard deviation of the parameters
+
+Item = dict[str, Any]
 
 
 def make_prose(words: int, generator: random.Random) -> str:
-    """Made-up words, frequent ones short."""
+    """Made-up words, of which the frequent ones are short."""
     return " ".join(f"w{int(generator.paretovariate(0.7)) % 5000}" for _ in range(words))
 
 
 def write_items(directory: Path, count: int) -> None:
+    """Write `count` made-up items of each task, as the files that `growkit evaluate` reads."""
     generator = random.Random(0)
     (directory / "bpb").mkdir(parents=True)
-
-    def write(name: str, rows: list[dict]) -> None:
-        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def text(words: int) -> str:
         return make_prose(generator.randint(words // 2, words * 3 // 2), generator)
 
-    write("lambada.jsonl", [{"text": text(75)} for _ in range(count)])
-    asked, scored = LENGTHS["piqa"]
-    write(
-        "piqa.jsonl",
-        [
-            {"goal": text(asked), "sol1": text(scored), "sol2": text(scored), "label": 0}
-            for _ in range(count)
-        ],
-    )
-    asked, scored = LENGTHS["arc_easy"]
-    write(
-        "arc_easy.jsonl",
-        [
-            {"question": text(asked), "choices": [text(scored) for _ in range(4)], "gold": 0}
-            for _ in range(count)
-        ],
-    )
-    asked, scored = LENGTHS["hellaswag"]
-    rows = [
-        {
-            "activity_label": "A",
-            "ctx_a": text(asked),
-            "ctx_b": "",
-            "endings": [text(scored) for _ in range(4)],
-            "label": 0,
-        }
-        for _ in range(count)
-    ]
-    write("hellaswag.jsonl", rows)
-    write("bpb/text.jsonl", [{"text": text(1500)} for _ in range(max(1, count // 10))])
+    def write(name: str, make: Callable[[], Item], number: int) -> None:
+        rows = [make() for _ in range(number)]
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("lambada.jsonl", lambda: {"text": text(PASSAGE)}, count)
+    write("piqa.jsonl", lambda: make_piqa(text), count)
+    write("arc_easy.jsonl", lambda: make_arc(text), count)
+    write("hellaswag.jsonl", lambda: make_hellaswag(text), count)
+    write("bpb/text.jsonl", lambda: {"text": text(DOCUMENT)}, max(1, count // 10))
 
 
-def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) -> tuple[Path, Path]:
-    """The same random parameters as a checkpoint and as a Hugging Face directory."""
+def make_piqa(text: Callable[[int], str]) -> Item:
+    asked, answer = LENGTHS["piqa"]
+    return {"goal": text(asked), "sol1": text(answer), "sol2": text(answer), "label": 0}
+
+
+def make_arc(text: Callable[[int], str]) -> Item:
+    asked, answer = LENGTHS["arc_easy"]
+    return {"question": text(asked), "choices": [text(answer) for _ in range(4)], "gold": 0}
+
+
+def make_hellaswag(text: Callable[[int], str]) -> Item:
+    asked, answer = LENGTHS["hellaswag"]
+    return {
+        "activity_label": "A",
+        "ctx_a": text(asked),
+        "ctx_b": "",
+        "endings": [text(answer) for _ in range(4)],
+        "label": 0,
+    }
+
+
+def write_model(
+    directory: Path, model: Architecture, tokenizer: TextTokenizer
+) -> tuple[Path, Path]:
+    """Write the same random parameters as a checkpoint and as a Hugging Face directory."""
     generator = np.random.default_rng(0)
     recipes = {}
     for name, row, _ in model.table.names(model.sizes):
         shape = row.shape(model.sizes)
-        array = (
-            0.02 * generator.standard_normal(shape, np.float32) + (row.begins == "ones")
-        ).astype(np.float32)
-        recipes[name] = copy_tensor(wrap_array(array))
+        mean = 1.0 if row.begins == "ones" else 0.0
+        array = mean + SPREAD * generator.standard_normal(shape, np.float32)
+        recipes[name] = copy_tensor(wrap_array(array.astype(np.float32)))
     (directory / "tokenizer").mkdir()
     write_tokenizer(directory / "tokenizer", tokenizer)
     files = {path.name: path.read_bytes() for path in (directory / "tokenizer").iterdir()}
@@ -109,26 +117,39 @@ def write_model(directory: Path, model: Architecture, tokenizer: TextTokenizer) 
     return directory / "checkpoint", directory / "huggingface"
 
 
-def time_question(model, question: harness.Question) -> float:
+def time_question(model: Any, question: harness.Question) -> float:
+    """Seconds to ask a model all documents of a task."""
     begun = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):  # the harness' bars
+    with contextlib.redirect_stderr(io.StringIO()):  # the harness's progress bars
         harness.ask(model, question)
     return time.perf_counter() - begun
 
 
-def compare(ours, theirs, asked: list[harness.Question]) -> None:
-    total = [0.0, 0.0]
-    for question in asked:
-        first = [time_question(model, question) for model in (ours, theirs)]
-        pairs = [(time_question(ours, question), time_question(theirs, question)) for _ in range(ROUNDS)]
-        medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
-        total = [before + median for before, median in zip(total, medians, strict=True)]
+def compare(ours: Any, theirs: Any, questions: list[harness.Question]) -> None:
+    """Time both models on each task, in turns, and print the ratios."""
+    our_total = 0.0
+    their_total = 0.0
+    for question in questions:
+        our_first = time_question(ours, question)
+        their_first = time_question(theirs, question)
+        our_times = []
+        their_times = []
+        for _ in range(ROUNDS):
+            our_times.append(time_question(ours, question))
+            their_times.append(time_question(theirs, question))
+        our_median = statistics.median(our_times)
+        their_median = statistics.median(their_times)
+        our_total += our_median
+        their_total += their_median
         click.echo(
-            f"{question.name}: {question.documents} documents, JAX {medians[0]:.2f} s (at first {first[0]:.2f} s), "
-            f"transformers {medians[1]:.2f} s (at first {first[1]:.2f} s), ratio {medians[0] / medians[1]:.2f}"
+            f"{question.name}: {question.documents} documents, "
+            f"JAX {our_median:.2f} s (at first {our_first:.2f} s), "
+            f"transformers {their_median:.2f} s (at first {their_first:.2f} s), "
+            f"ratio {our_median / their_median:.2f}"
         )
     click.echo(
-        f"all: JAX {total[0]:.1f} s, transformers {total[1]:.1f} s, ratio {total[0] / total[1]:.2f}"
+        f"all: JAX {our_total:.1f} s, transformers {their_total:.1f} s, "
+        f"ratio {our_total / their_total:.2f}"
     )
 
 
@@ -143,6 +164,7 @@ def compare(ours, theirs, asked: list[harness.Question]) -> None:
 def main(
     data: Path | None, limit: int, batch: int, layers: int, embed: int, vocab: int, context: int
 ) -> None:
+    """Compare both models, on the items in DATA or on made-up ones."""
     model = GPT_NEOX.model(
         layer=layers,
         embed=embed,
@@ -159,10 +181,10 @@ def main(
             write_items(data, limit)
         tokenizer = train_tokenizer([make_prose(20_000, random.Random(1))], 4096)
         checkpoint, directory = write_model(root, model, tokenizer)
-        asked = collect_questions(None, data, limit, lambda words: None)
+        questions = collect_questions(None, data, limit, lambda words: None)
         ours = load_jax_model(open_source(str(checkpoint)), tokenizer, context, batch)
         theirs = load_hugging_face_model(directory, tokenizer.end_of_text_id, context, batch)
-        compare(ours, theirs, asked)
+        compare(ours, theirs, questions)
 
 
 if __name__ == "__main__":

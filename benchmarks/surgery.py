@@ -1,18 +1,20 @@
-"""Growth on disk against copying a file of the same size, and against what else grows models.
+"""Growth on disk compared with copying a file of the same size, and with other programs that grow.
 
-    python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM] [--alone]
-                                 [--only huggingface|checkpoint|scale]
+    python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM]
+                                 [--alone] [--only huggingface|checkpoint|scale]
 
-Expect, against `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy on directories and on checkpoints
-alike, an average of two in 1.0 to 1.8 times, in 20 to 45 MB; a naive transformers script and mergekit five to eleven
-times as long, in memory as large as the model. Needs disk and memory for about five times the model (2.7 GB at 0.6B
-parameters in float32); three rounds of everything take 20 minutes on two cores.
+Expect, compared with `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy, on
+directories and on checkpoints alike; an average of two in 1.0 to 1.8 times; 20 to 45 MB of memory;
+a naive transformers script and mergekit five to eleven times as long, in memory as large as the
+model. Needs disk and memory for about five times the model (2.7 GB at 0.6B parameters in float32).
+Three rounds of everything take 20 minutes on two cores.
 
-Everything is a command of its own, timed from start to end, in turns within a round; printed are the medians of each,
-of its ratio to cp in the same round, and its peak anonymous memory. Once as it is and once with a sync of the file
-system at the end. The first touch of memory costs a virtual machine more than a copy does, and one that gives free
-memory back to its host touches for the first time again seconds later; so before every command the page cache is
-filled, from a file without blocks, and what is written takes its memory from there, as on a machine in use.
+Everything is a command of its own, timed from start to end, in turns within a round. The script
+prints the medians of each, of its ratio to cp in the same round, and its peak anonymous memory:
+once as it is, and once with a sync of the file system at the end. On a virtual machine the first
+touch of memory costs more than a copy does, and memory that is given back to the host counts as
+untouched again seconds later. So before every command the page cache is filled from a file without
+blocks, and the output takes its memory from there, as on a machine in use.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import statistics
@@ -27,10 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,7 +44,7 @@ from growkit.checkpoint.tensor import BLOCK, Contents, Recipe
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 
-# Python programs run compiled, as installed ones are.
+# Python programs run from compiled files, as installed ones do.
 COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
 # 18 layers of embed 1536, untied: 0.66B parameters. The other sizes keep the proportions.
@@ -78,41 +80,47 @@ def build(path: Path, model: Architecture, kind: str, dtype: np.dtype, seed: int
         return path
     noise = np.random.default_rng(seed).normal(0, 0.02, BLOCK // dtype.itemsize).astype(dtype)
 
-    def recipe(shape: tuple[int, ...]) -> Recipe:
-        size = int(np.prod(shape))
-        pieces = [
-            (start, noise[: min(len(noise), size - start)]) for start in range(0, size, len(noise))
-        ]
-        return Recipe(
-            shape,
-            dtype,
-            pieces=lambda: ((start * dtype.itemsize, piece) for start, piece in pieces),
-        )
-
-    recipes = {
-        name: recipe(row.shape(model.sizes)) for name, row, _ in model.table.names(model.sizes)
-    }
+    recipes = {}
+    for name, row, _ in model.table.names(model.sizes):
+        recipes[name] = repeat_noise(row.shape(model.sizes), noise)
     slots = ("params", "mu", "nu") if kind == "checkpoint" else ("params",)
     write_output(path, kind, Contents(model.config(), dict.fromkeys(slots, recipes), []))
     return path
 
 
+def repeat_noise(shape: tuple[int, ...], noise: np.ndarray) -> Recipe:
+    """A tensor that repeats the same noise."""
+    size = math.prod(shape)
+
+    def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, size, len(noise)):
+            yield start * noise.itemsize, noise[: size - start]
+
+    return Recipe(shape, noise.dtype, pieces=pieces)
+
+
 @dataclass
 class Contender:
-    """One way to do a job: a command that makes OUT."""
+    """One way to do a job: a command, in which the word OUT stands for the output."""
 
     name: str
-    command: Callable[[Path], list[str]]
+    command: list[str]
 
 
-def time_contender(contender: Contender, out: Path, synced: bool, read: list[Path]) -> tuple[float, float]:
-    """Seconds, and megabytes of anonymous memory at the peak, of a command; `read`: the directories it reads."""
+def time_contender(
+    contender: Contender, out: Path, synced: bool, read: list[Path]
+) -> tuple[float, float]:
+    """(seconds, megabytes of anonymous memory at the peak) of a command.
+
+    synced: whether a sync of the file system is part of it. read: the directories that it reads.
+    """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     warm_cache(out.parent, read)
+    command = place_words(contender.command, OUT=out)
     started = time.perf_counter()
     process = subprocess.Popen(
-        contender.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=COMPILED
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=COMPILED
     )
     peak = 0.0
     while process.poll() is None:
@@ -122,12 +130,18 @@ def time_contender(contender: Contender, out: Path, synced: bool, read: list[Pat
         os.sync()
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise SystemExit(f"{contender.name} failed: {process.stderr.read().decode()[-2000:]}")
+        errors = process.stderr.read().decode() if process.stderr else ""
+        raise SystemExit(f"{contender.name} failed: {errors[-2000:]}")
     return seconds, peak
 
 
+def place_words(command: list[str], **paths: Path) -> list[str]:
+    """A command with paths in the place of the words that stand for them."""
+    return [str(paths.get(word, word)) for word in command]
+
+
 def read_anonymous_memory(process: int) -> float:
-    """Megabytes of memory of a process that no file is behind."""
+    """Megabytes of a process's memory that are not backed by a file."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -137,46 +151,53 @@ def read_anonymous_memory(process: int) -> float:
 
 
 def warm_cache(directory: Path, read: list[Path]) -> None:
-    """Fill the page cache with a file of one hole, then with what the command will read."""
-    hole, buffer = directory / "hole", bytearray(4 * BLOCK)
+    """Fill the page cache with a file without blocks, then with what the command will read."""
+    hole = directory / "hole"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with open(hole, "wb") as file:
         file.truncate(memory * 9 // 10)
-    for path in [hole, *(file for each in read for file in each.rglob("*") if file.is_file())]:
+    files = [path for each in read for path in each.rglob("*") if path.is_file()]
+    buffer = bytearray(4 * BLOCK)
+    for path in [hole, *files]:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
 
 
 def count_bytes(directory: Path) -> int:
-    """Bytes of all files."""
+    """Bytes of all files in a directory."""
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def compare(
     what: str, contenders: list[Contender], out: Path, rounds: int, read: list[Path]
 ) -> None:
-    """Time all contenders, which read `read`, in turns; the first is the copy that the ratios are to."""
+    """Time all contenders in turns and print them; ratios are to the first one, the copy.
+
+    read: the directories that they read.
+    """
     for synced in (False, True):
         seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
         memory = dict.fromkeys(seconds, 0.0)
         for _ in range(rounds):
             for each in contenders:
-                taken, peak = time_contender(each, out, synced, read)
-                seconds[each.name].append(taken)
+                time_taken, peak = time_contender(each, out, synced, read)
+                seconds[each.name].append(time_taken)
                 memory[each.name] = max(memory[each.name], peak)
+        mode = "with sync" if synced else ""
         copy = seconds[contenders[0].name]
         for name, taken in seconds.items():
-            ratio = statistics.median(
-                mine / theirs for mine, theirs in zip(taken, copy, strict=True)
+            ratios = [mine / theirs for mine, theirs in zip(taken, copy, strict=True)]
+            line = (
+                f"{statistics.median(ratios):5.2f} x cp  {statistics.median(taken):6.2f} s  "
+                f"{memory[name]:6.0f} MB"
             )
-            line = f"{ratio:5.2f} x cp  {statistics.median(taken):6.2f} s  {memory[name]:6.0f} MB"
-            print(f"{what:27} {'with sync' if synced else '':10} {name:20} {line}", flush=True)
+            print(f"{what:27} {mode:10} {name:20} {line}", flush=True)
     shutil.rmtree(out, ignore_errors=True)
 
 
 def add_buffers(source: Path, layer: int) -> Path:
-    """The source as checkpoints once were, with the three buffers a layer that mergekit insists on."""
+    """The source with three buffers a layer, as old checkpoints have and mergekit requires."""
     old = source.parent / "with-buffers"
     old.mkdir(exist_ok=True)
     buffers = {
@@ -196,139 +217,163 @@ def add_buffers(source: Path, layer: int) -> Path:
 
 
 def make_mergekit(program: str, source: Path, layer: int, target: int) -> Contender:
-    """mergekit's passthrough of the same layers."""
+    """mergekit's passthrough merge of the same layers."""
     source = add_buffers(source, layer)
-    slices = "".join(
-        f"  - sources:\n    - model: {source}\n      layer_range: [{old}, {old + 1}]\n"
-        for old in (i * layer // target for i in range(target))
-    )
+    slices = ""
+    for new in range(target):
+        old = new * layer // target
+        slices += f"  - sources:\n    - model: {source}\n      layer_range: [{old}, {old + 1}]\n"
     path = source.parent / "mergekit.yaml"
     path.write_text(f"merge_method: passthrough\ndtype: float32\nslices:\n{slices}")
-    return Contender("mergekit", lambda out: [program, str(path), str(out), "--no-copy-tokenizer"])
+    return Contender("mergekit", [program, str(path), "OUT", "--no-copy-tokenizer"])
 
 
 def list_rivals(source: Path, layer: int, target: int, program: str | None) -> list[Contender]:
-    """What else grows a Hugging Face directory in depth, as far as it is installed."""
+    """Other programs that grow a Hugging Face directory in depth, those that are installed."""
     found = []
     if importlib.util.find_spec("transformers"):
-        script = [sys.executable, "-c", NAIVE, str(source)]
-        found.append(Contender("transformers script", lambda out: [*script, str(out), str(target)]))
+        script = [sys.executable, "-c", NAIVE, str(source), "OUT", str(target)]
+        found.append(Contender("transformers script", script))
     if program:
         found.append(make_mergekit(program, source, layer, target))
     return found
 
 
-def list_jobs(
-    model: Architecture, directory: Path
-) -> dict[str, tuple[Architecture, Callable[[Path, Path, Path], list[str]]]]:
-    """Every growth that is timed: name -> (the source's model, the command by source, other source and output).
+@dataclass
+class Job:
+    """A growth to time.
 
-    Sources that grow in width have a quarter of the layers, so that all outputs have about the same size.
+    words: growkit's arguments, in which SOURCE, OTHER and OUT stand for paths.
     """
-    target, small = model.layer * 4 // 3, model.change(layer=max(1, model.layer // 4))
-    grown = replace(
-        small,
-        layer=small.layer * 4 // 3,
+
+    name: str
+    model: Architecture
+    words: list[str]
+
+
+def list_jobs(model: Architecture, directory: Path) -> list[Job]:
+    """Every growth that is timed, with its source's model.
+
+    Sources that grow in width have a quarter of the layers, so that all outputs have about the same
+    size.
+    """
+    layers = f"{model.layer}:{model.layer * 4 // 3}"
+    small = model.change(layer=max(1, model.layer // 4))
+    like = write_grown_config(small, directory)
+    return [
+        Job("depth", model, ["depth", "--map", layers, "SOURCE", "OUT"]),
+        Job("average of two", model, ["average", "SOURCE", "OTHER", "--out", "OUT"]),
+        Job("width", small, ["width", "--embed", "2x", "SOURCE", "OUT"]),
+        Job("depth and width", small, ["grow", "--like", str(like), "SOURCE", "OUT"]),
+    ]
+
+
+def write_grown_config(model: Architecture, directory: Path) -> Path:
+    """The config.json of a third more layers and twice the width."""
+    grown = model.change(
+        layer=model.layer * 4 // 3,
         head=model.head_count * 2,
         embed=model.embed * 2,
         mlp=model.mlp * 2,
     )
-    like = directory / "like.json"
-    like.write_text(json.dumps(grown.config()))
-    return {
-        "depth": (
-            model,
-            lambda source, other, out: ["depth", "--map", f"{model.layer}:{target}", source, out],
-        ),
-        "average of two": (
-            model,
-            lambda source, other, out: ["average", source, other, "--out", out],
-        ),
-        "width": (small, lambda source, other, out: ["width", "--embed", "2x", source, out]),
-        "depth and width": (
-            small,
-            lambda source, other, out: ["grow", "--like", like, source, out],
-        ),
-    }
+    path = directory / "like.json"
+    path.write_text(json.dumps(grown.config()))
+    return path
 
 
-def compare_kind(
-    kind: str,
-    model: Architecture,
-    directory: Path,
-    rounds: int,
-    program: str | None = None,
-    others: bool = False,
-) -> None:
-    """All jobs on one kind of source; each is compared with a copy of its own output."""
-    sample, out, other = directory / "sample", directory / "out", directory / "other"
-    for name, (begun, words) in list_jobs(model, directory).items():
-        source = build(directory / f"{kind}-{begun.layer}", begun, kind, np.dtype(np.float32))
-        if name.startswith("average"):
-            build(other, begun, kind, np.dtype(np.float32), seed=1)
+@dataclass
+class Bench:
+    """Where and how often to time. program: mergekit's; others: whether to time other programs."""
 
-        def command(out: Path, source: Path = source, words: Any = words) -> list[str]:
-            return [*GROWKIT, *map(str, words(source, other, out))]
+    directory: Path
+    rounds: int
+    program: str | None
+    others: bool
 
-        subprocess.run(command(sample), check=True, stdout=subprocess.DEVNULL)
-        copy = Contender("cp -r", lambda out: ["cp", "-r", str(sample), str(out)])
-        contenders = [copy, Contender("growkit", command)]
-        if name == "depth" and others:
-            contenders += list_rivals(source, model.layer, model.layer * 4 // 3, program)
-        read = [sample, source, *([other] if other.exists() else [])]
-        compare(f"{kind} {name}", contenders, out, rounds, read)
-        shutil.rmtree(sample)
-        shutil.rmtree(other, ignore_errors=True)
-    for source in directory.glob(f"{kind}-*"):
+
+def compare_kind(kind: str, model: Architecture, bench: Bench) -> None:
+    """Time all jobs on one kind of source."""
+    for job in list_jobs(model, bench.directory):
+        compare_job(kind, job, bench)
+    for source in bench.directory.glob(f"{kind}-*"):
         shutil.rmtree(source)
 
 
-def measure_scale(directory: Path, rounds: int) -> None:
-    """Time and memory of growth in depth over the size of the model, in bfloat16."""
+def compare_job(kind: str, job: Job, bench: Bench) -> None:
+    """Time a job against a copy of its own output, and depth against other programs too."""
+    model = job.model
+    sample = bench.directory / "sample"
+    source = bench.directory / f"{kind}-{model.layer}"
+    other = bench.directory / "other"
+    build(source, model, kind, np.dtype(np.float32))
+    read = [sample, source]
+    if "OTHER" in job.words:
+        build(other, model, kind, np.dtype(np.float32), seed=1)
+        read.append(other)
+
+    command = place_words([*GROWKIT, *job.words], SOURCE=source, OTHER=other)
+    subprocess.run(place_words(command, OUT=sample), check=True, stdout=subprocess.DEVNULL)
+    contenders = [
+        Contender("cp -r", ["cp", "-r", str(sample), "OUT"]),
+        Contender("growkit", command),
+    ]
+    if bench.others and kind == "huggingface" and job.name == "depth":
+        contenders += list_rivals(source, model.layer, model.layer * 4 // 3, bench.program)
+    compare(f"{kind} {job.name}", contenders, bench.directory / "out", bench.rounds, read)
+    shutil.rmtree(sample)
+    shutil.rmtree(other, ignore_errors=True)
+
+
+def measure_scale(bench: Bench) -> None:
+    """Time and memory of growth in depth by the size of the model, in bfloat16."""
+    source = bench.directory / "source"
+    out = bench.directory / "out"
     for billions in SIZES:
         model = scale_model(billions)
-        source = build(directory / "source", model, "huggingface", np.dtype(ml_dtypes.bfloat16))
-        words = [*GROWKIT, "depth", "--map", f"{model.layer}:{model.layer * 4 // 3}", str(source)]
-        each = Contender("growkit", lambda out, words=words: [*words, str(out)])
-        runs = [time_contender(each, directory / "out", False, [source]) for _ in range(rounds)]
-        size = count_bytes(directory / "out") / 1e9
-        seconds, peak = statistics.median(taken for taken, _ in runs), max(peak for _, peak in runs)
+        build(source, model, "huggingface", np.dtype(ml_dtypes.bfloat16))
+        layers = f"{model.layer}:{model.layer * 4 // 3}"
+        growkit = Contender("growkit", [*GROWKIT, "depth", "--map", layers, str(source), "OUT"])
+        runs = [time_contender(growkit, out, False, [source]) for _ in range(bench.rounds)]
+        size = count_bytes(out) / 1e9
+        seconds = statistics.median(taken for taken, _ in runs)
+        peak = max(memory for _, memory in runs)
         print(
-            f"{billions:4}B: {size:6.2f} GB out, {seconds:6.2f} s, {size / seconds:5.2f} GB/s, {peak:4.0f} MB"
+            f"{billions:4}B: {size:6.2f} GB out, {seconds:6.2f} s, {size / seconds:5.2f} GB/s, "
+            f"{peak:4.0f} MB"
         )
         shutil.rmtree(source)
-        shutil.rmtree(directory / "out")
+        shutil.rmtree(out)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", type=Path, help="where to work; a temporary directory by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parameters", type=float, default=0.6, choices=SIZES, help="in billions")
+    parser.add_argument(
+        "--mergekit", default=shutil.which("mergekit-yaml"), help="its mergekit-yaml program"
+    )
+    parser.add_argument("--alone", action="store_true", help="leave transformers and mergekit out")
+    parser.add_argument("--only", choices=("huggingface", "checkpoint", "scale"))
+    return parser.parse_args()
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--dir", type=Path, help="where to work; a temporary directory by default")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--parameters", type=float, default=0.6, choices=SIZES, help="in billions")
-    options.add_argument(
-        "--mergekit", default=shutil.which("mergekit-yaml"), help="its mergekit-yaml program"
-    )
-    options.add_argument("--alone", action="store_true", help="leave transformers and mergekit out")
-    options.add_argument("--only", choices=("huggingface", "checkpoint", "scale"))
-    chosen = options.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.dir, prefix="surgery-") as name:
-        directory, model = Path(name), scale_model(chosen.parameters)
-        if chosen.only in (None, "huggingface"):
-            compare_kind(
-                "huggingface", model, directory, chosen.rounds, chosen.mergekit, not chosen.alone
-            )
-        if chosen.only in (None, "checkpoint"):
-            # A checkpoint holds every parameter three times: a third of the layers, tied, make about as many bytes.
-            compare_kind(
-                "checkpoint",
-                model.change(layer=model.layer // 3, tied=True),
-                directory,
-                chosen.rounds,
-            )
-        if chosen.only in (None, "scale"):
-            measure_scale(directory, chosen.rounds)
+    options = parse_options()
+    model = scale_model(options.parameters)
+    with tempfile.TemporaryDirectory(dir=options.dir, prefix="surgery-") as name:
+        bench = Bench(Path(name), options.rounds, options.mergekit, not options.alone)
+        if options.only in (None, "huggingface"):
+            compare_kind("huggingface", model, bench)
+        if options.only in (None, "checkpoint"):
+            # A checkpoint holds every parameter three times: a third of the layers, tied, makes
+            # about as many bytes.
+            third = model.change(layer=model.layer // 3, tied=True)
+            compare_kind("checkpoint", third, bench)
+        if options.only in (None, "scale"):
+            measure_scale(bench)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The other side of the training benchmarks: a step of transformers' GPTNeoXForCausalLM with PyTorch's own AdamW.
+"""PyTorch's side of the training benchmarks: transformers' GPTNeoXForCausalLM with PyTorch's AdamW.
 
-Knows the model in PyTorch, its step, and how its parameters become the trainer's; leaves timing to the scripts.
+The model, its training step, and its parameters as the trainer's tree; the scripts do the timing.
 """
 
 from __future__ import annotations
@@ -32,11 +32,9 @@ def convert_parameters(network: Any, model: Architecture) -> dict[str, Any]:
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
 
     def leaf(row: Row) -> np.ndarray:
-        return (
-            np.stack([tensors[row.name_at((n,))] for n in range(model.layer)])
-            if row.stacked
-            else tensors[row.name]
-        )
+        if not row.stacked:
+            return tensors[row.name]
+        return np.stack([tensors[row.name_at((layer,))] for layer in range(model.layer)])
 
     return model.table.tree(leaf)
 
@@ -44,7 +42,7 @@ def convert_parameters(network: Any, model: Architecture) -> dict[str, Any]:
 def make_step(
     network: Any, settings: Optimizer, compiled: bool, compute: str
 ) -> Callable[[Any], Any]:
-    """tokens [B, T+1] -> loss: forward, backward, clip by the global norm, and one fused AdamW update."""
+    """tokens [B, T+1] -> loss: forward, backward, clip by global norm, one fused AdamW update."""
     parameters = list(network.parameters())
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
@@ -54,7 +52,8 @@ def make_step(
     ]
     betas = (settings.beta1, settings.beta2)
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas, settings.eps, fused=True)
-    dtype, device = getattr(torch, compute), parameters[0].device.type
+    dtype = getattr(torch, compute)
+    device = parameters[0].device.type
 
     def loss_of(tokens: Any) -> Any:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -63,10 +62,10 @@ def make_step(
                 logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
             )
 
-    loss_of = torch.compile(loss_of) if compiled else loss_of
+    compute_loss = torch.compile(loss_of) if compiled else loss_of
 
     def step(tokens: Any) -> Any:
-        loss = loss_of(tokens)
+        loss = compute_loss(tokens)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip)

@@ -1,11 +1,13 @@
-"""The trainer's step on a CPU against the same step in PyTorch: tokens/s, in turns, on the same tokens.
+"""The trainer's step on a CPU compared with the same step in PyTorch, in tokens per second.
 
     python benchmarks/train_cpu.py
 
-The trainer's own jitted step (`make_train_step`: loss, gradients, clip, AdamW) against transformers' GPTNeoXForCausalLM
-with torch.optim.AdamW (fused), eager and under torch.compile: 6 layers, d 256, vocabulary 8192, 8 sequences of 256
-tokens, float32, no dropout, two threads each. All begin with the same parameters, and their losses must agree at the
-end. Printed are the median of each, and the median, least and largest of the rounds' ratios. About a minute and a half.
+The trainer's own jitted step (`make_train_step`: loss, gradients, clip, AdamW) against
+transformers' GPTNeoXForCausalLM with torch.optim.AdamW (fused), eager and under torch.compile: 6
+layers, embed 256, vocabulary 8192, 8 sequences of 256 tokens, float32, no dropout, two threads
+each. All begin with the same parameters and train on the same tokens, in turns; their losses must
+agree at the end. The script prints the median of each, and the median, smallest and largest ratio
+of all rounds. It takes about a minute and a half.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from torch_training import convert_parameters, make_network, make_step
 from trainer.config.sections import Config, build_architecture, resolve
 from trainer.step.update import init_state, make_train_step
 
-ROUNDS, STEPS, THREADS = 10, 3, 2
+ROUNDS = 10
+STEPS = 3  # a round
+THREADS = 2
+TOLERANCE = 1e-3  # relative difference of the losses at the end
 CONFIG = {
     "model": {"layer": 6, "embed": 256, "head": 4, "mlp": 1024, "vocab": 8192, "context": 256},
     "dropout": {"hidden": 0.0, "attention": 0.0},
@@ -31,16 +36,19 @@ CONFIG = {
     "batch": {"sequences": 8},
     "schedule": {"kind": "constant", "warmup": 0},
 }
-OURS, EAGER, COMPILED = "trainer", "PyTorch, eager", "PyTorch, torch.compile"
+OURS = "trainer"
+EAGER = "PyTorch, eager"
+COMPILED = "PyTorch, torch.compile"
+
+Step = Callable[[np.ndarray], float]  # tokens [B, T+1] -> loss; it keeps its own state
 
 
-def make_jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
-    """tokens [B, T+1] -> loss of the trainer's step, which keeps its state here."""
+def make_jax_step(config: Config, params: Any) -> Step:
+    """The trainer's step."""
     model = build_architecture(config.model)
-    state, step = (
-        init_state(config, model, jax.tree.map(jax.numpy.array, params)),
-        make_train_step(config, model),
-    )
+    # Copied, because the step is given its state's memory.
+    state = init_state(config, model, jax.tree.map(jax.numpy.array, params))
+    step = make_train_step(config, model)
 
     def run(tokens: np.ndarray) -> float:
         nonlocal state
@@ -50,24 +58,28 @@ def make_jax_step(config: Config, params: Any) -> Callable[[np.ndarray], float]:
     return run
 
 
-def make_torch_step(config: Config, compiled: bool) -> Callable[[np.ndarray], float]:
-    """The same of PyTorch's."""
+def make_torch_step(config: Config, compiled: bool) -> Step:
+    """PyTorch's step."""
     network = make_network(build_architecture(config.model), config.dropout)
     step = make_step(network, config.optimizer, compiled, config.precision.compute)
     return lambda tokens: float(step(torch.from_numpy(tokens)))
 
 
-def time_step(run: Callable[[np.ndarray], float], batches: np.ndarray) -> float:
-    """Seconds a step over some batches, each step waited for."""
+def time_step(run: Step, batches: np.ndarray) -> float:
+    """Seconds a step over some batches, waiting for each step."""
     begun = time.perf_counter()
     for tokens in batches:
         run(tokens)
     return (time.perf_counter() - begun) / len(batches)
 
 
-def make_competitors(config: Config, first: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
-    """The steps by name, each compiled and warm; torch.compile only where it works (it needs a C++ compiler)."""
-    params = convert_parameters(make_network(build_architecture(config.model), config.dropout), build_architecture(config.model))
+def make_competitors(config: Config, first: np.ndarray) -> dict[str, Step]:
+    """The steps by name, compiled by a run over the batches `first`.
+
+    torch.compile is left out where it does not work: it needs a C++ compiler.
+    """
+    model = build_architecture(config.model)
+    params = convert_parameters(make_network(model, config.dropout), model)
     steps = {
         OURS: make_jax_step(config, params),
         EAGER: make_torch_step(config, False),
@@ -82,26 +94,40 @@ def make_competitors(config: Config, first: np.ndarray) -> dict[str, Callable[[n
     return steps
 
 
+def require_same_loss(losses: dict[str, float]) -> None:
+    """Exit when the steps did not train alike."""
+    lowest = min(losses.values())
+    if max(losses.values()) - lowest > TOLERANCE * lowest:
+        raise SystemExit(f"these are not the same training: losses {losses}")
+
+
+def show(rounds: list[dict[str, float]], tokens: int) -> None:
+    """Print tokens per second and ratios. rounds: seconds a step by name; tokens: in a step."""
+    for name in rounds[0]:
+        median = statistics.median(times[name] for times in rounds)
+        line = f"{name:24} {1e3 * median:7.1f} ms a step, {tokens / median:7.0f} tokens/s"
+        if name != OURS:
+            ratios = sorted(times[name] / times[OURS] for times in rounds)
+            line += (
+                f"; trainer's tokens/s over it {statistics.median(ratios):.2f} "
+                f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            )
+        print(line)
+
+
 def main() -> None:
     torch.set_num_threads(THREADS)
     config = resolve(CONFIG)
-    sequences, context, vocab = config.batch.sequences, config.model.context, config.model.vocab
+    sequences = config.batch.sequences
+    context = config.model.context
     shape = (ROUNDS, STEPS, sequences, context + 1)
-    tokens = np.random.default_rng(0).integers(0, vocab, shape)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape)
     steps = make_competitors(config, tokens[0])
-    rounds = [{name: time_step(step, batches) for name, step in steps.items()} for batches in tokens]
-    losses = {name: step(tokens[0, 0]) for name, step in steps.items()}
-    if max(losses.values()) - min(losses.values()) > 1e-3 * min(losses.values()):
-        raise SystemExit(f"these are not the same training: losses {losses}")
-    for name in steps:
-        median = statistics.median(row[name] for row in rounds)
-        line = (
-            f"{name:24} {1e3 * median:7.1f} ms a step, {sequences * context / median:7.0f} tokens/s"
-        )
-        ratios = sorted(row[name] / row[OURS] for row in rounds)
-        if name != OURS:
-            line += f"; trainer's tokens/s over it {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(line)
+    rounds = []
+    for batches in tokens:
+        rounds.append({name: time_step(step, batches) for name, step in steps.items()})
+    require_same_loss({name: step(tokens[0, 0]) for name, step in steps.items()})
+    show(rounds, sequences * context)
 
 
 if __name__ == "__main__":

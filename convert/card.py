@@ -1,7 +1,4 @@
-"""The model card of an exported directory: what the model is, how it came to be, how to load it.
-
-Knows Markdown and the lineage's entries; leaves figures of quality to whoever measures them.
-"""
+"""The model card of an exported directory: what the model is, how it was made, how to load it."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from growkit.quantity import format_count
 HEAD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt_neox, growkit]
+tags: [{model.kind}, growkit]
 ---
 
-# GPT-NeoX, {size}
+# {model.family.title}, {size}
 
 | | |
 | --- | --- |
@@ -44,44 +41,52 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 
 def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
-    """README.md of an exported model, its lineage in words; the entries themselves are in lineage.json.
+    """README.md of an exported model, with its lineage in words; lineage.json has the entries.
 
-    evaluation: tables and notes in Markdown, where it was measured.
+    evaluation: tables and notes in Markdown, if it was measured.
     """
+    parallel = model.options.get("parallel_residual", False)
     head = HEAD.format(
         model=model,
         size=format_count(model.parameters),
-        residual="parallel" if model.options["parallel_residual"] else "sequential",
+        residual="parallel" if parallel else "sequential",
         head="tied to the embedding" if model.tied else "untied",
     )
-    read = Lineage.read(lineage)
-    steps = "".join(f"{number}. {describe_entry(entry)}\n" for number, entry in enumerate(read, 1))
-    return head + steps + (f"\n## Evaluation\n\n{evaluation}" if evaluation else "")
+    entries = Lineage.read(lineage)
+    steps = [f"{number}. {describe_entry(entry)}\n" for number, entry in enumerate(entries, 1)]
+    card = head + "".join(steps)
+    if evaluation:
+        card += f"\n## Evaluation\n\n{evaluation}"
+    return card
 
 
 def describe_entry(entry: Entry) -> str:
     """One lineage entry as a sentence."""
     if entry.operation == "train":
         return "train: continued"
-    trained = _trained(entry.source)
+    trained = _describe_training(entry.source)
     if isinstance(entry, Growth):
-        return f"{entry.operation}: {_growth(entry)}, function {entry.function}{trained}"
+        grown = _describe_growth(entry)
+        return f"{entry.operation}: {grown}, function {entry.function}{trained}"
     if isinstance(entry, Conversion):
         return f"{entry.operation} to {entry.dtype}{trained}"
     return f"{entry.operation}{trained}"
 
 
-def _trained(source: Origin | None) -> str:
-    """How far an entry's source was trained, empty where that is not on record."""
+def _describe_training(source: Origin | None) -> str:
+    """How far an entry's source was trained; empty if that is not on record."""
     record = source.record if source else {}
     if not record.get("tokens"):
         return ""
     return f", after {record['step']} steps and {format_count(record['tokens'])} tokens"
 
 
-def _growth(entry: Growth) -> str:
-    """What grew and how, and the options that were not the default ones."""
-    changed = ", ".join(f"{axis} {old} to {new}" for axis, (old, new) in entry.changes.items())
-    options = [f"moments {entry.moments}"] if entry.moments != "map" else []
-    options += [f"noise {entry.noise:g}"] if entry.noise else []
-    return ", ".join([f"{changed} by {entry.method}", *options])
+def _describe_growth(entry: Growth) -> str:
+    """What grew and how, and the options that were not the defaults."""
+    changes = ", ".join(f"{axis} {old} to {new}" for axis, (old, new) in entry.changes.items())
+    words = [f"{changes} by {entry.method}"]
+    if entry.moments != "map":
+        words.append(f"moments {entry.moments}")
+    if entry.noise:
+        words.append(f"noise {entry.noise:g}")
+    return ", ".join(words)

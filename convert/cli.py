@@ -1,19 +1,31 @@
-"""The verbs that cross to and from Hugging Face: import, export."""
+"""The verbs that convert from and to Hugging Face directories: import, export."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from growkit.cli.terminal import add_shard_option, write_with_progress
+from growkit.cli.options import PATH
+from growkit.cli.terminal import (
+    add_care_options,
+    add_shard_option,
+    parse_care,
+    say,
+    write_with_progress,
+)
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.tensor import Source
 
 
 @click.command("import")
 @click.argument("hf_dir")
 @click.argument("out")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-def import_(hf_dir: str, out: str, force: bool) -> None:
+@add_care_options
+def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     """Turn the Hugging Face directory HF_DIR into the trainer checkpoint OUT, bit for bit.
 
     A directory has no moments: training from OUT starts Adam at count 0.
@@ -23,11 +35,14 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
     from growkit.checkpoint.location import open_source
 
     source = open_source(hf_dir)
-    write_with_progress(
-        [source], convert_to_checkpoint(source), parse_path(out), "checkpoint", force
-    )
-    click.echo(
-        f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in {hf_dir}, count 0"
+    contents = convert_to_checkpoint(source)
+    care = parse_care(options)
+    write_with_progress([source], contents, parse_path(out), "checkpoint", force, care=care)
+    for note in source.notes:
+        say(f"note: {note}")
+    say(
+        f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in "
+        f"{hf_dir}, count 0"
     )
 
 
@@ -37,17 +52,27 @@ def import_(hf_dir: str, out: str, force: bool) -> None:
 @click.option(
     "--dtype",
     metavar="DTYPE",
-    help="float32, bfloat16, float16 or float64; the source's own by default.",
+    help="float32, bfloat16, float16 or float64. Default: the source's own.",
 )
 @click.option(
-    "--check", is_flag=True, help="Compare the logits of OUT in transformers with SRC's in JAX."
+    "--check",
+    is_flag=True,
+    help="Compare the logits of OUT in transformers with SRC's in JAX, on the CPU.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @add_shard_option
+@add_care_options
+@click.option(
+    "--private-lineage",
+    is_flag=True,
+    help="Keep the paths of this machine in OUT's lineage and settings, as for a model that stays "
+    "here. Without it only their last names are kept.",
+)
 @click.option(
     "--evaluation",
+    type=PATH,
     metavar="FILE.json",
-    help="Put what `evaluate --output` measured of SRC into the card.",
+    help="Put the figures that `evaluate --output` measured of SRC into the model card.",
 )
 def export(
     src: str,
@@ -56,75 +81,61 @@ def export(
     check: bool,
     force: bool,
     shard: str | None,
+    private_lineage: bool,
     evaluation: str | None,
+    **options: Any,
 ) -> None:
-    """Turn SRC into the Hugging Face directory OUT: safetensors, config, tokenizer, model card with the lineage."""
-    from convert.directory import convert_to_directory
-    from convert.reference import require_transformers
+    """Turn SRC into the Hugging Face directory OUT: weights, config, tokenizer, model card.
+
+    Weights are safetensors files; the model card has the lineage.
+    """
+    from convert.directory import choose_dtype, convert_to_directory
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
-    from growkit.entries import Conversion
-    from growkit.lineage import Lineage
 
     source = open_source(src)
-    contents = convert_to_directory(
-        source, dtype, read_evaluation(source, Path(evaluation)) if evaluation is not None else ""
-    )
+    figures = "" if evaluation is None else read_evaluation(source, Path(evaluation))
+    contents = convert_to_directory(source, dtype, figures, private_lineage)
+    care = parse_care(options)
     if check:
-        require_transformers()
-    write_with_progress([source], contents, parse_path(out), "huggingface", force, shard)
-    entry = Lineage.read(contents.lineage).last_as(Conversion)
-    assert entry is not None, "an export says so in its lineage"
-    written = entry.dtype
+        _require_check(source)
+    write_with_progress([source], contents, parse_path(out), "huggingface", force, shard, care)
+    written = str(choose_dtype(source, dtype))
+    _describe_export(source, src, out, written)
+    if check:
+        from growkit.cli.checking import check_export
+
+        say(check_export(source, parse_path(out), written))
+
+
+def _describe_export(source: Source, src: str, out: str, dtype: str) -> None:
+    """Print what was written, and what the output lacks."""
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
-    click.echo(f"wrote {out}: {source.model.parameters:,} parameters in {written}{left}")
+    say(f"wrote {out}: {source.model.parameters:,} parameters in {dtype}{left}")
+    for note in source.notes:
+        say(f"note: {note}")
     if "tokenizer.json" not in source.files:
-        click.echo(
-            f"note: {src} carries no tokenizer.json, so {out} has none; put one there before tokenizing with it"
+        say(
+            f"note: {src} carries no tokenizer.json, so {out} has none; put one there before "
+            "tokenizing with it"
         )
-    if check:
-        click.echo(compare_logits(source, parse_path(out), written))
 
 
-def read_evaluation(source, path: Path) -> str:
-    """What a file of evaluations says of a source, in Markdown. Raises UsageError where it says nothing."""
+def _require_check(source: Source) -> None:
+    """Raise UsageError or GrowkitError, before anything is written, if --check could not run."""
+    from convert.reference import require_transformers
+    from growkit.cli.checking import require_checkable
+
+    require_transformers()
+    require_checkable(source)
+
+
+def read_evaluation(source: Source, path: Path) -> str:
+    """The figures of a source in a file of evaluations, in Markdown. Raises UsageError for none."""
     from growkit.evaluation import report
 
-    return report.format_markdown(report.select_model(report.read_record(path), source, path))
-
-
-def compare_logits(source, out: Path, dtype: str) -> str:
-    """The largest difference between transformers' logits of `out`, written in `dtype`, and ours of `source`, in words.
-
-    Raises GrowkitError when it is more than rounding explains.
-    """
-    import numpy as np
-
-    from convert.reference import load_logits
-    from growkit.checkpoint.location import open_source
-    from growkit.errors import GrowkitError
-    from trainer.model.decoder import compute_logits
-
-    length = min(128, source.model.context)
-    tokens = np.random.default_rng(0).integers(0, source.model.vocab, (2, length))
-    ours, theirs = (
-        compute_logits(source, tokens),
-        load_logits(open_source(str(out)).here, "float32")(tokens),
-    )
-    gap, size = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
-    # Rounding the weights to fewer bits moves logits by about that precision; anything more is a wrong conversion.
-    rounding = (
-        {"bfloat16": 5e-2, "float16": 5e-3}.get(dtype, 1e-4) if dtype != str(source.dtype) else 1e-4
-    )
-    bound = rounding * max(1.0, size)
-    if not gap < bound:
-        raise GrowkitError(
-            f"transformers computes other logits from {out} than growkit from {source.path}: off by {gap:.2e}"
-        )
-    return (
-        f"check: logits of transformers and of JAX differ by at most {gap:.2e} "
-        f"({tokens.size} random tokens, largest logit {size:.2f})"
-    )
+    record = report.select_model(report.read_record(path), source, path)
+    return report.format_markdown(record)
 
 
 COMMANDS = {"import": import_, "export": export}

@@ -1,21 +1,21 @@
-"""Conversion between Hugging Face directories and trainer checkpoints: what the other side's contents are.
+"""Convert between Hugging Face directories and trainer checkpoints: the contents of the other side.
 
-Names and configuration fields need no translation, both sides having the axis table's, so a conversion is a
-copy with another lid. Knows what each side lacks (moments on one, a model card on the other); leaves
-reading and writing to growkit.checkpoint.
+Both sides have the axis table's names and the same configuration, so a conversion copies tensors.
+What differs is what each side lacks: a directory has no moments, a checkpoint no model card.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from convert.card import format_card
+from convert.privacy import strip_config, strip_paths, strip_settings
+from growkit.checkpoint.carried import select_carried
 from growkit.checkpoint.files import encode_json
-from growkit.checkpoint.huggingface import DTYPES
 from growkit.checkpoint.rounding import round_to_dtype
+from growkit.checkpoint.safetensors import DTYPES
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
 from growkit.entries import Conversion, Origin
 from growkit.errors import UsageError, did_you_mean
@@ -27,9 +27,9 @@ OWN = ("README.md", "generation_config.json")
 
 
 def convert_to_checkpoint(source: Source) -> Contents:
-    """A trainer checkpoint of a Hugging Face directory: the parameters bit for bit, no moments, count 0.
+    """A trainer checkpoint of a Hugging Face directory: the parameters bit for bit, no moments.
 
-    Raises UsageError for a checkpoint, and for an architecture that the trainer does not compute.
+    Raises UsageError for a checkpoint, and for a model that the trainer does not compute.
     """
     if source.kind == "checkpoint":
         raise UsageError(
@@ -39,7 +39,7 @@ def convert_to_checkpoint(source: Source) -> Contents:
     entry = Conversion(operation="import", source=Origin.of(source), dtype=str(source.dtype))
     return Contents(
         config=source.config,
-        recipes={"params": _in_table_order(source, None)},
+        recipes={"params": _convert_params(source, None)},
         lineage=[*source.lineage, entry.to_json()],
         record=source.record,
         files=source.files,
@@ -47,50 +47,63 @@ def convert_to_checkpoint(source: Source) -> Contents:
 
 
 def convert_to_directory(
-    source: Source, dtype: str | None = None, evaluation: str = ""
+    source: Source, dtype: str | None = None, evaluation: str = "", paths: bool = False
 ) -> Contents:
-    """A Hugging Face directory of any source, its moments left behind.
+    """A Hugging Face directory of any source, without its moments.
 
-    dtype: float64, float32, bfloat16 or float16, or None for the source's own. evaluation: what the model card says of
-    quality, in Markdown. Raises UsageError for another dtype, and for an architecture other than GPT-NeoX.
+    dtype: float64, float32, bfloat16 or float16, or None for each tensor's own. evaluation: what
+    the model card says of quality, in Markdown. paths: whether the lineage and the settings keep
+    the paths of this machine; only their last names stay otherwise. Raises UsageError for another
+    dtype, and for a model that the trainer does not compute.
     """
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(
-            f"--dtype is one of {', '.join(DTYPE_NAMES)}, got {dtype!r}{did_you_mean(dtype, DTYPE_NAMES)}"
-        )
-    target = DTYPE_NAMES[dtype] if dtype else source.dtype
+    written = choose_dtype(source, dtype)
     model = require_trained(source.model, source.path)
-    entry = Conversion(operation="export", source=Origin.of(source), dtype=str(target))
+    entry = Conversion(operation="export", source=Origin.of(source), dtype=str(written))
+    lineage = [*source.lineage, entry.to_json()]
+    config = model.config(source.config)
+    files = {name: content for name, content in source.files.items() if name not in OWN}
     contents = Contents(
-        config=model.config(source.config),
-        recipes={"params": _in_table_order(source, DTYPE_NAMES[dtype] if dtype else None)},
-        lineage=[*source.lineage, entry.to_json()],
-        files={name: content for name, content in source.files.items() if name not in OWN},
+        # transformers 4 reads torch_dtype, 5 reads dtype.
+        config=(config if paths else strip_config(config))
+        | {"torch_dtype": str(written), "dtype": str(written)},
+        recipes={"params": _convert_params(source, written if dtype else None)},
+        lineage=lineage if paths else strip_paths(lineage),
+        files=select_carried(files if paths else strip_settings(files)),
     )
     beside = {
         "README.md": format_card(model, contents.lineage, evaluation).encode(),
-        "generation_config.json": _generation(source),
+        "generation_config.json": _generation_config(source),
     }
     return replace(contents, files=contents.files | beside)
 
 
-def _in_table_order(source: Source, dtype: np.dtype | None) -> dict[str, Recipe]:
+def choose_dtype(source: Source, dtype: str | None) -> np.dtype:
+    """The dtype of an export: the one asked for, or the source's own. Raises UsageError."""
+    if dtype is None:
+        return source.dtype
+    if dtype not in DTYPE_NAMES:
+        near = did_you_mean(dtype, DTYPE_NAMES)
+        raise UsageError(f"--dtype is one of {', '.join(DTYPE_NAMES)}, got {dtype!r}{near}")
+    return DTYPE_NAMES[dtype]
+
+
+def _convert_params(source: Source, dtype: np.dtype | None) -> dict[str, Recipe]:
+    """The parameters in the table's order, in `dtype` or each in its own."""
     tensors = source.tensors["params"]
-    return {
-        name: _converted(name, tensors[name], dtype or tensors[name].dtype)
-        for name, _, _ in source.model.table.names(source.model.sizes)
-    }
+    names = [name for name, _, _ in source.model.table.names(source.model.sizes)]
+    return {name: _convert(name, tensors[name], dtype or tensors[name].dtype) for name in names}
 
 
-def _converted(name: str, tensor: Tensor, dtype: np.dtype) -> Recipe:
+def _convert(name: str, tensor: Tensor, dtype: np.dtype) -> Recipe:
     if tensor.dtype == dtype:
         return copy_tensor(tensor)
     return map_tensors([tensor], dtype, lambda array: round_to_dtype(name, array, dtype))
 
 
-def _generation(source: Source) -> bytes:
-    kept: Any = source.files.get("generation_config.json")
-    if kept is not None:
-        return kept
+def _generation_config(source: Source) -> bytes:
+    """The source's generation_config.json, or one with its first and last token."""
+    carried = source.files.get("generation_config.json")
+    if carried is not None:
+        return carried
     ids = {key: source.config.get(key, 0) for key in ("bos_token_id", "eos_token_id")}
     return encode_json({"_from_model_config": True, **ids})

@@ -1,6 +1,6 @@
-"""A Hugging Face directory as lm-evaluation-harness asks it: by the harness's own `hf` model, in float32.
+"""A Hugging Face directory as lm-evaluation-harness asks it: the harness's `hf` model in float32.
 
-Adds a count of the contexts that are cut and a progress of growkit's own. Imports lm_eval, torch and transformers.
+It adds a count of cut contexts, and progress. Imports lm_eval, torch and transformers.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from growkit.errors import GrowkitError
-from growkit.evaluation.harness import Request, Windowed, join_scores, silence_libraries
+from growkit.errors import GrowkitError, first_line
+from growkit.evaluation.harness import Request, WindowedModel, join_scores, silence_libraries
+from growkit.models.vocabulary import check_ids
 
 
-class HuggingFaceModel(Windowed, HFLM):
-    """The harness's model of a directory; its bars are silent, `expect` and `advance` are told instead."""
+class HuggingFaceModel(WindowedModel, HFLM):
+    """The harness's model of a directory; its bars are off, `expect` and `advance` are called."""
+
+    def tok_encode(self, string: str, *rest: Any, **options: Any) -> list[int]:
+        """Encode a text. Raises GrowkitError for a token that the model does not have."""
+        ids: list[int] = super().tok_encode(string, *rest, **options)
+        vocab = self.model.get_input_embeddings().num_embeddings
+        check_ids(ids, vocab, "the model", self.tokenizer.convert_ids_to_tokens)
+        return ids
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -30,14 +38,13 @@ class HuggingFaceModel(Windowed, HFLM):
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         pieces, owners = self.split_requests(requests)
-        # A rolling text's windows come a batch at a time, with a batch size of their own.
+        # The harness gives a batch size of its own for the windows of rolling texts, a batch at a
+        # time; those are counted above.
         if override_bs is None:
             self.count_cut(requests)
             self.expect(len(pieces))
-        return join_scores(
-            owners,
-            super()._loglikelihood_tokens(pieces, disable_tqdm=True, override_bs=override_bs),
-        )
+        scores = super()._loglikelihood_tokens(pieces, disable_tqdm=True, override_bs=override_bs)
+        return join_scores(owners, scores)
 
     def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
         logits = super()._model_call(inps, *rest, **options)
@@ -45,10 +52,13 @@ class HuggingFaceModel(Windowed, HFLM):
         return logits
 
 
-def load_hugging_face_model(path: Path, prefix: int | None, window: int, batch: int) -> HuggingFaceModel:
-    """The model of a directory. prefix: the token before a text without context, None for the tokenizer's own choice.
+def load_hugging_face_model(
+    path: Path, prefix: int | None, window: int, batch: int
+) -> HuggingFaceModel:
+    """The model of a directory, on a GPU if torch sees one.
 
-    Raises GrowkitError where transformers cannot load it.
+    prefix: the token before a text without context, None for the tokenizer's own choice. window:
+    tokens. batch: texts. Raises GrowkitError if transformers cannot load it.
     """
     with silence_libraries():
         try:
@@ -60,8 +70,7 @@ def load_hugging_face_model(path: Path, prefix: int | None, window: int, batch: 
                 batch_size=batch,
                 prefix_token_id=prefix,
             )
-        except (
-            Exception
-        ) as problem:  # transformers raises whatever it meets; the user needs one sentence
-            words = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-            raise GrowkitError(f"transformers cannot load {path} ({words[:300]})") from problem
+        except Exception as problem:  # transformers raises many types
+            raise GrowkitError(
+                f"transformers cannot load {path} ({first_line(problem)})"
+            ) from problem

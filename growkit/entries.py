@@ -1,12 +1,12 @@
-"""The entries of a lineage: what was done to a model, one frozen dataclass for each kind of operation.
+"""The entries of a lineage: what was done to a model, one dataclass for each kind of operation.
 
     Growth     depth, width or grow          Training     one run, or one part of a run
     Average    the mean of checkpoints       Conversion   import or export
     Unknown    anything else                 Origin       the model that an entry began with
 
-Files hold an entry as a JSON object. `read_entry` reads it, and `to_json` gives back exactly what was
-read. An entry that this version does not know is kept as it is. The order of entries, and what follows
-from it, is in `growkit.lineage`.
+Files hold an entry as a JSON object. `read_entry` reads it, and `to_json` gives back exactly what
+was read. An entry that this version does not know is kept as it is. The order of entries, and
+what follows from it, is in `growkit.lineage`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 
 class Described(Protocol):
-    """What a lineage needs to know of a model on disk: a `growkit.checkpoint.tensor.Source`, say."""
+    """What a lineage needs to know of a model on disk; a `Source` of growkit.checkpoint has it."""
 
     path: Path
     kind: str
@@ -41,7 +41,7 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Origin:
-    """The model that an entry began with: where it lay, which one it was, and how far it was trained.
+    """The model that an entry began with: where it lay, which it was, how far it was trained.
 
     record: the checkpoint's position (step, tokens, ...), empty for a model that has none.
     """
@@ -80,7 +80,10 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What every entry states. source: None for a new model. more: keys that this version does not know."""
+    """What every entry states.
+
+    source: None for a new model. more: keys that this version does not know.
+    """
 
     operation: str
     source: Origin | None = None
@@ -100,13 +103,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Copies:
-    """The map of one axis: which old unit each new one copies, and which share of it the new one carries."""
+    """The map of one axis: which old unit each new one copies, and which share of it it carries."""
 
     index: list[int]
     share: list[float]
 
     def axis_map(self, size: int) -> AxisMap:
-        """The map as growth uses it, for an axis of `size` old units. Raises ValueError where it does not fit."""
+        """The map as growth uses it, for an axis of `size` old units.
+
+        Raises ValueError where it does not fit.
+        """
         index = np.asarray(self.index, np.int64)
         return AxisMap(index, np.asarray(self.share, np.float64), size)
 
@@ -115,9 +121,10 @@ class Copies:
 class Growth(Entry):
     """A growth by a plan; operation is the verb.
 
-    before, after: the size of every axis. pads: {axis: new size}. count: what became of Adam's count, 'kept' or
-    'reset'. function: 'preserved' or 'not preserved'. optimizer: the factors on learning rates, eps and clip with
-    which training goes on exactly as the small model's would, in words; None where it does not.
+    before, after: the size of every axis. pads: {axis: new size}. count: what became of Adam's
+    count, 'kept' or 'reset'. function: 'preserved' or 'not preserved'. optimizer: the factors on
+    learning rates, eps and clip with which training goes on exactly as the small model's would,
+    in words; None where it does not.
     """
 
     method: str
@@ -210,7 +217,8 @@ class Growth(Entry):
     def plan(self, model: Architecture) -> Plan:
         """The plan that was carried out, for a model of the sizes before it.
 
-        Raises KeyError, TypeError or ValueError, or what a plan raises, for values that make no plan.
+        Raises KeyError, TypeError or ValueError, or what a plan raises, for values that make no
+        plan.
         """
         maps = {axis: copies.axis_map(model.sizes[axis]) for axis, copies in self.maps.items()}
         options = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
@@ -223,7 +231,7 @@ class Growth(Entry):
 
 @dataclass(frozen=True)
 class Branch:
-    """What a lineage says of a run that began as a branch of another: an annealing of the learning rate.
+    """What a lineage says of a run that began as a branch of another, as an annealing does.
 
     rate: the learning rate it began at; to: the one it ends at; tokens: over how many.
     """
@@ -245,8 +253,8 @@ class Branch:
 class Training(Entry):
     """A training, from its start or from a growth on the way.
 
-    multipliers: whether the factors of the growths before it are applied. config: the resolved configuration, as
-    nested values.
+    multipliers: whether the factors of the growths before it are applied. config: the resolved
+    configuration, as nested values.
     """
 
     operation: str = "train"
@@ -273,7 +281,7 @@ class Training(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Average(Entry):
-    """The weighted mean of several models' parameters; all else is the last one's, which is the source."""
+    """The weighted mean of several models' parameters. All else is the last one's, the source's."""
 
     operation: str = "average"
     averaged: Sequence[Origin]
@@ -291,7 +299,10 @@ class Average(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion(Entry):
-    """An import from a Hugging Face directory or an export to one. dtype: that of the parameters written."""
+    """An import from a Hugging Face directory, or an export to one.
+
+    dtype: that of the parameters written.
+    """
 
     dtype: str
 
@@ -337,7 +348,10 @@ KINDS: dict[str, type[Growth | Training | Average | Conversion]] = {
 
 
 def read_entry(stored: Any) -> Entry:
-    """The entry that a JSON value of a lineage is; `Unknown` for what is of no known kind or misses a part."""
+    """The entry that a JSON value of a lineage is.
+
+    `Unknown` for a value of no known kind, and for one that misses a part.
+    """
     if not isinstance(stored, Mapping):
         return Unknown.of(stored)
     # A verb that grows may be called anything.

@@ -41,3 +41,15 @@ def first_line(problem: BaseException) -> str:
     """The first line of another library's message, shortened; its type's name if it has none."""
     lines = str(problem).strip().splitlines()
     return lines[0][:LONGEST] if lines else type(problem).__name__
+
+
+def require_type(name: str, value: object, kind: type | tuple[type, ...], hint: str) -> None:
+    """Raise TypeError unless `value`, given for the argument `name`, is of a kind.
+
+    hint: the clause that says where a right one comes from.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(each.__name__ for each in kinds)
+        got = type(value).__name__
+        raise TypeError(f"{name} must be of type {wanted}, {hint}; got one of type {got}")

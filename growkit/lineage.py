@@ -1,8 +1,9 @@
 """A model's lineage: everything that was done to it, and what follows from the order.
 
 Files hold it as a list of JSON objects, the oldest first; what each of them states is in
-`growkit.entries`. Here are the questions about several entries together: which growths no training has
-followed, whose multipliers are still owed, and since when the present schedule has gone on.
+`growkit.entries`. Here are the questions about several entries together: which growths no
+training has followed, whose multipliers are still owed, and since when the present schedule has
+gone on.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Lineage:
 
     @property
     def last_training(self) -> Training:
-        """The last entry, of a model that was trained. Raises GrowkitError where it is no training."""
+        """The last entry, which must be a training. Raises GrowkitError where it is none."""
         last = self.last_as(Training)
         if last is None:
             raise GrowkitError("the last entry of the lineage is no training that can be read")
@@ -61,7 +62,8 @@ class Lineage:
     def growths_after(self, ends: Callable[[Entry], bool]) -> list[Growth]:
         """The growths at the end, in order, down to the latest entry of which `ends` is true.
 
-        Raises GrowkitError for an entry among them that claims to be a growth or a training and cannot be read.
+        Raises GrowkitError for an entry among them that claims to be a growth or a training and
+        cannot be read.
         """
         found: list[Growth] = []
         for entry in reversed(self.entries):
@@ -77,7 +79,7 @@ class Lineage:
         return self.growths_after(lambda entry: isinstance(entry, Training))
 
     def growths_owed(self) -> list[Growth]:
-        """The growths whose multipliers are still owed: all since the last training that went without them."""
+        """The growths whose multipliers are owed: all since the last training without them."""
         return self.growths_after(
             lambda entry: isinstance(entry, Training) and not entry.multipliers
         )
@@ -90,9 +92,9 @@ class Lineage:
 
     @property
     def grown_at(self) -> int | None:
-        """The step of the present schedule at which the model was last grown; None for a schedule begun since.
+        """The step of the present schedule at which the model was last grown.
 
-        The last entry is the present training.
+        None for a schedule that was begun since. The last entry is the present training.
         """
         for entry in reversed(self.entries):
             _require_readable(entry)
@@ -105,7 +107,8 @@ class Lineage:
     def last_growth(self, path: Path) -> Growth:
         """The growth that made the model at `path`, whose lineage this is.
 
-        Raises UsageError when something else was done last, GrowkitError for an entry that cannot be read.
+        Raises UsageError when something else was done last, GrowkitError for an entry that cannot
+        be read.
         """
         if not any(_claims_growth(entry) for entry in self.entries):
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Small GPT-NeoX models on disk, made by transformers, and the models and trees that tests share."""
+"""Small GPT-NeoX models on disk, made by transformers; models, trees and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 
-SMALL = GPT_NEOX.model(layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False)
+SMALL = GPT_NEOX.model(
+    layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False
+)
 
 
-def save_transformers_model(path: Path, model: Architecture, dtype: str = "float32", seed: int = 0) -> Path:
-    """A directory saved by transformers' own class, every parameter random (norms and biases too)."""
+def save_transformers_model(
+    path: Path, model: Architecture, dtype: str = "float32", seed: int = 0
+) -> Path:
+    """A directory saved by transformers' own class; all parameters are random, norms too."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
@@ -48,7 +52,9 @@ def save_transformers_model(path: Path, model: Architecture, dtype: str = "float
 
 
 def transformers_logits(path: Path, tokens: np.ndarray, dtype: str = "float32"):
-    """(logits, rotary tables [T, R/2]) of a directory, as transformers computes them with sdpa attention."""
+    """(logits, rotary tables [T, R/2]) of a directory, as transformers computes them with sdpa
+    attention.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     network, report = transformers.GPTNeoXForCausalLM.from_pretrained(
@@ -65,9 +71,12 @@ def transformers_logits(path: Path, tokens: np.ndarray, dtype: str = "float32"):
 
 @pytest.fixture(scope="session", autouse=True)
 def programs_apart(tmp_path_factory):
-    """Processes that tests start keep their compiled programs where the session's files are, and not the user's."""
+    """Processes that tests start keep their compiled programs where the session's files are, and
+    not the user's.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("GROWKIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -83,6 +92,43 @@ def programs_of_patched_code(request):
         made.forget_programs()
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two token directories of random ids, text and code, for the small runs of `runs`."""
+    from runs import write_tokens
+
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """The small runs of a module share programs and new models."""
+    from runs import share_programs
+
+    with share_programs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A small run that nothing interrupted."""
+    from runs import STEPS, new_run
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = new_run(data, out).go()
+    assert (result.step, result.signal) == (STEPS, None)
+    return out
+
+
+@pytest.fixture
+def strict_promotion():
+    """JAX mixes no dtypes and adds no dimensions that the code under test does not name."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture
 def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))
@@ -96,7 +142,9 @@ BESIDE = {
 }
 
 
-def random_tensors(model: Architecture, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+def random_tensors(
+    model: Architecture, dtype: str = "float32", seed: int = 0
+) -> dict[str, np.ndarray]:
     """Every parameter of a model by its name in files, all different, norms around one."""
     generator = np.random.default_rng(seed)
     tensors = {}
@@ -125,7 +173,9 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 def save_directory(
     path: Path, model: Architecture = SMALL, dtype: str = "float32", seed: int = 0, **config
 ) -> Path:
-    """A Hugging Face directory of random parameters with small files beside them; needs neither torch nor jax."""
+    """A Hugging Face directory of random parameters with small files beside them; needs neither
+    torch nor jax.
+    """
     path.mkdir(parents=True)
     save_tensors(path / "model.safetensors", random_tensors(model, dtype, seed))
     (path / "config.json").write_text(json.dumps(model.config() | config))
@@ -137,7 +187,7 @@ def save_directory(
 def save_checkpoint(
     path: Path, model: Architecture = SMALL, seed: int = 0, dtype: str = "float32", **record
 ) -> Path:
-    """A trainer checkpoint of random parameters and moments (nu positive), with counters and files."""
+    """A trainer checkpoint of random parameters and moments (nu positive), counters and files."""
     slots = {
         slot: random_tensors(model, dtype, seed + n)
         for n, slot in enumerate(("params", "mu", "nu"))

@@ -19,7 +19,6 @@ from golden.record import GROWTH, TRAINING
 from golden.trainings import trainings
 
 # Orbax may leave coroutines behind that complain when they are collected, whenever that is.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A lineage is read into typed entries and written as it was; what follows from its order is worked out here."""
+"""A lineage is read into typed entries and written as it was; what follows from its order."""
 
 from __future__ import annotations
 

@@ -10,11 +10,14 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint.files import is_remote, parse_path, read_json
+from growkit.checkpoint.fill import Progress
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
+from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.orbax import (
     FINISHED,
     META,
@@ -22,7 +25,7 @@ from growkit.checkpoint.orbax import (
     open_checkpoint,
     write_checkpoint,
 )
-from growkit.checkpoint.output import Progress, check_output, commit_output
+from growkit.checkpoint.output import check_output, commit_output, find_left
 from growkit.checkpoint.remote import check_free, download, explain_failures, upload
 from growkit.checkpoint.tensor import Contents, Source
 from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
@@ -30,7 +33,8 @@ from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
 # The directory of a run that holds its checkpoints, one directory for each step.
 CHECKPOINTS = "checkpoints"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+# Weights, and what `growkit.checkpoint.carried` carries.
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICEN*", "NOTICE*"]
 
 
 def open_source(text: str) -> Source:
@@ -71,8 +75,14 @@ def locate(text: str) -> Any:
     run = Path(os.path.expanduser(name))
     if name and (run / CHECKPOINTS).is_dir():
         return find_checkpoint(run, at)
+    left = find_left(path)
+    if left is not None:
+        raise UsageError(
+            f"there is no such directory: {text}; a command that was stopped while it replaced it "
+            f"left the old one in {left}; move it back, or run that command again"
+        )
     if _may_be_hub_id(text):
-        return _download_from_hub(name or text, at if name else None)
+        return _download_from_hub(name or text, at if name else None, _suggest_sibling(path))
     raise UsageError(f"there is no such directory: {text}{_suggest_sibling(path)}")
 
 
@@ -82,11 +92,16 @@ def _enter_run(path: Path) -> Path:
 
 
 def _may_be_hub_id(text: str) -> bool:
-    """Whether this is OWNER/NAME, with an optional @revision, and OWNER is no directory here."""
+    """Whether this is OWNER/NAME, with an optional @revision.
+
+    Nothing of this name is here. A directory of the owner's name may be, as for transformers, but
+    not a model or a run: then this was meant to lie in it.
+    """
     name = text.rpartition("@")[0] or text
-    if not HUB_ID.fullmatch(name) or "/" not in text:
+    owner = Path(name.split("/")[0])
+    if is_directory(owner) or is_checkpoint(owner) or (owner / CHECKPOINTS).is_dir():
         return False
-    return not Path(text.split("/")[0]).exists()
+    return HUB_ID.fullmatch(name) is not None and "/" in text
 
 
 def _suggest_sibling(path: Path) -> str:
@@ -149,7 +164,8 @@ def _read_validation_loss(checkpoint: Path) -> float:
     return float("inf") if loss is None else float(loss)
 
 
-def _download_from_hub(name: str, revision: str | None) -> Path:
+def _download_from_hub(name: str, revision: str | None, hint: str = "") -> Path:
+    """The directory of a model of the Hub. hint: the clause to end a refusal with."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -157,7 +173,7 @@ def _download_from_hub(name: str, revision: str | None) -> Path:
     except Exception as problem:  # the network, the Hub and its library raise many types
         raise GrowkitError(
             f"there is no directory {name!r}, and it could not be had from the Hugging Face Hub "
-            f"({type(problem).__name__}: {first_line(problem)})"
+            f"({type(problem).__name__}: {first_line(problem)}){hint}"
         ) from None
     return Path(found)
 
@@ -182,6 +198,20 @@ def check_writable(out: Any, sources: Sequence[Source], force: bool) -> None:
         check_output(out, path, force)
 
 
+@dataclass(frozen=True)
+class Care:
+    """How careful writing is.
+
+    sync: whether the output is on the disk before it has its name. verify: whether hashes on record
+    are compared before a source is used. strict: whether NaN, infinities and negative second
+    moments are refused, and not only told.
+    """
+
+    sync: bool = True
+    verify: bool = True
+    strict: bool = False
+
+
 def write_output(
     out: Any,
     kind: str,
@@ -190,23 +220,33 @@ def write_output(
     force: bool = False,
     progress: Progress | None = None,
     shard: int = SHARD,
-) -> None:
+    care: Care | None = None,
+) -> Findings:
     """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
 
     kind: 'huggingface' or 'checkpoint'. progress: told the number of bytes after each piece.
-    shard: the most bytes of tensors in one file of a Hugging Face directory.
+    shard: the most bytes of tensors in one file of a Hugging Face directory. Returns what was found
+    in the numbers. Raises GrowkitError for a source whose bytes are not those that were written.
     """
+    care = care or Care()
     check_writable(out, sources, force)
+    if care.verify:
+        for source in sources:
+            source.require_whole()
     if is_remote(out):
         with tempfile.TemporaryDirectory(prefix="growkit-") as directory:
             here = Path(directory) / "out"
-            write_output(here, kind, contents, sources, False, progress, shard)
+            local = replace(care, sync=False, verify=False)
+            findings = write_output(here, kind, contents, sources, False, progress, shard, local)
             upload(here, out, force)
-        return
-    with commit_output(out, force) as new:
+        return findings
+    with commit_output(out, force, care.sync) as new:
         if kind == "checkpoint":
-            write_checkpoint(new, contents, progress)
+            findings = write_checkpoint(new, contents, progress)
         else:
-            write_directory(new, contents, progress, shard)
+            findings = write_directory(new, contents, progress, shard)
         for source in sources:
             source.check_unchanged()
+        if care.strict and findings:
+            raise GrowkitError(f"nothing is written, because of --strict: {findings.describe()}")
+    return findings

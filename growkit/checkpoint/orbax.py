@@ -1,7 +1,7 @@
 """The trainer's checkpoints: an Orbax composite of `state` (arrays), `meta` and `files` (JSON).
 
     CHECKPOINT/state/params.layers.attention.dense.weight/{.zarray,0.0.0}   raw bytes
-    CHECKPOINT/meta/metadata      {"config", "lineage", "record"}
+    CHECKPOINT/meta/metadata      {"config", "lineage", "record", "hashes"}
     CHECKPOINT/files/metadata     tokenizer and other small files, by name
 
 An array holds all layers, stacked in the first dimension. To readers each layer is a tensor of its
@@ -19,7 +19,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from growkit.checkpoint.carried import drop_code_keys, require_inside, select_carried
 from growkit.checkpoint.files import read_json
-from growkit.checkpoint.output import Job, Progress, create_file, fill
+from growkit.checkpoint.fill import Job, Progress, collect_jobs, create_file, fill
+from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_hashes
+from growkit.checkpoint.numbers import Findings
+from growkit.checkpoint.raw import Stamp, read_stamp
+from growkit.checkpoint.store import open_store, read_store
 from growkit.checkpoint.tensor import (
     SLOTS,
     Contents,
@@ -40,19 +44,22 @@ from growkit.checkpoint.tensor import (
     read_model,
     wrap_array,
 )
-from growkit.errors import GrowkitError, first_line
+from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Position, Row
 
-STATE, META, FILES = "state", "meta", "files"
+# The items of the composite.
+STATE = "state"
+META = "meta"
+FILES = "files"
 # Orbax writes this file last: a directory that holds it is a finished checkpoint.
 FINISHED = "_CHECKPOINT_METADATA"
 # In buckets, which have no rename, Orbax takes a directory for finished if it holds this file.
 COMMITTED = "commit_success.txt"
-# Bytes of decoded chunks kept in memory, so that a chunk of several layers is decoded once.
-CACHED = 32 << 20
 COUNTERS = ("count", "step", "schedule_step")
+# Files of the trainer's own, which stay among its checkpoints.
+TRAINERS = ("history.csv",)
 ORBAX_HANDLERS = "orbax.checkpoint._src.handlers"
 HANDLERS = {
     FILES: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
@@ -76,6 +83,7 @@ class Array:
     dtype: np.dtype
     file: Path | None = None
     store: Any = None
+    stamp: Stamp | None = None
 
     def as_tensor(self, position: Position = ()) -> Tensor:
         """The whole array, or one unit of the stacked axes (a layer); only that unit is read."""
@@ -84,53 +92,94 @@ class Array:
             units = self.shape[: len(position)]
             unit = int(np.ravel_multi_index(position, units)) if position else 0
             offset = unit * math.prod(shape) * self.dtype.itemsize
-            return open_raw(self.file, offset, shape, self.dtype)
+            return open_raw(self.file, offset, shape, self.dtype, self.stamp)
         part = self.store[position] if position else self.store
         chunk = self.store.chunk_layout.read_chunk.shape or ()
         # How many rows of this tensor a chunk holds.
         stride = next(iter(chunk[len(self.shape) - len(shape) :]), 1)
 
         def rows(start: int, stop: int) -> np.ndarray:
-            return _read_store(part[start:stop] if shape else part)
+            return read_store(part[start:stop] if shape else part)
 
         return Tensor(shape, self.dtype, rows, stride=stride)
 
 
-def _read_store(part: Any) -> np.ndarray:
-    try:
-        return np.asarray(part.read().result())
-    except ValueError as problem:
-        raise GrowkitError(
-            f"cannot read an array of the checkpoint: {first_line(problem)}"
-        ) from None
-
-
 def open_checkpoint(path: Path) -> Source:
     """Open a trainer checkpoint. Raises GrowkitError naming the file at fault."""
+    for file in (path / META / "metadata", path / STATE / "_METADATA"):
+        if file.exists():
+            require_inside(path, file)
     meta = read_json(path / META / "metadata")
     tree = read_json(path / STATE / "_METADATA")
     try:
-        config = meta["config"]
+        config, dropped = drop_code_keys(meta["config"])
         lineage = meta.get("lineage", [])
-        record = meta.get("record", {})
+        record = _read_record(meta)
         names = _list_arrays(tree)
         arrays = {name: _open_array(path / STATE, name, tree) for name in names}
         model = read_model(config, path)
+        hashed = _find_hashes(path, meta, arrays)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise GrowkitError(
             f"{path} is an Orbax checkpoint, but not one of growkit's trainer"
         ) from None
-    counters = {name: int(arrays[name].as_tensor().read()) for name in COUNTERS if name in arrays}
+    counters = {name: _read_counter(name, arrays[name], path) for name in COUNTERS & arrays.keys()}
     return Source(
         path=path,
         kind="checkpoint",
         config=config,
         tensors={slot: _split_layers(arrays, slot, model) for slot in _find_slots(arrays)},
-        weights=sorted({array.file for array in arrays.values() if array.file}),
-        lineage=lineage,
+        weights=[path / META / "metadata", *_list_state_files(path / STATE, arrays)],
+        lineage=drop_hashes(lineage) if isinstance(lineage, list) else lineage,
         record=record | counters,
-        read_files=lambda: decode_files(read_json(path / FILES / "metadata")),
+        read_files=lambda: _read_files(path),
+        notes=dropped,
+        hashed=hashed,
     )
+
+
+def _read_record(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's position. Raises ValueError where it is none."""
+    record: dict[str, Any] = dict(meta.get("record", {}).items())
+    counters = [record[name] for name in COUNTERS if name in record]
+    # They are written as int32.
+    if not all(type(value) is int and abs(value) < 1 << 31 for value in counters):
+        raise ValueError
+    return record
+
+
+def _read_counter(name: str, array: Array, path: Path) -> int:
+    """The value of a counter. Raises GrowkitError for an array of several numbers."""
+    if array.shape:
+        raise GrowkitError(f"{path}: {name} must be one number, and has the shape {array.shape}")
+    return int(array.as_tensor().read())
+
+
+def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> Hashed | None:
+    """The hashes on record of the arrays here, if there are any."""
+    if KEY not in meta:
+        return None
+    algorithm, known = read_stated(meta[KEY], list(arrays), path / META / "metadata")
+    return Hashed(algorithm, known, lambda name: arrays[name].as_tensor().read_bytes())
+
+
+def _list_state_files(state: Path, arrays: Mapping[str, Array]) -> list[Path]:
+    """Every file that holds bytes of arrays."""
+    if all(array.file for array in arrays.values()):
+        return sorted({array.file for array in arrays.values() if array.file})
+    return sorted(file for file in state.rglob("*") if file.is_file())
+
+
+def _read_files(path: Path) -> dict[str, bytes]:
+    """The small files that a checkpoint carries, of the kinds that growkit carries."""
+    file = path / FILES / "metadata"
+    if file.exists():
+        require_inside(path, file)
+    try:
+        found = decode_files(read_json(file))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise GrowkitError(f"{file} is garbled: it must hold text or base64 by name") from None
+    return select_carried(found, TRAINERS)
 
 
 def _list_arrays(tree: Mapping[str, Any]) -> list[str]:
@@ -148,23 +197,36 @@ def _find_slots(arrays: Mapping[str, Array]) -> list[str]:
 def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     """One stored array: raw if it is one uncompressed chunk, else through tensorstore."""
     if tree.get("use_ocdbt") or tree.get("use_zarr3"):
-        return _open_with_tensorstore(state, name, tree)
+        return _open_stored(state, name, tree)
+    if "/" in name or name.startswith("."):
+        raise GrowkitError(f"{state} names an array {name!r}, which leads out of the directory")
+    require_inside(state.parent, state / name / ".zarray")
     header = read_json(state / name / ".zarray")
     shape = tuple(header["shape"])
     dtype = _parse_dtype(header["dtype"])
     encoded = header["compressor"] is not None or header["filters"]
     native = header["order"] == "C" and dtype.isnative
     if encoded or not native or tuple(header["chunks"]) != shape:
-        return _open_with_tensorstore(state, name, tree)
+        return _open_stored(state, name, tree)
     chunk = state / name / _chunk(shape)
     size = math.prod(shape) * dtype.itemsize
-    found = os.path.getsize(chunk) if chunk.exists() else 0
+    found = 0
+    stamp = None
+    if chunk.exists():
+        require_inside(state.parent, chunk)
+        stamp = read_stamp(chunk)
+        found = os.path.getsize(chunk)
     if found != size:
         raise GrowkitError(
             f"{chunk} is cut off: an array of {list(shape)} {dtype} takes {size} bytes, "
             f"the file has {found}"
         )
-    return Array(shape, dtype, file=chunk)
+    return Array(shape, dtype, file=chunk, stamp=stamp)
+
+
+def _open_stored(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
+    store = open_store(state, name, tree)
+    return Array(tuple(store.shape), store.dtype.numpy_dtype, store=store)
 
 
 def _chunk(shape: tuple[int, ...]) -> str:
@@ -173,34 +235,12 @@ def _chunk(shape: tuple[int, ...]) -> str:
 
 
 def _parse_dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
-def _open_with_tensorstore(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
-    import tensorstore
-
-    store: dict[str, Any] = {"driver": "file", "path": f"{state.resolve()}/"}
-    if tree.get("use_ocdbt"):
-        store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
-    else:
-        store["path"] += f"{name}/"
-    driver = "zarr3" if tree.get("use_zarr3") else "zarr"
-    spec = {"driver": driver, "kvstore": store}
-    try:
-        array = tensorstore.open(spec, read=True, context=_share_cache()).result()
-    except ValueError as problem:
-        raise GrowkitError(
-            f"cannot read the array {name!r} of {state}: {first_line(problem)}"
-        ) from None
-    return Array(tuple(array.shape), array.dtype.numpy_dtype, store=array)
-
-
-@cache
-def _share_cache() -> Any:
-    """One cache of decoded chunks for all arrays of the process."""
-    import tensorstore
-
-    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHED}})
+    """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
+    kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
+    dtype: np.dtype[Any] = np.dtype(kind)
+    if name != "bfloat16" and dtype.kind not in "fiu":
+        raise ValueError(name)
+    return dtype
 
 
 def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
@@ -245,7 +285,7 @@ def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
         if "text" in entry:
             files[name] = entry["text"].encode()
         else:
-            files[name] = base64.b64decode(entry["base64"])
+            files[name] = base64.b64decode(entry["base64"], validate=True)
     return files
 
 
@@ -289,18 +329,22 @@ def _check_one_dtype(row: Row, parts: tuple[Recipe, ...]) -> None:
         )
 
 
-def write_checkpoint(path: Path, contents: Contents, progress: Progress | None = None) -> None:
+def write_checkpoint(path: Path, contents: Contents, progress: Progress | None = None) -> Findings:
     """Write `contents` at `path`, which must not exist, as a checkpoint that stock Orbax restores.
 
-    The files that mark an item, and then the whole checkpoint, as finished come last.
+    The files that mark an item, and then the whole checkpoint, as finished come last. Returns what
+    was found in the numbers.
     """
     begun = time.time_ns()
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
-    meta = {"config": contents.config, "lineage": contents.lineage, "record": record}
+    config = drop_code_keys(contents.config)[0]
+    meta = {"config": config, "lineage": drop_hashes(contents.lineage), "record": record}
     arrays = collect_leaves(contents, read_config(contents.config))
     path.mkdir()
-    _write_arrays(path / STATE, arrays, progress)
-    for item, value in ((META, meta), (FILES, encode_files(contents.files))):
+    hashes, findings = _write_arrays(path / STATE, arrays, progress)
+    meta[KEY] = state_hashes(hashes)
+    files = select_carried(contents.files, TRAINERS)
+    for item, value in ((META, meta), (FILES, encode_files(files))):
         (path / item).mkdir()
         (path / item / "metadata").write_text(json.dumps(value))
     for item in (STATE, META, FILES):
@@ -315,28 +359,28 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
         "custom_metadata": {},
     }
     (path / FINISHED).write_text(json.dumps(described))
+    return findings
 
 
 def _write_arrays(
     state: Path, arrays: Mapping[tuple[str, ...], Leaf], progress: Progress | None
-) -> None:
-    """Write each array as one raw chunk in Zarr version 2, and Orbax's metadata of them all."""
+) -> tuple[dict[str, str], Findings]:
+    """Write each array as one raw chunk in Zarr version 2, and Orbax's metadata of them all.
+
+    Returns the hashes by array, and what was found in the numbers.
+    """
     state.mkdir()
-    jobs: list[Job] = []
-    try:
+    with collect_jobs() as jobs:
         for keys, leaf in arrays.items():
             directory = state / ".".join(keys)
             directory.mkdir()
             (directory / ".zarray").write_text(json.dumps(_zarr_header(leaf)))
             file = create_file(directory / _chunk(leaf.shape), leaf.size)
-            layer_size = leaf.size // len(leaf.recipes)
-            for layer, recipe in enumerate(leaf.recipes):
-                jobs.append(Job(recipe, file, layer * layer_size))
-        fill(jobs, progress)
-    finally:
-        for file in {job.file for job in jobs}:
-            os.close(file)
+            slot = keys[0] if keys[0] in SLOTS else ""
+            jobs.append(Job(slot, ".".join(keys), leaf.recipes, file, 0))
+        filled = fill(jobs, progress)
     (state / "_METADATA").write_text(json.dumps(_tree_metadata(arrays)))
+    return {name: value for (_, name), value in filled.hashes.items()}, filled.findings
 
 
 def _zarr_header(leaf: Leaf) -> dict[str, Any]:

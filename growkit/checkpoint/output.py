@@ -1,63 +1,68 @@
-"""Output directories that appear whole or not at all, and the threads that fill their files.
+"""Output directories that appear whole or not at all, also when the power fails.
 
-The work is done in a hidden directory beside the output, under a lock, and renamed into place on a
-clean exit. What a killed command left there is removed by the next one.
+The work is done in a hidden directory beside the output, `.OUT.partial`, under a lock. On a clean
+exit every file is brought to the disk, then the names of the files; then the directory takes the
+output's name, and that name is brought to the disk. This is the order of SQLite's commits. An old
+output changes its name with the new one in one step of the kernel's. What a killed command left is
+removed by the next one, which knows it by growkit's mark.
 """
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
 import os
 import shutil
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from growkit.checkpoint.tensor import Recipe, Span
+from growkit.checkpoint.files import sync_directory
+from growkit.checkpoint.lock import describe_self, find_trainer, may_run, try_lock
+from growkit.checkpoint.replaceable import find_foreign
 from growkit.errors import GrowkitError, UsageError
 
-# Bytes read and written at once. Two threads with pieces of 1 MB take 0.6x the time of `cp`.
-PIECE = 1 << 20
-THREADS = 2
-# --force replaces only a directory that holds one of these, never somebody's home directory.
-MARKS = ("config.json", "_CHECKPOINT_METADATA", "manifest.json", "config.yaml")
-
-Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One recipe, and the open file and byte offset where its bytes belong."""
-
-    recipe: Recipe
-    file: int
-    offset: int
+# Lies in every working directory: HOST PID of the process that made it.
+MARK = ".growkit"
+# What a working directory holds beside the mark.
+NEW, OLD = "new", "old"
+# Files brought to the disk side by side: a journal takes many in one transaction.
+SYNC_THREADS = 8
+# renameat2(2): swap two names.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def check_output(out: Path, source: Path | None, force: bool) -> None:
     """Raise UsageError if `out` must not be written.
 
     It must not exist (without force), and it must not be, hold or lie within the source. With force
-    it must be a model or an empty directory.
+    it must be an output of growkit's that no trainer holds, a model, or an empty directory.
     """
     if source is not None:
         _refuse_source(out, source)
     _refuse_existing(out, force)
+    _refuse_trained(out)
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError(
             f"the output is not a directory, and --force replaces directories only: {out}"
         )
-    if any(out.iterdir()) and not any((out / mark).exists() for mark in MARKS):
+    foreign = find_foreign(out)
+    if foreign:
         raise UsageError(
-            f"the output is neither empty nor a model, so --force does not replace it: {out}"
+            f"the output is neither empty nor a model, so --force does not replace it: {out} "
+            f"{foreign}"
+        )
+
+
+def _refuse_trained(out: Path) -> None:
+    held = find_trainer(out)
+    if held is not None:
+        run, process = held
+        raise UsageError(
+            f"process {process or 'of another command'} is training into {run}, so {out} is not "
+            "written; name another directory, or wait until it ends"
         )
 
 
@@ -90,68 +95,155 @@ def _refuse_existing(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def commit_output(out: Path, force: bool = False) -> Iterator[Path]:
+def commit_output(out: Path, force: bool = False, sync: bool = True) -> Iterator[Path]:
     """Yield a path for the new directory (not made yet); rename it to `out` on a clean exit.
 
-    After a failure nothing is left, and an old output is as it was. Raises UsageError if another
+    After a failure nothing is left, and an old output is as it was. sync: whether everything is on
+    the disk, and not only in the system's memory, when this returns. Raises UsageError if another
     process is writing the same output, GrowkitError if it cannot be written.
     """
-    work = out.parent / f".{out.name}.partial"
+    work = name_work(out)
     new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = _acquire_lock(work)
+        lock = _acquire(work)
     except OSError as problem:
         _remove_empty(new_parents)
         raise GrowkitError(f"cannot write {out}: {problem.strerror}") from None
+    except UsageError:
+        _remove_empty(new_parents)
+        raise
     try:
         _clear(work, out)
+        (work / MARK).write_text(describe_self())
         _refuse_existing(out, force)
-        yield work / "new"
+        yield work / NEW
         _refuse_existing(out, force)
-        if os.path.lexists(out):
-            os.rename(out, work / "old")
-        os.rename(work / "new", out)
+        if sync and (work / NEW).is_dir():
+            sync_tree(work / NEW)
+        _move_into_place(work, out)
+        if sync:
+            _sync_names(out, work, new_parents)
     except OSError as problem:
         raise GrowkitError(f"cannot write {out}: {problem.strerror or problem}") from problem
     finally:
         _put_back(work, out)
-        shutil.rmtree(work, ignore_errors=True)
+        _remove_work(work)
         os.close(lock)
         _remove_empty(new_parents)
 
 
-def _acquire_lock(work: Path) -> int:
-    """Make (or take over) the working directory and lock it. The kernel unlocks it when we die."""
+def name_work(out: Path) -> Path:
+    """The directory in which an output is made."""
+    return out.parent / f".{out.name}.partial"
+
+
+def find_left(out: Path) -> Path | None:
+    """The old output that a command moved aside and did not live to replace, if there is one."""
+    work = name_work(out)
+    old = work / OLD
+    return old if _is_marked(work) and old.is_dir() and not os.path.lexists(out) else None
+
+
+def _acquire(work: Path) -> int:
+    """Make (or take over) the working directory and lock it. The kernel unlocks it when we die.
+
+    Returns the open directory. Raises UsageError for one that is in use, or is not growkit's.
+    """
     with suppress(FileExistsError):
         os.mkdir(work)
-    lock = os.open(work, os.O_RDONLY)
+        # A directory without it that is not empty is somebody else's.
+        (work / MARK).write_text(describe_self())
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        raise _say_foreign(work) from None
+    try:
+        held = try_lock(lock)
         # The process that held the lock before may have removed the directory since; then this
         # lock is on a directory that is gone.
-        if not os.path.exists(work) or not os.path.samestat(os.fstat(lock), os.stat(work)):
-            raise BlockingIOError
-    except BlockingIOError:
+        gone = not os.path.exists(work) or not os.path.samestat(os.fstat(lock), os.stat(work))
+        if held is False or gone:
+            raise UsageError(f"another process is writing this output: {work} is in use")
+        if not _is_marked(work) and any(work.iterdir()):
+            raise _say_foreign(work)
+        if held is None:
+            _refuse_running(work)
+    except BaseException:
         os.close(lock)
-        raise UsageError(f"another process is writing this output: {work} is in use") from None
+        raise
     return lock
 
 
+def _is_marked(work: Path) -> bool:
+    """Whether growkit made a working directory: its mark lies there, and neither is a link."""
+    mark = work / MARK
+    return not work.is_symlink() and mark.is_file() and not mark.is_symlink()
+
+
+def _say_foreign(work: Path) -> UsageError:
+    return UsageError(
+        f"growkit works in {work}, and what is there is not growkit's (it lacks the file {MARK}); "
+        "move it away, or name another output"
+    )
+
+
+def _refuse_running(work: Path) -> None:
+    """Raise UsageError, on a file system without locks, if the one who made `work` may be alive."""
+    holder = (work / MARK).read_text() if _is_marked(work) else ""
+    if may_run(holder):
+        raise UsageError(
+            f"{work} is of a process that may be writing this output (host and process id: "
+            f"{holder}), and this file system has no locks to tell; remove it once that has ended"
+        )
+
+
 def _clear(work: Path, out: Path) -> None:
-    """Empty a working directory that a killed command left."""
+    """Remove what a killed command left in a working directory. Nothing else is touched."""
     _put_back(work, out)
-    for left in work.iterdir():
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
+    for name in (NEW, OLD):
+        left = work / name
+        if left.is_symlink():
             left.unlink()
+        elif left.exists():
+            shutil.rmtree(left)
+
+
+def _remove_work(work: Path) -> None:
+    """Remove a working directory, and leave what growkit did not put there."""
+    for name in (NEW, OLD):
+        shutil.rmtree(work / name, ignore_errors=True)
+    with suppress(OSError):
+        if sorted(os.listdir(work)) == [MARK]:
+            os.unlink(work / MARK)
+        os.rmdir(work)
+
+
+def _move_into_place(work: Path, out: Path) -> None:
+    """Give the new directory the output's name; an old one is in `work` afterwards.
+
+    Where the kernel swaps names, there is a whole output under this name at any moment.
+    """
+    if not os.path.lexists(out):
+        os.rename(work / NEW, out)
+    elif not exchange(work / NEW, out):
+        os.rename(out, work / OLD)
+        os.rename(work / NEW, out)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two directories in one step; False where the system cannot do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None or not os.path.lexists(one):
+        return False
+    paths = (os.fsencode(one), os.fsencode(other))
+    return bool(rename(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0)
 
 
 def _put_back(work: Path, out: Path) -> None:
     """Restore the old output if a command stopped after moving it away and before replacing it."""
-    if not os.path.lexists(out) and (work / "old").exists():
-        os.rename(work / "old", out)
+    if _is_marked(work) and not os.path.lexists(out) and (work / OLD).exists():
+        os.rename(work / OLD, out)
 
 
 def _remove_empty(parents: list[Path]) -> None:
@@ -161,102 +253,30 @@ def _remove_empty(parents: list[Path]) -> None:
             parent.rmdir()
 
 
-def create_file(path: Path, size: int) -> int:
-    """Open a new file of `size` bytes with all its blocks reserved; returns the file descriptor.
+def sync_tree(path: Path) -> None:
+    """Bring all files below a directory to the disk, then the names in it, innermost first."""
+    files: list[str] = []
+    directories: list[str] = []
+    for directory, _, names in os.walk(path):
+        directories.append(directory)
+        files += [os.path.join(directory, name) for name in names]
+    with ThreadPoolExecutor(SYNC_THREADS) as pool:
+        list(pool.map(_sync_file, files))
+    for directory in reversed(directories):
+        sync_directory(directory)
 
-    Reserving finds a full disk before any work is done. Raises GrowkitError then.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    if size == 0:
-        return file
+
+def _sync_file(path: str) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as problem:
-        os.close(file)
-        free = shutil.disk_usage(path.parent).free
-        raise GrowkitError(
-            f"cannot write {path.name} of {size / 1e6:,.1f} MB: {problem.strerror}, "
-            f"{free / 1e6:,.1f} MB are free; nothing is left behind"
-        ) from None
-    return file
-
-
-def fill(jobs: list[Job], progress: Progress | None = None) -> None:
-    """Make the bytes of all jobs with two threads, in pieces of 1 MiB, and write each in its place.
-
-    progress: told the number of bytes after each piece. The largest jobs come first, so that both
-    threads end together. Jobs of one size alternate between files, because writes to one file wait
-    for each other.
-    """
-    queue = deque(sorted(jobs, key=lambda job: (-job.recipe.size, job.offset)))
-    stop = threading.Event()
-    report = progress or (lambda done: None)
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            workers = [pool.submit(_work, queue, stop, report) for _ in range(THREADS)]
-            # The kernel may deliver a signal to another thread; this one handles it on waking up.
-            while wait(workers, timeout=0.1).not_done:
-                pass
-            for worker in workers:
-                worker.result()
-        finally:
-            stop.set()
-
-
-def _work(queue: deque[Job], stop: threading.Event, progress: Progress) -> None:
-    """Write jobs from the queue until it is empty or another thread failed."""
-    buffer = memoryview(bytearray(PIECE))
-    opened: dict[Path, int] = {}
-    try:
-        while not stop.is_set():
-            try:
-                job = queue.popleft()
-            except IndexError:
-                return
-            for done in _write(job, buffer, opened):
-                progress(done)
-                if stop.is_set():
-                    return
-    except BaseException:
-        stop.set()
-        raise
+        os.fsync(file)
     finally:
-        for file in opened.values():
-            os.close(file)
+        os.close(file)
 
 
-def _write(job: Job, buffer: memoryview, opened: dict[Path, int]) -> Iterator[int]:
-    """Write one job; yields the number of bytes after each piece."""
-    if job.recipe.copied is not None:
-        yield from _copy(job.recipe.copied, job, buffer, opened)
-    elif job.recipe.pieces is not None:
-        for offset, array in job.recipe.pieces():
-            view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            _write_at(job.file, view, job.offset + offset)
-            yield len(view)
-    else:
-        # A new file holds zeros already.
-        yield job.recipe.size
-
-
-def _copy(span: Span, job: Job, buffer: memoryview, opened: dict[Path, int]) -> Iterator[int]:
-    """Copy a span to the job's place. opened: file descriptors of sources, kept for later jobs."""
-    if span.path not in opened:
-        opened[span.path] = os.open(span.path, os.O_RDONLY)
-    done = 0
-    while done < span.size:
-        piece = buffer[: min(PIECE, span.size - done)]
-        count = os.preadv(opened[span.path], [piece], span.offset + done)
-        if count == 0:
-            raise GrowkitError(f"{span.path} ended while it was being read; was it written to?")
-        _write_at(job.file, piece[:count], job.offset + done)
-        done += count
-        yield count
-
-
-def _write_at(file: int, view: memoryview, offset: int) -> None:
-    """Write all bytes at an offset; the system may take several calls for that."""
-    while view:
-        count = os.pwrite(file, view, offset)
-        view = view[count:]
-        offset += count
+def _sync_names(out: Path, work: Path, new_parents: list[Path]) -> None:
+    """Bring the output's name to the disk, those of parents made for it, and an old one's."""
+    sync_directory(out.parent)
+    sync_directory(work)
+    for parent in new_parents:
+        sync_directory(parent.parent)

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from growkit.checkpoint.hashes import Hashed
+from growkit.checkpoint.raw import Span, Stamp, open_span, read_span, read_stamp, say_changed
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
@@ -28,17 +30,11 @@ from growkit.models.notation import Row
 SLOTS = ("params", "mu", "nu")
 # Bytes of each sample that the fingerprint reads.
 SAMPLE = 4096
+# Tensors of one kind that a configuration may ask for beyond what files hold, before it is refused
+# without counting which are missing.
+MOST_MISSING = 100_000
 # Bytes made at once: small enough for the processor's cache, large enough for the disk.
 BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Span:
-    """Raw bytes in C order: `size` bytes at `offset` of a file."""
-
-    path: Path
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,12 @@ class Tensor:
         last = -(-stop // row)
         numbers = self.rows(first, last).reshape(-1)
         return numbers[start - first * row : stop - first * row]
+
+    def read_bytes(self) -> Iterator[memoryview]:
+        """The bytes in C order, a block at a time."""
+        for start, stop in self.split_rows(BLOCK):
+            block = np.ascontiguousarray(self.rows(start, stop)).reshape(-1)
+            yield block.view(np.uint8).data
 
     def split_rows(self, limit: int) -> Iterator[tuple[int, int]]:
         """(first, last) rows, last exclusive, of blocks of about `limit` bytes.
@@ -115,6 +117,11 @@ class Recipe:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_zeros(self) -> bool:
+        """Whether nothing has to be written, because new files hold zeros."""
+        return self.copied is None and self.pieces is None
+
     def make_array(self) -> np.ndarray:
         """The whole tensor, in memory."""
         array = np.empty(math.prod(self.shape), self.dtype)
@@ -136,7 +143,7 @@ class Recipe:
             if self.copied is None:
                 yield start, np.zeros(size, self.dtype)
             else:
-                part = Span(self.copied.path, self.copied.offset + start * width, size * width)
+                part = self.copied.part(start * width, size * width)
                 yield start, read_span(part, (size,), self.dtype)
 
 
@@ -195,7 +202,9 @@ class Source:
     path: how the user calls it, which may be in a bucket. here: the directory on this machine that
     holds its files. tensors: slot -> name in files -> tensor, one for each layer. weights: every
     file that holds tensor bytes. read_files: reads the small files beside the weights, by name.
-    stamps: size and modification time of each weight file when it was opened.
+    notes: what a user should know of how the files were read, a sentence each. optimizer: what is
+    there of an optimizer that growkit does not read. hashed: hashes on record, compared by
+    `require_whole`. stamps: of each weight file when its header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -208,26 +217,40 @@ class Source:
     lineage: list[dict[str, Any]]
     record: dict[str, Any]
     read_files: Callable[[], dict[str, bytes]]
-    stamps: dict[Path, tuple[int, int]] = field(init=False)
+    # The model, where the tensors say more of it than the configuration does.
+    known_model: Architecture | None = None
+    notes: tuple[str, ...] = ()
+    optimizer: str = ""
+    hashed: Hashed | None = None
+    stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.lineage, list):
             raise GrowkitError(f"{self.path}: the lineage is not a list of entries")
         for slot, tensors in self.tensors.items():
-            used = self._drop_unused(tensors)
-            self._check_covered(slot, used)
-            self.tensors[slot] = used
+            self._check_count(tensors)
+            self._check_covered(slot, tensors)
         self.here = self.path
-        self.stamps = {path: _stamp(path) for path in self.weights}
+        self.stamps = {path: read_stamp(path) for path in self.weights}
+        for tensors in self.tensors.values():
+            spans = (tensor.span for tensor in tensors.values() if tensor.span)
+            self.stamps |= {span.path: span.stamp for span in spans if span.stamp}
 
-    def _drop_unused(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors without old buffers and without the copy of a tied head."""
-        buffers = self.model.buffers
-        used = {name: tensor for name, tensor in tensors.items() if not name.endswith(buffers)}
-        if self.model.tied:
-            used.pop(self.model.head_name, None)
-        return used
+    def _check_count(self, tensors: dict[str, Tensor]) -> None:
+        """Raise GrowkitError for a configuration of far more layers than there are tensors.
+
+        Names are made one by one, so a number in a config.json must not say for how long.
+        """
+        model = self.known_model or read_model(self.config, self.path)
+        for row in model.table.rows:
+            count = math.prod(row.stacked_sizes(model.sizes))
+            if count > MOST_MISSING + len(tensors):
+                axis = max(row.stacked, key=lambda axis: model.sizes[axis.name])
+                raise GrowkitError(
+                    f"{self.path}: the configuration says {model.fields[axis.name]} = "
+                    f"{model.sizes[axis.name]:,}, and the files hold {len(tensors):,} tensors"
+                )
 
     def _check_covered(self, slot: str, tensors: dict[str, Tensor]) -> None:
         """Raise GrowkitError unless names and shapes are those of the axis table."""
@@ -241,7 +264,7 @@ class Source:
     @cached_property
     def model(self) -> Architecture:
         """The model that the configuration describes."""
-        model = read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path)
         shapes = {name: tensor.shape for name, tensor in self.tensors["params"].items()}
         return model.measure(shapes) if model.measured else model
 
@@ -295,10 +318,22 @@ class Source:
     def check_unchanged(self) -> None:
         """Raise GrowkitError if a weight file was written to since the source was opened."""
         for path, stamp in self.stamps.items():
-            if _stamp(path) != stamp:
-                raise GrowkitError(
-                    f"the source changed while it was being read: {path}; run the command again"
-                )
+            if read_stamp(path) != stamp:
+                raise say_changed(path)
+
+    def require_whole(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Raise GrowkitError if an array has another hash than the one on record.
+
+        Reads every byte, at the speed of memory or of the disk.
+        """
+        changed = self.hashed.find_changed(progress) if self.hashed else []
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise GrowkitError(
+                f"{self.path} is damaged: the bytes of {changed[0]!r}{more} are not those that "
+                "were written (another hash than the one on record); take another checkpoint, or "
+                "give --no-verify to use it as it is"
+            )
 
 
 def read_model(config: dict[str, Any], path: Path) -> Architecture:
@@ -317,42 +352,21 @@ def read_sample(tensor: Tensor) -> bytes:
     middle = max(0, span.size // 2 - SAMPLE // 2)
     end = max(0, span.size - SAMPLE)
     size = min(SAMPLE, span.size)
-    with open(span.path, "rb") as file:
-        parts = [os.pread(file.fileno(), size, span.offset + at) for at in (0, middle, end)]
+    with open_span(span) as file:
+        parts = [os.pread(file, size, span.offset + at) for at in (0, middle, end)]
     return b"".join(parts)
 
 
-def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The array at a span, in memory of its own. Raises GrowkitError if the file is too short."""
-    array = np.empty(shape, dtype)
-    buffer = array.reshape(-1).view(np.uint8).data
-    file = os.open(span.path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < span.size:
-            count = os.preadv(file, [buffer[done:]], span.offset + done)
-            if count == 0:
-                raise GrowkitError(f"{span.path} ends before the tensor at byte {span.offset} does")
-            done += count
-    finally:
-        os.close(file)
-    return array
-
-
-def open_raw(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+def open_raw(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, stamp: Stamp | None = None
+) -> Tensor:
     """The tensor whose raw bytes begin at `offset` of a file."""
-    span = Span(path, offset, math.prod(shape) * dtype.itemsize)
+    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def rows(start: int, stop: int) -> np.ndarray:
-        part = Span(path, offset + start * row_bytes, (stop - start) * row_bytes)
+        part = span.part(start * row_bytes, (stop - start) * row_bytes)
         part_shape = (stop - start, *shape[1:]) if shape else ()
         return read_span(part, part_shape, dtype)
 
     return Tensor(tuple(shape), dtype, rows, span)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time, to notice that a file was written to."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns

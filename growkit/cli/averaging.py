@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from growkit.cli.terminal import add_shard_option, write_with_progress
+from growkit.cli.terminal import (
+    add_care_options,
+    add_shard_option,
+    parse_care,
+    say,
+    write_with_progress,
+)
 
 
 @click.command()
 @click.argument("src", nargs=-1, required=True)
 @click.option(
-    "--out", required=True, metavar="OUT", help="Where the average goes; of the last SRC's kind."
+    "--out",
+    required=True,
+    metavar="OUT",
+    help="Where to write the average; of the last SRC's kind.",
 )
 @click.option(
-    "--weights", metavar="W,W,...", help="A weight for each SRC, in order; equal ones by default."
+    "--weights",
+    metavar="W,W,...",
+    help="One weight for each SRC, in order. Default: equal weights.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @add_shard_option
-def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, shard: str) -> None:
-    """Average the parameters of the models SRC, as of a run's last checkpoints: RUN@8000 RUN@9000 RUN@10000.
+@add_care_options
+def average(
+    src: tuple[str, ...],
+    out: str,
+    weights: str | None,
+    force: bool,
+    shard: str | None,
+    **options: Any,
+) -> None:
+    """Average the parameters of the models SRC, as a run's last checkpoints: RUN@8000 RUN@9000.
 
-    The optimizer's moments, the step and the tokenizer are those of the last SRC. Sums are in float64.
+    Optimizer moments, step and tokenizer are those of the last SRC. Sums are in float64.
     """
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
@@ -29,21 +50,24 @@ def average(src: tuple[str, ...], out: str, weights: str | None, force: bool, sh
     from growkit.surgery.average import average_checkpoints
 
     sources = [open_source(each) for each in src]
-    contents = average_checkpoints(sources, None if weights is None else _numbers(weights))
+    contents = average_checkpoints(sources, None if weights is None else _parse_weights(weights))
     last = sources[-1]
-    write_with_progress(sources, contents, parse_path(out), last.kind, force, shard)
+    care = parse_care(options)
+    write_with_progress(sources, contents, parse_path(out), last.kind, force, shard, care)
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
+        say(f"note: {note}")
     entry = Lineage.read(contents.lineage).last_as(Average)
     assert entry is not None, "an average says so in its lineage"
     shares = ", ".join(f"{share:.4g}" for share in entry.weights)
-    click.echo(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
-    click.echo(
-        f"the optimizer's moments are those of {src[-1]}, unchanged"
-        if "mu" in last.tensors
-        else f"{src[-1]} has no optimizer's moments, and neither has {out}"
-    )
+    say(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
+    if "mu" in last.tensors:
+        say(f"the optimizer's moments are those of {src[-1]}, unchanged")
+    else:
+        say(f"{src[-1]} has no optimizer's moments, and neither has {out}")
 
 
-def _numbers(text: str) -> list[float]:
+def _parse_weights(text: str) -> list[float]:
+    """The numbers in '1,1,2'. Raises UsageError."""
     from growkit.errors import UsageError
 
     try:

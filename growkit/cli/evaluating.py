@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from growkit.cli.options import COUNT, PATH
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.tensor import Source
+    from growkit.evaluation.harness import Answer, Question
 
 
 @click.command()
@@ -14,23 +24,28 @@ import click
 @click.option(
     "--tasks",
     metavar="LIST",
-    help="Of lambada, piqa, hellaswag, winogrande, arc_easy, arc_challenge and bpb, with commas; default: all.",
+    help="Comma-separated, of lambada, piqa, hellaswag, winogrande, arc_easy, arc_challenge and "
+    "bpb. Default: all.",
 )
 @click.option(
     "--limit",
-    type=int,
+    type=COUNT,
     metavar="N",
-    help="Items of a task at most. Default: all, and 3000 documents for bpb.",
+    help="Maximum items per task. Default: all, and 3000 documents for bpb.",
 )
 @click.option(
-    "--data", metavar="DIR", help="Items from DIR/TASK*.jsonl and DIR/bpb/* and not from the Hub."
+    "--data",
+    type=PATH,
+    metavar="DIR",
+    help="Read items from DIR/TASK*.jsonl and DIR/bpb/*, not the Hub.",
 )
 @click.option(
     "--output",
+    type=PATH,
     metavar="FILE.json",
-    help="Keep the figures, and FILE.md with the tables for a model card.",
+    help="Keep the figures, and write FILE.md with the tables for a model card.",
 )
-@click.option("--batch", default=8, show_default=True, metavar="N", help="Texts at once.")
+@click.option("--batch", type=COUNT, default=8, show_default=True, metavar="N", help="Batch size.")
 @click.option("--force", is_flag=True, help="Replace FILE.json and FILE.md if they exist.")
 def evaluate(
     src: tuple[str, ...],
@@ -43,48 +58,58 @@ def evaluate(
 ) -> None:
     """Measure each SRC on benchmarks: accuracies, perplexities, bits per byte of any text.
 
-    A Hugging Face directory through lm-evaluation-harness' own model, a trainer checkpoint in JAX, in float32 both.
-    Bits per byte: one figure for each file or folder in DIR/bpb (.jsonl with "text", .txt, source code; gzipped too).
+    A Hugging Face directory is run by lm-evaluation-harness' own model, a trainer checkpoint in
+    JAX; both in float32. Bits per byte: one figure for each file or folder in DIR/bpb (.jsonl with
+    "text", .txt, source code; compressed too).
     """
-    from growkit.errors import UsageError
     from growkit.evaluation import report
     from growkit.evaluation.catalogue import parse_task_names
     from growkit.evaluation.questions import collect_questions
 
-    for name, value in (("limit", limit), ("batch", batch)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
+    _check_at_least_1("limit", limit)
+    _check_at_least_1("batch", batch)
     names = None if tasks is None else parse_task_names(tasks)
-    kept = None if output is None else check_outputs(output, force)
-    models = open_models(src)
-    asked = collect_questions(
-        names,
-        Path(data) if data is not None else None,
-        limit,
-        lambda words: click.echo(words, err=True),
-    )
-    window = min(source.model.context for _, source, _ in models)
-    if len({source.model.context for _, source, _ in models}) > 1:
-        click.echo(f"note: contexts differ, so every model reads at most {window} tokens", err=True)
-    settings = {
-        "limit": limit,
-        "data": data,
-        "batch": batch,
-        "max_length": window,
-        "dtype": "float32",
-    }
-    record = report.start_record(settings)
-    for text, source, tokenizer in models:
-        results = ask_questions(text, asked, load_model(source, tokenizer, window, batch))
-        record["models"].append(report.record_model(text, source, results))
+    files = None if output is None else check_outputs(output, force)
+    models = [open_model(text) for text in src]
+    directory = None if data is None else Path(data)
+    questions = collect_questions(names, directory, limit, _say)
+    window = _choose_window(models)
+    settings = {"limit": limit, "data": data, "batch": batch, "max_length": window}
+    record = _measure(models, questions, settings)
     report.print_record(record)
-    if kept is not None:
-        report.write_record(record, *kept)
-        click.echo(f"wrote {kept[0]} and {kept[1]}")
+    if files is not None:
+        report.write_record(record, *files)
+        click.echo(f"wrote {files[0]} and {files[1]}")
+
+
+def _measure(
+    models: list[Model], questions: list[Question], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Ask every model all questions; returns the record, see `growkit.evaluation.report`."""
+    from growkit.evaluation import report
+
+    record = report.start_record(settings | {"dtype": "float32"})
+    for model in models:
+        loaded = load_model(model, settings["max_length"], settings["batch"])
+        answers = ask_questions(model.text, questions, loaded)
+        record["models"].append(report.record_model(model.text, model.source, answers))
+    return record
+
+
+def _say(words: str) -> None:
+    """Print a line that is no result."""
+    click.echo(words, err=True)
+
+
+def _check_at_least_1(option: str, value: int | None) -> None:
+    from growkit.errors import UsageError
+
+    if value is not None and value < 1:
+        raise UsageError(f"--{option} must be at least 1, got {value}")
 
 
 def check_outputs(text: str, force: bool) -> tuple[Path, Path]:
-    """FILE.json and FILE.md. Raises UsageError where they must not, and OSError where they cannot be written."""
+    """FILE.json and FILE.md. Raises UsageError if they must not be written."""
     from growkit.errors import UsageError
 
     path = Path(text)
@@ -92,79 +117,96 @@ def check_outputs(text: str, force: bool) -> tuple[Path, Path]:
         raise UsageError(
             f"--output is the name of a .json file (a .md is written beside it), got {text!r}"
         )
-    both = path, path.with_suffix(".md")
-    for each in both:
-        if each.is_dir() or (each.exists() and not force):
-            raise UsageError(
-                f"the output exists: {each}; --force replaces it"
-                if each.is_file()
-                else f"{each} is no file"
-            )
+    card = path.with_suffix(".md")
+    for each in (path, card):
+        if each.is_dir():
+            raise UsageError(f"{each} is no file")
+        if each.exists() and not force:
+            raise UsageError(f"the output exists: {each}; --force replaces it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return both
+    return path, card
 
 
-def open_models(texts: tuple[str, ...]) -> list[tuple]:
-    """(SRC, source, tokenizer) of each, all that can be refused before a model is loaded refused."""
+@dataclass(frozen=True)
+class Model:
+    """A model to be measured. text: what the user calls it."""
+
+    text: str
+    source: Source
+    tokenizer: Any
+
+
+def open_model(text: str) -> Model:
+    """Open SRC and its tokenizer; refuse here, before loading, what could not be measured.
+
+    Raises UsageError or GrowkitError.
+    """
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
     from growkit.evaluation.harness import require_harness
     from growkit.models import require_trained
     from trainer.data.tokenizer import load_model_tokenizer
 
-    found = []
-    for text in texts:
-        source = open_source(text)
-        require_harness(
-            *(("torch", "transformers", "accelerate") if source.kind == "huggingface" else ())
+    source = open_source(text)
+    if source.kind == "checkpoint":
+        require_harness()
+        require_trained(source.model, source.path)
+    else:
+        require_harness("torch", "transformers", "accelerate")
+    tokenizer = load_model_tokenizer(source.files, source.path, source.config)
+    # A tokenizer may have more tokens than the model, as one for padding. A text that has one is
+    # refused when it is encoded; every text follows the end of another.
+    if tokenizer.end_of_text_id >= source.model.vocab:
+        raise GrowkitError(
+            f"{tokenizer.end_of_text!r} of {source.path} has the id {tokenizer.end_of_text_id}, "
+            f"and the vocabulary of the model is {source.model.vocab}: the tokenizer is not the "
+            "one that the model was trained with"
         )
-        if source.kind == "checkpoint":
-            require_trained(source.model, source.path)
-        tokenizer = load_model_tokenizer(source.files, source.path)
-        if tokenizer.vocab_size > source.model.vocab:
-            raise GrowkitError(
-                f"the tokenizer of {source.path} gives ids up to {tokenizer.vocab_size - 1}, and the vocabulary of the "
-                f"model is {source.model.vocab}: it is not the one the model was trained with"
-            )
-        found.append((text, source, tokenizer))
-    return found
+    return Model(text, source, tokenizer)
 
 
-def load_model(source, tokenizer, window: int, batch: int):
-    """The model of a source as the harness asks it: transformers' for a directory, ours for a checkpoint."""
+def _choose_window(models: list[Model]) -> int:
+    """The shortest context: all models read the same number of tokens, so figures compare."""
+    contexts = {model.source.model.context for model in models}
+    window = min(contexts)
+    if len(contexts) > 1:
+        _say(f"note: contexts differ, so every model reads at most {window} tokens")
+    return window
 
+
+def load_model(model: Model, window: int, batch: int) -> Any:
+    """The model as the harness asks it: a checkpoint in JAX, a directory in transformers."""
+    from growkit.models import TRAINED
+
+    source = model.source
     if source.kind == "checkpoint":
         from trainer.evaluate.harness import load_jax_model
 
-        return load_jax_model(source, tokenizer, window, batch)
+        return load_jax_model(source, model.tokenizer, window, batch)
     from convert.harness import load_hugging_face_model
 
-    prefix = tokenizer.end_of_text_id if source.model.kind == "gpt_neox" else None
+    # The trainer begins texts with end-of-text; other models begin as their tokenizer says.
+    prefix = model.tokenizer.end_of_text_id if source.model.kind in TRAINED else None
     return load_hugging_face_model(source.here, prefix, window, batch)
 
 
-def ask_questions(name: str, asked: list, model) -> list:
-    """What a model makes of each question, a bar on a terminal while it does and a line when it has."""
+def ask_questions(name: str, questions: list[Question], model: Any) -> list[Answer]:
+    """A model's answers; shows a bar on a terminal for each question, and a line after it."""
     from growkit.evaluation.harness import ask
 
-    results = []
-    for number, question in enumerate(asked, 1):
+    answers = []
+    for number, question in enumerate(questions, 1):
         began = time.monotonic()
-        with show_progress(f"{name}: {question.name} ({number} of {len(asked)})", model):
-            results.append(ask(model, question))
+        with show_progress(f"{name}: {question.name} ({number} of {len(questions)})", model):
+            answers.append(ask(model, question))
         seconds = time.monotonic() - began
-        click.echo(
-            f"{name}: {question.name}, {question.documents:,} documents in {seconds:.1f} s",
-            err=True,
-        )
-    return results
+        _say(f"{name}: {question.name}, {question.documents:,} documents in {seconds:.1f} s")
+    return answers
 
 
 @contextmanager
-def show_progress(words: str, model):
+def show_progress(words: str, model: Any) -> Iterator[None]:
     """A bar of the texts that a model has scored, on a terminal."""
-    import sys
-
     if not sys.stderr.isatty():
         yield
         return

@@ -1,8 +1,8 @@
-"""The product's main job once, small: tokenize, train, grow, train on, export, load in transformers, compare.
+"""The whole pipeline once, small: tokenize, train, grow, train on, export, load in transformers.
 
-Every part does what a verb does, by the same functions, on text that every machine has: the Python standard
-library's own source. A part that is finished is not done again, so the command can be interrupted and repeated. Knows
-the order of the parts and the sizes that a CPU trains in minutes; leaves the work to what the verbs call.
+Each part calls what the verb of that name calls. The text is the Python standard library's own
+source, which every machine has. A part that is finished is not repeated, so the command may be
+interrupted and run again. The sizes are such that a CPU trains them in minutes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ import random
 import sysconfig
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-LAYERS, GROWN_LAYERS = 2, 4
+from growkit.cli.options import PATH
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.tensor import Source
+
+LAYERS = 2
+GROWN_LAYERS = 4
 TEXT_BYTES = 8_000_000
 VOCAB = 1024
 MODEL = {
@@ -36,40 +43,45 @@ RECIPE = {
     "log": {"every": 20},
     "checkpoint": {"every": 200, "keep_last": 2},
 }
-SOURCE_STEPS, FURTHER_STEPS = 1400, 1000
+SOURCE_STEPS = 1400
+FURTHER_STEPS = 1000
 PROMPT = "def read_"
 MARK = "quickstart.json"
 
 
 @click.command()
 @click.option(
-    "--out", default="quickstart", show_default=True, metavar="DIR", help="Where everything goes."
+    "--out",
+    type=PATH,
+    default="quickstart",
+    show_default=True,
+    metavar="DIR",
+    help="Where everything goes.",
 )
 def quickstart(out: str) -> int:
-    """Train a small model, grow it in depth with its optimizer, train on, export, and load it in transformers.
+    """Run the whole pipeline on a tiny model; no data needed.
 
-    On text that every machine has, in some minutes on two cores. Safe to interrupt and to run again.
+    Train a small model, grow it in depth with its optimizer, train on, export it, and load it in
+    transformers. Takes some minutes on two cores. Safe to interrupt and to run again.
     """
     began = time.monotonic()
     directory = Path(out)
     _begin(directory)
-    code = _prepare_text(directory)
-    for part in (_train_source, _grow, _train_grown, _train_control, _export):
-        code = code or part(directory)
-    if code:
-        return code
-    _show(directory)
-    click.echo(f"all of it is in {directory}, in {time.monotonic() - began:.0f} seconds")
+    for part in (_prepare_text, _train_source, _grow, _train_grown, _train_control, _export):
+        code = part(directory)
+        if code:
+            return code
+    _show_results(directory)
+    click.echo(f"everything is in {directory}; it took {time.monotonic() - began:.0f} seconds")
     return 0
 
 
 def _begin(directory: Path) -> None:
-    """Make the directory, or check that it is a quickstart's of the same sizes. Raises UsageError."""
+    """Make the directory, or check that it is a quickstart of these sizes. Raises UsageError."""
     from growkit.errors import UsageError
 
-    sizes = json.dumps(
-        {"model": MODEL, "grown": GROWN_LAYERS, "steps": [SOURCE_STEPS, FURTHER_STEPS]}
-    )
+    steps = [SOURCE_STEPS, FURTHER_STEPS]
+    sizes = json.dumps({"model": MODEL, "grown": GROWN_LAYERS, "steps": steps})
     mark = directory / MARK
     foreign = directory.is_dir() and any(directory.iterdir()) and not mark.exists()
     if foreign or (directory.exists() and not directory.is_dir()):
@@ -93,24 +105,24 @@ def _prepare_text(directory: Path) -> int:
     from trainer.data.tokenizer import train_tokenizer
 
     _say(1, "tokenize the Python standard library's source")
-    if not (directory / "tokens").exists():
+    out = directory / "tokens"
+    if not out.exists():
         texts = [text for _, text in read_standard_library(TEXT_BYTES)]
-        # One text in four is enough to learn a small vocabulary from.
+        # A quarter of the texts is enough to learn a small vocabulary from.
         tokenizer = train_tokenizer(texts[::4], VOCAB)
+        names = ["Python standard library"]
         with show_counts("tokenizing") as progress:
-            names = ["Python standard library"]
-            tokenize_documents(
-                texts, directory / "tokens", tokenizer, names, False, progress, count_cores()
-            )
-    manifest = json.loads((directory / "tokens" / "manifest.json").read_text())
+            tokenize_documents(texts, out, tokenizer, names, False, progress, count_cores())
+    manifest = json.loads((out / "manifest.json").read_text())
     click.echo(
-        f"{manifest['documents']:,} files, {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,}"
+        f"{manifest['documents']:,} files, {manifest['tokens']:,} tokens, vocabulary "
+        f"{manifest['vocab_size']:,}"
     )
     return 0
 
 
 def read_standard_library(limit: int) -> list[tuple[str, str]]:
-    """(name, text) of the interpreter's own source files, about `limit` bytes of them, spread over all."""
+    """(name, text) of the interpreter's own source files, about `limit` bytes spread over all."""
     root = Path(sysconfig.get_paths()["stdlib"])
     aside = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
     files = [
@@ -118,6 +130,7 @@ def read_standard_library(limit: int) -> list[tuple[str, str]]:
     ]
     total = sum(path.stat().st_size for path in files)
     keep = min(1.0, limit / max(total, 1))
+    # Evenly spread: take a file whenever the number of files to take passes a whole number.
     chosen = [
         path
         for number, path in enumerate(files)
@@ -125,62 +138,64 @@ def read_standard_library(limit: int) -> list[tuple[str, str]]:
     ]
     # Shuffled, so that the held-out end is text like the rest.
     random.Random(0).shuffle(chosen)
-    texts = (
-        (path.relative_to(root).as_posix(), path.read_text("utf-8", errors="ignore"))
-        for path in chosen
-    )
-    return [(name, text) for name, text in texts if text.strip()]
+    texts = []
+    for path in chosen:
+        text = path.read_text("utf-8", errors="ignore")
+        if text.strip():
+            texts.append((path.relative_to(root).as_posix(), text))
+    return texts
 
 
-def _run(directory: Path, name: str, values: dict, start: str | None) -> int:
-    from trainer.cli.training import exit_code, train_run
+def _train(directory: Path, name: str, values: dict[str, Any], start: str | None) -> int:
+    """Train the run `name` in the directory, from another model or anew; returns the exit code."""
+    from trainer.cli.training import exit_code
+    from trainer.run.stages import train
 
     data = {"data": {"train": {str(directory / "tokens"): 1.0}}}
-    result = train_run(RECIPE | data | values, directory / name, start)
+    result = train(RECIPE | data | values, directory / name, start)
     return exit_code(result)
 
 
-def make_schedule(steps: int, warmup: int, peak: float) -> dict:
-    """The values of a training: its length, its warm-up and its peak learning rate."""
+def make_schedule(steps: int, warmup: int, peak: float) -> dict[str, Any]:
+    """Configuration values: number of steps, steps of warm-up, peak learning rate."""
     return {"schedule": {"steps": steps, "warmup": warmup}, "optimizer": {"learning_rate": peak}}
 
 
 def _train_source(directory: Path) -> int:
     _say(2, f"train a model of {LAYERS} layers")
-    return _run(directory, "source", {"model": MODEL} | make_schedule(SOURCE_STEPS, 50, 5e-3), None)
+    values = {"model": MODEL} | make_schedule(SOURCE_STEPS, 50, 5e-3)
+    return _train(directory, "source", values, None)
 
 
 def _grow(directory: Path) -> int:
     from growkit.checkpoint.location import open_source
-    from growkit.cli.growing import grow
+    from growkit.cli.growing import Output, grow
     from growkit.growth.depth import plan_depth
 
     _say(3, f"grow it to {GROWN_LAYERS} layers: growkit depth --map {LAYERS}:{GROWN_LAYERS}")
-    if not (directory / "grown").exists():
+    out = directory / "grown"
+    if not out.exists():
         source = open_source(str(directory / "source"))
-        grow(
-            source,
-            plan_depth(source.model, f"{LAYERS}:{GROWN_LAYERS}"),
-            directory / "grown",
-            False,
-            False,
-            False,
-        )
+        plan = plan_depth(source.model, f"{LAYERS}:{GROWN_LAYERS}")
+        grow(source, plan, out, Output())
     return 0
 
 
 def _train_grown(directory: Path) -> int:
     _say(4, "train the grown model on")
-    return _run(directory, "trained", make_schedule(FURTHER_STEPS, 40, 3.3e-3), str(directory / "grown"))
+    values = make_schedule(FURTHER_STEPS, 40, 3.3e-3)
+    return _train(directory, "trained", values, str(directory / "grown"))
 
 
 def _train_control(directory: Path) -> int:
     from growkit.checkpoint.location import open_source
 
-    small, grown = (open_source(str(directory / name)).model for name in ("source", "grown"))
+    small = open_source(str(directory / "source")).model
+    grown = open_source(str(directory / "grown")).model
     steps = round(FURTHER_STEPS * grown.flops_per_token() / small.flops_per_token())
     _say(5, f"for comparison, train the small model on for the same compute ({steps} steps)")
-    return _run(directory, "control", make_schedule(steps, 40, 3.3e-3), str(directory / "source"))
+    values = make_schedule(steps, 40, 3.3e-3)
+    return _train(directory, "control", values, str(directory / "source"))
 
 
 def _export(directory: Path) -> int:
@@ -190,65 +205,70 @@ def _export(directory: Path) -> int:
 
     _say(6, "export, load in transformers, generate")
     source = open_source(str(directory / "trained"))
-    hf = directory / "huggingface"
-    if not hf.exists():
-        write_with_progress([source], convert_to_directory(source), hf, "huggingface", False)
-    _load_in_transformers(source, hf)
+    out = directory / "huggingface"
+    if not out.exists():
+        contents = convert_to_directory(source)
+        write_with_progress([source], contents, out, "huggingface", False)
+    _load_in_transformers(source, out)
     return 0
 
 
-def _load_in_transformers(source, hf: Path) -> None:
-    from convert.cli import compare_logits
+def _load_in_transformers(source: Source, directory: Path) -> None:
+    """Compare the exported model with its source and generate text, if transformers is here."""
+    from growkit.cli.checking import check_export
 
     try:
         from convert.reference import generate_text
 
-        text = generate_text(hf, PROMPT, 60)
+        text = generate_text(directory, PROMPT, 60)
     except ImportError as problem:
         click.echo(
-            f"{problem.name} is not installed, so nothing was loaded in it; pip install 'growkit[hf]' brings it"
+            f"{problem.name} is not installed, so nothing was loaded in it; pip install "
+            "'growkit[hf]' brings it"
         )
         return
-    click.echo(compare_logits(source, hf, "float32"))
-    click.echo(f"transformers continues {PROMPT!r} from {hf}:\n{text}")
+    click.echo(check_export(source, directory, "float32"))
+    click.echo(f"transformers continues {PROMPT!r} from {directory}:\n{text}")
 
 
-def _show(directory: Path) -> None:
-    """The table and the picture of what growth did."""
+def _show_results(directory: Path) -> None:
+    """Print and keep the table and the picture of what growth did."""
     from etils import epath
 
     from trainer.log import curves
     from trainer.log.history import History
 
-    histories = {
-        name: History(epath.Path(directory / name)) for name in ("source", "trained", "control")
-    }
-    losses = {
+    names = ("source", "trained", "control")
+    histories = {name: History(epath.Path(directory / name)) for name in names}
+    measured = {
         name: [row for row in history.rows if row["validation_loss"]]
         for name, history in histories.items()
     }
-    further = float(losses["trained"][-1]["flops"]) - float(losses["trained"][0]["flops"])
-    rows = [
-        ("small model, before growth", losses["source"][-1]),
-        (f"grown {LAYERS} to {GROWN_LAYERS} layers, before training on", losses["trained"][0]),
-        ("grown model, trained on", losses["trained"][-1]),
-        ("small model, trained on for the same compute", losses["control"][-1]),
-    ]
+    grown = measured["trained"]
+    table = _format_table(
+        {
+            "small model, before growth": measured["source"][-1],
+            f"grown {LAYERS} to {GROWN_LAYERS} layers, before training on": grown[0],
+            "grown model, trained on": grown[-1],
+            "small model, trained on for the same compute": measured["control"][-1],
+        }
+    )
+    (directory / "table.md").write_text(table + "\n")
+    picture = epath.Path(directory / "curves.png")
+    rows = histories["trained"].earlier + histories["trained"].rows
+    others = {"small model, same compute": histories["control"].rows}
+    curves.draw_curves(picture, rows, "growkit quickstart", others)
+    further = float(grown[-1]["flops"]) - float(grown[0]["flops"])
+    click.echo(f"\n{table}\n\nfurther training of both: {further:.2e} FLOPs; the curves: {picture}")
+
+
+def _format_table(rows: dict[str, Any]) -> str:
+    """The table in Markdown. rows: model -> the row of its history."""
     lines = ["| model | training FLOPs | validation perplexity |", "| --- | --- | --- |"]
-    for name, row in rows:
+    for name, row in rows.items():
         perplexity = math.exp(float(row["validation_loss"]))
         lines.append(f"| {name:<44} | {float(row['flops']):14.3e} | {perplexity:21.2f} |")
-    table = "\n".join(lines)
-    (directory / "table.md").write_text(table + "\n")
-    trained = histories["trained"]
-    picture = epath.Path(directory / "curves.png")
-    curves.draw_curves(
-        picture,
-        trained.earlier + trained.rows,
-        "growkit quickstart",
-        {"small model, same compute": histories["control"].rows},
-    )
-    click.echo(f"\n{table}\n\nfurther training of both: {further:.2e} FLOPs; the curves: {picture}")
+    return "\n".join(lines)
 
 
 COMMANDS = {"quickstart": quickstart}

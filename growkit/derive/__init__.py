@@ -1,11 +1,10 @@
-"""Tables derived from transformers' own classes, and proved before they are believed.
+"""How does growkit learn a model type that has no table by hand?
 
-Read `sizes` (which size each dimension follows, by doubling one at a time), `rows` (names and
-shapes as rows of a table), `stream` (what only a computation tells: which rows write the stream),
-`variant` (one configuration, read by the three), `proof` (growth computed by transformers in
-float64, against the source), `workings` (cuts tried until they are exact, else frozen), `options`
-(rows that depend on the configuration) and `derive`, which runs them all. `network` is
-transformers' side, `tiny` the sizes of tiny models, `assemble` the family as data, `docs` the
-table of docs/models.md. Nothing here is needed to grow: tables are text, see
-`growkit.models.table_file`.
+It builds a tiny random model of transformers' own class and reads the table off it: `tiny` chooses
+the sizes, `sizes` finds which configuration field gives each axis, `rows` drafts a row for each
+parameter, `stream` finds what writes into the residual stream, `variant` puts these together for
+one configuration. `workings` then grows the tiny model along each axis and keeps what is exact,
+`options` and `derive` do so for all values of the type's options, `proof` measures the difference
+in float64, and `assemble` writes the family. `cli` is the verb, `docs` the list of shipped tables.
+Everything but `cli` and `docs` needs torch and transformers.
 """

@@ -12,7 +12,8 @@ from growkit.derive.network import CONFIG_MAPPING, class_of
 from growkit.derive.rows import Draft, link, read_word
 from growkit.derive.sizes import HIDDEN, POSITIONS, shapes_of
 from growkit.derive.variant import Choice, Variant, axis_size
-from growkit.models.architecture import Family, Same
+from growkit.models.family import Family
+from growkit.models.fields import Same
 
 OPTIONS = {
     "context": POSITIONS,

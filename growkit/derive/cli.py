@@ -57,18 +57,18 @@ def read_argument(model: str) -> tuple[str, dict[str, Any]]:
 def _derive(kind: str, config: dict[str, Any]) -> tuple[Any, str]:
     try:
         from growkit.derive.derive import derive
-        from growkit.derive.network import model_types, transformers
+        from growkit.derive.network import VERSION, model_types
         from growkit.derive.tiny import options_of, tiny_fields
     except ImportError as problem:
         raise UsageError(f"derive needs {problem.name}: pip install 'growkit[hf]'") from None
     known = model_types()
     if kind not in known:
         raise UsageError(
-            f"transformers {transformers.__version__} has no causal language model of the type "
+            f"transformers {VERSION} has no causal language model of the type "
             f"{kind!r}{did_you_mean(kind, known)}"
         )
     try:
-        return derive(kind, tiny_fields(kind, options_of(kind, config))), transformers.__version__
+        return derive(kind, tiny_fields(kind, options_of(kind, config))), VERSION
     except GrowkitError:
         raise
     except Exception as problem:

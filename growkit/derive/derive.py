@@ -25,7 +25,7 @@ from growkit.derive.variant import Variant, read_variant
 from growkit.derive.workings import Workings, pooled, work_out
 from growkit.growth.axes import make_map, tile
 from growkit.growth.plan import build_plan
-from growkit.models.architecture import Family
+from growkit.models.family import Family
 from growkit.surgery.grow import prepare_growth
 
 INVERSE = {
@@ -69,19 +69,7 @@ def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
     layout, function = find_options(base)
     proved: dict[str, Any] = {}
     variants = [base, *read_variants(work, layout, proved)]
-    while True:
-        kept = [v for v in variants if agrees(v, base, proved)]
-        options = [name for name in layout if name not in proved]
-        try:
-            family = assemble(work, kept, options, proved)
-        except ValueError:
-            proved[pick(options, kept)] = base.probe.stated[pick(options, kept)]
-            continue
-        wrong = next((v for v in kept[1:] if not holds(family, v, work)), None)
-        if wrong is None:
-            break
-        name = next(n for n in options if differs(wrong, base, n))
-        proved[name] = base.probe.stated[name]
+    family, options, kept = settle_options(work, variants, layout, proved)
     for name in function:
         changed = with_fields(base, {name: not base.probe.stated[name]})
         if changed is None or not holds(family, changed, work):
@@ -94,7 +82,30 @@ def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
     return Derivation(family, work.gaps, [f"{n}: {p}" for n, p in work.problems.items()])
 
 
-def pick(options: list[str], kept: list[Variant]) -> str:
+def settle_options(
+    work: Workings, variants: list[Variant], layout: list[str], proved: dict[str, Any]
+) -> tuple[Family, list[str], list[Variant]]:
+    """One family for as many options as it can hold for, these options, and their variants.
+
+    proved: gets the one value of each option that is given up.
+    """
+    base = work.variant
+    while True:
+        kept = [v for v in variants if agrees(v, base, proved)]
+        options = [name for name in layout if name not in proved]
+        try:
+            family = assemble(work, kept, options, proved)
+        except ValueError:
+            name = pick(options)
+        else:
+            wrong = next((v for v in kept[1:] if not holds(family, v, work)), None)
+            if wrong is None:
+                return family, options, kept
+            name = next(n for n in options if differs(wrong, base, n))
+        proved[name] = base.probe.stated[name]
+
+
+def pick(options: list[str]) -> str:
     """The option to give up first: not the tied head, which every user has a value for."""
     others = [name for name in options if name != TIE]
     return (others or options)[0]
@@ -162,7 +173,7 @@ def assemble(
         no_identity=no_identity(work),
     )
     return replace(
-        family, defaults=family.defaults | {n: default_of(work.variant, n) for n in proved}
+        family, defaults=dict(family.defaults) | {n: default_of(work.variant, n) for n in proved}
     )
 
 

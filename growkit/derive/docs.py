@@ -1,12 +1,12 @@
-"""docs/models.md: a row for each model type with a table, from what the tables' files say was
-measured.
+"""docs/derived.md: a row for each model type with a shipped table, from what the tables' files say
+was measured.
 
-python -m growkit.derive.docs > docs/models.md
+python -m growkit.derive.docs > docs/derived.md
 """
 
 from __future__ import annotations
 
-from growkit.models.architecture import Family
+from growkit.models.family import Family
 from growkit.models.table_file import split_sections
 from growkit.models.tables import list_shipped, read_shipped, read_text
 
@@ -39,7 +39,9 @@ def write_docs() -> str:
     rows = [write_row(kind) for kind in list_shipped()]
     wide = sum("embed" in row[3].split(", ") for row in rows)
     deep = sum(row[1] == "yes" for row in rows)
-    count = f"{len(rows)} types: {deep} grow in depth by copies, {wide} in the width of the stream.\n"
+    count = (
+        f"{len(rows)} types: {deep} grow in depth by copies, {wide} in the width of the stream.\n"
+    )
     lines = [
         " | ".join(COLUMNS),
         " | ".join("---" for _ in COLUMNS),

@@ -19,22 +19,25 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING as CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 transformers.logging.set_verbosity(50)
 transformers.utils.logging.disable_progress_bar()
 State = dict[str, torch.Tensor]
+VERSION = str(transformers.__version__)
 
 
-class KeepWide(TorchFunctionMode):
+class KeepWide(TorchFunctionMode):  # type: ignore[misc]
     """Compute in float64 what a model asks to be computed in float32.
 
     Norms, softmaxes and rotary positions of transformers are float32 whatever the model's dtype; a
     proof needs them as wide as the rest.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if function is torch.Tensor.float:
             function = torch.Tensor.double
@@ -62,7 +65,7 @@ def model_types() -> list[str]:
     return [kind for kind in CONFIG_MAPPING if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING]
 
 
-def class_of(config: Any) -> type:
+def class_of(config: Any) -> Any:
     """The class of a configuration's causal language model."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return found[0] if isinstance(found, tuple) else found
@@ -96,7 +99,14 @@ def file_state(network: Any) -> State:
     state = dict(network.state_dict())
     for name in network._keys_to_ignore_on_save or ():
         state.pop(name, None)
-    return revert_weight_conversion(network, remove_tied_weights_from_state_dict(state, network))
+    untied = remove_tied_weights_from_state_dict(state, network)
+    return name_as_files(network, untied)
+
+
+def name_as_files(network: Any, state: Mapping[str, torch.Tensor]) -> State:
+    """Tensors of a model's parameters, or of what is as large, as files name and cut them."""
+    held: State = revert_weight_conversion(network, dict(state))
+    return held
 
 
 def memory_names(network: Any) -> dict[str, str]:
@@ -107,11 +117,11 @@ def memory_names(network: Any) -> dict[str, str]:
     """
     with wide():
         # A tied parameter has one number, that of its first name.
-        state = {
+        named = {
             tensor.data_ptr(): (name, tensor)
             for name, tensor in reversed(network.state_dict().items())
         }
-        state = {name: tensor for name, tensor in reversed(state.values())}
+        state = dict(reversed(named.values()))
         kept = {name: tensor.clone() for name, tensor in state.items()}
         numbered = list(dict.fromkeys(state))
         for number, name in enumerate(numbered):

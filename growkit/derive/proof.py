@@ -17,7 +17,7 @@ from growkit.derive.network import (
     CONFIG_MAPPING,
     State,
     load,
-    revert_weight_conversion,
+    name_as_files,
     run,
     set_plain,
     wide,
@@ -28,7 +28,9 @@ from growkit.growth.axes import AxisMap, insert, make_map, tile
 from growkit.growth.padding import MU
 from growkit.growth.plan import Plan, build_plan
 from growkit.growth.rule import find_source, grow_array
-from growkit.models.architecture import Architecture, Family, follow_layers
+from growkit.models.architecture import Architecture
+from growkit.models.family import Family
+from growkit.models.layer_fields import follow_layers
 
 # Of the largest logit.
 BOUND = 1e-10
@@ -100,7 +102,7 @@ def uneven(size: int) -> AxisMap:
     index = [*range(size), *added]
     weight = np.random.default_rng(size).uniform(0.5, 1.5, len(index))
     sums = np.bincount(index, weights=weight, minlength=size)
-    return make_map(index, size, weight / sums[index])
+    return make_map(index, size, (weight / sums[index]).tolist())
 
 
 def even(size: int, times: int = 2) -> AxisMap:
@@ -156,7 +158,7 @@ def gradients_of(model: Grown) -> State:
     for name, parameter in network.named_parameters():
         if parameter.grad is not None:
             gradients[name] = parameter.grad
-    return revert_weight_conversion(network, gradients)
+    return name_as_files(network, gradients)
 
 
 def depth_gap(family: Family, variant: Variant, index: Sequence[int]) -> tuple[float, float]:

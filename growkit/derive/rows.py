@@ -273,7 +273,9 @@ def cut(draft: Draft, coupled: set[tuple[str, ...]], embed: bool, mixer: bool) -
     """
     draft.cuts = []
     widths = coupled | {("embed",)}
-    draft.streams = tuple(bool(t) and len(t) == 1 and bool(set(t) & widths) for t in draft.terms)
+    draft.streams = tuple(
+        t is not None and len(t) == 1 and bool(set(t) & widths) for t in draft.terms
+    )
     for place, terms in enumerate(draft.terms):
         if terms and len(terms) == 1 and (axes := next(iter(terms))) in coupled:
             matrix = mixer and len(draft.terms) > 1 and draft.role != "embedding"

@@ -116,7 +116,7 @@ class Probe:
             return int(self.fields[name])
         if name in self.stated and self.stated[name] is not None:
             return int(self.stated[name])
-        return int(self.stated[self.name(HIDDEN)]) // int(self.stated[self.name(HEADS)])
+        return int(self.stated[str(self.name(HIDDEN))]) // int(self.stated[str(self.name(HEADS))])
 
     def grown(self, sizes: Iterable[Size]) -> Shapes | None:
         """Shapes with some sizes doubled together."""
@@ -188,7 +188,7 @@ def _changes(probe: Probe, *names: str) -> bool:
 
 
 def _reads_kv(probe: Probe, heads: str, kv: str, follows: tuple[str, ...]) -> bool:
-    """Whether a shape follows the number of key and value heads, or the model needs it."""
+    """Whether a shape follows the number of key and value heads, or the model needs it anyway."""
     both = probe.grown([Size("", (heads, kv, *follows), "")])
     alone = probe.grown([Size("", (heads, *follows), "")])
     return both != alone or not runs_with(probe, _double(probe, heads, *follows))

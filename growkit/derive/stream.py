@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,9 +152,11 @@ def find_writers(bench: Bench, state: State, layer: Layer, drafts: Mapping[str, 
         for row, names in rows.items():
             if not drafts[names[0]].may_write or not set(names) <= half | norms:
                 continue
-            if is_affine(
-                lambda t, n=names, q=quiet: added_by(bench, scaled(q, n, t, offsets), layer)
-            ):
+
+            def add(t: float, names: Any = names, quiet: State = quiet) -> torch.Tensor:
+                return added_by(bench, scaled(quiet, names, t, offsets), layer)
+
+            if is_affine(add):
                 found.add(row)
     found = last_of_square(found, {draft.name: draft for draft in drafts.values()})
     quiet = scaled(state, [n for row in found for n in rows[row]], 0.0, offsets)
@@ -217,11 +220,11 @@ def find_final(bench: Bench, state: State, drafts: Mapping[str, Draft]) -> set[s
         for name, draft in drafts.items()
         if "{" not in draft.name and len(draft.shape) == 1 and draft.may_write
     }
-    found = {
-        name
-        for name in candidates
-        if is_affine(lambda t, n=name: head_input(bench, scaled(state, [n], t, offsets)))
-    }
+
+    def enter(name: str, t: float) -> torch.Tensor:
+        return head_input(bench, scaled(state, [name], t, offsets))
+
+    found = {name for name in candidates if is_affine(partial(enter, name))}
     whole = head_input(bench, state)
     half = head_input(bench, scaled(state, found, 0.5, offsets))
     return found if found and (whole / 2 - half).abs().max() <= SMALL * whole.abs().max() else set()

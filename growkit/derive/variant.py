@@ -175,7 +175,7 @@ def cut_draft(draft: Draft, variant: Variant) -> None:
     """Cut the dimensions of a row, knowing whether it lies in a layer's mixer and writes the
     stream.
     """
-    products = set()
+    products: set[tuple[str, ...]] = set()
     if variant.coupled:
         products = {tuple(a for a in ("head", "kv", "group", "head_dim") if a in variant.sizes)}
     inner = draft.name.partition("{layer}.")[2]

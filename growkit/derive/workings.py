@@ -26,7 +26,7 @@ from growkit.derive.rows import link
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import Choice, Variant, read_variant
 from growkit.growth.axes import AxisMap, tile
-from growkit.models.architecture import Family
+from growkit.models.family import Family
 
 # How many ways to cut the dimensions along one axis are tried at most.
 TRIES = 40

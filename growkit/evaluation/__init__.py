@@ -1,5 +1,8 @@
-"""Benchmarks of language models, by lm-evaluation-harness, for whatever model is given to it.
+"""How good is a model on benchmarks, asked through lm-evaluation-harness?
 
-Knows the tasks, their files, how they are run and how their figures are shown; leaves the models to
-`trainer.evaluate.harness` (in JAX) and `convert.harness` (in transformers). Imports lm_eval only when something is run.
+Read in this order: `catalogue` (the tasks and published figures), `items` (local files as the
+harness's documents), `harness` (tasks, answers and standard errors), `questions` (which tasks are
+asked, with which items), `report` (tables, and what is kept). The models themselves are in
+`trainer.evaluate.harness` (JAX) and `convert.harness` (transformers). lm_eval is imported only when
+something is run.
 """

@@ -1,7 +1,4 @@
-"""The tasks by name: what the harness calls them, what they report, how large the full sets are, published figures.
-
-Knows names and numbers only; leaves items to `items` and running to `harness`.
-"""
+"""The tasks by name: the harness's names, the metrics shown, full sizes, and published figures."""
 
 from __future__ import annotations
 
@@ -11,15 +8,19 @@ from dataclasses import dataclass
 from growkit.errors import UsageError, did_you_mean
 
 BPB = "bpb"
-# Documents at most for bits per byte, unless told: as the 760M run.
+# The most documents for bits per byte, unless told otherwise; the 760M run used as many.
 BPB_LIMIT = 3000
-# Which N of a longer set, and in which order they are asked for, must not depend on how its file is sorted.
+# Seed of the draw of N items from a longer set: it must not depend on how a file is sorted.
 SEED = 1234
 
 
 @dataclass(frozen=True)
 class Task:
-    """folder, harness: where it is there, and its name. full: items of the full set. metrics: those shown."""
+    """A task of the harness.
+
+    title: the name in tables. folder, harness: its folder and its name in lm_eval. full: items of
+    the full set. metrics: those shown.
+    """
 
     name: str
     title: str
@@ -42,7 +43,7 @@ TASKS = {
 }
 NAMES = (*TASKS, BPB)
 
-# The parts of the Pile that the 760M run reports, by the name of a file or folder in bpb/, with its own titles.
+# Parts of the Pile that the 760M run reports: name of a file or folder in bpb/ -> title.
 PILE = {
     "pile_cc": "Pile CC",
     "pile_openwebtext2": "OpenWebText2",
@@ -51,8 +52,8 @@ PILE = {
     "pile_bookcorpus2": "BookCorpus2",
 }
 
-# As the 760M run's log has them, by (task or part, metric). Sources: bits per byte from the Pile
-# (arXiv 2101.00027, table 3), the rest from the table of GPT-Neo's README. Accuracies are fractions.
+# Published figures by (task or part, metric). Sources: bits per byte from the Pile (arXiv
+# 2101.00027, table 3), the rest from the table in GPT-Neo's README. Accuracies are fractions.
 PUBLISHED = {
     "GPT2-Large": {
         ("lambada", "acc"): 0.476,
@@ -79,35 +80,45 @@ PUBLISHED = {
 
 
 def parse_task_names(text: str) -> list[str]:
-    """The tasks in a list with commas, each once, in its order. Raises UsageError for an unknown one."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    """The tasks in a comma-separated list, each once, in its order. Raises UsageError."""
+    words = [word.strip() for word in text.split(",")]
+    names = list(dict.fromkeys(word for word in words if word))
+    known = ", ".join(NAMES)
     if not names:
-        raise UsageError(f"there is no task in {text!r}; the tasks are {', '.join(NAMES)}")
+        raise UsageError(f"there is no task in {text!r}; the tasks are {known}")
     for name in names:
         if name not in NAMES:
-            raise UsageError(
-                f"there is no task {name!r}; the tasks are {', '.join(NAMES)}{did_you_mean(name, NAMES)}"
-            )
+            near = did_you_mean(name, NAMES)
+            raise UsageError(f"there is no task {name!r}; the tasks are {known}{near}")
     return names
 
 
 def find_title(name: str) -> str:
-    """How a task, or a part of bits per byte (`bpb/NAME`), is called in a table."""
+    """The name in tables of a task, or of a part of bits per byte (`bpb/NAME`)."""
+    if name in TASKS:
+        return TASKS[name].title
     part = name.removeprefix(f"{BPB}/")
-    return TASKS[name].title if name in TASKS else PILE.get(part, part)
+    return PILE.get(part, part)
 
 
 def is_full(name: str, documents: int, total: int) -> bool:
-    """Whether what was measured may stand beside published figures: the full set, or 3000 documents of the Pile's."""
+    """Whether a result may stand beside published figures.
+
+    That takes the full set of a task, or 3000 documents of a part of the Pile (or all it has).
+    """
     if name in TASKS:
         return documents == TASKS[name].full
     return name.removeprefix(f"{BPB}/") in PILE and documents >= min(BPB_LIMIT, total)
 
 
 def select_published(names: Sequence[str]) -> dict[str, dict[tuple[str, str], float]]:
-    """Reference rows for the tasks given: model -> (task, metric) -> figure; models without any left out."""
-    rows = {
-        model: {key: value for key, value in figures.items() if key[0] in names}
-        for model, figures in PUBLISHED.items()
-    }
-    return {model: figures for model, figures in rows.items() if figures}
+    """Published figures for the tasks given: model -> (task, metric) -> figure.
+
+    Models without any are left out.
+    """
+    selected = {}
+    for model, figures in PUBLISHED.items():
+        known = {key: value for key, value in figures.items() if key[0] in names}
+        if known:
+            selected[model] = known
+    return selected

@@ -1,33 +1,47 @@
-"""Items of the tasks in local files: found in a directory, read, checked, and made into the harness's documents.
+"""Items of the tasks in local files: find, read and check them, make the harness's documents.
 
-Every task has its published columns; here they become the few columns that the task files name (context, query,
-choices, gold, ...), by the same rules as the harness's own tasks. Knows files and columns; leaves asking to `harness`.
+Every task has published columns. They become the few columns that the task files name (context,
+query, choices, gold, ...), by the same rules as in the harness's own tasks.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
 from growkit.errors import GrowkitError, UsageError
-from growkit.evaluation.catalogue import BPB, SEED
+from growkit.evaluation.catalogue import BPB, SEED, TASKS
+from growkit.textfiles import (
+    HEAD,
+    JSON_LINES,
+    describe_foreign,
+    get_ending,
+    holds_json_lines,
+    open_text,
+    parse_json,
+    strip_compression,
+)
 
 T = TypeVar("T")
 Row = dict[str, Any]
-TEXTS = (".jsonl", ".txt", ".md", ".py", ".rst", ".tex")
+# Files that bits per byte are taken of; each may be compressed as well.
+PROSE = (".md", ".py", ".rst", ".tex")  # never JSON lines, whatever they begin with
+TEXTS = (".txt", *PROSE, *JSON_LINES)
 
 
 @dataclass
 class Items:
-    """The documents of a task: those chosen of `total`. files: sha256 by path. empty: documents left out as empty."""
+    """The documents of a task: those drawn, of `total`.
+
+    files: sha256 by path. empty: how many documents were left out because they are empty.
+    """
 
     name: str
     documents: list[Row]
@@ -37,46 +51,77 @@ class Items:
 
 
 def find_task_file(directory: Path, task: str) -> Path | None:
-    """The one file of a task, TASK*.jsonl or TASK*.jsonl.gz; None without one. Raises UsageError for several."""
-    found = sorted([*directory.glob(f"{task}*.jsonl"), *directory.glob(f"{task}*.jsonl.gz")])
+    """The one file TASK*.jsonl, compressed or not, or None. Raises UsageError for several."""
+    found = [path for path in sorted(directory.iterdir()) if _is_task_file(path, task)]
     if len(found) > 1:
-        raise UsageError(
-            f"{directory} has several files for {task}: {', '.join(path.name for path in found)}; keep one"
-        )
+        names = ", ".join(path.name for path in found)
+        raise UsageError(f"{directory} has several files for {task}: {names}; keep one")
     return found[0] if found else None
 
 
-def find_parts(directory: Path) -> dict[str, list[Path]]:
-    """The files of bits per byte by part: a file or a folder of `bpb/` each, named without its endings."""
+def _is_task_file(path: Path, task: str) -> bool:
+    named = path.name.lower().startswith(task) and get_ending(path.name) in JSON_LINES
+    return named and path.is_file()
+
+
+def list_passed_over(directory: Path) -> list[str]:
+    """The files of a directory of items that no task and no part is read from, as bpb/a.pdf."""
     folder = directory / BPB
+    passed = [
+        path
+        for path in directory.iterdir()
+        if path.is_file() and not any(_is_task_file(path, task) for task in TASKS)
+    ]
+    if folder.is_dir():
+        passed += [path for path in folder.rglob("*") if path.is_file() and not is_text(path)]
+    return sorted(str(path.relative_to(directory)) for path in passed)
+
+
+def find_parts(directory: Path) -> dict[str, list[Path]]:
+    """The texts of bits per byte: part -> its files. A part is a file or a folder in `bpb/`.
+
+    It has the name of the file or folder, without the file's endings. Raises UsageError if two have
+    the same name.
+    """
+    folder = directory / BPB
+    children = sorted(folder.iterdir()) if folder.is_dir() else []
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        files = (
-            sorted(file for file in path.rglob("*") if is_text(file)) if path.is_dir() else [path]
-        )
-        files = [file for file in files if is_text(file)]
-        if not files:
+    for path in children:
+        candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
+        texts = [file for file in candidates if is_text(file)]
+        if not texts:
             continue
-        name = path.name if path.is_dir() else path.name.removesuffix(".gz").rsplit(".", 1)[0]
-        if name in found:
+        part = _name_part(path)
+        if part in found:
             raise UsageError(
-                f"{folder} has both {found[name][0].name} and {path.name}, two texts of one name"
+                f"{folder} has both {found[part][0].name} and {path.name}, two texts of one name"
             )
-        found[name.lower().replace("-", "_") if name.lower().startswith("pile") else name] = files
+        found[part] = texts
     return found
 
 
+def _name_part(path: Path) -> str:
+    """The name of a part: without a file's endings; the Pile's parts as they are published."""
+    name = path.name
+    if not path.is_dir():
+        name = name[: len(strip_compression(name))].rsplit(".", 1)[0]
+    if name.lower().startswith("pile"):
+        return name.lower().replace("-", "_")
+    return name
+
+
 def is_text(path: Path) -> bool:
-    """Whether a file is one that bits per byte are taken of."""
-    return (
-        path.is_file()
-        and not path.name.startswith(".")
-        and path.name.removesuffix(".gz").endswith(TEXTS)
-    )
+    """Whether bits per byte are taken of this file."""
+    if not path.is_file() or path.name.startswith("."):
+        return False
+    return get_ending(path.name) in TEXTS
 
 
 def read_items(task: str, path: Path, limit: int | None) -> Items:
-    """The items of a task in a jsonl file, `limit` of them by a fixed seed. Raises GrowkitError for a broken one."""
+    """The items of a task in a jsonl file, `limit` of them by a fixed seed (None: all).
+
+    Raises GrowkitError, naming the line, for a file that is broken.
+    """
     items = Items(task, [], 0, {str(path): hash_file(path)})
 
     def documents() -> Iterator[Row]:
@@ -91,12 +136,15 @@ def read_items(task: str, path: Path, limit: int | None) -> Items:
 
 
 def read_texts(name: str, files: list[Path], limit: int | None) -> Items:
-    """The documents of a part, `limit` of them by a fixed seed; empty ones are left out and counted."""
+    """The documents of a part, `limit` of them by a fixed seed (None: all).
+
+    Empty documents are left out and counted. Raises GrowkitError if there is no other.
+    """
     items = Items(f"{BPB}/{name}", [], 0, {str(path): hash_file(path) for path in files})
 
     def texts() -> Iterator[Row]:
         for path in files:
-            for text in _texts(path):
+            for text in _read_documents(path):
                 if text.strip():
                     items.total += 1
                     yield {"text": text}
@@ -105,59 +153,76 @@ def read_texts(name: str, files: list[Path], limit: int | None) -> Items:
 
     items.documents = draw_sample(texts(), limit)
     if not items.documents:
-        raise GrowkitError(
-            f"{files[0] if len(files) == 1 else files[0].parent} holds no text: every document is empty"
-        )
+        where = files[0] if len(files) == 1 else files[0].parent
+        raise GrowkitError(f"{where} holds no text: every document is empty")
     return items
 
 
 def draw_sample(documents: Iterable[T], limit: int | None) -> list[T]:
-    """All documents, or `limit` of them by a fixed seed (Vitter's algorithm R), in their order."""
+    """All documents, or `limit` of them by a fixed seed, in their order.
+
+    One pass over the documents, each as likely to be drawn: Vitter's algorithm R (ACM Transactions
+    on Mathematical Software 11, 1985).
+    """
     generator = random.Random(SEED)
     kept: list[tuple[int, T]] = []
     for number, document in enumerate(documents):
         if limit is None or len(kept) < limit:
             kept.append((number, document))
-        elif (place := generator.randrange(number + 1)) < limit:
+            continue
+        place = generator.randrange(number + 1)
+        if place < limit:
             kept[place] = (number, document)
     return [document for _, document in sorted(kept, key=lambda pair: pair[0])]
 
 
 def hash_file(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A row of a file, and where it stands for whoever must repair it."""
+    """A row of a file, and where it is, for the messages. Its methods raise GrowkitError."""
 
     row: Row
     where: str
 
     def make_error(self, words: str) -> GrowkitError:
+        """The error that this row is broken."""
         return GrowkitError(f"{self.where}: {words}")
 
     def value(self, column: str) -> Any:
+        """The value of a column."""
         if column not in self.row:
-            raise self.make_error(
-                f"the column {column!r} is missing; the line has {', '.join(self.row) or 'none'}"
-            )
+            known = ", ".join(self.row) or "none"
+            raise self.make_error(f"the column {column!r} is missing; the line has {known}")
         return self.row[column]
 
     def text(self, column: str, may_be_empty: bool = False) -> str:
-        return self.check_text(self.value(column), f"the column {column!r}", may_be_empty)
+        """A column that holds text."""
+        return self._check_text(self.value(column), f"the column {column!r}", may_be_empty)
 
     def texts(self, column: str) -> list[str]:
-        return self.check_texts(self.value(column), f"the column {column!r}")
-
-    def check_texts(self, value: Any, what: str) -> list[str]:
+        """A column that holds a list of texts."""
+        value = self.value(column)
+        what = f"the column {column!r}"
         if not isinstance(value, list) or not value:
             raise self.make_error(f"{what} must be a list of texts, got {value!r}")
-        return [self.check_text(part, f"{what}, number {number}") for number, part in enumerate(value)]
+        return [self._check_text(part, f"{what}, number {n}") for n, part in enumerate(value)]
 
-    def check_text(self, value: Any, what: str, may_be_empty: bool = False) -> str:
+    def number(self, column: str, choices: int) -> int:
+        """A column that holds the number of a choice, from 0."""
+        value = self.value(column)
+        digits = not isinstance(value, bool) and re.fullmatch(r"\d+", str(value))
+        if not digits or int(value) >= choices:
+            raise self.make_error(
+                f"the column {column!r} must be a number from 0 to {choices - 1}, got {value!r}"
+            )
+        return int(value)
+
+    def _check_text(self, value: Any, what: str, may_be_empty: bool = False) -> str:
         if not isinstance(value, str):
             raise self.make_error(f"{what} must be text, got {value!r}")
         if not may_be_empty and not value.strip():
@@ -166,16 +231,9 @@ class Columns:
             raise self.make_error(f"{what} is not text: it has half a surrogate pair")
         return value
 
-    def number(self, column: str, choices: int) -> int:
-        value = self.value(column)
-        if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)) or int(value) >= choices:
-            raise self.make_error(
-                f"the column {column!r} must be a number from 0 to {choices - 1}, got {value!r}"
-            )
-        return int(value)
-
 
 def _lambada(columns: Columns) -> Row:
+    """The last word is the target, with the space before it."""
     text = columns.text("text")
     context, space, last = text.rpartition(" ")
     if not space or not last:
@@ -195,24 +253,30 @@ def _piqa(columns: Columns) -> Row:
 
 
 def _hellaswag(columns: Columns) -> Row:
-    context = f"{columns.text('ctx_a')} {columns.text('ctx_b', may_be_empty=True).capitalize()}"
+    context = columns.text("ctx_a")
+    begun = columns.text("ctx_b", may_be_empty=True).capitalize()
+    query = f"{columns.text('activity_label')}: {context} {begun}"
     endings = columns.texts("endings")
     return {
-        "query": _without_marks(f"{columns.text('activity_label')}: {context}"),
-        "choices": [_without_marks(ending) for ending in endings],
+        "query": _remove_marks(query),
+        "choices": [_remove_marks(ending) for ending in endings],
         "gold": columns.number("label", len(endings)),
     }
 
 
-def _without_marks(text: str) -> str:
-    """Without the marks in brackets that WikiHow's articles have."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+def _remove_marks(text: str) -> str:
+    """Text without the marks in brackets that WikiHow's articles have."""
+    titled = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", titled).replace("  ", " ")
 
 
 def _winogrande(columns: Columns) -> Row:
+    """Each choice is the sentence up to the gap with one option in it; scored is what follows."""
     before, gap, after = columns.text("sentence").partition("_")
     if not gap or not after.strip():
-        raise columns.make_error("the column 'sentence' must have a gap, written _, and text after it")
+        raise columns.make_error(
+            "the column 'sentence' must have a gap, written _, and text after it"
+        )
     answer = columns.value("answer")
     if answer not in ("1", "2", 1, 2):
         raise columns.make_error(f"the column 'answer' must be 1 or 2, got {answer!r}")
@@ -225,10 +289,13 @@ def _arc(columns: Columns) -> Row:
     choices = columns.value("choices")
     if isinstance(choices, dict):
         inner = Columns(choices, f"{columns.where}, in the column 'choices'")
-        texts, labels, key = inner.texts("text"), inner.texts("label"), columns.text("answerKey")
+        texts = inner.texts("text")
+        labels = inner.texts("label")
+        key = columns.text("answerKey")
         if len(labels) != len(texts) or key not in labels:
             raise columns.make_error(
-                f"the column 'answerKey' must be one of the {len(texts)} labels {labels}, got {key!r}"
+                f"the column 'answerKey' must be one of the {len(texts)} labels {labels}, "
+                f"got {key!r}"
             )
         gold = labels.index(key)
     else:
@@ -252,48 +319,54 @@ DOCUMENTS: dict[str, Callable[[Columns], Row]] = {
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number, object) of a jsonl file. Raises GrowkitError for a line that is none."""
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as problem:
-            raise GrowkitError(f"{path}, line {number}: not JSON ({problem})") from None
+    """(line number, object) of JSON lines. Raises GrowkitError for a line that is no object."""
+    with _open(path) as file:
+        yield from _read_lines(path, file)
+
+
+def _read_lines(path: Path, file: BufferedReader) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(file, 1):
+        where = f"{path}, line {number}"
+        text = _decode(line, where)
+        if not text.strip():
+            continue
+        row = parse_json(text, where)
         if not isinstance(row, dict):
-            raise GrowkitError(
-                f"{path}, line {number}: must be a JSON object, got {type(row).__name__}"
-            )
+            raise GrowkitError(f"{where}: must be a JSON object, got {type(row).__name__}")
         yield number, row
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """The documents of a file: those of a jsonl file under "text", else the whole of it."""
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, row in read_rows(path):
+def _read_documents(path: Path) -> Iterator[str]:
+    """The documents of a file: the "text" of each of its JSON lines, else the whole file."""
+    ending = get_ending(path.name)
+    with _open(path) as file:
+        are_lines = ending not in PROSE and holds_json_lines(file.peek(HEAD))
+        if ending not in JSON_LINES and not are_lines:
+            yield _decode(file.read(), str(path))
+            return
+        for number, row in _read_lines(path, file):
+            # A null is an empty document, as it is where text is tokenized.
+            if row.get("text", row) is None:
+                row["text"] = ""
             yield Columns(row, f"{path}, line {number}").text("text", may_be_empty=True)
-    else:
-        yield _decoded(path, b"".join(_bytes(path)), "")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of those that are not blank."""
-    for number, line in enumerate(_bytes(path), 1):
-        if line.strip():
-            yield number, _decoded(path, line, f", line {number}")
-
-
-def _decoded(path: Path, data: bytes, where: str) -> str:
+def _decode(data: bytes, where: str) -> str:
+    """UTF-8 text, without a byte order mark. Raises GrowkitError."""
+    mark = data.startswith(b"\xef\xbb\xbf")
     try:
-        return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
+        return data.decode("utf-8-sig" if mark else "utf-8")
     except UnicodeDecodeError as problem:
         raise GrowkitError(
-            f"{path}{where}: not UTF-8 text (byte {problem.start} is 0x{data[problem.start]:02x})"
+            f"{where}: not UTF-8 text (byte {problem.start} is 0x{data[problem.start]:02x})"
         ) from None
 
 
-def _bytes(path: Path) -> Iterator[bytes]:
-    """The lines of a file as bytes, unzipped where its name says so."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from file
-    except (gzip.BadGzipFile, zlib.error, EOFError) as problem:
-        raise GrowkitError(f"{path} is not a whole gzip file ({problem})") from None
+@contextmanager
+def _open(path: Path) -> Iterator[BufferedReader]:
+    """A file that is open for reading, decompressed. Raises GrowkitError for what is no text."""
+    with open(path, "rb") as raw, open_text(raw, str(path)) as file:
+        foreign = describe_foreign(file.peek(HEAD))
+        if foreign:
+            raise GrowkitError(f"{path} is {foreign}")
+        yield file

@@ -1,7 +1,4 @@
-"""Which tasks are asked, and with which items: from local files where a directory is given, else from the Hub.
-
-Knows what is there and what is missing; leaves files to `items` and the harness's tasks to `harness`.
-"""
+"""Which tasks are asked, with items from a local directory if one is given, else from the Hub."""
 
 from __future__ import annotations
 
@@ -16,38 +13,44 @@ from growkit.evaluation.catalogue import BPB, BPB_LIMIT, NAMES, TASKS
 def collect_questions(
     names: list[str] | None, data: Path | None, limit: int | None, say: Callable[[str], None]
 ) -> list[harness.Question]:
-    """The questions of the tasks named (None: all there are), `limit` items each (None: all, 3000 for bits per byte).
+    """The questions of the tasks named.
 
-    say: told what is left out. Raises UsageError where items are not there, GrowkitError where they are broken.
+    names: None for all tasks that have items. data: a directory of items, or None for the Hub.
+    limit: items of each task; None for all, but 3000 for bits per byte. say: called with a line
+    about what is left out. Raises UsageError if items are missing, GrowkitError if they are broken.
     """
     if data is None:
-        return _from_hub(names, limit, say)
+        return _load_from_hub(names, limit, say)
     if not data.is_dir():
         raise UsageError(f"there is no such directory: {data}")
+    passed = items.list_passed_over(data)
+    if passed:
+        others = f" and {len(passed) - 5} others" if len(passed) > 5 else ""
+        say(f"note: no task is read from {', '.join(passed[:5])}{others} of {data}")
     found: list[harness.Question] = []
     for name in names or NAMES:
-        read = _parts(data, limit) if name == BPB else _task(name, data, limit)
+        read = _read_parts(data, limit) if name == BPB else _read_task(name, data, limit)
         if not read and names:
-            raise UsageError(f"{data} has no items of {name}: looked for {_looked_for(name)}")
+            raise UsageError(f"{data} has no items of {name}: looked for {_expected_files(name)}")
         if not read:
-            say(f"note: {name} is left out, {data} having no {_looked_for(name)}")
+            say(f"note: {name} is left out, {data} having no {_expected_files(name)}")
         for each in read:
             if each.empty:
                 say(f"note: {each.empty} empty documents of {each.name} are left out")
             found.append(harness.build_local_question(each))
     if not found:
-        raise UsageError(
-            f"{data} has no items of any task: looked for {', '.join(map(_looked_for, NAMES))}"
-        )
+        expected = ", ".join(_expected_files(name) for name in NAMES)
+        raise UsageError(f"{data} has no items of any task: looked for {expected}")
     return found
 
 
-def _from_hub(
+def _load_from_hub(
     names: list[str] | None, limit: int | None, say: Callable[[str], None]
 ) -> list[harness.Question]:
     if names and BPB in names:
         raise UsageError(
-            "bits per byte are of local text: give --data DIR with files or folders of it in DIR/bpb"
+            "bits per byte are of local text: give --data DIR with files or folders of it in "
+            "DIR/bpb"
         )
     found = []
     for name in names or TASKS:
@@ -56,18 +59,17 @@ def _from_hub(
     return found
 
 
-def _task(name: str, data: Path, limit: int | None) -> list[items.Items]:
+def _read_task(name: str, data: Path, limit: int | None) -> list[items.Items]:
     path = items.find_task_file(data, name)
     return [] if path is None else [items.read_items(name, path, limit)]
 
 
-def _parts(data: Path, limit: int | None) -> list[items.Items]:
-    found = items.find_parts(data)
-    return [
-        items.read_texts(part, files, BPB_LIMIT if limit is None else limit)
-        for part, files in found.items()
-    ]
+def _read_parts(data: Path, limit: int | None) -> list[items.Items]:
+    most = BPB_LIMIT if limit is None else limit
+    parts = items.find_parts(data)
+    return [items.read_texts(part, files, most) for part, files in parts.items()]
 
 
-def _looked_for(name: str) -> str:
-    return f"text in {BPB}/" if name == BPB else f"{name}*.jsonl or {name}*.jsonl.gz"
+def _expected_files(name: str) -> str:
+    """The files that a task's items would be in, in words."""
+    return f"text in {BPB}/" if name == BPB else f"{name}*.jsonl, compressed or not"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from growkit.errors import UsageError, did_you_mean
+from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap, insert, make_map, replicate, replicate_nearest, stack
-from growkit.growth.plan import Plan, build_plan
+from growkit.growth.plan import MODEL_HINT, Plan, build_plan
 from growkit.models.architecture import Architecture
 
 MOST_LAYERS = 4096
@@ -38,6 +38,10 @@ def plan_depth(model: Architecture, text: str, method: str | None = None) -> Pla
     >>> plan_depth(model, "0-2,1-2").grown.layer
     5
     """
+    require_type("model", model, Architecture, MODEL_HINT)
+    require_type("text", text, str, "as '18:24'")
+    if not model.layer:
+        raise UsageError("the model has no layers: no row of its table has the axis 'layer'")
     if method is not None and method not in METHODS:
         near = did_you_mean(method, METHODS)
         raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")

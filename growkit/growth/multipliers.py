@@ -17,7 +17,7 @@ import numpy as np
 from growkit.growth.axes import AxisMap
 from growkit.growth.padding import MU, VALUE
 from growkit.growth.plan import Plan
-from growkit.growth.rule import lay_along, narrow, share_scale
+from growkit.growth.shares import lay_along, narrow, share_scale
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Part, Product, Row
 
@@ -117,10 +117,11 @@ def _join(factors: list[float | np.ndarray], row: Row, model: Architecture) -> f
     first = factors[0]
     if len(factors) == 1:
         return first
-    if isinstance(first, float) and all(factor == first for factor in factors[1:]):
+    if all(isinstance(factor, float) and factor == first for factor in factors):
         return first
     assert row.summed is not None
-    stacked = [1] * len(row.stacked)
+    units = [np.shape(factor)[: len(row.stacked)] for factor in factors]
+    stacked = np.broadcast_shapes((1,) * len(row.stacked), *units)
     whole = [
         np.broadcast_to(factor, (*stacked, *part.shape(model.sizes)))
         for factor, part in zip(factors, row.parts, strict=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.models.notation import Part, Row
+from growkit.models.notation import Axis, Row
 
 # The order matters: a key's new head_dim rows must be zero in the new embed columns too.
 PADDED = ("embed", "head_dim")
@@ -41,18 +41,15 @@ class Rule:
     offset: float = 0.0
 
 
-def rule_along(
-    axis: str, row: Row, part: Part, role: str, moment: int, growth: float, norm: str
-) -> Rule:
+def rule_along(axis: Axis, row: Row, role: str, moment: int, growth: float, norm: str) -> Rule:
     """The rule for a parameter along a padded axis.
 
     role: the part's, or of one slice of a qkv part: query, key or value. growth: the new size over
     the old. norm: 'layer' or 'rms'.
     """
-    reads = any(each.name == axis and each.read for each in part.axes)
-    if axis == "embed":
-        return _embed_rule(row, reads, moment, growth, norm)
-    return _head_dim_rule(role, reads, moment, growth)
+    if axis.name == "embed":
+        return _embed_rule(row, axis.read, moment, growth, norm)
+    return _head_dim_rule(role, axis.read, moment, growth)
 
 
 def _embed_rule(row: Row, reads: bool, moment: int, growth: float, norm: str) -> Rule:
@@ -120,16 +117,18 @@ def scale_old(array: Any, rule: Rule, xp: Any = np) -> Any:
 def scale_with_offset(wide: Any, scale: Any, offset: float, xp: Any = np) -> Any:
     """scale x (offset + w) - offset: what scales a parameter that the model adds an offset to."""
     if not offset:
-        return wide * scale
-    return prevent_fusing((wide + wide.dtype.type(offset)) * scale, xp) - wide.dtype.type(offset)
+        return round_here(wide * scale, xp)
+    added = wide.dtype.type(offset)
+    return round_here(round_here((wide + added) * scale, xp) - added, xp)
 
 
-def prevent_fusing(product: Any, xp: Any) -> Any:
-    """Identity that prevents fusing the product into a following add (FMA).
+def round_here(result: Any, xp: Any) -> Any:
+    """The same numbers, rounded before anything else is done with them, as numpy does.
 
-    With it numpy and XLA round alike.
+    Under jit a compiler may take two operations as one (x * a + b, or x * a * b as x * (a * b)),
+    which rounds once. A maximum that changes nothing stands between them.
     """
-    return xp.maximum(product, xp.finfo(product.dtype).min)
+    return result if xp is np else xp.maximum(result, xp.finfo(result.dtype).min)
 
 
 def fill_new(

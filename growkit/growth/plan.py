@@ -18,7 +18,12 @@ from growkit.errors import UsageError, did_you_mean
 from growkit.growth.axes import AxisMap
 from growkit.models.architecture import Architecture
 
+# No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
+# sum to 1 along vocab. Copies there are another function whatever their shares.
+UNCOPIED = ("head_dim", "vocab")
 MOMENTS = ("map", "copy", "reset", "nu-only")
+# Where a model comes from, for messages about an argument that is none.
+MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Plan:
     def preserved(self) -> bool:
         """Whether the grown model computes the source's function."""
         uniform = self.model.table.uniform_axes
+        layers = self.maps.get("layer")
+        inserts = layers is not None and bool((layers.share == 0.0).any())
+        # Inserted layers add nothing only where something that writes the stream is silenced.
+        if inserts and not any(row.writes_stream for row in self.model.table.rows):
+            return False
         return all(
             preserves(axis, axis_map, axis in uniform) for axis, axis_map in self.maps.items()
         )
@@ -67,6 +77,8 @@ class Plan:
         """
         copied = any(len(axis_map) > axis_map.source for axis_map in self.maps.values())
         exact = self.preserved and not self.pads and self.moments == "map" and not self.noise
+        # A copy with a share of 0 would have an eps of 0: Adam divides 0 by 0.
+        exact = exact and all((axis_map.share > 0.0).all() for axis_map in self.maps.values())
         return copied and exact and "layer" not in self.maps
 
     @property
@@ -132,8 +144,12 @@ def build_plan(
     sizes |= padded
     if model.coupled and "embed" not in maps and "embed" not in padded:
         sizes["embed"] = sizes[model.heads] * sizes.get("group", 1) * sizes["head_dim"]
+    inserts = "layer" in maps and bool((maps["layer"].share == 0.0).any())
+    if inserts and model.family.no_identity:
+        raise UsageError(f"no layers that add nothing can be inserted: {model.family.no_identity}")
     eps = None
     if "embed" in padded:
+        _check_paddable(model)
         # The variance of a padded residual stream shrinks by d/d', and eps with it.
         eps = model.norm_eps * model.embed / padded["embed"]
     grown = model.resize(sizes, eps)
@@ -159,13 +175,34 @@ def _check_possible(
         )
 
 
+def _check_paddable(model: Architecture) -> None:
+    """Raise UsageError where padding of embed would change the function."""
+    if model.family.unpadded:
+        raise UsageError(f"embed cannot be padded: {model.family.unpadded}")
+    for row in model.table.other_norms:
+        raise UsageError(
+            f"embed cannot be padded: {row.name} averages over {', '.join(row.averages)} and "
+            f"shares its eps with the norms over embed, whose eps padding changes; copies "
+            f"(a whole multiple of {model.embed}) are exact"
+        )
+    for row in model.table.rows:
+        if model.norm == "layer" and row.role == "norm" and row.writes_stream:
+            raise UsageError(
+                f"embed cannot be padded: {row.name} writes into the residual stream, and no fill "
+                f"of its new entries is the mean of what it writes; copies (a whole multiple of "
+                f"{model.embed}) are exact"
+            )
+
+
 def preserves(axis: str, axis_map: AxisMap, uniform: bool) -> bool:
     """Whether a map of this axis keeps the function.
 
     layer: one copy of each source with share 1, in the sources' order, all others 0. uniform:
     whether a norm averages over the axis; then every unit needs as many copies, with equal shares.
-    Any other axis: shares that sum to 1 for each source.
+    head_dim and vocab: never. Any other axis: shares that sum to 1 for each source.
     """
+    if axis in UNCOPIED:
+        return False
     if axis == "layer":
         kept = axis_map.index[axis_map.share == 1.0]
         only_whole = bool(np.isin(axis_map.share, (0.0, 1.0)).all())

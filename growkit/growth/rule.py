@@ -12,7 +12,7 @@ its leading units (see `lead`), and works on numpy and jax arrays alike, under j
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,13 +30,14 @@ from growkit.growth.padding import (
     Rule,
     extend,
     fill_new,
-    prevent_fusing,
+    round_here,
     rule_along,
     scale_old,
     scale_with_offset,
     sum_along,
 )
-from growkit.models.notation import ATTENTION, Part, Position, Product, Row
+from growkit.growth.shares import narrow, scale_of
+from growkit.models.notation import ATTENTION, Part, Position, Row
 
 if TYPE_CHECKING:
     from growkit.growth.plan import Plan
@@ -55,11 +56,15 @@ def grow_array(
     `position` of the stacked axes copies. xp: numpy, or jax.numpy for jax arrays. Returns the
     stored shape at the grown sizes in the array's dtype; narrow floats are computed in float32 and
     rounded once a step.
+    Raises ValueError for a position that is not of the row's stacked axes.
     """
+    if len(position) != len(row.stacked):
+        stacked = ", ".join(axis.name for axis in row.stacked) or "nothing"
+        raise ValueError(f"{row.name} is stacked by {stacked}: which new unit is {position}?")
     if moment_fate(plan, row, moment, position) == "zero":
         return xp.zeros(row.shape(plan.grown.sizes), array.dtype)
     growth = UnitGrowth(row, plan, moment, position)
-    return growth.grow(array[None], np.zeros(1, np.int64), xp)[0]
+    return growth.grow(array[None], np.zeros(1, np.int64), xp)[0, ...]
 
 
 def moment_fate(plan: Plan, row: Row, moment: int, position: Position) -> str:
@@ -96,74 +101,6 @@ def find_source(plan: Plan, row: Row, position: Position) -> Position:
     )
 
 
-def share_scale(axes: Product, maps: Mapping[str, AxisMap], moment: int = VALUE) -> np.ndarray:
-    """The product of shares that scales a value or a moment: float64, a dimension for each axis.
-
-    Of the axes that are read for values; of those that are written for moments, once for mu, twice
-    for nu. Dimensions along which it does not differ have one entry.
-    """
-    scale = np.ones([1] * len(axes))
-    for place, axis in enumerate(axes):
-        counts = axis.read if moment == VALUE else not axis.read
-        if axis.name in maps and counts:
-            share = narrow(maps[axis.name].share)
-            scale = scale * lay_along(share ** max(moment, 1), place, len(axes))
-    return scale
-
-
-def lay_along(values: np.ndarray, place: int, axes: int) -> np.ndarray:
-    """A vector laid along dimension `place` of so many."""
-    return values.reshape([-1 if at == place else 1 for at in range(axes)])
-
-
-def stacked_share(row: Row, maps: Mapping[str, AxisMap], moment: int, position: Position) -> float:
-    """The share that a unit of the stacked axes carries.
-
-    Layers count for values only: copies of layers have no exact rule for moments.
-    """
-    share = 1.0
-    for axis, unit in zip(row.stacked, position, strict=True):
-        if axis.name not in maps:
-            continue
-        if moment == VALUE and axis.read:
-            share *= maps[axis.name].share[unit]
-        if moment != VALUE and not axis.read and axis.name != "layer":
-            share *= maps[axis.name].share[unit] ** moment
-    return share
-
-
-def scale_of(
-    part: Part, row: Row, plan: Plan, moment: int, position: Position
-) -> np.ndarray | None:
-    """What growth multiplies by: float64, broadcastable to the unfused shape, None where all is
-    one.
-    """
-    scale = share_scale(part.axes, plan.maps, moment)
-    scale = scale * stacked_share(row, plan.maps, moment, position)
-    ratio = plan.model.scalar_growth(row, plan.grown)
-    if ratio != 1.0:
-        scale = scale * ratio ** (1 if moment == VALUE else -moment)
-    if "embed" in plan.pads and plan.model.table.normalises_queries:
-        scale = scale * _eps_scale(part, plan, moment)
-    return None if (scale == 1.0).all() else scale
-
-
-def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
-    """What queries and keys are scaled by so that their own norms, which share eps, see its new
-    value.
-
-    Padding embed multiplies the configuration's one eps by d/d', so queries and keys shrink by its
-    root.
-    """
-    root = math.sqrt(plan.model.embed / plan.pads["embed"])
-    factor = root ** (1 if moment == VALUE else -moment)
-    if part.role in ("query", "key"):
-        return np.full([1] * len(part.axes), factor)
-    if part.role == "qkv":
-        return lay_along(np.array([factor, factor, 1.0]), part.names.index("qkv"), len(part.axes))
-    return np.ones([1] * len(part.axes))
-
-
 def gather(array: Any, axis_map: AxisMap, place: int) -> Any:
     """The entries of an array that a map copies, along dimension `place`."""
     if not isinstance(array, np.ndarray) or len(axis_map.stretches) > FEW:
@@ -180,14 +117,6 @@ def multiply(array: Any, scale: np.ndarray | None, offset: float = 0.0, xp: Any 
     wide = np.dtype(np.float32) if array.dtype in NARROW else array.dtype
     scaled = scale_with_offset(array.astype(wide, copy=False), scale.astype(wide), offset, xp)
     return scaled.astype(array.dtype, copy=False)
-
-
-def narrow(scale: np.ndarray) -> np.ndarray:
-    """A scale with one entry along every dimension that it is the same along."""
-    for place in range(scale.ndim):
-        first = scale.take([0], axis=place)
-        scale = first if (scale == first).all() else scale
-    return scale
 
 
 class UnitGrowth:
@@ -273,16 +202,22 @@ class PartGrowth:
         return None
 
     @cached_property
+    def padded(self) -> list[int]:
+        """The places of the axes that are padded, in the order in which they are."""
+        names = self.part.names
+        axes = [axis for axis in PADDED if axis in self.plan.pads]
+        return [place for axis in axes for place, name in enumerate(names) if name == axis]
+
+    @cached_property
     def outer(self) -> Rule | None:
         """The rule of padding where the axis that counts units is itself padded."""
-        if not self.lead or self.part.names[0] not in self.plan.pads:
-            return None
-        return self._rule(self.part.names[0], self.part.role)
+        counts = self.lead > 0 and 0 in self.padded
+        return self._rule(0, self.part.role) if counts else None
 
     @cached_property
     def depends_on_place(self) -> bool:
         """Whether equal copies differ by where they lie."""
-        return self.noise_place is not None or bool(set(self.part.names) & self.plan.pads.keys())
+        return self.noise_place is not None or bool(self.padded)
 
     def factor_at(self, units: np.ndarray) -> np.ndarray | None:
         """The part of the scale that is these units', [units or 1, inner axes]."""
@@ -304,26 +239,31 @@ class PartGrowth:
     def add_stored(self, units: np.ndarray, dtype: Any) -> np.ndarray:
         """As `UnitGrowth.add`."""
         assert self.outer is not None
-        old = math.prod(self.copied[: self.lead])
         wide = np.float64 if dtype == np.float64 else np.float32
-        shape = (len(units), *self.copied[self.lead :])
-        mean = None if self.sum is None else self.sum / old
-        free = self._random_from(int(units[0]) - old)
+        begun = self.padded.index(0)
+        # Axes that are padded before this one have their new size already.
+        inner = list(self.copied)
+        for place in self.padded[:begun]:
+            inner[place] = self.after[place]
+        mean = None if self.sum is None else self.sum / self.copied[0]
+        free = self._random_from(int(units[0]) - self.copied[0])
+        shape = (len(units), *inner[1:])
         new = fill_new(self.outer, shape, mean, free, self.part.names[0], wide).astype(dtype)
-        return np.asarray(self._store(self._pad_inner(new, units, np)))
+        for place in self.padded[begun + 1 :]:
+            new = self._extend(new, place, units, np)
+        return np.asarray(self._store(new))
 
     def _store(self, array: Any) -> Any:
         """[unit, inner axes] as [unit, rest of the first dimension, other stored dimensions]."""
         if not self.part.dimensions:
             return array
         first, *others = self.part.dimensions
-        rest = len(first) - self.lead
-        inner = array.shape[1:]
-        shape, place = [math.prod(inner[:rest])] if rest else [], rest
+        place = 1 + len(first) - self.lead
+        shape = [array.shape[0], math.prod(array.shape[1:place])]
         for dimension in others:
-            shape.append(math.prod(inner[place : place + len(dimension)]))
+            shape.append(math.prod(array.shape[place : place + len(dimension)]))
             place += len(dimension)
-        return array.reshape(array.shape[0], *shape)
+        return array.reshape(shape)
 
     def _copy(self, array: Any, units: np.ndarray, xp: Any) -> Any:
         """Copies of source units, with their shares and noise, before padding."""
@@ -350,7 +290,7 @@ class PartGrowth:
         spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
         difference = self._numbers(units, xp) - self._numbers_of_next(units, xp)
         noise = difference.astype(wide) * xp.asarray(spread, wide)
-        exact = prevent_fusing(array.astype(wide), xp) + prevent_fusing(noise, xp)
+        exact = round_here(array.astype(wide), xp) + round_here(noise, xp)
         return exact.astype(array.dtype)
 
     def _numbers(self, units: np.ndarray, xp: Any) -> Any:
@@ -373,54 +313,61 @@ class PartGrowth:
 
     def _pad(self, array: Any, units: np.ndarray, xp: Any) -> Any:
         """Copied units, padded: old entries scaled, new ones added within the units."""
-        if self.outer is not None:
-            wide = scale_old(array, self.outer, xp)
-            if self.outer.fill == "mean":
-                begun = wide if self.sum is None else xp.concatenate([self.sum, wide])
-                self.sum = sum_along(begun, 0, xp)
-            array = wide.astype(array.dtype)
-        return self._pad_inner(array, units, xp)
-
-    def _pad_inner(self, array: Any, units: np.ndarray, xp: Any) -> Any:
-        inner = self.part.names[self.lead :]
-        for axis in PADDED:
-            if axis not in self.plan.pads or axis not in inner:
-                continue
-            if axis == "head_dim" and self.part.role == "qkv":
-                array = self._pad_heads(array, units, xp)
+        for place in self.padded:
+            if place < self.lead:
+                array = self._pad_outer(array, xp)
             else:
-                array = self._extend(array, axis, self.part.role, axis, int(units[0]), xp)
+                array = self._extend(array, place, units, xp)
         return array
 
-    def _pad_heads(self, array: Any, units: np.ndarray, xp: Any) -> Any:
+    def _pad_outer(self, array: Any, xp: Any) -> Any:
+        """Old units by the rule of the axis that counts them; `add_stored` makes the new ones."""
+        assert self.outer is not None
+        wide = scale_old(array, self.outer, xp)
+        if self.outer.fill == "mean":
+            begun = wide if self.sum is None else xp.concatenate([self.sum, wide])
+            self.sum = sum_along(begun, 0, xp)
+        return wide.astype(array.dtype)
+
+    def _extend(self, array: Any, place: int, units: np.ndarray, xp: Any) -> Any:
+        """Pad one axis within the units."""
+        axis, role = self.part.names[place], self.part.role
+        if axis == "head_dim" and role == "qkv":
+            return self._extend_heads(array, place, units, xp)
+        return self._extend_as(array, place, role, axis, int(units[0]), xp)
+
+    def _extend_heads(self, array: Any, place: int, units: np.ndarray, xp: Any) -> Any:
         """Pad head_dim of fused queries, keys and values, each kind by its own rule.
 
         The fill of a kind is numbered as if the kind lay alone.
         """
-        place = self.part.names.index("qkv")
-        if place >= self.lead:
-            across = place - self.lead + 1
+        kind = self.part.names.index("qkv")
+        if kind >= self.lead:
+            across = kind - self.lead + 1
             pieces = xp.split(array, len(ATTENTION), axis=across)
             padded = [
-                self._extend(piece, "head_dim", role, f"head_dim {role}", int(units[0]), xp)
+                self._extend_as(piece, place, role, f"head_dim {role}", int(units[0]), xp)
                 for role, piece in zip(ATTENTION, pieces, strict=True)
             ]
             return xp.concatenate(padded, axis=across)
         at = [int(each) for each in np.unravel_index(int(units[0]), self.copied[: self.lead])]
-        role = ATTENTION[at.pop(place)]
-        others = [size for n, size in enumerate(self.copied[: self.lead]) if n != place]
+        role = ATTENTION[at.pop(kind)]
+        others = [size for n, size in enumerate(self.copied[: self.lead]) if n != kind]
         first = int(np.ravel_multi_index(at, others)) if at else 0
-        return self._extend(array, "head_dim", role, f"head_dim {role}", first, xp)
+        return self._extend_as(array, place, role, f"head_dim {role}", first, xp)
 
-    def _extend(self, array: Any, axis: str, role: str, what: str, first: int, xp: Any) -> Any:
-        place = self.part.names.index(axis) - self.lead + 1
-        rule, free = self._rule(axis, role), self._random_from(first, xp)
-        return extend(array, place, self.plan.pads[axis], rule, free, what, xp)
+    def _extend_as(self, array: Any, place: int, role: str, what: str, first: int, xp: Any) -> Any:
+        """Pad one axis by the rule of a role. what: the fill's name; first: its first unit's
+        number.
+        """
+        size, along = self.after[place], place - self.lead + 1
+        free = self._random_from(first, xp)
+        return extend(array, along, size, self._rule(place, role), free, what, xp)
 
-    def _rule(self, axis: str, role: str) -> Rule:
-        growth = self.plan.pads[axis] / self.plan.model.sizes[axis]
-        norm = self.plan.model.norm
-        rule = rule_along(axis, self.row, self.part, role, self.moment, growth, norm)
+    def _rule(self, place: int, role: str) -> Rule:
+        axis, model = self.part.axes[place], self.plan.model
+        growth = self.plan.pads[axis.name] / model.sizes[axis.name]
+        rule = rule_along(axis, self.row, role, self.moment, growth, model.norm)
         return rule if self.by_rule else replace(rule, scale=1.0)
 
     def _random_from(self, first: int, xp: Any = np) -> Any:

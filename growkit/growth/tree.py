@@ -1,180 +1,277 @@
-"""Growth in memory: parameters and optimizer states as trees, grown as surgery grows what lies on disk.
+"""Growth in memory: parameters and optimizer states as trees, grown as `growkit.surgery` grows what
+lies on disk.
 
-A parameter tree is nested dicts with exactly the axis table's paths, layers stacked first. It is found by
-that wherever it stands in a state: in dicts, tuples, named tuples, lists and dataclasses. The nearest name on the
-way says which moment it holds. All else (counts, schedules, masks) passes through. Arrays keep their kind:
-numpy stays numpy; jax arrays, traced or sharded, are grown by jax operations. Knows trees; leaves the rule of
-growth to `growkit.growth.rule`.
+A parameter tree is nested containers that hold exactly the parameters of the axis table (see
+`growkit.growth.layout`). It is found by that wherever it stands in a state: in dicts, tuples, named
+tuples, lists and dataclasses. The nearest key above it says which moment it holds (`mu`, `nu`). All
+else (counts, schedules, masks) passes through.
+
+Arrays keep their kind. numpy stays numpy; jax arrays, traced or sharded, are grown by jax
+operations. A box with one array in it (an nnx Variable, linen's Partitioned) is opened, and closed
+again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from growkit.errors import GrowkitError, find_nearest
+from growkit.errors import GrowkitError, UsageError, require_type
+from growkit.growth.layout import (
+    Layout,
+    Leaf,
+    assemble,
+    fill_container,
+    iterate_leaves,
+    join,
+    list_units,
+    open_mapping,
+    path_at,
+)
+from growkit.growth.optimizers import (
+    STEPS,
+    UNKNOWN,
+    find_rule,
+    is_counter,
+    is_optimizer_state,
+    normalises,
+    refuse_unknown,
+)
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source, grow_array
-from growkit.models.notation import Row
+from growkit.models.notation import Position, Row
 
-# What a field or key says of the trees below it; optax's momentum (`trace`) and AMSGrad's `nu_max` grow likewise.
+# What a field or key says of the trees below it. optax's momentum (`trace`) grows as mu does,
+# AMSGrad's `nu_max` as nu.
 MOMENTS = {"mu": MU, "nu": NU, "trace": MU, "nu_max": NU}
+NUMBERS = (bool, int, float, complex, str, np.generic, type(None))
 
 
-def grow(tree: Any, plan: Plan) -> Any:
-    """`tree`, parameters or a state that holds them, grown by `plan`; the tree given is left as it was.
+def grow(tree: Any, plan: Plan, nu: str = "square") -> Any:
+    """The tree grown by a plan; the tree given is left as it was.
 
-    Copies are bit for bit what growth on disk writes; means (mean-pad) are so to the last digits. Raises GrowkitError
-    where no parameter tree is found, where one lacks a parameter or has one too many, and for a wrong shape.
+    tree: parameters, or a state that holds them, or both. nu: "maximum" for a state of Adamax,
+    whose nu is the largest absolute gradient and has the class of Adam's state; else "square".
+    Returns the same containers with the same kinds of arrays, at the sizes of `plan.grown`. Copies
+    have the bits that growth on disk writes; means (mean-pad) agree to the last digits. Raises
+    GrowkitError when the tree holds no parameters, when a parameter is missing, unknown or of
+    another shape, and TypeError for what is no plan or no array.
     """
-    walk = _Walk(plan)
-    grown = walk.node(tree, VALUE)
+    require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
+    if nu not in ("square", "maximum"):
+        raise UsageError(f"nu is 'square', or 'maximum' for Adamax; got {nu!r}")
+    walk = _Walk(plan, nu == "maximum")
+    grown = walk.visit(tree, VALUE)
     if not walk.found:
-        path = next(_paths(tree), None)
-        raise GrowkitError(
-            "the tree holds no parameters: it has no arrays in dicts"
-            if path is None
-            else _unknown(path, walk.rows)
-        )
+        raise GrowkitError(_describe_nothing_found(tree, walk.layout))
     return grown
 
 
-@dataclass
 class _Walk:
-    """One passage through a tree; `found` counts the parameter trees met on it."""
+    """One passage through a state. found: how many parameter trees were met on it."""
 
-    plan: Plan
-    found: int = 0
+    def __init__(self, plan: Plan, maximum: bool = False):
+        self.plan = plan
+        self.maximum = maximum
+        self.layout = Layout(plan.model.table)
+        self.found = 0
+        # The class and field of the optimizer's state that was entered last.
+        self.within = ("", "")
+        # Whether the chain normalised its gradients before the state that is being visited.
+        self.normalised = False
 
-    def __post_init__(self):
-        self.rows = {row.path: row for row in self.plan.model.table.rows}
-
-    def node(self, node: Any, moment: int) -> Any:
-        """A node of the tree, grown if it is a parameter tree, else with its children grown."""
-        if isinstance(node, Mapping):
-            paths = set(_paths(node))
-            if paths & self.rows.keys():
-                self._check(paths)
-                self.found += 1
-                return self.parameters(node, moment)
+    def visit(self, node: Any, moment: int) -> Any:
+        """A node of the state: grown if it is a parameter tree, else with its children grown."""
+        if isinstance(node, Mapping) and self.layout.holds(node):
+            if moment == UNKNOWN:
+                raise refuse_unknown(*self.within)
+            self.found += 1
+            if moment == STEPS:
+                fate = "reset" if self.plan.moments == "reset" else "copy"
+                copied = dataclasses.replace(self.plan, moments=fate)
+                return grow_parameters(node, self.layout, copied, MU)
+            return grow_parameters(node, self.layout, self.plan, moment)
         children = _children(node)
         if children is None:
             return node
-        grown = {
-            name: self._child(name, child, children, moment) for name, child in children.items()
-        }
-        same = all(grown[name] is child for name, child in children.items())
-        return node if same else _rebuilt(node, grown)
-
-    def _child(self, name: Any, child: Any, siblings: Mapping[Any, Any], moment: int) -> Any:
-        if self.plan.moments == "reset" and name == "count" and siblings.keys() & MOMENTS.keys():
-            return child * 0
-        return self.node(child, MOMENTS.get(name, moment))
-
-    def _check(self, paths: set[tuple[Any, ...]]) -> None:
-        """Raise GrowkitError unless the paths are exactly the table's."""
-        for path in sorted(paths - self.rows.keys(), key=str):
-            raise GrowkitError(_unknown(path, self.rows))
-        for path in self.rows.keys() - paths:
-            raise GrowkitError(
-                f"the tree lacks the parameter {'.'.join(path)!r}, which {self.rows[path].name} is"
-            )
-
-    def parameters(
-        self, node: Mapping[str, Any], moment: int, path: tuple[str, ...] = ()
-    ) -> Mapping[str, Any]:
-        """A parameter tree, or the part of it below `path`, grown."""
         grown = {}
-        for key, child in node.items():
-            here = (*path, key)
-            if here in self.rows:
-                grown[key] = grow_leaf(child, self.rows[here], self.plan, moment)
+        optimizer = is_optimizer_state(node)
+        before = self.normalised
+        for name, child in children.items():
+            rule = MOMENTS.get(name, moment)
+            if optimizer:
+                self.within = (type(node).__name__, str(name))
+                rule = find_rule(node, name, self.maximum, before)
+            if self._resets(node, name, children):
+                grown[name] = _zero(child)
             else:
-                grown[key] = self.parameters(child, moment, here)
-        return _rebuilt(node, grown)
+                grown[name] = self.visit(child, rule)
+            # The states of a chain stand one after another in a plain tuple.
+            self.normalised = self.normalised or (type(node) is tuple and normalises(child))
+        self.normalised = before
+        if all(grown[name] is child for name, child in children.items()):
+            return node
+        return _rebuild(node, grown)
+
+    def _resets(self, node: Any, name: Any, siblings: Mapping[Any, Any]) -> bool:
+        """Whether a field counts steps of moments that begin again; a schedule's own goes on."""
+        if self.plan.moments != "reset":
+            return False
+        if is_optimizer_state(node):
+            return is_counter(node, name)
+        return name == "count" and bool(siblings.keys() & MOMENTS.keys())
+
+
+def grow_parameters(
+    tree: Mapping[Any, Any], layout: Layout, plan: Plan, moment: int
+) -> Mapping[Any, Any]:
+    """A parameter tree, or the tree of one moment, grown."""
+    leaves = layout.read(tree, plan.model.sizes)
+    units = {(leaf.row.name, leaf.position): leaf for leaf in leaves}
+    grown: list[Leaf] = []
+    done = set()
+    for leaf in leaves:
+        row = leaf.row
+        if leaf.position is None:
+            value = grow_leaf(leaf.value, row, plan, moment)
+            grown.append(Leaf(leaf.path, value, row, None, leaf.path))
+        elif row.name not in done:
+            done.add(row.name)
+            for position in list_units(row, plan.grown.table, plan.grown.sizes):
+                origin = units[row.name, find_source(plan, row, position)]
+                grown.append(_grow_unit(origin, plan, moment, position))
+    made: Mapping[Any, Any] = assemble(tree, grown)
+    return made
+
+
+def _grow_unit(origin: Leaf, plan: Plan, moment: int, position: Position) -> Leaf:
+    """The leaf of one new unit, from that of the unit that it copies."""
+    row = origin.row
+
+    def grow_it(array: Any, xp: Any) -> Any:
+        _check_shape(array, row.shape(plan.model.sizes), origin.name)
+        return grow_array(array, row, plan, moment, position, xp)
+
+    scalar = not row.shape(plan.model.sizes)
+    value = _change_array(origin.value, grow_it, origin.name, scalar)
+    path = path_at(row, position, origin.path)
+    return Leaf(path, value, row, position, origin.path)
 
 
 def grow_leaf(leaf: Any, row: Row, plan: Plan, moment: int = VALUE) -> Any:
-    """One parameter of the tree, layers stacked first; what has no dimensions (a mask, a rate) passes through.
+    """A leaf that holds a whole row, stacked axes first, grown.
 
-    Raises GrowkitError for a shape that is not the row's.
+    What has no dimensions (a mask, a rate) passes through. Raises GrowkitError for a shape that is
+    not the row's.
     """
-    if not getattr(leaf, "shape", ()):
+    name = join(row.path)
+
+    def grow_it(array: Any, xp: Any) -> Any:
+        _check_shape(array, row.stacked_shape(plan.model.sizes), name)
+        if not row.stacked:
+            return grow_array(array, row, plan, moment, (), xp)
+        units = [
+            grow_array(array[find_source(plan, row, position)], row, plan, moment, position, xp)
+            for position in row.positions(plan.grown.sizes)
+        ]
+        return xp.stack(units).reshape(row.stacked_shape(plan.grown.sizes))
+
+    scalar = not row.stacked_shape(plan.model.sizes)
+    return _change_array(leaf, grow_it, name, scalar)
+
+
+def _change_array(
+    leaf: Any, change: Callable[[Any, Any], Any], name: str, scalar: bool = False
+) -> Any:
+    """The leaf with its array changed by `change(array, numpy or jax.numpy)`.
+
+    A leaf without an array is returned as it is, and so is one without dimensions (a mask, a rate)
+    unless the parameter itself has none.
+    """
+    if isinstance(leaf, NUMBERS):
         return leaf
-    model = plan.model
-    wanted = row.stacked_shape(model.sizes)
-    if tuple(leaf.shape) != wanted:
+    if isinstance(leaf, np.ndarray):
+        if not leaf.shape and not scalar:
+            return leaf
+        grown = np.asarray(change(leaf, np))
+        # Without this, copies of one layer would be the same memory.
+        return grown.copy() if np.may_share_memory(grown, leaf) else grown
+    import jax
+
+    arrays, box = jax.tree.flatten(leaf)
+    if not arrays:
+        return leaf
+    if len(arrays) > 1 or not isinstance(arrays[0], jax.Array | np.ndarray):
+        kind = type(arrays[0] if len(arrays) == 1 else leaf).__name__
+        raise TypeError(f"growkit.grow takes numpy and jax arrays, but {name!r} is of type {kind}")
+    if arrays[0] is leaf:
+        return change(leaf, jax.numpy) if leaf.shape or scalar else leaf
+    return jax.tree.unflatten(box, [_change_array(arrays[0], change, name, scalar)])
+
+
+def _check_shape(array: Any, wanted: tuple[int, ...], name: str) -> None:
+    if tuple(array.shape) != wanted:
         raise GrowkitError(
-            f"the parameter {'.'.join(row.path)!r} has shape {list(leaf.shape)}, but the plan's model asks for "
+            f"the parameter {name!r} has shape {list(array.shape)}, but the plan's model asks for "
             f"{list(wanted)}"
         )
-    xp = _array_module(leaf)
-    if not row.stacked:
-        return grow_array(leaf, row, plan, moment, (), xp)
-    units = [
-        grow_array(leaf[find_source(plan, row, position)], row, plan, moment, position, xp)
-        for position in row.positions(plan.grown.sizes)
-    ]
-    return xp.stack(units).reshape(row.stacked_shape(plan.grown.sizes))
 
 
-def _array_module(array: Any) -> Any:
-    """numpy for its arrays, jax.numpy for every other."""
-    if isinstance(array, np.ndarray):
-        return np
-    import jax.numpy as jnp
+def _zero(child: Any) -> Any:
+    """A count set to zero, in the kind of number or box that it is."""
+    if isinstance(child, int | np.ndarray | np.generic):
+        number: Any = child
+        return number * 0
+    import jax
 
-    return jnp
-
-
-def _paths(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all that is not a mapping below a mapping; what other containers hold is looked at by itself."""
-    if isinstance(node, Mapping):
-        for key, child in node.items():
-            yield from _paths(child, (*path, key))
-    elif path:
-        yield path
-    else:
-        for child in (_children(node) or {}).values():
-            yield from _paths(child)
+    return jax.tree.map(lambda count: count * 0, child)
 
 
 def _children(node: Any) -> dict[Any, Any] | None:
-    """The children of a container by field, key or place; None for a leaf."""
+    """The children of a container of a state by field, key or place; None for a leaf."""
     if isinstance(node, Mapping):
-        return dict(node)
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return node._asdict()
+        return open_mapping(node)
+    if isinstance(node, tuple) and hasattr(node, "_asdict"):
+        return dict(node._asdict())
     if isinstance(node, tuple | list):
         return dict(enumerate(node))
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         # flax marks the fields that are no part of the tree.
-        fields = (
+        fields = [
             field for field in dataclasses.fields(node) if field.metadata.get("pytree_node", True)
-        )
+        ]
         return {field.name: getattr(node, field.name) for field in fields}
     return None
 
 
-def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:
+def _rebuild(node: Any, children: dict[Any, Any]) -> Any:
     """A container like `node` of other children."""
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return type(node)(**children)
-    if isinstance(node, tuple | list):
-        return type(node)(children.values())
-    if dataclasses.is_dataclass(node):
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return dataclasses.replace(node, **children)
-    make: Callable[[dict[Any, Any]], Any] = type(node)
-    return make(children)
+    return fill_container(node, children)
 
 
-def _unknown(path: tuple[Any, ...], rows: Mapping[tuple[str, ...], Row]) -> str:
-    name = ".".join(map(str, path))
-    best = find_nearest(name, [".".join(known) for known in rows], likeness=0.4)
-    hint = f"; the nearest row is {rows[tuple(best.split('.'))].name}" if best else ""
-    return f"no row of the axis table covers the parameter {name!r}{hint}"
+def _describe_nothing_found(tree: Any, layout: Layout) -> str:
+    path = next(_find_paths(tree), None)
+    if path is not None:
+        return layout.describe_unknown(path)
+    return (
+        "the tree holds no parameters: it has no arrays in dicts; of a Flax model take the params "
+        "dict, or nnx.state(model, nnx.Param)"
+    )
+
+
+def _find_paths(node: Any) -> Iterator[tuple[Any, ...]]:
+    """The paths of leaves below mappings, wherever the mappings stand in a state."""
+    if isinstance(node, Mapping):
+        for path, _ in iterate_leaves(node):
+            yield path
+        return
+    for child in (_children(node) or {}).values():
+        yield from _find_paths(child)

@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from growkit.errors import UsageError, did_you_mean
+from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap, replicate, spread_shares, tile
-from growkit.growth.plan import Plan, build_plan, combine_plans
+from growkit.growth.plan import MODEL_HINT, Plan, build_plan, combine_plans
 from growkit.models.architecture import Architecture
 
 METHODS = ("clone", "pad")
@@ -23,6 +23,8 @@ LARGEST_SIZE = 1 << 24
 PADDING = {"layer": "mean-pad", "rms": "zero-pad"}
 # The sizes that a user asks for. `heads` counts query heads.
 WIDTHS = ("embed", "heads", "head_dim", "mlp")
+# Options in which a target may differ: padding sets norm_eps, training the others.
+LOOSE = ("context", "norm_eps", "initializer_range")
 
 _SIZE = re.compile(r"\s*([0-9]{1,9})(?:\.([0-9]{1,6}))?\s*(x)?\s*")
 
@@ -75,6 +77,7 @@ def plan_width(
     embed), or None to choose. spread: how uneven the shares of copied heads and mlp units are, in
     [0, 1). Raises UsageError.
     """
+    require_type("model", model, Architecture, MODEL_HINT)
     if method is not None and method not in METHODS:
         near = did_you_mean(method, METHODS)
         raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
@@ -82,6 +85,7 @@ def plan_width(
         raise UsageError(
             f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}"
         )
+    _check_axes(model, {"embed": embed, "heads": heads, "head_dim": head_dim, "mlp": mlp})
     asked = {
         "embed": parse_size("embed", embed, model.embed),
         "heads": parse_size("heads", heads, model.head_count),
@@ -102,6 +106,16 @@ def plan_width(
     return plan
 
 
+def _check_axes(model: Architecture, asked: Mapping[str, str | int | None]) -> None:
+    """Raise UsageError for a size of an axis that the model's table does not have."""
+    for name, size in _list_widths(model).items():
+        if asked[name] is not None and size == 0:
+            raise UsageError(
+                f"{name} cannot grow: no row of the model's table has that axis; its axes are "
+                f"{', '.join(model.sizes)}"
+            )
+
+
 def _list_widths(model: Architecture) -> dict[str, int]:
     """The model's sizes, by the names of WIDTHS."""
     sizes = (model.embed, model.head_count, model.head_dim, model.mlp)
@@ -120,9 +134,9 @@ def complete_widths(
     notes = []
     if model.coupled:
         notes += _complete_embed(target, asked, old)
-    elif asked["heads"] is None and old["embed"] == old["heads"] * old["head_dim"]:
+    elif asked["heads"] is None and 0 < old["embed"] == old["heads"] * old["head_dim"]:
         notes += _complete_heads(model, target, old)
-    if asked["mlp"] is None and target["embed"] != old["embed"]:
+    if asked["mlp"] is None and old["mlp"] and target["embed"] != old["embed"]:
         target["mlp"] = max(old["mlp"], round(old["mlp"] * target["embed"] / old["embed"]))
         notes.append(f"mlp {old['mlp']} -> {target['mlp']}, to keep its ratio to embed")
     return target, notes
@@ -206,10 +220,11 @@ def _plan_target(
         _grow_embed(growth, model, target["embed"], method, notes)
     units = {model.heads: _count_head_units(model, target["heads"]), "mlp": target["mlp"]}
     for axis, size in units.items():
-        if size > model.sizes[axis]:
-            growth.maps[axis] = spread_shares(tile(model.sizes[axis], size), spread)
+        old = model.sizes.get(axis, 0)
+        if size > old:
+            growth.maps[axis] = spread_shares(tile(old, size), spread)
             shares = "uneven" if spread else "equal"
-            growth.steps.append(f"{axis} {model.sizes[axis]} -> {size} by copies, {shares} shares")
+            growth.steps.append(f"{axis} {old} -> {size} by copies, {shares} shares")
     if target["head_dim"] > model.head_dim:
         growth.pads["head_dim"] = target["head_dim"]
         growth.steps.append(
@@ -276,6 +291,8 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
 
     Layers are replicated. Raises UsageError where growth does not lead there.
     """
+    require_type("model", model, Architecture, MODEL_HINT)
+    require_type("like", like, Architecture, MODEL_HINT)
     notes = _check_kept(model, like)
     sizes, target = model.sizes, like.sizes
     for axis in sizes:
@@ -285,7 +302,7 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
                 f"growkit only grows models"
             )
     plans = []
-    if target["layer"] > sizes["layer"]:
+    if target.get("layer", 0) > sizes.get("layer", 0):
         words = f"replicate: floor(i*{sizes['layer']}/{target['layer']})"
         layers = replicate(sizes["layer"], target["layer"])
         plans.append(build_plan("depth", words, model, {"layer": layers}))
@@ -310,12 +327,20 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
     """
     if model.kind != like.kind:
         raise UsageError(f"the source is a {model.kind} model, the target a {like.kind} one")
-    theirs = _list_kept(like)
-    for name, value in _list_kept(model).items():
-        if value != theirs[name]:
+    ours, theirs = _list_kept(model), _list_kept(like)
+    for name in dict.fromkeys([*ours, *theirs]):
+        if ours.get(name) != theirs.get(name):
             raise UsageError(
-                f"growth keeps {name}: the source has {value}, the target {theirs[name]}"
+                f"growth keeps {name}: the source has {ours.get(name)}, the target "
+                f"{theirs.get(name)}"
             )
+    different = set(model.table.rows) ^ set(like.table.rows)
+    if different:
+        name = min(row.name for row in different)
+        raise UsageError(
+            f"growth adds no parameter and takes none away: {name} is not the same in the source "
+            f"and the target"
+        )
     notes = []
     if model.rotary != like.rotary:
         if model.head_dim == like.head_dim:
@@ -334,18 +359,12 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
 
 
 def _list_kept(model: Architecture) -> dict[str, object]:
-    """What growth keeps, and what a target must therefore share."""
-    scaling = {
-        name: value
-        for name, value in model.rope.items()
-        if name not in ("rope_theta", "partial_rotary_factor")
-    }
-    return {
-        "tied": model.tied,
-        "vocab": model.vocab,
-        "group": model.sizes.get("group"),
-        "parallel_residual": model.options.get("parallel_residual"),
-        "rotary_base": model.rotary_base,
-        "rope": scaling,
-        "hidden_act": model.options.get("activation"),
-    }
+    """The sizes, options and rotary parameters that growth cannot change, by name."""
+    grown = ("layer", "embed", model.heads, "head_dim", "mlp")
+    sizes = {axis: size for axis, size in model.sizes.items() if axis not in grown}
+    options = {name: value for name, value in model.options.items() if name not in LOOSE}
+    del options["rope"]
+    # head_dim grows with the rotated part kept as a number of dimensions.
+    own = ("rope_theta", "partial_rotary_factor")
+    scaling = {name: value for name, value in model.rope.items() if name not in own}
+    return {**sizes, **options, "rotary_base": model.rope.get("rope_theta"), "rope": scaling}

@@ -1,9 +1,8 @@
-"""What a model is: which parameters it has, along which axes they lie, and what its config.json
-says.
+"""What a model is: its parameters, the axes along which they lie, and its config.json.
 
-Read `notation` (the table's language) first, then one model (`llama`, `gpt_neox`), then
-`architecture`, which turns a config.json into sizes and options and back. This file knows which
-families there are.
+Read `notation` (the language of tables) first, then one model (`llama`, `gpt_neox`), then `table`
+(all rows of a model), `family` and `architecture`, which turn a config.json into sizes and options
+and back. This file lists the families.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
-from growkit.models.architecture import Architecture, Family
+from growkit.models.architecture import Architecture
+from growkit.models.family import Family
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
 from growkit.models.mistral import MISTRAL

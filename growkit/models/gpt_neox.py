@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from growkit.models.architecture import Family
+from growkit.models.family import BUFFERS, Family
 from growkit.models.rotary import RotaryFields
 
 TABLE = """
-# name                                                   axes                         begins  role
-# when
+# name                                                   axes                         begins  role      when
 gpt_neox.embed_in.weight                                 vocab embed                  normal  embedding
 gpt_neox.layers.{layer}.input_layernorm.weight           embed                        ones    norm
 gpt_neox.layers.{layer}.input_layernorm.bias             embed                        zeros   bias
@@ -76,10 +75,5 @@ GPT_NEOX = Family(
     rotary=RotaryFields(base="rotary_emb_base", part="rotary_pct", scaling=False),
     new={"bos_token_id": 0, "eos_token_id": 0},
     fresh={"vocab": 50304, "context": 1024, "tied": True},
-    buffers=(
-        ".attention.bias",
-        ".attention.masked_bias",
-        ".attention.rotary_emb.inv_freq",
-        ".rotary_emb.inv_freq",
-    ),
+    buffers=(".attention.bias", *BUFFERS),
 )

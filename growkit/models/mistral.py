@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from growkit.models.architecture import Family, Same
+from growkit.models.family import Family
+from growkit.models.fields import Same
 from growkit.models.llama import ALL_ROTATED, FIELDS, OPTIONS
 
 TABLE = """
-# name                                                axes                          begins  role
-# when
+# name                                                axes                          begins  role      when
 model.embed_tokens.weight                             vocab embed                   normal  embedding
 model.layers.{layer}.input_layernorm.weight           embed                         ones    norm
 model.layers.{layer}.self_attn.q_proj.weight          (kv group head_dim) /embed    normal  query

@@ -1,19 +1,18 @@
-"""The notation of a model's table: one line for each parameter, parsed into axes, start values and
-a role.
+"""The notation of a model's table: one line for each parameter says its axes, start and role.
 
-A line is `name  axes  begins  role  [conditions]`:
+A line is `name  axes  begins  role  [conditions]`, and these are lines of several models:
 
-model.layers.{/layer}.mlp.down_proj.weight             embed /mlp                   normal   matrix
-model.layers.{layer}.self_attn.q_proj.bias             (kv group head_dim)          zeros    query
-bias model.layers.{layer}.self_attn.qkv_proj.weight         (q | k | v) /embed           normal
-qkv model.layers.{layer}.mlp.experts.{expert}.w2.weight    embed /mlp                   normal
-matrix model.layers.{layer}.self_attn.q_norm.weight           head_dim                     1+zeros
-norm(head_dim)
+    layers.{/layer}.mlp.down_proj.weight           embed /mlp           normal   matrix
+    layers.{layer}.self_attn.q_proj.bias           (kv group head_dim)  zeros    query     biased
+    layers.{layer}.self_attn.qkv_proj.weight       (q | k | v) /embed   normal   qkv
+    layers.{layer}.mlp.experts.{expert}.w2.weight  embed /mlp           normal   matrix
+    layers.{layer}.self_attn.q_norm.weight         head head_dim        1+zeros  norm(head_dim)
 
-Axes, one word for each stored dimension: * A slash marks an axis that the parameter *reads*, that
-is, sums over. It *writes* every other axis. * Parentheses hold several axes fused in one dimension:
-`(head qkv head_dim)`. * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each
-block grows by itself.
+The axes, one word for each stored dimension:
+
+  * A slash marks an axis that the parameter *reads*, that is, sums over. It *writes* all others.
+  * Parentheses hold several axes fused in one dimension: `(head qkv head_dim)`.
+  * A bar makes a dimension the concatenation of blocks: `(mlp | mlp)`. Each block grows by itself.
 
 Braces in the name hold stacked axes: one tensor for each unit. `{/layer}` says that the parameter
 writes into the residual stream, which is a sum over layers. `{layer:sparse}` stacks over those
@@ -29,13 +28,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
-from typing import Any
-
-from growkit.errors import GrowkitError, find_nearest
 
 INITIALISATIONS = ("normal", "ones", "zeros")
 ATTENTION = ("query", "key", "value")
@@ -45,6 +41,8 @@ FORM = f"name axes {'|'.join(INITIALISATIONS)} {'|'.join(ROLES)} [conditions]"
 _WORD = re.compile(r"\w*\([^)]*\)|\S+")
 _BEGINS = re.compile(rf"(?:(\d+(?:\.\d+)?)\+)?({'|'.join(INITIALISATIONS)})")
 _ROLE = re.compile(rf"({'|'.join(ROLES)})(?:\(([^)]*)\))?")
+_AXIS = re.compile(r"/?\w+")
+_DIMENSION = re.compile(r"/?\w+|\([^()]*\)")
 _BRACES = re.compile(r"\{(/?)(\w+)(?::(\w+))?\}")
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 
@@ -143,12 +141,12 @@ class Row:
     def path(self) -> tuple[str, ...]:
         """Where the parameter lies in a tree: ('layers', 'attention', 'dense', 'weight')."""
         inner = self.name.removeprefix(f"{self.prefix}.") if self.prefix else self.name
-        return tuple(re.sub(r"\.\{\w+\}", "", inner).split("."))
+        return tuple(word for word in inner.split(".") if not _BRACES.fullmatch(word))
 
     @property
     def writes_stream(self) -> bool:
         """Whether the parameter writes into the residual stream, a sum over layers."""
-        return any(axis.read for axis in self.stacked)
+        return any(axis.read and axis.name == "layer" for axis in self.stacked)
 
     @property
     def decays(self) -> bool:
@@ -180,7 +178,7 @@ class Row:
         """The sizes of axes that `sizes` lacks, one a dimension at most, from the stored shape."""
         found: dict[str, int] = {}
         for length, terms in zip(shape, self.blocks, strict=True):
-            known = sizes | found
+            known = {**sizes, **found}
             unknown = [[axis.name for axis in term if axis.name not in known] for term in terms]
             names = {name for term in unknown for name in term}
             if len(names) != 1:
@@ -221,127 +219,6 @@ class Row:
         return None if found is None else tuple(int(number) for number in found.groups())
 
 
-@dataclass(frozen=True)
-class Table:
-    """All parameters of a model, for its options.
-
-    layers: the layers of each kind of layers. uniform: axes that are copied evenly for other
-    reasons than norms.
-    """
-
-    rows: tuple[Row, ...]
-    layers: Mapping[str, Collection[int]] = field(default_factory=dict)
-    uniform: tuple[str, ...] = ()
-
-    @cached_property
-    def uniform_axes(self) -> frozenset[str]:
-        """The axes that a norm averages over: copies of them must be uniform to be exact."""
-        return frozenset(name for row in self.rows for name in row.averages) | set(self.uniform)
-
-    @cached_property
-    def normalises_queries(self) -> bool:
-        """Whether queries and keys have norms of their own, over axes of the head."""
-        return any(row.role == "norm" and "embed" not in row.averages for row in self.rows)
-
-    def match(self, name: str) -> tuple[Row, Position]:
-        """The row and unit of a parameter's name in files.
-
-        Raises GrowkitError, naming the nearest row, when no row covers the name.
-        """
-        for row in self.rows:
-            position = row.match(name)
-            if position is not None:
-                return row, position
-        examples = {row.name_at((0,) * len(row.stacked)): row for row in self.rows}
-        best = find_nearest(name, examples, likeness=0.4)
-        hint = f"; the nearest row is {examples[best].name}" if best else ""
-        raise GrowkitError(f"no row of the axis table covers the parameter {name!r}{hint}")
-
-    def tree(self, make: Callable[[Row], Any]) -> dict[str, Any]:
-        """What `make` makes of every row, nested as a parameter tree is."""
-        tree: dict[str, Any] = {}
-        for row in self.rows:
-            node = tree
-            for key in row.path[:-1]:
-                node = node.setdefault(key, {})
-            node[row.path[-1]] = make(row)
-        return tree
-
-    def names(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Row, Position]]:
-        """Every (name, row, position) of a model, layer by layer as files have them."""
-        for row in self.rows:
-            if not row.stacked:
-                yield row.name, row, ()
-        stacked = [row for row in self.rows if row.stacked]
-        for unit in range(max((sizes[row.stacked[0].name] for row in stacked), default=0)):
-            for row in stacked:
-                inner = product(*(range(sizes[axis.name]) for axis in row.stacked[1:]))
-                if unit < sizes[row.stacked[0].name] and self.has(row, unit):
-                    for rest in inner:
-                        yield row.name_at((unit, *rest)), row, (unit, *rest)
-
-    def has(self, row: Row, unit: int) -> bool:
-        """Whether a layer has the row's parameter: all have it unless the row is of a kind."""
-        return not row.kind or unit in self.layers.get(row.kind, ())
-
-    def check_covered(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        sizes: Mapping[str, int],
-        fields: Mapping[str, str],
-    ) -> None:
-        """Check that `shapes` holds exactly the parameters of these sizes, each of the right shape.
-
-        fields: the configuration field of each axis, for the messages. Raises GrowkitError.
-        """
-        wanted = {name: row for name, row, _ in self.names(sizes)}
-        for name in shapes:
-            if name not in wanted:
-                self._refuse_extra(name, sizes, fields)
-        for name, row in wanted.items():
-            if name not in shapes:
-                raise GrowkitError(
-                    f"the parameter {name!r} is missing, which the configuration asks for"
-                    f"{_state_stacked(row, sizes, fields)}"
-                )
-            if tuple(shapes[name]) != row.shape(sizes):
-                raise GrowkitError(
-                    _describe_contradiction(name, tuple(shapes[name]), row, sizes, fields)
-                )
-
-    def _refuse_extra(self, name: str, sizes: Mapping[str, int], fields: Mapping[str, str]) -> None:
-        row, position = self.match(name)
-        for axis, unit in zip(row.stacked, position, strict=True):
-            size = sizes[axis.name]
-            if unit >= size:
-                raise GrowkitError(
-                    f"the parameter {name!r} belongs to {axis.name} {unit}, but the configuration "
-                    f"says {fields[axis.name]} = {size}, whose last {axis.name} is {size - 1}"
-                )
-        raise GrowkitError(f"the parameter {name!r} is not of its layer's kind")
-
-
-def _state_stacked(row: Row, sizes: Mapping[str, int], fields: Mapping[str, str]) -> str:
-    """' (num_hidden_layers = 3)' for a row that is stacked by layer, else nothing."""
-    stated = [f"{fields[axis.name]} = {sizes[axis.name]}" for axis in row.stacked]
-    return f" ({', '.join(stated)})" if stated else ""
-
-
-def _describe_contradiction(
-    name: str,
-    shape: tuple[int, ...],
-    row: Row,
-    sizes: Mapping[str, int],
-    fields: Mapping[str, str],
-) -> str:
-    axes = [axis for part in row.parts for axis in part.names if axis in fields]
-    stated = ", ".join(f"{fields[axis]} = {sizes[axis]}" for axis in dict.fromkeys(axes))
-    return (
-        f"the configuration contradicts the parameter {name!r}: it has shape {list(shape)}, "
-        f"but {stated} asks for {list(row.shape(sizes))}"
-    )
-
-
 @lru_cache
 def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
     """Parse the lines of a table; blank lines and lines that start with # are skipped.
@@ -377,9 +254,11 @@ def _parse_row(line: str, prefix: str) -> Row:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")
     offset, begins = _BEGINS.fullmatch(words[place]).groups()  # type: ignore[union-attr]
     # A parameter without dimensions, one number, has the word `()`.
-    blocks = tuple(_parse_dimension(word) for word in words[:place] if word != "()")
-    braces = _BRACES.findall(name)
+    blocks = tuple(_parse_dimension(word, line) for word in words[:place] if word != "()")
     _check_sums(blocks, role[1], line)
+    braces = _BRACES.findall(name)
+    if re.search("[{}]", _BRACES.sub("", name)):
+        raise ValueError(f"braces of a name hold an axis, as {{layer}} or {{/layer}}, got {line!r}")
     return Row(
         name=_BRACES.sub(r"{\2}", name),
         blocks=blocks,
@@ -394,13 +273,19 @@ def _parse_row(line: str, prefix: str) -> Row:
     )
 
 
-def _parse_dimension(word: str) -> tuple[Product, ...]:
+def _parse_dimension(word: str, line: str) -> tuple[Product, ...]:
     """'embed', '(/head /head_dim)' or '(mlp | mlp)' as terms, each a product of axes."""
-    return tuple(_parse_axes(term.split()) for term in word.strip("()").split("|"))
+    terms = [term.split() for term in word.strip("()").split("|")]
+    axes = [axis for term in terms for axis in term]
+    if not _DIMENSION.fullmatch(word) or not all(_AXIS.fullmatch(axis) for axis in axes):
+        raise ValueError(
+            f"a dimension is an axis, (axis /axis) or (axis | axis); {word!r} is none, got {line!r}"
+        )
+    return tuple(_parse_axes(term) for term in terms)
 
 
 def _parse_axes(words: Sequence[str]) -> Product:
-    return tuple(Axis(word.lstrip("/"), word.startswith("/")) for word in words)
+    return tuple(Axis(word.removeprefix("/"), word.startswith("/")) for word in words)
 
 
 def _parse_averages(
@@ -417,7 +302,7 @@ def _parse_averages(
 
 
 def _check_sums(blocks: tuple[tuple[Product, ...], ...], role: str, line: str) -> None:
-    """Raise ValueError for empty products, two sums in one row, and a qkv sum of another length."""
+    """Raise ValueError for empty products, two sums in one row, and a qkv row without its kinds."""
     if not all(term for terms in blocks for term in terms):
         raise ValueError(f"every block of a dimension needs an axis, got {line!r}")
     lengths = [len(terms) for terms in blocks if len(terms) > 1]
@@ -425,3 +310,6 @@ def _check_sums(blocks: tuple[tuple[Product, ...], ...], role: str, line: str) -
         raise ValueError(f"one dimension of a row can be a sum, got {line!r}")
     if role == "qkv" and lengths and lengths != [3]:
         raise ValueError(f"a sum of role qkv has three blocks, query | key | value, got {line!r}")
+    names = [axis.name for terms in blocks for term in terms for axis in term]
+    if role == "qkv" and not lengths and names.count("qkv") != 1:
+        raise ValueError(f"a row of role qkv has an axis qkv or a sum of three, got {line!r}")

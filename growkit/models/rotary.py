@@ -36,9 +36,13 @@ def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) 
     """The rotary parameters as transformers 5 takes them.
 
     rope_scaling of version 4 goes before rope_parameters. given: the fields that config.json
-    states; values: the same with defaults.
+    states; values: the same with defaults. Raises TypeError for what states no parameters.
     """
-    stated = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    name = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
+    stated = given.get(name) or {}
+    if not isinstance(stated, Mapping):
+        raise TypeError(f"{name} is {stated!r}")
+    stated = dict(stated)
     kind = stated.pop("type", "default")
     rope = {"rope_type": kind} | stated
     rope["rope_theta"] = float(stated.get("rope_theta", values.get(fields.base)))

@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from growkit.errors import GrowkitError
-from growkit.models.architecture import Family, Same
+from growkit.models.family import Family
+from growkit.models.fields import Same
 from growkit.models.notation import find_begins, parse_table, split_words
 from growkit.models.rotary import RotaryFields
 
@@ -34,6 +35,8 @@ MAPS = (
     "options",
     "defaults",
     "nulls",
+    "new",
+    "fresh",
     "proved",
     "constants",
     "new",

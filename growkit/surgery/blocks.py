@@ -45,7 +45,7 @@ def grown_recipe(tensor: Tensor, row: Row, plan: Plan, moment: int, position: Po
     size = math.prod(shape) * tensor.dtype.itemsize
 
     def pieces() -> Iterator[Piece]:
-        if len(shape) == 1 or size <= BLOCK:
+        if len(shape) < 2 or size <= BLOCK:
             yield 0, grow_array(tensor.read(), row, plan, moment, position)
             return
         offset = 0
@@ -182,17 +182,16 @@ class Blocks:
 
 
 def count_leading(part: Part, plan: Plan) -> int:
-    """How many axes of the first dimension count units.
+    """How many axes of the first dimension count units: those before the first that is padded.
 
-    All of them, or those before the first that is padded; one that is padded may itself count units
-    where it stands first.
+    Where that stands first, it counts them itself, alone; but not one that queries, keys and values
+    share.
     """
     names = [axis.name for axis in part.dimensions[0]]
-    for place, name in enumerate(names):
-        if name in plan.pads and place > 0:
-            return place
-    fused_after = part.role == "qkv" and "head_dim" in plan.pads and names[0] == "head_dim"
-    return 0 if fused_after else len(names)
+    before = next((place for place, name in enumerate(names) if name in plan.pads), len(names))
+    if before > 0:
+        return before
+    return 0 if names[0] == "head_dim" and part.role == "qkv" else 1
 
 
 def _find_stretches(sources: np.ndarray, units: np.ndarray) -> list[Stretch]:

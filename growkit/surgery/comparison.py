@@ -118,15 +118,29 @@ def recorded_plan(source: Source, out: Source) -> Plan:
     growth = recorded_growth(out)
     try:
         if growth.before == source.model.sizes:
+            _check_sizes(growth, out)
             return growth.plan(source.model)
         different = find_differences(source.model.sizes, dict(growth.before))
-    except MALFORMED as problem:
+    except (*MALFORMED, OverflowError) as problem:
         raise GrowkitError(f"{out.path}: {unreadable_plan(repr(problem))}") from None
     axis, (ours, theirs) = next(iter(different.items()))
     raise UsageError(
         f"{out.path} was grown from another model than {source.path}: {axis} was {theirs}, here it "
         f"is {ours}"
     )
+
+
+def _check_sizes(growth: Growth, out: Source) -> None:
+    """Raise GrowkitError for a plan of other sizes than the output's, before it is made.
+
+    A plan is as long as its maps, and a lineage is data from strangers.
+    """
+    lengths = {axis: len(copies.index) for axis, copies in growth.maps.items()}
+    for axis, size in {**lengths, **growth.pads}.items():
+        found = out.model.sizes.get(axis)
+        if size != found:
+            problem = f"it makes {axis} {size}, and here it is {found}"
+            raise GrowkitError(f"{out.path}: {unreadable_plan(problem)}")
 
 
 def find_mismatch(

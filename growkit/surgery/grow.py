@@ -14,7 +14,7 @@ from growkit.entries import Growth, Origin
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source, moment_fate, needs_work
-from growkit.models.architecture import follow_layers
+from growkit.models.layer_fields import follow_layers
 from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 
@@ -42,7 +42,7 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
 
 def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
     """The grown model's config.json; fields with one entry for each layer follow the map."""
-    config = plan.grown.config(source.config)
+    config = plan.grown.update(source.config)
     if "layer" not in plan.maps:
         return config
     index = plan.maps["layer"].index.tolist()
@@ -67,7 +67,7 @@ def open_grown(source: Source, plan: Plan) -> Source:
         slot: {name: _made_when_read(recipe) for name, recipe in recipes.items()}
         for slot, recipes in contents.recipes.items()
     }
-    return Source(
+    grown = Source(
         path=source.path,
         kind=source.kind,
         config=contents.config,
@@ -77,6 +77,9 @@ def open_grown(source: Source, plan: Plan) -> Source:
         record=contents.record,
         read_files=lambda: contents.files,
     )
+    # What is read is the source's files, as they were when it was opened.
+    grown.stamps = source.stamps
+    return grown
 
 
 def _made_when_read(recipe: Recipe) -> Tensor:

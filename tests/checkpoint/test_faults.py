@@ -1,4 +1,4 @@
-"""Growth that is killed at any moment, and what other tools leave behind: outputs are whole or not there at all."""
+"""Growth killed at any moment, and what other tools leave: an output is whole or absent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from growkit.cli import run
 
 KILLS = 30
 LARGER = SMALL.change(embed=256, mlp=1024, vocab=20000)
-# One process imports everything once; each growth is a fork of it, killed after a random part of its usual time.
+# One process imports everything once. Each growth is a fork of it, killed after a random part of
+# the time that a growth takes.
 KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
@@ -29,15 +30,17 @@ if broken == "in place":
     import growkit.checkpoint.location
 
     @contextmanager
-    def in_place(out, force=False):
+    def in_place(out, force=False, sync=True):
         yield out
 
     growkit.checkpoint.location.commit_output = in_place
 
-def contents(path):
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name not in VARIES}
-
+# These files hold times.
 VARIES = ("_CHECKPOINT_METADATA", "_METADATA")
+
+def contents(path):
+    files = [file for file in path.rglob("*") if file.is_file() and file.name not in VARIES]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 def grow():
     child = os.fork()
@@ -49,7 +52,8 @@ def grow():
 begun = time.monotonic()
 assert os.waitpid(grow(), 0)[1] == 0
 usual = time.monotonic() - begun
-whole, found = contents(out), {"absent": 0, "whole": 0, "half": 0, "left": 0}
+whole = contents(out)
+found = {"absent": 0, "whole": 0, "half": 0, "left": 0}
 shutil.rmtree(out)
 moments = random.Random(0)
 for _ in range(kills):
@@ -58,15 +62,19 @@ for _ in range(kills):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     found["left"] += out.with_name(f".{out.name}.partial").exists()
-    state = "absent" if not out.exists() else "whole" if contents(out) == whole else "half"
-    found[state] += 1
+    if not out.exists():
+        found["absent"] += 1
+    elif contents(out) == whole:
+        found["whole"] += 1
+    else:
+        found["half"] += 1
     shutil.rmtree(out, ignore_errors=True)
 print(json.dumps(found))
 """
 
 
 def killed(source: Path, out: Path, broken: str = "") -> dict[str, int]:
-    """How often the output was absent, whole or half written after a kill, and how often work was left lying."""
+    """How often a killed growth left no output, a whole or a half one, and a working directory."""
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(source), str(out), str(KILLS), broken],
         capture_output=True, text=True, check=False,
@@ -97,15 +105,14 @@ def test_an_output_written_in_place_would_be_left_half_written(tmp_path, source)
 
 
 def test_no_shard_of_an_older_and_larger_output_is_left_beside_the_new(tmp_path):
-    source, out = save_directory(tmp_path / "source"), tmp_path / "out"
+    source = save_directory(tmp_path / "source")
+    out = tmp_path / "out"
     command = ["depth", "--map", "3:6", str(source), str(out), "--max-shard-size"]
     assert run([*command, "20KB"]) == 0
     many = {path.name for path in out.glob("*.safetensors")}
     assert len(many) > 3 and (out / "model.safetensors.index.json").exists()
     assert run([*command, "1GB", "--force"]) == 0
-    assert {path.name for path in out.iterdir() if "safetensors" in path.name} == {
-        "model.safetensors"
-    }
+    assert [path.name for path in out.glob("*safetensors*")] == ["model.safetensors"]
     assert run([*command, "60KB", "--force"]) == 0
     few = {path.name for path in out.glob("*.safetensors")}
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -114,42 +121,27 @@ def test_no_shard_of_an_older_and_larger_output_is_left_beside_the_new(tmp_path)
 
 
 def test_a_directory_is_not_one_that_loads_until_all_of_it_is_there(tmp_path, monkeypatch):
-    source, seen = save_directory(tmp_path / "source"), []
+    source = save_directory(tmp_path / "source")
+    out = tmp_path / "out"
+    seen = []
 
     def watched(jobs, progress):
         (work,) = tmp_path.glob(".out.partial/new")
         seen.append({path.name for path in work.iterdir()})
-        assert not (tmp_path / "out").exists()
+        assert not out.exists()
         return fill(jobs, progress)
 
     fill = huggingface.fill
     monkeypatch.setattr(huggingface, "fill", watched)
-    assert (
-        run(
-            [
-                "depth",
-                "--map",
-                "3:6",
-                str(source),
-                str(tmp_path / "out"),
-                "--max-shard-size",
-                "20KB",
-            ]
-        )
-        == 0
-    )
-    # What makes a directory load, its configuration and its index, is written when the shards are full.
-    assert seen and not any(
-        {"config.json", "model.safetensors.index.json"} & names for names in seen
-    )
+    command = ["depth", "--map", "3:6", "--max-shard-size", "20KB", str(source), str(out)]
+    assert run(command) == 0
+    # Without these two files a directory does not load; they are written after the shards.
+    last = {"config.json", "model.safetensors.index.json"}
+    assert seen and not any(last & names for names in seen)
 
 
 def test_shards_are_of_directories_only(tmp_path, capsys):
     source = save_checkpoint(tmp_path / "source")
-    assert (
-        run(
-            ["depth", "--map", "3:4", str(source), str(tmp_path / "out"), "--max-shard-size", "1GB"]
-        )
-        == 2
-    )
+    command = ["depth", "--map", "3:4", "--max-shard-size", "1GB", str(source)]
+    assert run([*command, str(tmp_path / "out")]) == 2
     assert "--max-shard-size is for Hugging Face directories" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""Buckets as sources and outputs: the bytes that a disk would hold, whole or not at all. The bucket is in memory."""
+"""Buckets as sources and outputs: the same bytes as on a disk, whole or not at all.
+
+The bucket is in memory.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,8 @@ def bucket(monkeypatch):
 
 @pytest.fixture(params=["huggingface", "checkpoint"])
 def source(tmp_path, request):
-    return (save_directory if request.param == "huggingface" else save_checkpoint)(
-        tmp_path / "source"
-    )
+    save = save_directory if request.param == "huggingface" else save_checkpoint
+    return save(tmp_path / "source")
 
 
 def sent(here, there) -> str:
@@ -55,7 +57,7 @@ def objects(path) -> dict[str, bytes]:
 
 
 def same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> bool:
-    """Equal but for where the source lay and when Orbax wrote."""
+    """Equal, except for the source's path and the time of writing."""
     told = ("metadata", "lineage.json", "_CHECKPOINT_METADATA", "commit_success.txt")
     weights = [{n: b for n, b in each.items() if not n.endswith(told)} for each in (ours, theirs)]
     return ours.keys() == theirs.keys() and weights[0] == weights[1]
@@ -104,25 +106,25 @@ def test_an_output_in_a_bucket_is_replaced_with_force_only(bucket, source, capsy
 def test_what_makes_a_directory_load_is_sent_last_and_a_failure_leaves_nothing(
     bucket, source, capsys, monkeypatch
 ):
-    there, names, copy = sent(source, bucket / "source"), [], remote._copy
+    there = sent(source, bucket / "source")
+    names = []
+    copy = remote._copy
 
     def noted(file, to):
-        names.extend([to.name] if str(to).startswith("gs://") else [])
+        if str(to).startswith("gs://"):
+            names.append(to.name)
         copy(file, to)
 
     monkeypatch.setattr(remote, "_copy", noted)
     assert run(["depth", "--map", "3:4", there, str(bucket / "out")]) == 0
     assert names[-1] in ("config.json", "_CHECKPOINT_METADATA")
-    told = {*remote.LAST, "commit_success.txt"}
-    assert all(
-        name in told for name in names[min(names.index(name) for name in told & set(names)) :]
-    )
+    # From the first of them on, nothing else is sent.
+    first = min(names.index(name) for name in set(remote.LAST) & set(names))
+    assert set(names[first:]) <= set(remote.LAST)
 
     def fails(file, to):
-        if str(to).startswith("gs://bucket/broken") and to.name in (
-            "config.json",
-            "_CHECKPOINT_METADATA",
-        ):
+        last = to.name in ("config.json", "_CHECKPOINT_METADATA")
+        if last and str(to).startswith("gs://bucket/broken"):
             raise OSError("the connection was lost")
         copy(file, to)
 

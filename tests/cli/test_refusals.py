@@ -37,7 +37,7 @@ def tree(place: Path) -> tuple[dict[str, bytes], list[str]]:
 
 
 def refused(capsys, place: Path, arguments: list[str], code: int, *said: str) -> None:
-    """The command fails with this code and one sentence, prints nothing else, and changes nothing on disk."""
+    """The command fails with this code and one sentence, and changes nothing on disk."""
     before = tree(place)
     assert run(arguments) == code
     out, err = capsys.readouterr()
@@ -132,7 +132,7 @@ def write_config_field(place: Path, **fields) -> None:
     [
         (
             {"model_type": "gpt2"},
-            ["model: the architecture is 'gpt2'", "'gpt_neox' and 'llama' only"],
+            ["model: the architecture is 'gpt2'", "growkit knows 'gpt_neox', 'llama'"],
         ),
         ({"num_hidden_layers": 11}, ["'gpt_neox.layers.11.", "num_hidden_layers = 11"]),
         (
@@ -194,7 +194,7 @@ def test_a_lineage_that_is_none(place, capsys):
 @pytest.mark.parametrize(
     "layers,said",
     [
-        ("24:18", ["24:18", "would go from 24 to 18", "12:13"]),
+        ("24:18", ["24:18", "goes from 24 layers to 18", "12:13"]),
         ("18:24", ["18:24", "a model of 18 layers", "the source has 12", "12:16"]),
         ("16:12", ["did you mean 12:16?"]),
         ("18", ["SOURCE:TARGET", "'18'"]),
@@ -255,18 +255,30 @@ def test_an_output_within_the_source_or_around_it(place, capsys, verb, force, ou
 
 
 def test_an_output_that_holds_what_the_source_links_to(place, capsys):
-    (place / "links").mkdir()
-    shutil.copy(place / "model" / "config.json", place / "links")
-    (place / "links" / "model.safetensors").symlink_to(place / "model" / "model.safetensors")
+    # As in the Hub's cache.
+    links = place / "models--a--b" / "snapshots" / "c0ffee"
+    links.mkdir(parents=True)
+    blobs = shutil.copytree(place / "model", place / "models--a--b" / "blobs")
+    for name in ("config.json", "model.safetensors"):
+        (links / name).symlink_to(blobs / name)
+    source = str(links.relative_to(place))
     refused(
         capsys,
         place,
-        [*depth("links", "model"), "--force"],
+        [*depth(source, "models--a--b/blobs"), "--force"],
         2,
-        "output model and the source links",
+        "output models--a--b/blobs and the source",
         "within",
     )
-    assert run(depth("links")) == 0
+    assert run(depth(source)) == 0
+
+
+def test_a_source_whose_weights_lie_elsewhere(place, capsys):
+    (place / "links").mkdir()
+    shutil.copy(place / "model" / "config.json", place / "links")
+    (place / "links" / "model.safetensors").symlink_to(place / "model" / "model.safetensors")
+    said = ("links/model.safetensors is not read", "outside the directory", "put the file itself")
+    refused(capsys, place, depth("links"), 1, *said)
 
 
 @pytest.mark.parametrize("out", ["file", "full", "link", "dangling"])
@@ -392,11 +404,9 @@ def test_a_hub_id_is_downloaded_and_never_written_to(place, monkeypatch):
 
 
 def process(place: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    root = str(Path(__file__).parents[2])
-    return subprocess.run(
-        [sys.executable, "-c", "from growkit.cli import main; main()", *arguments],
-        cwd=place, env=os.environ | {"PYTHONPATH": root} | variables, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "growkit", *arguments]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | variables
+    return subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True)
 
 
 def test_real_processes(place):

@@ -6,11 +6,11 @@ The sentence also says what would be right.
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 
 from growkit.errors import UsageError
-from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.rules import Bounds, check_rules
 from trainer.config.sections import (
     Config,
@@ -21,8 +21,8 @@ from trainer.config.sections import (
     build_architecture,
     resolve,
 )
-from trainer.config.values import list_presets, read_values
-from trainer.run.directory import fill_model, find_changed_keys
+from trainer.config.values import list_presets, merge_values, read_values
+from trainer.run.directory import find_changed_keys
 
 
 def refusal(values, *fragments):
@@ -227,37 +227,120 @@ def test_changed_keys_are_named_and_what_may_change_is_not():
     assert find_changed_keys(after, after) == []
 
 
-SOURCE = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
+COUNTS = ["82k", "82K", "0.082M", "82e3", "82_000", "82000", 82000]
 
 
-def test_a_source_fills_the_model_section():
-    values = fill_model({"seed": 3}, SOURCE, "here")
-    assert build_architecture(resolve(values).model) == SOURCE
-    longer = fill_model({"model": {"context": 32, "layer": 2}}, SOURCE, "here")
-    assert build_architecture(resolve(longer).model) == SOURCE.change(context=32)
+@pytest.mark.parametrize("text", COUNTS)
+def test_counts_are_read_as_they_are_written(text):
+    config = resolve({"schedule": {"steps": text}, "eval": {"every": text, "windows": text}})
+    assert (config.schedule.steps, config.eval.every, config.eval.windows) == (82_000,) * 3
+    config = resolve(read_values("760m", ["schedule.steps=100k", f"grow.at={text}"]))
+    assert config.grow.at == "82000"
 
 
-def test_a_stated_value_is_compared_as_the_number_it_is():
-    """YAML reads 1e-5 as text; it equals the source's 1e-05 all the same."""
-    assert fill_model({"model": {"layer_norm_eps": "1e-5", "rotary_base": 10000}}, SOURCE, "here")
+@pytest.mark.parametrize("text", ["1e4", "10_000"])
+def test_numbers_without_a_unit_are_read_in_every_field(text):
+    assert resolve({"model": {"vocab": text}}).model.vocab == 10_000
 
 
 @pytest.mark.parametrize(
-    "section,fragment",
+    ("values", "fragments"),
     [
+        ({"schedule": {"steps": "82q"}}, ["schedule.steps is a whole number above 0", "'82q'"]),
+        ({"schedule": {"steps": "1.5"}}, ["schedule.steps is a whole number above 0", "'1.5'"]),
+        ({"schedule": {"steps": "-3k"}}, ["schedule.steps must be a whole number", "'-3k'"]),
+        # 8k could be 8000 or 8192.
+        ({"model": {"context": "8k"}}, ["model.context must be a whole number", "'8k'"]),
         (
-            {"layer": 3, "tied": False},
-            "than here: layer is 3 in the one and 2 in the other, tied is False",
+            {"schedule": {"steps": "41B"}},
+            ["schedule.steps must be at most 1,000,000,000", "schedule.tokens gives the length"],
         ),
-        ({"layers": 2}, "unknown key model.layers; the keys here are layer, "),
-        ("large", "model is a section of values, got 'large'"),
-        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps is 1e-06 in the one and 1e-05 in the other"),
+        (
+            {"schedule": {"tokens": 100}},
+            ["schedule.tokens (100) is less than one step", "give at least 524,288"],
+        ),
+        (
+            {"schedule": {"tokens": "100M"}},
+            ["schedule.warmup must be at most schedule.steps (190), got 2000"],
+        ),
+        ({"grow": {"at": "100k"}}, ["grow.at must be a step from 1 to 81999", "'100k'"]),
+        ({"data": {"mix": "equal"}}, ["data.mix must be one of weights, proportional"]),
+        (
+            {"data": {"train": {"~/a": 1, os.path.expanduser("~/a"): 2}}},
+            ["data.train names", "twice"],
+        ),
     ],
 )
-def test_a_model_section_that_is_not_the_sources(section, fragment):
+def test_refusals_of_counts_and_paths(values, fragments):
+    refusal(values, *fragments)
+
+
+def test_a_length_in_tokens():
+    values = {"model": {"context": 128}, "batch": {"sequences": 16}, "schedule": {"warmup": 10}}
+    config = resolve(merge_values(values, {"schedule": {"tokens": "5M", "steps": 3}}))
+    assert config.schedule.steps == 5_000_000 // (16 * 128)
+    # What RUN/config.yaml holds gives the same again.
+    assert resolve(config.to_dict()) == config
+
+
+def test_home_is_known_by_its_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(
+        "data:\n  train: {~/a: 3, /b: 1}\n  fraction: {~/a: 0.5}\n  validation: [~/c]\n"
+    )
+    config = resolve(read_values("~/run.yaml", ["eval.data=~/items"]))
+    assert config.data.train == {f"{tmp_path}/a": 3.0, "/b": 1.0}
+    assert config.data.fraction == {f"{tmp_path}/a": 0.5}
+    assert config.data.validation == {f"{tmp_path}/c": 1.0}
+    assert config.eval.data == f"{tmp_path}/items"
+    alone = resolve(read_values("tiny", ["data.train=~/d"]))
+    assert alone.data.train == {f"{tmp_path}/d": 1.0}
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("[" * 5000 + "]" * 5000, "nests too deeply"),
+        ("a: " + "{b: " * 5000 + "1" + "}" * 5000, "nests too deeply"),
+        ("seed: " + "9" * 5000, "is not valid YAML"),
+        (LAUGHS, "aliases stand for more than 100,000 values"),
+        ("a: &a [*a]", "a value that it is a part of"),
+        ("seed: 1\nseed: 2", "the key 'seed' is there 2 times"),
+        ("seed: 1\n" + "#" * (1 << 20), "a configuration has at most 1,048,576"),
+    ],
+)
+def test_yaml_is_bounded(tmp_path, text, fragment):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
     with pytest.raises(UsageError) as caught:
-        fill_model({"model": section}, SOURCE, "here")
-    assert fragment in str(caught.value)
+        read_values(str(path), [])
+    assert fragment in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, "9" * 5000])
+def test_overrides_are_bounded_too(text):
+    with pytest.raises(UsageError, match="the value of seed cannot be read") as caught:
+        read_values("tiny", [f"seed={text}"])
+    assert len(str(caught.value)) < 500
+
+
+def test_aliases_of_a_few_values_are_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfdata:\n  train: &a {x: 1}\n  validation: *a\n")
+    assert resolve(read_values(str(path), [])).data.validation == {"x": 1.0}
+
+
+def test_a_long_value_is_shown_in_part():
+    with pytest.raises(UsageError) as caught:
+        resolve({"seed": "x" * 100_000})
+    assert len(str(caught.value)) < 300
 
 
 def test_a_map_of_layers_is_not_read_as_a_number_to_the_base_of_60(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -105,6 +106,61 @@ def test_fractions_that_make_no_sense(tokens, fraction, fragment):
             {"whole": 1},
             fraction={str(tokens / name): value for name, value in fraction.items()},
         )
+
+
+def test_a_list_says_that_its_parts_weigh_the_same(tokens):
+    paths = [str(tokens / name) for name in ("whole", "other")]
+    data = open_corpus(resolve({"model": MODEL, "data": {"train": paths}}), None)
+    (note,) = [line for line in data.describe(400) if "weigh the same" in line]
+    assert "the 2 data sets weigh the same, whatever their sizes" in note
+    assert "data.mix=proportional" in note
+    assert not any("weigh" in line for line in corpus(tokens, {"whole": 3, "other": 1}).describe(9))
+
+
+def test_a_proportional_mixture_draws_by_size(tokens):
+    data = corpus(tokens, {"whole": 1, "other": 1}, mix="proportional")
+    sizes = {part.name: len(part.windows) for part in data.mixture.parts}
+    drawn = Stream(data.mixture, 0).counts(1000)
+    for name, size in sizes.items():
+        assert drawn[name] / 1000 == pytest.approx(size / sum(sizes.values()), rel=0.02)
+    epochs = list(Stream(data.mixture, 0).epochs(1000).values())
+    assert epochs[0] == pytest.approx(epochs[1], rel=0.02)
+    assert not any("weigh" in line for line in data.describe(400))
+    # Weights say how much more often a text is drawn.
+    doubled = corpus(tokens, {"whole": 1, "other": 2}, mix="proportional")
+    shares = doubled.mixture.shares
+    ratio = 2 * sizes[str(tokens / "other")] / sizes[str(tokens / "whole")]
+    assert shares[str(tokens / "other")] / shares[str(tokens / "whole")] == pytest.approx(ratio)
+
+
+def test_what_is_absurd_is_said(tokens):
+    data = corpus(tokens, {"whole": 1}, held_out=0.0)
+    said = data.describe(41 * len(data.mixture.parts[0].windows))
+    assert any("is repeated 41 times" in line and "teaches nothing more" in line for line in said)
+    assert "validation: 1 window of 8 tokens held out" in said
+    assert any("a validation loss of 1 window is mostly chance" in line for line in said)
+    usual = corpus(tokens, {"whole": 1}).describe(100)
+    assert not any(line.startswith("note") for line in usual)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_data_sets_of_different_tokenizers(tokens, tmp_path, alike):
+    """Truncation and padding make no other tokenizer."""
+    given = json.loads((tokens / "given.json").read_text())
+    if alike:
+        given["padding"] = None
+        text = json.dumps(given, indent=1)
+    else:
+        text = train_tokenizer(["other words, and more of them"] * 3, 280).json.decode()
+    (tmp_path / "given.json").write_text(text)
+    tokenize([tokens / "b.txt"], tmp_path / "b", tmp_path / "given.json")
+    paths = [str(tokens / "whole"), str(tmp_path / "b")]
+    config = resolve({"model": MODEL, "data": {"train": paths}})
+    if alike:
+        open_corpus(config, None)
+        return
+    with pytest.raises(UsageError, match="were tokenized with different tokenizers"):
+        open_corpus(config, None)
 
 
 def test_what_was_drawn_is_logged(tokens):

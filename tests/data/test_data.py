@@ -313,18 +313,13 @@ def test_splits_that_make_no_sense(files, context, held_out):
         split_windows(files[0], context, held_out)
 
 
-def test_a_vocabulary_too_small_by_the_manifest(tmp_path):
-    file = token_file(tmp_path / "data", 100, vocab_size=300, manifest=True)
-    check_vocabulary(file, 300)
-    with pytest.raises(UsageError, match="ids exceed the vocabulary: ids up to 299 .* has 299"):
-        check_vocabulary(file, 299)
-
-
-def test_a_vocabulary_too_small_by_the_ids(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.corpus._TOKENS_AT_ONCE", 30)
-    file = token_file(tmp_path / "data", 100, vocab_size=300)
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_vocabulary_too_small_by_the_ids_that_occur(tmp_path, monkeypatch, manifest):
+    monkeypatch.setattr("trainer.data.checked._BYTES_AT_ONCE", 64)
+    file = token_file(tmp_path / "data", 100, vocab_size=300, manifest=manifest)
+    # The tokenizer has 200 tokens more, which no text has.
     check_vocabulary(file, 100)
-    with pytest.raises(UsageError, match="ids up to 99 .* has 99"):
+    with pytest.raises(UsageError, match="ids up to 99 occur, .* vocabulary of 100, .* has 99"):
         check_vocabulary(file, 99)
 
 

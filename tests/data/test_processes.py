@@ -58,7 +58,9 @@ def test_results_in_another_order_would_be_seen(tmp_path, bpe, monkeypatch):
     short = [text for text in documents() if len(text) < 3000]
     tokenize_documents(short, tmp_path / "whole", bpe)
     monkeypatch.setattr(
-        module, "_results", lambda pool, tasks, ahead: reversed(list(pool.map(module._run, tasks)))
+        module,
+        "_collect_results",
+        lambda pool, tasks, ahead: reversed(list(pool.map(module._run_task, tasks))),
     )
     tokenize_documents(short, tmp_path / "turned", bpe, processes=2)
     assert contents_of(tmp_path / "turned") != contents_of(tmp_path / "whole")
@@ -110,7 +112,7 @@ def test_no_more_tasks_are_read_than_can_be_worked_on():
         Square, (), (read.append(number) or number for number in range(20, 120)), 2
     )
     assert [next(results) for _ in range(5)] == [number**2 for number in range(20, 25)]
-    assert len(read) <= 5 + 2 * module._AHEAD
+    assert len(read) <= 5 + 2 * module._TASKS_AHEAD
     results.close()
     assert len(read) < 100
 
@@ -175,14 +177,15 @@ SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "terminated
 
 def check_ends(large, out, number, code, word, to_group, delay):
     ended, (output, errors) = end(large, out, number, to_group, delay)
+    said = errors.removeprefix("reading 1 file (1 .jsonl)\n")
     # Click ends the line that Ctrl-C is shown in.
-    assert (ended, output, errors.lstrip("\n")) == (code, "", f"growkit: {word}\n"), (
+    assert (ended, output, said.lstrip("\n")) == (code, "", f"growkit: {word}\n"), (
         f"after {delay} s"
     )
     assert not list(out.parent.iterdir())
 
 
-@pytest.mark.parametrize(("ending", "to_group"), zip(SIGNALS, [True, False], strict=True))
+@pytest.mark.parametrize(("ending", "to_group"), list(zip(SIGNALS, [True, False], strict=True)))
 def test_a_signal_leaves_nothing(tmp_path, large, ending, to_group):
     check_ends(large, tmp_path / "out", *ending, to_group, random.uniform(0, 2))
 

@@ -13,6 +13,7 @@ import pytest
 
 import trainer.data.text as module
 from growkit.errors import GrowkitError, UsageError
+from trainer.data.cleaning import Cleaner
 from trainer.data.text import Shard, group_documents, open_inputs
 
 zstd = pytest.importorskip("backports.zstd")
@@ -127,7 +128,7 @@ def shard_of(inputs, number, count):
     return [
         text
         for block in inputs.read_blocks(Shard(number, count))
-        for text, _ in block.read_documents()
+        for text, _ in block.read_documents(Cleaner("strict"))
     ]
 
 
@@ -181,5 +182,5 @@ def test_a_package_that_is_missing_is_named_with_its_command(tmp_path, monkeypat
         raise ImportError(module)
 
     monkeypatch.setattr(module.importlib, "import_module", missing)
-    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / name).write_bytes(zstd.compress(b"x") if name.endswith("zst") else b"x")
     refused(UsageError, tmp_path / name, f"needs the package {package}: pip install {package}")

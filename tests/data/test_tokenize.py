@@ -15,10 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import trainer.data.text as text_module
 import trainer.data.tokenizer as module
 from growkit.errors import GrowkitError, UsageError
+from trainer.data.checked import verify
 from trainer.data.text import has_text
 from trainer.data.tokenize import tokenize, tokenize_documents
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
-from trainer.data.tokens import TokenFile, verify
+from trainer.data.tokens import TokenFile
 
 TEXT = "The cat sat on the mat.\r\nThe dog, too; 日本 sat on 12 mats.\n" * 20
 
@@ -208,7 +209,7 @@ def test_long_documents_in_pieces_encode_as_a_whole(tmp_path, bpe, monkeypatch, 
     whole = tokenize_documents([TEXT, TEXT * 2], tmp_path / "whole", chosen)
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 5)
     monkeypatch.setattr(text_module, "BLOCK_SIZE", 5)
-    assert len(module._pieces(TEXT, lambda left, right: True)) > 10
+    assert len(module._cut_pieces(TEXT, lambda left, right: True)) > 10
     assert tokenize_documents([TEXT, TEXT * 2], tmp_path / "pieces", chosen) == whole
 
 
@@ -216,7 +217,7 @@ def test_unchecked_cuts_would_change_the_encoding(tmp_path, monkeypatch):
     """The sibling of the test above: what it holds is not true of cuts at any white space."""
     chosen = load_tokenizer(metaspace_tokenizer(tmp_path))
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 5)
-    pieces = module._pieces(TEXT, lambda left, right: True)
+    pieces = module._cut_pieces(TEXT, lambda left, right: True)
     assert not np.array_equal(np.concatenate(chosen.encode(pieces)), chosen.encode([TEXT])[0])
 
 

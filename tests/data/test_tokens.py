@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growkit.errors import GrowkitError, UsageError
-from trainer.data.tokens import TokenFile, TokenWriter, select_token_dtype, verify
+from trainer.data.checked import verify
+from trainer.data.tokens import TokenFile, TokenWriter, select_token_dtype
 
 DOCUMENTS = [[1, 2, 3, 0], [4, 0], [], [5, 6, 7, 8, 9, 0]]
 
@@ -241,7 +242,7 @@ def test_no_tokens_at_all_is_caught(tmp_path):
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[]", "JSON object"),
         ("{}", "lacks 'bin_sha256'"),
         ('{"tokens": 13}', "tokens = 13"),

@@ -10,7 +10,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from growkit.errors import GrowkitError
+from growkit.cli import run
+from growkit.errors import GrowkitError, UsageError
+from growkit.growth.axes import insert, make_map
+from growkit.growth.plan import build_plan
 from growkit.models import FAMILIES
 from growkit.models.notation import parse_table
 from growkit.models.table_file import read_family, write_family
@@ -21,12 +24,12 @@ SHIPPED = list_shipped()
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
 def test_a_family_is_read_as_it_was_written(kind):
-    # A rule in Python has no place in a file.
-    family = replace(FAMILIES[kind], layer_kinds=read_family.__defaults__)
+    family = FAMILIES[kind]
     text = write_family(family, {"embed": "1e-15"}, "by hand")
     again = read_family(text)
     assert write_family(again, {"embed": "1e-15"}, "by hand") == text
     for fact in fields(family):
+        # A rule in Python has no place in a file.
         if fact.name not in ("text", "layer_kinds"):
             assert getattr(again, fact.name) == getattr(family, fact.name), fact.name
     assert again.rows == parse_table(family.text, family.prefix)
@@ -64,3 +67,30 @@ def test_a_shipped_table_is_whole(kind):
     assert set(family.frozen) <= known
     if "layer" not in family.frozen:
         assert any(axis.name == "layer" for row in family.rows for axis in row.stacked)
+
+
+LLAMA = FAMILIES["llama"]
+SIZES = {"layer": 2, "embed": 8, "kv": 2, "group": 1, "head_dim": 4, "mlp": 8, "vocab": 16}
+
+
+def test_what_a_family_cannot_do_is_refused():
+    silent = replace(LLAMA, no_identity="its layers follow one another").model(**SIZES)
+    with pytest.raises(UsageError, match="no layers that add nothing: its layers follow"):
+        build_plan("depth", "", silent, {"layer": insert(2, 4)})
+    assert build_plan("depth", "", silent, {"layer": make_map([0, 0, 1], 2)}).grown.layer == 3
+    unpadded = replace(LLAMA, unpadded="padding it is another function").model(**SIZES)
+    with pytest.raises(UsageError, match="whole copies only, not to 12: .* nearest are 8 and 16"):
+        build_plan("width", "", unpadded, {}, {"embed": 12})
+
+
+def test_axes_that_a_family_calls_uniform_are_copied_evenly():
+    uneven = make_map([0, 1, 1, *range(2, 8)], 8, [1.0, 0.5, 0.5, *[1.0] * 6])
+    assert build_plan("width", "", LLAMA.model(**SIZES), {"mlp": uneven}).preserved
+    uniform = replace(LLAMA, uniform=("mlp",)).model(**SIZES)
+    assert not build_plan("width", "", uniform, {"mlp": uneven}).preserved
+
+
+def test_an_unknown_model_type_is_refused(capsys):
+    pytest.importorskip("transformers")
+    assert run(["derive", "lama"]) == 2
+    assert "no causal language model of the type 'lama'" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""Two processes train as one: the same losses, each sequence drawn once, stopped at one step, resumed to the bit."""
+"""Two processes train as one: the same losses, and each sequence drawn once.
+
+They stop at the same step, and resume bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from etils import epath
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
 from growkit.models.gpt_neox import GPT_NEOX
+from trainer.config.sections import build_section
 from trainer.data.tokens import TokenWriter
 from trainer.devices.hosts import COORDINATOR, COUNT, NUMBER, join_cluster
 from trainer.run.checkpoint import find_last_step
@@ -28,8 +32,8 @@ from trainer.run.watch import Watch
 TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 SEQUENCES, STEPS = 8, 8
 
-# The command line in a process of its own. It notes what it draws, and may send itself a signal or draw what the
-# first process draws.
+# The command line in a process of its own. It logs what it draws. On demand it sends itself a
+# signal, is slow, or draws what the first process draws.
 DRIVER = """
 import json, os, sys, time
 from trainer.data.stream import Stream
@@ -60,7 +64,7 @@ def root(tmp_path_factory):
     with TokenWriter(root / "text", TINY.vocab) as writer:
         writer.add(np.random.default_rng(0).integers(0, TINY.vocab, 4000))
     values = {
-        "model": asdict(TINY),
+        "model": asdict(build_section(TINY)),
         "dropout": {"hidden": 0.1, "attention": 0.1},
         "precision": {"compute": "float32"},
         "data": {"train": [str(root / "text")]},
@@ -81,37 +85,51 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def trained(root, out, count, devices=1, stop=None, wrong="", more=()):
-    """Train in `count` processes; stop: (process, signal, sequences drawn at which). Returns (codes, what was said)."""
-    port, processes = free_port(), []
+def train(root, out, count, devices=1, stop=None, wrong="", more=()):
+    """Train in `count` processes, with `devices` each. Returns (exit codes, outputs).
+
+    stop: (process, signal, number of sequences drawn at which the process sends it to itself).
+    """
+    port = free_port()
+    command = ["train", str(root / "run.yaml"), "--out", str(out), *more]
+    processes = []
     for process in range(count):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-            "PYTHONPATH": os.pathsep.join(
-                [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-            ),
-        }
+        environment = make_environment(devices)
         if count > 1:
-            environment |= {
-                COORDINATOR: f"127.0.0.1:{port}",
-                COUNT: str(count),
-                NUMBER: str(process),
-            }
-        number, drawn = (int(stop[1]), stop[2]) if stop and stop[0] == process else (0, 0)
+            environment[COORDINATOR] = f"127.0.0.1:{port}"
+            environment[COUNT] = str(count)
+            environment[NUMBER] = str(process)
+        number, drawn = 0, 0
+        if stop and stop[0] == process:
+            number, drawn = int(stop[1]), stop[2]
         arguments = [f"{out}.{process}.log", str(number), str(drawn), wrong]
-        command = ["train", str(root / "run.yaml"), "--out", str(out), *more]
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", DRIVER, *arguments, *command],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate(timeout=300) for process in processes]
-    return [process.returncode for process in processes], ["".join(each) for each in said]
+        processes.append(start([*arguments, *command], environment))
+    outputs = [process.communicate(timeout=300) for process in processes]
+    return [process.returncode for process in processes], ["".join(each) for each in outputs]
+
+
+def make_environment(devices):
+    """The environment of a process with so many emulated devices."""
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",
+    ]
+    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(flags),
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+
+
+def start(arguments, environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def drawn_by(out, process):
@@ -148,14 +166,14 @@ def assert_same_losses(ours, theirs):
 
 @pytest.fixture(scope="module")
 def one(root):
-    codes, said = trained(root, root / "one", 1)
+    codes, said = train(root, root / "one", 1)
     assert codes == [0], said
     return root / "one"
 
 
 @pytest.fixture(scope="module")
 def two(root):
-    codes, said = trained(root, root / "two", 2, devices=2)
+    codes, said = train(root, root / "two", 2, devices=2)
     assert codes == [0, 0], said
     return root / "two", said
 
@@ -180,7 +198,7 @@ def test_every_sequence_is_drawn_once(two):
 
 def test_processes_that_draw_the_same_train_another_model(root, one):
     out = root / "wrong"
-    codes, said = trained(root, out, 2, devices=2, wrong="wrong")
+    codes, said = train(root, out, 2, devices=2, wrong="wrong")
     assert codes == [0, 0], said
     with pytest.raises(AssertionError):
         assert_same_losses(out, one)
@@ -188,10 +206,10 @@ def test_processes_that_draw_the_same_train_another_model(root, one):
 
 def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_resumes(root, two):
     out = root / "stopped"
-    codes, said = trained(root, out, 2, devices=2, stop=(1, signal.SIGTERM, 4 * SEQUENCES))
+    codes, said = train(root, out, 2, devices=2, stop=(1, signal.SIGTERM, 4 * SEQUENCES))
     assert codes == [75, 75], said
     assert 5 <= find_last_step(out) < STEPS
-    codes, said = trained(root, out, 2, devices=2)
+    codes, said = train(root, out, 2, devices=2)
     assert codes == [0, 0], said
     ours, theirs = state_of(out), state_of(two[0])
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
@@ -208,7 +226,7 @@ def test_half_of_what_processes_need_to_meet_is_refused(monkeypatch):
 
 def test_the_process_that_the_others_wait_for_is_named(root, two):
     out = root / "slow"
-    codes, said = trained(root, out, 2, devices=2, wrong="slow", more=["log.stalled=1"])
+    codes, said = train(root, out, 2, devices=2, wrong="slow", more=["log.stalled=1"])
     assert codes == [0, 0], said
     assert "the others wait for process 1 on " in said[0]
     assert losses(out) == losses(two[0]) and not (out / ".met").exists()
@@ -225,12 +243,12 @@ def test_who_is_behind_and_for_how_long():
     moved = {0: (5, "a"), 1: (4, "b"), 2: (4, "c")}
     assert watch.look(moved, 100.0) is None and watch.look(moved, 109.0) is None
     said = watch.look(moved, 111.0)
-    assert (
-        said
-        == "the others wait for process 1 on b, process 2 on c, which have not gone on for 11 s"
+    assert said == (
+        "the others wait for process 1 on b, process 2 on c, which have made no progress for 11 s"
     )
     assert watch.look(moved, 120.0) is None and "for 22 s" in watch.look(moved, 122.0)
-    # Slow is not stalled: it goes on. Nor are processes that have all met equally often, as while all compile.
+    # A slow process is not stalled: it goes on. Nor are processes that have all met equally often,
+    # as while all of them compile.
     assert watch.look({0: (6, "a"), 1: (5, "b"), 2: (5, "c")}, 140.0) is None
     level = {0: (7, "a"), 1: (7, "b"), 2: (7, "c")}
     assert [watch.look(level, now) for now in (150.0, 200.0, 300.0)] == [None] * 3

@@ -1,7 +1,7 @@
-"""A mesh of devices changes where a step is computed and not what: the same losses however it is spread.
+"""A mesh of devices changes where a step is computed, not what: losses are the same on any mesh.
 
-The eight devices are emulated, in a process of their own: XLA must be told before it starts. Run as a script, this
-file is that process: it prints what it found as JSON.
+The eight devices are emulated, in a process of their own, because XLA must be told before it
+starts. Run as a script, this file is that process: it prints what it found as JSON.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import pytest
 import trainer.devices.sharding as sharding
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
+from growkit.lineage import Lineage
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Mesh, Optimizer, Precision, Schedule
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
 from trainer.model.decoder import init_params
-from trainer.run.checkpoint import Checkpoints, from_source, to_tree
+from trainer.run.checkpoint import Checkpoints, Snapshot
+from trainer.run.state import from_source, to_tree
 from trainer.step.update import abstract_state, init_state, make_eval_step, make_train_step
 
 MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=128, context=16, tied=False)
@@ -51,21 +53,21 @@ MESHES = {
 STEPS = 4
 
 
-def configured(name, parts, dropped):
+def configure(name, parts, dropped):
     return replace(DROPPED if dropped else CONFIG, mesh=MESHES[name], batch=Batch(16, parts))
 
 
-def tokens(step, parts=1):
+def draw_tokens(step, parts=1):
     drawn = np.random.default_rng(step).integers(
         0, MODEL.vocab, (16, MODEL.context + 1), dtype=np.int32
     )
     return drawn.reshape(parts, 16 // parts, -1)
 
 
-def started(config, lay):
+def start_state(config, layout):
     """A new state on the mesh."""
     params = jax.device_get(init_params(MODEL, config.precision, 0))
-    like = abstract_state(config, MODEL, lay)
+    like = abstract_state(config, MODEL, layout)
     return jax.tree.map(
         lambda array, leaf: sharding.place(np.asarray(array), leaf.sharding),
         init_state(config, MODEL, params),
@@ -73,29 +75,33 @@ def started(config, lay):
     )
 
 
-def trajectory(config):
-    """The losses and gradient norms of some steps, the validation after them, and what the compiled step is like."""
-    lay = sharding.make_layout(config, MODEL)
-    state, parts, found = started(config, lay), config.batch.accumulation, []
-    made = make_train_step(config, MODEL, None, lay)
-    step = made.trace(state, tokens(0, parts)).lower().compile()
+def run_steps(config):
+    """Train for some steps: their losses and gradient norms, and the validation loss after them.
+
+    Also the bytes of parameters and moments on the first device, and the step's collectives.
+    """
+    layout = sharding.make_layout(config, MODEL)
+    state = start_state(config, layout)
+    parts = config.batch.accumulation
+    found = []
+    made = make_train_step(config, MODEL, None, layout)
+    step = made.trace(state, draw_tokens(0, parts)).lower().compile()
     for number in range(STEPS):
-        state, metrics = step(
-            state, sharding.place(tokens(number, parts), lay.batch_sharding(1)), made.numbers
-        )
+        batch = sharding.place(draw_tokens(number, parts), layout.batch_sharding(1))
+        state, metrics = step(state, batch, made.numbers)
         found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     mask = np.arange(16) < 13
-    loss = float(make_eval_step(config, MODEL, lay)(state.params, tokens(99)[0], mask))
-    held_bytes = [held(state.params), held(state.optimizer)]
+    loss = float(make_eval_step(config, MODEL, layout)(state.params, draw_tokens(99)[0], mask))
+    held_bytes = [count_bytes(state.params), count_bytes(state.optimizer)]
     return {
         "steps": found,
         "evaluation": loss,
         "bytes": held_bytes,
-        "collectives": collectives(step),
+        "collectives": count_collectives(step),
     }
 
 
-def held(tree):
+def count_bytes(tree):
     """Bytes of a tree on the first device."""
     first = jax.devices()[0]
     parts = (
@@ -107,13 +113,13 @@ def held(tree):
     return sum(part.data.nbytes for part in parts)
 
 
-def collectives(compiled):
-    """How often each collective stands in a compiled step."""
+def count_collectives(compiled):
+    """How many collectives of each kind a compiled step has."""
     names = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
     return {name: len(re.findall(rf" {name}(?:-start)?\(", compiled.as_text())) for name in names}
 
 
-def emulated(*arguments):
+def run_emulated(*arguments):
     """What this file prints in a process that has eight devices."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
@@ -133,16 +139,16 @@ SOME = [(name, 2, True) for name in MESHES]
 ALL = [(name, parts, dropped) for name in MESHES for parts in (1, 2) for dropped in (False, True)]
 
 
-def emulate(cases):
-    return {json.dumps(case): trajectory(configured(*case)) for case in map(tuple, cases)}
+def run_cases(cases):
+    return {json.dumps(case): run_steps(configure(*case)) for case in map(tuple, cases)}
 
 
 @pytest.fixture(scope="module")
 def found():
-    return emulated("trajectories", json.dumps(SOME))
+    return run_emulated("trajectories", json.dumps(SOME))
 
 
-def of(found, *case):
+def get_case(found, *case):
     return found[json.dumps(case)]
 
 
@@ -153,22 +159,24 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
 def test_eight_devices_train_as_one(name, found):
-    assert_same(of(found, name, 2, True), of(found, "one", 2, True))
+    assert_same(get_case(found, name, 2, True), get_case(found, "one", 2, True))
 
 
 @pytest.mark.slow
 def test_every_mesh_with_every_accumulation():
-    found = emulated("trajectories", json.dumps(ALL))
+    found = run_emulated("trajectories", json.dumps(ALL))
     for name, parts, dropped in ALL:
-        assert_same(of(found, name, parts, dropped), of(found, "one", parts, dropped))
+        assert_same(get_case(found, name, parts, dropped), get_case(found, "one", parts, dropped))
 
 
 def test_each_device_holds_its_part(found):
-    params, moments = of(found, "one", 2, True)["bytes"]
+    params, moments = get_case(found, "one", 2, True)["bytes"]
     part = {
         name: [
             ours / all
-            for ours, all in zip(of(found, name, 2, True)["bytes"], (params, moments), strict=True)
+            for ours, all in zip(
+                get_case(found, name, 2, True)["bytes"], (params, moments), strict=True
+            )
         ]
         for name in MESHES
     }
@@ -182,16 +190,19 @@ def test_each_device_holds_its_part(found):
 
 def test_devices_that_all_see_the_same_sequences_train_another_model(found):
     """The classic mistake of data parallelism."""
-    wrong = emulated(
+    wrong = run_emulated(
         "trajectories", json.dumps([("zero1", 2, True)]), "the first device's sequences"
     )
     with pytest.raises(AssertionError):
-        assert_same(of(wrong, "zero1", 2, True), of(found, "one", 2, True))
+        assert_same(get_case(wrong, "zero1", 2, True), get_case(found, "one", 2, True))
 
 
 def test_the_collectives_of_the_compiled_step(found):
-    """XLA for CPU sums gradients whole and slices; what ZeRO saves there is memory, and updates are gathered once."""
-    found = {name: of(found, name, 2, True)["collectives"] for name in MESHES}
+    """XLA for CPU sums whole gradients and slices them, so ZeRO saves memory only.
+
+    Updates are gathered once for each parameter.
+    """
+    found = {name: get_case(found, name, 2, True)["collectives"] for name in MESHES}
     assert not any(found["one"].values())
     assert found["dp"]["all-reduce"] and not found["dp"]["all-gather"]
     leaves = len(MODEL.table.rows)
@@ -200,21 +211,21 @@ def test_the_collectives_of_the_compiled_step(found):
     assert found["tp"]["all-reduce"] > found["dp"]["all-reduce"]
 
 
-def spec(name, **rules):
+def find_specs(name, **rules):
     """The mesh axes of a row on eight devices, by name of the row's path."""
     mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.MESH_AXES)
-    lay = sharding.Layout(mesh, **rules)
+    layout = sharding.Layout(mesh, **rules)
     row = next(row for row in MODEL.table.rows if ".".join(row.path) == name)
-    return tuple(lay.parameter_sharding(row).spec), tuple(lay.moment_sharding(row).spec)
+    return tuple(layout.parameter_sharding(row).spec), tuple(layout.moment_sharding(row).spec)
 
 
 def test_rows_lie_by_their_axes():
     both = ("fsdp", "data")
     qkv, dense = "layers.attention.query_key_value", "layers.attention.dense"
-    assert spec(f"{qkv}.weight") == ((None, "tensor", "fsdp"), (None, "tensor", both))
-    assert spec(f"{qkv}.bias") == ((None, "tensor"), (None, "tensor"))
-    assert spec(f"{dense}.weight") == ((None, "fsdp", "tensor"), (None, both, "tensor"))
-    assert spec("embed_out.weight", zero1=False) == (("tensor", "fsdp"), ("tensor", "fsdp"))
+    assert find_specs(f"{qkv}.weight") == ((None, "tensor", "fsdp"), (None, "tensor", both))
+    assert find_specs(f"{qkv}.bias") == ((None, "tensor"), (None, "tensor"))
+    assert find_specs(f"{dense}.weight") == ((None, "fsdp", "tensor"), (None, both, "tensor"))
+    assert find_specs("embed_out.weight", zero1=False) == (("tensor", "fsdp"), ("tensor", "fsdp"))
 
 
 REFUSED = {
@@ -234,7 +245,7 @@ REFUSED = {
 
 
 class Device:
-    """As much of a device as a mesh asks for."""
+    """The attributes of a device that a mesh needs."""
 
     platform, process_index, device_kind = "cpu", 0, "cpu"
 
@@ -242,30 +253,41 @@ class Device:
         self.id = number
 
 
+def make_devices():
+    return [Device(number) for number in range(8)]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_divide_is_refused_in_a_sentence(name):
     mesh, words = REFUSED[name]
     with pytest.raises(UsageError, match=words):
-        sharding.make_layout(replace(CONFIG, mesh=mesh), MODEL, [Device(number) for number in range(8)])
+        sharding.make_layout(replace(CONFIG, mesh=mesh), MODEL, make_devices())
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    devices = [Device(number) for number in range(8)]
+    devices = make_devices()
     with pytest.raises(
         UsageError,
         match="= 4 sequences do not divide over .* = 8 x 1; their product may be 1, 2 or 4",
     ):
         sharding.make_layout(replace(CONFIG, batch=Batch(16, 4)), MODEL, devices)
-    narrow = GPT_NEOX.model(layer=2, embed=36, head=6, mlp=64, vocab=128, context=16, rotary_pct=1.0)
+    narrow = MODEL.change(embed=36, head=6, rotary_pct=1.0)
     with pytest.raises(
         UsageError,
         match="embed 36 does not divide over mesh.fsdp x mesh.data = 8; .*mesh.zero1=false",
     ):
         sharding.make_layout(CONFIG, narrow, devices)
-    assert sharding.make_layout(replace(CONFIG, mesh=MESHES["dp"]), narrow, devices).batch_shards == 8
+    plain = replace(CONFIG, mesh=MESHES["dp"])
+    assert sharding.make_layout(plain, narrow, devices).batch_shards == 8
 
 
 # Checkpoints move between topologies.
+PLACES = {
+    "eight": MESHES["mixed"],
+    "one": Mesh(data=1),
+    "four": Mesh(data=2, fsdp=2),
+    "zero1": Mesh(),
+}
 
 
 def digest(tree):
@@ -276,53 +298,62 @@ def digest(tree):
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
-def moved(directory):
-    """Digests of a state that was trained on eight devices, then restored and saved on others in turn."""
-    places = {
-        "eight": MESHES["mixed"],
-        "one": Mesh(data=1),
-        "four": Mesh(data=2, fsdp=2),
-        "zero1": Mesh(),
-    }
-    layouts = {
-        name: sharding.make_layout(replace(CONFIG, mesh=mesh), MODEL) for name, mesh in places.items()
-    }
-    state = started(CONFIG, layouts["eight"])
-    state, _ = make_train_step(CONFIG, MODEL, None, layouts["eight"])(state, tokens(0))
-    found, before = {"trained": digest(to_tree(state))}, None
-    for name, lay in layouts.items():
-        if before:
-            like = abstract_state(CONFIG, MODEL, lay)
-            state, _ = Checkpoints(Path(directory) / before, CONFIG.checkpoint).restore(1, like)
-            assert [leaf.sharding for leaf in jax.tree.leaves(state)] == [
-                leaf.sharding for leaf in jax.tree.leaves(like)
-            ]
-        checkpoints = Checkpoints(Path(directory) / name, CONFIG.checkpoint)
-        checkpoints.save(1, state, MODEL.config(), [], {}, {})
-        checkpoints.close()
+def move_state(directory):
+    """Digests of a state that was trained on eight devices, then moved to others in turn.
+
+    For each place it is saved there, read as a source, and restored in the next place.
+    """
+    like = {name: make_abstract_state(mesh) for name, mesh in PLACES.items()}
+    eight = sharding.make_layout(replace(CONFIG, mesh=PLACES["eight"]), MODEL)
+    state = start_state(CONFIG, eight)
+    state, _ = make_train_step(CONFIG, MODEL, None, eight)(state, draw_tokens(0))
+    found = {"trained": digest(to_tree(state))}
+    previous = None
+    for name in PLACES:
+        if previous:
+            checkpoints = Checkpoints(Path(directory) / previous, CONFIG.checkpoint)
+            state = checkpoints.restore(1, like[name]).state
+            assert list_shardings(state) == list_shardings(like[name])
+        save(state, Path(directory) / name)
         source = open_source(f"{directory}/{name}")
-        found[f"read from {name}"] = digest(
-            {slot: source.stack(slot) for slot in source.tensors}
-        )
-        begun = from_source(source, abstract_state(CONFIG, MODEL, layouts["eight"]))
-        found[f"begun from {name}"] = digest(to_tree(begun))
-        before = name
+        stacked = {slot: source.stack(slot) for slot in source.tensors}
+        found[f"read from {name}"] = digest(stacked)
+        found[f"begun from {name}"] = digest(to_tree(from_source(source, like["eight"])))
+        previous = name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.run.checkpoint._key", len)
-        found["begun with the first device's parts"] = digest(to_tree(from_source(source, like)))
+        patch.setattr("trainer.run.state._key", len)
+        wrong = from_source(source, like[previous])
+        found["begun with the first device's parts"] = digest(to_tree(wrong))
     return found
 
 
+def make_abstract_state(mesh):
+    return abstract_state(CONFIG, MODEL, sharding.make_layout(replace(CONFIG, mesh=mesh), MODEL))
+
+
+def list_shardings(state):
+    return [leaf.sharding for leaf in jax.tree.leaves(state)]
+
+
+def save(state, directory):
+    checkpoints = Checkpoints(directory, CONFIG.checkpoint)
+    checkpoints.save(1, Snapshot(state, MODEL.config(), Lineage(), {}, {}))
+    checkpoints.close()
+
+
 def test_a_state_moves_between_topologies_bit_for_bit(tmp_path):
-    found = emulated("moved", str(tmp_path))
+    found = run_emulated("moved", str(tmp_path))
     wrong = found.pop("begun with the first device's parts")
     assert len(found) == 9 and set(found.values()) == {found["trained"]}, found
     assert wrong != found["trained"]
 
 
-def spread_kernel(*over):
-    """How far splash attention's gradients on the mesh are from XLA's on one device; over: of heads, then of time."""
-    lay = sharding.make_layout(replace(CONFIG, mesh=MESHES["mixed"]), MODEL)
+def compare_kernel(*over):
+    """How far splash attention's gradients on the mesh are from XLA's on one device.
+
+    over: the mesh axes over which heads and then time are split.
+    """
+    layout = sharding.make_layout(replace(CONFIG, mesh=MESHES["mixed"]), MODEL)
     q, k, v = (
         np.random.default_rng(seed).normal(size=(4, 4, 256, 16)).astype(np.float32)
         for seed in range(3)
@@ -332,7 +363,7 @@ def spread_kernel(*over):
         return jax.jit(jax.grad(lambda *a: (attention(*a) ** 2).sum(), (0, 1, 2)))(q, k, v)
 
     def spread(*inputs):
-        return kernels.kernel_attention("splash", *inputs, lay)
+        return kernels.kernel_attention("splash", *inputs, layout)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -344,22 +375,27 @@ def spread_kernel(*over):
 
 
 def test_a_kernel_on_eight_devices_computes_what_one_does():
-    right, wrong = emulated("kernel")
+    right, wrong = run_emulated("kernel")
     assert right < 1e-4 < 0.1 < wrong, "each device its own heads, and not its own part of the past"
+
+
+def draw_for_first_device(draw, step, parts=1):
+    """The mutation: every device gets the sequences of the first of eight."""
+    first = draw(step, parts)[:, : 16 // parts // 8]
+    return np.tile(first, (1, 8, 1))
 
 
 def main(what, cases="", mutation=""):
     """What the process with eight devices prints."""
-    global tokens
+    global draw_tokens
     if mutation:
-        right = tokens
-        tokens = lambda step, parts=1: np.tile(right(step, parts)[:, : 16 // parts // 8], (1, 8, 1))  # noqa: E731
+        draw_tokens = partial(draw_for_first_device, draw_tokens)
     if what == "trajectories":
-        print(json.dumps(emulate(json.loads(cases))))
+        print(json.dumps(run_cases(json.loads(cases))))
     elif what == "kernel":
-        print(json.dumps([spread_kernel("tensor"), spread_kernel(None, "tensor")]))
+        print(json.dumps([compare_kernel("tensor"), compare_kernel(None, "tensor")]))
     else:
-        print(json.dumps(moved(cases)))
+        print(json.dumps(move_state(cases)))
 
 
 if __name__ == "__main__":

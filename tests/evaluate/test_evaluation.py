@@ -1,9 +1,11 @@
-"""Evaluation: both kinds of model answer alike, items are asked as the harness asks them, figures can be repeated."""
+"""Both kinds of model answer alike, items are asked as the harness does, figures repeat."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import math
 import random
 from pathlib import Path
@@ -40,7 +42,11 @@ from trainer.model.decoder import compute_logits
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 WINDOW = 48
 MODEL = GPT_NEOX.model(layer=2, embed=32, head=4, mlp=64, vocab=320, context=WINDOW, tied=True)
-WORDS = "the cat sat on a mat and was glad of its hat while rain fell over towns where no dog ever slept".split()  # noqa: SIM905
+SENTENCE = (
+    "the cat sat on a mat and was glad of its hat "
+    "while rain fell over towns where no dog ever slept"
+)
+WORDS = SENTENCE.split()
 
 ROWS = {
     "lambada": [{"text": f"{' '.join(WORDS[n : n + 4 * n + 5])} word{n}"} for n in range(5)],
@@ -168,7 +174,7 @@ def asked(names=None, data=None, limit=None):
 
 
 def responses(model, question) -> list:
-    """What a model says to every request of a question: log likelihoods, with hits where there are any."""
+    """What a model answers to each request of a question: log likelihoods, and hits if any."""
     harness.ask(model, question)
     return [
         np.atleast_1d(np.asarray(request.resps[0], float)) for request in question.task.instances
@@ -186,7 +192,7 @@ def alike(ours: list, theirs: list, tolerance: float = 1e-4) -> bool:
 
 
 def test_jax_answers_as_transformers_does(data, in_jax, in_torch):
-    """Every request of every task, those longer than the window too; and the same requests are counted as cut."""
+    """Every request of every task, longer ones than the window too; both count the same cuts."""
     found, _ = asked(data=data)
     assert [question.name for question in found] == [*TASKS, "bpb/mixed", "bpb/notes"]
     for question in found:
@@ -200,25 +206,22 @@ def test_jax_answers_as_transformers_does(data, in_jax, in_torch):
 
 
 @pytest.mark.parametrize("broken", ["window", "prefix", "head", "position"])
-def test_a_model_that_is_another_answers_otherwise(broken, data, in_jax, in_torch, monkeypatch):
+def test_a_broken_model_answers_differently(broken, data, in_jax, in_torch, monkeypatch):
     likelihood = in_jax.likelihood
     if broken == "window":
         monkeypatch.setattr(likelihood, "window", WINDOW - 1)
     elif broken == "prefix":
         monkeypatch.setattr(type(in_jax), "eot_token_id", 1)
     elif broken == "head":
-        monkeypatch.setattr(
-            likelihood,
-            "params",
-            likelihood.params | {"embed_in": {"weight": -likelihood.params["embed_in"]["weight"]}},
-        )
+        negated = {"weight": -likelihood.params["embed_in"]["weight"]}
+        monkeypatch.setattr(likelihood, "params", likelihood.params | {"embed_in": negated})
     else:
         pieces = likelihood._pieces
-        monkeypatch.setattr(
-            likelihood,
-            "_pieces",
-            lambda positions, targets: pieces(np.maximum(positions - 1, 0), targets),
-        )
+
+        def cut_one_early(positions, targets):
+            return pieces(np.maximum(positions - 1, 0), targets)
+
+        monkeypatch.setattr(likelihood, "_pieces", cut_one_early)
     (mixed, *_), _ = asked(["bpb"], data)
     assert not alike(responses(in_jax, mixed), responses(in_torch, mixed))
 
@@ -227,9 +230,10 @@ def test_no_torch_is_loaded_for_a_checkpoint(checkpoint, data):
     import subprocess
     import sys
 
+    command = ["evaluate", str(checkpoint), "--data", str(data), "--tasks", "winogrande"]
     code = (
         "import sys; from growkit.cli import run\n"
-        f"assert run(['evaluate', {str(checkpoint)!r}, '--data', {str(data)!r}, '--tasks', 'winogrande']) == 0\n"
+        f"assert run({command!r}) == 0\n"
         "print('torch' in sys.modules, file=sys.stderr)"
     )
     done = subprocess.run(
@@ -240,7 +244,7 @@ def test_no_torch_is_loaded_for_a_checkpoint(checkpoint, data):
 
 
 def logits_after(checkpoint, texts: list[list[int]]) -> np.ndarray:
-    """The logits [texts, WINDOW, vocab] of texts of at most a window, filled up with zeros after their ends."""
+    """The logits [texts, WINDOW, vocab] of texts of at most a window, padded with zeros."""
     tokens = np.array([text + [0] * (WINDOW - len(text)) for text in texts])
     return compute_logits(open_source(str(checkpoint)), tokens).astype(np.float64)
 
@@ -330,7 +334,7 @@ def test_the_shipped_task_asks_what_the_harness_asks(name, data, hub):
 
 
 def test_a_document_in_brackets_or_of_digits_is_text(data):
-    """As a template, the harness's own way, the target of such a document is a list."""
+    """The harness's own template would make a list of such a document."""
     ([mixed, *_], _) = asked(["bpb"], data)
     assert [args[0] for _, args, _ in requests_of(mixed.task)] == [
         text for text in TEXTS if text.strip()
@@ -378,7 +382,7 @@ def test_bits_per_byte_are_of_at_most_3000_documents(tmp_path):
 
 
 def test_bits_per_byte_of_an_untrained_model(tmp_path, tokenizer):
-    """Near-zero parameters make every token as likely: log2 of the vocabulary, its padding included, a token."""
+    """With near-zero parameters each token costs log2(vocabulary) bits, padding rows included."""
     source = open_source(str(save_model(tmp_path / "ck", tokenizer, scale=1e-4)))
     (tmp_path / "bpb").mkdir()
     text = " ".join(WORDS) * 20
@@ -403,7 +407,7 @@ def test_bits_per_byte_are_all_nats_over_all_bytes(data, in_jax):
 
 
 def test_standard_errors():
-    """Of a mean as the harness has it, of a perplexity and a ratio as the spread of resampled ones."""
+    """The error of a mean is the harness's; others are the spread of resampled figures."""
     from lm_eval.api.metrics import bits_per_byte, mean_stderr, perplexity
 
     generator = np.random.default_rng(0)
@@ -427,13 +431,18 @@ def test_published_figures_stand_beside_full_sets_only():
     assert is_full("piqa", 1838, 1838) and not is_full("piqa", 500, 500)
     assert is_full("bpb/pile_arxiv", 3000, 9000) and is_full("bpb/pile_arxiv", 20, 20)
     assert not is_full("bpb/pile_arxiv", 100, 9000) and not is_full("bpb/arxiv", 3000, 3000)
-    assert list(select_published(["hellaswag"])) == ["GPT2-XL"] and not select_published(["winogrande"])
+    assert list(select_published(["hellaswag"])) == ["GPT2-XL"] and not select_published(
+        ["winogrande"]
+    )
 
 
 def test_parts_of_the_pile_are_named_as_that_run_names_them(tmp_path):
     (tmp_path / "bpb").mkdir()
     (tmp_path / "bpb" / "Pile-CC.txt").write_text("x")
     assert list(items.find_parts(tmp_path)) == ["pile_cc"]
+    (tmp_path / "bpb" / "pile_cc.jsonl").write_text("x")
+    with pytest.raises(UsageError, match="has both Pile-CC.txt and pile_cc.jsonl"):
+        items.find_parts(tmp_path)
 
 
 # The command
@@ -524,9 +533,7 @@ def test_figures_of_another_model_are_not_put_into_a_card(
 def test_models_of_different_contexts_read_the_same_window(
     tmp_path, checkpoint, tokenizer, data, capsys
 ):
-    short = save_model(
-        tmp_path / "short", tokenizer, MODEL.change(context=32), scale=0.5
-    )
+    short = save_model(tmp_path / "short", tokenizer, MODEL.change(context=32), scale=0.5)
     kept = tmp_path / "scores.json"
     words = ["--data", data, "--tasks", "piqa,bpb", "--output", kept]
     code, out, err = evaluated(capsys, checkpoint, short, *words)
@@ -562,14 +569,16 @@ def test_a_narrow_terminal_has_all_columns_below_one_another(data, checkpoint, c
         sum("GPT2-XL, published" in line for line in lines) == 2
         and sum("50.00 ± 10.00" in line for line in lines) == 2
     )
-    assert "40.03" in report.format_markdown(record) and "arXiv 2101.00027" in report.format_markdown(record)
+    assert "40.03" in report.format_markdown(
+        record
+    ) and "arXiv 2101.00027" in report.format_markdown(record)
 
 
 def test_names():
     assert parse_task_names("bpb, piqa,piqa") == ["bpb", "piqa"] and len(NAMES) == 7
 
 
-# Refusals: each one sentence
+# Refusals, each in one sentence
 
 
 def refused(capsys, code: int, *words) -> str:
@@ -592,7 +601,7 @@ def test_what_a_data_directory_lacks(tmp_path, checkpoint, capsys):
     words = refused(capsys, 2, checkpoint, "--data", tmp_path, "--tasks", "piqa")
     assert (
         words
-        == f"growkit: {tmp_path} has no items of piqa: looked for piqa*.jsonl or piqa*.jsonl.gz"
+        == f"growkit: {tmp_path} has no items of piqa: looked for piqa*.jsonl, compressed or not"
     )
     assert "looked for text in bpb/" in refused(
         capsys, 2, checkpoint, "--data", tmp_path, "--tasks", "bpb"
@@ -651,7 +660,7 @@ def test_a_broken_item_is_named_by_its_line(task, change, words, tmp_path):
 @pytest.mark.parametrize(
     "content,words",
     [
-        (b"{", "line 1: not JSON"),
+        (b"{", "line 1 is not JSON"),
         (b"[1]", "must be a JSON object, got list"),
         (b'{"text": "\xff"}', "not UTF-8 text"),
         (b"\n\n", "holds no text"),
@@ -674,10 +683,91 @@ def test_models_that_cannot_be_asked(tmp_path, tokenizer, data, capsys):
     bare = save_model(tmp_path / "bare", tokenizer, files=False)
     assert "carries no tokenizer.json" in refused(capsys, 1, bare, "--data", data)
     small = save_model(tmp_path / "small", tokenizer, MODEL.change(vocab=280))
-    assert "gives ids up to 289, and the vocabulary of the model is 280" in refused(
-        capsys, 1, small, "--data", data
+    assert "and the vocabulary of the model ends at 279; leave that text out" in refused(
+        capsys, 1, small, "--data", data, "--tasks", "bpb"
     )
     assert "no such directory" in refused(capsys, 2, tmp_path / "none", "--data", data)
+
+
+def add_padding(path: Path, vocab: int) -> int:
+    """Give a model's tokenizer a token for padding, whose id is the first that the model lacks."""
+    content = json.loads((path / "tokenizer.json").read_text())
+    number = 1 + max(
+        max(content["model"]["vocab"].values()), max(each["id"] for each in content["added_tokens"])
+    )
+    assert number == vocab
+    added = content["added_tokens"][0] | {"id": number, "content": "<|pad|>"}
+    content["added_tokens"].append(added)
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return number
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "directory"])
+def test_a_token_beyond_the_vocabulary_that_no_text_has(tmp_path, tokenizer, kind, capsys):
+    vocab = tokenizer.vocab_size
+    made = save_model(tmp_path / "ck", tokenizer, MODEL.change(vocab=vocab))
+    assert run(["export", str(made), str(tmp_path / "hf")]) == 0
+    number = add_padding(tmp_path / "hf", vocab)
+    if kind == "checkpoint":
+        assert run(["import", str(tmp_path / "hf"), str(tmp_path / "imported")]) == 0
+    model = tmp_path / {"checkpoint": "imported", "directory": "hf"}[kind]
+    (tmp_path / "data" / "bpb").mkdir(parents=True)
+    text = tmp_path / "data" / "bpb" / "a.txt"
+    text.write_text("the cat sat")
+    assert evaluated(capsys, model, "--data", tmp_path / "data")[0] == 0
+    text.write_text("the cat <|pad|> sat")
+    words = refused(capsys, 1, model, "--data", tmp_path / "data")
+    assert f"the token '<|pad|>' with the id {number}" in words
+    assert f"the vocabulary of the model ends at {vocab - 1}" in words
+
+
+def test_texts_are_read_as_tokenize_reads_them(tmp_path):
+    """Under other endings, compressed under any name, with marks; nothing is passed over unsaid."""
+    folder = tmp_path / "bpb"
+    folder.mkdir()
+    lines = b'{"text": "the cat"}\n{"text": null}\n'
+    mark = b"\xef\xbb\xbf"
+    files = {
+        "a.NDJSON": lines,
+        "b.txt": lines,
+        "c.jsonl.xz": lzma.compress(mark + lines),
+        "d.jsonl": gzip.compress(lines),
+        "e.JSON.BZ2": bz2.compress(lines),
+        "f.txt": mark + b"the cat",
+        "g.txt": "the cat".encode("utf-16"),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    parts = items.find_parts(tmp_path)
+    assert list(parts) == list("abcdefg")
+    for name, paths in parts.items():
+        found = items.read_texts(name, paths, None)
+        assert found.documents == [{"text": "the cat"}], name
+        assert found.empty == (name not in "fg"), name
+    for name in ("x.pdf", "y.csv"):
+        (folder / name).touch()
+    (tmp_path / "PIQA_some.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    (tmp_path / "readme").touch()
+    assert items.find_task_file(tmp_path, "piqa").name == "PIQA_some.jsonl.gz"
+    assert items.list_passed_over(tmp_path) == ["bpb/x.pdf", "bpb/y.csv", "readme"]
+    said = []
+    with pytest.raises(GrowkitError):
+        collect_questions(["piqa"], tmp_path, None, said.append)
+    assert said == [f"note: no task is read from bpb/x.pdf, bpb/y.csv, readme of {tmp_path}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1 nests too deep"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_one_sentence(tmp_path, content, words):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(GrowkitError, match=words):
+        items.read_texts("a", [path], None)
 
 
 def test_without_a_network_and_without_data(checkpoint, capsys, monkeypatch):
@@ -688,10 +778,8 @@ def test_without_a_network_and_without_data(checkpoint, capsys, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     words = refused(capsys, 1, checkpoint, "--tasks", "piqa")
-    assert (
-        "the items of piqa could not be had from the Hugging Face Hub (ConnectionError: Couldn't reach the Hub)"
-        in words
-    )
+    assert "the items of piqa could not be had from the Hugging Face Hub" in words
+    assert "(ConnectionError: Couldn't reach the Hub)" in words
     assert words.endswith("--data DIR takes them from local files")
     assert "give --data DIR" in refused(capsys, 2, checkpoint, "--tasks", "bpb")
 

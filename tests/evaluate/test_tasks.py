@@ -1,4 +1,4 @@
-"""Tasks on the way: a run is measured as its checkpoints are, and trains as if it were not."""
+"""Tasks during training: a run scores as its checkpoints do, and training does not change."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from growkit.cli import quickstart
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation import harness
-from trainer.cli.training import train_run
 from trainer.data.tokenize import tokenize_documents
 from trainer.data.tokenizer import train_tokenizer
 from trainer.log import curves
 from trainer.log.history import COLUMNS, History, parse_rows, render_rows
+from trainer.run.stages import train
 
 STEPS = 30
 
@@ -48,7 +48,9 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Token files of source code, as the quickstart trains on, and items: other code, and two questions."""
+    """Token files of source code, as in the quickstart; as items other code and two
+    questions.
+    """
     root = tmp_path_factory.mktemp("data")
     *texts, last = (text for _, text in quickstart.read_standard_library(400_000))
     tokenizer = train_tokenizer(texts[:4], 400)
@@ -81,7 +83,7 @@ def measured(root) -> dict:
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert train_run(values(data, **measured(data)), out).step == STEPS
+    assert train(values(data, **measured(data)), out).step == STEPS
     return out
 
 
@@ -94,17 +96,15 @@ def scores_of(run) -> dict[int, dict[str, float]]:
 
 
 def test_a_run_is_measured_as_its_checkpoint_is(whole, data, tmp_path):
-    """At its steps and at both ends, each task; and the code it is trained on makes it better than a random model."""
+    """Each task at its steps and at both ends; training on code improves the score on code."""
     found = scores_of(whole)
     assert list(found) == [0, 12, 24, STEPS]
     assert list(found[0]) == ["piqa acc", "piqa acc_norm", "bpb/code bits_per_byte"]
     code = [scores["bpb/code bits_per_byte"] for scores in found.values()]
     assert code[0] - code[-1] > 0.5 and sorted(code, reverse=True) == code
     kept = tmp_path / "scores.json"
-    assert (
-        run_command(["evaluate", str(whole), "--data", str(data / "items"), "--output", str(kept)])
-        == 0
-    )
+    command = ["evaluate", str(whole), "--data", str(data / "items"), "--output", str(kept)]
+    assert run_command(command) == 0
     results = json.loads(kept.read_text())["models"][0]["results"]
     again = {
         f"{r['name']} {metric}": figure["value"]
@@ -116,14 +116,14 @@ def test_a_run_is_measured_as_its_checkpoint_is(whole, data, tmp_path):
 
 
 def test_measuring_changes_no_bit(whole, data, tmp_path):
-    train_run(values(data), tmp_path / "bare")
+    train(values(data), tmp_path / "bare")
     bare, with_tasks = (open_source(str(run)).stack() for run in (tmp_path / "bare", whole))
     assert not scores_of(tmp_path / "bare")
     assert bare["embed_in"]["weight"].tobytes() == with_tasks["embed_in"]["weight"].tobytes()
 
 
 def test_a_signal_while_a_task_is_asked(data, tmp_path, whole, monkeypatch):
-    """The task is given up, the run is saved, and the resumed one asks and ends as the whole one did."""
+    """The task is dropped and the run saved; the resumed run asks and ends as the whole one."""
     asked = []
     ask = harness.ask
 
@@ -134,10 +134,10 @@ def test_a_signal_while_a_task_is_asked(data, tmp_path, whole, monkeypatch):
         return ask(model, question)
 
     monkeypatch.setattr(harness, "ask", signalled)
-    result = train_run(values(data, **measured(data)), tmp_path / "run")
+    result = train(values(data, **measured(data)), tmp_path / "run")
     assert (result.step, result.signal, asked[2:]) == (12, signal.SIGTERM, ["piqa"])
     assert list(scores_of(tmp_path / "run")) == [0]
-    assert train_run(values(data, **measured(data)), tmp_path / "run").step == STEPS
+    assert train(values(data, **measured(data)), tmp_path / "run").step == STEPS
     resumed, uninterrupted = scores_of(tmp_path / "run"), scores_of(whole)
     assert list(resumed) == [0, 12, 24, STEPS] and resumed == uninterrupted
 
@@ -149,7 +149,7 @@ def test_scores_travel_with_a_model_and_are_drawn_over_compute(whole, data, tmp_
     figures = []
     close = pyplot.close
     monkeypatch.setattr(pyplot, "close", figures.append)
-    train_run(settings, tmp_path / "further", str(tmp_path / "grown"))
+    train(settings, tmp_path / "further", str(tmp_path / "grown"))
     history = History(epath.Path(tmp_path / "further"))
     rows = history.earlier + history.rows
     found = curves.collect_scores(rows)
@@ -185,10 +185,13 @@ def test_rows_of_before_there_were_scores(tmp_path):
     history.add(step=2, tokens=2, scores={"piqa acc": 0.5})
     assert history.find_scores(1) is None and history.find_scores(2) == {"piqa acc": 0.5}
     carried = parse_rows(history.export().decode())
-    assert [row["scores"] for row in carried] == ["", '{"piqa acc": 0.5}'] and not curves.collect_scores(
-        carried[:1]
+    assert [row["scores"] for row in carried] == [
+        "",
+        '{"piqa acc": 0.5}',
+    ] and not curves.collect_scores(carried[:1])
+    assert np.allclose(
+        curves.collect_scores([carried[1] | {"flops": "3"}])["acc"]["piqa"], (3, 0.5)
     )
-    assert np.allclose(curves.collect_scores([carried[1] | {"flops": "3"}])["acc"]["piqa"], (3, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ def test_rows_of_before_there_were_scores(tmp_path):
 )
 def test_what_cannot_be_asked_is_refused_before_a_run_begins(changed, kind, words, data, tmp_path):
     with pytest.raises(kind, match=words):
-        train_run(values(data, **measured(data) | changed), tmp_path / "run")
+        train(values(data, **measured(data) | changed), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -216,4 +219,4 @@ def test_without_a_tokenizer_nothing_is_asked(data, tmp_path):
         "data": {"train": str(bare / "other"), "held_out": 0.05}
     }
     with pytest.raises(GrowkitError, match="carries no tokenizer.json"):
-        train_run(settings, tmp_path / "run")
+        train(settings, tmp_path / "run")

@@ -284,7 +284,9 @@ def _unread(source: Source, origin: str) -> dict[str, tuple[str, np.ndarray]]:
     """What files may hold and no model reads: a tied head once more, a buffer of old versions."""
     head = "lm_head.weight" if source.kind == "llama" else "embed_out.weight"
     shape = (source.sizes["vocab"], source.sizes["embed"])
-    found = {head: (source.dtype, array(origin, "params", head, shape, source.dtype))}
+    llama = source.kind == "llama"
+    embedding = "model.embed_tokens.weight" if llama else "gpt_neox.embed_in.weight"
+    found = {head: (source.dtype, array(origin, "params", embedding, shape, source.dtype))}
     buffer = ("float32", np.ones(6, np.float32))
     if source.kind == "llama":
         return found | {"model.rotary_emb.inv_freq": buffer}

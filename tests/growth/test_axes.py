@@ -1,4 +1,6 @@
-"""Axis maps compose, Gopher's layers are what they are, and the table's notation says what it cannot read."""
+"""Axis maps compose, Gopher's layers are what they are, and the table's notation says what it
+cannot read.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 
 from growkit.errors import GrowkitError
 from growkit.growth.axes import AxisMap, make_map, replicate, tile
-from growkit.growth.rule import MU, NU, VALUE, gather, multiply, share_scale
+from growkit.growth.rule import MU, NU, VALUE, gather, multiply
+from growkit.growth.shares import share_scale
 from growkit.models.gpt_neox import GPT_NEOX
-from growkit.models.notation import Axis, Table, parse_table
+from growkit.models.notation import Axis, parse_table
+from growkit.models.table import Table
 
 SHARES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])
 
@@ -91,7 +95,10 @@ def test_gophers_layers():
         (lambda: make_map([0, 1], 2, [1.0]), "2 indices but 1 shares"),
         (lambda: make_map([0, 2], 2), "0 to 2, source has 2"),
         (lambda: make_map([-1, 1], 2), "-1 to 1, source has 2"),
-        (lambda: make_map([0, 1], 2).then(make_map([0, 2], 3)), "makes 2 units, the second takes 3"),
+        (
+            lambda: make_map([0, 1], 2).then(make_map([0, 2], 3)),
+            "makes 2 units, the second takes 3",
+        ),
     ],
 )
 def test_maps_that_are_none(make, said):
@@ -144,32 +151,49 @@ def test_cover_accepts_the_model_itself():
     SMALL.table.check_covered(shapes(), SMALL.sizes, SMALL.fields)
 
 
+LAYERS = "gpt_neox.layers"
+
+
+def without(part: str):
+    """A change of shapes: those whose names hold `part` are gone."""
+    return lambda found: {name: shape for name, shape in found.items() if part not in name}
+
+
 @pytest.mark.parametrize(
     "change,said",
     [
         (
-            lambda found: found | {"gpt_neox.layers.0.attention.densee.weight": (32, 32)},
-            ["layers.0.attention.densee.weight'", "nearest row is gpt_neox.layers.{layer}.attention.dense.weight"],
-        ),
-        (lambda found: found | {"zzz": (1,)}, ["no row of the axis table covers the parameter 'zzz'"]),
-        (
-            lambda found: found | {"gpt_neox.layers.3.mlp.dense_4h_to_h.bias": (32,)},
-            ["'gpt_neox.layers.3.mlp.dense_4h_to_h.bias'", "num_hidden_layers = 3", "last layer is 2"],
+            lambda found: found | {f"{LAYERS}.0.attention.densee.weight": (32, 32)},
+            [
+                "layers.0.attention.densee.weight'",
+                "nearest row is gpt_neox.layers.{layer}.attention.dense.weight",
+            ],
         ),
         (
-            lambda found: {name: shape for name, shape in found.items() if name != "gpt_neox.embed_in.weight"},
-            ["'gpt_neox.embed_in.weight' is missing"],
+            lambda found: found | {"zzz": (1,)},
+            ["no row of the axis table covers the parameter 'zzz'"],
         ),
         (
-            lambda found: {name: shape for name, shape in found.items() if ".2." not in name},
-            ["'gpt_neox.layers.2.", "is missing", "num_hidden_layers = 3"],
+            lambda found: found | {f"{LAYERS}.3.mlp.dense_4h_to_h.bias": (32,)},
+            [
+                f"'{LAYERS}.3.mlp.dense_4h_to_h.bias'",
+                "num_hidden_layers = 3",
+                "last layer is 2",
+            ],
         ),
+        (without("embed_in"), ["'gpt_neox.embed_in.weight' is missing"]),
+        (without(".2."), [f"'{LAYERS}.2.", "is missing", "num_hidden_layers = 3"]),
         (
-            lambda found: found | {"gpt_neox.layers.1.mlp.dense_h_to_4h.weight": (65, 32)},
-            ["'gpt_neox.layers.1.mlp.dense_h_to_4h.weight'", "[65, 32]", "[64, 32]", "intermediate_size = 64"],
+            lambda found: found | {f"{LAYERS}.1.mlp.dense_h_to_4h.weight": (65, 32)},
+            [
+                f"'{LAYERS}.1.mlp.dense_h_to_4h.weight'",
+                "[65, 32]",
+                "[64, 32]",
+                "intermediate_size = 64",
+            ],
         ),
     ],
-)  # fmt: skip
+)
 def test_cover_names_what_does_not_fit(change, said):
     with pytest.raises(GrowkitError) as refusal:
         SMALL.table.check_covered(change(shapes()), SMALL.sizes, SMALL.fields)

@@ -1,4 +1,6 @@
-"""Tensors grown a block at a time: bit for bit what growing them whole gives, at every border of the blocks."""
+"""Tensors grown a block at a time: bit for bit what growing them whole gives, at every border of
+the blocks.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import random_tensors
-from test_growth import held
+from in_memory import held
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.growth.axes import make_map, repeat
@@ -19,8 +21,12 @@ from growkit.models.llama import LLAMA
 from growkit.surgery import blocks
 from growkit.surgery import grow as surgery
 
-TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
-SMALL_LLAMA = LLAMA.model(layer=1, embed=16, kv=2, group=2, head_dim=8, mlp=20, vocab=24, context=16)
+TINY = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False
+)
+SMALL_LLAMA = LLAMA.model(
+    layer=1, embed=16, kv=2, group=2, head_dim=8, mlp=20, vocab=24, context=16
+)
 UNEVEN_COPIES = {
     "head": make_map([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
     "mlp": make_map(
@@ -34,7 +40,9 @@ PLANS = {
     "three": plan_width(TINY, embed="3x", mlp=40, spread=0.5),
     "noise": dataclasses.replace(plan_width(TINY, embed="3x"), noise=0.3, seed=7),
     "mlp": plan_width(TINY, mlp=30),
-    "heads out of order": build_plan("width", "test", TINY, UNEVEN_COPIES | {"embed": repeat(16, 32)}),
+    "heads out of order": build_plan(
+        "width", "test", TINY, UNEVEN_COPIES | {"embed": repeat(16, 32)}
+    ),
     "mean-pad": plan_width(TINY, embed=24, mlp=16),
     "head_dim": plan_width(TINY, head_dim=12),
     "head_dim and heads": plan_width(TINY, heads=4, head_dim=12, embed=48),
@@ -42,7 +50,9 @@ PLANS = {
     "copied moments, padded": dataclasses.replace(plan_width(TINY, head_dim=12), moments="copy"),
     "llama": plan_width(SMALL_LLAMA, embed="2x"),
     "llama, padded": plan_width(SMALL_LLAMA, embed=24, mlp=40),
-    "llama, noise": dataclasses.replace(plan_width(SMALL_LLAMA, heads=8, mlp=40), noise=0.3, seed=3),
+    "llama, noise": dataclasses.replace(
+        plan_width(SMALL_LLAMA, heads=8, mlp=40), noise=0.3, seed=3
+    ),
 }
 SIZES = (64, 300, 1000, 5000)
 
@@ -63,7 +73,9 @@ def arrays(plan, dtype="float32"):
 
 
 def whole(plan, monkeypatch, dtype="float32"):
-    """What growing whole tensors gives: the rule itself, no block being as large as any tensor here."""
+    """What growing whole tensors gives: the rule itself, no block being as large as any tensor
+    here.
+    """
     monkeypatch.setattr(blocks, "BLOCK", 1 << 30)
     return arrays(plan, dtype)
 

@@ -1,6 +1,8 @@
-"""Every operator of growth in float64: which keep the function, what its gradient becomes, and that order is nothing.
+"""Every operator of growth in float64: which keep the function, what its gradient becomes, and that
+order is nothing.
 
-Each theorem has a sibling that breaks one thing and must fail. The figures in comments were measured here.
+Each theorem has a sibling that breaks one thing and must fail. The figures in comments were
+measured here.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from conftest import random_tensors, transformers_logits
+from conftest import random_tensors, save_directory, transformers_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_growth import break_table, held, loss_and_gradient
+from in_memory import break_table, held, loss_and_gradient
 
 from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
 from growkit.entries import Growth
-from growkit.growth import padding
+from growkit.growth import rule as engine
 from growkit.growth.axes import make_map, tile
 from growkit.growth.depth import plan_depth
+from growkit.growth.padding import VALUE
 from growkit.growth.plan import build_plan, combine_plans
 from growkit.growth.tree import grow
 from growkit.growth.width import plan_width
@@ -36,6 +39,8 @@ BASE = GPT_NEOX.model(
     layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True, norm_eps=0.1
 )  # fmt: skip
 TOKENS = np.random.default_rng(1).integers(0, BASE.vocab, (2, 9))
+# The arguments of `growkit.growth.padding.rule_along`.
+ARGUMENTS = ("axis", "row", "role", "moment", "growth", "norm")
 RESIDUAL_AND_TYING = [(True, True), (True, False), (False, True), (False, False)]
 ROTARY = (0.25, 0.5, 1.0)
 
@@ -145,25 +150,43 @@ def wrong_share(patch, plan):
     )
 
 
-def rule_changed(name, when, **what):
-    """A mutation: the rule of padding called `name` is changed where `when` holds of its arguments."""
+def rule_changed(when, **what):
+    """A mutation: the rule of padding is changed where `when` holds of its arguments, by name."""
 
     def mutate(patch, plan):
-        right = getattr(padding, name)
-        patch.setattr(
-            padding,
-            name,
-            lambda *args: replace(right(*args), **what) if when(*args) else right(*args),
-        )
+        right = engine.rule_along
+
+        def wrong(*args):
+            rule = right(*args)
+            return (
+                replace(rule, **what) if when(**dict(zip(ARGUMENTS, args, strict=True))) else rule
+            )
+
+        patch.setattr(engine, "rule_along", wrong)
         return plan
 
     return mutate
 
 
-def grown_otherwise(**fields):
-    """A mutation: the grown model's configuration keeps a field of the source."""
+def along(axis, condition):
+    """Whether a rule is one along the axis and the condition holds of its arguments."""
+    return lambda **given: given["axis"].name == axis and condition(given)
+
+
+def is_norm(given):
+    """Whether a rule is of a norm's weight."""
+    return given["row"].role == "norm"
+
+
+def reads(given):
+    """Whether a rule is of a parameter that reads the axis."""
+    return given["axis"].read
+
+
+def grown_otherwise(option):
+    """A mutation: the grown model's configuration keeps an option of the source."""
     return lambda patch, plan: replace(
-        plan, grown=plan.grown.change(**{field: getattr(plan.model, field) for field in fields})
+        plan, grown=plan.grown.change(**{option: getattr(plan.model, option)})
     )
 
 
@@ -172,7 +195,7 @@ def table_without(right, left):
 
     def mutate(patch, plan):
         assert right in neox.TABLE
-        break_table(patch, neox.TABLE.replace(right, left), plan.model.tied)
+        break_table(patch, neox.TABLE.replace(right, left))
         return plan
 
     return mutate
@@ -180,29 +203,35 @@ def table_without(right, left):
 
 MUTATIONS = {
     "wrong share": ("uneven mlp", wrong_share),
-    "norm weight not rescaled": (
-        "mean-pad 24", rule_changed("embed_rule", lambda row, *_: padding.is_norm(row), scale=1.0)
-    ),
-    "eps not rescaled": ("mean-pad 24", grown_otherwise(layer_norm_eps=True)),
+    "norm weight not rescaled": ("mean-pad 24", rule_changed(along("embed", is_norm), scale=1.0)),
+    "eps not rescaled": ("mean-pad 24", grown_otherwise("norm_eps")),
     "zeros under LayerNorm": (
-        "mean-pad 24", rule_changed("embed_rule", lambda row, *_: not padding.is_norm(row), fill="zero")
+        "mean-pad 24",
+        rule_changed(along("embed", lambda given: not is_norm(given)), fill="zero"),
     ),
-    "keys not zero": ("head_dim 10", rule_changed("head_dim_rule", lambda part, *_: part == "key", fill="free")),
-    "queries not scaled": ("head_dim 10", rule_changed("head_dim_rule", lambda part, *_: part == "query", scale=1.0)),
-    "dense columns not zero": (
-        "head_dim 10", rule_changed("head_dim_rule", lambda part, reads, *_: reads, fill="free")
+    "keys not zero": (
+        "head_dim 10",
+        rule_changed(along("head_dim", lambda given: given["role"] == "key"), fill="free"),
     ),
+    "queries not scaled": (
+        "head_dim 10",
+        rule_changed(along("head_dim", lambda given: given["role"] == "query"), scale=1.0),
+    ),
+    "dense columns not zero": ("head_dim 10", rule_changed(along("head_dim", reads), fill="free")),
     "attention bias of the identity": (
-        "identity", table_without("{/layer}.attention.dense.bias ", "{layer}.attention.dense.bias  ")
+        "identity",
+        table_without("{/layer}.attention.dense.bias ", "{layer}.attention.dense.bias  "),
     ),
     "mlp bias of the identity": (
-        "identity", table_without("{/layer}.mlp.dense_4h_to_h.bias ", "{layer}.mlp.dense_4h_to_h.bias  ")
+        "identity",
+        table_without("{/layer}.mlp.dense_4h_to_h.bias ", "{layer}.mlp.dense_4h_to_h.bias  "),
     ),
-    "rotary_pct not rewritten": ("head_dim 20", grown_otherwise(rotary_pct=True)),
+    "rotary_pct not rewritten": ("head_dim 20", grown_otherwise("rotary_pct")),
     "tied norm not scaled": (
-        "clone 2x", table_without("/embed                           ones ", "embed      ones ")
+        "clone 2x",
+        table_without("/embed                       ones ", "embed                        ones "),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -239,8 +268,8 @@ def by_row(model, ours, theirs):
         for tree in (ours, theirs):
             for key in row.path:
                 tree = tree[key]
-            layers = (model.layer,) if row.stacked else ()
-            pair.append(tree.reshape(layers + row.unfused(model.sizes)))
+            shape = row.stacked_sizes(model.sizes) + row.parts[0].unfused(model.sizes)
+            pair.append(tree.reshape(shape))
         yield row, *pair
 
 
@@ -271,7 +300,7 @@ def test_the_gradient_of_a_clone_is_the_grown_gradient(name, parallel, tied):
 def old_block(row, model, leaf):
     """The part of a padded leaf, unfused, that was there before."""
     layers = (slice(None),) if row.stacked else ()
-    return leaf[layers + tuple(slice(model.sizes[axis.name]) for axis in row.axes)]
+    return leaf[layers + tuple(slice(model.sizes[name]) for name in row.parts[0].names)]
 
 
 def padding_errors(plan, model, params):
@@ -283,12 +312,10 @@ def padding_errors(plan, model, params):
     )
     for (row, *mu), (_, *nu) in rows:
         ours, theirs = (old_block(row, model, leaf) for leaf in mu)
-        place = -len(row.axes) + next(
-            (i for i, axis in enumerate(row.axes) if axis.name == "embed"), 0
-        )
-        writes = any(
-            axis.name == "embed" and not axis.read for axis in row.axes
-        ) and not padding.is_norm(row)
+        axes = row.parts[0].axes
+        place = -len(axes) + next((i for i, axis in enumerate(axes) if axis.name == "embed"), 0)
+        written = any(axis.name == "embed" and not axis.read for axis in axes)
+        writes = written and "norm" not in row.name
         constant = (ours - theirs).mean(place, keepdims=True)
         squares = relative(*(old_block(row, model, leaf) for leaf in nu))
         yield row, writes, relative(ours, theirs), squares, relative(ours - constant, theirs)
@@ -296,8 +323,11 @@ def padding_errors(plan, model, params):
 
 @pytest.mark.parametrize("tied,target", [(True, {"embed": 24}), (False, {"head_dim": 12})])
 def test_the_gradient_after_padding(tied, target):
-    """What reads the residual stream, norms and queries: the rule's gradient [2e-15]. What writes into it: off by a
-    constant over embed [1.5 to 6.3 % of mu, 3 to 9 % of nu] and by nothing else [2e-15]."""
+    """What reads the residual stream, norms and queries: the rule's gradient [2e-15].
+
+    What writes into it: off by a constant over embed [1.5 to 6.3 % of mu, 3 to 9 % of nu] and by
+    nothing else [2e-15].
+    """
     model, params, _ = small(True, tied)
     plan = plan_width(model, **target, mlp="1x")
     assert set(plan.pads) == {"embed", *target}
@@ -308,18 +338,18 @@ def test_the_gradient_after_padding(tied, target):
             assert mu < 1e-13 and nu < 1e-13, row.name
 
 
-@pytest.mark.parametrize(
-    "rule,moment_at,seen", [("embed_rule", 1, "layernorm"), ("head_dim_rule", 2, "query_key")]
-)
-def test_the_gradient_after_padding_by_the_rule_of_values_is_not(
-    rule, moment_at, seen, monkeypatch
-):
+@pytest.mark.parametrize("axis,seen", [("embed", "layernorm"), ("head_dim", "query_key")])
+def test_the_gradient_after_padding_by_the_rule_of_values_is_not(axis, seen, monkeypatch):
     model, params, _ = small()
     plan = plan_width(model, head_dim=12, mlp="1x")
-    right = getattr(padding, rule)
-    monkeypatch.setattr(
-        padding, rule, lambda *args: right(*args[:moment_at], padding.VALUE, *args[moment_at + 1 :])
-    )
+    right, place = engine.rule_along, ARGUMENTS.index("moment")
+
+    def wrong(*args):
+        if args[0].name != axis:
+            return right(*args)
+        return right(*args[:place], VALUE, *args[place + 1 :])
+
+    monkeypatch.setattr(engine, "rule_along", wrong)
     wrong = [
         row.name
         for row, writes, mu, *_ in padding_errors(plan, model, params)
@@ -378,7 +408,9 @@ def test_the_order_of_axes_does_not_matter(wider, method):
 
 
 def unfilled(state):
-    """The parts of a grown state that no random fill is in: moments, and values that write into the residual stream."""
+    """The parts of a grown state that no random fill is in: moments, and values that write into the
+    residual stream.
+    """
     layers = state["params"]["layers"]
     norms = {name: layers[name] for name in ("input_layernorm", "post_attention_layernorm")}
     writers = (
@@ -391,14 +423,17 @@ def unfilled(state):
 
 @st.composite
 def two_growths(draw):
-    """Maps of heads (and embed with them), mlp and layers for BASE, and others for what they make of it."""
+    """Maps of heads (and embed with them), mlp and layers for BASE, and others for what they make
+    of it.
+    """
 
     def growth(heads, mlp, layers):
         index = {"head": (heads, 2 * heads), "mlp": (mlp, mlp + 3), "layer": (layers, layers + 1)}
         maps = {"embed": tile(heads * 8, heads * 16)}
         for axis, (source, size) in index.items():
             units = draw(st.lists(st.integers(0, source - 1), min_size=size, max_size=size))
-            # Shares that are powers of two: composed or one after the other, products are the same numbers.
+            # Shares that are powers of two: composed or one after the other, products are the same
+            # numbers.
             shares = draw(
                 st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0]), min_size=size, max_size=size)
             )
@@ -428,9 +463,8 @@ def test_every_head_dim_keeps_its_rotated_dimensions():
     missed = 0
     for size in range(4, 64, 2):
         for rotated in range(2, size + 1, 2):
-            model = replace(
-                BASE, embed=2 * size, rotary_pct=(rotated + 0.5) / size if rotated < size else 1.0
-            )
+            part = (rotated + 0.5) / size if rotated < size else 1.0
+            model = BASE.change(embed=2 * size, rotary_pct=part)
             for target in range(size + 1, size + 20):
                 plan = plan_width(model, head_dim=target)
                 assert plan.grown.rotary == int(target * plan.grown.rotary_pct) == rotated
@@ -443,7 +477,9 @@ ON_DISK = ["clone 2x", "mean-pad 24", "head_dim 10", "identity"]
 
 
 def through_files(tmp_path, name, dtype, tied, mutate=None):
-    """transformers' logits of a model that was exported, and of what growth on disk made of the export."""
+    """transformers' logits of a model that was exported, and of what growth on disk made of the
+    export.
+    """
     model = BASE.change(tied=tied, rotary_pct=0.25)
     tensors = random_tensors(model, "float64")
     write_output(
@@ -464,6 +500,37 @@ def test_transformers_finds_the_same_function_in_files(tmp_path, name, dtype, li
     )
     size = np.abs(small_logits).max()
     assert size > 1 and np.abs(grown_logits - small_logits).max() / size < limit
+
+
+# What growth keeps although the trainer does not compute it.
+HALF = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LINEAR = HALF | {"rope_type": "linear", "factor": 2.0}
+YARN = HALF | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+KEPT = {
+    "another activation": ("clone and identity", {"activation": "relu"}),
+    "no attention bias": ("clone and identity", {"attention_bias": False}),
+    "no attention bias, padded": ("mean-pad 24", {"attention_bias": False}),
+    "no attention bias, head_dim": ("head_dim 10", {"attention_bias": False}),
+    "linear rotary": ("head_dim 10", {"rope": LINEAR}),
+    "yarn rotary": ("mean-pad 24", {"rope": YARN}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_transformers_finds_the_same_function_where_the_trainer_computes_none(tmp_path, name):
+    operator, options = KEPT[name]
+    save_directory(tmp_path / "plain", BASE, "float64")
+    save_directory(tmp_path / "small", BASE.change(**options), "float64")
+    source = open_source(str(tmp_path / "small"))
+    plan = EXACT[operator](source.model)
+    write_output(tmp_path / "grown", "huggingface", surgery.prepare_growth(source, plan), [source])
+    found = {
+        which: transformers_logits(tmp_path / which, TOKENS, "float64")[0]
+        for which in ("plain", "small", "grown")
+    }
+    assert np.abs(found["small"]).max() > 1
+    assert np.abs(found["grown"] - found["small"]).max() < 1e-10
+    assert np.abs(found["small"] - found["plain"]).max() > 1e-3, "the option must be seen"
 
 
 BROKEN_FILES = {

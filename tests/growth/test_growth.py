@@ -1,4 +1,5 @@
-"""The theorems of growth, in float64 on the trainer's own model: what preserves the function, and what its gradient is.
+"""The theorems of growth, in float64 on the trainer's own model: what preserves the function, and
+what its gradient is.
 
 Every theorem has its mutations: a table or a map that is wrong in one place must be found out.
 """
@@ -6,8 +7,6 @@ Every theorem has its mutations: a table or a map that is wrong in one place mus
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +14,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import random_tensors
+from in_memory import break_table, held, loss_and_gradient, made
 
-from growkit.checkpoint.tensor import Source, wrap_array
+from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError
 from growkit.growth.axes import make_map, replicate, tile
 from growkit.growth.depth import plan_depth
 from growkit.growth.plan import build_plan
-from growkit.growth.rule import MU, NU, VALUE, expand
+from growkit.growth.rule import MU, NU, VALUE, grow_array
 from growkit.models import gpt_neox as neox
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
-from growkit.models.notation import Table, parse_table
+from growkit.models.notation import parse_table
+from growkit.models.table import Table
 from growkit.surgery import grow as surgery
-from trainer.config.sections import Precision
-from trainer.model.decoder import GPTNeoX
 
-SMALL = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True)
+SMALL = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=40, context=16, rotary_pct=0.5, tied=True
+)
 VARIANTS = [(parallel, tied) for parallel in (True, False) for tied in (True, False)]
-TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, (2, 9))
 WIDTH = {
     "embed": tile(16, 32),
     "head": make_map([0, 0, 1, 0], 2, [0.5, 0.3, 1.0, 0.2]),
@@ -43,15 +43,6 @@ WIDTH = {
     ),
 }
 IDENTITY = {"layer": make_map([0, 0, 1], 2, [1.0, 0.0, 1.0])}
-
-
-def held(model: Architecture, **slots: dict[str, np.ndarray]) -> Source:
-    """A model in memory, as the source that surgery takes."""
-    tensors = {
-        slot: {name: wrap_array(array) for name, array in arrays.items()}
-        for slot, arrays in slots.items()
-    }
-    return Source(Path("memory"), "huggingface", model.config(), tensors, [], [], {}, dict)
 
 
 def grow(source: Source, maps, moments: str = "map") -> Source:
@@ -65,38 +56,16 @@ def grow(source: Source, maps, moments: str = "map") -> Source:
     return held(plan.grown, **slots)
 
 
-def made(recipe) -> np.ndarray:
-    if recipe.pieces is None:
-        return np.zeros(recipe.shape, recipe.dtype)
-    ((offset, array),) = recipe.pieces()
-    assert offset == 0 and array.shape == recipe.shape and array.dtype == recipe.dtype
-    return array
-
-
-@cache
-def loss_and_gradient(model: Architecture):
-    network = GPTNeoX(model, Precision("float64", "float64"))
-
-    def loss(params):
-        logits = network.apply({"params": params}, TOKENS)
-        picked = jnp.take_along_axis(logits[:, :-1], TOKENS[:, 1:, None], -1)
-        return (jax.nn.logsumexp(logits[:, :-1], -1) - picked[..., 0]).mean(), logits
-
-    # Models this small compile longer than they run.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)
-
-
 def measured(source: Source) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and the gradient by name in files."""
     with jax.enable_x64(True):
         (_, logits), gradient = loss_and_gradient(source.model)(source.stack())
     found = {}
-    for name, row, layer in source.model.table.names(source.model.sizes):
+    for name, row, position in source.model.table.names(source.model.sizes):
         leaf = gradient
         for key in row.path:
             leaf = leaf[key]
-        found[name] = np.asarray(leaf if layer is None else leaf[layer])
+        found[name] = np.asarray(leaf[position])
         assert found[name].dtype == np.float64
     return np.asarray(logits), found
 
@@ -115,10 +84,12 @@ def with_gradient(source: Source) -> tuple[np.ndarray, Source]:
 
 
 def gap(ours: dict[str, np.ndarray], theirs: Source, slot: str, layers=None) -> float:
-    """The largest relative difference to a slot, over all parameters or those of some layers and of none."""
+    """The largest relative difference to a slot, over all parameters or those of some layers and of
+    none.
+    """
     gaps = []
-    for name, row, layer in theirs.model.table.names(theirs.model.sizes):
-        if layers is None or not row.stacked or layer in layers:
+    for name, row, position in theirs.model.table.names(theirs.model.sizes):
+        if layers is None or not row.stacked or position[0] in layers:
             wanted = theirs.tensors[slot][name].read()
             gaps.append(np.abs(ours[name] - wanted).max() / max(np.abs(wanted).max(), 1e-3))
     return max(gaps)
@@ -156,44 +127,44 @@ def test_each_map_alone_preserves_the_function(maps):
 
 # A place of the table, what it wrongly says, and for which models that can be seen.
 WRONG_ROWS = {
-    "heads outermost": (r"(head qkv head_dim)", r"(qkv head head_dim)", True),
-    "qkv does not read embed": ("/embed       normal", "embed        normal", True),
-    "dense does not read head": ("(/head /head_dim)", "(head /head_dim) ", True),
+    "heads outermost": ("(head qkv head_dim)", "(qkv head head_dim)", True),
+    "qkv does not read embed": ("(head qkv head_dim) /embed", "(head qkv head_dim) embed", True),
+    "dense does not read head": ("(/head /head_dim)", "(head /head_dim)", True),
     "dense reads head_dim's place": ("(/head /head_dim)", "(/head_dim /head)", True),
-    "mlp does not read embed": ("mlp /embed ", "mlp embed  ", True),
-    "mlp is not read": ("embed /mlp", "embed mlp ", True),
+    "mlp does not read embed": ("mlp /embed", "mlp embed", True),
+    "mlp is not read": ("embed /mlp", "embed mlp", True),
     "dense bias reads no layer": (
         "{/layer}.attention.dense.bias ",
-        "{layer}.attention.dense.bias  ",
+        "{layer}.attention.dense.bias ",
         True,
     ),
     "mlp bias reads no layer": (
         "{/layer}.mlp.dense_4h_to_h.bias ",
-        "{layer}.mlp.dense_4h_to_h.bias  ",
+        "{layer}.mlp.dense_4h_to_h.bias ",
         True,
     ),
     "dense reads no layer": (
         "{/layer}.attention.dense.weight ",
-        "{layer}.attention.dense.weight  ",
+        "{layer}.attention.dense.weight ",
         True,
     ),
     "mlp reads no layer": (
         "{/layer}.mlp.dense_4h_to_h.weight ",
-        "{layer}.mlp.dense_4h_to_h.weight  ",
+        "{layer}.mlp.dense_4h_to_h.weight ",
         True,
     ),
     "tied norm does not read embed": (
-        "/embed                           ones ",
-        "embed      ones ",
+        "/embed                       ones ",
+        "embed                        ones ",
         True,
     ),
     "tied norm bias does not read embed": (
-        "/embed                           zeros",
-        "embed      zeros",
+        "/embed                       zeros ",
+        "embed                        zeros ",
         True,
     ),
-    "untied head does not read embed": ("vocab /embed", "vocab embed ", False),
-    "embedding read": ("vocab embed  ", "vocab /embed ", True),
+    "untied head does not read embed": ("vocab /embed", "vocab embed", False),
+    "embedding read": ("vocab embed ", "vocab /embed ", True),
 }
 
 
@@ -202,28 +173,25 @@ def test_a_wrong_row_is_another_function(wrong, monkeypatch):
     right, left, tied = WRONG_ROWS[wrong]
     assert right in neox.TABLE
     logits, source = with_gradient(small(tied=tied))
-    break_table(monkeypatch, neox.TABLE.replace(right, left), tied)
+    break_table(monkeypatch, neox.TABLE.replace(right, left))
     ours, _ = measured(grow(source, WIDTH | IDENTITY))
     assert np.abs(ours - logits).max() > 1e-3
 
 
-def break_table(monkeypatch, text: str, tied: bool) -> None:
-    rows = [row for row in parse_table(text) if row.condition != ("untied" if tied else "tied")]
-    monkeypatch.setattr(NeoX, "table", property(lambda self: Table(tuple(rows))))
-
-
 def exchanged(row):
     """A row that reads where it should write."""
-    dimensions = tuple(
-        tuple(replace(axis, read=not axis.read) for axis in axes) for axes in row.dimensions
-    )
-    return replace(row, dimensions=dimensions)
+
+    def exchange(axes):
+        return tuple(replace(axis, read=not axis.read) for axis in axes)
+
+    blocks = tuple(tuple(exchange(term) for term in terms) for terms in row.blocks)
+    return replace(row, blocks=blocks)
 
 
 def test_reads_and_writes_exchanged_is_another_function_and_gradient(monkeypatch):
     logits, source = with_gradient(small())
     rows = tuple(exchanged(row) for row in source.model.table.rows)
-    monkeypatch.setattr(NeoX, "table", property(lambda self: Table(rows)))
+    monkeypatch.setattr(Architecture, "table", property(lambda self: Table(rows)))
     grown = grow(source, WIDTH | IDENTITY)
     ours, gradient = measured(grown)
     assert np.abs(ours - logits).max() > 1e-3
@@ -259,14 +227,23 @@ WRONG_MAPS = {
     "layers halved": {"layer": make_map([0, 0, 1], 2, [0.5, 0.5, 1.0])},
     "layers out of order": {"layer": make_map([1, 0, 1], 2, [1.0, 1.0, 0.0])},
     "layers copied": {"layer": replicate(2, 3)},
+    "head_dim": {"head": make_map([0, 1], 2), "head_dim": tile(8, 16)},
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_MAPS)
 def test_maps_that_do_not_preserve(wrong):
     logits, source = with_gradient(small())
-    ours, _ = measured(grow(source, WIDTH | IDENTITY | WRONG_MAPS[wrong]))
+    maps = WIDTH | IDENTITY | WRONG_MAPS[wrong]
+    assert not build_plan("test", "test", source.model, maps).preserved
+    ours, _ = measured(grow(source, maps))
     assert np.abs(ours - logits).max() > 1e-3
+
+
+def test_copies_of_the_vocabulary_are_not_exact():
+    """Each probability is shared between the copies."""
+    plan = build_plan("test", "test", SMALL, {"vocab": tile(40, 80)})
+    assert plan.maps["vocab"].preserves_sums and not plan.preserved
 
 
 def test_width_then_depth_is_depth_then_width_is_both_at_once():
@@ -299,41 +276,39 @@ def test_composed_maps_are_one_growth_after_the_other():
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_jax_arrays_grow_as_numpy_arrays_do(dtype):
     arrays = random_tensors(SMALL, dtype)
+    plan = build_plan("test", "test", SMALL, WIDTH | IDENTITY)
     with jax.enable_x64(True):
-        for name, row, layer in SMALL.table.names(SMALL.sizes):
-            if layer in (None, 0):
-                for moment in (VALUE, MU, NU):
-                    ours = expand(arrays[name], row, SMALL.sizes, WIDTH | IDENTITY, moment, layer)
-                    theirs = expand(
-                        jnp.asarray(arrays[name]), row, SMALL.sizes, WIDTH | IDENTITY, moment, layer
-                    )
-                    assert (
-                        isinstance(theirs, jax.Array)
-                        and ours.dtype == theirs.dtype == arrays[name].dtype
-                    )
-                    assert np.array_equal(ours, np.asarray(theirs)), (name, moment)
+        for name, row, position in SMALL.table.names(SMALL.sizes):
+            for moment in (VALUE, MU, NU):
+                array = arrays[name]
+                ours = grow_array(array, row, plan, moment, position)
+                theirs = grow_array(jnp.asarray(array), row, plan, moment, position, jnp)
+                assert isinstance(theirs, jax.Array)
+                assert ours.dtype == theirs.dtype == array.dtype
+                assert np.array_equal(ours, np.asarray(theirs)), (name, moment)
 
 
 def test_bfloat16_is_multiplied_wide_and_rounded_once():
-    row = parse_table("weight /unit normal")[0]
-    share = make_map([0, 0, 0], 1, [1 / 3] * 3)
-    array = np.array([1.5], ml_dtypes.bfloat16)
-    grown = expand(array, row, {"unit": 1}, {"unit": share})
-    assert grown.dtype == ml_dtypes.bfloat16 and (grown == 0.5).all()
-    share = make_map([0], 1, [0.7])
-    narrow = np.array([1.0078125], ml_dtypes.bfloat16)
-    assert expand(narrow, row, {"unit": 1}, {"unit": share}) == np.float32(1.0078125 * 0.7).astype(
-        ml_dtypes.bfloat16
-    )
-    assert expand(narrow, row, {"unit": 1}, {"unit": share}) != narrow * np.array(
-        0.7, ml_dtypes.bfloat16
-    )
+    (row,) = parse_table("weight /mlp normal matrix")
+
+    def grown(number: float, *share: float) -> np.ndarray:
+        axis_map = make_map([0] * len(share), 1, share)
+        plan = build_plan("test", "test", SMALL.change(mlp=1), {"mlp": axis_map})
+        return grow_array(np.array([number], ml_dtypes.bfloat16), row, plan)
+
+    thirds = grown(1.5, *[1 / 3] * 3)
+    assert thirds.dtype == ml_dtypes.bfloat16 and (thirds == 0.5).all()
+    narrow = 1.0078125
+    assert grown(narrow, 0.7) == np.float32(narrow * 0.7).astype(ml_dtypes.bfloat16)
+    both_narrow = np.array(narrow, ml_dtypes.bfloat16) * np.array(0.7, ml_dtypes.bfloat16)
+    assert grown(narrow, 0.7) != both_narrow
 
 
-def test_a_row_that_sums_over_layers_must_know_its_layer():
+def test_a_row_that_is_stacked_must_know_its_layer():
     row = next(row for row in SMALL.table.rows if row.name.endswith("dense.bias"))
-    with pytest.raises(ValueError, match="which new layer"):
-        expand(np.zeros(16), row, SMALL.sizes, IDENTITY)
+    plan = build_plan("test", "test", SMALL, IDENTITY)
+    with pytest.raises(ValueError, match="dense.bias is stacked by layer: which new unit"):
+        grow_array(np.zeros(16), row, plan)
 
 
 def test_gopher_growth_copies_layers_and_second_moments():
@@ -353,8 +328,8 @@ def test_gopher_growth_copies_layers_and_second_moments():
         contents.lineage[-1]["function"] == "not preserved"
         and contents.config["num_hidden_layers"] == 6
     )
-    for name, row, layer in plan.grown.table.names(plan.grown.sizes):
-        origin = row.named(None if layer is None else [0, 0, 1, 2, 2, 3][layer])
+    for name, row, position in plan.grown.table.names(plan.grown.sizes):
+        origin = row.name_at(tuple([0, 0, 1, 2, 2, 3][layer] for layer in position))
         for slot in ("params", "nu"):
             assert np.array_equal(made(contents.recipes[slot][name]), slots[slot][origin])
         assert not made(contents.recipes["mu"][name]).any()
@@ -385,10 +360,10 @@ BAD = {
     "6:12": ["6:12", "the source has 12", "--map 12:24"],
     "18:19": ["the source has 12", "--map 12:13"],
     "18:99999999": ["the source has 12", "--map 12:4096"],
-    "16:12": ["would go from 16 to 12", "did you mean 12:16?"],
-    "24:18": ["would go from 24 to 18", "try 12:13"],
-    "12:12": ["would go from 12 to 12", "try 12:13"],
-    "12:-3": ["would go from 12 to -3"],
+    "16:12": ["goes from 16 layers to 12", "only adds layers", "did you mean 12:16?"],
+    "24:18": ["goes from 24 layers to 18", "only adds layers", "try 12:13"],
+    "12:12": ["goes from 12 layers to 12", "only adds layers", "try 12:13"],
+    "12:-3": ["goes from 12 layers to -3", "only adds layers"],
     "-3:5": ["-3:5", "the source has 12"],
     "0:5": ["0:5", "the source has 12"],
     "12:4097": ["12:4097", "at most 4096"],

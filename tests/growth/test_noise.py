@@ -52,7 +52,9 @@ def test_numpy_and_jax_give_the_same_bits(make):
 
 
 def test_two_constants_multiplied_apart_are_not_the_same_bits():
-    """Why `uniform` takes the spread: a compiler folds what is multiplied afterwards into one constant."""
+    """Why `uniform` takes the spread: a compiler folds what is multiplied afterwards into one
+    constant.
+    """
     apart = uniform(3, "a", (1000,)) * np.float32(0.02)
     assert not np.array_equal(apart, uniform(3, "a", (1000,), spread=0.02))
 
@@ -125,7 +127,9 @@ def train_step():
 
 
 def gaps(params):
-    """How far the copies of embed, and of each mlp unit in what it computes, are apart (weights of copies summed)."""
+    """How far the copies of embed, and of each mlp unit in what it computes, are apart (weights of
+    copies summed).
+    """
     embed = np.asarray(params["embed_in"]["weight"]).reshape(TINY.vocab, 2, TINY.embed)
     read = np.asarray(params["layers"]["mlp"]["dense_h_to_4h"]["weight"])
     mlp = read.reshape(2, TINY.mlp, 2, TINY.embed).sum(2)

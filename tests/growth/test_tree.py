@@ -1,4 +1,6 @@
-"""Growth in memory is growth on disk, bit for bit, in whatever state the parameters stand and on whatever device."""
+"""Growth in memory is growth on disk, bit for bit, in whatever state the parameters stand and on
+whatever device.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import random_tensors
-from test_growth import held, made
+from in_memory import held, made
 
 import growkit
 from growkit.checkpoint.tensor import Source, wrap_array
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.growth.plan import combine_plans
 from growkit.growth.tree import grow_leaf
@@ -32,7 +34,9 @@ from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
 from growkit.surgery import grow as surgery
 
-TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False)
+TINY = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=12, vocab=24, context=16, rotary_pct=0.5, tied=False
+)
 EXACT = {
     "gopher": plan_depth(TINY, "2:3"),
     "stack": plan_depth(TINY, "2:5", "stack"),
@@ -136,11 +140,11 @@ def test_another_architectures_tree_grows_as_on_disk():
     plan = dataclasses.replace(combine_plans("grow", plans, model), noise=0.2)
     grown = growkit.grow(source.stack(), plan)
     for name, recipe in surgery.prepare_growth(source, plan).recipes["params"].items():
-        row, layer = plan.grown.table.match(name)
+        row, position = plan.grown.table.match(name)
         leaf = grown
         for key in row.path:
             leaf = leaf[key]
-        assert np.array_equal(leaf[layer] if row.stacked else leaf, made(recipe)), name
+        assert np.array_equal(leaf[position], made(recipe)), name
 
 
 def test_one_wrong_bit_is_seen():
@@ -281,7 +285,7 @@ except AttributeError as problem:
 """
 SHARDED = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/growth"]
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import growkit
@@ -300,7 +304,10 @@ for name in ("noise", "mean-pad"):
     grown = jax.jit(lambda state: growkit.grow(state, PLANS[name]))(state)
     for slot in SLOTS:
         theirs = on_disk(name, slot)
-        assert near(grown[slot], theirs) < 1e-6 if name == "mean-pad" else same(grown[slot], theirs), (name, slot)
+        if name == "mean-pad":
+            assert near(grown[slot], theirs) < 1e-6, slot
+        else:
+            assert same(grown[slot], theirs), slot
 eager = growkit.grow(state["params"], PLANS["both"])
 assert same(eager, on_disk("both", "params"))
 print("sharded growth is the same")
@@ -328,3 +335,40 @@ def test_arrays_sharded_over_devices_grow_the_same():
         SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu"
     )
     assert "sharded growth is the same" in found
+
+
+TABLES = {
+    "a norm of the mlp": "layers.{layer}.norm.scale  mlp  ones  norm",
+    "a norm that writes the stream": "layers.{/layer}.norm.scale  embed  ones  norm",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_padding_that_would_change_the_function_is_refused(name):
+    model = growkit.describe_model(
+        f"layers.{{/layer}}.down.kernel  /mlp embed  normal  matrix\n{TABLES[name]}",
+        {"layer": 2, "embed": 8, "mlp": 12},
+    )
+    with pytest.raises(UsageError, match="embed cannot be padded: layers"):
+        growkit.plan_width(model, embed=12, mlp=12)
+    assert growkit.plan_width(model, embed=16, mlp=12).grown.embed == 16
+
+
+def test_layers_are_silent_only_where_a_row_writes_the_stream():
+    model = growkit.describe_model(
+        "layers.{layer}.up.kernel  /embed mlp  normal  matrix", {"layer": 2, "embed": 8, "mlp": 12}
+    )
+    assert not growkit.plan_depth(model, "2:3", "identity").preserved
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_parameter_without_dimensions_is_silenced(stacked):
+    model = growkit.describe_model("layers.{/layer}.gate  ()  normal  matrix", {"layer": 2})
+    leaf = np.full(2, 0.7)
+    tree = {"layers": {"gate": leaf}}
+    if not stacked:
+        tree = {"layers": {str(n): {"gate": np.asarray(leaf[n])} for n in range(2)}}
+    grown = growkit.grow(tree, growkit.plan_depth(model, "2:3", "identity"))
+    layers = grown["layers"]
+    gates = layers["gate"] if stacked else [layers[str(n)]["gate"] for n in range(3)]
+    assert np.array_equal(np.asarray(gates), [0.7, 0.0, 0.7])

@@ -1,4 +1,4 @@
-"""Speed as the log gives it: by its formula, and without what compiling took; and where programs are kept."""
+"""Speed in the log: by its formula, compilation excluded; and where compiled programs are kept."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from test_training import compiled_once, data, new_run  # noqa: F401 (fixtures)
+from runs import new_run
 
 import trainer.run.loop
 from trainer.devices import programs
 from trainer.log import speed
 from trainer.log.speed import Stopwatch, Utilization
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def on(kind, devices=4):
@@ -22,9 +24,14 @@ def on(kind, devices=4):
 def test_utilization_is_the_formula_that_is_printed():
     made = on("TPU v3")
     assert made.formula == (
-        "MFU = FLOPs a token (2e+09) x tokens/s / (devices (4) x peak); peak of TPU v3, dense bfloat16: 61.5 TFLOP/s"
+        "MFU = FLOPs a token (2e+09) x tokens/s / (devices (4) x peak); "
+        "peak of TPU v3, dense bfloat16: 61.5 TFLOP/s"
     )
-    assert made.compute_mfu(49_200) == pytest.approx(2.0e9 * 49_200 / (4 * 61.5e12)) == pytest.approx(0.4)
+    assert (
+        made.compute_mfu(49_200)
+        == pytest.approx(2.0e9 * 49_200 / (4 * 61.5e12))
+        == pytest.approx(0.4)
+    )
     assert made.describe(49_200) == "49.2K tokens/s (12.3K a device)  MFU 40.0%"
 
 
@@ -49,8 +56,11 @@ def test_a_stopwatch_counts_from_where_it_was_set(monkeypatch):
     assert watch.read(210) == 10.0
 
 
-def first_row(data, out, monkeypatch, **log):  # noqa: F811
-    """The speed and the time left that a run says first, with a first step that takes a second more to compile."""
+def first_row(data, out, monkeypatch, **log):
+    """(seconds a step in the first row with a speed, the step that the time left counts from).
+
+    The first step takes a second more to compile.
+    """
     make, said = trainer.run.loop.make_train_step, []
 
     def slow(*given):
@@ -70,7 +80,7 @@ def first_row(data, out, monkeypatch, **log):  # noqa: F811
     row = trainer.run.loop.Report.show_row
 
     def told(report, step, *rest):
-        said.append((step, report.begun))
+        said.append((step, report.clock))
         row(report, step, *rest)
 
     monkeypatch.setattr(trainer.run.loop.Report, "show_row", told)
@@ -80,13 +90,13 @@ def first_row(data, out, monkeypatch, **log):  # noqa: F811
     return tokens / float(first["tokens_per_second"]), said[0][1][1]
 
 
-def test_the_first_row_does_not_count_compiling(data, tmp_path, monkeypatch):  # noqa: F811
+def test_the_first_row_does_not_count_compiling(data, tmp_path, monkeypatch):
     seconds, counted_from = first_row(data, tmp_path / "run", monkeypatch)
     assert seconds < 0.5
     assert counted_from == 1
 
 
-def test_a_first_row_that_counted_compiling_would_be_seen(data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_first_row_that_counted_compiling_would_be_seen(data, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.run.loop.Run, "_first_done", lambda run, metrics: None)
     seconds, counted_from = first_row(data, tmp_path / "run", monkeypatch)
     assert seconds > 0.5

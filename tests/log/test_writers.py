@@ -1,4 +1,4 @@
-"""Metrics elsewhere and traces: what a run hands over is its history, and it trains as if it did not."""
+"""Metrics elsewhere and traces: a run writes its whole history, and trains as it would without."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import struct
 from types import SimpleNamespace
 
 import pytest
-from test_training import compiled_once, data, new_run, same_state, send_at, state_of  # noqa: F401 (fixtures)
+from runs import new_run, same_state, send_at, state_of
 
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from trainer.log import trace, writers
 from trainer.log.history import parse_rows
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def numbers_of(out):
@@ -54,7 +56,7 @@ def board(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def plain(data, tmp_path_factory):  # noqa: F811
+def plain(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("plain") / "run"
     new_run(data, out).go()
     return out
@@ -70,7 +72,7 @@ def logged(board):
     }  # fmt: skip
 
 
-def test_weights_and_biases_gets_the_history(data, tmp_path, plain, board):  # noqa: F811
+def test_weights_and_biases_gets_the_history(data, tmp_path, plain, board):
     out = tmp_path / "run"
     new_run(data, out, log={"wandb": "growth"}).go()
     assert logged(board) == numbers_of(out) and len(logged(board)) > 30
@@ -81,7 +83,7 @@ def test_weights_and_biases_gets_the_history(data, tmp_path, plain, board):  # n
     assert same_state(state_of(out), state_of(plain))
 
 
-def test_a_resumed_run_goes_on_where_it_was_written_to(data, tmp_path, board):  # noqa: F811
+def test_a_resumed_run_goes_on_where_it_was_written_to(data, tmp_path, board):
     out = tmp_path / "run"
     send_at(new_run(data, out, log={"wandb": "growth"}), 5, signal.SIGTERM).go()
     new_run(data, out, log={"wandb": "growth"}).go()
@@ -89,7 +91,30 @@ def test_a_resumed_run_goes_on_where_it_was_written_to(data, tmp_path, board):  
     assert logged(board) == numbers_of(out)
 
 
-def test_rows_left_out_would_be_seen(data, tmp_path, board, monkeypatch):  # noqa: F811
+def test_no_login_is_a_sentence_before_anything_is_computed(
+    data,  # noqa: F811
+    tmp_path,
+    board,
+    monkeypatch,
+):
+    def refuse(**given):
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    def compute(*given):
+        raise AssertionError("a state was made before Weights & Biases was reached")
+
+    monkeypatch.setattr(board, "init", refuse)
+    monkeypatch.setattr("trainer.run.begin.new_state", compute)
+    with pytest.raises(GrowkitError) as caught:
+        new_run(data, tmp_path / "run", log={"wandb": "growth"})
+    said = str(caught.value)
+    assert "(No API key configured.); log in with `wandb login`, or set WANDB_MODE=offline" in said
+    assert "\n" not in said
+    monkeypatch.undo()
+    new_run(data, tmp_path / "run").close()
+
+
+def test_rows_left_out_would_be_seen(data, tmp_path, board, monkeypatch):
     add = writers.Writers.add
     monkeypatch.setattr(
         writers.Writers, "add", lambda self, row: row["validation_loss"] or add(self, row)
@@ -103,12 +128,12 @@ def test_scores_have_names_of_their_own():
         [],
         writers.Writers(SimpleNamespace(log=SimpleNamespace(tensorboard=False, wandb=""))),
     )
-    made.open = [SimpleNamespace(add=lambda step, numbers: told.append((step, numbers)))]
+    made.writers = [SimpleNamespace(add=lambda step, numbers: told.append((step, numbers)))]
     made.add({"step": "4", "loss": "", "scores": json.dumps({"piqa/acc": 0.5}), "event": ""})
     assert told == [(4, {"score/piqa/acc": 0.5})]
 
 
-def test_tensorboards_files_hold_the_history(data, tmp_path, plain):  # noqa: F811
+def test_tensorboards_files_hold_the_history(data, tmp_path, plain):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
@@ -143,13 +168,18 @@ def test_tensorboards_files_hold_the_history(data, tmp_path, plain):  # noqa: F8
         ({"wandb": "growth"}, "log.wandb needs wandb, which is not installed: pip install wandb"),
         (
             {"profile": "9:9"},
-            "log.profile is FIRST:LAST, as 100:110 for the ten steps after step 100; got '9:9'",
+            "log.profile must be FIRST:LAST, such as 100:110 for the ten steps after step 100; "
+            "got '9:9'",
         ),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_run_is_begun(
-    log, sentence, data, tmp_path, monkeypatch
-):  # noqa: F811
+    log,
+    sentence,
+    data,
+    tmp_path,
+    monkeypatch,
+):
     def missing(name):
         raise ImportError(name)
 
@@ -173,7 +203,7 @@ def traced(monkeypatch):
     return heard
 
 
-def test_some_steps_are_traced(data, tmp_path, plain, monkeypatch):  # noqa: F811
+def test_some_steps_are_traced(data, tmp_path, plain, monkeypatch):
     heard, out = traced(monkeypatch), tmp_path / "run"
     new_run(data, out, log={"profile": "5:7"}).go()
     assert heard == [5, 7]
@@ -181,9 +211,10 @@ def test_some_steps_are_traced(data, tmp_path, plain, monkeypatch):  # noqa: F81
     assert same_state(state_of(out), state_of(plain))
 
 
-def test_a_trace_ends_with_the_run(data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_trace_ends_with_the_run(data, tmp_path, monkeypatch):
     heard, out = traced(monkeypatch), tmp_path / "run"
     run = send_at(new_run(data, out, log={"profile": "5:700"}), 6, signal.SIGTERM)
     run.go()
-    assert heard == [5] and not run.trace.running
+    assert heard == [5]
+    assert not run.setup.trace.running
     assert list((out / "profile").rglob("*.xplane.pb"))

@@ -1,4 +1,4 @@
-"""Dropout's masks: the promised share, no pattern, a function of key and place; its gradient by the same mask."""
+"""Dropout's masks have the right share, no pattern, and depend on key and place alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from trainer.model import dropout
 from trainer.model.dropout import draw_mask, drop
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
 WORDS = jax.random.key_data(jax.random.key(3))
 SHAPE = (3, 4, 128, 256)
 
@@ -18,41 +20,44 @@ def mask(words=WORDS, rate=0.1, shape=SHAPE) -> np.ndarray:
     return np.asarray(jax.jit(draw_mask, static_argnums=(1, 2))(words, rate, shape))
 
 
-def unlike(numbers: np.ndarray, share: float) -> float:
-    """How many standard deviations the mean of independent draws is from its expectation."""
-    return abs(numbers.mean() - share) / np.sqrt(share * (1 - share) / numbers.size)
+def measure_deviation(draws: np.ndarray, share: float) -> float:
+    """How many standard deviations the mean of independent draws is from the expected share."""
+    return abs(draws.mean() - share) / np.sqrt(share * (1 - share) / draws.size)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
 def test_numbers_are_dropped_with_the_probability_asked_for(rate):
-    assert unlike(mask(rate=rate), 1 - rate) < 4
-    assert unlike(mask(rate=rate), 1 - rate - 0.01) > 4
+    assert measure_deviation(mask(rate=rate), 1 - rate) < 4
+    assert measure_deviation(mask(rate=rate), 1 - rate - 0.01) > 4
 
 
-def patterns(drawn: np.ndarray) -> list[float]:
-    """By how much neighbours along each dimension, rows and columns are alike more than chance has them."""
+def measure_patterns(drawn: np.ndarray) -> list[float]:
+    """Deviations from chance, in standard deviations, of fair draws.
+
+    First how often neighbours along each dimension are equal, then how far the sums of rows and
+    columns spread.
+    """
     found = []
     for axis in range(drawn.ndim):
-        first, second = (
-            drawn.take(range(*part), axis)
-            for part in ((0, drawn.shape[axis] - 1), (1, drawn.shape[axis]))
-        )
-        found.append(unlike(first == second, 0.5))
-    sums = drawn.reshape(-1, drawn.shape[-1])
+        size = drawn.shape[axis]
+        neighbours = drawn.take(range(size - 1), axis) == drawn.take(range(1, size), axis)
+        found.append(measure_deviation(neighbours, 0.5))
+    rows = drawn.reshape(-1, drawn.shape[-1])
     for axis in (0, 1):
-        count = sums.shape[axis]
-        spread = ((sums.sum(axis) - count / 2) ** 2 / (count / 4)).mean()
-        found.append(abs(spread - 1) / np.sqrt(2 / sums.shape[1 - axis]))
+        count = rows.shape[axis]
+        spread = ((rows.sum(axis) - count / 2) ** 2 / (count / 4)).mean()
+        found.append(abs(spread - 1) / np.sqrt(2 / rows.shape[1 - axis]))
     return found
 
 
 def test_a_mask_has_no_pattern(monkeypatch):
-    assert max(patterns(mask(rate=0.5))) < 4
+    assert max(measure_patterns(mask(rate=0.5))) < 4
     other = mask(jax.random.key_data(jax.random.key(4)), 0.5)
-    assert unlike(mask(rate=0.5) == other, 0.5) < 4
+    assert measure_deviation(mask(rate=0.5) == other, 0.5) < 4
+    # Too few rounds leave patterns.
     jax.clear_caches()
     monkeypatch.setattr(dropout, "ROUNDS", 3)
-    assert max(patterns(mask(rate=0.5))) > 4
+    assert max(measure_patterns(mask(rate=0.5))) > 4
     jax.clear_caches()
 
 
@@ -65,13 +70,13 @@ def test_a_part_of_a_mask_is_the_mask_of_the_part():
 @pytest.mark.parametrize("shape", [(5,), (6, 7), (2, 6, 7)])
 def test_every_place_has_a_number_of_its_own(shape):
     cut = max(0, len(shape) - 2)
-    high, low = dropout._places(shape, 0, cut), dropout._places(shape, cut, len(shape))
-    assert np.array_equal(
-        np.asarray(high) * np.prod(shape[cut:]) + low, np.arange(np.prod(shape)).reshape(shape)
-    )
+    outer = np.asarray(dropout._number_places(shape, 0, cut))
+    inner = np.asarray(dropout._number_places(shape, cut, len(shape)))
+    numbers = outer * np.prod(shape[cut:]) + inner
+    assert np.array_equal(numbers, np.arange(np.prod(shape)).reshape(shape))
 
 
-def test_more_numbers_than_32_bits_count_are_refused():
+def test_more_places_than_32_bits_can_number_are_refused():
     with pytest.raises(ValueError, match="too few"):
         jax.eval_shape(lambda words: draw_mask(words, 0.1, (2, 1 << 17, 1 << 16)), WORDS)
 
@@ -83,10 +88,8 @@ def test_the_gradient_is_that_of_the_written_out_mask():
         return jnp.where(draw_mask(WORDS, 0.3, x.shape), x / 0.7, 0)
 
     assert np.array_equal(drop(x, WORDS, 0.3), plain(x))
-    ours, theirs = (
-        jax.grad(lambda x, f=f: jnp.sin(f(x)).sum())(x)
-        for f in (lambda x: drop(x, WORDS, 0.3), plain)
-    )
+    ours = jax.grad(lambda x: jnp.sin(drop(x, WORDS, 0.3)).sum())(x)
+    theirs = jax.grad(lambda x: jnp.sin(plain(x)).sum())(x)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     other = jax.grad(lambda x: jnp.sin(drop(x, WORDS + 1, 0.3)).sum())(x)
     assert not np.allclose(ours, other)

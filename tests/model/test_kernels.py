@@ -1,8 +1,9 @@
-"""Attention by kernels: the same as XLA's form, and taken where their rules allow, with the reason said."""
+"""Attention by kernels: equal to XLA's form, selected where their rules allow, with a reason."""
 
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -17,12 +18,14 @@ from trainer.devices.sharding import Layout, make_layout, make_mesh
 from trainer.model import kernels
 from trainer.model.attention import causal_attention
 from trainer.model.kernels import cudnn_attention, kernel_attention, select_kernel, splash_attention
-from trainer.plan.plan import abstract_batch, find_target
+from trainer.plan.compiler import abstract_batch
+from trainer.plan.topology import find_target
 from trainer.step.update import abstract_state, make_train_step
 
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPUs' compiler, is not here"
 )
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 # Three blocks of queries and of keys.
 TIME = 384
 
@@ -44,15 +47,13 @@ def assert_same(ours, theirs, depth):
     q, k, v = (random(1, 2, TIME, depth, seed=seed) for seed in range(3))
     projection = random(1, 2, TIME, depth, seed=3)
 
-    def found(attention, projection, *inputs):
-        out, back = jax.vjp(attention, *inputs)
-        return out, back(projection)
+    @partial(jax.jit, static_argnums=0)
+    def differentiate(attention, q, k, v):
+        out, back = jax.vjp(attention, q, k, v)
+        return jax.tree.leaves((out, back(projection)))
 
-    compiled = jax.jit(found, static_argnums=0)
-    pair = [
-        jax.tree.leaves(compiled(attention, projection, q, k, v)) for attention in (ours, theirs)
-    ]
-    for mine, plain in zip(*pair, strict=True):
+    pairs = zip(differentiate(ours, q, k, v), differentiate(theirs, q, k, v), strict=True)
+    for mine, plain in pairs:
         np.testing.assert_allclose(mine, plain, rtol=0, atol=1e-5)
 
 
@@ -70,7 +71,7 @@ def test_splash_attention_with_another_scale_or_mask_is_not(monkeypatch):
 
 
 def test_cudnn_is_asked_for_attention(monkeypatch):
-    """What it is asked for, computed by the other implementation of the same function."""
+    """Without a GPU, its call is computed by the other implementation of the same function."""
     plain = jax.nn.dot_product_attention
 
     def elsewhere(*arguments, implementation, **options):
@@ -87,8 +88,10 @@ def test_cudnn_is_asked_for_attention(monkeypatch):
 
 
 def on(kind: str, capability: str = ""):
-    """A layout of one device of a kind."""
-    platform = "tpu" if kind.startswith("TPU") else "gpu" if capability else "cpu"
+    """A layout of one device of a kind. capability: an NVIDIA GPU's."""
+    platform = "gpu" if capability else "cpu"
+    if kind.startswith("TPU"):
+        platform = "tpu"
     device = SimpleNamespace(device_kind=kind, compute_capability=capability)
     return SimpleNamespace(
         platform=platform, mesh=SimpleNamespace(devices=np.array([device], object))
@@ -100,29 +103,33 @@ def choice(layout, *changes):
     return select_kernel(config, build_architecture(config.model), layout)
 
 
-H100, A100, V100 = on("NVIDIA H100", "9.0"), on("NVIDIA A100", "8.0"), on("Tesla V100", "7.0")
+CPU = on("cpu")
+TPU_V4 = on("TPU v4")
+H100 = on("NVIDIA H100", "9.0")
+A100 = on("NVIDIA A100", "8.0")
+V100 = on("Tesla V100", "7.0")
 
 
 @pytest.mark.parametrize(
     ("layout", "changes", "name", "words"),
     [
-        (on("TPU v4"), [], "splash", "attention: Pallas splash attention, as its rules allow: head_dim 128"),
+        (TPU_V4, [], "splash", "attention: Pallas splash attention, whose rules allow head_dim"),
+        (TPU_V4, ["attention=xla"], "xla", "attention: XLA, as attention=xla asks"),
+        (TPU_V4, ["dropout.attention=0.1"], "xla", "because dropout.attention is 0.1; Pallas"),
+        (TPU_V4, ["precision.compute=float32"], "xla", "precision.compute is float32"),
+        (TPU_V4, ["model.context=1000"], "xla", "model.context is 1000; Pallas splash attention"),
+        (TPU_V4, ["model.head=4"], "xla", "head_dim is 384"),
+        (on("TPU v3"), [], "xla", "the device is a TPU v3; Pallas splash attention needs TPU v4"),
         (on("TPU v5 lite"), ["model.head=24"], "splash", "head_dim 64"),
         (on("TPU v6 lite"), [], "splash", ""),
         (on("TPU7x"), [], "splash", ""),
-        (on("TPU v3"), [], "xla", "the device is a TPU v3; Pallas splash attention needs TPU v4 or later"),
-        (on("TPU v4"), ["attention=xla"], "xla", "attention: XLA, as the configuration says"),
-        (on("TPU v4"), ["dropout.attention=0.1"], "xla", "because dropout.attention is 0.1; Pallas splash attention "),
-        (on("TPU v4"), ["precision.compute=float32"], "xla", "precision.compute is float32"),
-        (on("TPU v4"), ["model.context=1000"], "xla", "model.context is 1000; Pallas splash attention needs"),
-        (on("TPU v4"), ["model.head=4"], "xla", "head_dim is 384"),
-        (H100, [], "cudnn", "attention: cuDNN flash attention, as its rules allow"),
+        (H100, [], "cudnn", "attention: cuDNN flash attention, whose rules allow"),
         (A100, ["model.context=1000"], "cudnn", ""),
         (V100, [], "xla", "Ampere or later"),
-        (H100, ["dropout.attention=0.1"], "xla", "cuDNN flash attention needs dropout.attention 0"),
-        (H100, ["model.head=8"], "xla", "head_dim is 192; cuDNN flash attention needs a multiple of 8 up to 128"),
-        (on("cpu"), ["model.context=128"], "xla", "attention: XLA, there being no kernel for a cpu"),
-        (on("cpu"), [], "xla", "attention: XLA, there being no kernel for a cpu, in 4 blocks of queries"),
+        (H100, ["dropout.attention=0.1"], "xla", "cuDNN flash attention needs dropout.attention"),
+        (H100, ["model.head=8"], "xla", "head_dim is 192; cuDNN flash attention needs"),
+        (CPU, ["model.context=128"], "xla", "attention: XLA, because a cpu has no kernel"),
+        (CPU, [], "xla", "no kernel of its own; queries are computed in 4 blocks"),
     ],
 )  # fmt: skip
 def test_the_kernel_by_rule(layout, changes, name, words):
@@ -134,20 +141,20 @@ def test_the_kernel_by_rule(layout, changes, name, words):
     ("layout", "changes", "words"),
     [
         (
-            on("cpu"),
+            CPU,
             ["attention=splash"],
-            "attention=splash is not for a cpu; here it may be auto or xla",
+            "attention=splash does not run on a cpu; use auto or xla",
         ),
-        (H100, ["attention=splash"], "not for a gpu; here it may be auto, xla or cudnn"),
+        (H100, ["attention=splash"], "does not run on a gpu; use auto, xla or cudnn"),
         (
             on("TPU v3"),
             ["attention=splash"],
-            "needs TPU v4 or later, and the device is a TPU v3; attention=auto takes",
+            "needs TPU v4 or later, but the device is a TPU v3; attention=auto uses XLA here",
         ),
         (
             H100,
             ["attention=cudnn", "dropout.attention=0.1"],
-            "needs dropout.attention 0, and dropout.attention is 0.1",
+            "needs dropout.attention 0, but dropout.attention is 0.1",
         ),
     ],
 )
@@ -167,9 +174,8 @@ def test_splash_attention_is_compiled_for_a_slice(name):
 
     like = jax.ShapeDtypeStruct((8, 4, 256, 80), jnp.bfloat16, sharding=made.batch_sharding())
     compiled = jax.jit(jax.grad(summed, (0, 1, 2))).lower(like, like, like).compile()
-    assert compiled.as_text().count("tpu_custom_call") >= 3, (
-        "forward, and backward for q and for k and v"
-    )
+    # One kernel forward, and two backward: for q, and for k and v.
+    assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
 @libtpu
@@ -182,8 +188,5 @@ def test_a_step_takes_the_kernel_that_is_printed(dropout, kernels):
     made = make_layout(config, model, find_target("v5e-8").devices)
     step = make_train_step(config, model, layout=made)
     lowered = step.trace(abstract_state(config, model, made), abstract_batch(config, made)).lower()
-    assert (
-        ("tpu_custom_call" in lowered.as_text())
-        == kernels
-        == (select_kernel(config, model, made).name == "splash")
-    )
+    assert ("tpu_custom_call" in lowered.as_text()) == kernels
+    assert (select_kernel(config, model, made).name == "splash") == kernels

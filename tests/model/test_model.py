@@ -1,8 +1,9 @@
-"""The model is Hugging Face's: logits equal transformers' through files on disk, and a changed model's do not."""
+"""The model is Hugging Face's: from files on disk its logits equal transformers'."""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SMALL, save_transformers_model, transformers_logits
@@ -10,6 +11,8 @@ from conftest import SMALL, save_transformers_model, transformers_logits
 from growkit.checkpoint.location import open_source
 from trainer.config.sections import Dropout, Precision
 from trainer.model.decoder import GPTNeoX, find_row, init_params
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 VARIANTS = [
     (pct, parallel, tied)
@@ -22,9 +25,16 @@ VARIANTS = [
 def our_logits(source, tokens, dtype, rotary=None, **change):
     model = source.model.change(**change)
     network = GPTNeoX(model, Precision(params=dtype, compute=dtype))
-    return np.asarray(
-        jax.jit(network.apply)({"params": source.stack(dtype=dtype)}, tokens, rotary=rotary)
-    )
+    params = source.stack(dtype=dtype)
+    return np.asarray(jax.jit(network.apply)({"params": params}, tokens, rotary=rotary))
+
+
+def test_strict_promotion_is_on():
+    """Otherwise the tests of this folder would not notice an unnamed promotion."""
+    with pytest.raises(jax.dtypes.TypePromotionError):
+        jnp.ones(2, jnp.bfloat16) + jnp.ones(2, jnp.float32)
+    with pytest.raises(ValueError, match="rank"):
+        jnp.ones((3, 2)) + jnp.ones(2)
 
 
 @pytest.mark.parametrize("pct,parallel,tied", VARIANTS)
@@ -34,8 +44,8 @@ def test_logits_equal_transformers(tmp_path, tokens, pct, parallel, tied, dtype,
     source = open_source(save_transformers_model(tmp_path / "hf", model, dtype).as_posix())
     theirs, rotary = transformers_logits(tmp_path / "hf", tokens, dtype)
     with jax.enable_x64(dtype == "float64"):
-        # transformers takes sine and cosine in float32 whatever the dtype, good to one unit in the last place:
-        # in float64 that unit is all the difference, so the proof uses its tables.
+        # transformers computes sine and cosine in float32 whatever the dtype, right to one unit in
+        # the last place. In float64 that unit is the whole difference, so ours takes its tables.
         ours = our_logits(source, tokens, dtype, rotary if dtype == "float64" else None)
     assert ours.dtype == dtype
     assert np.abs(ours - theirs).max() < bound
@@ -43,7 +53,7 @@ def test_logits_equal_transformers(tmp_path, tokens, pct, parallel, tied, dtype,
 
 
 @pytest.mark.parametrize(
-    "change", [{"parallel_residual": False}, {"rotary_pct": 1.0}, {"layer_norm_eps": 1e-2}]
+    "change", [{"parallel_residual": False}, {"rotary_pct": 1.0}, {"norm_eps": 1e-2}]
 )
 def test_a_changed_model_has_other_logits(tmp_path, tokens, change):
     source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
@@ -56,13 +66,12 @@ def test_heads_split_any_other_way_have_other_logits(tmp_path, tokens):
     theirs, _ = transformers_logits(tmp_path / "hf", tokens)
     params = source.stack()
     fused = params["layers"]["attention"]["query_key_value"]["weight"]
-    shape = fused.shape
-    wrong = fused.reshape(shape[0], 3, SMALL.head, SMALL.head_dim, -1).swapaxes(1, 2).reshape(shape)
+    apart = fused.reshape(SMALL.layer, 3, SMALL.head_count, SMALL.head_dim, -1)
+    wrong = apart.swapaxes(1, 2).reshape(fused.shape)
     params["layers"]["attention"]["query_key_value"]["weight"] = wrong
     network = GPTNeoX(SMALL, Precision("float32", "float32"))
-    assert (
-        np.abs(np.asarray(jax.jit(network.apply)({"params": params}, tokens)) - theirs).max() > 1e-3
-    )
+    ours = np.asarray(jax.jit(network.apply)({"params": params}, tokens))
+    assert np.abs(ours - theirs).max() > 1e-3
 
 
 def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
@@ -74,7 +83,7 @@ def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
     assert 1e-4 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
 
 
-def test_initial_tree_is_the_tables():
+def test_initial_parameters_are_as_the_table_says():
     params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     leaves = {
         tuple(key.key for key in path): leaf
@@ -101,15 +110,13 @@ def test_layers_begin_different():
 @pytest.mark.parametrize("where", ["hidden", "attention", "embedding"])
 def test_each_dropout_acts_and_only_when_training(where, tokens):
     params = init_params(SMALL, Precision("float32", "float32"), seed=0)
-    network = GPTNeoX(
-        SMALL,
-        Precision("float32", "float32"),
-        Dropout(**({"hidden": 0.0, "attention": 0.0} | {where: 0.5})),
-    )
+    rates = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0} | {where: 0.5}
+    network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(**rates))
     apply = jax.jit(
         lambda key: network.apply({"params": params}, tokens, False, rngs={"dropout": key})
     )
-    plain, key = jax.jit(network.apply)({"params": params}, tokens), jax.random.key(0)
+    plain = jax.jit(network.apply)({"params": params}, tokens)
+    key = jax.random.key(0)
     assert not np.allclose(plain, apply(key))
     assert np.array_equal(apply(key), apply(key))
     assert not np.array_equal(apply(key), apply(jax.random.key(1)))
@@ -121,12 +128,12 @@ def test_rematerialising_changes_no_gradient(remat, tokens):
 
     def gradient(policy):
         network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(0.1, 0.1, 0.0), policy)
-        key = {"dropout": jax.random.key(0)}
-        return jax.tree.leaves(
-            jax.jit(
-                jax.grad(lambda p: network.apply({"params": p}, tokens, False, rngs=key).var())
-            )(params)
-        )
+        keys = {"dropout": jax.random.key(0)}
+
+        def spread(params):
+            return network.apply({"params": params}, tokens, False, rngs=keys).var()
+
+        return jax.tree.leaves(jax.jit(jax.grad(spread))(params))
 
     for ours, theirs in zip(gradient(remat), gradient("none"), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)

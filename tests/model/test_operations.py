@@ -1,4 +1,4 @@
-"""The operations with backward passes of their own: equal to automatic differentiation of the plain formulas."""
+"""Operations with their own backward pass equal automatic differentiation of the plain formulas."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from trainer.model.matmul import project
 from trainer.step import loss as loss_module
 from trainer.step.loss import cross_entropy, sum_token_losses
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
 SHAPE = (2, 3, 12, 4)
 
 
@@ -32,25 +34,23 @@ def random(*shape, seed=0):
 
 def plain_attention(q, k, v, mask=None, dropout=0.0):
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[-1])
-    weights = jax.nn.softmax(
-        jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf), axis=-1
-    )
-    weights = weights if mask is None else jnp.where(mask, weights / (1 - dropout), 0)
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    if mask is not None:
+        weights = jnp.where(mask, weights / (1 - dropout), 0)
     return jnp.einsum("bhts,bhsd->bhtd", weights, v)
 
 
 def assert_same_gradients(ours, theirs, *arguments, bound=1e-12):
     """Values and gradients (of a random projection of the output) agree in every argument."""
     projection = random(*theirs(*arguments).shape, seed=9)
-    pair = [
-        jax.jit(
-            jax.value_and_grad(
-                lambda *a, f=f: (f(*a) * projection).sum(), tuple(range(len(arguments)))
-            )
-        )(*arguments)
-        for f in (ours, theirs)
-    ]
-    for mine, plain in zip(*(jax.tree.leaves(found) for found in pair), strict=True):
+    places = tuple(range(len(arguments)))
+
+    def differentiate(function):
+        projected = jax.value_and_grad(lambda *a: (function(*a) * projection).sum(), places)
+        return jax.tree.leaves(jax.jit(projected)(*arguments))
+
+    for mine, plain in zip(differentiate(ours), differentiate(theirs), strict=True):
         np.testing.assert_allclose(mine, plain, rtol=0, atol=bound)
 
 
@@ -58,7 +58,7 @@ def assert_same_gradients(ours, theirs, *arguments, bound=1e-12):
     ("platform", "time", "count"), [("cpu", 12, 4), ("cpu", 11, 1), ("tpu", 12, 1)]
 )
 def test_attention(platform, time, count, monkeypatch):
-    """By blocks of queries on a CPU, where they come out even."""
+    """On a CPU by blocks of queries, where time divides evenly."""
     monkeypatch.setattr(attention, "SHORTEST", 3)
     q, k, v = (random(*SHAPE, seed=seed)[:, :, :time] for seed in range(3))
     assert len(split_queries(time, platform)) == count
@@ -70,7 +70,7 @@ def test_attention(platform, time, count, monkeypatch):
 def test_blocks_that_lack_a_part_of_their_past_are_not_attention(monkeypatch):
     monkeypatch.setattr(attention, "SHORTEST", 3)
     q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
-    monkeypatch.setattr(attention, "_sum", lambda parts: parts[-1])
+    monkeypatch.setattr(attention, "_sum_prefixes", lambda parts: parts[-1])
     with pytest.raises(AssertionError):
         assert_same_gradients(lambda *a: causal_attention(*a, None, 0.0), plain_attention, q, k, v)
     monkeypatch.undo()
@@ -173,9 +173,14 @@ def test_narrow_numbers_are_summed_wide():
     total = sum_token_losses(hidden, head, np.zeros((2, 16), int), jnp.ones(2, jnp.float32))
     assert total.dtype == jnp.float32
     q = random(*SHAPE).astype(jnp.bfloat16)
-    assert causal_attention(q, q, q, None, 0.0).dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        causal_attention(q, q, q, None, 0.0).astype(jnp.float32),
-        plain_attention(*(q.astype(jnp.float32),) * 3),
-        atol=0.05,
-    )
+    mixed = causal_attention(q, q, q, None, 0.0)
+    assert mixed.dtype == jnp.bfloat16
+    wide = q.astype(jnp.float32)
+    plain = plain_attention(wide, wide, wide)
+    np.testing.assert_allclose(mixed.astype(jnp.float32), plain, atol=0.05)
+
+
+def test_the_loss_takes_float32_in_64_bit_mode():
+    hidden, head = random(2, 16, 8).astype(jnp.float32), random(32, 8).astype(jnp.float32)
+    targets = np.zeros((2, 16), int)
+    assert sum_token_losses(hidden, head, targets, jnp.ones(2)).dtype == jnp.float32

@@ -1,7 +1,9 @@
-"""Every family grows as transformers computes: through files, in float64, against transformers' own classes.
+"""Every family grows as transformers computes: through files, in float64, against transformers' own
+classes.
 
-Exact operators leave the logits as they were; depth by copies gives the logits of transformers' own list of
-layers, put in another order. Each family's mutations (a row that says something wrong) must be found out.
+Exact operators leave the logits as they were; depth by copies gives the logits of transformers' own
+list of layers, put in another order. Each family's mutations (a row that says something wrong) must
+be found out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from growkit.growth.plan import build_plan, combine_plans
 from growkit.growth.width import plan_width
 from growkit.models import FAMILIES
 from growkit.models.architecture import Architecture
-from growkit.models.notation import Table
+from growkit.models.table import Table
 from growkit.surgery.grow import prepare_growth
 
 SIZES = {"layer": 3, "embed": 24, "kv": 2, "group": 3, "head_dim": 4, "mlp": 20, "vocab": 40}
@@ -103,7 +105,7 @@ def save_model(path: Path, model: Architecture, **fields) -> Path:
 
 
 def load_network(path: Path):
-    """transformers' model of a directory, its norms in the dtype of their input (they are float32)."""
+    """transformers' model of a directory; norms, float32 there, compute in their input's dtype."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
@@ -174,7 +176,8 @@ def test_depth_by_copies_is_transformers_layers_in_that_order(
         network.config.layer_types = [kinds[layer] for layer in index]
     for number_, layer in enumerate(inner.layers):
         layer.self_attn.layer_idx = number_
-        # A deep copy's norms still call the forward of the original: bind them to their own weights.
+        # A deep copy's norms still call the forward of the original: bind them to their own
+        # weights.
         for module in layer.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = widen_norm(torch, module)
@@ -210,7 +213,10 @@ def break_row(monkeypatch, right: str, wrong: str, kind: str) -> None:
 
 
 WRONG_ROWS = {
-    "o_proj does not write the stream": ("{/layer}.self_attn.o_proj.weight ", "{layer}.self_attn.o_proj.weight  "),
+    "o_proj does not write the stream": (
+        "{/layer}.self_attn.o_proj.weight ",
+        "{layer}.self_attn.o_proj.weight  ",
+    ),
     "down_proj does not read mlp": ("embed /mlp", "embed mlp "),
     "heads before groups": ("(kv group head_dim) /embed", "(group kv head_dim) /embed"),
     "queries do not read embed": ("(kv group head_dim) /embed ", "(kv group head_dim) embed  "),

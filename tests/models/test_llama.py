@@ -1,18 +1,19 @@
-"""Llama by its table: growth of grouped-query models keeps the logits of transformers' own class, on files.
+"""Llama by its table: growth of grouped-query models keeps the logits of transformers' own class,
+on files.
 
-In float64 the class's norms are computed in float64 too: by themselves they round to float32, under which an
-error of 3e-7 would hide. In float32 the class is taken as it is. Every operator has mutations that are found out.
+In float64 the class's norms are computed in float64 too: by themselves they round to float32, under
+which an error of 3e-7 would hide. In float32 the class is taken as it is. Every operator has
+mutations that are found out.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BESIDE, random_tensors, save_tensors
+from conftest import BESIDE, random_tensors, save_directory, save_tensors
 
 from convert.directory import convert_to_checkpoint, convert_to_directory
 from growkit.checkpoint.huggingface import INDEX
@@ -27,15 +28,15 @@ from growkit.growth.width import plan_like, plan_width
 from growkit.models import llama, read_config
 from growkit.models.architecture import Architecture
 from growkit.models.llama import LLAMA
-from growkit.models.notation import Table, parse_table
 from growkit.surgery.grow import prepare_growth
 
 SMALL = LLAMA.model(
-    layer=3, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=96, context=32, rms_norm_eps=0.05
+    layer=3, embed=24, kv=2, group=3, head_dim=4, mlp=20, vocab=96, context=32, norm_eps=0.05
 )
 TOKENS = np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))
 # Largest difference over largest logit.
 BOUNDS = {"float64": 1e-12, "float32": 1e-5}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 SCALED = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -46,13 +47,10 @@ SCALED = {
 
 
 def save(path: Path, model: Architecture = SMALL, dtype: str = "float32", **config) -> Path:
-    """A Hugging Face directory of random parameters, norms too, in the form that transformers 4 wrote."""
-    path.mkdir(parents=True)
-    save_tensors(path / "model.safetensors", random_tensors(model, dtype))
-    (path / "config.json").write_text(json.dumps(model.config() | config))
-    for name, content in BESIDE.items():
-        (path / name).write_bytes(content)
-    return path
+    """A Hugging Face directory of random parameters, norms too, in the form that transformers 4
+    wrote.
+    """
+    return save_directory(path, model, dtype, **config)
 
 
 def network_of(path: Path, dtype: str = "float32"):
@@ -181,34 +179,45 @@ WRONG_ROWS = {
     "down_proj does not read mlp": ("embed /mlp", "embed mlp", True),
     "queries do not read embed": ("(kv group head_dim) /embed", "(kv group head_dim) embed", True),
     "keys do not read embed": (
-        "k_proj.weight             (kv head_dim) /embed",
-        "k_proj.weight (kv head_dim) embed",
+        "k_proj.weight          (kv head_dim) /embed",
+        "k_proj.weight          (kv head_dim) embed",
         True,
     ),
     "keys inside out": (
-        "k_proj.weight             (kv head_dim)",
-        "k_proj.weight (head_dim kv)",
+        "k_proj.weight          (kv head_dim)",
+        "k_proj.weight          (head_dim kv)",
         True,
     ),
     "values inside out": (
-        "v_proj.weight             (kv head_dim)",
-        "v_proj.weight (head_dim kv)",
+        "v_proj.weight          (kv head_dim)",
+        "v_proj.weight          (head_dim kv)",
         True,
     ),
     "gate does not read embed": (
-        "gate_proj.weight                mlp /embed",
-        "gate_proj.weight                mlp embed",
+        "gate_proj.weight             mlp /embed",
+        "gate_proj.weight             mlp embed",
         True,
     ),
     "up does not read embed": (
-        "up_proj.weight                  mlp /embed",
-        "up_proj.weight mlp embed",
+        "up_proj.weight               mlp /embed",
+        "up_proj.weight               mlp embed",
         True,
     ),
-    "tied norm does not read embed": ("/embed                           ones", "embed ones", True),
+    "tied norm does not read embed": (
+        "/embed                        ones",
+        "embed                        ones",
+        True,
+    ),
     "untied head does not read embed": ("vocab /embed", "vocab embed", False),
     "embedding read": ("vocab embed ", "vocab /embed ", True),
 }
+
+
+def break_table(monkeypatch, text: str) -> None:
+    """Let every model have the rows of another table of Llama, for its own options."""
+    family = replace(LLAMA, text=text)
+    table = property(lambda self: family.select_rows(self.options))
+    monkeypatch.setattr(Architecture, "table", table)
 
 
 @pytest.mark.parametrize("wrong", WRONG_ROWS)
@@ -216,9 +225,73 @@ def test_a_wrong_row_is_another_function(wrong, sources, monkeypatch, tmp_path):
     right, left, tied = WRONG_ROWS[wrong]
     assert right in llama.TABLE
     source, logits = sources(tied, "float64")
-    rows = parse_table(llama.TABLE.replace(right, left))
-    table = Table(tuple(row for row in rows if row.condition != ("untied" if tied else "tied")))
-    monkeypatch.setattr(Llama, "table", property(lambda self: table))
+    break_table(monkeypatch, llama.TABLE.replace(right, left))
+    out = write_grown(source, EXACT["all by copies"](source.model), tmp_path / "out")
+    assert gap(logits_of(out, "float64"), logits) > 1e-3
+
+
+# Biases: rows of their own, as the configuration has them.
+
+BIASED = {
+    "attention": {"attention_bias": True},
+    "mlp": {"mlp_bias": True},
+    "both": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """(source, its logits in float64) of a model with biases, by which of them; made once."""
+    found = {}
+
+    def source(which: str):
+        if which not in found:
+            model = SMALL.change(tied=which == "both", **BIASED[which])
+            path = save(tmp_path_factory.mktemp("biased") / "hf", model, "float64")
+            found[which] = open_source(str(path)), logits_of(path, "float64")
+        return found[which]
+
+    return source
+
+
+@pytest.mark.parametrize("which", BIASED)
+@pytest.mark.parametrize("growth", ["all by copies", "all with padding", "pad embed"])
+def test_a_biased_model_grows_exactly(growth, which, biased, sources, tmp_path):
+    source, logits = biased(which)
+    biases = [name for name in source.tensors["params"] if name.endswith(".bias")]
+    # In each layer q, k, v and o have one under attention_bias; gate, up and down under mlp_bias.
+    assert len(biases) == SMALL.layer * {"attention": 4, "mlp": 3, "both": 7}[which]
+    assert gap(sources(source.model.tied, "float64")[1], logits) > 1e-3, "biases must be seen"
+    plan = EXACT[growth](source.model)
+    out = write_grown(source, plan, tmp_path / "out")
+    assert gap(logits_of(out, "float64"), logits) < BOUNDS["float64"]
+    assert open_source(str(out)).model == plan.grown
+
+
+WRONG_BIASES = {
+    "o_proj's reads no layer": ("{/layer}.self_attn.o_proj.bias", "{layer}.self_attn.o_proj.bias"),
+    "down_proj's reads no layer": ("{/layer}.mlp.down_proj.bias", "{layer}.mlp.down_proj.bias"),
+    "q_proj's inside out": (
+        "q_proj.bias            (kv group head_dim)",
+        "q_proj.bias            (group kv head_dim)",
+    ),
+    "gate_proj's reads mlp": (
+        "gate_proj.bias               mlp ",
+        "gate_proj.bias               /mlp ",
+    ),
+    "up_proj's reads mlp": (
+        "up_proj.bias                 mlp ",
+        "up_proj.bias                 /mlp ",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_BIASES)
+def test_a_wrong_row_of_a_bias_is_another_function(wrong, biased, monkeypatch, tmp_path):
+    right, left = WRONG_BIASES[wrong]
+    assert right in llama.TABLE
+    source, logits = biased("both")
+    break_table(monkeypatch, llama.TABLE.replace(right, left))
     out = write_grown(source, EXACT["all by copies"](source.model), tmp_path / "out")
     assert gap(logits_of(out, "float64"), logits) > 1e-3
 
@@ -272,10 +345,10 @@ def test_a_wrong_parameter_is_another_function(wrong, sources, tmp_path):
 def test_padding_needs_the_rescaled_eps_and_the_rule_of_rms_norm(sources, monkeypatch, tmp_path):
     source, logits = sources(True, "float64")
     plan = EXACT["pad embed"](source.model)
-    assert plan.grown.rms_norm_eps == pytest.approx(0.05 * 24 / 42)
+    assert plan.grown.norm_eps == pytest.approx(0.05 * 24 / 42)
     kept = replace(plan, grown=plan.grown.change(norm_eps=0.05))
     assert gap(logits_of(write_grown(source, kept, tmp_path / "eps"), "float64"), logits) > 1e-3
-    monkeypatch.setattr(Llama, "norm", "layer")
+    monkeypatch.setattr(Architecture, "norm", "layer")
     assert gap(logits_of(write_grown(source, plan, tmp_path / "mean"), "float64"), logits) > 1e-3
 
 
@@ -336,11 +409,10 @@ def test_a_stray_head_and_old_buffers_are_passed_over(tmp_path):
     }
     save_tensors(path / "model.safetensors", tensors | stray)
     assert open_source(str(path)).tensors["params"].keys() == tensors.keys()
-    save_tensors(
-        path / "model.safetensors", tensors | {"embed_out.weight": stray["lm_head.weight"]}
-    )
+    other = {"output.weight": stray["lm_head.weight"]}
+    save_tensors(path / "model.safetensors", tensors | other)
     with pytest.raises(
-        GrowkitError, match="no row of the axis table covers the parameter 'embed_out.weight'"
+        GrowkitError, match="no row of the axis table covers the parameter 'output.weight'"
     ):
         open_source(str(path))
 
@@ -378,10 +450,11 @@ def test_parameters_that_contradict_the_configuration(tmp_path):
     path = save(tmp_path / "hf")
     tensors = random_tensors(SMALL)
     for name, said in {
-        "model.layers.1.self_attn.k_proj.weight": "num_key_value_heads = 2, head_dim = 4, hidden_size = 24",
-        "model.layers.1.self_attn.q_proj.weight": "num_attention_heads / num_key_value_heads = 3, head_dim = 4",
-        "model.layers.0.mlp.down_proj.weight": "hidden_size = 24, intermediate_size = 20",
+        "1.self_attn.k_proj": ("num_key_value_heads = 2, head_dim = 4, hidden_size = 24"),
+        "1.self_attn.q_proj": ("num_attention_heads / num_key_value_heads = 3, head_dim = 4"),
+        "0.mlp.down_proj": "hidden_size = 24, intermediate_size = 20",
     }.items():
+        name = f"model.layers.{name}.weight"
         save_tensors(path / "model.safetensors", tensors | {name: tensors[name][:-1]})
         with pytest.raises(GrowkitError) as refusal:
             open_source(str(path))
@@ -399,9 +472,7 @@ def without(config: dict, *fields: str) -> dict:
     return {key: value for key, value in config.items() if key not in fields}
 
 
-@pytest.mark.parametrize(
-    "rope", [llama.PLAIN_ROTARY | {"rope_theta": 500.0}, SCALED | {"rope_theta": 500.0}]
-)
+@pytest.mark.parametrize("rope", [PLAIN | {"rope_theta": 500.0}, SCALED | {"rope_theta": 500.0}])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_configuration_goes_through(rope, tied):
     transformers = pytest.importorskip("transformers")
@@ -415,10 +486,7 @@ def test_a_configuration_goes_through(rope, tied):
     assert {key: theirs.rope_parameters[key] for key in rope} == rope
     assert read_config(theirs.to_dict()) == model
     assert model.config({"pad_token_id": 7, "hidden_size": 1})["pad_token_id"] == 7
-    assert (
-        read_config(model.config({"pad_token_id": 7, "hidden_size": 1, "head_dim": 9}))
-        == model
-    )
+    assert read_config(model.config({"pad_token_id": 7, "hidden_size": 1, "head_dim": 9})) == model
 
 
 def test_the_older_name_of_a_rotary_type():
@@ -456,24 +524,26 @@ def test_scaled_rotary_positions_are_kept(tmp_path):
     "change,said",
     [
         (
-            {"attention_bias": True},
-            "attention_bias is true, and the axis table of Llama holds no biases",
-        ),
-        ({"mlp_bias": True}, "mlp_bias is true"),
-        (
             {"num_key_value_heads": 4},
             "num_attention_heads must be a multiple of num_key_value_heads, got 6 and 4",
         ),
-        ({"num_key_value_heads": 0}, "got 6 and 0"),
+        (
+            {"num_key_value_heads": 0},
+            "num_key_value_heads must be a whole number of at least 1, got 0",
+        ),
         ({"head_dim": 5}, "head_dim must be even"),
-        ({"head_dim": None, "hidden_size": 25}, "where no head_dim is given, got 25 and 6"),
+        (
+            {"head_dim": None, "hidden_size": 25},
+            "hidden_size must be a multiple of num_attention_heads, got 25 and 6; the nearest for "
+            "hidden_size are 24 and 30",
+        ),
         ({"head_dim": 0}, "head_dim must be a whole number of at least 1, got 0"),
         ({"intermediate_size": 2.5}, "intermediate_size must be a whole number, got 2.5"),
         ({"rms_norm_eps": "small"}, "a value of the wrong kind"),
         ({"rope_parameters": 3}, "a value of the wrong kind"),
         (
             {"model_type": "gpt2"},
-            "the architecture is 'gpt2', and growkit knows 'gpt_neox' and 'llama' only",
+            "the architecture is 'gpt2', and growkit knows 'gpt_neox', 'llama'",
         ),
         ({"model_type": "llama4"}, "did you mean 'llama'?"),
     ],
@@ -515,7 +585,7 @@ def test_a_partial_rotary_is_not_computed_by_the_class():
     """Why head_dim is refused: with half of a head to rotate, the class rotates all of it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    half = llama.PLAIN_ROTARY | {"partial_rotary_factor": 0.5}
+    half = PLAIN | {"partial_rotary_factor": 0.5}
     config = transformers.LlamaConfig.from_dict(SMALL.config() | {"rope_parameters": half})
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     assert rotary(torch.zeros(1), torch.arange(3)[None])[0].shape[-1] == SMALL.head_dim
@@ -542,6 +612,31 @@ def test_embed_alone_takes_the_heads_along_where_they_fill_it():
     assert plan_width(loose, embed="2x").grown.sizes["kv"] == 2
 
 
-def test_a_target_of_other_groups_is_refused():
-    with pytest.raises(UsageError, match="growth keeps group: the source has 3, the target 6"):
-        plan_like(SMALL, SMALL.change(embed=48, group=6))
+@pytest.mark.parametrize(
+    "other,said",
+    [
+        ({"group": 6}, "growth keeps group: the source has 3, the target 6"),
+        ({"vocab": 97}, "growth keeps vocab: the source has 96, the target 97"),
+        ({"tied": True}, "growth keeps tied: the source has False, the target True"),
+        ({"activation": "relu"}, "growth keeps activation: the source has silu, the target relu"),
+        ({"mlp_bias": True}, "growth keeps mlp_bias: the source has False, the target True"),
+        (
+            {"rotary_base": 500.0},
+            "growth keeps rotary_base: the source has 10000.0, the target 500.0",
+        ),
+        (
+            {"rope": SCALED},
+            "growth keeps rope: the source has {'rope_type': 'default'}, the target",
+        ),
+    ],
+)
+def test_targets_of_another_kind_are_refused(other, said):
+    with pytest.raises(UsageError) as refusal:
+        plan_like(SMALL, SMALL.change(embed=48, kv=4, **other))
+    assert said in str(refusal.value)
+
+
+def test_a_target_may_have_another_context_and_eps():
+    plan = plan_like(SMALL, SMALL.change(embed=48, kv=4, context=64, norm_eps=1e-5))
+    assert plan.grown.context == 32 and plan.grown.norm_eps == SMALL.norm_eps
+    assert any("context stays 32; the target's 64" in note for note in plan.notes)

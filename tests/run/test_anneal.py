@@ -1,11 +1,20 @@
-"""An annealing is the run it branches from, trained on at a rate that comes down; what cannot come down is refused."""
+"""An annealing is the run it branches from, trained on at a learning rate that comes down."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_grown_training import recipe, rows
-from test_training import SEQUENCES, STEPS, TINY, compiled_once, data, same_state, state_of, values  # noqa: F401
+from runs import (
+    NO_DROPOUT,
+    SEQUENCES,
+    STEPS,
+    TINY,
+    recipe,
+    rows,
+    same_state,
+    state_of,
+    values,
+)
 
 from convert.directory import convert_to_directory
 from growkit.checkpoint.location import open_source, write_output
@@ -14,16 +23,17 @@ from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
 from growkit.quantity import parse_count
 from growkit.surgery.grow import prepare_growth
-from trainer.cli.training import train_run
+from trainer.run.stages import train
 
-NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 STEP = SEQUENCES * TINY.context
 
 
 @pytest.fixture(scope="module")
-def source(data, tmp_path_factory):  # noqa: F811
+def source(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("source") / "run"
-    train_run(values(data, dropout=NO_DROPOUT), out)
+    train(values(data, dropout=NO_DROPOUT), out)
     return out
 
 
@@ -50,18 +60,18 @@ def test_the_rate_falls_linearly_from_where_the_run_stood(branch, source):
     np.testing.assert_allclose(rates(branch), np.linspace(last, 2e-4, 7)[1:], rtol=1e-5)
 
 
-def test_it_is_a_training_from_the_checkpoint_at_that_rate(branch, source, data, tmp_path):  # noqa: F811
+def test_it_is_a_training_from_the_checkpoint_at_that_rate(branch, source, data, tmp_path):
     fall = {"kind": "linear", "steps": 6, "warmup": 0, "floor": 0.2}
     sections = {"dropout": NO_DROPOUT, "batch": {"accumulation": 2}, "eval": {"every": 3}}
     by_hand = recipe(data, schedule=fall, optimizer={"learning_rate": 1e-3}, **sections)
-    train_run(by_hand, tmp_path / "hand", str(source))
+    train(by_hand, tmp_path / "hand", str(source))
     ours, theirs = state_of(branch), state_of(tmp_path / "hand")
     assert same_state(ours, theirs)
     assert ours["count"] == STEPS + 6
-    # With the moments begun anew, or from another checkpoint, it is not.
+    # A fresh optimizer, or another checkpoint, gives another training.
     write_output(tmp_path / "hf", "huggingface", convert_to_directory(open_source(str(source))))
-    train_run(by_hand, tmp_path / "cold", str(tmp_path / "hf"))
-    train_run(by_hand, tmp_path / "earlier", f"{source}@8")
+    train(by_hand, tmp_path / "cold", str(tmp_path / "hf"))
+    train(by_hand, tmp_path / "earlier", f"{source}@8")
     assert not same_state(ours, state_of(tmp_path / "cold"))
     assert not same_state(ours, state_of(tmp_path / "earlier"))
 
@@ -94,7 +104,7 @@ def test_the_same_command_resumes_it_even_without_its_source(branch, source, cap
     assert same_state(state_of(branch), before)
 
 
-def test_from_a_step_and_onto_other_data(source, data, tmp_path):  # noqa: F811
+def test_from_a_step_and_onto_other_data(source, data, tmp_path):
     assert (
         anneal(
             f"{source}@4",
@@ -119,7 +129,8 @@ def test_from_a_step_and_onto_other_data(source, data, tmp_path):  # noqa: F811
     [
         (
             {"to": "2e-3"},
-            "--to must lie between 0 and 0.001, the learning rate that SOURCE has come to, got 0.002",
+            "--to must lie between 0 and 0.001, the learning rate that SOURCE has come to, "
+            "got 0.002",
         ),
         ({"to": "-1"}, "--to must lie between 0 and 0.001"),
         ({"to": "nan"}, "--to must lie between 0 and 0.001"),
@@ -151,7 +162,11 @@ def test_annealings_that_cannot_be(given, said, source, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["huggingface", "checkpoint"])
 def test_what_is_no_runs_checkpoint_has_no_schedule(kind, source, tmp_path, capsys):
     of = open_source(str(source))
-    contents = convert_to_directory(of) if kind == "huggingface" else prepare_growth(of, plan_depth(of.model, "2:3"))
+    contents = (
+        convert_to_directory(of)
+        if kind == "huggingface"
+        else prepare_growth(of, plan_depth(of.model, "2:3"))
+    )
     write_output(tmp_path / "model", kind, contents)
     assert anneal(tmp_path / "model", tmp_path / "run") == 2
     said = capsys.readouterr().err

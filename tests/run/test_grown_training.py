@@ -1,35 +1,24 @@
-"""What growth asks of a training: made at its start, with its multipliers, checked by its first validation."""
+"""Growth at the start of a run: its multipliers, and the check of the first validation."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_training import data, state_of, values  # noqa: F401 (data is a fixture)
+from runs import RECIPE, recipe, rows, state_of, values
 
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.plan import set_options
 from growkit.growth.width import plan_width
 from growkit.surgery.grow import prepare_growth
-from trainer.cli.training import train_run
-from trainer.log.history import parse_rows
-
-NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
-RECIPE = {"dropout": NO_DROPOUT, "batch": {"accumulation": 1}, "eval": {"every": 4}}
-
-
-def recipe(root, **sections):
-    """A configuration without a model section, for --from."""
-    made = values(root, **(RECIPE | sections))
-    made.pop("model")
-    return made
+from trainer.run.stages import train
 
 
 @pytest.fixture(scope="module")
-def small(data, tmp_path_factory):  # noqa: F811
+def small(data, tmp_path_factory):
     """A small model trained for a dozen steps, validated at the last."""
     out = tmp_path_factory.mktemp("small") / "run"
-    train_run(values(data, **RECIPE), out)
+    train(values(data, **RECIPE), out)
     return out
 
 
@@ -38,45 +27,43 @@ def wide(small, tmp_path_factory):
     """The same with twice the width, on disk."""
     source = open_source(str(small))
     out = tmp_path_factory.mktemp("wide") / "grown"
-    write_output(out, "checkpoint", prepare_growth(source, plan_width(source.model, embed="2x")), [source])
+    write_output(
+        out, "checkpoint", prepare_growth(source, plan_width(source.model, embed="2x")), [source]
+    )
     return out
-
-
-def rows(out):
-    return parse_rows((out / "metrics.csv").read_text())
 
 
 @pytest.mark.parametrize(
     "section", [{"map": "2:3"}, {"embed": "2x"}, {"map": "2:3", "embed": 40, "seed": 3}]
 )
-def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):  # noqa: F811
+def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):
     from trainer.config.sections import resolve
     from trainer.run.growth import plan_growth
 
     source = open_source(str(small))
     plan = plan_growth(resolve({"grow": section}).grow, source.model)
     write_output(tmp_path / "grown", "checkpoint", prepare_growth(source, plan), [source])
-    train_run(recipe(data), tmp_path / "disk", str(tmp_path / "grown"))
-    train_run(recipe(data, grow=section), tmp_path / "start", str(small))
+    train(recipe(data), tmp_path / "disk", str(tmp_path / "grown"))
+    train(recipe(data, grow=section), tmp_path / "start", str(small))
     ours, theirs = state_of(tmp_path / "start"), state_of(tmp_path / "disk")
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert open_source(str(tmp_path / "start")).model == plan.grown
     # The same command again finds the run finished; another growth is another run.
-    assert train_run(recipe(data, grow=section), tmp_path / "start", str(small)).signal is None
+    assert train(recipe(data, grow=section), tmp_path / "start", str(small)).signal is None
     with pytest.raises(UsageError, match=r"grow.map \(.* then, 2:4 now\)"):
-        train_run(recipe(data, grow=section | {"map": "2:4"}), tmp_path / "start", str(small))
+        train(recipe(data, grow=section | {"map": "2:4"}), tmp_path / "start", str(small))
 
 
 def losses(out):
     return [float(row["loss"]) for row in rows(out) if row["loss"]]
 
 
-def test_an_exactly_widened_model_goes_on_as_the_small_one_would(data, small, wide, tmp_path):  # noqa: F811
+def test_an_exactly_widened_model_goes_on_as_the_small_one_would(data, small, wide, tmp_path):
     schedule = {"schedule": {"steps": 24, "continued": True}}
-    train_run(recipe(data, **schedule), tmp_path / "small", str(small))
+    train(recipe(data, **schedule), tmp_path / "small", str(small))
     for setting in ("auto", "on", "off"):
-        train_run(
+        train(
             recipe(data, optimizer={"multipliers": setting}, **schedule),
             tmp_path / setting,
             str(wide),
@@ -88,24 +75,24 @@ def test_an_exactly_widened_model_goes_on_as_the_small_one_would(data, small, wi
     assert open_source(str(tmp_path / "off")).lineage[-1]["multipliers"] is False
 
 
-def test_a_schedule_begins_again_unless_it_is_continued(data, wide, tmp_path):  # noqa: F811
-    train_run(recipe(data), tmp_path / "again", str(wide))
-    train_run(recipe(data, schedule={"continued": True}), tmp_path / "on", str(wide))
+def test_a_schedule_begins_again_unless_it_is_continued(data, wide, tmp_path):
+    train(recipe(data), tmp_path / "again", str(wide))
+    train(recipe(data, schedule={"continued": True}), tmp_path / "on", str(wide))
     assert (
         state_of(tmp_path / "again")["schedule_step"],
         state_of(tmp_path / "on")["schedule_step"],
     ) == (12, 24)
 
 
-def test_multipliers_stay_when_a_run_is_trained_on(data, wide, tmp_path):  # noqa: F811
-    train_run(recipe(data), tmp_path / "first", str(wide))
-    train_run(recipe(data), tmp_path / "second", str(tmp_path / "first"))
-    train_run(
+def test_multipliers_stay_when_a_run_is_trained_on(data, wide, tmp_path):
+    train(recipe(data), tmp_path / "first", str(wide))
+    train(recipe(data), tmp_path / "second", str(tmp_path / "first"))
+    train(
         recipe(data, optimizer={"multipliers": "off"}),
         tmp_path / "without",
         str(tmp_path / "first"),
     )
-    train_run(recipe(data), tmp_path / "later", str(tmp_path / "without"))
+    train(recipe(data), tmp_path / "later", str(tmp_path / "without"))
     applied = [
         open_source(str(tmp_path / name)).lineage[-1]["multipliers"]
         for name in ("second", "without", "later")
@@ -113,8 +100,8 @@ def test_multipliers_stay_when_a_run_is_trained_on(data, wide, tmp_path):  # noq
     assert applied == [True, False, False]
 
 
-def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys):  # noqa: F811
-    train_run(recipe(data), tmp_path / "run", str(wide))
+def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys):
+    train(recipe(data), tmp_path / "run", str(wide))
     assert "growth was exact: the source's validation loss was" in capsys.readouterr().err
     source = open_source(str(small))
     plan = plan_width(source.model, embed="2x")
@@ -124,20 +111,20 @@ def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys
     with pytest.raises(
         GrowkitError, match="growth was exact, but the validation loss went from .* --allow-gap"
     ):
-        train_run(recipe(data), tmp_path / "refused", str(tmp_path / "broken"))
-    train_run(recipe(data), tmp_path / "refused", str(tmp_path / "broken"), allow_gap=True)
-    train_run(recipe(data, eval={"windows": 5}), tmp_path / "others", str(wide))
+        train(recipe(data), tmp_path / "refused", str(tmp_path / "broken"))
+    train(recipe(data), tmp_path / "refused", str(tmp_path / "broken"), allow_gap=True)
+    train(recipe(data, eval={"windows": 5}), tmp_path / "others", str(wide))
     assert "no validation loss on these windows" in capsys.readouterr().err
 
 
-def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys):  # noqa: F811
-    train_run(recipe(data), tmp_path / "tied", str(wide))
+def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys):
+    train(recipe(data), tmp_path / "tied", str(wide))
     assert (
         "the copies of embed, head, mlp have equal gradients and dropout is 0"
         in capsys.readouterr().err
     )
-    train_run(recipe(data, dropout={"hidden": 0.1}), tmp_path / "dropout", str(wide))
-    train_run(recipe(data, grow={"embed": "2x", "noise": 0.1}), tmp_path / "noise", str(small))
+    train(recipe(data, dropout={"hidden": 0.1}), tmp_path / "dropout", str(wide))
+    train(recipe(data, grow={"embed": "2x", "noise": 0.1}), tmp_path / "noise", str(small))
     assert "equal gradients" not in capsys.readouterr().err
 
 
@@ -156,12 +143,12 @@ def test_noise_is_not_exact_continuation(small):
         ({"depth_method": "stack"}, "has options but no growth"),
     ],
 )
-def test_growth_that_cannot_be_meant(data, small, tmp_path, section, said):  # noqa: F811
+def test_growth_that_cannot_be_meant(data, small, tmp_path, section, said):
     with pytest.raises(UsageError, match=said):
-        train_run(recipe(data, grow=section), tmp_path / "run", str(small))
+        train(recipe(data, grow=section), tmp_path / "run", str(small))
     assert not (tmp_path / "run").exists()
 
 
-def test_growth_needs_a_source(data, tmp_path):  # noqa: F811
+def test_growth_needs_a_source(data, tmp_path):
     with pytest.raises(UsageError, match="--from"):
-        train_run(values(data, grow={"map": "2:3"}), tmp_path / "run")
+        train(values(data, grow={"map": "2:3"}), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Growth within a run is stopping, growing on disk and going on; a run stopped anywhere around it goes on the same."""
+"""Growth within a run is stopping, growing on disk and going on, wherever it is interrupted."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import signal
 
 import numpy as np
 import pytest
-from test_training import (  # noqa: F401 (fixtures)
+from runs import (
+    NO_DROPOUT,
     SEQUENCES,
     STEPS,
     Killed,
-    compiled_once,
-    data,
     rows_of,
     same_state,
-    send_at,
     state_of,
     values,
 )
@@ -25,16 +23,17 @@ from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
 from growkit.lineage import Lineage
 from growkit.surgery.grow import prepare_growth
-from trainer.cli.training import train_run
 from trainer.config.sections import resolve
 from trainer.data.stream import Stream
 from trainer.log.curves import split_segments
 from trainer.log.history import History
 from trainer.run.loop import Run
+from trainer.run.stages import train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 AT = 6
-NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}
-# The schedule is still falling at the end, and growth is followed by three steps of warm-up.
+# The learning rate still falls at the end, and three steps of warm-up follow the growth.
 SECTIONS = {
     "dropout": NO_DROPOUT,
     "checkpoint": {"every": 6},
@@ -49,24 +48,24 @@ def settings(root, **sections):
 
 
 @pytest.fixture(scope="module")
-def small(data, tmp_path_factory):  # noqa: F811
+def small(data, tmp_path_factory):
     """The same run without growth."""
     out = tmp_path_factory.mktemp("small") / "run"
-    train_run(settings(data), out)
+    train(settings(data), out)
     return out
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):  # noqa: F811
+def whole(data, tmp_path_factory):
     """A run that grows at its sixth step."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert train_run(settings(data, grow=DEPTH), out).step == STEPS
+    assert train(settings(data, grow=DEPTH), out).step == STEPS
     return out
 
 
 @pytest.fixture(scope="module")
-def on_disk(small, data, tmp_path_factory):  # noqa: F811
-    """By the re-warm-up: the run stopped at that step, grown on disk and trained on in its schedule."""
+def on_disk(small, data, tmp_path_factory):
+    """By steps of re-warm-up: the run stopped at step AT, grown on disk, and trained on."""
     root, runs = tmp_path_factory.mktemp("disk"), {}
     source = open_source(f"{small}@{AT}")
     write_output(
@@ -79,12 +78,12 @@ def on_disk(small, data, tmp_path_factory):  # noqa: F811
         sections = settings(data, schedule={"continued": True, "rewarmup": rewarmup})
         sections.pop("model")
         runs[rewarmup] = root / f"run{rewarmup}"
-        train_run(sections, runs[rewarmup], str(root / "grown"))
+        train(sections, runs[rewarmup], str(root / "grown"))
     return runs
 
 
 def measured(out, step=0, last=STEPS):
-    """Rows by the steps after `step`, without the step and the event."""
+    """The rows after the last event, by their number of steps after `step`."""
     rows = [row for row in rows_of(out) if step <= int(row["step"]) <= last]
     begun = max((n for n, row in enumerate(rows) if row["event"]), default=0)
     rest = [
@@ -100,7 +99,7 @@ def test_growth_within_is_growth_on_disk(whole, on_disk):
     assert same_state(ours, theirs)
     assert measured(whole, AT) == measured(on_disk[3], last=STEPS - AT)
     assert len(measured(whole, AT)) > STEPS - AT
-    # Without the re-warm-up it is another training.
+    # Without the re-warm-up the training differs.
     assert not same_state(ours, {**state_of(f"{on_disk[0]}@{STEPS - AT}")} | {"step": 0})
     assert measured(whole, AT) != measured(on_disk[0], last=STEPS - AT)
 
@@ -141,7 +140,7 @@ def test_the_run_says_what_happened(whole):
 
 
 def stopped(monkeypatch, step, act):
-    """While patched, drawing the batch after `step` steps acts first."""
+    """Patch the data stream so that it calls `act` before it draws the batch after `step` steps."""
     batch = Stream.batch
 
     def drawing(stream, drawn, count):
@@ -160,33 +159,35 @@ def kill():
     raise Killed
 
 
-# The batch after AT steps is the first one of the grown model, which has no checkpoint of its own yet.
+# The batch after AT steps is the first one of the grown model, which has no checkpoint of its own
+# yet.
 @pytest.mark.parametrize(
     "step,act",
     [(3, terminate), (5, terminate), (6, terminate), (8, terminate), (6, kill), (8, kill)],
 )
 def test_stopped_around_the_growth_it_goes_on_the_same(
     step, act, data, tmp_path, whole, monkeypatch
-):  # noqa: F811
+):
     out, sections = tmp_path / "run", settings(data, grow=DEPTH)
     with monkeypatch.context() as patch:
         stopped(patch, step, act)
         if act is terminate:
-            result = train_run(sections, out)
+            result = train(sections, out)
             assert (result.step, result.signal) == (step + 1, signal.SIGTERM)
         else:
             with pytest.raises(Killed):
-                train_run(sections, out)
-    assert train_run(sections, out).signal is None
+                train(sections, out)
+    assert train(sections, out).signal is None
     assert same_state(state_of(out), state_of(whole))
     assert rows_of(out) == rows_of(whole)
-    assert train_run(sections, out).step == STEPS
+    assert train(sections, out).step == STEPS
 
 
 def test_rows_of_a_growth_that_is_made_again_would_be_there_twice(
     data, tmp_path, whole, monkeypatch
-):  # noqa: F811
+):
     monkeypatch.setattr(History, "forget_growth", lambda history, step: None)
+    monkeypatch.setattr(History, "restore", lambda history, carried, step: 0)
     with pytest.raises(AssertionError):
         test_stopped_around_the_growth_it_goes_on_the_same(
             6, kill, data, tmp_path, whole, monkeypatch
@@ -197,26 +198,26 @@ def losses(out):
     return [float(row["loss"]) for row in rows_of(out) if row["loss"]]
 
 
-def test_exact_growth_within_goes_on_as_the_small_model_would(data, small, whole, tmp_path, capsys):  # noqa: F811
+def test_exact_growth_within_goes_on_as_the_small_model_would(data, small, whole, tmp_path, capsys):
     out = tmp_path / "run"
-    train_run(settings(data, grow={"embed": "2x", "at": AT}, schedule={"rewarmup": 0}), out)
+    train(settings(data, grow={"embed": "2x", "at": AT}, schedule={"rewarmup": 0}), out)
     np.testing.assert_allclose(losses(out), losses(small), rtol=2e-4)
     assert "growth was exact: the source's validation loss was" in capsys.readouterr().err
-    # Which growth by copied layers does not.
+    # Growth by copied layers does not go on as the small model would.
     assert not np.allclose(losses(whole), losses(small), rtol=2e-4)
 
 
-# Validation is flat at step 3 and 6, is so again after the growth, and twice at the end.
+# Validation is flat at steps 3 and 6, and after the growth at steps 9 and 12.
 FLAT = {0: 4.0, 3: 4.0, 6: 4.0, 9: 5.0, 12: 5.0}
 
 
-def test_growth_at_the_first_plateau(data, tmp_path, monkeypatch):  # noqa: F811
+def test_growth_at_the_first_plateau(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "validate", lambda run: FLAT[run.step] + (run.model.layer == 3))
     plateau = {"patience": 2, "factor": 0.5}
     sections = settings(data, grow={"map": "2:3", "at": "plateau"}, schedule={"plateau": plateau})
-    train_run(sections, tmp_path / "run")
+    train(sections, tmp_path / "run")
     events = [(row["step"], row["event"]) for row in rows_of(tmp_path / "run") if row["event"]]
-    # What was best before the growth is not what the grown model is measured by.
+    # The best loss of before the growth does not count for the grown model.
     assert events == [
         ("0", "start"),
         ("6", "grown: layer 2 to 3"),
@@ -226,17 +227,17 @@ def test_growth_at_the_first_plateau(data, tmp_path, monkeypatch):  # noqa: F811
     with monkeypatch.context() as patch:
         stopped(patch, AT, kill)
         with pytest.raises(Killed):
-            train_run(sections, out)
-    train_run(sections, out)
+            train(sections, out)
+    train(sections, out)
     assert rows_of(out) == rows_of(tmp_path / "run") and same_state(
         state_of(out), state_of(tmp_path / "run")
     )
 
 
-def test_growth_on_the_way_of_a_run_that_begins_with_a_source(data, small, tmp_path):  # noqa: F811
+def test_growth_on_the_way_of_a_run_that_begins_with_a_source(data, small, tmp_path):
     sections = settings(data, grow=DEPTH)
     sections.pop("model")
-    train_run(sections, tmp_path / "run", str(small))
+    train(sections, tmp_path / "run", str(small))
     lineage = open_source(str(tmp_path / "run")).lineage
     assert [entry["operation"] for entry in lineage] == ["train", "train", "depth", "train"]
     assert lineage[-1]["source"]["schedule_step"] == AT == Lineage.read(lineage).grown_at
@@ -256,9 +257,9 @@ def test_growth_on_the_way_of_a_run_that_begins_with_a_source(data, small, tmp_p
         ({"map": "3:4", "at": 6}, "the source has 2"),
     ],
 )
-def test_growth_that_cannot_come(data, tmp_path, section, said):  # noqa: F811
+def test_growth_that_cannot_come(data, tmp_path, section, said):
     with pytest.raises(UsageError, match=said):
-        train_run(settings(data, grow=section), tmp_path / "run")
+        train(settings(data, grow=section), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
-"""Training preempted at any moment: the same command goes on, and its end is the uninterrupted run's, to the bit.
+"""Training preempted at any moment: the same command goes on to the same end, to the bit.
 
-By SIGTERM and SIGINT while it starts, compiles, trains and validates, and by SIGKILL while it saves.
+By SIGTERM and SIGINT while it starts, compiles, trains and validates, and by SIGKILL while it
+saves.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections import Counter
 
 import pytest
 import yaml
-from test_training import data, rows_of, same_state, state_of, values  # noqa: F401 (data is a fixture)
+from runs import rows_of, same_state, state_of, values
 
-# One process imports everything once. Each training is a fork of it, preempted at a random moment and forked again
-# until it is finished, and so on with further runs until there were enough preemptions. A fork tells by a byte that it
-# begins (b), compiles (c), draws a batch (t), validates (v) or saves (s): moments are random within each of these.
+# One process imports everything once. Each training is a fork of it, preempted at a random moment
+# and forked again until it is finished. Further runs follow until there were enough preemptions.
+# A fork writes a byte when it begins (b), compiles (c), draws a batch (t), validates (v) or saves
+# (s); the moment of the preemption is random within each of these.
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -32,7 +34,7 @@ from trainer.run import position
 
 config, root, moments = sys.argv[1], Path(sys.argv[2]), random.Random(0)
 curves.draw_curves = lambda *given: None
-# How often a fork comes to each, at most, and how long it stays there, in seconds, on a small machine.
+# How often a fork comes to each phase, at most, and for how many seconds, on a small machine.
 OFTEN = {"b": 1, "c": 1, "t": 8, "v": 4, "s": 3}
 LONG = {"b": 1.5, "c": 2.0, "t": 0.02, "v": 0.05, "s": 0.2}
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
@@ -45,7 +47,7 @@ def telling(owner, name, byte, tell):
     setattr(owner, name, told)
 
 def without_programs(run):
-    # Compiling takes long only where it is not read from the cache.
+    # A program that is read from the cache takes no time to compile.
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
 
@@ -80,7 +82,7 @@ def begin(out, broken, phase):
     os._exit(run(["train", config, "--out", str(out)]))
 
 def trained(out, broken="", phase="", number=0):
-    # The exit code, 0 also where the run was finished before the moment came.
+    # Returns the exit code, which is also 0 where the run finished before the moment came.
     child, hear = begin(out, broken, phase)
     awaited = moments.randint(1, OFTEN[phase]) if phase else 1
     while awaited and (byte := os.read(hear, 1)):
@@ -93,12 +95,14 @@ def trained(out, broken="", phase="", number=0):
     return code
 
 def preempted(out, broken, phases, wanted, found):
-    # One run, preempted until it is finished, or until something is wrong; it is left alone after enough preemptions.
+    # Preempt one run until it is finished or fails; after enough preemptions let it finish.
     while True:
         phase, number = "", 0
         if len(found["stops"]) < wanted:
             phase = phases[len(found["stops"]) % len(phases)]
-            number = signal.SIGKILL if phase == "s" else moments.choice((signal.SIGTERM, signal.SIGINT))
+            number = moments.choice((signal.SIGTERM, signal.SIGINT))
+            if phase == "s":
+                number = signal.SIGKILL
         code = trained(out, broken, phase, number)
         unfinished = list(out.glob("checkpoints/*tmp*"))
         found["cut"] += len(unfinished)
@@ -136,8 +140,8 @@ CACHE = {
 @pytest.fixture(
     scope="module", params=[CASES, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def preempted(request, tmp_path_factory, data):  # noqa: F811
-    """By case: what the driver counted, and how many of its runs ended as the uninterrupted one did."""
+def preempted(request, tmp_path_factory, data):
+    """By case: what the driver counted, and how many runs ended as the uninterrupted one did."""
     root = tmp_path_factory.mktemp("preempted")
     (root / "run.yaml").write_text(yaml.safe_dump(values(data)))
     command = [

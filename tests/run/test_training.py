@@ -1,22 +1,32 @@
-"""Runs: however one is stopped, it goes on as if it had not been; and a grown one goes on where its source was."""
+"""However a run is stopped, it resumes to the bit; a grown one goes on where its source was."""
 
 from __future__ import annotations
 
-import csv
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
+from runs import (
+    SEQUENCES,
+    STEPS,
+    TINY,
+    Killed,
+    assert_as_if_uninterrupted,
+    configuration,
+    new_run,
+    rows_of,
+    same_state,
+    send_at,
+    state_of,
+    values,
+)
 
 import trainer.run.loop
 from convert.directory import convert_to_checkpoint, convert_to_directory
@@ -24,153 +34,23 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.cli import run as run_command
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery.grow import prepare_growth
-from trainer.cli.training import train_run
-from trainer.config.sections import resolve
 from trainer.data.stream import Stream
-from trainer.data.tokens import TokenWriter
-from trainer.run.checkpoint import find_last_step, to_tree
+from trainer.run.begin import begin, prepare
+from trainer.run.checkpoint import find_last_step
 from trainer.run.directory import lock_run
 from trainer.run.loop import Run
-from trainer.step.optimizer import Multipliers
+from trainer.run.stages import train
+from trainer.run.state import from_tree, to_tree
 
-# After a restore that fails, Orbax leaves coroutines behind that complain when they are collected, whenever that is.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
-SEQUENCES, STEPS = 4, 12
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two token directories of random ids."""
-    root = tmp_path_factory.mktemp("data")
-    for number, name in enumerate(("text", "code")):
-        (root / name).mkdir()
-        with TokenWriter(root / name, TINY.vocab) as writer:
-            writer.add(np.random.default_rng(number).integers(0, TINY.vocab, 4000 + 500 * number))
-    return root
+# After a restore that fails, Orbax leaves coroutines behind that complain when they are
+# collected, whenever that is.
+pytestmark = [
+    pytest.mark.usefixtures("compiled_once"),
+]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Runs of one configuration share their programs and their new model: compiling is most of a small run."""
-    made = {}
-
-    def shared(make):
-        def of(config, *rest):
-            if any(isinstance(part, Multipliers) for part in rest):
-                return make(config, *rest)
-            parts = config
-            if not isinstance(config, NeoX):
-                parts = [
-                    getattr(config, name)
-                    for name in ("dropout", "precision", "batch", "optimizer", "schedule")
-                ]
-            key = repr((make.__name__, parts, getattr(config, "seed", None), rest))
-            if key not in made:
-                made[key] = make(config, *rest)
-            return made[key]
-
-        return of
-
-    initial = shared(trainer.run.loop.init_params)
-
-    def init_params(*given):
-        with jax.ensure_compile_time_eval():  # also where only shapes are asked for
-            params = initial(*given)
-        # A copy each time, since a step's argument is donated.
-        return jax.tree.map(jnp.array, params)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.run.loop, "make_train_step", shared(trainer.run.loop.make_train_step))
-        patch.setattr(trainer.run.loop, "make_eval_step", shared(trainer.run.loop.make_eval_step))
-        patch.setattr(trainer.run.loop, "init_params", init_params)
-        yield
-
-
-def values(root, **sections):
-    """The nested values of a small run, some sections changed or added to."""
-    base = {
-        "model": asdict(TINY),
-        "dropout": {"hidden": 0.1, "attention": 0.0},
-        "precision": {"compute": "float32"},
-        "data": {"train": [str(root / "text")]},
-        "batch": {"sequences": SEQUENCES, "accumulation": 2},
-        "optimizer": {"learning_rate": 1e-2},
-        "schedule": {"steps": STEPS, "warmup": 3},
-        "checkpoint": {"every": 4, "minutes": 0},
-        "eval": {"every": 3, "windows": 6},
-        "log": {"every": 2},
-        "seed": 5,
-    }
-    for name, section in sections.items():
-        base[name] = base[name] | section if isinstance(section, dict) and name in base else section
-    return base
-
-
-def new_run(root, out, **sections):
-    return Run(resolve(values(root, **sections)), out)
-
-
-def state_of(out):
-    """Every array and counter of a run's last checkpoint, by name."""
-    source = open_source(str(out))
-    arrays = {
-        f"{slot} {name}": tensor.read()
-        for slot, some in source.tensors.items()
-        for name, tensor in some.items()
-    }
-    return arrays | {
-        name: np.asarray(source.record[name]) for name in ("count", "step", "schedule_step")
-    }
-
-
-def rows_of(out):
-    """The rows of a run's metrics, without what a clock put there."""
-    with open(Path(out) / "metrics.csv") as file:
-        return [
-            {key: text for key, text in row.items() if key != "tokens_per_second"}
-            for row in csv.DictReader(file)
-        ]
-
-
-def same_state(ours, theirs):
-    return ours.keys() == theirs.keys() and all(
-        np.array_equal(ours[name], theirs[name]) for name in ours
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """A run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    result = new_run(data, out).go()
-    assert (result.step, result.signal) == (STEPS, None)
-    return out
-
-
-def assert_as_if_uninterrupted(out, whole):
-    assert same_state(state_of(out), state_of(whole))
-    assert rows_of(out) == rows_of(whole)
-
-
-def send_at(run, step, number, times=1):
-    """Have a run send its own process a signal while it draws the batch after `step` steps."""
-    batch = run.position.stream.batch
-
-    def drawing(drawn, count):
-        if drawn == run.position.drawn(step):
-            for _ in range(times):
-                os.kill(os.getpid(), number)
-        return batch(drawn, count)
-
-    run.position.stream.batch = drawing
-    return run
-
-
-# The command line in a process of its own, which sends itself a signal as it draws some batch.
+# The command line in its own process, which sends itself a signal when it draws some batch.
 DRIVER = """
 import os, sys
 from trainer.data.stream import Stream
@@ -188,11 +68,6 @@ STOPS = {
     "terminated": (5, signal.SIGTERM, 75),
     "killed": (9, signal.SIGKILL, -signal.SIGKILL),
 }
-
-
-def configuration(path, data):
-    path.write_text(yaml.safe_dump(values(data)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +104,7 @@ def test_a_stopped_run_resumes_to_the_bit(name, stopped, data, whole):
     if name == "terminated":
         assert "stopped; the same command resumes it" in said
     run = new_run(data, out)
-    # The save at step 8 may have been cut off; it waited for that at step 4.
+    # The save at step 8 may have been cut off. The one at step 4 was complete before it began.
     assert run.first in ((4, 8) if name == "killed" else (STOPS[name][0] + 1,))
     assert run.go().signal is None
     assert_as_if_uninterrupted(out, whole)
@@ -270,9 +145,7 @@ def test_a_resumed_run_with_a_cold_optimizer_is_another(slot, data, tmp_path, wh
     out = stopped_early(data, tmp_path / "run")
     run = new_run(data, out)
     tree = to_tree(run.state)
-    cold = trainer.run.checkpoint.from_tree(
-        tree | {slot: jax.tree.map(jnp.zeros_like, tree[slot])}, run.state
-    )
+    cold = from_tree(tree | {slot: jax.tree.map(jnp.zeros_like, tree[slot])}, run.state)
     run.state = cold
     run.go()
     assert not same_state(state_of(out), state_of(whole))
@@ -308,7 +181,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(data, tmp_path, whole):
 def test_a_signal_during_validation(step, data, tmp_path, whole, monkeypatch):
     out = tmp_path / "run"
     run = new_run(data, out)
-    batches = trainer.run.loop.validation_batches
+    batches = trainer.run.validation.validation_batches
 
     def interrupted(*given):
         for batch in batches(*given):
@@ -316,12 +189,12 @@ def test_a_signal_during_validation(step, data, tmp_path, whole, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(trainer.run.loop, "validation_batches", interrupted)
+    monkeypatch.setattr(trainer.run.validation, "validation_batches", interrupted)
     result = run.go()
-    # The last step is no exception: without its validation the run is not finished.
+    # A run without the validation of its last step is not finished.
     assert (result.step, result.signal, result.validation_loss) == (step, signal.SIGTERM, None)
     monkeypatch.undo()
-    monkeypatch.setattr(trainer.run.loop, "validation_batches", batches)
+    monkeypatch.setattr(trainer.run.validation, "validation_batches", batches)
     assert new_run(data, out).go().signal is None
     assert_as_if_uninterrupted(out, whole)
 
@@ -356,10 +229,6 @@ def test_saving_a_step_again_keeps_it(data, tmp_path, whole):
     run._save()
     run.close()
     assert same_state(state_of(out), state_of(whole))
-
-
-class Killed(BaseException):
-    """Ends a run as a kill does: nothing in it is caught."""
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path, whole):
@@ -428,7 +297,7 @@ def test_the_names_of_a_runs_checkpoints(whole):
 
 
 def half_written(out, step):
-    """Make a checkpoint look as one does whose saving was killed; returns where it lies."""
+    """Make a checkpoint look as if its saving had been killed; returns its path."""
     path = out / "checkpoints" / str(step)
     return path.rename(path.with_name(f"{step}.orbax-checkpoint-tmp"))
 
@@ -447,10 +316,10 @@ def test_a_half_written_checkpoint_is_ignored_and_cleaned_away(data, tmp_path, w
 
 def test_with_only_a_half_written_checkpoint_a_run_begins_with_its_source(data, tmp_path, whole):
     out, settings = tmp_path / "run", values(data, checkpoint={"every": STEPS})
-    train_run(settings, out, str(whole))
+    train(settings, out, str(whole))
     expected = rows_of(out)
     half_written(out, STEPS)
-    train_run(settings, out, str(whole))
+    train(settings, out, str(whole))
     assert rows_of(out) == expected
     assert float(expected[1]["validation_loss"]) == float(rows_of(whole)[-1]["validation_loss"])
 
@@ -467,9 +336,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(data, tmp_path, whole):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     (out / "checkpoints" / "12" / "state" / "mu.embed_in.weight" / "0.0").write_bytes(b"")
-    with pytest.raises(
-        GrowkitError, match="checkpoints/12; without it, the run goes on from the one before"
-    ) as caught:
+    with pytest.raises(GrowkitError, match="0.0 is cut off.*whole is .*@8, and --from-") as caught:
         new_run(data, out)
     assert "\n" not in str(caught.value)
 
@@ -520,7 +387,7 @@ def test_a_save_by_the_clock_changes_nothing_else(data, tmp_path, whole, monkeyp
 
     run.position.stream.batch = slowly
     run.go()
-    # A planned save counts as one: three batches, 75 seconds, after each save.
+    # A planned save restarts the clock: the next one by time comes after three batches, 75 s.
     assert checkpoints_of(out) == [3, 4, 7, 8, 11, 12]
     assert open_source(f"{out}@7").record["validation_loss"] is None
     assert open_source(f"{out}@best").record["validation_loss"] is not None
@@ -562,11 +429,12 @@ def test_what_may_not_change_is_named(data, tmp_path, whole):
     shutil.copytree(whole, out)
     with pytest.raises(
         UsageError,
-        match=r"other values of optimizer.clip \(.* then, .* now\), seed \(5 then, .* now\), which may not change",
+        match=r"other values of optimizer.clip \(.* then, .* now\), "
+        r"seed \(5 then, .* now\), which may not change",
     ):
         new_run(data, out, optimizer={"clip": 0.5}, seed=7)
     with pytest.raises(UsageError, match="other values of --from,"):
-        train_run(values(data), out, str(whole))
+        train(values(data), out, str(whole))
     assert_as_if_uninterrupted(out, whole)
     assert new_run(data, out, log={"every": 5}, checkpoint={"every": 6}).go().signal is None
 
@@ -599,19 +467,16 @@ def larger(whole, tmp_path_factory):
     """The uninterrupted run's last checkpoint, grown from two layers to three."""
     out = tmp_path_factory.mktemp("larger") / "grown"
     source = open_source(str(whole))
-    write_output(out, source.kind, prepare_growth(source, plan_depth(source.model, "2:3")), [source])
+    write_output(
+        out, source.kind, prepare_growth(source, plan_depth(source.model, "2:3")), [source]
+    )
     return out
 
 
 def begun(root, out, start, **sections):
-    """A run that begins with a source, not yet gone."""
-    model = asdict(open_source(str(start)).model)
-    return Run(
-        resolve(values(root, **sections) | {"model": model}),
-        out,
-        open_source(str(start)),
-        str(start),
-    )
+    """A run that begins with a source and has taken no step."""
+    sections = values(root, **sections) | {"model": {}}
+    return Run(begin(prepare(sections, out, str(start))))
 
 
 def same_tree(ours, theirs):
@@ -649,7 +514,7 @@ def test_the_first_rows_after_growth(data, tmp_path, larger, whole):
     assert rates[0] == pytest.approx(1e-2 * 2 / 3)
     lineage = open_source(str(out)).lineage
     assert [entry["operation"] for entry in lineage] == ["train", "depth", "train"]
-    # The source's rows come along, and are drawn before the run's own.
+    # The source's rows come along, and are drawn before those of this run.
     earlier = (out / "history.csv").read_text()
     assert len(earlier.splitlines()) == 1 + len(rows_of(whole))
 
@@ -661,7 +526,7 @@ def test_a_grown_run_stopped_and_resumed_is_the_same(data, tmp_path, larger):
     moved = larger.rename(larger.with_name("moved"))
     try:
         # What was taken from the source is in the run: the source may be gone.
-        train_run(values(data) | {"model": {}}, out, str(larger))
+        train(values(data) | {"model": {}}, out, str(larger))
     finally:
         moved.rename(larger)
     assert_as_if_uninterrupted(out, tmp_path / "whole")
@@ -695,7 +560,7 @@ def test_other_data_after_growth_begin_a_stream_of_their_own(data, tmp_path, lar
     assert [row["event"] for row in rows_of(out) if row["event"]][1:] == ["data stream 1 begins"]
     stream = open_source(str(out)).record["stream"]
     assert (stream["number"], stream["drawn"]) == (1, STEPS * SEQUENCES)
-    # And goes on when the run does.
+    # A run from this one goes on in that stream.
     again = begun(data, tmp_path / "again", out, data=mixture)
     assert (again.position.new, again.position.number, again.position.drawn(0)) == (
         False,
@@ -722,14 +587,9 @@ def test_a_hugging_face_model_begins_adam_anew(as_checkpoint, data, tmp_path, wh
 
 
 def test_a_context_of_its_own(data, tmp_path, whole):
-    """The context may differ from the source's; the windows are others then, and so is the data stream."""
-    model = asdict(TINY.change(context=8))
-    run = Run(
-        resolve(values(data) | {"model": model}),
-        tmp_path / "run",
-        open_source(str(whole)),
-        str(whole),
-    )
-    assert run.hf_config["max_position_embeddings"] == 8
+    """The context may differ from the source's; then the windows differ, and so does the stream."""
+    sections = values(data) | {"model": {"context": 8}}
+    run = Run(begin(prepare(sections, tmp_path / "run", str(whole))))
+    assert run.model_config["max_position_embeddings"] == 8
     assert run.position.new
     run.close()

@@ -1,4 +1,4 @@
-"""What the verbs train and generate refuse: one sentence, the right exit code, and nothing written."""
+"""What train and generate refuse: one sentence, the right exit code, and nothing written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.data.tokens import TokenWriter
 
 TINY = GPT_NEOX.model(layer=1, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 MODEL = "model={layer: 1, embed: 16, head: 2, mlp: 32, vocab: 64, context: 16, rotary_pct: 0.5}"
-# A tokenizer of one word a letter.
+# A tokenizer with one token for each of four letters.
 TOKENIZER = {
     "version": "1.0",
     "truncation": None,
@@ -49,7 +49,7 @@ def token_directory(path, count=400, vocab=64, **manifest):
 
 def model_directory(path, files=(), **sizes):
     """A Hugging Face directory of small random numbers, with files beside it."""
-    model = GPT_NEOX.model(**{**vars(TINY), **sizes})
+    model = TINY.change(**sizes)
     random = np.random.default_rng(0)
 
     def recipe(row):
@@ -64,7 +64,7 @@ def model_directory(path, files=(), **sizes):
 
 @pytest.fixture
 def refused(capsys, tmp_path):
-    """Checks that a command ends with a code and one line that holds these words, and that it begins no run."""
+    """Check that a command ends with this code and one line of these words, and begins no run."""
 
     def check(arguments, code, *fragments):
         assert run([str(argument) for argument in arguments]) == code
@@ -237,7 +237,7 @@ def test_generating_without_a_tokenizer(refused, tmp_path):
 
 def test_generating_with_a_broken_tokenizer(refused, tmp_path):
     source = model_directory(tmp_path / "source", {"tokenizer.json": b"{}"})
-    refused(["generate", source, "--prompt", "a"], 1, "the tokenizer.json of", "cannot be read")
+    refused(["generate", source, "--prompt", "a"], 1, "the tokenizer.json of", "that can be read")
 
 
 @pytest.fixture
@@ -272,12 +272,41 @@ def test_generating_with_ids_beyond_the_vocabulary(refused, tmp_path):
     refused(
         ["generate", source, "--prompt", "ab"],
         2,
-        "gives the id 99, and the model's vocabulary is 64",
+        "the token 'b' with the id 99, and the model's vocabulary ends at 63",
     )
 
 
 def test_generating_from_nothing(refused, tmp_path):
     refused(["generate", tmp_path / "nothing", "--prompt", "a"], 2, "there is no such directory")
+
+
+@pytest.mark.parametrize(
+    ("stated", "beside", "shorter"),
+    [
+        (None, {}, False),
+        (63, {}, False),
+        (1, {}, True),
+        ([63, 1], {}, True),
+        (None, {"eos_token": "b"}, True),
+        (63, {"eos_token": {"content": "b"}}, True),
+    ],
+)
+def test_generating_ends_with_the_text(monkeypatch, stated, beside, shorter, tmp_path, capsys):
+    """The ids of the configuration end it, one or a list, and the token of the tokenizer's own."""
+    from trainer.evaluate import generate
+
+    drawn = iter([2, 3, 1, 2])
+    monkeypatch.setattr(generate, "_make_sampler", lambda *given: lambda *given: next(drawn))
+    files = {
+        "tokenizer.json": json.dumps(TOKENIZER).encode(),
+        "tokenizer_config.json": json.dumps(beside).encode(),
+    }
+    source = model_directory(tmp_path / "source", files)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": stated}))
+    words = ["generate", str(source), "--prompt", "a", "--tokens", "4"]
+    assert run(words) == 0
+    assert capsys.readouterr().out.strip() == ("acd" if shorter else "acdbc")
 
 
 def test_what_is_not_refused_generates(source, capsys):

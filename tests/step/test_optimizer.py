@@ -1,4 +1,4 @@
-"""AdamW is optax's, its multipliers are growth's: a cloned model trains as the small one, unless a rule is left out."""
+"""AdamW is optax's, its multipliers are growth's: a cloned model trains as the small one did."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ import optax
 import pytest
 
 from growkit.growth.axes import tile
-from growkit.growth.rule import MU, NU, VALUE, expand, share_scale
+from growkit.growth.padding import MU, NU, VALUE
+from growkit.growth.plan import Plan
+from growkit.growth.rule import grow_array
+from growkit.growth.shares import share_scale
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.model.decoder import find_row
-from trainer.run.checkpoint import from_tree, to_tree
+from trainer.run.state import from_tree, to_tree
 from trainer.step.optimizer import Multipliers, adamw, clip_by_norm, global_norm, select_decayed
 from trainer.step.update import init_state, make_train_step
 
-TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5, tied=False)
+TINY = GPT_NEOX.model(
+    layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5, tied=False
+)
 MATRICES = {"embed_in", "embed_out", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 SETTINGS = Optimizer(learning_rate=1e-2, eps=1e-5, weight_decay=0.3, clip=1.0)
 RATE, STEPS = 1e-2, 20
@@ -35,7 +40,7 @@ def float64():
 
 @lru_cache
 def parameters(model=TINY):
-    """A parameter tree of random numbers, larger than a new model's, so that there is something to go wrong."""
+    """A parameter tree of random numbers, larger than a new model's, so that errors show."""
     random = np.random.default_rng(0)
     tree = {}
     for row in model.table.rows:
@@ -48,7 +53,7 @@ def parameters(model=TINY):
 
 
 def gradients(step):
-    """Gradients whose norm is on either side of the clip, step by step."""
+    """Random gradients, in some steps above the clip and in others below."""
     random = np.random.default_rng(step)
     size = 10.0 ** random.uniform(-3, 0)
     return jax.tree.map(lambda leaf: size * random.normal(size=leaf.shape), parameters())
@@ -67,7 +72,7 @@ def update_step(clip):
 
 
 def updated(multipliers=None, steps=STEPS, make=update_step, **change):
-    """The parameters after some updates by the settings with a change."""
+    """The parameters after some updates; `change` replaces settings."""
     settings = dataclasses.asdict(dataclasses.replace(SETTINGS, **change))
     update = make(settings.pop("clip"))
     numbers = {name: value for name, value in settings.items() if isinstance(value, float)}
@@ -156,17 +161,17 @@ def test_the_learning_rate_multiplier_acts_on_adam_and_not_on_decay():
 
 
 def test_multipliers_may_differ_by_unit():
-    """A factor for each of the units of embed_in's second axis moves each of its columns by its own."""
+    """One factor for each unit of embed_in's second axis multiplies that column's update."""
     factors = np.linspace(0.5, 2.0, TINY.embed)
     ones = jax.tree.map(lambda _: 1.0, parameters())
-    by_unit = ones | {"embed_in": {"weight": factors}}
-    ours = updated(Multipliers(learning_rate=by_unit), steps=1, weight_decay=0.0)["embed_in"][
-        "weight"
-    ]
-    plain, start = (
-        updated(steps=1, weight_decay=0.0)["embed_in"]["weight"],
-        parameters()["embed_in"]["weight"],
-    )
+    by_unit = Multipliers(learning_rate=ones | {"embed_in": {"weight": factors}})
+
+    def embedding(tree):
+        return tree["embed_in"]["weight"]
+
+    start = embedding(parameters())
+    ours = embedding(updated(by_unit, steps=1, weight_decay=0.0))
+    plain = embedding(updated(steps=1, weight_decay=0.0))
     np.testing.assert_allclose(ours - start, (plain - start) * factors, rtol=0, atol=1e-12)
 
 
@@ -194,7 +199,7 @@ def test_a_gradient_of_zero_is_not_clipped_to_nan():
     assert np.array_equal(clipped["a"], np.zeros(3))
 
 
-# Exact growth: a clone of a model in width, trained on with the multipliers of its shares, is that model for ever.
+# Exact growth: a model cloned in width and trained on with its multipliers stays the small model.
 
 MAPS = {"embed": tile(16, 32), "head": tile(2, 4), "mlp": tile(32, 96)}
 BEFORE, AFTER = 5, 40
@@ -220,32 +225,35 @@ def by_row(model, tree, leaf_of):
 
 
 def cloned(model, tree, moment):
+    plan = Plan("width", "clone", model, enlarged(model), MAPS)
+
     def leaf_of(row, leaf):
         if not row.stacked:
-            return expand(leaf, row, model.sizes, MAPS, moment)
-        return np.stack(
-            [expand(layer, row, model.sizes, MAPS, moment, i) for i, layer in enumerate(leaf)]
-        )
+            return grow_array(leaf, row, plan, moment)
+        layers = [grow_array(layer, row, plan, moment, (i,)) for i, layer in enumerate(leaf)]
+        return np.stack(layers)
 
     return by_row(model, jax.device_get(tree), leaf_of)
 
 
 def scales(model, tree, moment):
-    """What `expand` multiplies each parameter by: a number, tiles having equal shares."""
+    """What growth multiplies each parameter by: one number, because tiles have equal shares."""
 
     def leaf_of(row, leaf):
-        scale = share_scale(row, MAPS, moment)
-        return 1.0 if scale is None else float(scale.flat[0])
+        (part,) = row.parts
+        scale = share_scale(part.axes, MAPS, moment)
+        assert (scale == scale.flat[0]).all()
+        return float(scale.flat[0])
 
     return by_row(model, tree, leaf_of)
 
 
 def multipliers_of(model, tree):
-    value, mu = scales(model, tree, VALUE), scales(model, tree, MU)
-    # The weight of a squared gradient: multiplicities of the axes written over those of the axes read.
-    return Multipliers(
-        learning_rate=value, eps=mu, clip=jax.tree.map(lambda read, write: read / write, value, mu)
-    )
+    value = scales(model, tree, VALUE)
+    mu = scales(model, tree, MU)
+    # The weight of a squared gradient: copies of the axes written over those of the axes read.
+    clip = jax.tree.map(lambda read, written: read / written, value, mu)
+    return Multipliers(learning_rate=value, eps=mu, clip=clip)
 
 
 def tokens(step):
@@ -253,7 +261,10 @@ def tokens(step):
 
 
 def losses(step, state):
-    """The losses and gradient norms of AFTER more steps of a copy of the state, a step's argument being donated."""
+    """The losses and gradient norms of AFTER more steps.
+
+    They begin from a copy of the state, because a step's argument is donated.
+    """
     state = jax.tree.map(jnp.array, jax.device_get(state))
     found, norms = [], []
     for number in range(AFTER):
@@ -265,7 +276,7 @@ def losses(step, state):
 
 @lru_cache
 def small(tied):
-    """A small model trained for a few steps, so that it has moments and counts, and the losses of its further ones."""
+    """A small model after a few steps, so with moments and counts; and the losses that follow."""
     model = TINY.change(tied=tied)
     state = init_state(CONFIG, model, jax.tree.map(jnp.asarray, parameters(model)))
     step = make_train_step(CONFIG, model)
@@ -276,21 +287,21 @@ def small(tied):
 
 @lru_cache
 def clone_step(tied=False):
-    """The clone's train step, a function of multipliers too, so that it is compiled once."""
+    """The clone's train step, with multipliers as an argument, so that it is compiled once."""
     model = enlarged(small(tied)[0])
-    return jax.jit(
-        lambda multipliers, *inputs: make_train_step(CONFIG, model, Multipliers(**multipliers))(
-            *inputs
-        )
-    )
+
+    @jax.jit
+    def step(multipliers, state, tokens):
+        return make_train_step(CONFIG, model, Multipliers(**multipliers))(state, tokens)
+
+    return step
 
 
 def with_multipliers(tied=False, **change):
-    """The clone's train step with the multipliers of its growth, but for a change."""
+    """The clone's train step with the multipliers of its growth; `change` replaces some."""
     model, state, *_ = small(tied)
-    return partial(
-        clone_step(tied), vars(dataclasses.replace(multipliers_of(model, state.params), **change))
-    )
+    multipliers = dataclasses.replace(multipliers_of(model, state.params), **change)
+    return partial(clone_step(tied), vars(multipliers))
 
 
 def enlarged(model):
@@ -329,7 +340,7 @@ def test_without_one_of_the_multipliers_it_does_not(left_out):
 
 
 def test_with_the_decay_multiplied_too_it_does_not(monkeypatch):
-    """Decay at the multiplied rate, as parameter groups have it, would need a column of its own."""
+    """Parameter groups decay at the multiplied rate; exact growth does not."""
     model, state, *_ = small(False)
     multipliers = multipliers_of(model, state.params)
     shrunk = jax.tree.map(

@@ -1,4 +1,4 @@
-"""A plateau is where optax finds one, lowers the rate, and is found again by a run that resumes."""
+"""A plateau is where optax finds one; it lowers the rate, and a resumed run finds it again."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training import STEPS, compiled_once, data, rows_of, same_state, send_at, state_of, values  # noqa: F401
+from runs import STEPS, rows_of, same_state, send_at, state_of, values
 
 from growkit.checkpoint.location import open_source
 from growkit.errors import UsageError
-from trainer.cli.training import train_run
 from trainer.config.sections import Plateau, resolve
 from trainer.log.history import METRICS
+from trainer.run.begin import begin, prepare
 from trainer.run.loop import Run
+from trainer.run.stages import train
 from trainer.step.plateau import find_plateaus
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def by_optax(losses, settings):
@@ -26,9 +29,10 @@ def by_optax(losses, settings):
     rule = optax.contrib.reduce_on_plateau(
         factor=0.5, patience=settings.patience, rtol=settings.rtol
     )
-    state, found, updates = rule.init({}), [], {}
+    state = rule.init({})
+    found = []
     for number, loss in enumerate(losses):
-        _, after = rule.update(updates, state, value=jnp.float32(loss))
+        _, after = rule.update({}, state, value=jnp.float32(loss))
         if after.scale != state.scale:
             found.append(number)
         state = after
@@ -44,11 +48,10 @@ def test_a_plateau_is_where_optax_finds_one(patience, rtol):
     settings = Plateau(patience=patience, rtol=rtol)
     found = find_plateaus(SOME, settings)
     assert found == by_optax(SOME, settings) and found
-    # Other settings find others.
+    # Other settings find other plateaus.
+    other_rtol = 0.02 if rtol < 0.02 else 1e-6
     assert found != find_plateaus(SOME, Plateau(patience=patience + 1, rtol=rtol))
-    assert found != find_plateaus(
-        SOME, Plateau(patience=patience, rtol=0.02 if rtol < 0.02 else 1e-6)
-    )
+    assert found != find_plateaus(SOME, Plateau(patience=patience, rtol=other_rtol))
 
 
 def test_without_patience_there_are_none():
@@ -70,11 +73,11 @@ def losses(monkeypatch):
 
 
 def new_run(root, out, **more):
-    return Run(resolve(values(root, **FLAT, **more)), out)
+    return Run(begin(prepare(values(root, **FLAT, **more), out)))
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):  # noqa: F811
+def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "validate", lambda run: LOSSES[run.step])
@@ -94,22 +97,19 @@ def test_a_plateau_lowers_the_rate(whole):
         "4": "plateau: learning rate x 0.5",
         "9": "plateau: learning rate x 0.25",
     }
-    assert [open_source(f"{whole}@{step}").record["reduction"] for step in (4, 8, 12)] == [
-        0.5,
-        0.5,
-        0.25,
-    ]
+    records = [open_source(f"{whole}@{step}").record for step in (4, 8, 12)]
+    assert [record["reduction"] for record in records] == [0.5, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("step", [3, 5, 8])
-def test_a_resumed_run_finds_the_plateaus_again(step, data, tmp_path, whole):  # noqa: F811
+def test_a_resumed_run_finds_the_plateaus_again(step, data, tmp_path, whole):
     out = tmp_path / "run"
     send_at(new_run(data, out), step, signal.SIGTERM).go()
     new_run(data, out).go()
     assert same_state(state_of(out), state_of(whole)) and rows_of(out) == rows_of(whole)
 
 
-def test_a_run_that_forgot_its_losses_would_be_another(data, tmp_path, whole):  # noqa: F811
+def test_a_run_that_forgot_its_losses_would_be_another(data, tmp_path, whole):
     out = tmp_path / "run"
     send_at(new_run(data, out), 5, signal.SIGTERM).go()
     metrics = Path(out) / METRICS
@@ -119,12 +119,12 @@ def test_a_run_that_forgot_its_losses_would_be_another(data, tmp_path, whole):  
     assert not same_state(state_of(out), state_of(whole))
 
 
-def test_a_schedule_that_goes_on_in_its_sources_keeps_the_reduction(data, tmp_path, whole):  # noqa: F811
+def test_a_schedule_that_goes_on_in_its_sources_keeps_the_reduction(data, tmp_path, whole):
     section = values(data, **FLAT)
     section["schedule"]["continued"] = True
-    train_run(section, tmp_path / "on", str(whole))
+    train(section, tmp_path / "on", str(whole))
     assert rates(tmp_path / "on")[0] == pytest.approx(2.5e-3)
-    train_run(values(data, **FLAT), tmp_path / "again", str(whole))
+    train(values(data, **FLAT), tmp_path / "again", str(whole))
     assert rates(tmp_path / "again")[0] == pytest.approx(1e-2)
 
 
@@ -140,7 +140,7 @@ def test_a_schedule_that_goes_on_in_its_sources_keeps_the_reduction(data, tmp_pa
         ),
     ],
 )
-def test_plateaus_that_cannot_be(section, said):
+def test_impossible_plateaus_are_refused(section, said):
     with pytest.raises(UsageError) as caught:
         resolve({"schedule": {"plateau": section}})
     assert said in str(caught.value)

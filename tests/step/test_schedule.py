@@ -1,4 +1,4 @@
-"""Schedules are optax's with the first update taking the first warm-up step, and the default is what it always was."""
+"""Schedules are optax's, one update ahead; the default is to the bit what it always was."""
 
 from __future__ import annotations
 
@@ -49,16 +49,14 @@ def of_optax(kind, schedule=SCHEDULE):
 
 
 @pytest.mark.parametrize("kind", ORACLES)
-def test_every_kind_is_optaxs_one_update_on(kind, float64):
+def test_every_kind_is_optaxs_one_update_ahead(kind, float64):
     ours = rates(dataclasses.replace(SCHEDULE, kind=kind))
     np.testing.assert_allclose(ours, of_optax(kind), rtol=1e-6)
     assert ours[0] == pytest.approx(PEAK / WARMUP)
     assert ours[WARMUP - 1] == PEAK
-    assert (
-        ours[STEPS - 1]
-        == pytest.approx(PEAK if kind == "constant" else FLOOR * PEAK, rel=1e-12)
-        == ours[-1]
-    )
+    end = PEAK if kind == "constant" else FLOOR * PEAK
+    assert ours[STEPS - 1] == pytest.approx(end, rel=1e-12)
+    assert ours[-1] == pytest.approx(end, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ORACLES)
@@ -67,14 +65,14 @@ def test_no_kind_is_another(kind, float64):
         assert np.abs(rates(dataclasses.replace(SCHEDULE, kind=kind)) - of_optax(other)).max() > 0.1
 
 
-def test_a_shape_that_is_wrong_is_seen(float64, monkeypatch):
+def test_a_wrong_shape_is_noticed(float64, monkeypatch):
     monkeypatch.setitem(trainer.step.schedule.SHAPES, "wsd", lambda part: 1 - jnp.sqrt(part))
     with pytest.raises(AssertionError):
-        test_every_kind_is_optaxs_one_update_on("wsd", None)
+        test_every_kind_is_optaxs_one_update_ahead("wsd", None)
 
 
 def former(schedule, peak, step):
-    """The one schedule there was before there were kinds, word for word."""
+    """The only schedule before there were kinds, word for word."""
     step = jnp.asarray(step + 1, jnp.result_type(float))
     warm = step / max(schedule.warmup, 1)
     part = jnp.clip((step - schedule.warmup) / max(schedule.steps - schedule.warmup, 1), 0.0, 1.0)
@@ -82,13 +80,14 @@ def former(schedule, peak, step):
     return peak * jnp.where(step < schedule.warmup, warm, cosine)
 
 
-def test_the_default_is_to_the_bit_what_it_was():
-    steps, config = jnp.arange(0, 82_500, dtype=jnp.int32), Config()
+def test_the_default_is_to_the_bit_what_it_was(strict_promotion):
+    steps = jnp.arange(0, 82_500, dtype=jnp.int32)
+    config = Config()
     peak = config.optimizer.learning_rate
     ours = jax.jit(lambda step: compute_learning_rate(config.schedule, peak, step))(steps)
     theirs = jax.jit(lambda step: former(config.schedule, peak, step))(steps)
     assert ours.dtype == jnp.float32 and np.array_equal(ours, theirs)
-    # A change in the last place would be seen.
+    # A difference in the last place would be noticed.
     assert not np.array_equal(ours, np.nextafter(theirs, 1))
 
 
@@ -110,11 +109,12 @@ def test_without_warm_up_the_first_update_is_the_first_of_the_fall(float64):
         ({"decay": 1.5}, "schedule.decay must lie in [0, 1], got 1.5"),
         (
             {"kind": "wsd", "steps": 100, "warmup": 60, "decay": 0.5},
-            "schedule.warmup (60 steps) and schedule.decay (0.5 of the steps) do not fit into schedule.steps (100)",
+            "schedule.warmup (60 steps) and schedule.decay (0.5 of the steps) do not fit into "
+            "schedule.steps (100)",
         ),
     ],
 )
-def test_schedules_that_cannot_be(section, said):
+def test_impossible_schedules_are_refused(section, said):
     with pytest.raises(UsageError) as caught:
         resolve({"schedule": section})
     assert said in str(caught.value)

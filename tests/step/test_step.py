@@ -1,9 +1,10 @@
-"""One step: accumulation is the big batch, dropout is a function of the step, and a golden run."""
+"""One step: accumulation equals the big batch, dropout follows the step, and a golden run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import trainer.step.update
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
-from trainer.model.decoder import init_params
-from trainer.step.update import init_state, make_eval_step, make_train_step
+from trainer.devices.sharding import make_single_device_layout
+from trainer.model.decoder import GPTNeoX, init_params
+from trainer.step.update import accumulate_gradients, init_state, make_eval_step, make_train_step
 
 TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
 CONFIG = Config(
@@ -31,9 +33,9 @@ def params():
 
 
 def batch(step, parts=1):
-    tokens = np.random.default_rng(step).integers(
-        0, TINY.vocab, (8, TINY.context + 1), dtype=np.int32
-    )
+    """The tokens [A, B, T+1] of a step."""
+    random = np.random.default_rng(step)
+    tokens = random.integers(0, TINY.vocab, (8, TINY.context + 1), dtype=np.int32)
     return tokens.reshape(parts, 8 // parts, -1)
 
 
@@ -41,8 +43,11 @@ STEPS = {}
 
 
 def step_of(config):
-    """The train step of a configuration, made once (a configuration holds dicts, so it has no hash)."""
-    return STEPS.setdefault(repr(config), make_train_step(config, TINY))
+    """The train step of a configuration, made once. A configuration cannot be hashed."""
+    name = repr(config)
+    if name not in STEPS:
+        STEPS[name] = make_train_step(config, TINY)
+    return STEPS[name]
 
 
 def run(config, params, steps=1, parts=1, first=0, make=step_of, batches=batch):
@@ -59,10 +64,13 @@ def run(config, params, steps=1, parts=1, first=0, make=step_of, batches=batch):
 
 
 def gap(ours, theirs):
-    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), ours, theirs)))
+    """The largest difference between two trees."""
+    gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), ours, theirs)
+    return max(jax.tree.leaves(gaps))
 
 
-# With so large an eps an update is the gradient, nearly; with a small one Adam's first is only its sign.
+# With so large an eps an update is nearly the gradient; with a small one Adam's first update is
+# only the gradient's sign.
 PLAIN = dataclasses.replace(CONFIG, optimizer=Optimizer(learning_rate=1.0, eps=1.0, clip=0.0))
 
 
@@ -76,7 +84,7 @@ def test_accumulation_is_the_big_batch(params, parts):
 
 
 def test_parts_divided_by_their_own_size_are_not(params, monkeypatch):
-    """The classic mistake: a sum of the parts' means."""
+    """The classic mistake: summing the means of the parts."""
     right = trainer.step.update.accumulate_gradients
 
     def wrong(network, params, tokens, key):
@@ -91,8 +99,26 @@ def test_parts_divided_by_their_own_size_are_not(params, monkeypatch):
     assert gap(parted[2], whole[2]) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "numbers", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16",) * 2]
+)
+@pytest.mark.parametrize("drops", [False, True])
+def test_loss_and_gradient_name_every_promotion(numbers, drops, strict_promotion):
+    """They are traced only. optax's Adam mixes dtypes by itself, so the update is not traced."""
+    dropout = Dropout(*[0.1 if drops else 0.0] * 3)
+    layout = make_single_device_layout()
+    network = GPTNeoX(TINY, Precision(*numbers), dropout, "full", layout=layout)
+    params = jax.eval_shape(lambda: init_params(TINY, network.precision, 0))
+    tokens = jax.ShapeDtypeStruct((2, 4, TINY.context + 1), "int32")
+    key = jax.random.key(0) if drops else None
+    accumulate = partial(accumulate_gradients, network)
+    loss, gradient = jax.eval_shape(lambda *given: accumulate(*given, key), params, tokens)
+    assert loss.dtype == np.float32
+    assert gradient["embed_in"]["weight"].dtype == numbers[0]
+
+
 def changed(**sections):
-    """The plain configuration with other values in some sections, and as many that a run alone has."""
+    """The plain configuration with other sections."""
     return dataclasses.replace(PLAIN, **sections)
 
 
@@ -106,7 +132,7 @@ def changed(**sections):
     ids=["rate", "schedule", "seed"],
 )
 def test_one_program_serves_runs_that_differ_in_numbers(params, other):
-    """And gives what a program of their own gives; rates and schedules do make a difference."""
+    """It computes what a program of the run's own would; and rates and schedules do matter."""
     before = make_train_step(PLAIN, TINY)
     shared = make_train_step(other, TINY)
     assert shared.program is before.program
@@ -128,11 +154,11 @@ def test_one_program_serves_runs_that_differ_in_numbers(params, other):
     ],
     ids=["dropout", "remat", "kind", "beta2"],
 )
-def test_what_is_another_computation_is_another_program(other):
+def test_another_computation_is_another_program(other):
     assert make_train_step(other, TINY).program is not make_train_step(PLAIN, TINY).program
 
 
-def test_the_first_loss_is_that_of_a_guess(params):
+def test_the_first_loss_is_that_of_guessing(params):
     assert run(PLAIN, params)[0][0] == pytest.approx(math.log(TINY.vocab), abs=0.05)
 
 
@@ -164,24 +190,24 @@ def test_dropout_is_a_function_of_seed_and_step(params):
 
 
 def test_accumulated_parts_drop_differently(params):
-    """Two parts change places: with one key for both, the mean of their losses would stay the same."""
-    forth = run(DROPPED, params, parts=2)[0][0]
-    back = run(DROPPED, params, parts=2, batches=lambda number, parts: batch(number, parts)[::-1])[
-        0
-    ][0]
-    assert abs(forth - back) > 1e-4
-    plain = run(PLAIN, params, parts=2)[0][0]
-    assert plain == pytest.approx(
-        run(PLAIN, params, parts=2, batches=lambda number, parts: batch(number, parts)[::-1])[0][0],
-        rel=1e-6,
-    )
+    """Two parts change places. With one key for both, the mean of their losses would stay."""
+
+    def first_loss(config, batches):
+        return run(config, params, parts=2, batches=batches)[0][0]
+
+    def reverse(step, parts):
+        return batch(step, parts)[::-1]
+
+    assert abs(first_loss(DROPPED, batch) - first_loss(DROPPED, reverse)) > 1e-4
+    assert first_loss(PLAIN, batch) == pytest.approx(first_loss(PLAIN, reverse), rel=1e-6)
 
 
-# The losses of five steps of a tiny model, from numbers that are made here and not by jax.random, whose values
-# may change with a version of JAX. They stand for the whole of model, loss, gradient, clip, AdamW and schedule.
-# A small change is rounding: other machines and versions of XLA add up in other orders, hence the tolerance. A
-# change beyond it means that the same command now trains another model: find out why, and if it is meant, say
-# so in the changelog, since runs begun before will not go on as they would have. (The numbers are those of float64.)
+# The losses of five steps of a tiny model. They stand for model, loss, gradient, clip, AdamW and
+# schedule together. The parameters are drawn below by numpy and not by jax.random, whose values may
+# change with JAX's version. The losses were computed in float64.
+# A small difference is rounding: other machines and versions of XLA sum in other orders; hence the
+# tolerance. A larger one means that the same command now trains another model. Find out why. If it
+# is intended, say so in the changelog, because runs that began before will continue differently.
 GOLDEN = [
     4.453732590261702,
     4.504966996114115,
@@ -199,9 +225,8 @@ def golden_params():
         for key in row.path[:-1]:
             node = node.setdefault(key, {})
         shape = row.stacked_shape(TINY.sizes)
-        node[row.path[-1]] = (
-            0.2 * random.normal(size=shape) + (row.begins == "ones")
-        ).astype(np.float32)
+        values = 0.2 * random.normal(size=shape) + (row.begins == "ones")
+        node[row.path[-1]] = values.astype(np.float32)
     return tree
 
 

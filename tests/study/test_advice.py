@@ -1,4 +1,4 @@
-"""Advice is the published laws' arithmetic, checked on their authors' own figures, and one's own studies' numbers."""
+"""Advice: the published laws on their authors' own figures, and the numbers of your own studies."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from trainer.study.advice import (
 from trainer.study.evidence import read_study
 
 ROOT = Path(__file__).parents[2]
-# Table 4 of arXiv 2405.15319: parameters, tokens from scratch, and the tokens its law gives the source, rounded.
+# Table 4 of arXiv 2405.15319: parameters, tokens from scratch, and the source's tokens by its law,
+# rounded.
 TABLE_4 = [(8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9), (13e9, 2e12, 15.84e9), (70e9, 2e12, 42.48e9)]
 
 
 def table_4_holds() -> bool:
     return all(
-        compute_source_tokens(n, 6 * n * d) == pytest.approx(law, abs=0.006e9) for n, d, law in TABLE_4
+        compute_source_tokens(count, 6 * count * tokens) == pytest.approx(law, abs=0.006e9)
+        for count, tokens, law in TABLE_4
     )
 
 
@@ -50,7 +52,7 @@ def test_a_law_with_another_constant_does_not(monkeypatch, constant, wrong):
 
 
 def test_a_speedup_is_not_a_saving():
-    """G_stack's 54.6 % at 7B is 300B tokens against 194B: 35 % saved, the source's compute in it."""
+    """G_stack's 54.6 % at 7B: 300B tokens against 194B, so 35 % saved, with the source."""
     assert convert_speedup(300 / 194 - 1) == pytest.approx(1 - 194 / 300)
     assert convert_speedup(1.0) == 0.5
     saved = {claim.where: claim.saved for claim in CLAIMS if claim.counts_source}
@@ -72,10 +74,10 @@ def test_the_budget_is_shared():
     assert made.source_tokens == pytest.approx(10**10.12918, rel=1e-4)
     assert made.target_tokens == pytest.approx(41e9 - made.source_tokens * 580 / 760)
     assert made.source_flops + made.target_tokens * 6 * 760e6 == pytest.approx(made.flops)
-    assert made.compute_flops_to_same_loss(0.4, counts_source=True) == pytest.approx(0.6 * made.flops)
-    assert made.compute_flops_to_same_loss(0.4, counts_source=False) == pytest.approx(
-        0.6 * made.flops + made.source_flops
-    )
+    counted = made.compute_flops_to_same_loss(0.4, counts_source=True)
+    assert counted == pytest.approx(0.6 * made.flops)
+    not_counted = made.compute_flops_to_same_loss(0.4, counts_source=False)
+    assert not_counted == pytest.approx(0.6 * made.flops + made.source_flops)
 
 
 def test_a_source_that_takes_more_than_half_is_refused():
@@ -166,16 +168,19 @@ def test_presets_and_models_take_what_their_sizes_do(tmp_path, capsys):
 
 
 def test_days_and_cost_are_those_of_the_plan(capsys):
-    from trainer.config.sections import resolve
+    from trainer.config.sections import build_architecture, resolve
     from trainer.config.values import read_values
     from trainer.devices.accelerators import parse_slice
-    from trainer.plan import plan
+    from trainer.plan.compiler import Memory
+    from trainer.plan.plan import Plan
+    from trainer.plan.topology import Target
 
-    config, part = resolve(read_values("760m", [])), parse_slice("v3-32")
-    on = plan.Target(
-        "v3-32", [None] * 32, part.chips, 1, part.chips * part.accelerator.peak, "core"
-    )
-    made = plan.Plan(config, plan.build_architecture(config.model), on, {}, None, plan.Memory(0, 0, 0, 0, 1), 0.0)
+    config = resolve(read_values("760m", []))
+    part = parse_slice("v3-32")
+    peak = part.chips * part.accelerator.peak
+    target = Target("v3-32", [None] * 32, part.chips, 1, peak, "core")
+    model = build_architecture(config.model)
+    made = Plan(config, model, target, {}, None, Memory(0, 0, 0, 0, 1), 0.0)
     tokens = str(config.schedule.steps * made.tokens_per_step)
     options = ("--target", "760m", "--tokens", tokens, "--topology", "v3-32", "--price", "2")
     found = said(capsys, *options, "--mfu", "0.3")["scratch"]
@@ -261,10 +266,10 @@ def test_a_study_is_told_as_it_was_measured(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (None, "is no study: it holds no results.json"),
-        ({"format": 2}, "is of format 2, and this growkit reads format 1"),
-        ({"arms": [{"name": "replicate"}]}, "lacks what format 1 holds"),
-        ({"tokens": None}, "lacks what format 1 holds"),
+        (None, "is no study: it has no results.json"),
+        ({"format": 2}, "has format 2, and this growkit reads format 1"),
+        ({"arms": [{"name": "replicate"}]}, "a value of format 1 is missing or wrong"),
+        ({"tokens": None}, "a value of format 1 is missing or wrong"),
     ],
 )
 def test_what_is_no_study(tmp_path, capsys, changes, words):
@@ -278,21 +283,24 @@ def test_what_is_no_study(tmp_path, capsys, changes, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--target 760M", "either --tokens or --flops"),
-        ("--target 760M --tokens 1B --flops 1e20", "either --tokens or --flops"),
+        ("--target 760M", "give the budget as either --tokens or --flops"),
+        ("--target 760M --tokens 1B --flops 1e20", "give the budget as either --tokens or --flops"),
         (
             "--target 580M --source 760M --tokens 1B",
             "--source 760M has 760,000,000 parameters, --target 580M 580,000,000",
         ),
-        ("--target 760x --tokens 1B", "--target takes a count as 760M, a preset (1b, 580m"),
-        ("--target 760M --source nowhere --tokens 1B", "--source takes a count as 760M"),
+        ("--target 760x --tokens 1B", "--target takes a count such as 760M, a preset (1b, 580m"),
+        ("--target 760M --source nowhere --tokens 1B", "--source takes a count such as 760M"),
         ("--target recipe --tokens 1B", "no model section"),
         ("--target 760M --tokens 1.5", "--tokens is a whole number above 0"),
         ("--target 760M --flops=", "--flops is a whole number above 0"),
-        ("--target 760M --source= --tokens 1B", "--source takes a count as 760M"),
+        ("--target 760M --source= --tokens 1B", "--source takes a count such as 760M"),
         ("--target 760M --flops 2", "do not train 760M on one token"),
-        ("--target 760M --tokens 1B --price 2", "needs a --topology"),
-        ("--target 760M --tokens 1B --topology v3-32 --mfu 2", "--mfu lies in (0, 1]"),
+        ("--target 760M --tokens 1B --price 2", "--mfu and --price need a --topology"),
+        (
+            "--target 760M --tokens 1B --topology v3-32 --mfu 2",
+            "--mfu must be above 0 and at most 1",
+        ),
         ("--target 760M --tokens 1B --topology v9-1", "--topology is cpu, gpu or a slice"),
     ],
 )

@@ -1,10 +1,16 @@
-"""The verb that measures what growth saves on the user's own data: study."""
+"""The verb that measures what growth saves on your own data: study."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from growkit.cli.options import PATH
+
+if TYPE_CHECKING:
+    from trainer.study.outcome import Outcome
 
 
 @click.command()
@@ -12,45 +18,56 @@ import click
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--out",
+    type=PATH,
     default="study",
     show_default=True,
     metavar="DIR",
-    help="Where all runs and the report go.",
+    help="The directory of all runs and of the report.",
 )
-@click.option(
-    "--resume", is_flag=True, help="Go on with the study in DIR; runs that are done are kept."
-)
+@click.option("--resume", is_flag=True, help="Resume the study in DIR; finished runs are kept.")
 def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> int:
-    """Train CONFIG's model from scratch, and grow it in the ways of its study section, and compare.
+    """Train CONFIG's model from scratch, grow it in the ways of its study section, and compare.
 
-    DIR gets a table (report.md) and every run (runs.csv, results.json), after each of them, and a picture (study.png)
-    at the end. Stopped by Ctrl-C or SIGTERM, or killed, the same command with --resume goes on.
+    After each run DIR gets a table (report.md) and all runs so far (runs.csv, results.json); at the
+    end a picture (study.png). After Ctrl-C, SIGTERM or a kill, the same command with --resume
+    continues.
     """
-    from growkit.errors import UsageError
-    from trainer.cli.training import exit_code, train_run
+    from trainer.cli.training import exit_code
     from trainer.config.values import read_values
     from trainer.log.report import Result
-    from trainer.study import report
+    from trainer.run.stages import train
     from trainer.study.course import Course
-    from trainer.study.design import read_design
+    from trainer.study.report import show_report, write_report
+    from trainer.study.section import read_design
 
-    made = read_design(read_values(config, list(overrides)))
+    design = read_design(read_values(config, list(overrides)))
     directory = Path(out)
-    if directory.exists() and not resume and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(
-            f"{directory} exists; --resume goes on with the study in it, or name another --out"
-        )
-    course = Course(
-        made, directory, train_run, lambda known: report.write_report(known, directory, picture=False)
-    )
+    _require_new(directory, resume)
+
+    def write_tables(outcome: Outcome) -> None:
+        write_report(outcome, directory, picture=False)
+
+    course = Course(design, directory, train, write_tables)
     signal = course.go()
     if signal is not None:
-        click.echo(f"{directory}: stopped; the same command with --resume goes on")
+        click.echo(f"{directory}: stopped; the same command with --resume continues")
         return exit_code(Result(0, signal, None))
-    report.write_report(course.outcome, directory)
-    report.show_report(course.outcome)
+    write_report(course.outcome, directory)
+    show_report(course.outcome)
     click.echo(f"wrote {directory}/report.md, runs.csv, results.json and study.png")
     return 0
+
+
+def _require_new(directory: Path, resume: bool) -> None:
+    """Raise UsageError for a directory that has content, unless the study in it is resumed."""
+    from growkit.errors import UsageError
+
+    if resume or not directory.exists():
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        raise UsageError(
+            f"{directory} exists; --resume continues the study in it, or name another --out"
+        )
 
 
 COMMANDS = {"study": study}

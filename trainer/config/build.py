@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from growkit.errors import UsageError, did_you_mean
-from trainer.config.rules import NUMBERS
+from growkit.quantity import parse_count
+from trainer.config.rules import COUNT, NUMBERS, PATH
 
 WEIGHTS = (dict[str, float], dict[str, float] | None)
 WANTED = {int: "a whole number", bool: "true or false", str: "text"}
@@ -36,10 +39,20 @@ def build_dataclass(kind: Any, values: Any, where: str = "") -> Any:
             raise UsageError(
                 f"unknown key {where}{key}; the keys here are {', '.join(types)}{near}"
             )
-        if NUMBERS in metadata[key] and type(value) is int:
-            value = str(value)
+        value = _read_as_written(value, metadata[key], f"{where}{key}")
         converted[key] = _convert_value(types[key], value, f"{where}{key}")
     return kind(**converted)
+
+
+def _read_as_written(value: Any, metadata: Mapping[str, Any], key: str) -> Any:
+    """The value that a text stands for, by what its field says of itself."""
+    if NUMBERS in metadata and type(value) is int:
+        return str(value)
+    if PATH in metadata and isinstance(value, str):
+        return os.path.expanduser(value)
+    if COUNT in metadata and isinstance(value, str) and value[:1].isdigit():
+        return parse_count(value, key)
+    return value
 
 
 def _convert_value(kind: Any, value: Any, key: str) -> Any:
@@ -52,7 +65,23 @@ def _convert_value(kind: Any, value: Any, key: str) -> Any:
         return _convert_number(value, key)
     if type(value) is kind:
         return value
-    raise UsageError(f"{key} must be {WANTED[kind]}, got {value!r}")
+    if kind is int and isinstance(value, str) and _is_plain_number(value):
+        return parse_count(value, key)
+    raise UsageError(f"{key} must be {WANTED[kind]}, got {_shorten(value)}")
+
+
+def _is_plain_number(text: str) -> bool:
+    """Whether a text is a number that YAML does not read as one: 1e6, 50_304.
+
+    One with a unit is a count of something, and not 8k for a context of 8192.
+    """
+    return text[:1].isdigit() and text[-1:].isdigit()
+
+
+def _shorten(value: Any, longest: int = 200) -> str:
+    """A value as it is shown in a message."""
+    words = repr(value)
+    return words if len(words) <= longest else f"{words[:longest]}..."
 
 
 def _convert_number(value: Any, key: str) -> float:
@@ -64,7 +93,7 @@ def _convert_number(value: Any, key: str) -> float:
             number = math.nan
         if math.isfinite(number):
             return number
-    raise UsageError(f"{key} must be a number, got {value!r}")
+    raise UsageError(f"{key} must be a number, got {_shorten(value)}")
 
 
 def _convert_weights(value: Any, key: str) -> dict[str, float]:
@@ -75,11 +104,14 @@ def _convert_weights(value: Any, key: str) -> dict[str, float]:
         value = dict.fromkeys(value, 1.0)
     if not isinstance(value, dict):
         raise UsageError(
-            f"{key} must be a path, a list of paths or {{path: weight}}, got {value!r}"
+            f"{key} must be a path, a list of paths or {{path: weight}}, got {_shorten(value)}"
         )
     weights = {}
     for path, weight in value.items():
-        weights[str(path)] = _convert_number(weight, f"{key}.{path}")
+        expanded = os.path.expanduser(str(path))
+        if expanded in weights:
+            raise UsageError(f"{key} names {expanded} twice; give it once")
+        weights[expanded] = _convert_number(weight, f"{key}.{path}")
     for path, weight in weights.items():
         if weight <= 0:
             raise UsageError(f"{key}: a weight must be above 0, {path} has {weight}")

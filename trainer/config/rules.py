@@ -15,6 +15,8 @@ from growkit.errors import UsageError, did_you_mean
 
 RULE = "rule"  # key of a field's metadata: a Rule
 NUMBERS = "numbers"  # key of a field's metadata: a whole number is accepted and kept as text
+COUNT = "count"  # key of a field's metadata: 82k and 5B are accepted
+PATH = "path"  # key of a field's metadata: text in which ~ is the home directory
 
 Number = TypeVar("Number", int, float)
 
@@ -87,6 +89,17 @@ def number(
     """Declare a field that holds a number within bounds."""
     bounds = Bounds(at_least, above, at_most, below, whole=isinstance(default, int))
     return dataclasses.field(default=default, metadata={RULE: bounds})
+
+
+def count(default: int, *, at_least: int) -> int:
+    """Declare a field that holds a count of steps, tokens or the like, which may be written 82k."""
+    bounds = Bounds(at_least, whole=True)
+    return dataclasses.field(default=default, metadata={RULE: bounds, COUNT: True})
+
+
+def path(default: str = "") -> str:
+    """Declare a field that holds a path on this machine, or nothing."""
+    return dataclasses.field(default=default, metadata={PATH: True})
 
 
 def choice(default: str, of: Sequence[str]) -> str:

@@ -16,11 +16,13 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation.catalogue import parse_task_names
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
+from growkit.quantity import parse_count
 from trainer.config.build import build_dataclass
-from trainer.config.rules import check_rules, choice, number, text_or_number
+from trainer.config.rules import check_rules, choice, count, number, path, text_or_number
 
 DTYPES = ("float32", "bfloat16", "float64")
 LARGEST_SEED = 2**31 - 1
+MOST_STEPS = 10**9  # what is above was meant as tokens
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,8 @@ class Model:
 class Dropout:
     """Probabilities of dropping."""
 
-    hidden: float = number(
-        0.1, at_least=0, below=1
-    )  # the outputs of attention and feed-forward in each block
+    # The outputs of attention and feed-forward in each block.
+    hidden: float = number(0.1, at_least=0, below=1)
     attention: float = number(0.1, at_least=0, below=1)  # attention weights
     embedding: float = number(0.0, at_least=0, below=1)  # embedded tokens
 
@@ -70,6 +71,8 @@ class Data:
 
     # Weights by path: the share of the sequences drawn from each, in any unit.
     train: dict[str, float] = field(default_factory=dict)
+    # weights: as `train` says, equal for a list. proportional: by size, times the weights.
+    mix: str = choice("weights", of=("weights", "proportional"))
     # Files to validate on; without them, the last part of each file to train on is held out.
     validation: dict[str, float] | None = None
     held_out: float = number(0.005, at_least=0, below=1)  # fraction of the windows held out
@@ -120,16 +123,17 @@ class Schedule:
     # cosine, linear: down to `floor` at the last step. constant: stays at the peak.
     # wsd (warm-up, stable, decay): stays at the peak until the last `decay`, then falls linearly.
     kind: str = choice("cosine", of=("cosine", "linear", "wsd", "constant"))
-    steps: int = number(82000, at_least=1)  # length of the run
-    warmup: int = number(2000, at_least=0)  # steps of linear warm-up from 0
-    floor: float = number(
-        0.1, at_least=0, at_most=1
-    )  # last learning rate, as a fraction of the peak
+    steps: int = count(82000, at_least=1)  # length of the run
+    # Length of the run in tokens instead, in whole steps; 0: `steps` says it.
+    tokens: int = count(0, at_least=0)
+    warmup: int = count(2000, at_least=0)  # steps of linear warm-up from 0
+    # The last learning rate, as a fraction of the peak.
+    floor: float = number(0.1, at_least=0, at_most=1)
     decay: float = number(0.1, at_least=0, at_most=1)  # fraction of the steps that wsd decays in
     continued: bool = False  # with --from: go on where the source's schedule stood
     # Steps of an additional linear warm-up after a growth through which the schedule goes on:
     # with `continued`, or by grow.at.
-    rewarmup: int = number(0, at_least=0)
+    rewarmup: int = count(0, at_least=0)
     plateau: Plateau = field(default_factory=Plateau)
 
 
@@ -160,10 +164,10 @@ class Grow:
 class Checkpoint:
     """When to save a checkpoint, and which ones to keep."""
 
-    every: int = number(1000, at_least=1)  # steps between two saves
+    every: int = count(1000, at_least=1)  # steps between two saves
     minutes: float = number(30.0, at_least=0)  # minutes between two saves; 0: by steps only
     keep_last: int = number(3, at_least=1)  # how many of the latest to keep
-    keep_every: int = number(0, at_least=0)  # keep those of every so many steps; 0: none
+    keep_every: int = count(0, at_least=0)  # keep those of every so many steps; 0: none
     keep_best: bool = True  # keep the one with the lowest validation loss
     ocdbt: bool = False  # Orbax's OCDBT format, for object stores
 
@@ -172,19 +176,19 @@ class Checkpoint:
 class Eval:
     """Validation, and the tasks of `growkit evaluate`, during training."""
 
-    every: int = number(1000, at_least=1)  # steps between two validations
-    windows: int = number(256, at_least=1)  # sequences to validate on, the same each time
+    every: int = count(1000, at_least=1)  # steps between two validations
+    windows: int = count(256, at_least=1)  # sequences to validate on, the same each time
     tasks: str = ""  # names of tasks, separated by commas; empty: none
-    tasks_every: int = number(5000, at_least=1)  # steps between two evaluations on tasks
-    data: str = ""  # directory of the tasks' items; empty: download them from the Hub
-    limit: int = number(500, at_least=0)  # maximum items per task; 0: all
+    tasks_every: int = count(5000, at_least=1)  # steps between two evaluations on tasks
+    data: str = path()  # directory of the tasks' items; empty: download them from the Hub
+    limit: int = count(500, at_least=0)  # maximum items per task; 0: all
 
 
 @dataclass(frozen=True)
 class Log:
     """What is logged of a run, and where to."""
 
-    every: int = number(10, at_least=1)  # steps between two rows of metrics
+    every: int = count(10, at_least=1)  # steps between two rows of metrics
     tensorboard: bool = False  # also write TensorBoard files into the run's directory
     wandb: str = ""  # also log to this project of Weights & Biases
     profile: str = ""  # FIRST:LAST, the steps between which JAX's profiler traces; empty: no trace
@@ -230,19 +234,40 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def resolve(values: dict[str, Any]) -> Config:
+def resolve(values: dict[str, Any], takes_model: bool = False) -> Config:
     """The configuration that nested values describe.
 
-    Raises UsageError for unknown keys, wrong types, and values that break a rule.
+    takes_model: the model, and with it the context, is that of --from, so that the length of the
+    run is settled when it is known. Raises UsageError for unknown keys, wrong types, and values
+    that break a rule.
     """
     config: Config = build_dataclass(Config, values)
     check_rules(config)
     if config.eval.tasks:
         parse_task_names(config.eval.tasks)
     _check_batch(config.batch)
-    _check_schedule(config.schedule)
-    _check_growth_time(config.grow.at, config.schedule)
-    return config
+    return config if takes_model else settle_length(config)
+
+
+def settle_length(config: Config) -> Config:
+    """The configuration with schedule.steps as schedule.tokens says, and grow.at as a number.
+
+    Raises UsageError for lengths that contradict each other.
+    """
+    schedule = config.schedule
+    if schedule.tokens:
+        step = config.batch.sequences * config.model.context
+        if schedule.tokens < step:
+            raise UsageError(
+                f"schedule.tokens ({schedule.tokens:,}) is less than one step, which is "
+                f"{config.batch.sequences} sequences of {config.model.context} tokens; give at "
+                f"least {step:,}"
+            )
+        schedule = dataclasses.replace(schedule, steps=schedule.tokens // step)
+    _check_schedule(schedule)
+    at = _read_growth_time(config.grow.at, schedule)
+    grow = dataclasses.replace(config.grow, at=at)
+    return dataclasses.replace(config, schedule=schedule, grow=grow)
 
 
 def resolve_model(values: Any) -> dict[str, Any]:
@@ -265,6 +290,11 @@ def _check_batch(batch: Batch) -> None:
 
 def _check_schedule(schedule: Schedule) -> None:
     steps, warmup = schedule.steps, schedule.warmup
+    if steps > MOST_STEPS:
+        raise UsageError(
+            f"schedule.steps must be at most {MOST_STEPS:,}, got {steps:,}; schedule.tokens gives "
+            f"the length of a run in tokens"
+        )
     if warmup > steps:
         raise UsageError(f"schedule.warmup must be at most schedule.steps ({steps}), got {warmup}")
     decay_steps = round(schedule.decay * steps)
@@ -275,20 +305,26 @@ def _check_schedule(schedule: Schedule) -> None:
         )
 
 
-def _check_growth_time(at: str, schedule: Schedule) -> None:
+def _read_growth_time(at: str, schedule: Schedule) -> str:
+    """grow.at, with a step such as 20k as digits. Raises UsageError."""
     if not at:
-        return
+        return at
     if at == "plateau":
         if not schedule.plateau.patience:
             raise UsageError(
                 "grow.at=plateau needs schedule.plateau.patience, the validations that make a "
                 "plateau"
             )
-        return
-    if not at.isdecimal() or not 1 <= int(at) < schedule.steps:
+        return at
+    try:
+        step = parse_count(at, "grow.at")
+    except UsageError:
+        step = 0
+    if not 1 <= step < schedule.steps:
         raise UsageError(
             f"grow.at must be a step from 1 to {schedule.steps - 1}, or plateau, got {at!r}"
         )
+    return str(step)
 
 
 def build_architecture(model: Model) -> Architecture:

@@ -5,7 +5,9 @@ It becomes nested values; `trainer.config.sections` checks their keys and types.
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 import yaml
 
 from growkit.errors import UsageError, did_you_mean
+
+_LARGEST_FILE = 1 << 20  # bytes of a configuration
+_MOST_NODES = 100_000  # values in it, with its aliases written out
 
 PRESETS = files("trainer.config").joinpath("presets")
 
@@ -50,12 +55,61 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
     """
     text = _read_text(name)
     try:
-        values = yaml.load(text, Loader) or {}
-    except yaml.YAMLError as problem:
+        values = _load(text) or {}
+    except (yaml.YAMLError, ValueError) as problem:
         raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{name} must hold `section: values`, got {type(values).__name__}")
     return apply_overrides(values, overrides)
+
+
+def _load(text: str) -> Any:
+    """The values of a YAML text.
+
+    Raises YAMLError, or ValueError for what is valid and has no place in a configuration: values
+    within values without end, and aliases that stand for many.
+    """
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_nodes(node, {}) > _MOST_NODES:
+            raise ValueError(f"its aliases stand for more than {_MOST_NODES:,} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, with each alias written out.
+
+    known: the counts by the identity of the node, -1 while they are counted.
+    """
+    count = known.get(id(node))
+    if count is not None and count >= 0:
+        return count
+    if count is not None:
+        raise ValueError("an alias stands for a value that it is a part of")
+    known[id(node)] = -1
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        _refuse_repeated_keys(node)
+        inner = [each for pair in node.value for each in pair]
+    known[id(node)] = 1 + sum(_count_nodes(each, known) for each in inner)
+    return known[id(node)]
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    """Raise ValueError for a key that is there twice: YAML would take the last one in silence."""
+    keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+    for key, count in keys.items():
+        if count > 1:
+            raise ValueError(f"the key {key!r} is there {count} times in one section")
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -79,10 +133,15 @@ def merge_values(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str
 
 def _read_text(name: str) -> str:
     """The text of a file or, where there is no file of that name, of a preset."""
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.is_file():
+        if path.stat().st_size > _LARGEST_FILE:
+            raise UsageError(
+                f"{name} has {path.stat().st_size:,} bytes, and a configuration has at most "
+                f"{_LARGEST_FILE:,}"
+            )
         try:
-            return path.read_text()
+            return path.read_text("utf-8-sig")
         except UnicodeDecodeError:
             raise UsageError(f"{name} is not a YAML file: it is not text") from None
     known = list_presets()
@@ -102,9 +161,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             f"an override is key=value, as optimizer.learning_rate=1e-4; got {override!r}"
         )
     try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError:
-        raise UsageError(f"the value of {key} cannot be read: {text!r}") from None
+        value = _load(text)
+    except (yaml.YAMLError, ValueError):
+        shown = text if len(text) <= 200 else f"{text[:200]}..."
+        raise UsageError(f"the value of {key} cannot be read: {shown!r}") from None
     section = values
     *parents, last = key.split(".")
     for parent in parents:

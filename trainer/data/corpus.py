@@ -11,19 +11,22 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError, did_you_mean
 from trainer.config.sections import Config
+from trainer.data.checked import check_content
 from trainer.data.stream import DataSet, Mixture, Stream
 from trainer.data.tokens import TokenFile
 from trainer.data.windows import AnyWindows, Windows, join_windows, split_windows
 
+# Muennighoff et al. (2023), Scaling Data-Constrained Language Models, section 6: repeating is
+# nearly as good as new text for 4 epochs, and worth nothing after about 40.
+MANY_EPOCHS = 40
+FEW_WINDOWS = 8
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_TOKENS_AT_ONCE = 1 << 24  # tokens in memory at once while the largest id is looked for
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,37 @@ class Corpus:
             epochs = share * sequences / len(part.windows)
             lines.append(
                 f"data {part.name!r}: {tokens:,} tokens, {share:.1%} of the sequences, "
-                f"{epochs:.2f} epochs by the end"
+                f"{epochs:,.2f} epochs by the end"
             )
+            if epochs > MANY_EPOCHS:
+                lines.append(
+                    f"note: {part.name!r} is repeated {epochs:,.0f} times, and after about "
+                    f"{MANY_EPOCHS} epochs text teaches nothing more; take more text, or a "
+                    f"smaller schedule.steps"
+                )
+        lines += self._describe_weights()
         held = sum(len(windows) for windows in self.validation)
-        lines.append(f"validation: {held:,} windows of {self.mixture.context} tokens held out")
+        lines.append(
+            f"validation: {_count_windows(held)} of {self.mixture.context} tokens held out"
+        )
+        if held < FEW_WINDOWS:
+            lines.append(
+                f"note: a validation loss of {_count_windows(held)} is mostly chance; hold out "
+                f"more with data.held_out, or name data.validation"
+            )
         return lines
+
+    def _describe_weights(self) -> list[str]:
+        """A line about weights that are equal though sizes are not; none where it is clear."""
+        parts = self.mixture.parts
+        sizes = [len(part.windows) for part in parts]
+        equal = len({part.weight for part in parts}) == 1
+        if not equal or max(sizes) < 1.5 * min(sizes):
+            return []
+        return [
+            f"note: the {len(parts)} data sets weigh the same, whatever their sizes; give weights "
+            f"as data.train={{PATH: WEIGHT}}, or data.mix=proportional for all text alike"
+        ]
 
     def describe_drawn(self, stream: Stream, sequences: int) -> str:
         """A line for the log: which data sets the first sequences of a stream came from."""
@@ -78,9 +107,12 @@ def open_corpus(config: Config, source: Source | None) -> Corpus:
         raise UsageError("no data: set data.train=DIR, a directory that `growkit tokenize` wrote")
     train = {path: open_set(path) for path in data.train}
     held = {path: open_set(path) for path in data.validation or {}}
-    for token_file in itertools.chain(*train.values(), *held.values()):
-        check_vocabulary(token_file, config.model.vocab)
+    opened = list(itertools.chain(*train.values(), *held.values()))
+    for token_file in opened:
         check_tokenizer(token_file, source)
+    _check_one_tokenizer(opened)
+    for token_file in opened:
+        check_vocabulary(token_file, config.model.vocab)
     if held:
         mixture, validation = _read_separate(config, train, held)
     else:
@@ -129,8 +161,15 @@ def _make_mixture(config: Config, windows: dict[str, list[Windows]]) -> Mixture:
     for path, weight in config.data.train.items():
         fraction = fractions.get(path, 1.0)
         some = join_windows([each.take_fraction(fraction) for each in windows[path]])
+        if config.data.mix == "proportional":
+            # Each text is drawn as often as any other, times its weight.
+            weight *= len(some)
         parts.append(DataSet(path, weight, some))
     return Mixture(tuple(parts))
+
+
+def _count_windows(count: int) -> str:
+    return "1 window" if count == 1 else f"{count:,} windows"
 
 
 def open_set(path: str) -> list[TokenFile]:
@@ -176,46 +215,73 @@ def _check_fractions(config: Config) -> dict[str, float]:
 
 
 def check_vocabulary(token_file: TokenFile, vocab_size: int) -> None:
-    """Raise UsageError unless a vocabulary of `vocab_size` ids holds every id of the data.
+    """Raise UsageError unless a vocabulary of `vocab_size` ids holds every id that occurs.
 
-    The manifest says how many ids the tokenizer has; without one all tokens are read.
+    Raises GrowkitError where the file is not what its manifest says. A tokenizer may have more
+    tokens than the model, as one for padding, as long as no text has them.
     """
-    if token_file.manifest is not None:
-        lowest = 0
-        highest = token_file.manifest["vocab_size"] - 1
-    else:
-        lowest, highest = _find_range(token_file.tokens)
-    if lowest < 0:
+    content = check_content(token_file)
+    if content.lowest < 0:
         raise UsageError(
-            f"{token_file.name} has the negative id {lowest}, which no vocabulary holds"
+            f"{token_file.name} has the negative id {content.lowest}, which no vocabulary holds"
         )
-    if highest >= vocab_size:
+    if content.highest >= vocab_size:
         raise UsageError(
-            f"{token_file.name} comes from a tokenizer whose ids exceed the vocabulary: ids up to "
-            f"{highest} need a vocabulary of {highest + 1}, and the model has {vocab_size}"
+            f"{token_file.name} has ids that exceed the vocabulary: ids up to {content.highest} "
+            f"occur, which need a vocabulary of {content.highest + 1}, and the model has "
+            f"{vocab_size}"
         )
-
-
-def _find_range(tokens: np.ndarray) -> tuple[int, int]:
-    """The lowest and the highest id, read in bounded memory."""
-    starts = range(0, len(tokens), _TOKENS_AT_ONCE)
-    parts = [tokens[start : start + _TOKENS_AT_ONCE] for start in starts]
-    lowest = min(int(part.min()) for part in parts)
-    highest = max(int(part.max()) for part in parts)
-    return lowest, highest
 
 
 def check_tokenizer(token_file: TokenFile, source: Source | None) -> None:
     """Raise UsageError when the data were tokenized with another tokenizer than the source's."""
     if source is None or "tokenizer.json" not in source.files:
         return
-    expected = hashlib.sha256(source.files["tokenizer.json"]).hexdigest()
+    theirs = source.files["tokenizer.json"]
     found = (token_file.manifest or {}).get("tokenizer_sha256")
-    if found not in (None, expected):
+    if found in (None, hashlib.sha256(theirs).hexdigest()):
+        return
+    ours = _read_tokenizer_files(token_file).get("tokenizer.json", b"")
+    if not encode_alike(ours, theirs):
         raise UsageError(
             f"{token_file.name} was tokenized with another tokenizer than the one {source.path} "
             f"carries; tokenize the text with --tokenizer from there"
         )
+
+
+def _check_one_tokenizer(token_files: Iterable[TokenFile]) -> None:
+    """Raise UsageError when data sets were tokenized with different tokenizers."""
+    first: tuple[TokenFile, str] | None = None
+    for token_file in token_files:
+        found = (token_file.manifest or {}).get("tokenizer_sha256")
+        if found is None:
+            continue
+        if first is None:
+            first = (token_file, found)
+        if found != first[1]:
+            one, other = (
+                _read_tokenizer_files(each).get("tokenizer.json", b"")
+                for each in (first[0], token_file)
+            )
+            if not encode_alike(one, other):
+                raise UsageError(
+                    f"{first[0].name} and {token_file.name} were tokenized with different "
+                    f"tokenizers, so the same ids mean other tokens; tokenize both with one"
+                )
+
+
+def encode_alike(one: bytes, other: bytes) -> bool:
+    """Whether two tokenizer.json differ in nothing but what is not obeyed: truncation, padding."""
+    contents = []
+    for each in (one, other):
+        try:
+            content = json.loads(each)
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(content, dict):
+            return False
+        contents.append(content | {"truncation": None, "padding": None})
+    return bool(contents[0] == contents[1])
 
 
 def _read_tokenizer_files(token_file: TokenFile) -> dict[str, bytes]:

@@ -1,68 +1,89 @@
-"""Text: files of many forms, read in blocks of whole documents.
+"""Text files of many forms, read in blocks of whole documents.
 
-Knows plain files, JSON lines, Parquet, gzip, Zstandard and whole directories, on a disk or in a bucket, and
-which part of them one of several machines takes. A block is what is sent to a process: JSON lines are parsed
-there, not here, so that one reader keeps many processes busy. Leaves what becomes of the text to
-`trainer.data.tokenize`.
+Plain files, JSON lines and Parquet, compressed or not, on a disk or in a bucket. A block is what is
+sent to a process. JSON lines are parsed there, so that the one process that reads can keep many
+others busy. A shard is the part of the text that one of several machines takes.
 """
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import itertools
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
+from operator import itemgetter
+from typing import Any, BinaryIO, TypeVar, cast
 
 from etils import epath
 
 from growkit.errors import GrowkitError, UsageError
+from growkit.textfiles import (
+    HEAD,
+    JSON_LINES,
+    MARK,
+    PARQUET,
+    describe_foreign,
+    get_ending,
+    holds_json_lines,
+    import_optional,
+    open_text,
+    parse_json,
+)
+from trainer.data.cleaning import Cleaner, Faults
+from trainer.data.listing import Listing, Numbered, list_inputs
 
 BLOCK_SIZE = 1 << 18  # bytes of JSON lines, characters of other text
 
-_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
-_COMPRESSED = (".gz", ".zst")
-_ROWS = 100  # of Parquet, read at once
+_PROSE = (".md", ".rst", ".py")  # never JSON lines, whatever they begin with
+_PARQUET_MAGIC = b"PAR1"
+_PARQUET_ROWS = 100  # read at once
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents one after the other; `number` is the first one's."""
+    """A block of documents."""
 
     texts: list[str]
-    number: int = 0
-    source: int = 0  # which of the inputs it is from
+    number: int = 0  # of the first document
+    source: int = 0  # number of the input that they are from
+    faults: Faults = Faults()  # of what was read since the block before
 
-    def read_documents(self) -> Iterator[tuple[str, str]]:
-        """Each document and where it stands, in words."""
-        return ((text, f"document {number}") for number, text in enumerate(self.texts, self.number))
+    def read_documents(self, cleaner: Cleaner) -> Iterator[tuple[str, str]]:
+        """Each document, and where it stands in words."""
+        for number, text in enumerate(self.texts, self.number):
+            where = f"document {number}"
+            document = cleaner.clean(text, where)
+            if document is not None:
+                yield document, where
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Lines of a JSON lines file, not parsed yet: whole ones, from line `number` at byte `offset` on."""
+    """A block of whole lines of a JSON lines file, not parsed yet."""
 
     data: bytes
     path: str
-    number: int
-    offset: int
-    source: int = 0
+    number: int  # of the first line
+    offset: int  # of the first byte in the file
+    source: int = 0  # number of the input that they are from
+    faults: Faults = Faults()  # those of its lines are found when they are read
 
-    def read_documents(self) -> Iterator[tuple[str, str]]:
-        """Each document and where it stands, in words. Raises GrowkitError where a line is broken."""
+    def read_documents(self, cleaner: Cleaner) -> Iterator[tuple[str, str]]:
+        """Each document, and where it stands in words. Raises GrowkitError for a broken line."""
         offset = self.offset
         for number, line in enumerate(self.data.split(b"\n"), self.number):
-            text = _decode(line, self.path, offset)
+            where = f"{self.path}, line {number}"
+            document = _read_json_line(line, self.path, offset, where, cleaner)
             offset += len(line) + 1
-            if text.strip():
-                where = f"{self.path}, line {number}"
-                yield _json_text(text, where), where
+            if document is not None:
+                yield document, where
 
 
 Block = Documents | JsonLines
@@ -70,10 +91,11 @@ Block = Documents | JsonLines
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `number` (from 1) of `count` parts of the inputs, so that several machines share the work.
+    """Part `number` (from 1) of `count` parts of the inputs, for one of several machines.
 
-    With at least as many files as parts, part i is every count-th file beginning with the i-th, and no other is
-    read. With fewer files it is every count-th block of all files: then every machine reads everything.
+    With at least as many files as parts, part i is every count-th file beginning with the i-th, and
+    the machine reads no other file. With fewer files it is every count-th block of all files, and
+    every machine reads everything.
     """
 
     number: int
@@ -81,7 +103,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From "i/n". Raises UsageError."""
+        """Read "i/n". Raises UsageError."""
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
             raise UsageError(
@@ -89,59 +111,92 @@ class Shard:
             )
         return cls(int(found[1]), int(found[2]))
 
-    def select(self, things: Iterable) -> Iterator:
+    def select(self, things: Iterable[T]) -> Iterator[T]:
         """Every count-th thing, beginning with the number-th."""
         return itertools.islice(things, self.number - 1, None, self.count)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Text files by the names they were given under. Make one with `open_inputs`."""
+    """Text files by the names they were given under. Made by `open_inputs`.
+
+    disguised: names of files that turned out to be JSON lines, filled in as they are read.
+    """
 
     names: list[str]
-    files: list[tuple[int, epath.Path]]  # (which name, file), in order
+    listing: Listing
+    policy: str = "strict"  # see `trainer.data.cleaning`
+    disguised: set[str] = field(default_factory=set)
+
+    @property
+    def files(self) -> list[Numbered]:
+        """(number of the name, file), in order."""
+        return self.listing.files
 
     def read_blocks(self, shard: Shard | None = None) -> Iterator[Block]:
-        """All text, or one shard of it, in order; the same blocks however often it is read."""
-        files, spread = self.files, False
-        if shard is not None and shard.count <= len(files):
-            files = list(shard.select(files))
-        elif shard is not None:
-            spread = True
-        blocks = _blocks(files)
-        return shard.select(blocks) if spread else blocks
+        """All text, or one shard of it, in order; the same blocks at every reading."""
+        if shard is None or shard.count <= len(self.files):
+            return self._read_files(self.select_files(shard))
+        return shard.select(self._read_files(self.files))
+
+    def select_files(self, shard: Shard | None) -> list[Numbered]:
+        """The files that a shard reads: its own, or all where there are more shards than files."""
+        if shard is None or shard.count > len(self.files):
+            return self.files
+        return list(shard.select(self.files))
 
     def read_documents(self) -> Iterator[str]:
         """All documents, empty ones included. Raises GrowkitError for what is not text."""
-        for text, where in itertools.chain.from_iterable(
-            block.read_documents() for block in self.read_blocks()
-        ):
-            count_utf8_bytes(text, where)
-            yield text
+        cleaner = Cleaner(self.policy)
+        for block in self.read_blocks():
+            for text, _ in block.read_documents(cleaner):
+                yield text
+
+    def _read_files(self, files: Iterable[Numbered]) -> Iterator[Block]:
+        for source, group in itertools.groupby(files, itemgetter(0)):
+            reading = _Reading(source, Cleaner(self.policy), self.disguised)
+            yield from reading.read_files(path for _, path in group)
 
 
-def open_inputs(texts: Sequence[str | os.PathLike]) -> Inputs:
-    """Files, and the text files under directories, sorted. Raises UsageError where there are none."""
-    if not texts:
-        raise UsageError("name at least one text file or directory to tokenize")
-    files = [
-        (number, file) for number, text in enumerate(texts) for file in _files_of(epath.Path(text))
-    ]
-    return Inputs([os.fspath(text) for text in texts], files)
+def open_inputs(texts: Sequence[str | os.PathLike[str]], policy: str = "strict") -> Inputs:
+    """Files, and the text files under directories, sorted.
+
+    policy: what is done with bytes that are no text. Raises UsageError where there are no files.
+    """
+    return Inputs([os.fspath(text) for text in texts], list_inputs(texts), policy)
+
+
+class _Group:
+    """Gathers documents into blocks of bounded size."""
+
+    def __init__(self, source: int) -> None:
+        self.source = source
+        self.texts: list[str] = []
+        self.number = 0
+        self.size = 0
+
+    def add(self, text: str) -> Iterator[Documents]:
+        """Take a document, and yield the block that is full before it."""
+        if self.texts and self.size + len(text) > BLOCK_SIZE:
+            yield from self.flush()
+        self.texts.append(text)
+        self.size += len(text)
+
+    def flush(self) -> Iterator[Documents]:
+        """Yield what is gathered."""
+        if self.texts:
+            yield Documents(self.texts, self.number, self.source)
+        self.number += len(self.texts)
+        self.texts = []
+        self.size = 0
 
 
 def group_documents(texts: Iterable[str], source: int = 0) -> Iterator[Documents]:
-    """Documents in blocks of bounded size; a long one is in a block of its own."""
-    group: list[str] = []
-    number = size = 0
+    """Documents in blocks of bounded size; a longer document is a block of its own."""
+    group = _Group(source)
     for text in texts:
-        if group and size + len(text) > BLOCK_SIZE:
-            yield Documents(group, number, source)
-            number, group, size = number + len(group), [], 0
-        group.append(text)
-        size += len(text)
-    if group:
-        yield Documents(group, number, source)
+        yield from group.add(text)
+    yield from group.flush()
 
 
 def has_text(document: str) -> bool:
@@ -149,150 +204,183 @@ def has_text(document: str) -> bool:
     return bool(document) and not document.isspace()
 
 
-def count_utf8_bytes(document: str, where: str) -> int:
-    """The length of a document in UTF-8. Raises GrowkitError for half a surrogate pair."""
-    try:
-        return len(document.encode())
-    except UnicodeEncodeError as error:
-        raise GrowkitError(
-            f"{where} is not text: it has half a surrogate pair at character {error.start}"
-        ) from error
+@dataclass(frozen=True)
+class _Reading:
+    """Reads the files of one input. Small files share a block, but not JSON lines."""
 
+    source: int
+    cleaner: Cleaner
+    disguised: set[str]
 
-def _files_of(path: epath.Path) -> list[epath.Path]:
-    if not path.exists():
-        raise UsageError(f"no such file or directory: {path}")
-    if not path.is_dir():
-        return [path]
-    files = sorted(
-        folder / name
-        for folder, _, names in path.walk()
-        for name in names
-        if _form(name) in _SUFFIXES
-    )
-    if not files:
-        raise UsageError(
-            f"no text files under {path}; looked for {', '.join(_SUFFIXES)}, and these with {' or '.join(_COMPRESSED)}"
-        )
-    return files
+    def read_files(self, paths: Iterable[epath.Path]) -> Iterator[Block]:
+        """The blocks of files; each says what its policy did since the one before."""
+        group = _Group(self.source)
+        for path in paths:
+            for block in self._read_file(path, group):
+                yield replace(block, faults=self.cleaner.take())
+        for block in group.flush():
+            yield replace(block, faults=self.cleaner.take())
+        left = self.cleaner.take()
+        if left:
+            yield Documents([], source=self.source, faults=left)
 
+    def _read_file(self, path: epath.Path, group: _Group) -> Iterator[Block]:
+        with _open(path) as file:
+            head = file.peek(HEAD)
+            foreign = None if head.startswith(_PARQUET_MAGIC) else describe_foreign(head)
+            if foreign:
+                self.cleaner.refuse(GrowkitError(f"{path} is {foreign}"))
+                return
+            read = self._choose_reader(path, head)
+            if read is _read_json_lines:
+                yield from group.flush()
+                yield from _read_json_lines(file, path, self.source)
+                return
+            for text in read(file, path, self.cleaner):
+                yield from group.add(text)
 
-def _form(name: str) -> str:
-    """The suffix of a file's name, that of its compression apart."""
-    for suffix in _COMPRESSED:
-        name = name.removesuffix(suffix)
-    return os.path.splitext(name)[1]
-
-
-def _blocks(files: Iterable[tuple[int, epath.Path]]) -> Iterator[Block]:
-    """The blocks of files; small files of one input share some."""
-    for (source, lines), group in itertools.groupby(
-        files, lambda file: (file[0], _form(file[1].name) == ".jsonl")
-    ):
-        paths = (path for _, path in group)
-        if lines:
-            yield from itertools.chain.from_iterable(
-                _read_json_lines(path, source) for path in paths
-            )
-        else:
-            yield from group_documents(itertools.chain.from_iterable(map(_read_texts, paths)), source)
-
-
-def _read_texts(path: epath.Path) -> Iterator[str]:
-    """The documents of one file, empty ones included."""
-    with _open(path) as file:
-        if _form(path.name) == ".parquet":
-            yield from _read_parquet(file, path)
-        else:
-            yield _decode(file.read(), str(path), 0)
+    def _choose_reader(self, path: epath.Path, head: bytes) -> Callable[..., Iterator[Any]]:
+        """The function that reads a file, by its ending and by what it holds."""
+        ending = get_ending(path.name)
+        if ending == PARQUET or head.startswith(_PARQUET_MAGIC):
+            return _read_parquet
+        if ending == ".json" and _is_one_document(head):
+            return _read_json_documents
+        if ending in JSON_LINES:
+            return _read_json_lines
+        if ending not in _PROSE and holds_json_lines(head):
+            self.disguised.add(path.name)
+            return _read_json_lines
+        return _read_plain_text
 
 
 @contextmanager
-def _open(path: epath.Path) -> Iterator[BinaryIO]:
+def _open(path: epath.Path) -> Iterator[BufferedReader]:
+    """Open a file for reading, decompressed and in UTF-8."""
     try:
-        with path.open("rb") as raw, _unpacked(raw, path) as file:
+        with path.open("rb") as raw, open_text(cast(BinaryIO, raw), str(path)) as file:
             yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise GrowkitError(f"{path} is not a whole {path.suffix[1:]} file: {error}") from error
     except OSError as error:
         raise GrowkitError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _unpacked(raw: BinaryIO, path: epath.Path) -> AbstractContextManager[BinaryIO]:
-    if path.suffix == ".gz":
-        return gzip.open(raw)
-    return _unpacked_zstandard(raw, path) if path.suffix == ".zst" else nullcontext(raw)
-
-
-@contextmanager
-def _unpacked_zstandard(raw: BinaryIO, path: epath.Path) -> Iterator[BinaryIO]:
+def _is_one_document(head: bytes) -> bool:
+    """Whether a .json file is an array, or an object over several lines, and not JSON lines."""
+    begins = head.decode(errors="replace").lstrip(MARK).lstrip()
+    line, newline, _ = begins.partition("\n")
+    if begins.startswith("[") or not newline:
+        return begins.startswith("[")
     try:
-        from compression import zstd  # Python 3.14 and later
-    except ImportError:
-        zstd = _optional("backports.zstd", path)
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        # What goes on in the next line is whole up to its end; a broken line is not.
+        return error.pos >= len(line.rstrip())
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _read_plain_text(file: BufferedReader, path: epath.Path, cleaner: Cleaner) -> Iterator[str]:
+    """A file that is one document."""
+    text = cleaner.decode(file.read(), str(path), 0)
+    if text is not None:
+        yield text.removeprefix(MARK)
+
+
+def _read_json_lines(file: BufferedReader, path: epath.Path, source: int) -> Iterator[JsonLines]:
+    number = 1
+    offset = 0
+    while data := file.read(BLOCK_SIZE):
+        # The rest of the last line, so that no line is in two blocks.
+        if not data.endswith(b"\n"):
+            data += file.readline()
+        yield JsonLines(data, str(path), number, offset, source)
+        number += data.count(b"\n")
+        offset += len(data)
+
+
+def _read_json_line(
+    line: bytes, path: str, offset: int, where: str, cleaner: Cleaner
+) -> str | None:
+    """The document of one line; None for a blank line, and where the policy leaves it out."""
+    text = cleaner.decode(line, path, offset)
+    if text is None:
+        return None
+    # Files joined by `cat` have marks at the beginning of lines.
+    text = text.lstrip(MARK).strip()
+    if not text:
+        return None
     try:
-        with zstd.open(raw) as file:
-            yield file
-    except zstd.ZstdError as error:
-        raise GrowkitError(f"{path} is not a whole zst file: {error}") from error
+        value = parse_json(text, where, cleaner.is_strict)
+    except GrowkitError as error:
+        cleaner.refuse(error)
+        return None
+    return _clean_text(value, where, cleaner)
 
 
-def _optional(module: str, path: epath.Path) -> Any:
-    """A package that only some files need."""
+def _get_text(value: Any, where: str) -> str:
+    """The "text" of a JSON object; a null is an empty document. Raises GrowkitError."""
+    if not isinstance(value, dict):
+        raise GrowkitError(
+            f'{where} must be an object with a string under "text", and is no object'
+        )
+    text = value.get("text", value)
+    if text is None:
+        return ""
+    if isinstance(text, str):
+        return text
+    keys = ", ".join(repr(key) for key in list(value)[:10]) or "no key"
+    what = f"has {keys}" if text is value else "has something else there"
+    raise GrowkitError(f'{where} must be an object with a string under "text", and {what}')
+
+
+def _read_json_documents(file: BufferedReader, path: epath.Path, cleaner: Cleaner) -> Iterator[str]:
+    """The documents of a .json file that is one array of objects, or one object."""
+    text = cleaner.decode(file.read(), str(path), 0)
+    if text is None:
+        return
     try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.removesuffix(".parquet")
-        raise UsageError(
-            f"reading {path} needs the package {package}: pip install {package}"
-        ) from None
+        value = parse_json(text.lstrip(MARK), str(path), cleaner.is_strict)
+    except GrowkitError as error:
+        cleaner.refuse(error)
+        return
+    items = value if isinstance(value, list) else [value]
+    for number, item in enumerate(items, 1):
+        where = f"{path}, item {number}" if isinstance(value, list) else str(path)
+        document = _clean_text(item, where, cleaner)
+        if document is not None:
+            yield document
 
 
-def _read_json_lines(path: epath.Path, source: int) -> Iterator[JsonLines]:
-    number, offset = 1, 0
-    with _open(path) as file:
-        # A block ends with a whole line, so that no line is in two.
-        while data := file.read(BLOCK_SIZE):
-            if not data.endswith(b"\n"):
-                data += file.readline()
-            yield JsonLines(data, str(path), number, offset, source)
-            number, offset = number + data.count(b"\n"), offset + len(data)
-
-
-def _json_text(line: str, where: str) -> str:
-    """The "text" of one JSON line."""
+def _clean_text(value: Any, where: str, cleaner: Cleaner) -> str | None:
+    """The "text" of a JSON object; None where the policy leaves it out."""
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise GrowkitError(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise GrowkitError(f'{where} must be an object with a string under "text"')
-    return value["text"]
+        document = _get_text(value, where)
+    except GrowkitError as error:
+        cleaner.refuse(error)
+        return None
+    return cleaner.clean(document, where)
 
 
-def _read_parquet(file: BinaryIO, path: epath.Path) -> Iterator[str]:
+def _read_parquet(file: BufferedReader, path: epath.Path, cleaner: Cleaner) -> Iterator[str]:
     """The column "text" of a Parquet file, row by row; a null is an empty document."""
-    parquet = _optional("pyarrow.parquet", path)
+    parquet = import_optional("pyarrow.parquet", str(path))
     arrow = importlib.import_module("pyarrow")
     try:
         table = parquet.ParquetFile(file)
-        kinds = {field.name: field.type for field in table.schema_arrow}
-        if kinds.get("text") not in (arrow.string(), arrow.large_string()):
-            there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-            raise GrowkitError(f'{path} must have a column "text" of strings; it has {there}')
-        for rows in table.iter_batches(_ROWS, columns=["text"]):
-            yield from (text or "" for text in rows.column(0).to_pylist())
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        types = {field.name: field.type for field in table.schema_arrow}
+        if types.get("text") not in (arrow.string(), arrow.large_string()):
+            present = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+            raise GrowkitError(f'{path} must have a column "text" of strings; it has {present}')
+        row = 0
+        for rows in table.iter_batches(_PARQUET_ROWS, columns=["text"]):
+            # As bytes: Parquet files exist whose strings are no UTF-8.
+            for data in rows.column(0).cast(arrow.large_binary()).to_pylist():
+                text = cleaner.decode(data or b"", f"row {row} of {path}", 0)
+                row += 1
+                if text is not None:
+                    yield text
+    except arrow.ArrowException as error:
         raise GrowkitError(
             f"{path} is not a whole Parquet file of text: {' '.join(str(error).split())}"
-        ) from error
-
-
-def _decode(data: bytes, path: str, offset: int) -> str:
-    """Text from bytes that begin at byte `offset` of the file."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise GrowkitError(
-            f"{path} is not UTF-8 text: byte {offset + error.start} is 0x{data[error.start]:02x}"
         ) from error

@@ -1,8 +1,7 @@
-"""Tokenized text: from text files and a tokenizer to a directory of token ids that training reads.
+"""Tokenization: from text files and a tokenizer to a directory of token ids that training reads.
 
-Knows how blocks of text become ids, in one process or many, and what the directory holds: the token file, its
-manifest, and the tokenizer. Leaves reading text to `trainer.data.text`, tokenizers to `trainer.data.tokenizer`, processes
-to `trainer.data.processes` and the format of the token file to `trainer.data.tokens`.
+Blocks of text are encoded by one process or many. The directory holds the token file, its manifest
+and the tokenizer; it appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,23 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from growkit.checkpoint.output import check_output, commit_output
 from growkit.errors import UsageError
+from trainer.data.cleaning import Cleaner, Faults, check_policy
+from trainer.data.listing import is_pipe
 from trainer.data.processes import count_cores, map_in_order
 from trainer.data.text import (
     BLOCK_SIZE,
     Block,
     Documents,
+    Inputs,
     Shard,
-    count_utf8_bytes,
     group_documents,
     has_text,
     open_inputs,
@@ -34,75 +36,113 @@ from trainer.data.text import (
 from trainer.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, write_tokenizer
 from trainer.data.tokens import MANIFEST, TokenWriter
 
-Progress = Callable[[int, int, int], None]
+PathName = str | os.PathLike[str]
+Progress = Callable[[int, int, int], None]  # (documents, tokens, bytes of text) so far
+Say = Callable[[str], None]
 
 
 def tokenize(
-    texts: Sequence[str | os.PathLike],
-    out: str | os.PathLike,
-    tokenizer: str | os.PathLike | None = None,
+    texts: Sequence[PathName],
+    out: PathName,
+    tokenizer: PathName | None = None,
     train_bpe: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
     processes: int = 1,
     shard: Shard | None = None,
-) -> dict:
+    end_of_text: str | None = None,
+    errors: str = "strict",
+    say: Say = lambda words: None,
+) -> dict[str, Any]:
     """Tokenize text files, or one shard of them, into the directory `out`; returns its manifest.
 
-    `texts` are files or directories. A `.jsonl` file holds one object a line, whose "text" is a document; each
-    row of a `.parquet` file is one, in the column "text"; any other file is one document. Each may be compressed
-    (`.gz`, `.zst`). A directory means the .txt, .md, .rst, .py, .jsonl and .parquet files under it, sorted. Give
-    either `tokenizer`, a tokenizer.json or a directory holding one, or `train_bpe`, the vocabulary size of a
-    byte-level BPE to train on the text. `progress`, if given, is called with the documents, tokens and bytes of
-    text written so far. The output is the same for any number of `processes`, which are started by spawning: with
-    more than one, the calling script needs the usual `if __name__ == "__main__"`. One is the calling process, in
-    which the tokenizer has threads of its own.
+    texts: files or directories; `trainer.data.listing` says what is read of a directory. A line of
+    JSON lines is an object whose "text" is a document; a row of a .parquet file is a document, in
+    the column "text"; any other file is one document. Each may be compressed, whatever its name.
+    tokenizer, train_bpe: give one of them, a tokenizer.json or a directory that holds one, or the
+    vocabulary size of a byte-level BPE to train on the text.
+    progress: called with the documents, tokens and bytes of text written so far.
+    processes: does not change the output. One is the calling process, in which the tokenizer has
+    threads of its own. More are spawned, so the calling script needs `if __name__ == "__main__"`.
+    end_of_text: the token that ends a document; None for the tokenizer's own.
+    errors: strict, replace or skip; see `trainer.data.cleaning`.
+    say: called with lines about what is read and what is passed over.
 
     Raises UsageError for arguments that cannot work and GrowkitError for broken files.
     """
+    _check_arguments(tokenizer, train_bpe, shard)
+    check_policy(errors)
+    check_output(_check_local(out), None, force)
+    inputs = open_inputs(texts, errors)
+    say(inputs.listing.describe(inputs.select_files(shard)))
+    if tokenizer is not None:
+        loaded = load_tokenizer(tokenizer, end_of_text)
+    else:
+        _refuse_pipes(inputs)
+        loaded = train_tokenizer(inputs.read_documents(), train_bpe or 0, end_of_text)
+    encoded = _encode_blocks(inputs.read_blocks(shard), loaded, processes, errors)
+    origin = {"sources": [epath.Path(text).name for text in texts], "errors": errors}
+    if shard is None:
+        encoded = _refuse_empty_inputs(encoded, inputs.names)
+    else:
+        origin["shard"] = f"{shard.number}/{shard.count}"
+    manifest = _write_directory(encoded, out, loaded, origin, force, progress)
+    if inputs.disguised:
+        say(f"note: {_name_some(inputs.disguised)} held JSON lines and were read as such")
+    return manifest
+
+
+def _name_some(names: set[str], most: int = 3) -> str:
+    """Some names, and how many others there are."""
+    listed = ", ".join(sorted(names)[:most])
+    others = len(names) - most
+    return f"{listed} and {others:,} others" if others > 0 else listed
+
+
+def _refuse_pipes(inputs: Inputs) -> None:
+    """Refuse what can be read only once, where a tokenizer is trained on the text first."""
+    for _, path in inputs.files:
+        if is_pipe(path):
+            raise UsageError(
+                f"{path} is a pipe, and --train-bpe reads the text twice; write it to a file first"
+            )
+
+
+def _check_arguments(
+    tokenizer: PathName | None, train_bpe: int | None, shard: Shard | None
+) -> None:
+    """Refuse a tokenizer that is given twice or not at all, or is another one for each shard."""
     if (tokenizer is None) == (train_bpe is None):
         raise UsageError(
             "give either a tokenizer or the vocabulary size of one to train, and not both"
         )
     if shard is not None and tokenizer is None:
         raise UsageError(
-            "all shards need one tokenizer: train it on some of the text first, and give it with --tokenizer"
+            "all shards need one tokenizer: train it on some of the text first, and give it with "
+            "--tokenizer"
         )
-    check_output(_local(out), None, force)
-    inputs = open_inputs(texts)
-    if tokenizer is not None:
-        chosen = load_tokenizer(tokenizer)
-    else:
-        chosen = train_tokenizer(inputs.read_documents(), train_bpe)
-    encoded = _encoded(inputs.read_blocks(shard), chosen, processes)
-    about: dict = {"sources": [epath.Path(text).name for text in texts]}
-    if shard is not None:
-        about["shard"] = f"{shard.number}/{shard.count}"
-    else:
-        encoded = _refuse_empty(encoded, inputs.names)
-    return _write(encoded, out, chosen, about, force, progress)
 
 
 def tokenize_documents(
     documents: Iterable[str],
-    out: str | os.PathLike,
+    out: PathName,
     tokenizer: TextTokenizer,
     sources: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
     processes: int = 1,
-) -> dict:
+) -> dict[str, Any]:
     """Tokenize documents, one string each, into the directory `out`; returns its manifest.
 
-    Writes tokens.bin, tokens.idx, manifest.json, tokenizer.json and tokenizer_config.json, all or none. One
-    end-of-text id follows each document; a document that spells out a special token gets that token's id, as
-    in `transformers`. Documents without text (empty or white space) are skipped and counted. `sources` are
-    names for the manifest. `documents` is consumed as a stream.
+    Writes tokens.bin, tokens.idx, manifest.json, tokenizer.json and tokenizer_config.json, all or
+    none. One end-of-text id follows each document. A document that spells out a special token gets
+    that token's id, as in `transformers`. Documents without text (empty or white space) are skipped
+    and counted. `sources` are names for the manifest. `documents` is consumed as a stream.
 
     Raises UsageError when `out` exists (unless `force`) or when there is no text at all.
     """
-    encoded = _encoded(group_documents(documents), tokenizer, processes)
-    return _write(encoded, out, tokenizer, {"sources": list(sources)}, force, progress)
+    encoded = _encode_blocks(group_documents(documents), tokenizer, processes)
+    return _write_directory(encoded, out, tokenizer, {"sources": list(sources)}, force, progress)
 
 
 @dataclass(frozen=True)
@@ -110,160 +150,193 @@ class _Piece:
     """A part of a document that is too long to be encoded at once."""
 
     text: str
-    where: str
-    complete: bool  # it is the document's last
-    source: int
+    complete: bool  # this is the last piece of the document
+    source: int  # number of the input that it is from
+    faults: Faults = Faults()  # of the block that the document was
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """What became of a block: ids int32 [tokens], end-of-text ids included, and the length of each document."""
+    """The ids of a block or a piece."""
 
-    source: int
-    ids: np.ndarray
-    lengths: list[int]
-    bytes: int
-    empty: int = 0
-    complete: bool = True  # the last document does not go on in the next block
+    source: int  # number of the input that they are from
+    ids: np.ndarray  # int32 [tokens], end-of-text ids included
+    lengths: list[int]  # tokens of each document
+    bytes: int  # of the text
+    empty: int = 0  # documents without text
+    faults: Faults = Faults()  # what was replaced or left out since the block before
+    complete: bool = True  # False: the document goes on in the next piece
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Encodes blocks, in whichever process it is made."""
+    """Encodes blocks and pieces, in whichever process it is made."""
 
     tokenizer: TextTokenizer
+    policy: str  # see `trainer.data.cleaning`
 
     def __call__(self, block: Block | _Piece) -> _Encoded:
-        end = np.array([self.tokenizer.end_of_text_id], np.int32)
         if isinstance(block, _Piece):
-            (ids,) = self.tokenizer.encode([block.text])
-            ids = np.concatenate([ids, end]) if block.complete else ids
-            return _Encoded(
-                block.source,
-                ids,
-                [len(ids)],
-                count_utf8_bytes(block.text, block.where),
-                0,
-                block.complete,
-            )
-        texts, size, empty = [], 0, 0
-        for text, where in block.read_documents():
+            return self._encode_piece(block)
+        return self._encode_block(block)
+
+    @property
+    def _end(self) -> np.ndarray:
+        return np.array([self.tokenizer.end_of_text_id], np.int32)
+
+    def _encode_piece(self, piece: _Piece) -> _Encoded:
+        (ids,) = self.tokenizer.encode([piece.text])
+        if piece.complete:
+            ids = np.concatenate([ids, self._end])
+        size = len(piece.text.encode())
+        return _Encoded(
+            piece.source, ids, [len(ids)], size, faults=piece.faults, complete=piece.complete
+        )
+
+    def _encode_block(self, block: Block) -> _Encoded:
+        texts = []
+        size = 0
+        empty = 0
+        cleaner = Cleaner(self.policy)
+        for text, _ in block.read_documents(cleaner):
             if has_text(text):
-                size += count_utf8_bytes(text, where)
+                size += len(text.encode())
                 texts.append(text)
             else:
                 empty += 1
-        documents = [np.concatenate([*ids, end]) for ids in self._encode(texts)]
+        documents = [np.concatenate([*ids, self._end]) for ids in self._encode_texts(texts)]
         ids = np.concatenate([np.zeros(0, np.int32), *documents])
-        return _Encoded(block.source, ids, [*map(len, documents)], size, empty)
+        lengths = [len(document) for document in documents]
+        return _Encoded(block.source, ids, lengths, size, empty, block.faults + cleaner.take())
 
-    def _encode(self, texts: list[str]) -> Iterator[list[np.ndarray]]:
-        """The ids of each text, in pieces: all texts at once where they are short, for speed."""
-        if sum(map(len, texts)) <= 2 * BLOCK_SIZE:
-            yield from ([ids] for ids in self.tokenizer.encode(texts))
+    def _encode_texts(self, texts: list[str]) -> Iterator[list[np.ndarray]]:
+        """The ids of each text, in pieces."""
+        # Where the texts are short, all at once, which is faster than one by one.
+        if sum(len(text) for text in texts) <= 2 * BLOCK_SIZE:
+            for ids in self.tokenizer.encode(texts):
+                yield [ids]
             return
         for text in texts:
-            yield [
-                ids
-                for piece in self.tokenizer.cut_pieces(text)
-                for ids in self.tokenizer.encode([piece])
-            ]
+            pieces = self.tokenizer.cut_pieces(text)
+            yield [ids for piece in pieces for ids in self.tokenizer.encode([piece])]
 
 
-def _encoded(
-    blocks: Iterable[Block], tokenizer: TextTokenizer, processes: int
-) -> Iterator[_Encoded]:
-    """What becomes of blocks of text, in order, computed by so many processes."""
+def _encode_blocks(
+    blocks: Iterable[Block], tokenizer: TextTokenizer, processes: int, policy: str = "strict"
+) -> Generator[_Encoded, None, None]:
+    """The ids of blocks of text, in order, computed by so many processes."""
     if processes < 1:
         raise UsageError(
-            f"the number of processes must be at least 1, not {processes}; here are {count_cores()} cores"
+            f"the number of processes must be at least 1, not {processes}; here are "
+            f"{count_cores()} cores"
         )
-    return map_in_order(_Encoder, (tokenizer,), _cut(blocks, tokenizer), processes)
+    tasks = _cut_long_documents(blocks, tokenizer)
+    return map_in_order(_Encoder, (tokenizer, policy), tasks, processes)
 
 
-def _cut(blocks: Iterable[Block], tokenizer: TextTokenizer) -> Iterator[Block | _Piece]:
-    """The blocks, with a document too long for one process in pieces. The cuts depend on the document alone."""
+def _cut_long_documents(
+    blocks: Iterable[Block], tokenizer: TextTokenizer
+) -> Iterator[Block | _Piece]:
+    """The blocks, with a document too long for one process cut into pieces.
+
+    The cuts depend on nothing but the document.
+    """
     for block in blocks:
         if isinstance(block, Documents) and len(block.texts) == 1 and has_text(block.texts[0]):
-            ((document, where),) = block.read_documents()
-            count_utf8_bytes(document, where)
+            # Documents of files are clean; those of a caller are refused where they are not.
+            ((document, _),) = block.read_documents(Cleaner("strict"))
             *pieces, last = tokenizer.cut_pieces(document)
-            yield from (_Piece(piece, where, False, block.source) for piece in pieces)
-            yield _Piece(last, where, True, block.source)
+            for piece in pieces:
+                yield _Piece(piece, False, block.source)
+            yield _Piece(last, True, block.source, block.faults)
         else:
             yield block
 
 
-def _refuse_empty(encoded: Iterator[_Encoded], names: Sequence[str]) -> Iterator[_Encoded]:
-    """The same; raises UsageError where an input held no text."""
-    current, found = 0, False
+def _refuse_empty_inputs(
+    encoded: Iterable[_Encoded], names: Sequence[str]
+) -> Generator[_Encoded, None, None]:
+    """Pass on what is encoded. Raises UsageError where an input held no text."""
+    current = 0
+    found = False
     for each in encoded:
         if each.source != current:
-            _refuse_unless(found, names[current])
-            current, found = each.source, False
+            _refuse_unless(found, names[current : each.source])
+            current = each.source
+            found = False
         found = found or bool(each.lengths)
         yield each
-    _refuse_unless(found, names[current])
+    _refuse_unless(found, names[current:])
 
 
-def _refuse_unless(found: bool, name: str) -> None:
-    if not found:
-        raise UsageError(f"{name} holds no text; leave it out")
+def _refuse_unless(found: bool, names: Sequence[str]) -> None:
+    """Refuse the first input without text: all but the first have none, because none was read."""
+    empty = names[1:] if found else names
+    if empty:
+        raise UsageError(f"{empty[0]} holds no text; leave it out")
 
 
-def _write(
-    encoded: Iterator[_Encoded],
-    out: str | os.PathLike,
+def _write_directory(
+    encoded: Generator[_Encoded, None, None],
+    out: PathName,
     tokenizer: TextTokenizer,
-    about: dict,
+    origin: dict[str, Any],
     force: bool,
     progress: Progress | None,
-) -> dict:
-    """Write the directory of tokens; returns its manifest, `about` in it."""
-    check_output(_local(out), None, force)
-    counts = {"bytes": 0, "empty_documents": 0}
-    with commit_output(_local(out), force) as directory, closing(encoded):
+) -> dict[str, Any]:
+    """Write the directory of tokens; returns its manifest, with `origin` in it."""
+    path = _check_local(out)
+    check_output(path, None, force)
+    counts = {"bytes": 0, "empty_documents": 0, "skipped_documents": 0, "replaced_characters": 0}
+    with commit_output(path, force) as directory, closing(encoded):
         directory.mkdir()
         with TokenWriter(directory, tokenizer.vocab_size) as writer:
-            for ids, lengths in _whole_documents(encoded, counts):
+            for ids, lengths in _join_pieces(encoded, counts):
                 writer.add_all(ids, lengths)
                 if progress:
                     progress(writer.documents, writer.tokens, counts["bytes"])
         if not writer.documents:
-            where = f"shard {about['shard']}" if "shard" in about else "any document given"
+            where = f"shard {origin['shard']}" if "shard" in origin else "any document given"
             raise UsageError(f"there is no text to tokenize in {where}")
-        manifest = {
-            "tokenizer_sha256": hashlib.sha256(tokenizer.json).hexdigest(),
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text_id,
-            **writer.summary(),
-            **counts,
-            **about,
-        }
+        manifest = _describe_tokenizer(tokenizer) | writer.summary() | counts | origin
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         write_tokenizer(directory, tokenizer)
     return manifest
 
 
-def _whole_documents(
+def _describe_tokenizer(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What the manifest says of the tokenizer."""
+    return {
+        "tokenizer_sha256": hashlib.sha256(tokenizer.json).hexdigest(),
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text_id,
+    }
+
+
+def _join_pieces(
     encoded: Iterable[_Encoded], counts: dict[str, int]
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Ids and lengths of whole documents, their pieces joined; adds what was read to `counts`."""
+    """Ids and lengths of whole documents; adds the text that was read to `counts`."""
     pieces: list[np.ndarray] = []
     for each in encoded:
         counts["bytes"] += each.bytes
         counts["empty_documents"] += each.empty
+        counts["skipped_documents"] += each.faults.skipped
+        counts["replaced_characters"] += each.faults.replaced
         pieces.append(each.ids)
-        if each.complete:
-            ids = np.concatenate(pieces)
-            yield ids, each.lengths if len(pieces) == 1 else [len(ids)]
-            pieces = []
+        if not each.complete:
+            continue
+        ids = np.concatenate(pieces)
+        lengths = each.lengths if len(pieces) == 1 else [len(ids)]
+        pieces = []
+        yield ids, lengths
 
 
-def _local(out: str | os.PathLike) -> Path:
+def _check_local(out: PathName) -> Path:
+    """The path of an output on a local disk. Raises UsageError for a bucket."""
     name = os.fspath(out)
     if "://" in name:
         raise UsageError(
             f"token files are memory-mapped, so write them to a local disk and not to {name}"
         )
-    return Path(os.path.abspath(name))
+    return Path(os.path.abspath(os.path.expanduser(name)))

@@ -1,6 +1,6 @@
-"""Where compiled programs are kept, so that a run that is begun again or resumed need not compile them again.
+"""The cache of compiled programs, so that a run that begins again or resumes need not compile them.
 
-Knows the directory; JAX reads and writes it. Leaves whether to keep any to JAX's own settings.
+JAX reads and writes the cache; this file chooses its directory.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from pathlib import Path
 
 import jax
 
-DIRECTORY, SWITCH = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"
+DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
+SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 
 
 def enable_program_cache() -> None:
-    """Keep programs below the user's cache directory, unless the environment names another place or says no.
+    """Keep compiled programs below the user's cache directory.
 
-    A CPU's go by the machine's name: they use what its processor has, and another that shares the directory may not
-    have it.
+    Does nothing when the environment or JAX's settings name another place, or switch the cache on
+    or off. On a CPU the directory is named after the machine: programs use the instructions of its
+    processor, and another machine that shares the directory may not have them.
     """
     if DIRECTORY in os.environ or SWITCH in os.environ or jax.config.jax_compilation_cache_dir:
         return
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "growkit" / "programs"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = caches / "growkit" / "programs"
     if jax.default_backend() == "cpu":
-        kept = kept / platform.node()
-    jax.config.update("jax_compilation_cache_dir", str(kept))
+        directory = directory / platform.node()
+    jax.config.update("jax_compilation_cache_dir", str(directory))

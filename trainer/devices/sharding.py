@@ -1,9 +1,9 @@
-"""Where arrays lie on a mesh of devices: {logical axis: mesh axes}, applied to the rows of the axis table.
+"""Which part of each array each device holds: rules {logical axis: mesh axes} for the axis table.
 
-A mesh has three axes. Sequences are split over data and fsdp; parameters and their moments over fsdp; heads, the
-mlp and the vocabulary over tensor; with ZeRO-1 the moments over data as well. A dimension of fused axes is split
-by its first, the outermost in memory: (head qkv head_dim) by heads. Knows rows and meshes; leaves what is computed
-to the step and files to checkpoints.
+A mesh has three axes. The sequences of a batch are split over data and fsdp; parameters and their
+moments over fsdp; heads, hidden units and the vocabulary over tensor; with ZeRO-1 the moments over
+data too. A dimension that fuses several logical axes is split by the first one, the outermost in
+memory: (head qkv head_dim) is split by heads.
 """
 
 from __future__ import annotations
@@ -24,34 +24,40 @@ from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config import sections as config
 
+Rules = Mapping[str, tuple[str, ...]]
+
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# What a layer computes with: all of it but for tensor parallelism (Megatron-LM, arXiv 1909.08053).
+# A parameter in use: whole, except for tensor parallelism (Megatron-LM, arXiv 1909.08053).
 COMPUTE_RULES = {"head": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
-# Between uses parameters lie in parts (fully sharded data parallelism; ZeRO-3, arXiv 1910.02054).
+# A parameter at rest: split (fully sharded data parallelism; ZeRO-3, arXiv 1910.02054).
 PARAMETER_RULES = COMPUTE_RULES | {"embed": ("fsdp",)}
-# Optimizer state and the gradients that go into it (ZeRO-1 and 2). fsdp first: a part of a stored part.
+# Moments, and the gradients that update them (ZeRO-1 and 2). fsdp comes first, so that a part of a
+# moment is of a part of its parameter.
 ZERO_RULES = COMPUTE_RULES | {"embed": ("fsdp", "data")}
 
 
 def make_mesh(settings: config.Mesh, devices: Sequence[Any]) -> jax.sharding.Mesh:
-    """The mesh of a mesh section over `devices`: data 0 takes all that fsdp and tensor leave.
+    """The mesh that a mesh section asks for; data 0 takes all devices that fsdp and tensor leave.
 
-    One process may use fewer devices than it has. Raises UsageError for sizes that the devices do not give.
+    A single process may use fewer devices than it has. Raises UsageError for sizes for which there
+    are no devices.
     """
     rest = settings.fsdp * settings.tensor
     if not settings.data and len(devices) % rest:
+        allowed = _list_divisors(len(devices))
         raise UsageError(
-            f"mesh.fsdp x mesh.tensor = {settings.fsdp} x {settings.tensor} does not divide the {len(devices)} "
-            f"devices; their product may be {_either(_divisors(len(devices)))}"
+            f"mesh.fsdp x mesh.tensor = {settings.fsdp} x {settings.tensor} does not divide the "
+            f"{len(devices)} devices; their product may be {allowed}"
         )
-    shape = (settings.data or len(devices) // rest, settings.fsdp, settings.tensor)
+    data = settings.data or len(devices) // rest
+    shape = (data, settings.fsdp, settings.tensor)
     size = math.prod(shape)
-    several = len({device.process_index for device in devices}) > 1
-    if size > len(devices) or (several and size < len(devices)):
+    several_processes = len({device.process_index for device in devices}) > 1
+    if size > len(devices) or (several_processes and size < len(devices)):
         raise UsageError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} asks for {size} devices, and there "
-            f"are {len(devices)}; mesh.data=0 takes as many as are left"
+            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} asks for {size} "
+            f"devices, and there are {len(devices)}; mesh.data=0 takes as many as are left"
         )
     ordered = mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
     return jax.sharding.Mesh(ordered, MESH_AXES)
@@ -66,121 +72,141 @@ class Layout:
 
     @property
     def batch_shards(self) -> int:
-        """Into how many parts a batch of sequences is split."""
+        """How many parts the sequences of a batch are split into."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     @property
     def platform(self) -> str:
-        """What the devices are: cpu, gpu or tpu, be they here or not."""
-        return self.mesh.devices.flat[0].platform
+        """The kind of the devices, which need not be on this machine: cpu, gpu or tpu."""
+        return str(self.mesh.devices.flat[0].platform)
 
     @property
     def replicated(self) -> NamedSharding:
-        """A copy on every device."""
+        """Sharding of an array of which every device has a copy."""
         return self.make_sharding()
 
+    @property
+    def moment_rules(self) -> Rules:
+        """The rules for moments, and for the gradients that update them."""
+        return ZERO_RULES if self.zero1 else PARAMETER_RULES
+
     def make_sharding(self, *spec: Any) -> NamedSharding:
-        """The sharding of an array by the mesh axes of each dimension."""
+        """Sharding of an array by the mesh axes of each dimension."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def batch_sharding(self, dimension: int = 0) -> NamedSharding:
-        """That of sequences that are counted in `dimension`, all others whole."""
+        """Sharding of a batch whose sequences are along `dimension`."""
         return self.make_sharding(*[None] * dimension, BATCH_AXES)
 
-    def row_sharding(
-        self, row: Row, rules: Mapping[str, tuple[str, ...]], layers: bool = True
-    ) -> NamedSharding:
-        """That of a row's parameter by rules, with the layers stacked first or of one layer."""
+    def row_sharding(self, row: Row, rules: Rules, stacked: bool = True) -> NamedSharding:
+        """Sharding of a row's parameter by rules.
+
+        stacked: whether the array is of all layers, which come first, or of one layer.
+        """
+        layers = [None] * len(row.stacked) if stacked else []
         spec = [rules.get(axis) for axis in row.leading_axes]
-        return self.make_sharding(*[None] * (layers * len(row.stacked)), *spec)
+        return self.make_sharding(*layers, *spec)
 
     def parameter_sharding(self, row: Row) -> NamedSharding:
-        """That of a row's parameter between steps."""
+        """Sharding of a parameter at rest."""
         return self.row_sharding(row, PARAMETER_RULES)
 
     def moment_sharding(self, row: Row) -> NamedSharding:
-        """That of its moments, and of the gradient that they take in."""
+        """Sharding of a parameter's moments, and of the gradient that updates them."""
         return self.row_sharding(row, self.moment_rules)
 
-    @property
-    def moment_rules(self) -> Mapping[str, tuple[str, ...]]:
-        """The rules for moments and gradients."""
-        return ZERO_RULES if self.zero1 else PARAMETER_RULES
-
     def constrain(self, array: jax.Array, sharding: NamedSharding) -> jax.Array:
-        """Have the compiler lay an array out so. On one device nothing is said, and the program stays as it is."""
-        return array if self.mesh.size == 1 else jax.lax.with_sharding_constraint(array, sharding)
-
-    def gather_parameter(self, array: jax.Array, row: Row) -> jax.Array:
-        """One layer's parameter as computing needs it; its gradient comes back as the moments lie."""
+        """Make the compiler use this sharding for an array; does nothing on one device."""
         if self.mesh.size == 1:
             return array
-        return _gathered(
-            array, self.row_sharding(row, COMPUTE_RULES, layers=False), self.row_sharding(row, self.moment_rules, layers=False)
-        )
+        return jax.lax.with_sharding_constraint(array, sharding)
+
+    def gather_parameter(self, array: jax.Array, row: Row) -> jax.Array:
+        """One layer's parameter as computing needs it; its gradient is sharded like the moments."""
+        if self.mesh.size == 1:
+            return array
+        gathered = self.row_sharding(row, COMPUTE_RULES, stacked=False)
+        gradient = self.row_sharding(row, self.moment_rules, stacked=False)
+        return _reshard(array, gathered, gradient)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(array: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(array, there)
+def _reshard(array: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:
+    """The array with one sharding, its gradient with another."""
+    return jax.lax.with_sharding_constraint(array, forward)
 
 
-def _gathered_forward(array, there, back):
-    return _gathered(array, there, back), None
+def _reshard_forward(
+    array: jax.Array, forward: NamedSharding, backward: NamedSharding
+) -> tuple[jax.Array, None]:
+    return _reshard(array, forward, backward), None
 
 
-def _gathered_backward(there, back, saved, gradient):
-    return (jax.lax.with_sharding_constraint(gradient, back),)
+def _reshard_backward(
+    forward: NamedSharding, backward: NamedSharding, saved: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, backward),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def target_platform(layout: Layout | None) -> str:
-    """What a program is for: a layout's devices, which need not be here, or without one this machine's."""
+    """The platform that a program is for: that of a layout, or without one this machine's."""
     return layout.platform if layout else jax.default_backend()
 
 
 def make_single_device_layout() -> Layout:
-    """Everything on the first device."""
+    """The layout with everything on the first device."""
     return Layout(make_mesh(config.Mesh(data=1), jax.devices()[:1]))
 
 
-def make_layout(settings: config.Config, model: Architecture, devices: Sequence[Any] | None = None) -> Layout:
-    """The layout of a run on devices (all there are, unless told). Raises UsageError for what does not divide."""
+def make_layout(
+    settings: config.Config, model: Architecture, devices: Sequence[Any] | None = None
+) -> Layout:
+    """The layout of a run on some devices, by default all.
+
+    Raises UsageError for sizes of the model or the batch that the mesh does not divide.
+    """
     mesh = make_mesh(settings.mesh, jax.devices() if devices is None else devices)
-    made = Layout(mesh, settings.mesh.zero1)
+    layout = Layout(mesh, settings.mesh.zero1)
     part = settings.batch.sequences // settings.batch.accumulation
-    if part % made.batch_shards:
+    if part % layout.batch_shards:
         raise UsageError(
-            f"batch.sequences / batch.accumulation = {part} sequences do not divide over mesh.data x mesh.fsdp = "
-            f"{mesh.shape['data']} x {mesh.shape['fsdp']}; their product may be {_either(_divisors(part))}"
+            f"batch.sequences / batch.accumulation = {part} sequences do not divide over mesh.data "
+            f"x mesh.fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}; their product may be "
+            f"{_list_divisors(part)}"
         )
-    for rules in (COMPUTE_RULES, PARAMETER_RULES, made.moment_rules):
-        for axis, over in rules.items():
-            _check_divides(model, mesh, axis, over)
-    return made
+    for rules in (COMPUTE_RULES, PARAMETER_RULES, layout.moment_rules):
+        for axis, mesh_axes in rules.items():
+            _check_divides(model, mesh, axis, mesh_axes)
+    return layout
 
 
-def _check_divides(model: Architecture, mesh: jax.sharding.Mesh, axis: str, over: tuple[str, ...]) -> None:
-    size, parts = model.sizes[axis], math.prod(mesh.shape[name] for name in over)
+def _check_divides(
+    model: Architecture, mesh: jax.sharding.Mesh, axis: str, mesh_axes: tuple[str, ...]
+) -> None:
+    """Refuse an axis of the model that some mesh axes do not split into equal parts."""
+    size = model.sizes[axis]
+    parts = math.prod(mesh.shape[name] for name in mesh_axes)
     if size % parts:
-        names = " x ".join(f"mesh.{name}" for name in over)
-        without = ", or mesh.zero1=false keeps the optimizer state whole" if "data" in over else ""
+        names = " x ".join(f"mesh.{name}" for name in mesh_axes)
+        without = ""
+        if "data" in mesh_axes:
+            without = ", or mesh.zero1=false keeps the optimizer state whole"
         raise UsageError(
-            f"{axis} {size} does not divide over {names} = {parts}; it may be {_either(_divisors(size))}{without}"
+            f"{axis} {size} does not divide over {names} = {parts}; it may be "
+            f"{_list_divisors(size)}{without}"
         )
 
 
-def _divisors(number: int) -> list[int]:
-    return [part for part in range(1, number + 1) if number % part == 0]
-
-
-def _either(numbers: list[int]) -> str:
-    *others, last = map(str, numbers)
+def _list_divisors(number: int) -> str:
+    """The divisors of a number, in words: 1, 2 or 4."""
+    divisors = [str(part) for part in range(1, number + 1) if number % part == 0]
+    *others, last = divisors
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has, on the mesh; each device is given its own part."""
+    """An array that every process has, on the mesh; each device gets its own part."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,7 +1,10 @@
-"""The model in JAX as lm-evaluation-harness asks it: text in, log likelihoods out. Imports lm_eval, and not torch.
+"""A model in JAX as lm-evaluation-harness asks it: text in, log likelihoods out.
 
-The harness's own base class splits texts into tokens and decides what is context, as it does for transformers'
-models, so that both score the same tokens. Leaves scoring to `trainer.evaluate.likelihood`.
+Imports lm_eval, not torch.
+
+The harness's own base class splits texts into tokens and decides what is context, as it does for
+transformers' models; so both kinds of model score the same tokens. `trainer.evaluate.likelihood`
+computes the scores.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import jax
 from lm_eval.api.model import TemplateLM
 
 from growkit.checkpoint.tensor import Source
-from growkit.evaluation.harness import Request, Windowed, join_scores
+from growkit.evaluation.harness import Request, WindowedModel, join_scores
 from growkit.models import require_trained
 from trainer.config.sections import Mesh, Precision
 from trainer.data.tokenizer import TextTokenizer
@@ -21,37 +24,51 @@ from trainer.evaluate.likelihood import Likelihood
 from trainer.model.decoder import GPTNeoX
 
 
-class JaxModel(Windowed, TemplateLM):
-    """A model that the harness can ask; texts without a context are scored after end-of-text."""
+class JaxModel(WindowedModel, TemplateLM):
+    """A model that the harness can ask.
 
-    def __init__(self, likelihood: Likelihood, tokenizer: TextTokenizer):
+    A text without a context is scored after the end-of-text token. The names and arguments of the
+    methods are the harness's.
+    """
+
+    def __init__(self, likelihood: Likelihood, tokenizer: TextTokenizer, vocab: int):
         super().__init__()
-        self.likelihood, self.tokenizer = likelihood, tokenizer
+        self.likelihood = likelihood
+        self.tokenizer = tokenizer
+        self.vocab = vocab  # ids that the model has; the tokenizer may have more
         self.max_length = likelihood.window
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the end-of-text token."""
         return self.tokenizer.end_of_text_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
-        return self.tokenizer.tokenizer.encode(
-            string, add_special_tokens=add_special_tokens is not False
-        ).ids
+        """Encode a text, with the tokenizer's special tokens unless told otherwise.
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        Raises GrowkitError for a token that the model does not have.
+        """
+        special = add_special_tokens is not False
+        return self.tokenizer.encode_for_model(string, special, self.vocab, "the model")
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Score continuations after their contexts, without the harness's progress bar."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
-    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
-        """All of each text after end-of-text, in windows that each begin with the token before them."""
-        texts = [request.args[0] for request in requests]
-        return [
-            score
-            for score, _ in self._score(
-                [(("", text), [self.eot_token_id], self.tok_encode(text)) for text in texts]
-            )
-        ]
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Score all of each text after end-of-text.
+
+        A long text is scored in windows; each begins with the token before it.
+        """
+        whole = []
+        for request in requests:
+            text = request.args[0]
+            whole.append((("", text), [self.eot_token_id], self.tok_encode(text)))
+        return [score for score, _ in self._score(whole)]
 
     def _loglikelihood_tokens(
         self, requests: list[Request], **options: Any
@@ -65,17 +82,20 @@ class JaxModel(Windowed, TemplateLM):
         pairs = [(context, continuation) for _, context, continuation in pieces]
         return join_scores(owners, self.likelihood.score(pairs, self.advance))
 
-    def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
-        raise NotImplementedError("growkit's tasks score texts and continue none")
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Refuse: no task of growkit asks for generated text."""
+        raise NotImplementedError("growkit's tasks score texts; none asks for generated text")
 
 
 def load_jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int) -> JaxModel:
-    """A model on disk, computed in float32 on all of this machine's devices, a copy on each.
+    """Load a model from disk onto all of this machine's devices, a copy on each, in float32.
 
-    Raises UsageError for an architecture that the trainer does not compute.
+    window: the longest text, in tokens. batch: texts at once. Raises UsageError for an architecture
+    that the trainer does not compute.
     """
     model = require_trained(source.model, source.path)
     layout = Layout(make_mesh(Mesh(), jax.local_devices()))
     network = GPTNeoX(model, Precision("float32", "float32"), layout=layout)
-    params = jax.device_put(source.stack(dtype="float32"), model.table.tree(layout.parameter_sharding))
-    return JaxModel(Likelihood(network, params, window, batch), tokenizer)
+    shardings = model.table.tree(layout.parameter_sharding)
+    params = jax.device_put(source.stack(dtype="float32"), shardings)
+    return JaxModel(Likelihood(network, params, window, batch), tokenizer, model.vocab)

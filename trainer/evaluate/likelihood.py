@@ -1,11 +1,16 @@
-"""How likely a model in JAX finds texts: log likelihoods of continuations, many at once, with few programs compiled.
+"""How likely a model in JAX finds texts: log likelihoods, with few compiled programs.
 
-Texts are sorted by length and padded to a few lengths; the head is applied only where a token is scored, a fixed
-number of positions at a time, so that all logits are never held. Knows tokens; leaves text to `trainer.evaluate.harness`.
+Texts are sorted by length and padded to a few lengths. The head is applied only where a token is
+scored, a fixed number of positions at a time, so that the logits of all tokens are never held at
+once.
+
+Shapes in names: B batch, T time, N = B x T positions, R positions scored at a time, E embed, V
+vocab.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,98 +20,110 @@ import numpy as np
 
 from trainer.devices.sharding import make_single_device_layout, place
 from trainer.model.decoder import GPTNeoX
+from trainer.model.precision import select_wide_dtype
 from trainer.step.loss import cross_entropy
 
-# Positions whose logits are held at once.
+# How many positions' logits are held at once.
 ROWS = {"cpu": 64}
 ROWS_ELSEWHERE = 1024
+# The shortest padded length, in tokens.
 SHORTEST = 16
+
+# A text to score, in tokens: (context, continuation).
+Pair = tuple[list[int], list[int]]
+# The losses, and whether each token was the likeliest, of R positions; on the device.
+Piece = tuple[jax.Array, jax.Array]
 
 
 def pad_length(length: int, window: int) -> int:
-    """The padded length: 16, 24, 32, 48, 64, ... (powers of two and their halves added), at most the window."""
+    """Round a length up to 16, 24, 32, 48, 64, ..., at most the window.
+
+    The steps are the powers of two and one and a half of each.
+    """
     size = SHORTEST
     while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        is_power_of_two = size & (size - 1) == 0
+        size = size * 3 // 2 if is_power_of_two else size * 4 // 3
     return min(size, window)
 
 
 class Likelihood:
-    """Scores continuations by a network and its parameters. window: tokens it reads at most.
+    """Scores continuations by a network and its parameters.
 
-    batch: texts at once, made a multiple of the shards of the network's layout.
+    window: the most tokens that the network reads. batch: texts at once, rounded up to a multiple
+    of the shards of the network's layout.
     """
 
     def __init__(self, network: GPTNeoX, params: Any, window: int, batch: int):
         layout = network.layout or make_single_device_layout()
-        self.params, self.window, self.layout = params, window, layout
-        self.batch = -(-batch // layout.batch_shards) * layout.batch_shards
+        self.params = params
+        self.window = window
+        self.layout = layout
+        self.batch = math.ceil(batch / layout.batch_shards) * layout.batch_shards
         self.rows = ROWS.get(jax.default_backend(), ROWS_ELSEWHERE)
-
-        def hidden(params, tokens_BxT):
-            hidden_BxTxE = network.apply({"params": params}, tokens_BxT, head=False)
-            return hidden_BxTxE.reshape(-1, hidden_BxTxE.shape[-1])
-
-        def losses(params, hidden_NxE, positions_R, targets_R):
-            wide = jnp.promote_types(network.precision.compute, jnp.float32)
-            rows_RxE, head_VxE = hidden_NxE[positions_R], network.head_weight(params)
-            logits_RxV = jnp.einsum("re,ve->rv", rows_RxE, head_VxE, preferred_element_type=wide)
-            return cross_entropy(logits_RxV, targets_R), logits_RxV.argmax(-1) == targets_R
-
-        stored, whole = network.model.table.tree(layout.parameter_sharding), layout.replicated
-        self._hidden = jax.jit(hidden, in_shardings=(stored, layout.batch_sharding()))
+        parameters = network.model.table.tree(layout.parameter_sharding)
+        everywhere = layout.replicated
+        self._hidden = jax.jit(
+            _define_hidden(network), in_shardings=(parameters, layout.batch_sharding())
+        )
         self._losses = jax.jit(
-            losses, in_shardings=(stored, None, whole, whole), out_shardings=whole
+            _define_losses(network),
+            in_shardings=(parameters, None, everywhere, everywhere),
+            out_shardings=everywhere,
         )
 
     def score(
-        self,
-        pairs: Sequence[tuple[list[int], list[int]]],
-        advance: Callable[[int], None] = lambda done: None,
+        self, pairs: Sequence[Pair], advance: Callable[[int], None] = lambda done: None
     ) -> list[tuple[float, bool]]:
-        """(log likelihood in nats, whether each token was the likeliest) of continuations after their contexts.
+        """(log likelihood in nats, whether each token was the likeliest) of each continuation.
 
-        pairs: (context, continuation) in tokens, at least one each; a context too long is cut on the left.
+        pairs: contexts and continuations of at least one token each; a context too long is cut on
+        the left. advance: told how many texts were scored, as they are.
         """
         results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        texts = [(context + continuation)[-self.window - 1 :] for context, continuation in pairs]
-        order = sorted(range(len(pairs)), key=lambda number: -len(texts[number]))
-        pending: tuple[list[int], Any] | None = None
-        for first in range(0, len(order), self.batch):
-            chosen = order[first : first + self.batch]
-            started = (
-                chosen,
-                self._start([texts[n] for n in chosen], [len(pairs[n][1]) for n in chosen]),
-            )
-            # One batch ahead of the device, so that it need not wait for this one to be read.
-            for numbers, parts in filter(None, [pending]):
-                self._finish(numbers, parts, pairs, results)
-                advance(len(numbers))
-            pending = started
-        for numbers, parts in filter(None, [pending]):
-            self._finish(numbers, parts, pairs, results)
+        for numbers, pieces in self._start_ahead(pairs):
+            counts = [len(pairs[number][1]) for number in numbers]
+            scores = _read_scores(pieces, counts)
+            for number, score in zip(numbers, scores, strict=True):
+                results[number] = score
             advance(len(numbers))
         return results
 
-    def _start(
-        self, texts: list[list[int]], scored: list[int]
-    ) -> list[tuple[jax.Array, jax.Array]]:
-        """Losses and hits of the last tokens of each text, one after another, in parts, begun on the device."""
+    def _start_ahead(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Piece]]]:
+        """Yield the texts' numbers and the losses of each batch, longest texts first.
+
+        The next batch is started before one is yielded, so that the device need not wait for the
+        host to read.
+        """
+        texts = [(context + continuation)[-self.window - 1 :] for context, continuation in pairs]
+        order = sorted(range(len(pairs)), key=lambda number: -len(texts[number]))
+        waiting: tuple[list[int], list[Piece]] | None = None
+        for first in range(0, len(order), self.batch):
+            numbers = order[first : first + self.batch]
+            counts = [len(pairs[number][1]) for number in numbers]
+            started = (numbers, self._start([texts[number] for number in numbers], counts))
+            if waiting is not None:
+                yield waiting
+            waiting = started
+        if waiting is not None:
+            yield waiting
+
+    def _start(self, texts: list[list[int]], counts: list[int]) -> list[Piece]:
+        """Start computing the losses of the last `count` tokens of each text, text by text."""
         time = pad_length(max(map(len, texts)) - 1, self.window)
-        tokens_BxT = np.zeros((self._height(len(texts)), time), np.int32)
+        tokens_BxT = np.zeros((self._select_height(len(texts)), time), np.int32)
         positions, targets = [], []
-        for row, (text, count) in enumerate(zip(texts, scored, strict=True)):
-            tokens_BxT[row, : len(text) - 1] = text[:-1]
-            positions.append(row * time + np.arange(len(text) - 1 - count, len(text) - 1))
+        for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
+            inputs = text[:-1]
+            tokens_BxT[row, : len(inputs)] = inputs
+            positions.append(row * time + np.arange(len(inputs) - count, len(inputs)))
             targets.append(text[-count:])
         hidden_NxE = self._hidden(self.params, place(tokens_BxT, self.layout.batch_sharding()))
-        return [
-            self._losses(self.params, hidden_NxE, *piece)
-            for piece in self._pieces(np.concatenate(positions), np.concatenate(targets))
-        ]
+        pieces = self._pieces(np.concatenate(positions), np.concatenate(targets))
+        return [self._losses(self.params, hidden_NxE, *piece) for piece in pieces]
 
-    def _height(self, count: int) -> int:
-        """How many texts are computed for `count`: the batch, or of its halves the smallest that holds them."""
+    def _select_height(self, count: int) -> int:
+        """How many texts are computed for `count`: the batch, halved as long as they fit."""
         size = self.batch
         while size % (2 * self.layout.batch_shards) == 0 and size // 2 >= count:
             size //= 2
@@ -114,26 +131,51 @@ class Likelihood:
 
     def _pieces(
         self, positions: np.ndarray, targets: np.ndarray
-    ) -> Iterator[tuple[jax.Array, ...]]:
-        """Both in pieces of `rows`, the last filled up with zeros."""
-        count = -(-len(positions) // self.rows) * self.rows
-        padded = [np.resize(array, count).astype(np.int32) for array in (positions, targets)]
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Positions and targets in pieces of `rows`; the last repeats from the start to be full."""
+        count = math.ceil(len(positions) / self.rows) * self.rows
+        padded_positions = np.resize(positions, count).astype(np.int32)
+        padded_targets = np.resize(targets, count).astype(np.int32)
+        everywhere = self.layout.replicated
         for first in range(0, count, self.rows):
-            yield tuple(
-                place(array[first : first + self.rows], self.layout.replicated) for array in padded
+            last = first + self.rows
+            yield (
+                place(padded_positions[first:last], everywhere),
+                place(padded_targets[first:last], everywhere),
             )
 
-    @staticmethod
-    def _finish(numbers: list[int], parts: list, pairs: Sequence, results: list) -> None:
-        """Read what a batch's parts came to, and put the sums in their places."""
-        losses, hits = (
-            np.concatenate([np.asarray(part) for part in kind]) for kind in zip(*parts, strict=True)
-        )
-        begin = 0
-        for number in numbers:
-            end = begin + len(pairs[number][1])
-            results[number] = (
-                -float(losses[begin:end].sum(dtype=np.float64)),
-                bool(hits[begin:end].all()),
-            )
-            begin = end
+
+def _define_hidden(network: GPTNeoX) -> Callable[[Any, jax.Array], jax.Array]:
+    def hidden(params: Any, tokens_BxT: jax.Array) -> jax.Array:
+        hidden_BxTxE = network.apply({"params": params}, tokens_BxT, head=False)
+        return hidden_BxTxE.reshape(-1, hidden_BxTxE.shape[-1])
+
+    return hidden
+
+
+def _define_losses(network: GPTNeoX) -> Callable[..., Piece]:
+    wide = select_wide_dtype(network.precision.compute)
+
+    def losses(
+        params: Any, hidden_NxE: jax.Array, positions_R: jax.Array, targets_R: jax.Array
+    ) -> Piece:
+        rows_RxE = hidden_NxE[positions_R]
+        head_VxE = network.head_weight(params)
+        logits_RxV = jnp.einsum("re,ve->rv", rows_RxE, head_VxE, preferred_element_type=wide)
+        return cross_entropy(logits_RxV, targets_R), logits_RxV.argmax(-1) == targets_R
+
+    return losses
+
+
+def _read_scores(pieces: list[Piece], counts: list[int]) -> list[tuple[float, bool]]:
+    """Read a batch from the device and sum up each text. counts: scored tokens of each text."""
+    losses = np.concatenate([np.asarray(losses) for losses, _ in pieces])
+    hits = np.concatenate([np.asarray(hits) for _, hits in pieces])
+    scores = []
+    begin = 0
+    for count in counts:
+        end = begin + count
+        total = losses[begin:end].sum(dtype=np.float64)
+        scores.append((-float(total), bool(hits[begin:end].all())))
+        begin = end
+    return scores

@@ -1,7 +1,4 @@
-"""A trace of some steps by JAX's profiler, in RUN/profile, for TensorBoard, XProf or Perfetto to show.
-
-Knows the window; leaves what a step is to the loop.
-"""
+"""A profile of some steps by JAX's profiler, in RUN/profile, for TensorBoard, XProf or Perfetto."""
 
 from __future__ import annotations
 
@@ -17,29 +14,34 @@ PROFILE = "profile"
 
 
 def parse_window(text: str) -> tuple[int, int] | None:
-    """The steps after which a trace begins and ends, written FIRST:LAST; None for empty text. Raises UsageError."""
+    """The steps after which a trace begins and ends, from FIRST:LAST; None for an empty text.
+
+    Raises UsageError for any other text, and where LAST is not after FIRST.
+    """
     if not text:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if not found or int(found[1]) >= int(found[2]):
         raise UsageError(
-            f"log.profile is FIRST:LAST, as 100:110 for the ten steps after step 100; got {text!r}"
+            f"log.profile must be FIRST:LAST, such as 100:110 for the ten steps after step 100; "
+            f"got {text!r}"
         )
     return int(found[1]), int(found[2])
 
 
 class Trace:
-    """Traces the steps of a window, once. Raises UsageError for one that is none."""
+    """Traces the steps of a window FIRST:LAST, once. Raises UsageError for any other text."""
 
     def __init__(self, text: str, run: epath.Path):
-        self.window, self.directory = parse_window(text), run / PROFILE
+        self.window = parse_window(text)
+        self.directory = run / PROFILE
         self.running = False
 
     def update(self, step: int, state: Any) -> None:
-        """Hear that `step` steps are begun, `state` being their result, and begin or end where it is time to."""
+        """Begin or end the trace where that is due. state: the result of the first `step` steps."""
         if self.window is None or step not in self.window:
             return
-        # What was dispatched before belongs to what is before.
+        # Wait, so that the steps dispatched before do not run inside the trace.
         jax.block_until_ready(state)
         if step == self.window[0]:
             jax.profiler.start_trace(str(self.directory))
@@ -48,7 +50,7 @@ class Trace:
             self.close()
 
     def close(self) -> None:
-        """End a trace that is running, as where a run ends within the window."""
+        """End a trace that is running, as when a run ends within the window."""
         if self.running:
             jax.profiler.stop_trace()
             self.running = False

@@ -1,7 +1,7 @@
-"""Metrics in other places than RUN/metrics.csv: TensorBoard and Weights & Biases, where they are installed.
+"""A run's metrics in TensorBoard and Weights & Biases, beside RUN/metrics.csv.
 
-Knows both libraries, imported only when asked for, and which numbers of a row they get; leaves rows to
-`trainer.log.history`. A row that a resumed run writes again takes the place of the one before.
+Both libraries are imported only when the configuration asks for them. A row that a resumed run
+writes again replaces the one before.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError, first_line
 from trainer.config.sections import Config
 from trainer.devices.hosts import is_writer, write_once
 
-TENSORBOARD = "tensorboard"
-WANDB = "wandb.txt"
+TENSORBOARD = "tensorboard"  # the directory in RUN
+WANDB = "wandb.txt"  # the file in RUN that holds the id of the run in Weights & Biases
+NOT_NUMBERS = ("step", "event", "scores")  # columns of a row that are not written as numbers
 
 
 class Writer(Protocol):
-    """Takes the numbers of rows."""
+    """A place that metrics are written to."""
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None: ...
 
@@ -33,7 +34,7 @@ class Writer(Protocol):
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard; those of steps from `first` on are written again."""
+    """Event files in RUN/tensorboard; a run resumed at step `first` replaces those after it."""
 
     def __init__(self, library: Any, run: epath.Path, first: int):
         self.writer = library.SummaryWriter(str(run / TENSORBOARD), purge_step=first + 1)
@@ -50,19 +51,29 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of a project of Weights & Biases, named as RUN; its id lies in RUN, so that a resumed run goes on in it."""
+    """A run in a project of Weights & Biases, with RUN's name.
+
+    Its id is kept in RUN, so that a resumed run continues it.
+    """
 
     def __init__(self, library: Any, run: epath.Path, config: Config):
         if not (run / WANDB).exists():
             write_once(run / WANDB, secrets.token_hex(8).encode())
-        self.run = library.init(
-            project=config.log.wandb,
-            name=run.name,
-            id=(run / WANDB).read_text(),
-            resume="allow",
-            config=config.to_dict(),
-        )
-        # A step of W&B's own cannot be written again, which a resumed run does.
+        try:
+            self.run = library.init(
+                project=config.log.wandb,
+                name=run.name,
+                id=(run / WANDB).read_text(),
+                resume="allow",
+                config=config.to_dict(),
+            )
+        except Exception as problem:  # W&B raises many types, by the version
+            raise GrowkitError(
+                f"log.wandb: Weights & Biases cannot be reached ({first_line(problem)}); log in "
+                f"with `wandb login`, or set WANDB_MODE=offline to keep the metrics here until "
+                f"`wandb sync`"
+            ) from None
+        # W&B's own step can only increase, and a resumed run goes back: count by a metric instead.
         self.run.define_metric("*", step_metric="step")
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -75,8 +86,8 @@ class Wandb:
         self.run.finish()
 
 
-def _library(name: str, key: str) -> Any:
-    """A library that a key of the configuration asks for. Raises UsageError where it is not installed."""
+def _import_library(name: str, key: str) -> Any:
+    """A library that a key of the configuration asks for. Raises UsageError when it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -86,40 +97,62 @@ def _library(name: str, key: str) -> Any:
 
 
 class Writers:
-    """The writers that a configuration's section `log` asks for, in the process that writes. Raises UsageError."""
+    """The writers that the configuration's section `log` asks for.
+
+    Only one process writes. Raises UsageError in all of them when a library is missing.
+    """
 
     def __init__(self, config: Config):
-        self.config, self.open = config, list[Writer]()
-        tensorboard, wandb = config.log.tensorboard, config.log.wandb
-        # Every process refuses, not only the one that writes: else the others would wait for it.
-        self.tensorboard = _library("tensorboardX", "log.tensorboard") if tensorboard else None
-        self.wandb = _library("wandb", "log.wandb") if wandb else None
+        self.config = config
+        self.writers: list[Writer] = []
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        self.connected: Wandb | None = None
+        # Imported in every process: if only the writing one refused, the others would wait for it.
+        if config.log.tensorboard:
+            self.tensorboard = _import_library("tensorboardX", "log.tensorboard")
+        if config.log.wandb:
+            self.wandb = _import_library("wandb", "log.wandb")
+
+    def connect(self, run: epath.Path) -> None:
+        """Reach Weights & Biases now, before anything is computed. Raises GrowkitError."""
+        if self.wandb and is_writer():
+            self.connected = Wandb(self.wandb, run, self.config)
 
     def begin(self, run: epath.Path, first: int) -> None:
-        """Open them for a run that begins, or goes on, at step `first`."""
-        if is_writer() and self.tensorboard:
-            self.open.append(TensorBoard(self.tensorboard, run, first))
-        if is_writer() and self.wandb:
-            self.open.append(Wandb(self.wandb, run, self.config))
+        """Open the writers for a run that begins or resumes at step `first`.
+
+        The second stage of a run connects once more.
+        """
+        if not is_writer():
+            return
+        if self.tensorboard:
+            self.writers.append(TensorBoard(self.tensorboard, run, first))
+        if self.wandb:
+            self.writers.append(self.connected or Wandb(self.wandb, run, self.config))
+            self.connected = None
 
     def add(self, row: Mapping[str, str]) -> None:
-        """Pass on a row of the history; a score of a task is named score/TASK/METRIC, as evaluation names it."""
-        numbers = {
-            name: float(text)
-            for name, text in row.items()
-            if text and name not in ("step", "event", "scores")
-        }
-        numbers |= {
-            f"score/{name}": value for name, value in json.loads(row.get("scores") or "{}").items()
-        }
+        """Write a row of the history. A task's score is named score/TASK METRIC."""
+        numbers = _read_numbers(row)
         step = int(row["step"])
-        for writer in self.open:
+        for writer in self.writers:
             writer.add(step, numbers)
             if row["event"]:
                 writer.note(step, row["event"])
 
     def close(self) -> None:
-        """Write what is not written yet, and let go."""
-        for writer in self.open:
+        """Write what is still buffered, and close."""
+        for writer in self.writers:
             writer.close()
-        self.open = []
+        self.writers = []
+        if self.connected is not None:
+            self.connected.close()
+            self.connected = None
+
+
+def _read_numbers(row: Mapping[str, str]) -> dict[str, float]:
+    """The numbers of a row by name."""
+    numbers = {name: float(text) for name, text in row.items() if text and name not in NOT_NUMBERS}
+    scores = json.loads(row.get("scores") or "{}")
+    return numbers | {f"score/{name}": value for name, value in scores.items()}

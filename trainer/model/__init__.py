@@ -1,1 +1,6 @@
-"""trainer/model"""
+"""The model: from tokens to logits.
+
+Read `decoder` first: it is the whole forward pass. It is made of `attention` (with `kernels`, which
+picks a TPU or GPU kernel where one fits), `matmul`, `activation` and `dropout`, each with a
+backward pass of its own. `precision` says what is computed in at least float32.
+"""

@@ -1,7 +1,4 @@
-"""The exact gelu, with a backward pass from its input.
-
-Knows one function; everything else about a block is the model's.
-"""
+"""The exact gelu, with a backward pass that reads nothing but the input."""
 
 from __future__ import annotations
 
@@ -10,31 +7,30 @@ import math
 import jax
 import jax.numpy as jnp
 
+from trainer.model.precision import widen
+
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution's cumulative probability at x, computed in at least float32.
+    """x times the cumulative normal distribution at x, computed in at least float32.
 
-    Hendrycks and Gimpel, arXiv 1606.08415; the erf form and not an approximation.
+    Hendrycks and Gimpel, arXiv 1606.08415, by erf and not by an approximation.
     """
-    wide = _wide(x)
+    wide = widen(x)
     return (wide * _cumulative(wide)).astype(x.dtype)
 
 
-def _forward(x):
+def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return gelu(x), x
 
 
-def _backward(x, gradient):
-    # The barrier keeps the compiler from carrying intermediate values over from the forward pass: reading x
-    # again and computing is cheaper than reading them all.
-    wide = _wide(jax.lax.optimization_barrier(x))
+def _backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    # The barrier keeps the compiler from saving intermediate values of the forward pass: it is
+    # cheaper to read x alone and compute them again.
+    wide = widen(jax.lax.optimization_barrier(x))
     density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
-    return ((gradient * (_cumulative(wide) + wide * density)).astype(x.dtype),)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    slope = _cumulative(wide) + wide * density
+    return ((widen(gradient) * slope).astype(x.dtype),)
 
 
 def _cumulative(x: jax.Array) -> jax.Array:

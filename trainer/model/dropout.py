@@ -1,9 +1,9 @@
-"""Dropout whose masks are made where they are used, from a key and the place of each number.
+"""Dropout whose masks are computed where they are used, from a key and places in the array.
 
-`jax.random.bernoulli` runs all 20 rounds of Threefry, which XLA's compiler for TPUs keeps in memory beside a layer
-instead of computing it within what uses it; 13 rounds it computes there, and a mask takes no memory. A mask
-depends on the key and on the place of a number in the whole array, so it is the same on every mesh. Knows masks; leaves
-keys, and what is dropped, to the model.
+`jax.random.bernoulli` runs 20 rounds of Threefry. XLA's compiler for TPUs keeps the result of so
+many rounds in memory beside a layer. With 13 rounds it computes them inside whatever uses the mask,
+and the mask takes no memory. A mask depends on the key and on places in the whole array, so it is
+the same on every mesh.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ import jax.numpy as jnp
 
 from growkit.growth.noise import threefry
 
+# The fewest rounds with no known flaw (see `threefry`).
 ROUNDS = 13
 
 
 def draw_mask(words: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """bool of `shape`: independent, False with probability `rate`.
+    """Draw independent booleans of a shape, each False with probability `rate`.
 
-    words: uint32 [2], the data of a key. Raises ValueError where the last two dimensions, or those before them, hold
-    more than 2**32 numbers.
+    words: uint32 [2], the data of a key. Raises ValueError where the last two dimensions, or the
+    product of the others, hold more than 2**32 numbers.
     """
     cut = max(0, len(shape) - 2)
-    bits = threefry(
-        (words[0], words[1]), _places(shape, 0, cut), _places(shape, cut, len(shape)), jnp, ROUNDS
-    )
-    return bits < jnp.uint32(min(round((1.0 - rate) * 2**32), 2**32 - 1))
+    key = (words[0], words[1])
+    outer = _number_places(shape, 0, cut)
+    inner = _number_places(shape, cut, len(shape))
+    bits = threefry(key, outer, inner, jnp, ROUNDS)
+    threshold = round((1.0 - rate) * 2**32)
+    return bits < jnp.uint32(min(threshold, 2**32 - 1))
 
 
-def _places(shape: tuple[int, ...], first: int, last: int) -> jax.Array:
-    """uint32 of `shape`: where a number lies in C order among the dimensions from `first` to `last` (exclusive)."""
+def _number_places(shape: tuple[int, ...], first: int, last: int) -> jax.Array:
+    """uint32 of a shape: each place's index, in C order, along dimensions `first` to `last` - 1."""
     if math.prod(shape[first:last]) > 2**32:
         raise ValueError(
-            f"dropout numbers the dimensions {shape[first:last]} with 32 bits, which are too few"
+            f"dropout numbers the places of dimensions {shape[first:last]} with 32 bits, "
+            f"which are too few"
         )
     place = jnp.zeros(shape, jnp.uint32)
     for dimension in range(first, last):
@@ -47,15 +51,16 @@ def _places(shape: tuple[int, ...], first: int, last: int) -> jax.Array:
 
 
 def apply_mask(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
-    """x scaled up by 1 / (1 - rate) where the mask is True, else 0."""
+    """x / (1 - rate) where the mask is True, else 0."""
     return jnp.where(mask, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def drop(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
-    """x with numbers set to 0 with probability `rate` and the rest scaled up by 1 / (1 - rate).
+    """Set numbers of x to 0 with probability `rate`, and scale the others by 1 / (1 - rate).
 
-    words: uint32 [2], the key's. Its gradient is made by the same mask again, so nothing but the key is kept for it.
+    words: uint32 [2], the data of a key. The backward pass draws the same mask again, so that only
+    the key is kept for it.
     """
     return apply_mask(x, draw_mask(words, rate, x.shape), rate)
 
@@ -72,7 +77,10 @@ drop.defvjp(_forward, _backward)
 
 
 class HiddenDropout(nn.Module):
-    """Drops numbers of hidden states, by a key of the module's own."""
+    """Dropout of hidden states.
+
+    Flax derives its key from the name of this class: under another name it draws other masks.
+    """
 
     rate: float
 
@@ -80,4 +88,5 @@ class HiddenDropout(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         if deterministic or self.rate == 0.0:
             return x
-        return drop(x, jax.random.key_data(self.make_rng("dropout")), self.rate)
+        words = jax.random.key_data(self.make_rng("dropout"))
+        return drop(x, words, self.rate)

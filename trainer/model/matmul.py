@@ -1,9 +1,9 @@
-"""Matrix products in the form that the backend computes fastest.
+"""Matrix products in the form that the platform computes fastest.
 
-On a CPU the compiler lays a product's left operand out anew, by an unblocked copy, when the dimension summed over is
-not its last; that copy is the slower, the wider the operand. The gradients of weights are such products. Here the
-narrower operand is the left one, and the (small) result is transposed. Other backends get the plain product. Knows
-products; leaves what they are for to others.
+A CPU's compiler copies the left operand of a product when the dimension summed over is not its
+last. The copy is not blocked, and slower the wider the operand. The gradients of weights are such
+products. Here the narrower operand goes left, and the (small) result is transposed. Other platforms
+get the plain product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def matmul_transposed(a: jax.Array, b: jax.Array, platform: str) -> jax.Array:
-    """a^T b [..., M, N] of a [..., K, M] and b [..., K, N]."""
+    """Multiply a^T b: [..., M, N] from a [..., K, M] and b [..., K, N]."""
     if platform != "cpu" or a.shape[-1] <= b.shape[-1]:
         return jnp.einsum("...km,...kn->...mn", a, b)
     # The barriers keep the compiler from turning the product round again.
@@ -22,23 +22,29 @@ def matmul_transposed(a: jax.Array, b: jax.Array, platform: str) -> jax.Array:
 
 
 def project(x: jax.Array, weight: jax.Array, platform: str) -> jax.Array:
-    """x weight^T [..., O] of x [..., I] and weight [O, I]."""
-    return _project(x, weight) if platform == "cpu" else jnp.einsum("...i,oi->...o", x, weight)
-
-
-@jax.custom_vjp
-def _project(x, weight):
+    """Multiply x weight^T: [..., O] from x [..., I] and weight [O, I]."""
+    if platform == "cpu":
+        return _project(x, weight)
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
-def _forward(x, weight):
+@jax.custom_vjp
+def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _project(x, weight), (x, weight)
 
 
-def _backward(saved, gradient):
+def _backward(
+    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    rows = [array.reshape(-1, array.shape[-1]) for array in (gradient, x)]
-    return jnp.einsum("...o,oi->...i", gradient, weight), matmul_transposed(*rows, "cpu")
+    gradient_NxO = gradient.reshape(-1, gradient.shape[-1])
+    x_NxI = x.reshape(-1, x.shape[-1])
+    to_x = jnp.einsum("...o,oi->...i", gradient, weight)
+    return to_x, matmul_transposed(gradient_NxO, x_NxI, "cpu")
 
 
 _project.defvjp(_forward, _backward)

@@ -1,8 +1,9 @@
-"""An annealing: a branch of a run whose learning rate comes down from where it stood, over so many tokens more.
+"""An annealing: a branch of a run whose learning rate comes down over some more tokens.
 
-The public 760M run ended so: when validation was flat, its author lowered the learning rate by hand and trained on
-5B more tokens. Here it comes down linearly, from the last rate trained with to the one asked for, as in the decay of
-warm-up-stable-decay schedules. Knows what configuration that is; leaves the training to the loop.
+The public 760M run ended so: when validation was flat, its author lowered the learning rate by
+hand and trained on 5B more tokens. Here the rate comes down linearly, from the last one trained
+with to the one asked for, as in the decay of warm-up-stable-decay schedules. This file makes the
+configuration of such a branch; training by it is `trainer.run.stages.train`'s.
 """
 
 from __future__ import annotations
@@ -24,45 +25,54 @@ from trainer.run.directory import read_run
 from trainer.step.schedule import compute_learning_rate
 
 VERB = "anneal"
-# What an annealing takes from the run or works out itself.
+# What an annealing takes from the run, or works out itself.
 SETTLED = ("model", "grow", "schedule", "optimizer.learning_rate")
 
 
 def plan_annealing(
     name: str, to: float, tokens: int, overrides: list[str]
 ) -> tuple[dict[str, Any], Branch]:
-    """The nested configuration values of the annealing of the run `name`, and what its lineage says of the branch.
+    """The configuration values of an annealing of the run `name`, and its branch for the lineage.
 
-    to: the rate of the last step. Raises UsageError for what is no run, a rate that would rise, too few tokens.
+    to: the learning rate of the last step. Raises UsageError for what is not a run, a rate that
+    would rise, and too few tokens.
     """
     source = open_source(name)
-    stored = _configuration(source, name)
-    values = _overridden(stored.to_dict(), overrides)
+    stored = _read_config(source, name)
+    values = _override(stored.to_dict(), overrides)
     rate = compute_current_rate(source, stored)
     if not rate:
-        raise UsageError(f"{name} has come to a learning rate of 0, from which nothing comes down")
+        raise UsageError(f"{name} has come to a learning rate of 0, which cannot come down")
     if not 0 <= to <= rate:
         raise UsageError(
-            f"--to must lie between 0 and {rate:g}, the learning rate that {name} has come to, got {to:g}"
+            f"--to must lie between 0 and {rate:g}, the learning rate that {name} has come to, "
+            f"got {to:g}"
         )
-    config = resolve(values)
+    steps = _count_steps(resolve(values), tokens)
+    schedule = {"kind": "linear", "steps": steps, "warmup": 0, "floor": to / rate}
+    optimizer = values["optimizer"] | {"learning_rate": rate}
+    return values | {"schedule": schedule, "optimizer": optimizer}, Branch(VERB, rate, to, tokens)
+
+
+def _count_steps(config: Config, tokens: int) -> int:
+    """The whole steps that so many tokens make. Raises UsageError for less than one."""
     step = config.batch.sequences * config.model.context
     if tokens < step:
         raise UsageError(
-            f"--tokens {tokens} is less than one step of this run, which is {config.batch.sequences} sequences of "
-            f"{config.model.context} tokens; give at least {step}"
+            f"--tokens {tokens} is less than one step of this run, which is "
+            f"{config.batch.sequences} sequences of {config.model.context} tokens; "
+            f"give at least {step}"
         )
-    schedule = {"kind": "linear", "steps": tokens // step, "warmup": 0, "floor": to / rate}
-    values |= {"schedule": schedule, "optimizer": values["optimizer"] | {"learning_rate": rate}}
-    return values, Branch(VERB, rate, to, tokens)
+    return tokens // step
 
 
 def read_annealing(
-    out: str | os.PathLike, to: float, tokens: int, overrides: list[str]
+    out: str | os.PathLike[str], to: float, tokens: int, overrides: list[str]
 ) -> tuple[dict[str, Any], Branch] | None:
-    """What `plan_annealing` gave when the annealing in `out` was begun; None when it has no checkpoint yet.
+    """What `plan_annealing` gave when the annealing in `out` was begun.
 
-    The run it branched from may have gone on, or be gone. Raises UsageError when `out` is another run.
+    None while `out` has no checkpoint. The run it branched from may have gone on, or be gone.
+    Raises UsageError when `out` is another run.
     """
     stored = read_run(out)
     if stored is None or find_last_step(out) is None:
@@ -73,37 +83,43 @@ def read_annealing(
         raise UsageError(f"{out} is a run that annealing did not begin; name another --out")
     if (branch.to, branch.tokens) != (to, tokens):
         raise UsageError(
-            f"{out} was begun with --to {branch.to:g} --tokens {branch.tokens}, got {to:g} and {tokens}; "
-            f"name another --out"
+            f"{out} was begun with --to {branch.to:g} --tokens {branch.tokens}, got {to:g} and "
+            f"{tokens}; name another --out"
         )
-    return _overridden(stored["config"], overrides), branch
+    return _override(stored.config.to_dict(), overrides), branch
 
 
 def compute_current_rate(source: Source, config: Config) -> float:
-    """The learning rate of the last step that a checkpoint was trained with, its plateaus included; 0 at step 0."""
-    step = source.record["schedule_step"] - 1
-    grown_at = Lineage.read(source.lineage).grown_at
-    rate = compute_learning_rate(config.schedule, config.optimizer.learning_rate, step, grown_at)
-    # As few digits as give the same number again.
-    return float(str(np.asarray(rate * source.record.get("reduction", 1.0))[()]))
+    """The learning rate of a checkpoint's last step, with its plateaus; 0 at step 0."""
+    rate = compute_learning_rate(
+        config.schedule,
+        config.optimizer.learning_rate,
+        source.record["schedule_step"] - 1,
+        Lineage.read(source.lineage).grown_at,
+    )
+    reduced = np.asarray(rate * source.record.get("reduction", 1.0))
+    # The schedule computes in float32. This takes as few digits as give the same number again.
+    return float(str(reduced[()]))
 
 
-def _configuration(source: Source, name: str) -> Config:
+def _read_config(source: Source, name: str) -> Config:
     """The configuration that a checkpoint was trained by, without the growth that it began with."""
     training = Lineage.read(source.lineage).last_as(Training)
     if source.kind != "checkpoint" or training is None:
         raise UsageError(
-            f"{name} is not a run's checkpoint, so it has no schedule to come down from; train it on with "
-            f"`growkit train CONFIG --from {name}`"
+            f"{name} is not a run's checkpoint, so it has no schedule to come down from; train it "
+            f"on with `growkit train CONFIG --from {name}`"
         )
     return resolve({key: value for key, value in training.config.items() if key != "grow"})
 
 
-def _overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def _override(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The values with overrides applied. Raises UsageError for what an annealing settles itself."""
     for override in overrides:
         key = override.partition("=")[0]
         if any(key == settled or key.startswith(f"{settled}.") for settled in SETTLED):
             raise UsageError(
-                f"an annealing takes {key} from the run, or from --to and --tokens; it cannot be given"
+                f"an annealing takes {key} from the run, or from --to and --tokens; "
+                f"it cannot be given"
             )
     return apply_overrides(values, overrides)

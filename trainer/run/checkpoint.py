@@ -1,224 +1,304 @@
-"""A run's checkpoints: saved by Orbax in the background, whole or not at all, kept by policy, restored to the bit.
+"""A run's checkpoints: saved by Orbax in the background, whole or not at all, restored to the bit.
 
-Knows how the trainer's state and its record become the layout that `growkit.checkpoint.orbax` describes,
-and which checkpoints are kept. Leaves when to save to the loop.
+A checkpoint holds a `Snapshot`, in the layout that `growkit.checkpoint.orbax` describes, and the
+hashes of all of it (`trainer.run.hashed`). Which checkpoints stay on disk is the section
+`checkpoint`'s to say; when to save is the loop's.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from growkit.checkpoint.files import is_remote
+from growkit.checkpoint.hashes import HASHES, are_known, find_changed
 from growkit.checkpoint.location import CHECKPOINTS
 from growkit.checkpoint.orbax import FILES, META, STATE, decode_files, encode_files
-from growkit.checkpoint.tensor import Source, Tensor
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
+from growkit.lineage import Lineage
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
-from growkit.models.notation import Row
 from trainer.config.sections import Checkpoint
-from trainer.devices.sharding import place
+from trainer.devices.hosts import is_writer
+from trainer.run.damage import DamagedError, find_damage, read_item
+from trainer.run.hashed import HashedJson, copy_to_host, hash_arrays, hash_later
+from trainer.run.state import from_tree, to_tree
 from trainer.step.update import State
 
-
-def to_tree(state: State) -> dict[str, Any]:
-    """The state as it lies on disk: params, mu, nu and the counters, the moments found structurally."""
-    return {
-        "params": state.params,
-        "mu": optax.tree.get(state.optimizer, "mu"),
-        "nu": optax.tree.get(state.optimizer, "nu"),
-        "count": optax.tree.get(state.optimizer, "count"),
-        "step": state.step,
-        "schedule_step": state.schedule_step,
-    }
+# The directory in RUN of a checkpoint that is being saved again.
+REPLACED = ".replaced"
 
 
-def from_tree(tree: dict[str, Any], like: State) -> State:
-    """The inverse of `to_tree`, around an optimizer state of the structure of `like`'s."""
-    optimizer = optax.tree.set(like.optimizer, mu=tree["mu"], nu=tree["nu"], count=tree["count"])
-    return State(tree["params"], optimizer, tree["step"], tree["schedule_step"])
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a checkpoint holds.
 
-
-def from_source(source: Source, like: State, continued: bool = False) -> State:
-    """The state that begins a new run from a model on disk, as `like` is: its params, moments and Adam's count.
-
-    Steps begin at 0, and so does the schedule unless it is `continued`. A source without moments starts them at
-    zero with count 0.
+    model_config: the content of the model's config.json. record: the position, see
+    `trainer.run.position`. files: the tokenizer and the like, by name.
     """
-    rows = source.model.table.tree(lambda row: row)
-    tree = jax.tree.map(_zeros, to_tree(like))
-    for slot, tensors in source.tensors.items():
-        tree[slot] = jax.tree.map(partial(_read, tensors), rows, to_tree(like)[slot])
-    if "nu" in source.tensors:
-        tree["count"] = place(np.int32(source.record.get("count", 0)), like.step.sharding)
-    if continued:
-        tree["schedule_step"] = place(
-            np.int32(source.record.get("schedule_step", 0)), like.step.sharding
-        )
-    return from_tree(tree, like)
+
+    state: State
+    model_config: Mapping[str, Any]
+    lineage: Lineage
+    record: Mapping[str, Any]
+    files: Mapping[str, bytes]
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    return place(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), leaf.sharding)
-
-
-def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """A row's parameter as `leaf` is, read a layer at a time; of each, this process's devices' parts are kept."""
-    indices = {
-        _key(index): index
-        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-    }
-    parts = {key: np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for key in indices}
-    stacked = len(row.stacked)
-    for position in np.ndindex(leaf.shape[:stacked]):
-        array = tensors[row.name_at(position)].read()
-        for key, index in indices.items():
-            # Layers are never split.
-            parts[key][position] = array[index[stacked:]]
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_key(index)])
-
-
-def _key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
-    return tuple((part.start, part.stop) for part in index)
-
-
-def find_last_step(run: epath.Path) -> int | None:
+def find_last_step(run: str | os.PathLike[str]) -> int | None:
     """The step of a run's last finished checkpoint, None when it has none."""
-    return max(ocp.utils.checkpoint_steps(epath.Path(run) / CHECKPOINTS), default=None)
+    steps = ocp.utils.checkpoint_steps(epath.Path(run) / CHECKPOINTS)
+    return max([*steps, *_list_replaced(epath.Path(run))], default=None)
+
+
+def _list_replaced(run: epath.Path) -> list[int]:
+    """The checkpoints that were being saved again when the run was killed."""
+    directory = run / REPLACED
+    return [int(entry.name) for entry in directory.iterdir()] if directory.exists() else []
+
+
+def put_back_replaced(run: epath.Path) -> None:
+    """Put back what was being saved again when the run was killed, unless the new one is whole."""
+    if is_writer():
+        for step in _list_replaced(run):
+            if not (run / CHECKPOINTS / str(step)).exists():
+                (run / REPLACED / str(step)).rename(run / CHECKPOINTS / str(step))
+        (run / REPLACED).rmtree(missing_ok=True)
+    _meet("put back")
+
+
+def _meet(name: str) -> None:
+    """Wait for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"growkit {name}")
 
 
 def select_validation_loss(metrics: dict[str, float]) -> float:
-    """What the best checkpoint is best by."""
+    """The number by which the best checkpoint is the best."""
     return metrics["validation_loss"]
 
 
 def build_preservation_policy(settings: Checkpoint) -> Any:
-    """Orbax's policy for the checkpoints that stay. One without a validation loss is never the best."""
-    keep = [policies.LatestN(settings.keep_last)]
+    """Orbax's policy for the checkpoints that stay: the last N, every K steps, the best.
+
+    A checkpoint without a validation loss is never the best.
+    """
+    keep: list[Any] = [policies.LatestN(settings.keep_last)]
     if settings.keep_every:
         keep.append(policies.EveryNSteps(settings.keep_every))
     if settings.keep_best:
-        loss = {
-            "get_metric_fn": select_validation_loss,
-            "reverse": True,
-            "keep_checkpoints_without_metrics": False,
-        }
-        keep.append(policies.preservation_policy.BestN(n=1, **loss))
+        best = policies.preservation_policy.BestN(
+            n=1,
+            get_metric_fn=select_validation_loss,
+            reverse=True,
+            keep_checkpoints_without_metrics=False,
+        )
+        keep.append(best)
     return policies.AnyPreservationPolicy(keep)
 
 
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, run: epath.Path, settings: Checkpoint):
+    def __init__(self, run: epath.Path, settings: Checkpoint) -> None:
         self.run = epath.Path(run)
         self.directory = self.run / CHECKPOINTS
+        # A resumed run needs the validation losses of earlier checkpoints. Orbax writes them down
+        # only where there is a best_fn.
+        options = ocp.CheckpointManagerOptions(
+            best_fn=select_validation_loss,
+            best_mode="min",
+            preservation_policy=build_preservation_policy(settings),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            # Orbax's threads wait for a directory that cannot be made, and the process for them.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        state_handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=settings.ocdbt, use_compression=settings.ocdbt
+        )
+        json_args = (ocp.args.JsonSave, ocp.args.JsonRestore)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item, handler, kinds in (
+            (STATE, state_handler, (ocp.args.PyTreeSave, ocp.args.PyTreeRestore)),
+            (META, HashedJson(), json_args),
+            (FILES, ocp.JsonCheckpointHandler(), json_args),
+        ):
+            for kind in kinds:
+                handlers.add(item, kind, handler)
         self.manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                # Only with a best_fn does Orbax write the losses down, and a resumed run needs those of before.
-                best_fn=select_validation_loss,
-                best_mode="min",
-                preservation_policy=build_preservation_policy(settings),
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-            ),
-            item_handlers={
-                STATE: ocp.PyTreeCheckpointHandler(
-                    use_ocdbt=settings.ocdbt, use_compression=settings.ocdbt
-                ),
-                META: ocp.JsonCheckpointHandler(),
-                FILES: ocp.JsonCheckpointHandler(),
-            },
+            self.directory, options=options, handler_registry=handlers
         )
 
     @property
     def last(self) -> int | None:
         """The step of the last checkpoint, which is finished after `wait`."""
-        return self.manager.latest_step()
+        step: int | None = self.manager.latest_step()
+        return step
 
-    def save(
-        self,
-        step: int,
-        state: State,
-        config: dict[str, Any],
-        lineage: list[dict[str, Any]],
-        record: dict[str, Any],
-        files: dict[str, bytes],
-    ) -> bool:
-        """Begin to save; returns when the state is copied, before it is written. A step saved already is left alone.
+    def save(self, step: int, snapshot: Snapshot) -> bool:
+        """Begin to save; returns when the state is copied, before it is written.
 
-        Returns whether there was anything to save.
+        A step that is saved already is left alone. Returns whether there was anything to save.
         """
         if step in self.manager.all_steps():
             return False
-        loss = record.get("validation_loss")
-        items = {
-            STATE: ocp.args.PyTreeSave(to_tree(state)),
-            META: ocp.args.JsonSave({"config": config, "lineage": lineage, "record": record}),
-            FILES: ocp.args.JsonSave(encode_files(files)),
+        meta = {
+            "config": dict(snapshot.model_config),
+            "lineage": snapshot.lineage.to_json(),
+            "record": dict(snapshot.record),
         }
-        with self._failing("written"):
-            metrics = None if loss is None else {"validation_loss": loss}
+        hashes = hash_later(snapshot.state, snapshot.files, meta)
+        items = {
+            STATE: ocp.args.PyTreeSave(to_tree(snapshot.state)),
+            META: ocp.args.JsonSave(meta | {HASHES: hashes}),
+            FILES: ocp.args.JsonSave(encode_files(dict(snapshot.files))),
+        }
+        loss = snapshot.record.get("validation_loss")
+        metrics = None if loss is None else {"validation_loss": loss}
+        with self._name_failure("written"):
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         return True
 
-    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """The state and the meta data of a finished checkpoint, in the dtypes and places of `like`."""
+    def replace(self, step: int, snapshot: Snapshot) -> None:
+        """Save a step again, as where a signal kept its first save from having all there is.
+
+        Waits until it is written. A kill meanwhile leaves the old checkpoint, which
+        `put_back_replaced` finds. A bucket has no rename: there the old one is removed first.
+        """
+        self.wait()
+        if is_remote(self.run):
+            self.manager.delete(step)
+        elif is_writer():
+            (self.run / REPLACED).mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(self.run / REPLACED / str(step))
+        _meet("replace")
+        self.manager.reload()
+        self.save(step, snapshot)
+        self.wait()
+        if is_writer():
+            (self.run / REPLACED).rmtree(missing_ok=True)
+
+    def restore(self, step: int, like: State, verify: bool = True) -> Snapshot:
+        """The content of a finished checkpoint, its state in the dtypes and shardings of `like`.
+
+        verify: whether what was read must have the hashes on record. Raises DamagedError for what
+        is not as it was saved.
+        """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_tree(like))
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         items = {
             STATE: ocp.args.PyTreeRestore(target, restore_args=restore_args),
             META: ocp.args.JsonRestore(),
         }
-        with self._failing(
-            f"read, {self.directory / str(step)}; without it, the run goes on from the one before"
-        ):
+        try:
             found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        return from_tree(found[STATE], like), found[META]
-
-    def files(self, step: int) -> dict[str, bytes]:
-        """The small files that lie with a checkpoint."""
-        return decode_files(
-            json.loads((self.directory / str(step) / FILES / "metadata").read_text())
+        except Exception as problem:  # Orbax and its storages raise many types
+            self._refuse_unreadable(step, problem)
+        meta = found[META]
+        snapshot = Snapshot(
+            state=from_tree(found[STATE], like),
+            model_config=meta["config"],
+            lineage=Lineage.read(meta["lineage"]),
+            record=meta["record"],
+            files=self.files(step),
         )
+        if verify:
+            self._require_unchanged(step, meta, snapshot)
+        return snapshot
+
+    def _refuse_unreadable(self, step: int, problem: Exception) -> NoReturn:
+        """Raise DamagedError for a damaged checkpoint, GrowkitError for any other reason."""
+        path = self.directory / str(step)
+        damage = find_damage(path)
+        if damage is not None:
+            raise DamagedError(step, damage) from problem
+        words = f"the checkpoint {path} could not be read ({first_line(problem)})"
+        if is_remote(path):
+            raise DamagedError(step, words) from problem
+        raise GrowkitError(words) from problem
+
+    def _require_unchanged(self, step: int, meta: Mapping[str, Any], snapshot: Snapshot) -> None:
+        """Raise DamagedError where something has another hash than the one on record."""
+        hashes = meta.get(HASHES)
+        if not are_known(hashes):
+            return
+        arrays = hash_arrays(copy_to_host(snapshot.state))
+        changed = find_changed(hashes, arrays, snapshot.files, meta)
+        if changed is not None:
+            raise DamagedError(
+                step,
+                f"{changed} of {self.directory / str(step)} is not what was saved: its hash is "
+                f"another than the one on record",
+            )
 
     def model(self, step: int) -> Architecture:
         """The sizes and options of the model in a finished checkpoint."""
-        with self._failing(
-            f"read, {self.directory / str(step)}; without it, the run goes on from the one before"
-        ):
-            return read_config(
-                json.loads((self.directory / str(step) / META / "metadata").read_text())["config"]
-            )
+        try:
+            return read_config(self._read(step, META)["config"])
+        except GrowkitError as problem:
+            raise DamagedError(step, f"{self.directory / str(step)}: {problem}") from None
+
+    def files(self, step: int) -> dict[str, bytes]:
+        """The small files that a finished checkpoint carries, by name."""
+        return decode_files(self._read(step, FILES))
+
+    def describe_last_good(self) -> str:
+        """The last checkpoint whose loss was finite when it was validated, in words."""
+        self.wait()
+        if self.last is None:
+            return "no checkpoint was saved yet"
+        good = self._find_last_good()
+        if good is None:
+            return "no checkpoint has a validation loss, so none is known to be good"
+        return f"the last good checkpoint is {self.run}@{good}"
+
+    def _find_last_good(self) -> int | None:
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            loss = self._read(step, META)["record"].get("validation_loss")
+            if loss is not None and math.isfinite(loss):
+                return int(step)
+        return None
+
+    def _read(self, step: int, item: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = read_item(self.directory / str(step), item)
+        except ValueError as problem:
+            raise DamagedError(step, str(problem)) from None
+        return content
+
+    def reload(self) -> None:
+        """Look again at which checkpoints there are."""
+        self.manager.reload()
 
     def wait(self) -> None:
         """Return when everything begun is on disk."""
-        with self._failing("written"):
+        with self._name_failure("written"):
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, then let go of Orbax's threads."""
+        """Wait, then end Orbax's threads."""
         self.wait()
         self.manager.close()
 
     @contextmanager
-    def _failing(self, done: str) -> Iterator[None]:
-        """Storage fails in as many ways as Orbax and its storages have kinds of exception; a user needs a sentence."""
+    def _name_failure(self, done: str) -> Iterator[None]:
+        """Turn whatever a storage raises into one sentence.
+
+        Orbax and its storages have many kinds of exceptions, and a user needs none of them.
+        """
         try:
             yield
         except Exception as problem:
-            words = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
             raise GrowkitError(
-                f"a checkpoint of {self.run} could not be {done} ({words[:300]})"
+                f"a checkpoint of {self.run} could not be {done} ({first_line(problem)})"
             ) from problem

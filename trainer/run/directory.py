@@ -1,14 +1,18 @@
-"""A run's directory: the configuration it was begun with, and whether a command may go on in it.
+"""A run's directory: whether a command may go on in it, and what a run has open there.
 
-Knows config.yaml (the resolved configuration, and the source it began from), the lock that keeps a second
-process out, and how files in RUN are replaced whole; leaves what is trained to the loop.
+RUN/config.yaml         the resolved configuration, and the source the run began with
+RUN/metrics.csv         a row every few steps
+RUN/checkpoints/STEP/   see `trainer.run.checkpoint`
+RUN/damaged/STEP/       see `trainer.run.damage`
+RUN/.lock               held while a process trains into RUN
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import IO, Any
 
 import yaml
@@ -18,26 +22,134 @@ from growkit import __version__
 from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
-from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, build_section, resolve, resolve_model
+from trainer.config.sections import Config, resolve
 from trainer.devices.hosts import is_writer, write_once
+from trainer.log.history import History
+from trainer.run.checkpoint import Checkpoints, find_last_step, put_back_replaced
+from trainer.run.damage import find_broken_files, go_back
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
-# Values that may differ between a run and its resumption: they change what is kept and shown and which devices
-# compute, never what is trained.
+# Keys that people change to train a run on for longer, or at another rate.
+SCHEDULES = ("schedule.", "optimizer.learning_rate")
+# Sections that may differ between a run and its resumption: they change what is kept and shown,
+# and which devices compute, but not what is trained.
 CHANGEABLE = ("mesh", "attention", "remat", "checkpoint", "eval", "log")
 
 
-def lock_run(directory: epath.Path) -> IO[str] | None:
-    """Keep other processes from training into RUN, until the file returned is closed or this process ends.
+@dataclass(frozen=True)
+class StoredRun:
+    """What RUN/config.yaml says: how the run was begun.
 
-    None for a bucket, which nothing holds, and for the other processes of the same run. Raises GrowkitError when
-    another process holds RUN.
+    origin: {"path", "fingerprint"} of the source, None for a new model.
+    """
+
+    config: Config
+    origin: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """What a run has open in its directory.
+
+    lock: None in a bucket, and in processes that do not write. notes: what was done about damaged
+    checkpoints, in words.
+    """
+
+    path: epath.Path
+    checkpoints: Checkpoints
+    history: History
+    lock: IO[str] | None
+    notes: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Wait for what is being saved, then let other processes in.
+
+        After a failure nobody calls this; the end of the process unlocks RUN.
+        """
+        self.checkpoints.close()
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Let other processes in at once."""
+        if self.lock is not None:
+            self.lock.close()
+
+
+def read_run(out: str | os.PathLike[str]) -> StoredRun | None:
+    """The run in the directory `out`, or None for a new one.
+
+    Raises UsageError when something other than a run is there.
+    """
+    directory = epath.Path(out)
+    path = directory / CONFIG
+    if path.exists():
+        try:
+            stored = yaml.safe_load(path.read_text())
+            # A key that this version of growkit added takes its default.
+            return StoredRun(resolve(stored["config"]), stored["from"])
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, UsageError):
+            raise UsageError(
+                f"{path} is not the configuration of a run; name another --out"
+            ) from None
+    if directory.exists() and (not directory.is_dir() or _list_visible(directory)):
+        raise UsageError(f"{out} exists and is not a run; name another --out")
+    return None
+
+
+def _list_visible(directory: epath.Path) -> list[str]:
+    """What is in a directory apart from the lock and the half-written files of a killed run."""
+    return [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
+
+
+def open_run(
+    path: epath.Path,
+    config: Config,
+    start: str | None,
+    source: Source | None,
+    from_last_whole: bool = False,
+) -> RunDirectory:
+    """Make RUN and write its configuration, or check that RUN was begun with the same one.
+
+    start: --from, as given. Where RUN has no checkpoint yet, the run begins anew, whatever the
+    configuration was before. from_last_whole: whether checkpoints whose small files are damaged are
+    set aside. Raises UsageError, or GrowkitError when another process trains into RUN, or a
+    checkpoint is damaged.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as on_failure:
+        lock = lock_run(path)
+        if lock is not None:
+            on_failure.callback(lock.close)
+        # Read only now: before the lock, another process may have been about to begin.
+        stored = read_run(path)
+        resumes = stored is not None and find_last_step(path) is not None
+        if stored is not None and resumes:
+            require_same_run(stored, config, start, source, path)
+            put_back_replaced(path)
+        broken = find_broken_files(path)
+        notes = go_back(path, broken, from_last_whole) if broken else []
+        origin = stored.origin if stored is not None and resumes else None
+        if source is not None:
+            origin = {"path": start, "fingerprint": source.fingerprint}
+        content = {"growkit": __version__, "from": origin, "config": config.to_dict()}
+        write_once(path / CONFIG, yaml.safe_dump(content, sort_keys=False).encode())
+        checkpoints = Checkpoints(path, config.checkpoint)
+        opened = RunDirectory(path, checkpoints, History(path), lock, tuple(notes))
+        on_failure.pop_all()
+    return opened
+
+
+def lock_run(directory: epath.Path) -> IO[str] | None:
+    """Keep other processes from training into RUN.
+
+    Until the returned file is closed, or this process ends. None for a bucket, which cannot be
+    locked, and for the other processes of the same run. Raises GrowkitError when another process
+    has locked RUN.
     """
     if is_remote(directory) or not is_writer():
         return None
-    # Opened for appending: opening must not erase the holder's process id.
+    # Opened for appending, because opening must not erase the process id of the one that holds it.
     file = open(directory / LOCK, "a+")  # noqa: SIM115 (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +162,7 @@ def lock_run(directory: epath.Path) -> IO[str] | None:
             f"wait until it ends, or name another --out"
         ) from None
     except OSError:
-        # A file system without locks (some network ones): train without.
+        # A file system without locks, as some network ones are: train without one.
         return file
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -58,112 +170,61 @@ def lock_run(directory: epath.Path) -> IO[str] | None:
     return file
 
 
+def require_same_run(
+    stored: StoredRun, config: Config, start: str | None, source: Source | None, out: epath.Path
+) -> None:
+    """Raise UsageError, naming the keys, when a run was begun otherwise, or from another source."""
+    before = stored.config.to_dict()
+    now = config.to_dict()
+    changed = [
+        f"{key} ({_find_value(before, key)} then, {_find_value(now, key)} now)"
+        for key in find_changed_keys(before, now)
+    ]
+    origin = stored.origin or {}
+    another_path = origin.get("path") != start
+    another_model = source is not None and origin and origin["fingerprint"] != source.fingerprint
+    if another_path or another_model:
+        changed.append("--from")
+    if changed:
+        raise UsageError(
+            f"this run was begun with other values of {', '.join(changed)}, which may not change "
+            f"when it is resumed; name another --out, or give the values that its {CONFIG} holds"
+            f"{_suggest_branch(changed, out)}"
+        )
+
+
+def _suggest_branch(changed: list[str], out: epath.Path) -> str:
+    """A clause that says how to train on by another schedule, where that is what changed."""
+    if not any(key.startswith(SCHEDULES) for key in changed):
+        return ""
+    return (
+        f"; to train its model on by another schedule or learning rate, begin a new run with "
+        f"--from {out}, or lower the rate to its end with `growkit anneal {out}`"
+    )
+
+
 def find_changed_keys(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
-    """The dotted keys in which two resolved configurations differ, those that may change left out."""
+    """The dotted keys in which two resolved configurations differ, without those that may change.
+
+    where: the section that both are of, with a dot at its end.
+    """
     changed = []
     for key in sorted(before.keys() | after.keys()):
         if not where and key in CHANGEABLE:
             continue
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and not where.startswith("data."):
+        old = before.get(key)
+        new = after.get(key)
+        # The sections of data have paths for keys, so they are compared whole.
+        whole = where.startswith("data.")
+        if isinstance(old, dict) and isinstance(new, dict) and not whole:
             changed += find_changed_keys(old, new, f"{where}{key}.")
         elif old != new:
             changed.append(f"{where}{key}")
     return changed
 
 
-def require_same_run(
-    stored: dict[str, Any], config: Config, start: str | None, source: Source | None
-) -> None:
-    """Raise UsageError, naming the keys, when a run that exists was begun with another configuration or source."""
-    changed = [
-        f"{key} ({_at(stored['config'], key)} then, {_at(config.to_dict(), key)} now)"
-        for key in find_changed_keys(stored["config"], config.to_dict())
-    ]
-    origin = stored["from"] or {}
-    if origin.get("path") != start or (
-        source and origin and origin["fingerprint"] != source.fingerprint
-    ):
-        changed.append("--from")
-    if changed:
-        raise UsageError(
-            f"this run was begun with other values of {', '.join(changed)}, which may not change when it is resumed; "
-            f"name another --out, or give the values that its {CONFIG} holds"
-        )
-
-
-def _at(values: Any, key: str) -> Any:
+def _find_value(values: Any, key: str) -> Any:
     """The value of a dotted key."""
     for part in key.split("."):
         values = values.get(part)
     return values
-
-
-def fill_model(values: dict[str, Any], model: Architecture, origin: str) -> dict[str, Any]:
-    """Nested configuration values with the model section filled from a source's model.
-
-    Raises UsageError where the values state another model; the context alone may differ.
-    """
-    stated = resolve_model(values.get("model"))
-    theirs = dataclasses.asdict(build_section(model))
-    different = [key for key in stated if key != "context" and stated[key] != theirs[key]]
-    if different:
-        said = ", ".join(
-            f"{key} is {stated[key]} in the one and {theirs[key]} in the other" for key in different
-        )
-        raise UsageError(
-            f"the configuration is for another model than {origin}: {said}; "
-            f"leave its model section out to take the source's (the preset 'recipe' has none)"
-        )
-    return values | {"model": theirs | stated}
-
-
-def read_run(out: str | os.PathLike) -> dict[str, Any] | None:
-    """What RUN/config.yaml holds, or None for a new run. Raises UsageError when `out` is something else."""
-    directory = epath.Path(out)
-    path = directory / CONFIG
-    if path.exists():
-        try:
-            stored = yaml.safe_load(path.read_text())
-            # Resolved once more: a key that this version of growkit added has its default.
-            return {"from": stored["from"], "config": resolve(stored["config"]).to_dict()}
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, UsageError):
-            raise UsageError(
-                f"{path} is not the configuration of a run; name another --out"
-            ) from None
-    if directory.exists() and (not directory.is_dir() or any(_visible(directory))):
-        raise UsageError(f"{out} exists and is not a run; name another --out")
-    return None
-
-
-def _visible(directory: epath.Path) -> list[str]:
-    """What lies in a directory beside a lock and the parts of files that a killed run leaves."""
-    return [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
-
-
-def open_run(
-    directory: epath.Path, config: Config, start: str | None, source: Source | None, resumes: bool
-) -> IO[str] | None:
-    """Make RUN and write its configuration, or check that the one there is the same. `start` is --from as given.
-
-    resumes: whether RUN has a checkpoint to go on from; where it has none, another configuration begins anew.
-
-    Returns what `lock_run` does. Raises UsageError, or GrowkitError when another process trains into RUN.
-    """
-    read_run(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    held = lock_run(directory)
-    # Read only now: what was there before the lock may be another process's beginning.
-    stored = read_run(directory)
-    if stored is not None and resumes:
-        require_same_run(stored, config, start, source)
-    origin = (
-        {"path": start, "fingerprint": source.fingerprint}
-        if source
-        else stored["from"]
-        if stored
-        else None
-    )
-    described = {"growkit": __version__, "from": origin, "config": config.to_dict()}
-    write_once(directory / CONFIG, yaml.safe_dump(described, sort_keys=False).encode())
-    return held

@@ -1,12 +1,13 @@
-"""Growth as the trainer meets it: made at start or on the way, and what a lineage's growths ask of the training.
+"""Growth at the start of a run or on the way, and what it asks of the training after it.
 
-Knows the configuration's grow section, which multipliers the optimizer owes, whether a validation loss must be the
-source's, where a re-warm-up begins, and when copies stay equal. Leaves plans to growkit and training to the loop.
+Plans are growkit's (`growkit.growth.plan`). Here the configuration's section `grow` becomes a
+plan, and a lineage's growths become multipliers for the optimizer, a check of the first
+validation, and notes for the log.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,62 +19,107 @@ from growkit.growth.plan import Plan, combine_plans, set_options
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, Dropout, Grow, build_architecture, build_section
-from trainer.log.history import GROWN
+from trainer.config.sections import Config, Dropout, Grow, build_section
+from trainer.log.history import GROWN, History
 from trainer.step.optimizer import Multipliers
 from trainer.step.plateau import find_plateaus
 
-# By how much a validation loss, nats a token, may differ after exact growth: what rounding explains.
+# By how much a validation loss, in nats a token, may differ after exact growth: what rounding
+# explains.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
 
 
 def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
-    """The plan of a grow section for the source's model, None when it grows nothing. Raises UsageError."""
+    """The plan of a grow section for this model, None where it grows nothing.
+
+    Raises UsageError for a growth that cannot be, and for options without a growth.
+    """
     plans = []
     if settings.map:
         plans.append(plan_depth(model, settings.map, settings.depth_method))
     sizes = {
-        name: getattr(settings, name) or None for name in ("embed", "heads", "mlp", "head_dim")
+        "embed": settings.embed or None,
+        "heads": settings.heads or None,
+        "mlp": settings.mlp or None,
+        "head_dim": settings.head_dim or None,
     }
     if any(sizes.values()):
-        plans.append(
-            plan_width(model, **sizes, method=settings.width_method or None, spread=settings.spread)
-        )
-    if not plans:
-        if settings != Grow():
-            raise UsageError(
-                "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp or head_dim"
-            )
+        method = settings.width_method or None
+        plans.append(plan_width(model, **sizes, method=method, spread=settings.spread))
+    if not plans and settings == Grow():
         return None
+    if not plans:
+        raise UsageError(
+            "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp "
+            "or head_dim"
+        )
     plan = plans[0] if len(plans) == 1 else combine_plans("grow", plans, model)
     return set_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
 
 
-def plan_later_growth(config: Config) -> Plan | None:
-    """The plan of the growth that comes on the way, None when there is none. Raises UsageError."""
-    return plan_growth(config.grow, build_architecture(config.model)) if config.grow.at else None
+def grow_config(config: Config, plan: Plan) -> Config:
+    """The configuration after a growth on the way: the grown model, the schedule going on."""
+    schedule = replace(config.schedule, continued=True)
+    return replace(config, model=build_section(plan.grown), schedule=schedule)
 
 
-def is_growth_due(config: Config, step: int, losses: Sequence[float]) -> bool:
-    """Whether the growth on the way comes at this step, by its number or by the validation losses so far."""
+def is_growth_due(config: Config, step: int, history: History) -> bool:
+    """Whether the growth on the way comes at this step: at its number, or at the first plateau.
+
+    A step is grown at once it is validated. The last step of a run is not grown at.
+    """
+    if step == config.schedule.steps or history.find_validation_loss(step) is None:
+        return False
     if config.grow.at == "plateau":
-        return bool(find_plateaus(losses, config.schedule.plateau))
+        return bool(find_plateaus(history.list_validation_losses(), config.schedule.plateau))
     return step >= int(config.grow.at)
 
 
-def grow_config(config: Config, plan: Plan) -> Config:
-    """The configuration that a run goes by once that growth is made: the grown model, the schedule going on."""
-    return replace(
-        config, model=build_section(plan.grown), schedule=replace(config.schedule, continued=True)
-    )
-
-
 def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> Multipliers | None:
-    """The multipliers to apply to a model of this lineage, None for none. setting: on, off or auto."""
+    """The multipliers to apply to a model that has this lineage behind it, None for none.
+
+    setting: on, off, or auto, which applies them where growth is exact for the training too.
+    """
     growths = lineage.growths_owed()
-    if setting == "off" or not growths or (setting == "auto" and not lineage.continues):
+    if setting == "off" or not growths:
         return None
-    return Multipliers(**multipliers(model, [growth.plan_within(model) for growth in growths]))
+    if setting == "auto" and not lineage.continues:
+        return None
+    plans = [growth.plan_within(model) for growth in growths]
+    return Multipliers(**multipliers(model, plans))
+
+
+def describe_beginning(lineage: Lineage, step: int) -> str:
+    """The first event of a run, or of what follows a growth on the way: which sizes grew."""
+    growth = lineage.before_last.last_as(Growth)
+    if growth is None:
+        return "start"
+    sizes = ", ".join(f"{axis} {old} to {new}" for axis, (old, new) in growth.changes.items())
+    grown = f"{GROWN}: {sizes}"
+    return grown if step else f"start, {grown}"
+
+
+def describe_growths(lineage: Lineage, model: Architecture, dropout: Dropout) -> Iterator[str]:
+    """What the growths before this training mean for it, one sentence each."""
+    if lineage.last_training.multipliers:
+        yield (
+            "exact growth in width: learning rates, eps and clip weights are multiplied "
+            "for each parameter"
+        )
+    tied = find_tied_axes(lineage.before_last, model, dropout)
+    if tied:
+        yield (
+            f"warning: the copies of {', '.join(tied)} have equal gradients and dropout is 0, so "
+            f"they stay equal; grow with --noise or --spread, or train with dropout"
+        )
+
+
+def find_tied_axes(lineage: Lineage, model: Architecture, dropout: Dropout) -> tuple[str, ...]:
+    """The axes whose copies, made by the last growth, will stay equal while there is no dropout."""
+    growths = lineage.last_growths()
+    if not growths or dropout.hidden or dropout.attention or dropout.embedding:
+        return ()
+    return growths[-1].plan_within(model).tied_copies
 
 
 def compute_allowed_gap(config: Config) -> float:
@@ -81,33 +127,14 @@ def compute_allowed_gap(config: Config) -> float:
     return max(ROUNDING[config.precision.params], ROUNDING[config.precision.compute])
 
 
-def describe_beginning(lineage: Lineage, step: int) -> str:
-    """The first event of a run, or of what follows a growth at a step of it: which sizes grew, where any did."""
-    growth = lineage.before_last.last_as(Growth)
-    if growth is None:
-        return "start"
-    changed = ", ".join(f"{axis} {old} to {new}" for axis, (old, new) in growth.changes.items())
-    return f"{GROWN}: {changed}" if step else f"start, {GROWN}: {changed}"
-
-
-def describe_growths(lineage: Lineage, model: Architecture, dropout: Dropout) -> Iterator[str]:
-    """What the growths before this training mean for it, in sentences."""
-    if lineage.last_training.multipliers:
-        yield "exact growth in width: learning rates, eps and clip weights are multiplied for each parameter"
-    if tied := find_tied_axes(lineage.before_last, model, dropout):
-        yield (
-            f"warning: the copies of {', '.join(tied)} have equal gradients and dropout is 0, so they stay equal; "
-            f"grow with --noise or --spread, or train with dropout"
-        )
-
-
 def compare_with_source(
     lineage: Lineage, loss: float, source: Mapping[str, Any], windows: str, allowed: float
 ) -> str | None:
-    """What the first validation loss after exact growth is beside the source's last one; None without such growth.
+    """The first validation loss after exact growth beside the source's last one, as a sentence.
 
-    source: the source's record. windows: what the validation ran on. Raises GrowkitError where the two losses differ
-    by more than `allowed`.
+    source: the source's record. windows: the fingerprint of what the validation ran on. None
+    where the last growths were not exact, or there were none. Raises GrowkitError where the two
+    losses differ by more than `allowed`.
     """
     growths = lineage.last_growths()
     if not growths or not all(growth.preserved for growth in growths):
@@ -119,17 +146,9 @@ def compare_with_source(
         )
     if abs(loss - before) > allowed:
         raise GrowkitError(
-            f"growth was exact, but the validation loss went from {before:.6f} to {loss:.6f}, by more than the "
-            f"{allowed:g} that rounding explains; --allow-gap trains on all the same"
+            f"growth was exact, but the validation loss went from {before:.6f} to {loss:.6f}, by "
+            f"more than the {allowed:g} that rounding explains; --allow-gap trains on all the same"
         )
     return (
         f"growth was exact: the source's validation loss was {before:.6f}, this one's is {loss:.6f}"
     )
-
-
-def find_tied_axes(lineage: Lineage, model: Architecture, dropout: Dropout) -> tuple[str, ...]:
-    """The axes whose copies, made by the last growth, will stay equal: exact copies, trained without dropout."""
-    growths = lineage.last_growths()
-    if not growths or dropout.hidden or dropout.attention or dropout.embedding:
-        return ()
-    return growths[-1].plan_within(model).tied_copies

@@ -1,34 +1,47 @@
-"""A run from its first step to its last: one loop after the other in the same directory, as many as it has models.
+"""A run from its first step to its last: one stage after the other, as many as it has models.
 
-Growth on the way is no more than this: the loop ends at its step with a checkpoint, as if it had been stopped, and
-the next one begins with that checkpoint, grown. Knows the order; leaves everything else to the loop.
+Growth on the way needs no more than this. The first stage ends at its step with a checkpoint, as
+if it had been stopped, and the next one begins with that checkpoint, grown.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
+from typing import Any
 
-from growkit.checkpoint.tensor import Source
 from growkit.entries import Branch
-from trainer.config.sections import Config
-from trainer.log.report import Report, Result
+from trainer.devices.programs import enable_program_cache
+from trainer.log.report import Report, Result, Show
+from trainer.run.begin import Trust, begin, prepare
 from trainer.run.loop import Run
 
 
 def train(
-    config: Config,
-    out: str | os.PathLike,
-    source: Source | None = None,
+    values: dict[str, Any],
+    out: str | os.PathLike[str],
     start: str | None = None,
     allow_gap: bool = False,
     branch: Branch | None = None,
-    show: type[Report] = Report,
+    show: Show = Report,
+    trust: Trust | None = None,
 ) -> Result:
-    """Begin the run `out` or go on with it, to its end or to a signal; arguments as those of `trainer.run.loop.Run`."""
-    result = Run(config, out, source, start, allow_gap, branch).go(show)
-    while result.signal is None and result.step < config.schedule.steps:
-        # What has ended lies in cycles (Orbax's threads and futures), and the grown model needs its room.
+    """Train into the run directory `out`, or go on with the run there, to its end or to a signal.
+
+    values: the configuration, as nested values. start: the model to begin with, None for a new
+    one. allow_gap: train on where exact growth moved the validation loss. branch: what the
+    lineage says of a run that began as a branch of another. show: what the user sees. trust:
+    what becomes of a damaged checkpoint. Raises UsageError or GrowkitError.
+    """
+    # Orbax logs its errors with tracebacks, and raises them too: the user is shown one sentence.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    setup = prepare(values, out, start, allow_gap, branch, trust)
+    enable_program_cache()
+    result = Run(begin(setup)).go(show)
+    while result.signal is None and result.step < setup.first.config.schedule.steps:
+        # The stage that ended lies in cycles (Orbax's threads and futures), and the grown model
+        # needs its memory.
         gc.collect()
-        result = Run(config, out, None, start, allow_gap).go(show)
+        result = Run(begin(setup)).go(show)
     return result

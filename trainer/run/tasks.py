@@ -1,7 +1,8 @@
-"""The tasks that a run is measured on while it trains: those of `growkit evaluate`, in the run's own precision.
+"""The tasks that a run is measured on while it trains, in the run's own precision.
 
-Knows which tasks a configuration asks for and how the parameters of the moment answer; leaves when to ask to the
-loop. Imports lm_eval, through `trainer.evaluate.harness`, only where there are tasks.
+They are those of `growkit evaluate`.
+lm_eval is imported, through `trainer.evaluate.harness`, only where the configuration asks for
+tasks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from growkit.evaluation import harness
 from growkit.evaluation.catalogue import parse_task_names
@@ -19,30 +22,37 @@ from trainer.data.tokenizer import load_model_tokenizer
 from trainer.devices.sharding import Layout
 from trainer.model.decoder import GPTNeoX
 
-# Texts at once, at most: their logits are held for all of them, which training spares itself.
+# The largest batch of texts: the logits of all of them are in memory at once, which training
+# avoids.
 BATCH = 64
 
 
 class TaskQuestions:
-    """The tasks of an eval section, their items read. Raises UsageError, GrowkitError as `growkit evaluate` does.
+    """The tasks of an eval section, with their items.
 
-    notes: what is to be said about the items.
+    Raises UsageError and GrowkitError as `growkit evaluate` does. notes: what to tell the user
+    about the items.
     """
 
-    def __init__(self, settings: Eval):
+    def __init__(self, settings: Eval) -> None:
         self.notes: list[str] = []
         self.questions: list[harness.Question] = []
         if settings.tasks:
             harness.require_harness()
+            names = parse_task_names(settings.tasks)
             data = Path(settings.data) if settings.data else None
-            self.questions = collect_questions(
-                parse_task_names(settings.tasks), data, settings.limit or None, self.notes.append
-            )
+            limit = settings.limit or None
+            self.questions = collect_questions(names, data, limit, self.notes.append)
 
     def bind(
-        self, config: Config, model: Architecture, layout: Layout, files: Mapping[str, bytes], run: Any
+        self,
+        config: Config,
+        model: Architecture,
+        layout: Layout,
+        files: Mapping[str, bytes],
+        run: epath.Path,
     ) -> Tasks | None:
-        """The same, to be asked of a run's model by the tokenizer among its files; None without tasks."""
+        """The tasks for a run's model, with the tokenizer among its files; None without tasks."""
         if not self.questions:
             return None
         from trainer.evaluate.harness import JaxModel
@@ -51,36 +61,39 @@ class TaskQuestions:
         network = GPTNeoX(model, config.precision, layout=layout)
         batch = min(BATCH, config.batch.sequences // config.batch.accumulation)
         likelihood = Likelihood(network, None, config.model.context, batch)
-        return Tasks(self.questions, JaxModel(likelihood, load_model_tokenizer(files, run)))
+        tokenizer = load_model_tokenizer(files, run)
+        return Tasks(self.questions, JaxModel(likelihood, tokenizer, model.vocab))
 
 
 class Interrupted(Exception):
-    """A signal arrived while a task was being asked."""
+    """A signal arrived during a task."""
 
 
 class Tasks:
-    """Questions and the model that answers them, with whatever parameters it is given."""
+    """Questions, and the model that answers them with whatever parameters it is given."""
 
-    def __init__(self, asked: list[harness.Question], model: Any):
-        self.asked, self.model = asked, model
+    def __init__(self, questions: list[harness.Question], model: Any) -> None:
+        self.questions = questions
+        self.model = model
 
     def scores(self, params: Any, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """{"TASK METRIC": value} by these parameters; None when `stopped` became true meanwhile."""
+        """{"TASK METRIC": value} with these parameters; None when `stopped` becomes true."""
 
         def advance(done: int) -> None:
             if stopped():
                 raise Interrupted
 
-        self.model.advance, self.model.likelihood.params = advance, params
+        self.model.advance = advance
+        self.model.likelihood.params = params
         try:
-            answers = [harness.ask(self.model, question) for question in self.asked]
+            answers = [harness.ask(self.model, question) for question in self.questions]
         except Interrupted:
             return None
         finally:
-            # The next step is given the parameters' memory.
+            # The next step needs the parameters' memory.
             self.model.likelihood.params = None
         return {
-            f"{a.name} {metric}": figure.value
-            for a in answers
-            for metric, figure in a.figures.items()
+            f"{answer.name} {metric}": figure.value
+            for answer in answers
+            for metric, figure in answer.figures.items()
         }

@@ -1,8 +1,9 @@
-"""AdamW as growth needs it: clip, Adam, learning-rate multipliers and decay.
+"""AdamW as growth needs it: clip, Adam, learning-rate multipliers and weight decay.
 
-optax gives the vocabulary and the state (found structurally, as any optax state); written here is what its
-adamw lacks: an eps, a learning-rate multiplier and a clip weight for each parameter, scalar or for each unit,
-with which an exactly grown model goes on exactly as the small one would. Knows no model and no data.
+optax gives the vocabulary and the state, which others find by structure, as in any optax state.
+Written here is what its adamw lacks: an eps, a learning-rate multiplier and a clip weight for each
+parameter, as one number or one for each unit. With them an exactly grown model trains on exactly as
+the small one would have.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from trainer.config.sections import Optimizer
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Trees of the parameters' structure, their leaves broadcastable to the parameters; None for all ones.
+    """Trees with the structure of the parameters; None for all ones.
 
-    learning_rate multiplies the Adam direction and leaves decay alone; eps multiplies Adam's eps; clip
-    weighs squared gradients in the global norm.
+    Each leaf is broadcastable to its parameter. learning_rate: multiplies Adam's direction, and not
+    the decay. eps: multiplies Adam's eps. clip: weighs squared gradients in the global norm.
     """
 
     learning_rate: Any = None
@@ -32,12 +33,12 @@ class Multipliers:
 
 
 def select_decayed(model: Architecture) -> dict[str, Any]:
-    """The parameters' tree of booleans: weight decay acts on matrices and embeddings."""
+    """A tree of booleans: whether weight decay acts on a parameter, a matrix or an embedding."""
     return model.table.tree(lambda row: row.decays)
 
 
 def global_norm(gradients: Any, weights: Any = None) -> jax.Array:
-    """sqrt of the sum over all elements of weight x gradient squared."""
+    """sqrt of the sum, over all elements, of weight x gradient squared."""
     squares = jax.tree.map(jnp.square, gradients)
     if weights is not None:
         squares = jax.tree.map(jnp.multiply, squares, weights)
@@ -47,7 +48,7 @@ def global_norm(gradients: Any, weights: Any = None) -> jax.Array:
 def clip_by_norm(limit: float, weights: Any = None) -> optax.GradientTransformation:
     """Scale all gradients down together when their weighted global norm exceeds `limit`."""
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         norm = global_norm(updates, weights)
         scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         return jax.tree.map(lambda update: update * scale, updates), state
@@ -58,13 +59,18 @@ def clip_by_norm(limit: float, weights: Any = None) -> optax.GradientTransformat
 def scale_by_adam(
     beta1: float, beta2: float, eps: float, multipliers: Any = None
 ) -> optax.GradientTransformation:
-    """Adam (arXiv 1412.6980), algorithm 1, with its eps multiplied for each parameter; optax's own state."""
+    """Adam (arXiv 1412.6980), algorithm 1, with its eps multiplied for each parameter.
 
-    def update(updates, state, params=None):
+    The state is optax's own.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         mu = optax.tree.update_moment(updates, state.mu, beta1, 1)
         nu = optax.tree.update_moment(updates, state.nu, beta2, 2)
         count = optax.safe_increment(state.count)
-        factors = jax.tree.map(lambda _: 1.0, mu) if multipliers is None else multipliers
+        factors = multipliers
+        if factors is None:
+            factors = jax.tree.map(lambda _: 1.0, mu)
         direction = jax.tree.map(
             lambda m, v, factor: m / (jnp.sqrt(v) + eps * factor),
             optax.tree.bias_correction(mu, beta1, count),
@@ -84,13 +90,22 @@ def scale_each(multipliers: Any) -> optax.GradientTransformation:
 def adamw(
     settings: Optimizer, model: Architecture, multipliers: Multipliers | None = None
 ) -> optax.GradientTransformation:
-    """The whole update but for the learning rate, which the step applies: new = params - rate x update."""
+    """All of the update but the learning rate.
+
+    The step applies that: new = params - rate x update.
+    """
     multipliers = multipliers or Multipliers()
-    rates = multipliers.learning_rate
-    # Always four parts: the state has one structure, with multipliers and without, so that it can be handed over.
+    clip = optax.identity()
+    if settings.clip:
+        clip = clip_by_norm(settings.clip, multipliers.clip)
+    scale = optax.identity()
+    if multipliers.learning_rate is not None:
+        scale = scale_each(multipliers.learning_rate)
+    # Always four parts, so that the state has one structure with and without clip and multipliers,
+    # and can be handed from one to the other.
     return optax.chain(
-        clip_by_norm(settings.clip, multipliers.clip) if settings.clip else optax.identity(),
+        clip,
         scale_by_adam(settings.beta1, settings.beta2, settings.eps, multipliers.eps),
-        optax.identity() if rates is None else scale_each(rates),
+        scale,
         optax.add_decayed_weights(settings.weight_decay, mask=select_decayed(model)),
     )

@@ -1,7 +1,7 @@
-"""Where a validation loss stopped falling, worked out anew from the losses on record.
+"""Where a validation loss stopped falling, found from the losses on record.
 
-Nothing is remembered between two validations but the losses themselves, which a run keeps anyway: a resumed run
-finds the plateaus that it would have found. Knows numbers; leaves what follows from a plateau to the loop.
+Between two validations nothing is remembered but the losses themselves, which a run keeps anyway.
+So a resumed run finds the same plateaus as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from trainer.config.sections import Config, Plateau, Schedule
 
 
 def find_plateaus(losses: Sequence[float], settings: Plateau) -> list[int]:
-    """The indices of the losses at which a plateau was found; none when the patience is 0.
+    """Find the indices of the losses that complete a plateau; none when the patience is 0.
 
-    The rule and its names are those of optax.contrib.reduce_on_plateau: `patience` losses in a row, none of them
-    below (1 - rtol) times the best one before it; then the counting begins again, the best one kept.
+    The rule is that of optax.contrib.reduce_on_plateau, and so are its names: a plateau is
+    `patience` losses in a row, none of them below (1 - rtol) times the best one before it. After a
+    plateau the count begins again, and the best loss stays.
     """
-    best, since, found = math.inf, 0, []
+    best = math.inf
+    since = 0
+    found = []
     for number, loss in enumerate(losses):
         if loss < (1 - settings.rtol) * best:
-            best, since = loss, 0
+            best = loss
+            since = 0
         else:
             since += 1
         if settings.patience and since == settings.patience:
@@ -33,16 +37,18 @@ def find_plateaus(losses: Sequence[float], settings: Plateau) -> list[int]:
 
 
 def compute_reduction(losses: Sequence[float], schedule: Schedule, lineage: Lineage) -> float:
-    """The factor on the learning rate after a training's validation losses: one `factor` for each plateau.
+    """The factor on the learning rate after these validation losses.
 
-    lineage: this training's entry last; a schedule that goes on in its source's has the source's reduction too.
+    Each plateau multiplies it by schedule.plateau.factor. lineage: its last entry is this training.
+    A schedule that continues its source's begins with the source's factor.
     """
     source = lineage.entries[-1].source
     before = source.reduction if source and schedule.continued else 1.0
-    return before * schedule.plateau.factor ** len(find_plateaus(losses, schedule.plateau))
+    count = len(find_plateaus(losses, schedule.plateau))
+    return before * schedule.plateau.factor**count
 
 
 def reduce_learning_rate(config: Config, factor: float) -> Config:
-    """The configuration with its learning rate multiplied, which makes the program of the steps that follow."""
+    """The configuration with its learning rate multiplied by a factor."""
     optimizer = replace(config.optimizer, learning_rate=config.optimizer.learning_rate * factor)
     return replace(config, optimizer=optimizer)

@@ -1,7 +1,9 @@
-"""One step of training and one of evaluation: pure functions of (state, tokens), jitted, the state donated.
+"""One step of training and one of evaluation: pure, jitted functions of (state, tokens).
 
-Knows loss, gradients, accumulation, the update and how each lies on a mesh of devices; leaves where tokens come from
-and what becomes of the state to the loop.
+A train step is given its state for good: the state's memory is reused for the result (it is
+donated). Where arrays lie on a mesh of devices is part of both programs.
+
+Shapes in names: A parts of a batch, one after another; B sequences of a part; T time, T1 is T + 1.
 """
 
 from __future__ import annotations
@@ -23,19 +25,22 @@ from trainer.config.sections import Config, Optimizer, Precision
 from trainer.devices.sharding import Layout, make_single_device_layout
 from trainer.model.decoder import GPTNeoX
 from trainer.model.kernels import select_kernel
+from trainer.model.precision import select_wide_dtype
 from trainer.step.loss import sum_token_losses
 from trainer.step.optimizer import Multipliers, adamw, global_norm
 from trainer.step.schedule import encode_schedule, evaluate_schedule
 
-# Programs of other models that a process keeps: those of a study's sources and target, of a growth within a run.
+# How many programs a process keeps: for a study's sources and target, and for growth within a run.
 PROGRAMS = 16
+
+EvalStep = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 class State(NamedTuple):
     """All that training changes.
 
-    step counts updates of this run; schedule_step counts them from the last branch point, which Adam's own
-    count, kept through growth, does not.
+    step counts the updates of this run, schedule_step those since the last branch point. Adam's own
+    count, in `optimizer`, is kept through growth.
     """
 
     params: Any
@@ -46,10 +51,8 @@ class State(NamedTuple):
 
 def check_precision(config: Config) -> None:
     """Raise UsageError for a float64 that JAX would silently make float32."""
-    if (
-        "float64" in (config.precision.params, config.precision.compute)
-        and not jax.config.jax_enable_x64
-    ):
+    asked = (config.precision.params, config.precision.compute)
+    if "float64" in asked and not jax.config.jax_enable_x64:
         raise UsageError(
             "precision float64 needs JAX's 64-bit mode: set JAX_ENABLE_X64=1 in the environment"
         )
@@ -62,56 +65,77 @@ def sum_loss(
     key: jax.Array | None,
     mask_B: jax.Array | None = None,
 ) -> jax.Array:
-    """The summed loss, nats, of predicting each token from those before it; with a key, dropout is on.
+    """Sum the loss, nats, of predicting each token from those before it. With a key, dropout is on.
 
     mask: 1 for the sequences that count, None for all.
     """
     rngs = {} if key is None else {"dropout": key}
-    hidden = network.apply(
-        {"params": params}, tokens_BxT1[:, :-1], key is None, rngs=rngs, head=False
+    inputs_BxT = tokens_BxT1[:, :-1]
+    targets_BxT = tokens_BxT1[:, 1:]
+    deterministic = key is None
+    hidden_BxTxE = network.apply(
+        {"params": params}, inputs_BxT, deterministic, rngs=rngs, head=False
     )
-    head = network.head_weight(params)
-    mask_B = jnp.ones(len(tokens_BxT1)) if mask_B is None else mask_B
-    return sum_token_losses(
-        hidden, head, tokens_BxT1[:, 1:], mask_B.astype(jnp.result_type(float)), network.layout
-    )
+    head_VxE = network.head_weight(params)
+    if mask_B is None:
+        mask_B = jnp.ones(len(tokens_BxT1))
+    return sum_token_losses(hidden_BxTxE, head_VxE, targets_BxT, mask_B, network.layout)
 
 
 def accumulate_gradients(
     network: GPTNeoX, params: Any, tokens_AxBxT1: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    """Mean loss and its gradient over all A x B sequences: sums of both over the A parts, divided once."""
-    part = jax.value_and_grad(partial(sum_loss, network))
+    """The mean loss and its gradient over all A x B sequences.
+
+    Both are summed over the A parts and divided once, so that parts give what the whole batch
+    would.
+    """
+    differentiate = jax.value_and_grad(partial(sum_loss, network))
     parts, batch, length = tokens_AxBxT1.shape
 
-    def add(total, inputs):
-        index, tokens = inputs
+    def add(total: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        index, tokens_BxT1 = inputs
         part_key = None if key is None else jax.random.fold_in(key, index)
-        loss, gradient = jax.tree.map(jnp.add, total, part(params, tokens, part_key))
-        return (loss, _as_moments(network, gradient)), None
+        part = differentiate(params, tokens_BxT1, part_key)
+        loss, gradient = jax.tree.map(jnp.add, total, part)
+        return (loss, _shard_as_moments(network, gradient)), None
 
-    loss_type = jnp.promote_types(network.precision.compute, jnp.float32)
-    start = (jnp.zeros((), loss_type), _as_moments(network, jax.tree.map(jnp.zeros_like, params)))
-    total, _ = jax.lax.scan(add, start, (jnp.arange(parts), tokens_AxBxT1))
-    return jax.tree.map(lambda leaf: leaf / (parts * batch * (length - 1)), total)
+    zero_loss = jnp.zeros((), select_wide_dtype(network.precision.compute))
+    zero_gradient = _shard_as_moments(network, jax.tree.map(jnp.zeros_like, params))
+    inputs = (jnp.arange(parts), tokens_AxBxT1)
+    total, _ = jax.lax.scan(add, (zero_loss, zero_gradient), inputs)
+    tokens = parts * batch * (length - 1)
+    return jax.tree.map(lambda leaf: leaf / tokens, total)
 
 
-def _as_moments(network: GPTNeoX, gradient: Any) -> Any:
-    """A gradient laid out as the moments that take it in."""
-    layout = network.layout
-    return jax.tree.map(layout.constrain, gradient, network.model.table.tree(layout.moment_sharding))
+def _shard_as_moments(network: GPTNeoX, tree: Any) -> Any:
+    """Lay out a tree of the parameters' structure as the moments are."""
+    layout = _layout_of(network)
+    shardings = network.model.table.tree(layout.moment_sharding)
+    return jax.tree.map(layout.constrain, tree, shardings)
+
+
+def _layout_of(network: GPTNeoX) -> Layout:
+    """The layout of a step's network. Only a network that is in no step may have none."""
+    if network.layout is None:
+        raise ValueError("the network of a step needs a layout: give GPTNeoX its `layout`")
+    return network.layout
 
 
 class TrainStep:
-    """(state, tokens [A, B, T+1]) -> (state, metrics), with the numbers of one run; the state given is donated.
+    """(state, tokens [A, B, T+1]) -> (state, metrics), with one run's numbers.
 
-    Metrics: loss in nats a token, gradient_norm before the clip, learning_rate. The program takes the numbers as
-    arguments, so that runs of one model that differ in learning rate, schedule or seed share it. memory: what it was
-    found to need, for whoever asks again; remat: the policy it was made with.
+    The state given is donated. Metrics: loss, nats per token; gradient_norm, before the clip;
+    learning_rate. numbers: arguments of the program, so that runs of one model that differ in
+    learning rate, schedule or seed share the program. memory: what the program was found to need,
+    for whoever asks again. remat: the policy that the program was made with.
     """
 
     def __init__(self, program: Any, memory: dict[Any, Any], numbers: dict[str, float], remat: str):
-        self.program, self.memory, self.numbers, self.remat = program, memory, numbers, remat
+        self.program = program
+        self.memory = memory
+        self.numbers = numbers
+        self.remat = remat
 
     def __call__(
         self, state: State, tokens_AxBxT1: jax.Array
@@ -119,7 +143,7 @@ class TrainStep:
         return self.program(state, tokens_AxBxT1, self.numbers)
 
     def trace(self, state: Any, tokens_AxBxT1: Any) -> Any:
-        """The program as JAX traced it, from which it is lowered; nothing of it is computed."""
+        """The program as traced by JAX, ready to be lowered. Nothing is computed."""
         return self.program.trace(state, tokens_AxBxT1, self.numbers)
 
 
@@ -130,105 +154,133 @@ def make_train_step(
     layout: Layout | None = None,
     grown_at: int | None = None,
 ) -> TrainStep:
-    """The step of a run, its remat policy settled. layout: None for the first device. grown_at: see `compute_learning_rate`."""
+    """Make the step of a run whose remat policy is settled.
+
+    layout: None for the first device. grown_at: see `compute_learning_rate`.
+    """
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
     network = GPTNeoX(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
-    # What the numbers say, and what `multipliers` settles, is no part of the program.
+    # The learning rate is one of the numbers, and `multipliers` is an argument of its own: neither
+    # is part of what identifies a program.
     settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto")
-    make = _program if multipliers is None else _program.__wrapped__
-    schedule = encode_schedule(config.schedule, config.optimizer.learning_rate, grown_at)
+    # Trees of multipliers cannot be hashed, so their programs are not kept.
+    make = _keep_program if multipliers is None else _make_program
     program, memory = make(network, settings, config.schedule.kind, multipliers)
-    return TrainStep(program, memory, schedule | {"seed": config.seed}, config.remat)
+    numbers = encode_schedule(config.schedule, config.optimizer.learning_rate, grown_at)
+    return TrainStep(program, memory, numbers | {"seed": config.seed}, config.remat)
 
 
-@lru_cache(maxsize=PROGRAMS)
-def _program(
+def _make_program(
     network: GPTNeoX, settings: Optimizer, kind: str, multipliers: Multipliers | None
 ) -> tuple[Any, dict[Any, Any]]:
-    """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics); and a place for what it needs."""
-    model, layout, dropout = network.model, network.layout, network.dropout
-    optimizer = adamw(settings, model, multipliers)
-    drops = any((dropout.hidden, dropout.attention, dropout.embedding))
-    places = jax.tree.map(
-        lambda leaf: leaf.sharding, _abstract(network.precision, settings, model, layout)
-    )
+    """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics).
 
-    def train_step(
-        state: State, tokens_AxBxT1: jax.Array, run: dict[str, jax.Array]
-    ) -> tuple[State, dict]:
-        key = jax.random.fold_in(jax.random.key(run["seed"]), state.step) if drops else None
-        loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key)
-        # With ZeRO-1 a device updates the part of the parameters whose moments it has.
-        params = _as_moments(network, state.params)
-        direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
-        rate = evaluate_schedule(kind, run, state.schedule_step)
-        updates = jax.tree.map(
-            lambda update, param: (-rate * update).astype(param.dtype), direction, params
-        )
-        norm = global_norm(gradient, multipliers.clip if multipliers else None)
-        metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
-        params = _as_moments(network, optax.apply_updates(params, updates))
-        return State(params, optimizer_state, state.step + 1, state.schedule_step + 1), metrics
-
+    With it comes an empty dict, its `memory`.
+    """
+    layout = _layout_of(network)
+    state = _describe_state(network.precision, settings, network.model, layout)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     program = jax.jit(
-        train_step,
-        in_shardings=(places, layout.batch_sharding(1), layout.replicated),
-        out_shardings=(places, layout.replicated),
+        _define_train_step(network, settings, kind, multipliers),
+        in_shardings=(shardings, layout.batch_sharding(1), layout.replicated),
+        out_shardings=(shardings, layout.replicated),
         donate_argnums=0,
     )
     return program, {}
 
 
-def make_eval_step(
-    config: Config, model: Architecture, layout: Layout | None = None
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """The jitted validation: (params, tokens [B, T+1], mask [B]) -> summed loss, nats, of unmasked sequences."""
+_keep_program = lru_cache(maxsize=PROGRAMS)(_make_program)
+
+
+def _define_train_step(
+    network: GPTNeoX, settings: Optimizer, kind: str, multipliers: Multipliers | None
+) -> Callable[[State, jax.Array, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+    optimizer = adamw(settings, network.model, multipliers)
+    dropout = network.dropout
+    drops = any((dropout.hidden, dropout.attention, dropout.embedding))
+    clip_weights = multipliers.clip if multipliers else None
+
+    def train_step(
+        state: State, tokens_AxBxT1: jax.Array, numbers: dict[str, jax.Array]
+    ) -> tuple[State, dict[str, jax.Array]]:
+        key = None
+        if drops:
+            key = jax.random.fold_in(jax.random.key(numbers["seed"]), state.step)
+        loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key)
+        # With ZeRO-1 a device updates the part of the parameters whose moments it has.
+        params = _shard_as_moments(network, state.params)
+        direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
+        rate = evaluate_schedule(kind, numbers, state.schedule_step)
+        updates = jax.tree.map(partial(_scale_update, rate), direction, params)
+        norm = global_norm(gradient, clip_weights)
+        metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        params = _shard_as_moments(network, optax.apply_updates(params, updates))
+        return State(params, optimizer_state, state.step + 1, state.schedule_step + 1), metrics
+
+    return train_step
+
+
+def _scale_update(rate: jax.Array, direction: jax.Array, param: jax.Array) -> jax.Array:
+    """What is added to a parameter, in its dtype; multiplied in the rate's, at least float32."""
+    return (-rate * direction.astype(rate.dtype)).astype(param.dtype)
+
+
+def make_eval_step(config: Config, model: Architecture, layout: Layout | None = None) -> EvalStep:
+    """Make the jitted validation: (params, tokens [B, T+1], mask [B]) -> loss.
+
+    The loss, nats, is summed over the sequences whose mask is 1.
+    """
     layout = layout or make_single_device_layout()
-    return _evaluation(
-        GPTNeoX(
-            model, config.precision, kernel=select_kernel(config, model, layout).name, layout=layout
-        )
-    )
+    kernel = select_kernel(config, model, layout).name
+    return _keep_eval_step(GPTNeoX(model, config.precision, kernel=kernel, layout=layout))
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _evaluation(network: GPTNeoX) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+def _keep_eval_step(network: GPTNeoX) -> EvalStep:
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
         return sum_loss(network, params, tokens_BxT1, None, mask_B)
 
-    layout = network.layout
-    places = (network.model.table.tree(layout.parameter_sharding), layout.batch_sharding(), layout.batch_sharding())
-    return jax.jit(eval_step, in_shardings=places, out_shardings=layout.replicated)
+    layout = _layout_of(network)
+    params = network.model.table.tree(layout.parameter_sharding)
+    shardings = (params, layout.batch_sharding(), layout.batch_sharding())
+    return jax.jit(eval_step, in_shardings=shardings, out_shardings=layout.replicated)
 
 
 def forget_programs() -> None:
-    """Let go of the programs kept in this process."""
-    _program.cache_clear()
-    _evaluation.cache_clear()
+    """Release the programs that this process keeps."""
+    _keep_program.cache_clear()
+    _keep_eval_step.cache_clear()
 
 
 def init_state(config: Config, model: Architecture, params: Any) -> State:
-    """A state at step 0 with fresh moments around `params`."""
-    # Two zeros and not one twice: the state's buffers are donated, each once.
-    zeros = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-    return State(params, adamw(config.optimizer, model).init(params), *zeros)
+    """A state at step 0: these parameters, with moments of zero."""
+    optimizer = adamw(config.optimizer, model).init(params)
+    # Two arrays and not one twice, because a buffer can be donated only once.
+    step = jnp.zeros((), jnp.int32)
+    schedule_step = jnp.zeros((), jnp.int32)
+    return State(params, optimizer, step, schedule_step)
 
 
 def abstract_state(config: Config, model: Architecture, layout: Layout) -> State:
-    """The shapes, dtypes and places of a state, nothing of it computed."""
-    return _abstract(config.precision, config.optimizer, model, layout)
+    """The shapes, dtypes and shardings of a state; nothing is computed."""
+    return _describe_state(config.precision, config.optimizer, model, layout)
 
 
-def _abstract(precision: Precision, settings: Optimizer, model: Architecture, layout: Layout) -> State:
-    dtype, sizes = jnp.dtype(precision.params), model.sizes
+def _describe_state(
+    precision: Precision, settings: Optimizer, model: Architecture, layout: Layout
+) -> State:
+    dtype = jnp.dtype(precision.params)
 
-    def lie(place: Callable[[Row], NamedSharding]) -> dict[str, Any]:
+    def describe(shard: Callable[[Row], NamedSharding]) -> dict[str, Any]:
         return model.table.tree(
-            lambda row: jax.ShapeDtypeStruct(row.stacked_shape(sizes), dtype, sharding=place(row))
+            lambda row: jax.ShapeDtypeStruct(
+                row.stacked_shape(model.sizes), dtype, sharding=shard(row)
+            )
         )
 
-    params, moments = lie(layout.parameter_sharding), lie(layout.moment_sharding)
+    params = describe(layout.parameter_sharding)
+    moments = describe(layout.moment_sharding)
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
     optimizer = jax.eval_shape(adamw(settings, model).init, params)
     optimizer = optax.tree.set(optimizer, mu=moments, nu=moments, count=counter)

@@ -1,10 +1,10 @@
-"""The runs of a study, one after another in one process, each by the trainer as `growkit train` would do it.
+"""The runs of a study, one after another in one process, each as `growkit train` would do it.
 
-    OUT/runs/NAME-seedS-lrR[-budgetB]    a run's directory, and its result.json when it is done
+    OUT/runs/NAME-seedS-lrR[-budgetB]    a run's directory, with result.json when the run is done
 
-A run that is done is not done again, and one that was cut off is resumed by its own checkpoints. Knows the order, what
-is decided on the way (learning rates, the arms that take further seeds) and which checkpoints to keep; leaves what runs
-there are to `design` and what they say to `outcome`.
+A run that is done is not repeated, and a run that was interrupted resumes from its own checkpoints.
+Decisions that need results are made on the way: the best learning rates, and the arms that take
+further seeds.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from etils import epath
 
@@ -25,7 +25,7 @@ from growkit.checkpoint.files import encode_json
 from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import resolve
 from trainer.devices.hosts import write_once
-from trainer.log.report import Result
+from trainer.log.report import Result, Show
 from trainer.run.directory import find_changed_keys
 from trainer.run.loop import DivergenceError
 from trainer.study.design import SCRATCH, Design, Task
@@ -33,175 +33,235 @@ from trainer.study.outcome import FinishedRun, Outcome
 from trainer.study.progress import Progress, RunProgress
 
 RESULT = "result.json"
-# train(values, out, start, show=...): a run by nested configuration values, as the verb does it.
-Train = Callable[..., Result]
+
+Values = dict[str, Any]
+
+
+class Train(Protocol):
+    """Trains a run by nested configuration values, or resumes it.
+
+    start: the model to begin from, None for a new one. show: makes what the user sees of the run.
+    """
+
+    def __call__(
+        self, values: Values, out: Path, start: str | None = None, *, show: Show
+    ) -> Result: ...
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A task with all that its run needs.
+
+    source: the finished run that it begins from, None for one that starts anew.
+    """
+
+    task: Task
+    name: str
+    values: Values
+    directory: Path
+    source: FinishedRun | None
+
+    @property
+    def source_name(self) -> str | None:
+        return None if self.source is None else self.source.run
 
 
 class Course:
-    """A study on its way in the directory `out`. after: called with what is known after each run."""
+    """A study in progress in the directory `out`.
+
+    after: called with the outcome so far after each run.
+    """
 
     def __init__(self, study: Design, out: Path, train: Train, after: Callable[[Outcome], None]):
-        # Absolute, because a run that is resumed must name its source as before.
-        self.study, self.out, self.train, self.after = study, out.absolute(), train, after
+        self.study = study
+        # Absolute: a run that is resumed must name its source as it did before.
+        self.out = out.absolute()
+        self.train = train
+        self.after = after
         self.outcome = Outcome(study, [])
+        self.tasks: list[Task] = []
 
     def go(self) -> int | None:
         """Do every run that is not done; returns the signal that stopped it, None at the end."""
         with Progress() as self.progress:
-            for number, (task, left) in enumerate(self._order(), 1):
-                # A source may have a learning rate of its own.
-                values = self.study.build_values(task, task.learning_rate or self._rate(task.name))
-                name = self._named(task, f"{resolve(values).optimizer.learning_rate:g}")
-                self.progress.begin(f"[{number}/{len(self.tasks)}] {name}", left)
-                stopped = self._do(task, values, name)
+            for number, (task, left) in enumerate(self._order_tasks(), 1):
+                run = self._plan_run(task)
+                self.progress.begin(f"[{number}/{len(self.tasks)}] {run.name}", left)
+                stopped = self._do(run)
                 if stopped is not None:
                     return stopped
-                self._prune()
+                self._remove_checkpoints()
                 self.after(self.outcome)
         return None
 
-    def _order(self) -> Iterator[tuple[Task, float]]:
-        """The runs in order, the arms that take further seeds chosen on the way; with the FLOPs left from each on."""
+    def _order_tasks(self) -> Iterator[tuple[Task, float]]:
+        """(task, FLOPs of it and of all tasks after it that are not done).
+
+        First those of the first seed; then, with the best arms known, those of the further seeds.
+        """
         first = self.study.seeds[0]
         for further in (False, True):
-            self.tasks = list(self.study.list_tasks(self.outcome.choose_best_arms() if further else None))
-            flops = [0.0 if self._is_done(task) else self.study.count_flops(task) for task in self.tasks]
+            chosen = self.outcome.choose_best_arms() if further else None
+            self.tasks = list(self.study.list_tasks(chosen))
+            flops = [self._count_flops_to_do(task) for task in self.tasks]
             for number, task in enumerate(self.tasks):
                 if (task.seed != first) == further:
                     yield task, sum(flops[number:])
 
+    def _count_flops_to_do(self, task: Task) -> float:
+        if self._is_done(task):
+            return 0.0
+        return self.study.count_flops(task)
+
     def _is_done(self, task: Task) -> bool:
-        """Whether there is a result of a run, be its learning rate not known yet."""
+        """Whether there is a result of a task, even if its learning rate is not known yet."""
         rate = "*" if task.learning_rate is None else f"{task.learning_rate:g}"
-        return any((self.out / "runs").glob(f"{self._named(task, rate)}/{RESULT}"))
+        pattern = f"{self._name_run(task, rate)}/{RESULT}"
+        return any((self.out / "runs").glob(pattern))
 
-    def _rate(self, name: str) -> float:
-        """The learning rate settled for a run: the best tried, for a source the best from scratch."""
+    def _plan_run(self, task: Task) -> PlannedRun:
+        values = self.study.build_values(task, task.learning_rate or self._find_rate(task.name))
+        # Read back from the values: a source may state a learning rate of its own.
+        rate = resolve(values).optimizer.learning_rate
+        name = self._name_run(task, f"{rate:g}")
+        return PlannedRun(task, name, values, self.out / "runs" / name, self._find_source(task))
+
+    def _find_rate(self, name: str) -> float:
+        """The best learning rate of those tried; for a source, of those tried from scratch."""
         tried = SCRATCH if name in self.study.sources else name
-        rate = self.outcome.find_best_rate(tried)
-        if tried == SCRATCH and math.isinf(self.outcome.select_runs(tried)[0].loss):
-            rates = ", ".join(f"{each:g}" for each in self.study.learning_rates)
+        best = self.outcome.select_runs(tried)[0]
+        if tried == SCRATCH and math.isinf(best.loss):
+            rates = ", ".join(f"{rate:g}" for rate in self.study.learning_rates)
             raise GrowkitError(
-                f"from scratch no run stayed finite at any learning rate ({rates}); try lower ones"
+                f"no run from scratch stayed finite at any learning rate ({rates}); try lower ones"
             )
-        return rate
+        return best.learning_rate
 
-    def _named(self, task: Task, rate: str) -> str:
+    def _name_run(self, task: Task, rate: str) -> str:
         budget = f"-budget{task.budget:g}" if task.name in self.study.arms else ""
         return f"{task.name}-seed{task.seed}-lr{rate}{budget}"
 
-    def _do(self, task: Task, values: dict[str, Any], name: str) -> int | None:
-        """Do a run, or read that it was done; returns the signal that stopped it, or came at its end."""
-        source, directory, signal = self._source(task), self.out / "runs" / name, None
-        done = self._read(directory, values, source and source.run)
+    def _find_source(self, task: Task) -> FinishedRun | None:
+        """The finished run that a task begins from; None for one that starts anew."""
+        sources = self.study.list_sources(task.name)
+        if not sources:
+            return None
+        for run in self.outcome.runs:
+            if run.name == sources[-1] and run.seed == task.seed:
+                return run
+        return None
+
+    def _do(self, run: PlannedRun) -> int | None:
+        """Do a run unless it is done; returns the signal that stopped it, or arrived at its end."""
+        signal = None
+        done = self._read_result(run)
         if done is None:
-            began = time.monotonic()
-            loss, signal, ended = self._train(task, values, directory, source)
-            if not ended:
-                return signal
-            done = self._made(task, values, name, source, loss, time.monotonic() - began)
-            self._write(directory, values, source and source.run, done)
-            words = (
-                "did not stay finite"
-                if math.isinf(loss)
-                else f"loss {loss:.4f} in {done.seconds:.0f} s"
-            )
-            self.progress.end(done.flops, words)
-        self.outcome.runs.append(replace(done, tried=task.learning_rate is not None))
+            begun = time.monotonic()
+            result = self._train(run)
+            if result is not None and result.signal is not None:
+                return result.signal
+            done = self._finish(run, result, time.monotonic() - begun)
+            signal = None if result is None else result.heard
+        tried = run.task.learning_rate is not None
+        self.outcome.runs.append(replace(done, tried=tried))
         return signal
 
-    def _source(self, task: Task) -> FinishedRun | None:
-        """The finished run that a run begins from."""
-        chain = self.study.list_sources(task.name)
-        return next(
-            (
-                run
-                for run in self.outcome.runs
-                if chain and (run.name, run.seed) == (chain[-1], task.seed)
-            ),
-            None,
-        )
-
-    def _train(
-        self, task: Task, values: dict[str, Any], directory: Path, source: FinishedRun | None
-    ) -> tuple[float, int | None, bool]:
-        """A run's last validation loss, infinite where it did not stay finite; a signal that came; whether it ended."""
+    def _train(self, run: PlannedRun) -> Result | None:
+        """Train a run; None when it diverged."""
 
         def show(name: str, steps: int, first: int) -> RunProgress:
-            return RunProgress(self.progress, self.study.count_flops_per_step(task.name), first)
+            return RunProgress(self.progress, self.study.count_flops_per_step(run.task.name), first)
 
-        start = None if source is None else str(self.out / "runs" / source.run)
+        start = None if run.source is None else str(self.out / "runs" / run.source.run)
         try:
-            result = self.train(values, directory, start, show=show)
+            return self.train(run.values, run.directory, start, show=show)
         except DivergenceError as problem:
-            if task.name in self.study.sources:
-                own = f"study.sources.{task.name}.optimizer.learning_rate"
+            name = run.task.name
+            if name in self.study.sources:
                 raise GrowkitError(
-                    f"{directory}: {problem}; a source needs a lower learning rate: {own}"
+                    f"{run.directory}: {problem}; a source needs a lower learning rate: "
+                    f"study.sources.{name}.optimizer.learning_rate"
                 ) from None
-            return math.inf, None, True
+            return None
         finally:
-            # What has ended lies in cycles, and the next model needs its room.
+            # The ended run is kept alive by reference cycles, and the next model needs its memory.
             gc.collect()
-        return result.validation_loss or math.nan, result.heard, result.signal is None
 
-    def _made(
-        self,
-        task: Task,
-        values: dict[str, Any],
-        name: str,
-        source: FinishedRun | None,
-        loss: float,
-        seconds: float,
-    ) -> FinishedRun:
+    def _finish(self, run: PlannedRun, result: Result | None, seconds: float) -> FinishedRun:
+        """Record a run that ended. result: None for one that diverged."""
+        if result is None:
+            loss = math.inf
+            words = "did not stay finite"
+        else:
+            loss = result.validation_loss or math.nan
+            words = f"loss {loss:.4f} in {seconds:.0f} s"
+        done = self._describe_finished(run, loss, seconds)
+        self._write_result(run, done)
+        self.progress.end(done.flops, words)
+        return done
+
+    def _describe_finished(self, run: PlannedRun, loss: float, seconds: float) -> FinishedRun:
+        task = run.task
         return FinishedRun(
             name=task.name,
             seed=task.seed,
-            learning_rate=resolve(values).optimizer.learning_rate,
+            learning_rate=resolve(run.values).optimizer.learning_rate,
             budget=task.budget,
             tried=task.learning_rate is not None,
             steps=self.study.count_steps(task),
             tokens=self.study.count_tokens(task),
             flops=self.study.count_flops(task),
-            flops_before=source.spent if source else 0.0,
+            flops_before=0.0 if run.source is None else run.source.spent,
             loss=loss,
             seconds=seconds,
-            run=name,
+            run=run.name,
         )
 
-    def _read(self, directory: Path, values: dict[str, Any], source: str | None) -> FinishedRun | None:
-        """A run that was done before. Raises UsageError when it was done by other values."""
-        path = directory / RESULT
+    def _read_result(self, run: PlannedRun) -> FinishedRun | None:
+        """The result of a run that is done; None for any other.
+
+        Raises UsageError when the run was trained with other values.
+        """
+        path = run.directory / RESULT
         if not path.exists():
             return None
         kept = json.loads(path.read_text())
-        changed = find_changed_keys(kept["values"], values)
-        # Which windows a loss is of may change in a run that is resumed, and not between runs that are compared.
-        changed += [] if kept["values"].get("eval") == values.get("eval") else ["eval"]
-        if kept["from"] != source:
-            changed.append(f"its source ({kept['from']} then, {source} now)")
+        changed = find_changed_keys(kept["values"], run.values)
+        # A run may be resumed with other validation windows, but losses of other windows cannot be
+        # compared.
+        if kept["values"].get("eval") != run.values.get("eval"):
+            changed.append("eval")
+        if kept["from"] != run.source_name:
+            changed.append(f"its source ({kept['from']} then, {run.source_name} now)")
         if changed:
             raise UsageError(
-                f"{directory} was trained by other values of {', '.join(changed)}; name another --out"
+                f"{run.directory} was trained with other values of {', '.join(changed)}; "
+                "name another --out"
             )
-        run = kept["finished"]
-        return FinishedRun(**run | {"loss": math.inf if run["loss"] is None else run["loss"]})
+        finished = kept["finished"]
+        if finished["loss"] is None:
+            finished["loss"] = math.inf
+        return FinishedRun(**finished)
 
-    def _write(
-        self, directory: Path, values: dict[str, Any], start: str | None, done: FinishedRun
-    ) -> None:
-        run = asdict(done) | {"loss": None if math.isinf(done.loss) else done.loss}
-        content = encode_json({"values": values, "from": start, "finished": run})
-        directory.mkdir(parents=True, exist_ok=True)
-        write_once(epath.Path(directory / RESULT), content)
+    def _write_result(self, run: PlannedRun, done: FinishedRun) -> None:
+        finished = asdict(done)
+        if math.isinf(done.loss):
+            finished["loss"] = None  # JSON has no infinity
+        content = {"values": run.values, "from": run.source_name, "finished": finished}
+        run.directory.mkdir(parents=True, exist_ok=True)
+        write_once(epath.Path(run.directory / RESULT), encode_json(content))
 
-    def _prune(self) -> None:
-        """Keep the checkpoints of sources, and of the first seed's longest run of each arm, as models to evaluate."""
-        last = {SCRATCH: 1.0} | dict.fromkeys(self.study.arms, self.study.budgets[-1])
+    def _remove_checkpoints(self) -> None:
+        """Remove the checkpoints that no later run and no evaluation needs."""
         for run in self.outcome.runs:
-            best = run.learning_rate == self.outcome.find_best_rate(run.name)
-            kept = run.name in self.study.sources or (
-                best and (run.seed, run.budget) == (self.study.seeds[0], last[run.name])
-            )
-            if not kept:
-                shutil.rmtree(self.out / "runs" / run.run / "checkpoints", ignore_errors=True)
+            if not self._is_kept(run):
+                checkpoints = self.out / "runs" / run.run / "checkpoints"
+                shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def _is_kept(self, run: FinishedRun) -> bool:
+        """Sources are kept; so is, of scratch and each arm, the first seed's longest best run."""
+        if run.name in self.study.sources:
+            return True
+        longest = 1.0 if run.name == SCRATCH else self.study.budgets[-1]
+        is_best = run.learning_rate == self.outcome.find_best_rate(run.name)
+        return is_best and run.seed == self.study.seeds[0] and run.budget == longest

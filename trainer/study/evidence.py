@@ -1,7 +1,4 @@
-"""What a study of one's own measured, read from its results.json.
-
-Knows the file's format; leaves making studies to those who train, and what follows from them to `trainer.study.advice`.
-"""
+"""What a study of your own measured, read from its results.json."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from growkit.checkpoint.files import read_json
 from growkit.errors import GrowkitError
 
 RESULTS = "results.json"
-FORMAT = 1
+FORMAT = 1  # of results.json; a reader of one format refuses another
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Mean and standard deviation over runs; None where nothing could be measured."""
+    """Mean and standard deviation over runs; None where they could not be measured."""
 
     mean: float | None
     std: float | None
@@ -28,10 +25,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Arm:
-    """An operator in a study. saved: the part (0 to 1) of from-scratch's FLOPs that it saves to from-scratch's loss.
+    """One way to grow, as a study measured it.
 
-    saved_without_source leaves the source's FLOPs out; rewarmup is in steps; reached: whether the loss was; at_least:
-    by its shortest run already, so that it may save more.
+    saved: the share (0 to 1) of from-scratch's FLOPs saved at from-scratch's loss, the source's
+    FLOPs counted; saved_without_source: the same without them. rewarmup: steps. reached: whether
+    every run reached that loss. at_least: whether the shortest run did already, so that more may be
+    saved.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """Its sizes in parameters, its budgets in tokens, and its arms."""
+    """A study's sizes in parameters, its budgets in tokens, and its arms."""
 
     path: str
     target: int
@@ -56,43 +55,56 @@ class Study:
 
 
 def read_study(path: str) -> Study:
-    """The study in a directory. Raises GrowkitError for what holds none, or one of another format."""
+    """Read the study in a directory.
+
+    Raises GrowkitError for a directory without one, and for results of another format.
+    """
     file = Path(path) / RESULTS
     if not file.is_file():
         raise GrowkitError(
-            f"{path} is no study: it holds no {RESULTS}; `growkit study --out DIR` writes one"
+            f"{path} is no study: it has no {RESULTS}; `growkit study --out DIR` writes one"
         )
     values = read_json(file)
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
-        raise GrowkitError(f"{file} is of format {found!r}, and this growkit reads format {FORMAT}")
+        raise GrowkitError(f"{file} has format {found!r}, and this growkit reads format {FORMAT}")
     try:
-        return Study(
-            path,
-            int(values["target"]["parameters"]),
-            int(values["source"]["parameters"]),
-            int(values["tokens"]["scratch"]),
-            int(values["tokens"]["source"]),
-            tuple(_arm(arm) for arm in values["arms"]),
-        )
+        return _parse_study(path, values)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise GrowkitError(
-            f"{file} lacks what format {FORMAT} holds, or has it wrong: {problem!r}"
+            f"{file} is not complete: a value of format {FORMAT} is missing or wrong: {problem!r}"
         ) from None
 
 
-def _arm(values: Mapping[str, Any]) -> Arm:
-    return Arm(
-        str(values["name"]),
-        str(values["operator"]),
-        _measured(values["saved"]),
-        _measured(values["saved_without_source"]),
-        None if values["rewarmup"] is None else int(values["rewarmup"]),
-        bool(values["reached"]),
-        bool(values.get("at_least")),
+def _parse_study(path: str, values: Mapping[str, Any]) -> Study:
+    return Study(
+        path=path,
+        target=int(values["target"]["parameters"]),
+        source=int(values["source"]["parameters"]),
+        tokens=int(values["tokens"]["scratch"]),
+        source_tokens=int(values["tokens"]["source"]),
+        arms=tuple(_parse_arm(arm) for arm in values["arms"]),
     )
 
 
-def _measured(values: Mapping[str, Any]) -> Measurement:
-    mean, std = (None if values[key] is None else float(values[key]) for key in ("mean", "std"))
-    return Measurement(mean, std, int(values["runs"]))
+def _parse_arm(values: Mapping[str, Any]) -> Arm:
+    rewarmup = values["rewarmup"]
+    return Arm(
+        name=str(values["name"]),
+        operator=str(values["operator"]),
+        saved=_parse_measurement(values["saved"]),
+        saved_without_source=_parse_measurement(values["saved_without_source"]),
+        rewarmup=None if rewarmup is None else int(rewarmup),
+        reached=bool(values["reached"]),
+        at_least=bool(values.get("at_least")),
+    )
+
+
+def _parse_measurement(values: Mapping[str, Any]) -> Measurement:
+    mean = values["mean"]
+    std = values["std"]
+    return Measurement(
+        mean=None if mean is None else float(mean),
+        std=None if std is None else float(std),
+        runs=int(values["runs"]),
+    )

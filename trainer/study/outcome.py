@@ -1,8 +1,9 @@
-"""What the runs of a study say: losses at equal compute, and the compute that reaches the from-scratch loss.
+"""What the runs of a study say: losses at equal compute, and compute to the from-scratch loss.
 
-Arithmetic over finished runs, nothing else. A run counts by its last validation loss, at the end of its own schedule:
-losses on the way, at a high learning rate, are no measure of what a shorter run would have reached. Between two runs
-of an arm the loss is taken as linear in the logarithm of FLOPs; beyond them nothing is said.
+Only arithmetic over finished runs. A run counts by its last validation loss, at the end of its own
+schedule: a loss on the way, at a high learning rate, does not measure what a shorter run would
+reach. Between two runs of an arm the loss is interpolated linearly in the logarithm of FLOPs; there
+is no extrapolation beyond them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from typing import Any
 
 from growkit import __version__
 from growkit.models.architecture import Architecture
-from trainer.study.design import LARGEST_SHARE, SCRATCH, Design, Task
+from trainer.study.design import HEADLINE_SHARE, SCRATCH, Design, Task
 from trainer.study.evidence import FORMAT, Measurement
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that is done. flops: its own; flops_before: its sources'; loss: the last validation's, nats a token."""
+    """A run that is done.
+
+    tried: whether it is one of several learning rates to choose from. flops: its own; flops_before:
+    its sources'. loss: the last validation's, in nats a token, infinite for a run that diverged.
+    run: the name of its directory.
+    """
 
     name: str
     seed: int
@@ -44,155 +50,195 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Crossing:
-    """FLOPs at which a loss was reached; at_most: by the shortest run already, so that fewer might have done."""
+    """The FLOPs at which a loss was reached. at_most: by the shortest run; fewer might do."""
 
     flops: float
     at_most: bool
 
 
 def compute_spread(values: Sequence[float | None]) -> Measurement:
-    """The mean and sample standard deviation of a figure over seeds (None for a single one).
+    """The mean and sample standard deviation of a figure over seeds.
 
-    Without a mean as soon as one seed has no figure, or no finite one.
+    The mean is None when any seed has no finite figure, the deviation for fewer than two seeds.
     """
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known or len(known) < len(values):
         return Measurement(None, None, len(values))
-    return Measurement(
-        statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
-    )
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return Measurement(statistics.fmean(known), std, len(known))
 
 
 def find_crossing(points: Iterable[tuple[float, float]], target: float) -> Crossing | None:
-    """Where the loss falls to `target` along (FLOPs, loss) points, the finite ones; None when none is as low."""
+    """Where the loss falls to `target` along (FLOPs, loss) points; None when it does not.
+
+    Points whose loss is not finite are left out.
+    """
     ordered = sorted(point for point in points if math.isfinite(point[1]))
-    if not math.isfinite(target):
+    if not ordered or not math.isfinite(target):
         return None
-    if ordered and ordered[0][1] <= target:
-        return Crossing(ordered[0][0], at_most=True)
-    for (flops, loss), (further, lower) in zip(ordered, ordered[1:], strict=False):
+    shortest, first_loss = ordered[0]
+    if first_loss <= target:
+        return Crossing(shortest, at_most=True)
+    for (flops, loss), (more_flops, lower) in zip(ordered, ordered[1:], strict=False):
         if lower <= target:
             part = (loss - target) / (loss - lower)
-            return Crossing(
-                math.exp(math.log(flops) + part * math.log(further / flops)), at_most=False
-            )
+            logarithm = math.log(flops) + part * math.log(more_flops / flops)
+            return Crossing(math.exp(logarithm), at_most=False)
     return None
 
 
 class Outcome:
-    """The finished runs of a study, as far as it has come."""
+    """The runs of a study that are finished so far."""
 
     def __init__(self, study: Design, runs: Sequence[FinishedRun]):
-        self.study, self.runs = study, list(runs)
+        self.study = study
+        self.runs = list(runs)
 
     def find_best_rate(self, name: str) -> float | None:
-        """The learning rate of the lowest loss among those tried, at the first seed; None before any was."""
+        """The learning rate with the lowest loss of those tried; None before any was tried."""
         tried = [run for run in self.runs if run.name == name and run.tried]
-        return (
-            min(tried, key=lambda run: (run.loss, run.learning_rate)).learning_rate
-            if tried
-            else None
-        )
+        if not tried:
+            return None
+        best = min(tried, key=lambda run: (run.loss, run.learning_rate))
+        return best.learning_rate
 
     def select_runs(self, name: str, seed: int | None = None) -> list[FinishedRun]:
-        """The runs of scratch or an arm at its best learning rate, by compute."""
+        """The runs of scratch or an arm at its best learning rate, in order of compute.
+
+        seed: None for all of them.
+        """
         rate = self.find_best_rate(name)
-        chosen = [run for run in self.runs if run.name == name and run.learning_rate == rate]
-        return sorted(
-            (run for run in chosen if seed in (None, run.seed)), key=lambda run: run.spent
-        )
+        chosen = [
+            run
+            for run in self.runs
+            if run.name == name and run.learning_rate == rate and seed in (None, run.seed)
+        ]
+        return sorted(chosen, key=lambda run: run.spent)
+
+    def _find_scratch(self, seed: int) -> FinishedRun:
+        """The run from scratch that a seed's arms are compared with."""
+        return self.select_runs(SCRATCH, seed)[-1]
 
     def find_complete_seeds(self, name: str) -> list[int]:
-        """The seeds for which an arm, and scratch beside it, is complete."""
-        counts = {seed: len(self.select_runs(name, seed)) for seed in self.study.seeds}
-        return [
-            s
-            for s, count in counts.items()
-            if count == len(self.study.budgets) and self.select_runs(SCRATCH, s)
-        ]
+        """The seeds for which all runs of an arm, and scratch, are finished."""
+        complete = []
+        for seed in self.study.seeds:
+            finished = len(self.select_runs(name, seed)) == len(self.study.budgets)
+            if finished and self.select_runs(SCRATCH, seed):
+                complete.append(seed)
+        return complete
 
     def find_crossing(self, name: str, seed: int) -> Crossing | None:
-        """Where an arm reaches the from-scratch loss of the same seed, its sources' FLOPs included."""
+        """Where an arm reaches the same seed's from-scratch loss, its sources' FLOPs included."""
         points = [(run.spent, run.loss) for run in self.select_runs(name, seed)]
-        return find_crossing(points, self.select_runs(SCRATCH, seed)[-1].loss)
+        return find_crossing(points, self._find_scratch(seed).loss)
 
     def compute_saving(self, name: str, seed: int, sources: bool = True) -> float | None:
-        """The part of the from-scratch FLOPs saved at equal loss, the sources' FLOPs counted or not (Gopher's way)."""
+        """The share of from-scratch's FLOPs saved at equal loss; None where that is not reached.
+
+        sources: whether the sources' FLOPs count (Gopher leaves them out).
+        """
         found = self.find_crossing(name, seed)
         if found is None:
             return None
-        before = 0.0 if sources else self.select_runs(name, seed)[0].flops_before
-        return 1 - (found.flops - before) / self.select_runs(SCRATCH, seed)[-1].flops
+        flops = found.flops
+        if not sources:
+            flops -= self.select_runs(name, seed)[0].flops_before
+        return 1 - flops / self._find_scratch(seed).flops
 
     def choose_best_arms(self) -> list[str]:
-        """The arms that take the further seeds: those that save most at the first one."""
+        """The arms that take the further seeds: those that save most at the first seed."""
+        arms = list(self.study.arms)
         if not self.study.best:
-            return list(self.study.arms)
-        within = [name for name in self.study.arms if self.study.sum_shares(name) <= LARGEST_SHARE]
-        ranked = sorted(
-            within or self.study.arms, key=lambda name: self._order(name, self.study.seeds[0])
-        )
+            return arms
+        eligible = [name for name in arms if self._is_eligible(name)]
+        ranked = sorted(eligible or arms, key=self._rank)
         return ranked[: self.study.best]
 
-    def _order(self, name: str, seed: int) -> tuple[float, float]:
-        """Arms in order of compute to the from-scratch loss, in percent; those that tie by the loss at one budget.
+    def _is_eligible(self, name: str) -> bool:
+        """Whether an arm's sources are small enough for the headline."""
+        return self.study.sum_shares(name) <= HEADLINE_SHARE
 
-        Budgets are met to a step, so that arms which reach it in their shortest run tie: there it is that run's loss.
+    def _rank(self, name: str) -> tuple[float, float]:
+        """(percent of scratch's FLOPs to its loss, a loss that decides ties), at the first seed.
+
+        Budgets are met to within a step, so arms that reach the loss with their shortest run tie in
+        percent: there that run's loss decides, elsewhere the longest run's.
         """
-        found, runs = self.find_crossing(name, seed), self.select_runs(name, seed)
+        seed = self.study.seeds[0]
+        runs = self.select_runs(name, seed)
+        found = self.find_crossing(name, seed)
         if found is None:
-            return (math.inf, runs[-1].loss)
-        percent = round(100 * found.flops / self.select_runs(SCRATCH, seed)[-1].flops)
-        return (percent, runs[0].loss if found.at_most else runs[-1].loss)
-
-    def describe_arm(self, name: str) -> dict[str, Any]:
-        """What is reported of an arm."""
-        part, seeds = self.study.arms[name], self.find_complete_seeds(name)
-        growth = part.values.get("grow") or {}
-        ends = [self.select_runs(name, seed) for seed in seeds]
-        return {
-            "name": name,
-            "operator": ", ".join(f"{key} {value}" for key, value in growth.items()),
-            "sources": self.study.list_sources(name),
-            "source": describe_sizes(self.study.sources[self.study.list_sources(name)[-1]].model),
-            "share": self.study.sum_shares(name),
-            "within_share": self.study.sum_shares(name) <= LARGEST_SHARE,
-            "rewarmup": self.study.find_warmup(name),
-            "learning_rate": self.find_best_rate(name),
-            "reached": bool(seeds) and all(self.find_crossing(name, seed) is not None for seed in seeds),
-            "at_least": any(
-                (found := self.find_crossing(name, seed)) and found.at_most for seed in seeds
-            ),
-            "saved": asdict(compute_spread([self.compute_saving(name, seed) for seed in seeds])),
-            "saved_without_source": asdict(
-                compute_spread([self.compute_saving(name, seed, sources=False) for seed in seeds])
-            ),
-            "loss": asdict(compute_spread([runs[-1].loss for runs in ends])),
-            "against": part.against,
-            "difference": None if part.against is None else asdict(self.compare_arms(name)),
-            "ahead": asdict(
-                compute_spread(
-                    [
-                        self.select_runs(SCRATCH, s)[-1].loss - r[-1].loss
-                        for s, r in zip(seeds, ends, strict=True)
-                    ]
-                )
-            ),
-        }
+            return math.inf, runs[-1].loss
+        percent = round(100 * found.flops / self._find_scratch(seed).flops)
+        deciding = runs[0] if found.at_most else runs[-1]
+        return percent, deciding.loss
 
     def compare_arms(self, name: str) -> Measurement | None:
-        """The last loss minus that of the arm it is held against, seed by seed; None where it is held against none."""
+        """The last loss minus that of the arm that it is held against, seed by seed.
+
+        None for an arm that is held against no other.
+        """
         against = self.study.arms[name].against
         if against is None:
             return None
-        seeds = [seed for seed in self.find_complete_seeds(name) if seed in self.find_complete_seeds(against)]
-        return compute_spread(
-            [self.select_runs(name, seed)[-1].loss - self.select_runs(against, seed)[-1].loss for seed in seeds]
-        )
+        others = self.find_complete_seeds(against)
+        differences = []
+        for seed in self.find_complete_seeds(name):
+            if seed in others:
+                mine = self.select_runs(name, seed)[-1].loss
+                theirs = self.select_runs(against, seed)[-1].loss
+                differences.append(mine - theirs)
+        return compute_spread(differences)
+
+    def describe_arm(self, name: str) -> dict[str, Any]:
+        """An arm as `results.json` holds it."""
+        arm = self.study.arms[name]
+        sources = self.study.list_sources(name)
+        growth = arm.values.get("grow") or {}
+        difference = self.compare_arms(name)
+        return {
+            "name": name,
+            "operator": ", ".join(f"{key} {value}" for key, value in growth.items()),
+            "sources": sources,
+            "source": describe_sizes(self.study.sources[sources[-1]].model),
+            "share": self.study.sum_shares(name),
+            "within_share": self._is_eligible(name),
+            "rewarmup": self.study.find_warmup(name),
+            "learning_rate": self.find_best_rate(name),
+            **self._describe_savings(name),
+            "against": arm.against,
+            "difference": None if difference is None else asdict(difference),
+            "ahead": asdict(self._measure_lead(name)),
+        }
+
+    def _describe_savings(self, name: str) -> dict[str, Any]:
+        """Whether an arm reached the from-scratch loss, what it saved, and its own last loss."""
+        seeds = self.find_complete_seeds(name)
+        crossings = [self.find_crossing(name, seed) for seed in seeds]
+        found = [crossing for crossing in crossings if crossing is not None]
+        with_sources = [self.compute_saving(name, seed) for seed in seeds]
+        without_sources = [self.compute_saving(name, seed, sources=False) for seed in seeds]
+        losses = [self.select_runs(name, seed)[-1].loss for seed in seeds]
+        return {
+            "reached": bool(seeds) and len(found) == len(crossings),
+            "at_least": any(crossing.at_most for crossing in found),
+            "saved": asdict(compute_spread(with_sources)),
+            "saved_without_source": asdict(compute_spread(without_sources)),
+            "loss": asdict(compute_spread(losses)),
+        }
+
+    def _measure_lead(self, name: str) -> Measurement:
+        """The loss from scratch minus an arm's last, seed by seed."""
+        leads = []
+        for seed in self.find_complete_seeds(name):
+            leads.append(self._find_scratch(seed).loss - self.select_runs(name, seed)[-1].loss)
+        return compute_spread(leads)
 
     def summarize(self) -> dict[str, Any]:
         """The study as `results.json` holds it."""
-        study, scratch = self.study, self.select_runs(SCRATCH)
+        study = self.study
+        scratch = self.select_runs(SCRATCH)
         first = study.list_sources(next(iter(study.arms)))[-1]
         return {
             "format": FORMAT,
@@ -210,14 +256,23 @@ class Outcome:
                 "loss": asdict(compute_spread([run.loss for run in scratch])),
             },
             "arms": [self.describe_arm(name) for name in study.arms],
-            "runs": [
-                asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None}
-                for run in self.runs
-            ],
+            "runs": [_describe_run(run) for run in self.runs],
         }
 
 
+def _describe_run(run: FinishedRun) -> dict[str, Any]:
+    loss = run.loss if math.isfinite(run.loss) else None  # JSON has no infinity
+    return asdict(run) | {"loss": loss}
+
+
 def describe_sizes(model: Architecture) -> dict[str, int]:
-    """What a model is, in numbers."""
-    kept = ("layer", "embed", "head", "mlp", "vocab", "context")
-    return {name: getattr(model, name) for name in kept} | {"parameters": model.parameters}
+    """A model's sizes and its number of parameters."""
+    return {
+        "layer": model.layer,
+        "embed": model.embed,
+        "head": model.head_count,
+        "mlp": model.mlp,
+        "vocab": model.vocab,
+        "context": model.context,
+        "parameters": model.parameters,
+    }

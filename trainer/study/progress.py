@@ -1,103 +1,128 @@
-"""What the user sees of a study while it goes: which run of how many, its loss, the time left for all of them.
+"""What the user sees while a study runs: which run of how many, its loss, and the time left.
 
-Knows FLOPs done and to come, from which the time left is reckoned; leaves what runs there are to `course`.
+The time left is estimated from FLOPs, because the runs' steps differ in size.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, Self
 
 import click
 
 from trainer.log.report import format_duration
 
-# How the lines of a run begin that a study shows: warnings, a signal's, a stalled host's.
+# How the lines of a run begin that a study shows too: warnings, signals, and hosts that hang.
 SHOWN = ("warning", "stopping", "the others wait")
 
 
 class Progress:
-    """A bar over all FLOPs of a study on a terminal, a line for each run elsewhere. Use as a context manager."""
+    """A bar over all FLOPs of a study on a terminal, a line a run elsewhere. A context manager.
 
-    def __init__(self):
+    done: FLOPs of the runs that ended in this command; running: of the current run so far; left: to
+    do, the current run's included; skipped: of the current run, done before this command.
+    """
+
+    def __init__(self) -> None:
         self.live = sys.stderr.isatty()
         self.bar: Any = None
-        self.begun, self.words = time.monotonic(), ""
-        self.done = self.running = self.left = self.skipped = 0.0
+        self.begun = time.monotonic()
+        self.words = ""
+        self.done = 0.0
+        self.running = 0.0
+        self.left = 0.0
+        self.skipped = 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.live:
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as Bar
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[words]}"),
-            )
-            self.bar = Bar(*columns, console=Console(stderr=True))
+            self.bar = _make_bar()
             self.task = self.bar.add_task("study", words="")
             self.bar.start()
         return self
 
-    def __exit__(self, *problem) -> None:
+    def __exit__(self, *problem: object) -> None:
         if self.bar is not None:
             self.bar.stop()
 
     def begin(self, words: str, left: float) -> None:
-        """A run begins. left: FLOPs of it and of all after it."""
-        self.words, self.left, self.running, self.skipped = words, left, 0.0, 0.0
+        """A run begins. words: its name; left: FLOPs of it and of all runs after it."""
+        self.words = words
+        self.left = left
+        self.running = 0.0
+        self.skipped = 0.0
         self._show("compiling")
 
     def step(self, flops: float, loss: float) -> None:
-        """The run has done so many FLOPs."""
+        """The current run has done `flops` FLOPs in this command."""
         self.running = flops
         self._show(f"loss {loss:.4f}, {self.format_time_left()} left")
 
     def skip(self, flops: float) -> None:
-        """The run goes on where so many FLOPs were done before this command."""
-        self.skipped, self.left = flops, self.left - flops
+        """The current run resumes where `flops` FLOPs were done before this command."""
+        self.skipped = flops
+        self.left -= flops
 
     def end(self, flops: float, words: str) -> None:
-        """The run is done, in so many FLOPs; words: what came of it."""
-        here = flops - self.skipped
-        self.done, self.left, self.running = self.done + here, self.left - here, 0.0
+        """The current run ended after `flops` FLOPs. words: its result."""
+        trained = flops - self.skipped
+        self.done += trained
+        self.left -= trained
+        self.running = 0.0
         self.say(f"{self.words}: {words}; {self.format_time_left()} left")
 
     def say(self, words: str) -> None:
-        """A line of its own."""
+        """Show a line of its own."""
         if self.bar is not None:
             self.bar.console.print(words, highlight=False, soft_wrap=True)
         else:
             click.echo(words, err=True)
 
     def format_time_left(self) -> str:
-        """By the FLOPs a second since this command began."""
+        """The time left, at the FLOPs per second since this command began."""
         done = self.done + self.running
+        if not done:
+            return "unknown time"
         seconds = time.monotonic() - self.begun
-        return format_duration((self.left - self.running) * seconds / done) if done else "unknown time"
+        return format_duration((self.left - self.running) * seconds / done)
 
     def _show(self, words: str) -> None:
         if self.bar is not None:
-            total, done = self.done + self.left, self.done + self.running
             self.bar.update(
-                self.task, description=self.words, total=total, completed=done, words=words
+                self.task,
+                description=self.words,
+                total=self.done + self.left,
+                completed=self.done + self.running,
+                words=words,
             )
 
 
+def _make_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[words]}"),
+        console=Console(stderr=True),
+    )
+
+
 class RunProgress:
-    """What a run shows of itself, in the place of `trainer.log.report.Report`: its steps, to the study's progress."""
+    """Shows a run's steps in the study's progress, instead of `trainer.log.report.Report`."""
 
     def __init__(self, progress: Progress, flops_per_step: float, first: int):
-        self.progress, self.flops_per_step, self.first = progress, flops_per_step, first
+        self.progress = progress
+        self.flops_per_step = flops_per_step
+        self.first = first
         progress.skip(first * flops_per_step)
 
-    def __enter__(self) -> RunProgress:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *problem) -> None:
+    def __exit__(self, *problem: object) -> None:
         pass
 
     def restart_clock(self, step: int) -> None:
@@ -107,6 +132,6 @@ class RunProgress:
         self.progress.step((step - self.first) * self.flops_per_step, loss)
 
     def say(self, words: str) -> None:
-        """Only what must be known at once: the rest is in the run's own files."""
+        """Show only what the user must know at once; everything else is in the run's own files."""
         if words.startswith(SHOWN):
             self.progress.say(f"{self.progress.words}: {words}")

@@ -1,14 +1,14 @@
-"""A study as it is shown and kept: results.json, runs.csv, report.md, study.png and a table on the terminal.
+"""The files of a study: results.json, runs.csv and report.md; and its tables on the terminal.
 
-Everything is made from what `outcome` says, so that it can be written while the study is still going. Knows words and
-pictures; leaves the arithmetic to `outcome`.
+Everything is made from an `Outcome`, so it can be written while the study is still running. The
+picture is `trainer.study.picture`'s.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,33 +18,36 @@ from etils import epath
 
 from growkit.checkpoint.files import encode_json
 from trainer.devices.hosts import write_once
-from trainer.log.history import METRICS, parse_rows
-from trainer.study.design import LARGEST_SHARE, SCRATCH
+from trainer.study.design import HEADLINE_SHARE, SCRATCH
 from trainer.study.evidence import RESULTS
 from trainer.study.outcome import FinishedRun, Outcome
+from trainer.study.picture import PICTURE, draw_study
 
-# Matplotlib's, without the grey that is scratch's.
-COLOURS = tuple(f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9))
-PAIRS = ("arm", "against", "difference in loss", "")
-# Differences are told apart from chance by so many standard deviations, over at least so many seeds.
-DEVIATIONS, SEEDS = 2, 3
-PAIRED = (
-    "Difference: an arm's loss minus the other's at the largest budget, seed by seed; better or worse where its mean "
-    f"is beyond {DEVIATIONS} standard deviations, over {SEEDS} seeds or more."
-)
-HEAD = (
+ARMS_HEAD = (
     "arm",
-    "source, its part of FLOPs",
+    "source, its share of FLOPs",
     "learning rates",
     "loss",
     "better by",
     "saved",
     "saved, source not counted",
 )
+PAIRS_HEAD = ("arm", "against", "difference in loss", "")
+# Two arms are called different when their mean difference exceeds DEVIATIONS standard deviations,
+# over at least SEEDS seeds.
+DEVIATIONS = 2
+SEEDS = 3
+PAIRS_NOTE = (
+    "Difference: an arm's loss minus the other's at the largest budget, seed by seed; better or "
+    f"worse where its mean is beyond {DEVIATIONS} standard deviations, over {SEEDS} seeds or more."
+)
+WIDTH = 160  # columns of a table that is not shown on a terminal
+
+Cells = list[str]
 
 
 def write_report(outcome: Outcome, out: Path, picture: bool = True) -> None:
-    """Write all files of a study into `out`, each whole or not at all."""
+    """Write the files of a study into `out`, each whole or not at all."""
     results = outcome.summarize()
     write_once(epath.Path(out / "runs.csv"), render_runs(outcome.runs).encode())
     write_once(epath.Path(out / "report.md"), render_markdown(outcome, results).encode())
@@ -54,229 +57,162 @@ def write_report(outcome: Outcome, out: Path, picture: bool = True) -> None:
 
 
 def render_runs(runs: list[FinishedRun]) -> str:
-    """A row a run."""
+    """A CSV text with a row a run."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(FinishedRun)], lineterminator="\n")
+    columns = [field.name for field in fields(FinishedRun)]
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(run) for run in runs)
     return out.getvalue()
 
 
-def build_rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[list[str]]:
-    """The table's cells, scratch first."""
-    scratch = results["scratch"]
-    yield [SCRATCH, "", _tries(outcome, SCRATCH), _figure(scratch["loss"], 4), "", "", ""]
+def build_rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[Cells]:
+    """The table of arms, scratch first; arms without a finished run are left out."""
+    loss = _format_figure(results["scratch"]["loss"])
+    yield [SCRATCH, "", _format_rates(outcome, SCRATCH), loss, "", "", ""]
     for arm in results["arms"]:
-        if not arm["loss"]["runs"]:
-            continue
-        source = (
-            ", ".join(arm["sources"])
-            + f", {arm['share']:.0%}"
-            + ("" if arm["within_share"] else " *")
-        )
-        more = "at least " if arm["at_least"] else ""
-        saved = [_percent(arm[key], more) for key in ("saved", "saved_without_source")]
-        loss, ahead = _figure(arm["loss"], 4), _figure(arm["ahead"], 4, sign="+")
-        yield [arm["name"], source, _tries(outcome, arm["name"]), loss, ahead, *saved]
+        if arm["loss"]["runs"]:
+            yield _build_arm_row(outcome, arm)
 
 
-def build_pairs(results: dict[str, Any]) -> Iterator[list[str]]:
-    """The cells of the table of arms that differ from another in one thing."""
+def _build_arm_row(outcome: Outcome, arm: dict[str, Any]) -> Cells:
+    mark = "" if arm["within_share"] else " *"
+    more = "at least " if arm["at_least"] else ""
+    return [
+        arm["name"],
+        f"{', '.join(arm['sources'])}, {arm['share']:.0%}{mark}",
+        _format_rates(outcome, arm["name"]),
+        _format_figure(arm["loss"]),
+        _format_figure(arm["ahead"], sign="+"),
+        _format_percent(arm["saved"], more),
+        _format_percent(arm["saved_without_source"], more),
+    ]
+
+
+def build_pairs(results: dict[str, Any]) -> Iterator[Cells]:
+    """The table of arms that differ from another one in one thing."""
     for arm in results["arms"]:
         difference = arm["difference"]
-        if not difference or difference["mean"] is None:
-            continue
-        if difference["runs"] < SEEDS:
-            words = "too few seeds"
-        elif abs(difference["mean"]) > DEVIATIONS * difference["std"]:
-            words = "better" if difference["mean"] < 0 else "worse"
-        else:
-            words = "within the spread"
-        yield [arm["name"], arm["against"], _figure(difference, 4, sign="+"), words]
+        if difference and difference["mean"] is not None:
+            figure = _format_figure(difference, sign="+")
+            yield [arm["name"], arm["against"], figure, _judge_difference(difference)]
+
+
+def _judge_difference(difference: dict[str, Any]) -> str:
+    """Whether a difference in loss is more than chance, in words. A lower loss is better."""
+    if difference["runs"] < SEEDS:
+        return "too few seeds"
+    if abs(difference["mean"]) <= DEVIATIONS * difference["std"]:
+        return "within the spread"
+    return "better" if difference["mean"] < 0 else "worse"
 
 
 def describe_study(outcome: Outcome, results: dict[str, Any]) -> list[str]:
-    """What must be known to read the table, a sentence each."""
-    study, target = outcome.study, results["target"]
-    largest = study.budgets[-1]
+    """What must be known to read the table, a paragraph each; the best arm last."""
+    study = outcome.study
+    target = results["target"]
     budgets = ", ".join(f"{budget:g}" for budget in study.budgets)
     lines = [
-        f"Target: {target['layer']} layers, embed {target['embed']}, {target['parameters']:,} parameters; from scratch "
-        f"{results['tokens']['scratch']:,} tokens, {results['scratch']['flops']:.3g} FLOPs.",
-        f"Arms end at {budgets} of those FLOPs, sources included, each run with a schedule of its own. Loss: nats a "
-        f"token on held-out text at {largest:g}. Better by: loss from scratch minus that, seed by seed. "
-        "Saved: of the from-scratch FLOPs, to its final loss, between runs linear in the logarithm of FLOPs.",
-        "Mean ± one standard deviation over seeds (in brackets how many); a best learning rate is in bold.",
+        f"Target: {target['layer']} layers, embed {target['embed']}, {target['parameters']:,} "
+        f"parameters; from scratch {results['tokens']['scratch']:,} tokens, "
+        f"{results['scratch']['flops']:.3g} FLOPs.",
+        f"Arms end at {budgets} of those FLOPs, sources included; each run has its own schedule. "
+        f"Loss: nats a token on held-out text at {study.budgets[-1]:g}. Better by: the loss from "
+        "scratch minus that, seed by seed. Saved: the share of the from-scratch FLOPs saved at the "
+        "from-scratch loss; between runs the loss is linear in the logarithm of FLOPs.",
+        "Mean ± one standard deviation over seeds (how many, in brackets); a best learning rate is "
+        "in bold.",
     ]
     if any(not arm["within_share"] for arm in results["arms"]):
         lines.append(
-            f"* The source takes more than {LARGEST_SHARE:.0%} of the from-scratch FLOPs: not in the headline."
+            f"* The sources take more than {HEADLINE_SHARE:.0%} of the from-scratch FLOPs: not in "
+            "the headline."
         )
     return [*lines, describe_best_arm(results)]
 
 
 def describe_best_arm(results: dict[str, Any]) -> str:
-    """The best arm's saving, in a sentence."""
+    """The headline: the best arm's saving, in a sentence."""
     arms = [
         arm for arm in results["arms"] if arm["within_share"] and arm["saved"]["mean"] is not None
     ]
     if not arms:
         return "No arm reached the from-scratch loss within its budgets."
-    # Of those with most seeds, in percent, as in the choice of arms; ties by the loss at the end.
-    best = max(
-        arms,
-        key=lambda arm: (
-            arm["saved"]["runs"],
-            round(100 * arm["saved"]["mean"]),
-            -arm["loss"]["mean"],
-        ),
-    )
+    best = max(arms, key=_rank_for_headline)
     more = "at least " if best["at_least"] else ""
     return (
-        f"The best of {len(results['arms'])} arms, {best['name']}, saves {_percent(best['saved'], more)} of the "
-        f"from-scratch FLOPs, its source's included, and {_percent(best['saved_without_source'], more)} without them; "
-        "the seed that it was chosen by counts in these."
+        f"The best of {len(results['arms'])} arms, {best['name']}, saves "
+        f"{_format_percent(best['saved'], more)} of the from-scratch FLOPs with its source's FLOPs "
+        f"counted, and {_format_percent(best['saved_without_source'], more)} without them; "
+        "the seed that it was chosen by is included."
     )
+
+
+def _rank_for_headline(arm: dict[str, Any]) -> tuple[int, int, float]:
+    """Most seeds first, then whole percents saved, as arms are chosen, then the lowest loss."""
+    percent = round(100 * arm["saved"]["mean"])
+    return arm["saved"]["runs"], percent, -arm["loss"]["mean"]
 
 
 def render_markdown(outcome: Outcome, results: dict[str, Any]) -> str:
-    """The table and its notes in Markdown."""
-    tables = [_table(HEAD, list(build_rows(outcome, results)))]
-    if found := list(build_pairs(results)):
-        tables += [_table(PAIRS, found), PAIRED]
-    return (
-        "\n\n".join([*tables, *describe_study(outcome, results), "![loss over compute](study.png)"]) + "\n"
-    )
+    """The tables and their notes in Markdown."""
+    parts = [_render_table(ARMS_HEAD, list(build_rows(outcome, results)))]
+    pairs = list(build_pairs(results))
+    if pairs:
+        parts += [_render_table(PAIRS_HEAD, pairs), PAIRS_NOTE]
+    parts += describe_study(outcome, results)
+    parts.append(f"![loss over compute]({PICTURE})")
+    return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], cells: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
+def _render_table(head: Sequence[str], rows: list[Cells]) -> str:
+    """A Markdown table: its first column to the left, all others to the right."""
+    alignment = ["---"] + ["---:"] * (len(head) - 1)
+    lines = [head, alignment, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def show_report(outcome: Outcome) -> None:
-    """Print the table to standard output."""
-    import sys
-
+    """Print the tables and their notes to standard output."""
     from rich.console import Console
     from rich.table import Table
 
     results = outcome.summarize()
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    for head, cells in ((HEAD, list(build_rows(outcome, results))), (PAIRS, list(build_pairs(results)))):
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    tables = {
+        ARMS_HEAD: list(build_rows(outcome, results)),
+        PAIRS_HEAD: list(build_pairs(results)),
+    }
+    for head, rows in tables.items():
         table = Table(*head, show_edge=False, header_style="bold")
-        for row in cells:
+        for row in rows:
             table.add_row(*(cell.replace("**", "") for cell in row))
-        if cells:
+        if rows:
             console.print(table)
     for line in describe_study(outcome, results):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _tries(outcome: Outcome, name: str) -> str:
+def _format_rates(outcome: Outcome, name: str) -> str:
     """The learning rates tried, the best in bold."""
     best = outcome.find_best_rate(name)
-    return ", ".join(
-        f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in outcome.study.list_rates(name)
-    )
+    shown = []
+    for rate in outcome.study.list_rates(name):
+        shown.append(f"**{rate:g}**" if rate == best else f"{rate:g}")
+    return ", ".join(shown)
 
 
-def _figure(
-    spread: dict[str, Any], places: int, sign: str = "", scale: float = 1, unit: str = ""
-) -> str:
+def _format_figure(spread: dict[str, Any], sign: str = "") -> str:
+    """MEAN ± DEVIATION (RUNS) of a loss; sign: "+" to show it."""
     if spread["mean"] is None:
         return "-"
-    text = f"{spread['mean'] * scale:{sign}.{places}f}"
-    if spread["std"] is not None:
-        text += f" ± {spread['std'] * scale:.{places}f}"
-    return f"{text}{unit} ({spread['runs']})"
+    deviation = "" if spread["std"] is None else f" ± {spread['std']:.4f}"
+    return f"{spread['mean']:{sign}.4f}{deviation} ({spread['runs']})"
 
 
-def _percent(spread: dict[str, Any], more: str) -> str:
+def _format_percent(spread: dict[str, Any], more: str) -> str:
+    """MEAN ± DEVIATION % (RUNS) of a share, after `more`."""
     if spread["mean"] is None:
         return "not reached"
-    return more + _figure(spread, 1, scale=100, unit=" %")
-
-
-def draw_study(outcome: Outcome, out: Path) -> None:
-    """The losses over compute, sources' FLOPs included on the left and not on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True, constrained_layout=True)
-    for axes, included in zip(panels, (True, False), strict=True):
-        _draw_scratch(axes, outcome, out)
-        for number, name in enumerate(outcome.study.arms):
-            for seed in outcome.find_complete_seeds(name):
-                line = outcome.select_runs(name, seed)
-                flops = [run.spent if included else run.flops for run in line]
-                label = name if seed == outcome.study.seeds[0] else None
-                axes.plot(
-                    flops,
-                    [run.loss for run in line],
-                    "o-",
-                    color=COLOURS[number % 9],
-                    markersize=4,
-                    label=label,
-                )
-        counted = "the source's included" if included else "the source's not counted"
-        axes.set(
-            xlabel=f"training FLOPs, {counted}", xscale="log", title="loss at the end of each run"
-        )
-        axes.grid(True, which="both", alpha=0.25)
-    panels[0].set_ylabel("validation loss, nats a token")
-    _zoom(panels[0], outcome)
-    panels[1].legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
-    write_once(epath.Path(out / "study.png"), picture.getvalue())
-
-
-def _draw_scratch(axes, outcome: Outcome, out: Path) -> None:
-    """The run from scratch at its best learning rate: its course as a line, its end as a star and a level."""
-    for run in outcome.select_runs(SCRATCH):
-        course = [
-            row
-            for row in parse_rows((out / "runs" / run.run / METRICS).read_text())
-            if row["validation_loss"]
-        ]
-        flops, losses = (
-            [float(row["flops"]) for row in course],
-            [float(row["validation_loss"]) for row in course],
-        )
-        first = run.seed == outcome.study.seeds[0]
-        axes.plot(
-            flops[1:],
-            losses[1:],
-            "-",
-            color="#888888",
-            linewidth=1,
-            label="from scratch, on its way" if first else None,
-        )
-        axes.plot(
-            [run.flops],
-            [run.loss],
-            "*",
-            color="black",
-            markersize=10,
-            label="from scratch" if first else None,
-        )
-        axes.axhline(run.loss, color="#888888", linewidth=0.5, linestyle=":")
-
-
-def _zoom(axes, outcome: Outcome) -> None:
-    """Show the losses of ends, and not the course's beginning."""
-    ends = [
-        run.loss
-        for name in (SCRATCH, *outcome.study.arms)
-        for run in outcome.select_runs(name)
-        if math.isfinite(run.loss)
-    ]
-    if not ends:
-        return
-    low, high = min(ends), max(ends)
-    room = 0.15 * (high - low) or 0.1
-    axes.set_ylim(low - room, high + room)
+    deviation = "" if spread["std"] is None else f" ± {100 * spread['std']:.1f}"
+    return f"{more}{100 * spread['mean']:.1f}{deviation} % ({spread['runs']})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-from growkit.models.architecture import Family
+from growkit.models.family import Family
 from growkit.models.table_file import read_family
 
 

@@ -1,0 +1,5 @@
+"""`python -m growkit` is the command line."""
+
+from growkit.cli import main
+
+main()

@@ -1,0 +1,55 @@
+"""growkit from Python, on disk: open a model, grow it into a new directory, read its lineage.
+
+Everything here and the functions that work on arrays in memory are names of the package `growkit`
+itself; docs/python.md shows them.
+"""
+
+from __future__ import annotations
+
+import os
+
+from growkit.checkpoint import location
+from growkit.checkpoint.files import parse_path
+from growkit.checkpoint.tensor import Source
+from growkit.errors import UsageError, require_type
+from growkit.growth.plan import Plan
+from growkit.lineage import Lineage
+from growkit.surgery.grow import prepare_growth
+
+PATH = (str, os.PathLike)
+PATH_HINT = "a directory, a run as RUN@STEP, or a Hub id"
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Open the model that `path` names, as the command line does; only headers are read.
+
+    `.model` is its architecture, `.stack()` its parameters as a tree of arrays, `.stack("mu")` a
+    moment where it has them. Raises UsageError when the path names nothing, GrowkitError when what
+    it names is broken.
+    """
+    require_type("path", path, PATH, PATH_HINT)
+    return location.open_source(os.fspath(path))
+
+
+def write_grown(
+    source: Source, plan: Plan, out: str | os.PathLike[str], force: bool = False
+) -> None:
+    """Grow a model on disk into the directory `out`, of the same format, a megabyte at a time.
+
+    The directory appears whole or not at all. force: whether to replace one that exists. Raises
+    UsageError for an output that must not be written and for a plan made for another model.
+    """
+    require_type("source", source, Source, "as growkit.open_source(path) returns")
+    require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
+    require_type("out", out, PATH, "the directory to write")
+    if plan.model != source.model:
+        raise UsageError(
+            f"the plan was made for another model than {source.path}; make one for its .model"
+        )
+    contents = prepare_growth(source, plan)
+    location.write_output(parse_path(os.fspath(out)), source.kind, contents, [source], force)
+
+
+def read_lineage(path: str | os.PathLike[str]) -> Lineage:
+    """What was done to the model at `path`, the oldest entry first; see `growkit.entries`."""
+    return Lineage.read(open_source(path).lineage)

@@ -1,0 +1,52 @@
+"""Arrays that are sharded, compressed or in OCDBT: read through tensorstore."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from growkit.errors import GrowkitError, first_line
+
+# Bytes of decoded chunks kept in memory, so that a chunk of several layers is decoded once.
+CACHED = 32 << 20
+
+
+def read_store(part: Any) -> np.ndarray:
+    """A part of an array, in memory. Raises GrowkitError for one that cannot be read."""
+    try:
+        return np.asarray(part.read().result())
+    except ValueError as problem:
+        raise GrowkitError(
+            f"cannot read an array of the checkpoint: {first_line(problem)}"
+        ) from None
+
+
+def open_store(state: Path, name: str, tree: Mapping[str, Any]) -> Any:
+    """The array of a checkpoint in tensorstore. Raises GrowkitError for one that cannot be read."""
+    import tensorstore
+
+    store: dict[str, Any] = {"driver": "file", "path": f"{state.resolve()}/"}
+    if tree.get("use_ocdbt"):
+        store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+    else:
+        store["path"] += f"{name}/"
+    driver = "zarr3" if tree.get("use_zarr3") else "zarr"
+    spec = {"driver": driver, "kvstore": store}
+    try:
+        return tensorstore.open(spec, read=True, context=_share_cache()).result()
+    except ValueError as problem:
+        raise GrowkitError(
+            f"cannot read the array {name!r} of {state}: {first_line(problem)}"
+        ) from None
+
+
+@cache
+def _share_cache() -> Any:
+    """One cache of decoded chunks for all arrays of the process."""
+    import tensorstore
+
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHED}})

@@ -1,0 +1,54 @@
+"""What options and arguments of verbs take: counts as people write them, paths with a tilde; and
+several options as one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def combine_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One decorator of a verb for several, whose options its help shows in their order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+class Count(click.ParamType):  # type: ignore[type-arg]
+    """A whole number, which may be written 32k, 1.5M or 1e6."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; one that is below 1 is left to the verb to refuse. Raises UsageError."""
+        from growkit.quantity import parse_count
+
+        if isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            option = param.opts[0] if param is not None else "a count"
+            return parse_count(value, option)
+
+
+class PathName(click.ParamType):  # type: ignore[type-arg]
+    """A path, in which ~ is the home directory: no shell expands it after an equals sign."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path with the home directory in the place of ~."""
+        return os.path.expanduser(value)
+
+
+COUNT = Count()
+PATH = PathName()

@@ -1,0 +1,94 @@
+"""What growth multiplies a parameter or a moment by: shares of copies, and factors that follow a
+size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from growkit.growth.axes import AxisMap
+from growkit.growth.padding import VALUE
+from growkit.models.notation import Part, Position, Product, Row
+
+if TYPE_CHECKING:
+    from growkit.growth.plan import Plan
+
+
+def share_scale(axes: Product, maps: Mapping[str, AxisMap], moment: int = VALUE) -> np.ndarray:
+    """The product of shares that scales a value or a moment: float64, a dimension for each axis.
+
+    Of the axes that are read for values; of those that are written for moments, once for mu, twice
+    for nu. Dimensions along which it does not differ have one entry.
+    """
+    scale = np.ones([1] * len(axes))
+    for place, axis in enumerate(axes):
+        counts = axis.read if moment == VALUE else not axis.read
+        if axis.name in maps and counts:
+            share = narrow(maps[axis.name].share)
+            scale = scale * lay_along(share ** max(moment, 1), place, len(axes))
+    return scale
+
+
+def lay_along(values: np.ndarray, place: int, axes: int) -> np.ndarray:
+    """A vector laid along dimension `place` of so many."""
+    return values.reshape([-1 if at == place else 1 for at in range(axes)])
+
+
+def stacked_share(row: Row, maps: Mapping[str, AxisMap], moment: int, position: Position) -> float:
+    """The share that a unit of the stacked axes carries.
+
+    Layers count for values only: copies of layers have no exact rule for moments.
+    """
+    share = 1.0
+    for axis, unit in zip(row.stacked, position, strict=True):
+        if axis.name not in maps:
+            continue
+        if moment == VALUE and axis.read:
+            share *= maps[axis.name].share[unit]
+        if moment != VALUE and not axis.read and axis.name != "layer":
+            share *= maps[axis.name].share[unit] ** moment
+    return share
+
+
+def scale_of(
+    part: Part, row: Row, plan: Plan, moment: int, position: Position
+) -> np.ndarray | None:
+    """What growth multiplies by: float64, broadcastable to the unfused shape, None where all is
+    one.
+    """
+    scale = share_scale(part.axes, plan.maps, moment)
+    scale = scale * stacked_share(row, plan.maps, moment, position)
+    ratio = plan.model.scalar_growth(row, plan.grown)
+    if ratio != 1.0:
+        scale = scale * ratio ** (1 if moment == VALUE else -moment)
+    if "embed" in plan.pads and plan.model.table.normalises_queries:
+        scale = scale * _eps_scale(part, plan, moment)
+    return None if (scale == 1.0).all() else scale
+
+
+def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
+    """What queries and keys are scaled by so that their own norms, which share eps, see its new
+    value.
+
+    Padding embed multiplies the configuration's one eps by d/d', so queries and keys shrink by its
+    root.
+    """
+    root = math.sqrt(plan.model.embed / plan.pads["embed"])
+    factor = root ** (1 if moment == VALUE else -moment)
+    if part.role in ("query", "key"):
+        return np.full([1] * len(part.axes), factor)
+    if part.role == "qkv":
+        return lay_along(np.array([factor, factor, 1.0]), part.names.index("qkv"), len(part.axes))
+    return np.ones([1] * len(part.axes))
+
+
+def narrow(scale: np.ndarray) -> np.ndarray:
+    """A scale with one entry along every dimension that it is the same along."""
+    for place in range(scale.ndim):
+        first = scale.take([0], axis=place)
+        scale = first if (scale == first).all() else scale
+    return scale

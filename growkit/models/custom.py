@@ -1,0 +1,124 @@
+"""A model of one's own: a table and the size of each axis, without a config.json.
+
+For parameters of one's own in memory, whose names no file format knows. Growth has rules for these
+axes by name: layer, embed, mlp, head (or kv and group) and head_dim. Every other axis of a table
+may have any name; it keeps its size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from growkit.errors import GrowkitError, did_you_mean, require_type
+from growkit.models.architecture import Architecture
+from growkit.models.family import Family
+from growkit.models.fields import Frozen
+from growkit.models.notation import Row, parse_table
+
+NORMS = ("layer", "rms")
+HEAD_DIM_STAYS = (
+    "a table does not say which of its dimensions rotary positions rotate; grow the heads instead"
+)
+
+_FACTOR = re.compile(r"(?:1/)?(?:sqrt\((\w+)\)|(\w+))")
+
+
+def describe_model(
+    table: str,
+    sizes: Mapping[str, int],
+    norm: str = "layer",
+    *,
+    norm_eps: float = 1e-6,
+    initializer_range: float = 0.02,
+    scalars: Mapping[str, str] | None = None,
+    **options: bool,
+) -> Architecture:
+    """The model of a table, see `growkit.models.notation`, at the given size of each of its axes.
+
+    norm: 'layer' for norms that subtract the mean, 'rms' for those that do not; padding asks.
+    norm_eps: what norms add to the variance (Flax adds 1e-6); padding changes it, and
+    `plan.grown.norm_eps` says to what. initializer_range: the standard deviation of new weights,
+    the unit of noise. scalars: row -> 'sqrt(axis)', 'axis' or 1 over one of them, a factor that the
+    model itself multiplies the parameter by. options: the truth of each condition that a row of the
+    table has.
+
+    Raises ValueError for a line that is no row, GrowkitError for sizes that are not those of the
+    axes.
+
+    >>> model = describe_model(
+    ...     '''
+    ...     layers.{layer}.up.kernel     /embed mlp  normal  matrix
+    ...     layers.{/layer}.down.kernel  /mlp embed  normal  matrix
+    ...     ''',
+    ...     {"layer": 2, "embed": 8, "mlp": 32},
+    ... )
+    >>> model.parameters
+    1024
+    """
+    require_type("table", table, str, "one line for each parameter")
+    require_type("sizes", sizes, Mapping, "from axes to sizes")
+    if norm not in NORMS:
+        raise GrowkitError(f"norm is 'layer' or 'rms', got {norm!r}{did_you_mean(norm, NORMS)}")
+    rows = parse_table(table)
+    _check_sizes(rows, sizes)
+    _check_scalars(rows, scalars or {}, sizes)
+    family = Family(
+        kind="described",
+        class_name="",
+        title="described",
+        text=table,
+        fields={axis: axis for axis in sizes},
+        defaults={},
+        options={},
+        norm=norm,
+        heads="kv" if "kv" in sizes else "head",
+        rotary=None,
+        frozen={"head_dim": HEAD_DIM_STAYS} if "head_dim" in sizes else {},
+        scalars=dict(scalars or {}),
+        whole_heads=False,
+    )
+    values = {"norm_eps": norm_eps, "initializer_range": initializer_range, "rope": {}, **options}
+    # A condition that no option answers is refused here, and not at the first growth.
+    family.select_rows(values)
+    return Architecture(family, Frozen(sizes), Frozen(values))
+
+
+def _check_sizes(rows: tuple[Row, ...], sizes: Mapping[str, int]) -> None:
+    """Raise GrowkitError unless `sizes` states each axis of the rows, and no other, as a count."""
+    if not rows:
+        raise GrowkitError("the table has no rows; write one line for each parameter")
+    for row in rows:
+        if row.kind:
+            raise GrowkitError(
+                f"{row.name} is only in layers of the kind {row.kind!r}, and a description does "
+                f"not say which they are; such models grow from files"
+            )
+    axes = {axis.name for row in rows for axis in row.stacked}
+    axes = axes.union(*(row.axes for row in rows))
+    for axis in sorted(axes - sizes.keys()):
+        row = next(row for row in rows if axis in row.axes or axis in row.name)
+        raise GrowkitError(f"sizes lacks the axis {axis!r}, which the row {row.name} has")
+    for axis in sizes.keys() - axes:
+        near = did_you_mean(axis, axes)
+        raise GrowkitError(f"sizes states the axis {axis!r}, which no row of the table has{near}")
+    for axis, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise GrowkitError(f"the size of {axis} is a whole number of at least 1, got {size!r}")
+
+
+def _check_scalars(
+    rows: tuple[Row, ...], scalars: Mapping[str, str], sizes: Mapping[str, int]
+) -> None:
+    """Raise GrowkitError for a factor of an unknown row, or that is no root of a size."""
+    names = {row.name for row in rows}
+    for name, text in scalars.items():
+        if name not in names:
+            near = did_you_mean(name, names)
+            raise GrowkitError(f"scalars names {name!r}, which is no row of the table{near}")
+        found = _FACTOR.fullmatch(text)
+        if found is None or (found[1] or found[2]) not in sizes:
+            raise GrowkitError(
+                f"a scalar is axis, sqrt(axis), 1/axis or 1/sqrt(axis) of an axis of the table, "
+                f"got {text!r}"
+            )

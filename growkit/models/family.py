@@ -1,0 +1,183 @@
+"""What a family of models has in common, as data; one member of it, from its config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from growkit.errors import GrowkitError
+from growkit.models.architecture import Architecture
+from growkit.models.fields import RATIO, Fields, Frozen
+from growkit.models.notation import Row, parse_table
+from growkit.models.rotary import FIELDS as ROTARY_FIELDS
+from growkit.models.rotary import RotaryFields, read_rotary
+from growkit.models.table import Table
+
+# Buffers of transformers' decoders, by how their names end; no parameter is called so.
+BUFFERS = (
+    ".inv_freq",
+    ".original_inv_freq",
+    ".cos_cached",
+    ".sin_cached",
+    ".masked_bias",
+    ".causal_mask",
+    ".position_ids",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all models of one model_type have in common."""
+
+    # The model_type in config.json, transformers' class, and the name for people.
+    kind: str
+    class_name: str
+    title: str
+    # The table.
+    text: str
+    # The configuration field of each axis; `a / b` for a size that is the ratio of two fields.
+    fields: Mapping[str, str]
+    # What transformers takes for a field that config.json leaves out.
+    defaults: Mapping[str, Any]
+    # The configuration field of each option.
+    options: Mapping[str, str]
+    # 'layer' or 'rms'.
+    norm: str
+    # The axis that more heads grow.
+    heads: str
+    # The first words of names that a parameter tree leaves out.
+    prefix: str = ""
+    # The fields of rotary positions; None where none of them follows a size: they are kept.
+    rotary: RotaryFields | None = ROTARY_FIELDS
+    # Axes of one size, in every model.
+    constants: Mapping[str, int] = field(default_factory=dict)
+    # Fields of a config.json that is written without one to begin with.
+    new: Mapping[str, Any] = field(default_factory=dict)
+    # Sizes and options of a new model that are not transformers' defaults.
+    fresh: Mapping[str, Any] = field(default_factory=dict)
+    # What transformers takes for a field that is null, where that is not the default.
+    nulls: Mapping[str, Any] = field(default_factory=dict)
+    # axis -> why it cannot grow.
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    # How names end that old checkpoints carry and no model of today reads.
+    buffers: tuple[str, ...] = BUFFERS
+    # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
+    # parameter by. A row's condition may follow its name.
+    scalars: Mapping[str, str] = field(default_factory=dict)
+    # Fields with one entry for each layer.
+    by_layer: tuple[str, ...] = ("layer_types",)
+    # Fields that list numbers of layers.
+    numbers: tuple[str, ...] = ()
+    # Fields that count the layers of one kind, which lie in front.
+    leading: tuple[str, ...] = ()
+    # list by layer -> the kinds that repeat where config.json leaves the list out.
+    patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Lists by layer that config.json must hold for growth in depth.
+    stated: tuple[str, ...] = ()
+    # The kinds of all layers, where the configuration states them by a rule and not in a list.
+    layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
+    # Whether transformers wants embed to be a multiple of the number of heads.
+    whole_heads: bool = True
+    # field -> the one value that the table holds for.
+    proved: Mapping[str, Any] = field(default_factory=dict)
+    # Axes that are copied evenly, though no norm averages over them.
+    uniform: tuple[str, ...] = ()
+    # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
+    unpadded: str = ""
+    no_identity: str = ""
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.text))
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows of the table, whatever their conditions."""
+        return parse_table(self.text, self.prefix)
+
+    @property
+    def head_name(self) -> str:
+        """The parameter of the output head, which files may hold although it is tied."""
+        return next((row.name for row in self.rows if row.role == "head"), "")
+
+    @property
+    def coupled(self) -> bool:
+        """Whether embed is heads x head_dim, so that one of them cannot change alone."""
+        return "/" in self.fields.get("head_dim", "")
+
+    def select_rows(self, options: Mapping[str, Any]) -> Table:
+        """The table for a model with these options."""
+        rows = [row for row in self.rows if holds_for(row, options)]
+        if options.get("headless"):
+            rows = [row for row in rows if row.role != "head"]
+        return Table(tuple(rows), uniform=self.uniform)
+
+    def model(self, **values: Any) -> Architecture:
+        """A new model from sizes by axis and options by name; what is left out has its default.
+
+        rotary_base and rotary_pct stand for themselves, `rope` for all rotary parameters. Raises
+        GrowkitError for sizes that contradict each other, TypeError for unknown names.
+        """
+        given = {**self.fresh, **values}
+        config: dict[str, Any] = {"rope_parameters": given.pop("rope", None)}
+        paths = {**self.fields, **self.options}
+        if self.rotary:
+            paths["rotary_base"] = self.rotary.base
+        if self.rotary and self.rotary.part:
+            paths["rotary_pct"] = self.rotary.part
+        for name in sorted(given, key=lambda name: "/" in paths.get(name, "")):
+            if name not in paths:
+                raise TypeError(f"{self.kind} has no {name!r}; it has {', '.join(paths)}, rope")
+            ratio = RATIO.fullmatch(paths[name])
+            if ratio:
+                config[ratio[1]] = given[name] * config[ratio[2]]
+            else:
+                config[paths[name]] = given[name]
+        return self.read(config)
+
+    def read(self, config: Mapping[str, Any]) -> Architecture:
+        """The model that the content of a config.json describes, by transformers 4 or 5.
+
+        Raises GrowkitError for values of the wrong kind and for values that contradict each other.
+        """
+        values = self.fields_of(config)
+        self._check_proved(values)
+        try:
+            sizes = {axis: values.size(path) for axis, path in self.fields.items()}
+            options = {name: values.option(path) for name, path in self.options.items()}
+            rope = read_rotary(values.given, self.rotary, values) if self.rotary else {}
+        except (AttributeError, TypeError, ValueError) as problem:
+            raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
+        return Architecture(
+            self, Frozen({**sizes, **self.constants}), Frozen(options | {"rope": rope})
+        )
+
+    def fields_of(self, config: Mapping[str, Any]) -> Fields:
+        """The fields of a config.json, with the defaults of those that it leaves out."""
+        given = {key: value for key, value in config.items() if value is not None}
+        null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
+        return Fields(given, {**self.defaults, **null})
+
+    def _check_proved(self, values: Fields) -> None:
+        """Raise GrowkitError for a field whose value the table was not proved for."""
+        for name, proved in self.proved.items():
+            value = values.get(name)
+            if value != proved:
+                raise GrowkitError(
+                    f"growth of {self.title} models is proved for {name} {proved!r} only, and this "
+                    f"model has {value!r}"
+                )
+
+
+def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
+    """Whether all conditions of a row hold. `untied` and `!tied` negate the option `tied`."""
+    for condition in row.conditions:
+        negated = condition not in options
+        # An option's own name may begin with un.
+        name = re.sub("^(!|un)", "", condition) if negated else condition
+        if name not in options:
+            raise GrowkitError(f"the row {row.name} depends on {condition!r}, which is no option")
+        if bool(options[name]) == negated:
+            return False
+    return True

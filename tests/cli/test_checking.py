@@ -1,0 +1,139 @@
+"""The check: two functions on the same tokens, one table of tolerances, the CPU by choice."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from conftest import SMALL, save_checkpoint, save_directory
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from growkit.checkpoint.location import open_source
+from growkit.cli import checking, run
+from growkit.cli.checking import TOLERANCES, GrowthCheck, compare_functions
+
+TOKENS = np.arange(12).reshape(3, 4) % 5
+
+
+def one_hot(scale: float):
+    """A function whose logits are `scale` for the token itself and 0 for all others."""
+    return lambda tokens: np.eye(5, dtype=np.float32)[tokens] * np.float32(scale)
+
+
+def shifted(by: float):
+    return lambda tokens: one_hot(10.0)(tokens) + np.float32(by)
+
+
+def test_figures_are_those_worked_out_by_hand():
+    found = compare_functions(one_hot(0.0), one_hot(10.0), TOKENS)
+    assert found.tokens == 12
+    # Even odds for 5 tokens; then the token before is certain, and the next is another.
+    assert found.loss_before == pytest.approx(math.log(5))
+    assert found.loss_after == pytest.approx(10.0 + math.log(1 + 4 * math.exp(-10)))
+    assert (found.largest_logit, found.largest_difference) == (0.0, 10.0)
+    assert found.tolerance == TOLERANCES["float32"] and not found.negligible
+
+
+def test_chunks_make_no_difference(monkeypatch):
+    whole = compare_functions(one_hot(1.0), shifted(0.5), TOKENS)
+    monkeypatch.setattr(checking, "CHUNK", 4)
+    parts = compare_functions(one_hot(1.0), shifted(0.5), TOKENS)
+    assert parts.loss_after == pytest.approx(whole.loss_after)
+    assert parts.largest_difference == whole.largest_difference
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_difference_is_measured_against_the_rounding_of_the_weights(dtype):
+    bound = TOLERANCES[dtype] * 10
+    for part, negligible in ((0.9, True), (1.1, False)):
+        found = compare_functions(one_hot(10.0), shifted(part * bound), TOKENS, rounded_to=dtype)
+        assert found.negligible == negligible
+
+
+def test_a_logit_that_is_no_number_is_never_negligible():
+    found = compare_functions(one_hot(1.0), lambda tokens: one_hot(np.nan)(tokens), TOKENS)
+    assert not found.negligible
+    assert not compare_functions(one_hot(np.nan), one_hot(np.nan), TOKENS).negligible
+
+
+@pytest.mark.parametrize(
+    "dtype,verdict",
+    [("float32", "PRESERVED;"), ("float16", "PRESERVED to the rounding of float16")],
+)
+def test_a_verdict_names_the_rounding_where_there_is_any(dtype, verdict):
+    same = compare_functions(one_hot(1.0), one_hot(1.0), TOKENS, rounded_to=dtype)
+    line = GrowthCheck(same, "random tokens", True, dtype).describe()
+    assert verdict in line and line.endswith("(12 random tokens, computed on the CPU)")
+
+
+def test_what_is_computed_in_jax_is_computed_on_the_cpu(tmp_path, monkeypatch):
+    import jax
+
+    chosen = []
+    right = jax.default_device
+
+    @contextmanager
+    def noted(device):
+        chosen.append(device)
+        with right(device):
+            yield
+
+    monkeypatch.setattr(jax, "default_device", noted)
+    source = open_source(str(save_directory(tmp_path / "hf")))
+    logits = checking.load_function(source)(np.zeros((1, 3), np.int64))
+    assert logits.shape == (1, 3, SMALL.vocab) and logits.dtype == np.float32
+    assert [device.platform for device in chosen] == ["cpu"]
+
+
+def test_the_text_is_not_cut_by_what_is_saved_with_the_tokenizer(tmp_path):
+    """With a truncation to 4 tokens, a check of 60 would be of the same 4, over and over."""
+    words = {"<unk>": 0, **{f"w{number}": number for number in range(1, 90)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    place = save_directory(tmp_path / "hf")
+    tokenizer.save(str(place / "tokenizer.json"))
+    whole, said = checking.select_tokens(open_source(str(place)), 60)
+    assert said == "tokens of Python's documentation"
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9, pad_id=5)
+    tokenizer.save(str(place / "tokenizer.json"))
+    ids, said = checking.select_tokens(open_source(str(place)), 60)
+    assert said == "tokens of Python's documentation" and (ids == whole).all()
+
+
+def test_writing_leaves_the_choice_of_devices_to_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    checkpoint = save_checkpoint(tmp_path / "ck")
+    out = str(tmp_path / "out")
+    assert run(["width", "--mlp", "2x", "--check", "64", str(checkpoint), out]) == 0
+    assert "JAX_PLATFORMS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["width", "--mlp", "2x", "--check"], ["export", "--check"]],
+    ids=lambda words: words[0],
+)
+def test_a_check_without_a_cpu_is_refused_before_the_work(tmp_path, capsys, monkeypatch, words):
+    if words[0] == "export":
+        pytest.importorskip("transformers")
+    source = save_checkpoint(tmp_path / "ck")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert run([*words, str(source), str(tmp_path / "out")]) == 2
+    said = "--check computes on the CPU, and JAX_PLATFORMS is 'cuda'; set it to 'cuda,cpu'"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    checking.require_checkable(open_source(str(source)))
+
+
+def test_json_names_the_device(tmp_path, capsys):
+    import json
+
+    source = save_directory(tmp_path / "hf")
+    words = ["width", "--mlp", "2x", "--check", "64", "--json", str(source), str(tmp_path / "out")]
+    assert run(words) == 0
+    assert json.loads(capsys.readouterr().out)["check"]["device"] == "cpu"

@@ -1,0 +1,71 @@
+"""The command line itself: the list of verbs, verbs without arguments, completion, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.shell_completion import ShellComplete
+
+from growkit.cli import run
+from growkit.cli.verbs import VERBS, growkit
+
+ROOT = Path(__file__).parents[2]
+GROWING = ["depth", "width", "grow"]
+
+
+def test_growkit_alone_prints_its_verbs(capsys):
+    assert run([]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and all(f"\n  {verb} " in out for verb in VERBS)
+    assert run(["--help"]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    def start(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "growkit", *arguments]
+        environ = {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+
+    done = start("--version")
+    assert done.returncode == 0 and done.stdout.startswith("growkit, version ")
+    done = start("depht")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("growkit: there is no verb 'depht'; did you mean 'depth'?")
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_help_of_its_own(capsys, verb):
+    assert run([verb, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith(f"Usage: growkit {verb} ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["--check", "64"]], ids=" ".join)
+@pytest.mark.parametrize("verb", GROWING)
+def test_a_growing_verb_without_its_arguments_says_what_is_missing(capsys, verb, arguments):
+    assert run([verb, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("growkit: missing ") and err.endswith(f"see growkit {verb} --help\n")
+
+
+def complete(arguments: list[str], word: str) -> list[str]:
+    """What a shell would offer for `word` after `growkit arguments`."""
+    shell = ShellComplete(growkit, {}, "growkit", "_GROWKIT_COMPLETE")
+    return [found.value for found in shell.get_completions(arguments, word)]
+
+
+@pytest.mark.parametrize("verb", GROWING)
+def test_completion_offers_verbs_and_their_options(verb):
+    assert verb in complete([], verb[:2])
+    assert complete([], "zzz") == []
+    assert "--moments" in complete([verb], "--mo")
+    assert "--moments" in complete([verb, "--check", "64"], "--mo")
+
+
+def test_options_of_other_verbs_are_not_offered():
+    assert "--map" in complete(["depth"], "--") and "--map" not in complete(["width"], "--")

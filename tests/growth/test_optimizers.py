@@ -1,0 +1,182 @@
+"""Optimizer states of optax grow by the rule of what they hold, or are refused by name.
+
+For every transformation that growkit knows, the grown state of a small model is the state that the
+grown model would have. A state grown by a wrong rule is not.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import growkit
+from growkit.errors import GrowkitError, UsageError
+from growkit.growth import optimizers
+from growkit.growth.padding import MU, NU, VALUE
+
+TABLE = """
+up.kernel    /inputs mlp  normal  matrix
+down.kernel  /mlp outputs  normal  matrix
+"""
+SMALL = growkit.describe_model(TABLE, {"inputs": 3, "mlp": 4, "outputs": 2})
+# Every hidden unit twice: what reads the units (down) carries half of each.
+PLAN = growkit.plan_width(SMALL, mlp=8)
+INPUTS = np.random.default_rng(0).normal(size=(5, 3))
+TARGETS = np.random.default_rng(1).normal(size=(5, 2))
+
+
+def make_params():
+    random = np.random.default_rng(2)
+    return {
+        "up": {"kernel": jnp.asarray(random.normal(size=(3, 4)))},
+        "down": {"kernel": jnp.asarray(random.normal(size=(4, 2)))},
+    }
+
+
+def compute(params, inputs=INPUTS):
+    return jnp.tanh(inputs @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+
+def loss(params):
+    return jnp.square(compute(params) - TARGETS).mean()
+
+
+# Steps need the learning rates of a clone; what is compared here is the state alone.
+GRADIENTS = {
+    "adam": optax.adam(1e-2),
+    "amsgrad": optax.amsgrad(1e-2),
+    "adabelief": optax.adabelief(1e-2),
+    # What the accumulator begins with would grow as if it were gradients.
+    "adagrad": optax.adagrad(1e-2, initial_accumulator_value=0.0),
+    "adan": optax.adan(1e-2),
+    "lion": optax.lion(1e-2),
+    "momentum": optax.sgd(1e-2, momentum=0.9),
+    "nesterov": optax.sgd(1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": optax.rmsprop(1e-2),
+    "rmsprop centred": optax.rmsprop(1e-2, eps=1e-30, centered=True, momentum=0.9),
+    "ema": optax.chain(optax.ema(0.9), optax.scale(-1e-2)),
+    "apply_every": optax.chain(optax.apply_every(3), optax.scale(-1e-2)),
+    "accumulated": optax.MultiSteps(optax.adam(1e-2), 3),
+    "injected": optax.inject_hyperparams(optax.adam)(1e-2),
+    "masked": optax.masked(optax.adam(1e-2), {"up": {"kernel": True}, "down": {"kernel": True}}),
+    "clipped": optax.chain(optax.clip_by_global_norm(1e9), optax.adamw(1e-2)),
+    "if finite": optax.apply_if_finite(optax.adam(1e-2), 3),
+    "ademamix": optax.contrib.ademamix(1e-2),
+}
+REFUSED = {
+    "adafactor": (optax.adafactor(1e-2, min_dim_size_to_factor=1), "FactoredState"),
+    "sm3": (optax.sm3(1e-2), "ScaleBySM3State"),
+    "rprop": (optax.rprop(1e-2), "ScaleByRpropState"),
+    "adadelta": (optax.adadelta(1e-2), "ScaleByAdaDeltaState"),
+    "novograd": (optax.novograd(1e-2), "ScaleByNovogradState"),
+    "prodigy": (optax.contrib.prodigy(), "ProdigyState"),
+    "dadapt": (optax.contrib.dadapt_adamw(), "DAdaptAdamWState"),
+    "lbfgs": (optax.scale_by_lbfgs(), "ScaleByLBFGSState"),
+}
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def feed(optimizer, params, gradients):
+    """The state after gradients of fixed parameters, so that only the state is at stake."""
+    state = optimizer.init(params)
+    for gradient in gradients:
+        _, state = optimizer.update(gradient, state, params)
+    return state
+
+
+def list_points():
+    """Parameters at which gradients are taken, the same functions small and grown."""
+    params = make_params()
+    moves = np.random.default_rng(3).normal(scale=0.1, size=(5,))
+    return [jax.tree.map(lambda leaf, move=move: leaf * (1 + move), params) for move in moves]
+
+
+def states(optimizer, nu="square"):
+    """(the grown state, the state of the grown model) after the same functions' gradients."""
+    points = list_points()
+    small = feed(optimizer, points[0], [jax.grad(loss)(point) for point in points])
+    grown_points = [growkit.grow(point, PLAN) for point in points]
+    wide = feed(optimizer, grown_points[0], [jax.grad(loss)(point) for point in grown_points])
+    return growkit.grow(small, PLAN, nu=nu), wide
+
+
+def gap(ours, theirs) -> float:
+    leaves = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(
+        float(np.abs(np.asarray(a, float) - np.asarray(b, float)).max(initial=0.0))
+        / max(float(np.abs(np.asarray(b, float)).max(initial=0.0)), 1e-9)
+        for a, b in leaves
+        if np.ndim(a) > 1
+    )
+
+
+def test_the_clone_is_the_same_function():
+    params = make_params()
+    grown = growkit.grow(params, PLAN)
+    assert np.abs(compute(grown) - compute(params)).max() < 1e-12
+    assert grown["up"]["kernel"].shape == (3, 8)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_grown_state_is_the_grown_models_state(name):
+    ours, theirs = states(GRADIENTS[name])
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    assert gap(ours, theirs) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["adam", "adagrad", "adan", "ema", "accumulated", "lion"])
+def test_a_state_by_another_rule_is_not(name, monkeypatch):
+    other = {MU: VALUE, NU: MU, VALUE: MU}
+    wrong = {
+        kind: {field: other[rule] for field, rule in fields.items()}
+        for kind, fields in optimizers.FIELDS.items()
+    }
+    monkeypatch.setattr(optimizers, "FIELDS", wrong)
+    ours, theirs = states(GRADIENTS[name])
+    assert gap(ours, theirs) > 1e-2
+
+
+def test_the_maximum_of_adamax_is_of_first_order():
+    adamax = optax.adamax(1e-2, eps=1e-30)
+    ours, theirs = states(adamax, nu="maximum")
+    assert gap(ours, theirs) < 1e-9
+    ours, theirs = states(adamax)
+    assert gap(ours, theirs) > 1e-2
+    with pytest.raises(UsageError, match="'maximum' for Adamax"):
+        states(optax.adamax(1e-2), nu="max")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_rule_is_refused_by_name(name):
+    optimizer, kind = REFUSED[name]
+    state = optimizer.init(make_params())
+    with pytest.raises(GrowkitError) as refusal:
+        growkit.grow(state, PLAN)
+    said = str(refusal.value)
+    assert kind in said and "cannot grow" in said and "Adam" in said and "\n" not in said
+
+
+def test_averages_of_parameters_grow_as_parameters():
+    params = make_params()
+    optimizer = optax.contrib.schedule_free(optax.sgd(1e-2), learning_rate=1e-2)
+    grown = growkit.grow(optimizer.init(params), PLAN)
+    assert np.array_equal(grown.z["down"]["kernel"], growkit.grow(params, PLAN)["down"]["kernel"])
+    state = {"params": params, "ema_params": params, "opt_state": optax.adam(1e-2).init(params)}
+    whole = growkit.grow(state, PLAN)
+    assert whole["ema_params"]["down"]["kernel"].shape == (8, 2)
+
+
+def test_a_state_of_ones_own_is_known_by_its_names():
+    params = make_params()
+    grown = growkit.grow({"mine": {"mu": params, "nu": params}}, PLAN)
+    half = np.asarray(params["up"]["kernel"])
+    assert np.allclose(grown["mine"]["mu"]["up"]["kernel"][:, :4], half / 2)
+    assert np.allclose(grown["mine"]["nu"]["up"]["kernel"][:, :4], half / 4)

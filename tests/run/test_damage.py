@@ -1,0 +1,154 @@
+"""A checkpoint that is not what was saved is never trained on in silence: it is named, and kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from runs import assert_as_if_uninterrupted, new_run, values
+
+from growkit.checkpoint.hashes import HASHES, hash_array
+from growkit.errors import GrowkitError
+from trainer.run.begin import Trust, begin, prepare
+from trainer.run.damage import find_damage, find_last_whole
+from trainer.run.loop import Run
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+ARRAY = "state/mu.embed_in.weight/0.0"
+LAST = 12
+
+
+@pytest.fixture
+def out(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def checkpoint(out, step=LAST):
+    return out / "checkpoints" / str(step)
+
+
+def flip_bit(file, at=100):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def read_meta(out, step=LAST):
+    return json.loads((checkpoint(out, step) / "meta" / "metadata").read_text())
+
+
+def refuse(data, out, **how):
+    with pytest.raises(GrowkitError) as caught:
+        begin(prepare(values(data), out, trust=Trust(**how)))
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+def resume(data, out, **how):
+    return Run(begin(prepare(values(data), out, trust=Trust(**how))))
+
+
+def test_every_array_and_file_has_the_hash_of_what_was_trained(out):
+    hashes = read_meta(out)[HASHES]
+    states = list((checkpoint(out) / "state").glob("*/.zarray"))
+    assert set(hashes["arrays"]) == {path.parent.name for path in states}
+    raw = np.fromfile(checkpoint(out) / ARRAY, np.float32)
+    assert hashes["arrays"]["mu.embed_in.weight"] == hash_array(raw)
+    assert "history.csv" in hashes["files"]
+    assert find_damage(checkpoint(out)) is None
+
+
+@pytest.mark.parametrize("damage", ["one bit", "zeros"])
+def test_an_array_with_other_bytes_is_named(damage, data, out):
+    if damage == "one bit":
+        flip_bit(checkpoint(out) / ARRAY)
+    else:
+        for file in (checkpoint(out) / "state").glob("*/[0.]*[0-9]"):
+            if not file.name.startswith("."):
+                file.write_bytes(bytes(file.stat().st_size))
+    said = refuse(data, out)
+    assert str(checkpoint(out)) in said and "the array '" in said
+    assert f"whole is {out}@8, and --from-last-whole" in said
+    if damage == "one bit":
+        assert "'mu.embed_in.weight'" in said
+        resume(data, out, verify=False).close()
+
+
+def change_small_file(out, name):
+    files = {
+        "files": "files/metadata",
+        "meta": "meta/metadata",
+        "metrics": "metrics/metrics",
+    }
+    path = checkpoint(out) / files[name]
+    path.write_bytes(path.read_bytes()[:-3])
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["files", "meta", "metrics"])
+def test_a_small_file_cut_short_is_named(name, data, out):
+    path = change_small_file(out, name)
+    assert refuse(data, out).startswith(f"{path} is damaged: it is not JSON; the last checkpoint")
+
+
+@pytest.mark.parametrize("content", ["[5]", "null", '{"validation_loss": "x"}', '"a"'])
+def test_a_small_file_of_another_form_is_named(content, data, out):
+    for item in ("files/metadata", "meta/metadata", "metrics/metrics"):
+        path = checkpoint(out) / item
+        before = path.read_bytes()
+        path.write_text(content)
+        assert refuse(data, out).startswith(f"{path} is damaged")
+        path.write_bytes(before)
+
+
+def test_an_empty_directory_and_a_missing_marker_are_named(data, out):
+    (checkpoint(out, 40)).mkdir()
+    assert refuse(data, out).startswith(f"{checkpoint(out, 40)} is not a whole checkpoint")
+    (checkpoint(out, 40)).rmdir()
+    (checkpoint(out) / "_CHECKPOINT_METADATA").unlink()
+    assert "it has no _CHECKPOINT_METADATA" in refuse(data, out)
+
+
+def test_a_changed_number_in_the_meta_or_a_file_is_seen(data, out):
+    meta = read_meta(out)
+    meta["record"]["validation_loss"] += 1
+    (checkpoint(out) / "meta" / "metadata").write_text(json.dumps(meta))
+    assert refuse(data, out).startswith("the meta of ")
+
+
+def test_the_run_goes_on_from_the_last_whole_checkpoint_when_told(data, out, whole):
+    flip_bit(checkpoint(out) / ARRAY)
+    run = resume(data, out, from_last_whole=True)
+    assert run.step == 8
+    assert any("damaged/12" in note for note in run.notes)
+    run.go()
+    assert_as_if_uninterrupted(out, whole)
+    assert (out / "damaged" / "12" / ARRAY).exists()
+
+
+def test_several_damaged_checkpoints_are_passed_over(data, out):
+    change_small_file(out, "files")
+    flip_bit(checkpoint(out, 8) / ARRAY)
+    assert find_last_whole(out, ()) == 4
+    assert f"{out}@4" in refuse(data, out)
+    run = resume(data, out, from_last_whole=True)
+    assert run.step == 4
+    run.close()
+
+
+def test_nothing_whole_is_no_new_run(data, out):
+    for step in (4, 8, 12):
+        flip_bit(checkpoint(out, step) / ARRAY)
+    assert "no other checkpoint" in refuse(data, out, from_last_whole=True)
+    assert checkpoint(out, 12).exists()
+
+
+def test_a_checkpoint_without_hashes_is_resumed(data, out):
+    meta = read_meta(out)
+    del meta[HASHES]
+    (checkpoint(out) / "meta" / "metadata").write_text(json.dumps(meta))
+    new_run(data, out).close()

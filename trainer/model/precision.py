@@ -1,0 +1,22 @@
+"""Which numbers are wide: softmax, norms, logits, losses and sums use at least float32.
+
+float64 stays float64, so that tests can prove equalities to 1e-12.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def select_wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """float64 for float64, else float32."""
+    if jnp.dtype(dtype) == jnp.float64:
+        return jnp.dtype(jnp.float64)
+    return jnp.dtype(jnp.float32)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """Convert x to float32, or leave it in float64."""
+    return x.astype(select_wide_dtype(x.dtype))

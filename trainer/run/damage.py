@@ -1,0 +1,163 @@
+"""Checkpoints of a run that are not what was saved: found, named, and set aside when asked to.
+
+A checkpoint is whole when its marker is there, its small files are JSON of the right form, and
+everything that has a hash on record has it still. What is damaged is never removed: with
+--from-last-whole it is moved to RUN/damaged, and the run goes on from the last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from growkit.checkpoint.files import is_remote
+from growkit.checkpoint.hashes import HASHES, are_known, find_changed
+from growkit.checkpoint.location import CHECKPOINTS
+from growkit.checkpoint.orbax import FILES, FINISHED, META, STATE, decode_files, open_checkpoint
+from growkit.errors import GrowkitError, UsageError, first_line
+
+DAMAGED = "damaged"  # the directory in RUN
+METRICS = "metrics"  # Orbax's own item, which is there where a checkpoint was validated
+
+
+class DamagedError(GrowkitError):
+    """A checkpoint is not what was saved."""
+
+    def __init__(self, step: int, words: str) -> None:
+        super().__init__(words)
+        self.step = step
+
+
+def list_steps(run: epath.Path) -> list[int]:
+    """The steps of the finished checkpoints, in order."""
+    return sorted(ocp.utils.checkpoint_steps(run / CHECKPOINTS))
+
+
+def read_item(checkpoint: Any, item: str) -> Any:
+    """A JSON item of a checkpoint. Raises ValueError naming the file where it is damaged."""
+    path = checkpoint / item / (METRICS if item == METRICS else "metadata")
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except OSError as problem:
+        raise ValueError(f"{path} cannot be read ({problem.strerror})") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: it is not JSON") from None
+    if not _has_form(content, item):
+        raise ValueError(f"{path} is damaged: it is not what a run writes there")
+    return content
+
+
+def _has_form(content: Any, item: str) -> bool:
+    """Whether a JSON item holds what a run writes there."""
+    if not isinstance(content, dict):
+        return False
+    if item == META:
+        kinds = {"config": dict, "lineage": list, "record": dict}
+        return all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+    if item == METRICS:
+        return isinstance(content.get("validation_loss"), int | float)
+    try:
+        decode_files(content)
+    except (GrowkitError, AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
+def find_broken_file(checkpoint: Any) -> str | None:
+    """What is wrong with the small files of a checkpoint, in words that begin with the file."""
+    if not is_remote(checkpoint) and not (checkpoint / FINISHED).exists():
+        return f"{checkpoint} is not a whole checkpoint: it has no {FINISHED}"
+    if not (checkpoint / STATE).exists():
+        return f"{checkpoint / STATE} is missing"
+    try:
+        for item in (META, FILES):
+            read_item(checkpoint, item)
+        if (checkpoint / METRICS).exists():
+            read_item(checkpoint, METRICS)
+    except ValueError as problem:
+        return str(problem)
+    return None
+
+
+def find_broken_files(run: epath.Path) -> dict[int, str]:
+    """What is wrong with small files, in words, by the step of the checkpoint."""
+    found = {step: find_broken_file(run / CHECKPOINTS / str(step)) for step in list_steps(run)}
+    return {step: words for step, words in found.items() if words is not None}
+
+
+def find_damage(checkpoint: Any) -> str | None:
+    """What is wrong with a checkpoint, in words; reads all of it. None for nothing."""
+    broken = find_broken_file(checkpoint)
+    if broken is not None:
+        return broken
+    meta = read_item(checkpoint, META)
+    hashes = meta.get(HASHES)
+    if are_known(hashes):
+        files = decode_files(read_item(checkpoint, FILES))
+        changed = find_changed(hashes, {}, files, meta)
+        if changed:
+            return f"{changed} of {checkpoint} is not what was saved"
+    if is_remote(checkpoint):
+        return None
+    try:
+        open_checkpoint(Path(checkpoint)).require_whole()
+    except GrowkitError as problem:
+        return str(problem)
+    except Exception as problem:  # a damaged array may raise anything in the library that reads it
+        return f"{checkpoint} cannot be read ({first_line(problem)})"
+    return None
+
+
+def find_last_whole(run: epath.Path, besides: Collection[int]) -> int | None:
+    """The step of the last checkpoint that is whole, those of some steps not looked at."""
+    for step in reversed(list_steps(run)):
+        if step not in besides and find_damage(run / CHECKPOINTS / str(step)) is None:
+            return step
+    return None
+
+
+def go_back(run: epath.Path, damaged: dict[int, str], allowed: bool) -> list[str]:
+    """Set the damaged checkpoints aside, and all after the last whole one, where that is allowed.
+
+    damaged: what is wrong with a checkpoint, in words, by its step. Returns what was done, in
+    words. Raises DamagedError where it is not allowed, or no checkpoint is whole.
+    """
+    step, words = max(damaged.items())
+    last = find_last_whole(run, damaged)
+    if last is None:
+        raise DamagedError(
+            step, f"{words}; no other checkpoint of {run} is whole: begin again with another --out"
+        )
+    if not allowed:
+        raise DamagedError(
+            step,
+            f"{words}; the last checkpoint that is whole is {run}@{last}, and --from-last-whole "
+            f"goes on from there",
+        )
+    if jax.process_count() > 1:
+        raise UsageError(
+            f"--from-last-whole moves checkpoints, which one process must do alone: {words}; move "
+            f"what is after {run}@{last} out of {run / CHECKPOINTS} by hand"
+        )
+    return [set_aside(run, each) for each in list_steps(run) if each > last or each in damaged] + [
+        f"going on from {run}@{last}, the last checkpoint that is whole"
+    ]
+
+
+def set_aside(run: epath.Path, step: int) -> str:
+    """Move a checkpoint to RUN/damaged; returns that in words."""
+    directory = run / DAMAGED
+    directory.mkdir(parents=True, exist_ok=True)
+    taken = {entry.name for entry in directory.iterdir()}
+    names = (f"{step}.{number}" if number else str(step) for number in range(len(taken) + 1))
+    target = directory / next(name for name in names if name not in taken)
+    (run / CHECKPOINTS / str(step)).rename(target)
+    return f"the checkpoint of step {step} is set aside, in {target}"

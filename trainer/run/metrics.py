@@ -1,0 +1,43 @@
+"""The rows of a run's metrics: written to metrics.csv and to the other writers, and drawn."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from trainer.devices.hosts import is_writer
+from trainer.log import curves
+from trainer.log.writers import Writers
+from trainer.run.directory import RunDirectory
+from trainer.run.position import Position
+
+DRAWN_EVERY = 60.0  # seconds
+CURVES = "curves.png"
+
+
+class Metrics:
+    """Adds rows with the tokens and FLOPs of their step, and draws RUN/curves.png now and then."""
+
+    def __init__(self, directory: RunDirectory, writers: Writers, position: Position) -> None:
+        self.path = directory.path
+        self.history = directory.history
+        self.writers = writers
+        self.position = position
+        self.drawn_at = time.monotonic()
+
+    def add(self, step: int, **values: Any) -> None:
+        """Add a row of a step. values: by the names of the history's columns."""
+        tokens = self.position.tokens(step)
+        flops = self.position.flops(step)
+        row = self.history.add(step=step, tokens=tokens, flops=flops, **values)
+        self.writers.add(row)
+
+    def draw(self, final: bool = False) -> None:
+        """Draw the curves, at most once a minute unless it is the last time."""
+        recently = time.monotonic() - self.drawn_at < DRAWN_EVERY
+        if not is_writer() or (recently and not final):
+            return
+        rows = self.history.earlier + self.history.rows
+        if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):
+            curves.draw_curves(self.path / CURVES, rows, self.path.name)
+        self.drawn_at = time.monotonic()

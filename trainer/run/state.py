@@ -1,0 +1,107 @@
+"""The state of training: of a new model, of a model on disk, and as a checkpoint holds it.
+
+On disk the moments lie beside the parameters, by name (params, mu, nu). In memory they lie within
+optax's state, and are found there by structure, never by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from growkit.checkpoint.tensor import Source, Tensor
+from growkit.models.architecture import Architecture
+from growkit.models.notation import Row
+from trainer.config.sections import Config
+from trainer.devices.sharding import place
+from trainer.model.decoder import init_params
+from trainer.step.update import State, init_state
+
+
+def new_state(config: Config, model: Architecture, like: State) -> State:
+    """The state of a new model, computed where it is to lie. like: its shapes and shardings."""
+
+    def make() -> State:
+        params = init_params(model, config.precision, config.seed)
+        return init_state(config, model, params)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    made: State = jax.jit(make, out_shardings=shardings)()
+    return made
+
+
+def from_source(source: Source, like: State, continued: bool = False, step: int = 0) -> State:
+    """The state that begins with a model on disk: its parameters, moments and Adam's count.
+
+    like: its shapes, dtypes and shardings. The schedule begins again unless it is `continued`. A
+    source without moments starts them at zero with count 0. step: the run's, 0 unless the model
+    was grown on the way.
+    """
+
+    def counter(value: int) -> jax.Array:
+        return place(np.asarray(value, np.int32), like.step.sharding)
+
+    rows = source.model.table.tree(lambda row: row)
+    tree = jax.tree.map(_zeros, to_tree(like))
+    for slot, tensors in source.tensors.items():
+        tree[slot] = jax.tree.map(partial(_read, tensors), rows, to_tree(like)[slot])
+    if "nu" in source.tensors:
+        tree["count"] = counter(source.record.get("count", 0))
+    if continued:
+        tree["schedule_step"] = counter(source.record.get("schedule_step", 0))
+    tree["step"] = counter(step)
+    return from_tree(tree, like)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return place(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), leaf.sharding)
+
+
+def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """One row's parameter, in the dtype and sharding of `leaf`.
+
+    Read one layer at a time. Only the shards of this process's devices are kept.
+    """
+    indices = {
+        _key(index): index
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    }
+    shard_shape = leaf.sharding.shard_shape(leaf.shape)
+    shards = {key: np.empty(shard_shape, leaf.dtype) for key in indices}
+    stacked = len(row.stacked)
+    for position in np.ndindex(leaf.shape[:stacked]):
+        array = tensors[row.name_at(position)].read()
+        for key, index in indices.items():
+            # Stacked dimensions, layers among them, are never sharded.
+            shards[key][position] = array[index[stacked:]]
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: shards[_key(index)]
+    )
+
+
+def _key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
+    """A shard's place in the whole array, hashable."""
+    return tuple((part.start, part.stop) for part in index)
+
+
+def to_tree(state: State) -> dict[str, Any]:
+    """The state as a checkpoint holds it: params, mu, nu and the counters."""
+    return {
+        "params": state.params,
+        "mu": optax.tree.get(state.optimizer, "mu"),
+        "nu": optax.tree.get(state.optimizer, "nu"),
+        "count": optax.tree.get(state.optimizer, "count"),
+        "step": state.step,
+        "schedule_step": state.schedule_step,
+    }
+
+
+def from_tree(tree: dict[str, Any], like: State) -> State:
+    """The inverse of `to_tree`; the optimizer's state has the structure of `like`'s."""
+    optimizer = optax.tree.set(like.optimizer, mu=tree["mu"], nu=tree["nu"], count=tree["count"])
+    return State(tree["params"], optimizer, tree["step"], tree["schedule_step"])
