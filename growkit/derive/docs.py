@@ -21,10 +21,11 @@ computed in float64 too; transformers itself computes them in float32.
 
 * **copies**: layers copied compute what transformers' own layers compute in that order.
 * **identity**: layers that add nothing can be inserted; the function stays.
-* **width**: the axes that copies widen, alone and all together, with unequal multiplicities.
+* **width**: the axes that copies widen, alone and all together, with unequal multiplicities. The
+  gradient of the grown model is the grown gradient, so moments follow the rule.
 * **padding**: embed grows to any size.
-* **difference**: the largest difference of logits over the largest logit, of all exact growths of
-  the row, through files too.
+* **difference**: the largest difference of logits over the largest logit, or of a row's gradients
+  over its largest, of all growths that the row offers, through files too.
 * **holds for**: options whose other value is another function, or was not proved. growkit refuses
   models that have it.
 
@@ -36,9 +37,11 @@ COLUMNS = ("model_type", "copies", "identity", "width", "padding", "difference",
 def write_docs() -> str:
     """The text of docs/models.md."""
     rows = [write_row(kind) for kind in list_shipped()]
-    wide = sum(row[3] != "no" for row in rows)
+    wide = sum("embed" in row[3].split(", ") for row in rows)
     deep = sum(row[1] == "yes" for row in rows)
-    count = f"{len(rows)} types: {deep} grow in depth by copies, {wide} in width.\n"
+    count = (
+        f"{len(rows)} types: {deep} grow in depth by copies, {wide} in the width of the stream.\n"
+    )
     lines = [
         " | ".join(COLUMNS),
         " | ".join("---" for _ in COLUMNS),

@@ -100,7 +100,12 @@ def file_state(network: Any) -> State:
     for name in network._keys_to_ignore_on_save or ():
         state.pop(name, None)
     untied = remove_tied_weights_from_state_dict(state, network)
-    held: State = revert_weight_conversion(network, untied)
+    return name_as_files(network, untied)
+
+
+def name_as_files(network: Any, state: Mapping[str, torch.Tensor]) -> State:
+    """Tensors of a model's parameters, or of what is as large, as files name and cut them."""
+    held: State = revert_weight_conversion(network, dict(state))
     return held
 
 

@@ -13,10 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from growkit.derive.network import CONFIG_MAPPING, State, load, run, set_plain
+from growkit.derive.network import (
+    CONFIG_MAPPING,
+    State,
+    load,
+    name_as_files,
+    run,
+    set_plain,
+    wide,
+)
 from growkit.derive.stream import TOKENS
 from growkit.derive.variant import Variant, config_json
 from growkit.growth.axes import AxisMap, insert, make_map, tile
+from growkit.growth.padding import MU
 from growkit.growth.plan import Plan, build_plan
 from growkit.growth.rule import find_source, grow_array
 from growkit.models.architecture import Architecture
@@ -25,6 +34,10 @@ from growkit.models.layer_fields import follow_layers
 
 # Of the largest logit.
 BOUND = 1e-10
+# Of the largest gradient of a row.
+GRADIENTS = 1e-8
+# Some parameters have no gradient (a bias of keys); rounding alone is no difference.
+SMALLEST = 1e-6
 
 
 @dataclass
@@ -110,6 +123,42 @@ def source_logits(variant: Variant) -> torch.Tensor:
     """The logits of the tiny model itself."""
     logits: torch.Tensor = variant.once("logits", lambda: logits_of(source_of(variant)))
     return logits
+
+
+def gradient_gap(family: Family, variant: Variant, maps: Mapping[str, AxisMap]) -> float:
+    """How far the gradient of a grown model is from the grown gradient, of its row.
+
+    The gradient of a fixed linear function of the logits, by autograd; grown by the rule of mu,
+    which is linear in gradients. That proves which axes a row reads and which it writes.
+    """
+    source = source_of(variant)
+    plan = build_plan("width", "", read_model(family, source), dict(maps))
+    before, after = gradients_of(source), gradients_of(grow(source, plan))
+    worst = 0.0
+    for name, row, position in plan.grown.table.names(plan.grown.sizes):
+        old = before[row.name_at(find_source(plan, row, position))].numpy()
+        expected = torch.from_numpy(np.array(grow_array(old, row, plan, MU, position)))
+        largest = max(float(expected.abs().max()), SMALLEST)
+        worst = max(worst, float((after[name] - expected).abs().max()) / largest)
+    return worst
+
+
+def gradients_of(model: Grown) -> State:
+    """The gradient of a fixed linear function of the logits, named as files are."""
+    network = network_of(model)
+    random = torch.Generator().manual_seed(1)
+    with wide(), torch.enable_grad():
+        for parameter in network.parameters():
+            parameter.requires_grad_()
+        logits = network(TOKENS, use_cache=False).logits
+        weights = torch.randn(logits.shape, generator=random, dtype=torch.float64)
+        (logits * weights).sum().backward()
+    # Buffers that are saved have none.
+    gradients = {name: torch.zeros_like(held) for name, held in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad
+    return name_as_files(network, gradients)
 
 
 def depth_gap(family: Family, variant: Variant, index: Sequence[int]) -> tuple[float, float]:

@@ -12,7 +12,16 @@ from typing import Any
 
 from growkit.derive import proof
 from growkit.derive.assemble import fields_of, make_family, row_lines
-from growkit.derive.proof import BOUND, depth_gap, even, identity_map, measure_gap, uneven
+from growkit.derive.proof import (
+    BOUND,
+    GRADIENTS,
+    depth_gap,
+    even,
+    gradient_gap,
+    identity_map,
+    measure_gap,
+    uneven,
+)
 from growkit.derive.rows import link
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import Choice, Variant, read_variant
@@ -148,6 +157,11 @@ def prove_width(work: Workings) -> None:
         )
         work.gaps["together"] = together
         if together < BOUND:
+            work.gaps["gradients"] = work.attempt(
+                "gradients",
+                lambda: gradient_gap(work.family(), variant, work.maps),
+                float("inf"),
+            )
             return
         axis = list(work.maps)[-1]
         del work.maps[axis]
@@ -167,22 +181,31 @@ def maps_of(work: Workings, axis: str, uniform: bool) -> dict[str, AxisMap]:
 
 def prove_axis(work: Workings, axis: str) -> None:
     """Grow one axis by copies, the rows cut in every way until one is exact; else freeze it."""
-    for uniform in (False, True):
-        gap = try_maps(work, axis, uniform)
-        if gap > BOUND and uniform and searchable(work, axis):
-            gap = search(work, axis)
-            if gap < BOUND:
-                uneven_gap = try_maps(work, axis, False)
-                uniform = uneven_gap > BOUND
-                gap = gap if uniform else uneven_gap
-        if gap < BOUND:
-            work.gaps[axis] = gap
-            work.maps |= maps_of(work, axis, uniform)
-            if uniform and axis != "embed":
-                work.even_only.add(axis)
-            return
+    gap = try_maps(work, axis, True)
+    if gap > BOUND and searchable(work, axis):
+        gap = search(work, axis)
+    if gap < BOUND:
+        uneven_gap = try_maps(work, axis, False)
+        # Uneven shares may keep the function and not its training; then they are not offered.
+        uniform = uneven_gap > BOUND or not follows_gradients(work, axis)
+        work.gaps[axis] = gap if uniform else max(gap, uneven_gap)
+        work.maps |= maps_of(work, axis, uniform)
+        if uniform and axis != "embed":
+            work.even_only.add(axis)
+        return
     work.gaps[axis] = gap
     work.frozen[axis] = "copies of its units are another function"
+
+
+def follows_gradients(work: Workings, axis: str) -> bool:
+    """Whether uneven copies of an axis have the gradients that the rule of moments says."""
+    maps = maps_of(work, axis, False)
+    gap = work.attempt(
+        f"gradients of {axis}",
+        lambda: gradient_gap(work.family(), work.variant, maps),
+        float("inf"),
+    )
+    return bool(gap < GRADIENTS)
 
 
 def searchable(work: Workings, axis: str) -> bool:

@@ -37,9 +37,10 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     kind = config.get("model_type")
     family = find_family(str(kind))
     if family is None:
-        *others, last = (repr(name) for name in FAMILIES)
-        known = f"{', '.join(others)} and {last}"
-        near = did_you_mean(str(kind), [*FAMILIES, *list_shipped()])
+        shipped = list_shipped()
+        by_hand = ", ".join(repr(name) for name in FAMILIES)
+        known = f"{by_hand} and {len(shipped)} others"
+        near = did_you_mean(str(kind), [*FAMILIES, *shipped])
         raise GrowkitError(f"the architecture is {kind!r}, and growkit knows {known} only{near}")
     return family.read(config)
 

@@ -39,6 +39,8 @@ MAPS = (
     "fresh",
     "proved",
     "constants",
+    "new",
+    "fresh",
     "frozen",
     "scalars",
     "patterns",
@@ -55,6 +57,7 @@ def read_family(text: str) -> Family:
         if name not in known:
             raise GrowkitError(f"a table file has no {name!r}; it has {', '.join(sorted(known))}")
     rotary = facts.pop("rotary", None)
+    facts |= {name: str(facts.get(name, "")) for name in TEXTS}
     facts |= {name: tuple(facts.get(name, ())) for name in LISTS}
     facts |= {name: sections.get(name, {}) for name in MAPS}
     facts["patterns"] = {name: tuple(kinds) for name, kinds in facts["patterns"].items()}

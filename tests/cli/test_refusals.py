@@ -131,8 +131,8 @@ def write_config_field(place: Path, **fields) -> None:
     "fields,said",
     [
         (
-            {"model_type": "gpt2"},
-            ["model: the architecture is 'gpt2'", "growkit knows 'gpt_neox', 'llama'"],
+            {"model_type": "t5"},
+            ["model: the architecture is 't5'", "growkit knows 'gpt_neox', 'llama'"],
         ),
         ({"num_hidden_layers": 11}, ["'gpt_neox.layers.11.", "num_hidden_layers = 11"]),
         (

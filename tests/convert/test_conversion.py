@@ -236,8 +236,8 @@ def test_rotary_fields_of_both_generations_are_read():
     "change,said",
     [
         (
-            {"model_type": "gpt2"},
-            "the architecture is 'gpt2', and growkit knows 'gpt_neox', 'llama'.* only",
+            {"model_type": "t5"},
+            "the architecture is 't5', and growkit knows 'gpt_neox', 'llama'.* only",
         ),
         ({"model_type": "gptneox"}, "did you mean 'gpt_neox'?"),
         ({"num_attention_heads": 5}, "got 32 and 5; the nearest for hidden_size are 30 and 35"),

@@ -26,7 +26,7 @@ from growkit.models.tables import list_shipped, read_shipped, read_text
 
 torch.set_num_threads(1)
 SLOW = pytest.mark.slow
-SAMPLE = ["llama", *(pytest.param(kind, marks=SLOW) for kind in ("gemma2", "gpt2", "phi3"))]
+SAMPLE = ["gemma2", *(pytest.param(kind, marks=SLOW) for kind in ("gpt2", "phi3", "mixtral"))]
 NOTICED = 1e-6
 
 

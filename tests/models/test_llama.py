@@ -542,8 +542,8 @@ def test_scaled_rotary_positions_are_kept(tmp_path):
         ({"rms_norm_eps": "small"}, "a value of the wrong kind"),
         ({"rope_parameters": 3}, "a value of the wrong kind"),
         (
-            {"model_type": "gpt2"},
-            "the architecture is 'gpt2', and growkit knows 'gpt_neox', 'llama'",
+            {"model_type": "t5"},
+            "the architecture is 't5', and growkit knows 'gpt_neox', 'llama'",
         ),
         ({"model_type": "llama4"}, "did you mean 'llama'?"),
     ],
