@@ -108,8 +108,16 @@ def test_a_run_takes_the_policy_that_fits(arguments, monkeypatch, capsys):
     assert "does not fit" in capsys.readouterr().err
 
 
-def test_a_run_compiles_its_step_once(arguments, caplog):
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+@pytest.fixture
+def compilations_logged():
+    """In every thread, where `jax.log_compiles` is for its own."""
+    jax.config.update("jax_log_compiles", True)
+    yield
+    jax.config.update("jax_log_compiles", False)
+
+
+def test_a_run_compiles_its_step_once(arguments, caplog, compilations_logged):
+    with caplog.at_level(logging.WARNING):
         assert run(arguments) == 0
     compiled = "Finished XLA compilation of jit(train_step)"
     assert sum(compiled in record for record in caplog.messages) == 1

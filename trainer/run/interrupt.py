@@ -127,6 +127,11 @@ class _Task(Generic[T]):
             self.done.set()
 
     def result(self) -> T:
-        if self.problem is not None:
+        """What the work gave. Raises what it raised."""
+        if self.problem is None:
+            return self.results[0]
+        try:
             raise self.problem
-        return self.results[0]
+        finally:
+            # Its traceback leads to this object: as a cycle it would keep RUN locked.
+            self.problem = None
