@@ -263,6 +263,12 @@ def test_a_file_says_what_it_does_and_stays_small(path):
     assert not list_large_functions(tree)
 
 
+def test_names_of_test_files_are_unique():
+    """pytest imports test files by their base names: a second one of a name is not run."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_rules_bite():
     """The same rules on sources that break them."""
     assert find_packages(ast.parse("def f():\n    import trainer.model")) == {"trainer"}
