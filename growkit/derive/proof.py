@@ -22,6 +22,7 @@ from growkit.derive.network import (
     set_plain,
     wide,
 )
+from growkit.derive.sizes import LAYERS
 from growkit.derive.stream import TOKENS
 from growkit.derive.variant import Variant, config_json
 from growkit.growth.axes import AxisMap, insert, make_map, tile
@@ -176,30 +177,36 @@ def reordered_logits(source: Grown, variant: Variant, index: Sequence[int]) -> t
     """Logits of transformers' own list of layers in another order, each with its kind."""
     network = network_of(source)
     prefix, _, last = variant.names.prefix.rpartition(".")
-    holder = network.get_submodule(prefix)
+    return run(reorder_layers(network, network.get_submodule(prefix), last, index), TOKENS)
+
+
+def reorder_layers(network: Any, holder: Any, last: str, index: Sequence[int]) -> Any:
+    """A network with its list of layers, `last` of the module `holder`, in another order."""
     layers = getattr(holder, last)
     moved = torch.nn.ModuleList([deepcopy(layers[layer]) for layer in index])
     setattr(holder, last, moved)
-    renumber(network.config, variant, index)
+    renumber(network.config, len(layers), index)
     for number, layer in enumerate(moved):
         for module in layer.modules():
             for name in ("layer_idx", "layer_id", "layer_number", "layer_index"):
                 if isinstance(getattr(module, name, None), int):
                     setattr(module, name, number)
     for module in network.modules():
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        for name in LAYERS:
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, len(index))
-    return run(network, TOKENS)
+    return network
 
 
-def renumber(config: Any, variant: Variant, index: Sequence[int]) -> None:
+def renumber(config: Any, layers: int, index: Sequence[int]) -> None:
     """Make a configuration's number of layers and its lists by layer those of another order."""
     for name, entries in list(vars(config).items()):
-        if isinstance(entries, list) and len(entries) == variant.names.layers:
+        if isinstance(entries, list) and len(entries) == layers:
             with suppress(AttributeError):
                 setattr(config, name, [entries[layer] for layer in index])
-    setattr(config, variant.layer_field, len(index))
+    for name in LAYERS:
+        if getattr(config, name, None) == layers:
+            setattr(config, name, len(index))
 
 
 def identity_map(size: int) -> AxisMap:

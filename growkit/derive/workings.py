@@ -4,6 +4,7 @@ reason.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -152,6 +153,7 @@ def prove_width(work: Workings) -> None:
         if axis in fields_of(variant):
             work.frozen[axis] = NEVER[axis]
     while work.maps:
+        widen_with_heads(work)
         together = work.attempt(
             "together", lambda: measure_gap(work.family(), variant, work.maps), float("inf")
         )
@@ -166,6 +168,19 @@ def prove_width(work: Workings) -> None:
         axis = list(work.maps)[-1]
         del work.maps[axis]
         work.frozen[axis] = "not exact together with the other axes"
+
+
+def widen_with_heads(work: Workings) -> None:
+    """Where embed is heads x head_dim, make its map as long as all maps of heads together say."""
+    variant = work.variant
+    if not variant.coupled or "embed" not in work.maps:
+        return
+    family = work.family()
+    sizes = proof.read_model(family, proof.source_of(variant)).sizes
+    times = [
+        len(work.maps[axis]) // sizes[axis] for axis in (family.heads, "group") if axis in work.maps
+    ]
+    work.maps["embed"] = even(sizes["embed"], math.prod(times))
 
 
 def maps_of(work: Workings, axis: str, uniform: bool) -> dict[str, AxisMap]:
