@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from growkit.checkpoint import pickled
+from growkit.checkpoint.around import find_text, keep_width, split_tensors
 from growkit.checkpoint.carried import (
     Beside,
     drop_code_keys,
@@ -36,7 +38,7 @@ SHARD = 5_000_000_000
 # Bytes of config.json, the index and the lineage at most.
 JSON_LIMIT = 100_000_000
 # Weights in other formats, which are named where there are no others.
-WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+WEIGHTS = (".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 # Files that growkit writes itself.
 OWN = ("config.json", LINEAGE)
 
@@ -56,12 +58,19 @@ def open_directory(path: Path) -> Source:
     if not isinstance(config, dict):
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
     config, dropped = drop_code_keys(config)
+    text = _find_text(config, path)
     files = _list_weight_files(path)
-    model = read_model(config, path)
-    tensors = _read_headers(path, files, model.buffers)
+    model = read_model(config if text is None else text, path)
+    tensors = _read_headers(path, files, model.buffers if text is None else ("",))
+    around = None
+    stated = tensors
+    if text is not None:
+        tensors, around = split_tensors(tensors, model, config)
+        model = keep_width(model, around)
+        config = text
     named = name_tensors(tensors, model, config, path)
     lineage = _read_lineage(path)
-    beside = list_beside(path, (*OWN, INDEX, *(file.name for file in files)))
+    beside = list_beside(path, (*OWN, INDEX, pickled.INDEX, *(file.name for file in files)))
     return Source(
         path=path,
         kind="huggingface",
@@ -75,8 +84,17 @@ def open_directory(path: Path) -> Source:
         known_model=named.model,
         notes=(*named.notes, *dropped, *_note_optimizer(beside), *beside.notes),
         optimizer=beside.optimizer,
-        hashed=_find_hashes(path, lineage, named.tensors),
+        hashed=_find_hashes(path, lineage, named.tensors if around is None else stated),
+        around=around,
     )
+
+
+def _find_text(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """The configuration of a decoder within a larger model. Raises GrowkitError naming the path."""
+    try:
+        return find_text(config)
+    except GrowkitError as problem:
+        raise GrowkitError(f"{path}: {problem}") from None
 
 
 def _note_optimizer(beside: Beside) -> tuple[str, ...]:
@@ -116,9 +134,9 @@ def _list_weight_files(path: Path) -> list[Path]:
     if (path / WHOLE).exists():
         files = [path / WHOLE]
     elif (path / INDEX).exists():
-        files = _list_shards(path)
+        files = _list_shards(path, INDEX)
     else:
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(path.glob("*.safetensors")) or _list_pickled(path)
     for file in files:
         require_inside(path, file)
     if files:
@@ -127,12 +145,21 @@ def _list_weight_files(path: Path) -> list[Path]:
     others = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
     if others:
         hint = f"; it has {others[0]}: save it from transformers as safetensors first"
-    raise GrowkitError(f"{path} has a config.json but no .safetensors file{hint}")
+    raise GrowkitError(
+        f"{path} has a config.json but no .safetensors file, and no {pickled.WHOLE} either{hint}"
+    )
 
 
-def _list_shards(path: Path) -> list[Path]:
-    """The files that the index names. Raises GrowkitError for a broken index or a missing file."""
-    index = path / INDEX
+def _list_pickled(path: Path) -> list[Path]:
+    """The files that torch pickled, where there are no others."""
+    if (path / pickled.WHOLE).exists():
+        return [path / pickled.WHOLE]
+    return _list_shards(path, pickled.INDEX) if (path / pickled.INDEX).exists() else []
+
+
+def _list_shards(path: Path, name: str) -> list[Path]:
+    """The files that an index names. Raises GrowkitError for a broken index or a missing file."""
+    index = path / name
     require_inside(path, index)
     content = read_json(index, JSON_LIMIT)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -151,7 +178,7 @@ def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> di
     """The tensors of all weight files. Raises GrowkitError for a tensor that is there twice."""
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = read_header(file, buffers)
+        found = _read_file(file, buffers)
         twice = tensors.keys() & found.keys()
         if twice:
             raise GrowkitError(
@@ -162,10 +189,18 @@ def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> di
     return tensors
 
 
+def _read_file(file: Path, buffers: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of one file, without its bytes."""
+    if file.suffix == ".safetensors":
+        return read_header(file, buffers)
+    return pickled.read_pickled(file, lambda name: name.endswith(buffers))
+
+
 def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
     """Raise GrowkitError if the index, where it was used, names a tensor that no shard holds."""
-    index = path / INDEX
-    if files == [path / WHOLE] or not index.exists():
+    safe = files[0].suffix == ".safetensors"
+    index = path / (INDEX if safe else pickled.INDEX)
+    if files[0].name in (WHOLE, pickled.WHOLE) or not index.exists():
         return
     missing = set(read_json(index)["weight_map"]) - set(tensors)
     if missing:
@@ -182,11 +217,15 @@ def write_directory(
     """
     path.mkdir()
     recipes = contents.recipes["params"]
+    config = contents.config
+    if contents.around is not None:
+        recipes = contents.around.write_recipes(recipes)
+        config = contents.around.write_config(config)
     weight_map, filled = _write_shards(path, recipes, shard, progress)
     for name, content in select_carried(contents.files).items():
         (path / name).write_bytes(content)
     hashes = {name: value for (_, name), value in filled.hashes.items()}
-    (path / "config.json").write_bytes(encode_json(drop_code_keys(contents.config)[0]))
+    (path / "config.json").write_bytes(encode_json(drop_code_keys(config)[0]))
     (path / LINEAGE).write_bytes(encode_json(state_in_lineage(contents.lineage, hashes)))
     if len(set(weight_map.values())) > 1:
         total = sum(recipe.size for recipe in recipes.values())

@@ -28,14 +28,15 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Integers and booleans occur in the buffers of old checkpoints only, which are not read.
+# Integers and booleans occur in buffers alone: of old checkpoints, which are not read, or around a
+# text decoder, which are carried along.
 BUFFER_DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
+NAMES = {dtype: name for name, dtype in (DTYPES | BUFFER_DTYPES).items()}
 # The library's own limit, in bytes.
 HEADER_LIMIT = 100_000_000
 

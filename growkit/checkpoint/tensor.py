@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +25,13 @@ from growkit.checkpoint.raw import Span, Stamp, open_span, read_span, read_stamp
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
+from growkit.models.family import Family
 from growkit.models.notation import Row
 
 SLOTS = ("params", "mu", "nu")
+# The field of a larger model's config.json that holds its text decoder's, and one that both have.
+TEXT = "text_config"
+TIE = "tie_word_embeddings"
 # Bytes of each sample that the fingerprint reads.
 SAMPLE = 4096
 # Tensors of one kind that a configuration may ask for beyond what files hold, before it is refused
@@ -175,12 +179,48 @@ def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Recipe:
 
 
 @dataclass(frozen=True)
+class Around:
+    """What lies around a text decoder.
+
+    config: the whole config.json. family: of the decoder. places: row -> how its names begin in the
+    table and in files. others: every other tensor, by its name in files.
+    """
+
+    config: Mapping[str, Any]
+    family: Family
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def write_config(self, text: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole config.json around a decoder's."""
+        if TEXT not in self.config:
+            return {**self.config, **text, "model_type": self.config["model_type"]}
+        inner = dict(text)
+        if TIE not in self.config[TEXT]:
+            inner.pop(TIE, None)
+        outer = {**self.config, TEXT: inner}
+        return outer | ({TIE: text[TIE]} if TIE in self.config and TIE in text else {})
+
+    def write_recipes(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+        """The decoder's tensors under their names in files, and copies of all others."""
+        named = {self.name_in_files(name): recipe for name, recipe in recipes.items()}
+        return named | {name: copy_tensor(tensor) for name, tensor in self.others.items()}
+
+    def name_in_files(self, name: str) -> str:
+        """What files call a parameter of the table."""
+        row = next(row for row in self.family.rows if row.match(name) is not None)
+        ours, theirs = self.places[row.name]
+        return theirs + name.removeprefix(ours)
+
+
+@dataclass(frozen=True)
 class Contents:
     """All that an output holds.
 
     config: the content of config.json. recipes: slot -> name in files -> recipe. lineage: one entry
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
-    files: small files beside the weights (tokenizer and the like), by name.
+    files: small files beside the weights (tokenizer and the like), by name. around: what lies
+    around a text decoder.
     """
 
     config: dict[str, Any]
@@ -188,11 +228,14 @@ class Contents:
     lineage: list[dict[str, Any]]
     record: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    around: Around | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(recipe.size for slot in self.recipes.values() for recipe in slot.values())
+        others = self.around.others if self.around else {}
+        carried = sum(tensor.size for tensor in others.values())
+        return carried + sum(r.size for slot in self.recipes.values() for r in slot.values())
 
 
 @dataclass
@@ -204,7 +247,8 @@ class Source:
     file that holds tensor bytes. read_files: reads the small files beside the weights, by name.
     notes: what a user should know of how the files were read, a sentence each. optimizer: what is
     there of an optimizer that growkit does not read. hashed: hashes on record, compared by
-    `require_whole`. stamps: of each weight file when its header was read.
+    `require_whole`. around: what lies around a text decoder. stamps: of each weight file when its
+    header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -222,6 +266,7 @@ class Source:
     notes: tuple[str, ...] = ()
     optimizer: str = ""
     hashed: Hashed | None = None
+    around: Around | None = None
     stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
 

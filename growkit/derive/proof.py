@@ -185,7 +185,7 @@ def reorder_layers(network: Any, holder: Any, last: str, index: Sequence[int]) -
     layers = getattr(holder, last)
     moved = torch.nn.ModuleList([deepcopy(layers[layer]) for layer in index])
     setattr(holder, last, moved)
-    renumber(network.config, len(layers), index)
+    renumber(network.config.get_text_config(), len(layers), index)
     for number, layer in enumerate(moved):
         for module in layer.modules():
             for name in ("layer_idx", "layer_id", "layer_number", "layer_index"):

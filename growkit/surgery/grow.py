@@ -37,6 +37,7 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
         lineage=[*source.lineage, entry.to_json()],
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=source.files,
+        around=source.around,
     )
 
 

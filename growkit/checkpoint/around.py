@@ -1,0 +1,97 @@
+"""Models around a text decoder: pictures or sound in, text out. The decoder grows, and everything
+else is carried along as it is.
+
+Such a config.json holds the decoder's own under `text_config`; the names of the decoder's tensors
+have further words, which differ by the version of transformers that wrote them. Both are put back
+when a grown decoder is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from growkit.checkpoint.tensor import TEXT, TIE, Around, Tensor
+from growkit.errors import GrowkitError
+from growkit.models import find_family
+from growkit.models.architecture import Architecture
+from growkit.models.family import Family
+
+# (how names of the table begin, how those of files do instead), the likeliest first.
+PLACES = (
+    ("model.", "model.language_model."),
+    ("model.", "model.text_model."),
+    ("", "language_model."),
+    ("model.", "language_model."),
+    ("", ""),
+)
+STAYS = "what feeds the decoder from outside of it is carried along, and has the old width"
+
+
+def find_text(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration of the decoder within a larger model; None for a plain decoder.
+
+    Raises GrowkitError for a decoder of a type that has no table.
+    """
+    kind = str(config.get("model_type"))
+    if find_family(kind) is not None:
+        return None
+    text = config.get(TEXT)
+    if not isinstance(text, dict):
+        # transformers 4 wrote the decoder's fields beside the others.
+        flat = f"{kind}_text"
+        return dict(config, model_type=flat) if find_family(flat) is not None else None
+    inner = str(text.get("model_type"))
+    if find_family(inner) is None:
+        raise GrowkitError(
+            f"the text decoder of a {kind!r} model is {inner!r} ({TEXT}), which growkit has no "
+            f"table of"
+        )
+    # The whole model's word counts: transformers ties its head or does not.
+    tie = {TIE: config[TIE]} if TIE in config else {}
+    return {**text, **tie}
+
+
+def split_tensors(
+    tensors: Mapping[str, Tensor], model: Architecture, config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Around]:
+    """A decoder's tensors by the names of its table, and what lies around it.
+
+    Raises GrowkitError where two tensors have one name in the table.
+    """
+    ours: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    places: dict[str, tuple[str, str]] = {}
+    for name, tensor in tensors.items():
+        found = _find_place(name, model.family)
+        if found is None:
+            others[name] = tensor
+            continue
+        known, row, place = found
+        if known in ours or places.setdefault(row, place) != place:
+            raise GrowkitError(f"two tensors are the decoder's {known!r}, one of them {name!r}")
+        ours[known] = tensor
+    return ours, Around(config, model.family, places, others)
+
+
+def _find_place(name: str, family: Family) -> tuple[str, str, tuple[str, str]] | None:
+    """(name in the table, row, place) of a tensor's name in files; None for what is around."""
+    for ours, theirs in PLACES:
+        if not name.startswith(theirs):
+            continue
+        known = ours + name.removeprefix(theirs)
+        for row in family.rows:
+            if row.match(known) is not None:
+                return known, row.name, (ours, theirs)
+    return None
+
+
+def keep_width(model: Architecture, around: Around) -> Architecture:
+    """The decoder with embed frozen, where something around it feeds it."""
+    if not around.others:
+        return model
+    frozen = {**model.family.frozen, "embed": STAYS}
+    if model.coupled:
+        frozen[model.heads] = STAYS
+    return replace(model, family=replace(model.family, frozen=frozen))
