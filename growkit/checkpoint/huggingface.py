@@ -24,7 +24,7 @@ from growkit.checkpoint.carried import (
 from growkit.checkpoint.files import encode_json, read_json
 from growkit.checkpoint.fill import Filled, Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_in_lineage
-from growkit.checkpoint.naming import name_tensors
+from growkit.checkpoint.naming import MASKS, name_tensors
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, read_model
@@ -61,7 +61,7 @@ def open_directory(path: Path) -> Source:
     text = _find_text(config, path)
     files = _list_weight_files(path)
     model = read_model(config if text is None else text, path)
-    tensors = _read_headers(path, files, model.buffers if text is None else ("",))
+    tensors = _read_headers(path, files, (*model.buffers, *MASKS) if text is None else ("",))
     around = None
     stated = tensors
     if text is not None:

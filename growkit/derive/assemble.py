@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from growkit.derive.network import CONFIG_MAPPING, class_of
+from growkit.derive.kinds import CYCLES, NO_LEADS, Kinds, find_kinds
+from growkit.derive.network import CONFIG_MAPPING, class_of, load
 from growkit.derive.rows import Draft, link, read_word
 from growkit.derive.sizes import HIDDEN, POSITIONS, shapes_of
 from growkit.derive.variant import Choice, Variant, axis_size
@@ -95,6 +96,7 @@ def make_family(
     """A family of a table's text, everything else taken from a variant. flags: options that rows
     depend on.
     """
+    kinds = kinds_of(variant)
     fields = fields_of(variant)
     options = {
         name: found
@@ -117,7 +119,7 @@ def make_family(
         text=text,
         prefix=_prefix(text),
         fields=fields,
-        defaults=defaults,
+        defaults={**kinds.defaults, **defaults},
         nulls=variant.once(f"nulls {sorted(flags)}", lambda: find_nulls(variant, defaults)),
         options=options,
         norm=facts.pop("norm", "rms"),
@@ -126,10 +128,72 @@ def make_family(
         constants=constants,
         frozen=dict(frozen),
         by_layer=list_fields(variant),
-        leading=variant.leading,
-        numbers=tuple(n for n in NUMBERS if isinstance(variant.probe.stated.get(n), list)),
+        leading=tuple(name for name in variant.leading if name not in NO_LEADS),
+        numbers=number_fields(variant),
+        rules=kinds.rules,
+        settled=kinds.settled,
+        checked=kinds.checked,
+        last=kinds.last,
+        cycles=kinds.cycles,
+        unread=tuple(class_of(variant.config)._keys_to_ignore_on_load_unexpected or ()),
+        aliases=variant.once("aliases", lambda: find_aliases(variant)),
         **facts,
     )
+
+
+def kinds_of(variant: Variant) -> Kinds:
+    """What the type's configuration says of kinds of layers beside its lists."""
+    kinds: Kinds = variant.once(
+        "kinds",
+        lambda: find_kinds(
+            variant.kind,
+            variant.layer_field,
+            list_fields(variant),
+            number_fields(variant),
+            variant.drafts,
+            variant.probe.stated,
+            variant.leading,
+        ),
+    )
+    return kinds
+
+
+def number_fields(variant: Variant) -> tuple[str, ...]:
+    """Fields that list the numbers of layers."""
+    return tuple(n for n in NUMBERS if isinstance(variant.probe.stated.get(n), list))
+
+
+def find_aliases(variant: Variant) -> dict[str, str]:
+    """Row -> its name in memory, where that is another, with its block of all experts'."""
+    held = load(variant.config, variant.state).state_dict()
+    found = {}
+    for draft in variant.drafts:
+        if draft.memory in (draft.example, ""):
+            continue
+        name, numbers = variant.names.template(draft.example)
+        memory = draft.memory
+        if "{layer}" in name:
+            memory = re.sub(rf"\b{numbers[0]}\b", "{layer}", memory, count=1)
+        block = find_block(held[draft.memory], variant.state[draft.example], numbers)
+        if block is not None:
+            found[draft.name] = f"{memory}{block}"
+    return found
+
+
+def find_block(whole: Any, part: Any, numbers: tuple[int, ...]) -> str | None:
+    """Where a tensor lies in one of memory: "" for all of it, ' 1/2' for the second block of its
+    expert; None where it is made otherwise.
+    """
+    if whole.shape == part.shape:
+        return "" if bool((whole == part).all()) else None
+    if whole.dim() != part.dim() + 1 or not numbers or not part.dim():
+        return None
+    unit = whole[numbers[-1]]
+    count, rest = divmod(unit.shape[0], part.shape[0])
+    if rest or unit.shape[1:] != part.shape[1:]:
+        return None
+    same = [bool((each == part).all()) for each in unit.split(part.shape[0])]
+    return f" {same.index(True)}/{count}" if True in same else None
 
 
 def _prefix(text: str) -> str:
@@ -150,7 +214,7 @@ def list_fields(variant: Variant) -> tuple[str, ...]:
         for name, value in variant.probe.stated.items()
         if isinstance(value, list)
         and len(value) == layers
-        and name not in ("eos_token_id", *NUMBERS)
+        and name not in ("eos_token_id", *NUMBERS, *CYCLES)
     )
 
 

@@ -154,6 +154,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "intermediate_size": 24,
         "activation_sparsity_pattern": [0.0, 0.0, 0.0],
     },
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 6},
 }
 NAMES = (

@@ -26,8 +26,10 @@ from growkit.derive.proof import (
 from growkit.derive.rows import link
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import Choice, Variant, read_variant
+from growkit.errors import UsageError
 from growkit.growth.axes import AxisMap, tile
 from growkit.models.family import Family
+from growkit.models.layer_fields import follow_layers
 
 # How many ways to cut the dimensions along one axis are tried at most.
 TRIES = 40
@@ -54,6 +56,7 @@ class Workings:
     scalars: dict[str, str] = field(default_factory=dict)
     gaps: dict[str, float] = field(default_factory=dict)
     maps: dict[str, AxisMap] = field(default_factory=dict)
+    copies: list[list[int]] = field(default_factory=list)
     even_only: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)
 
@@ -94,17 +97,16 @@ def prove_depth(work: Workings) -> None:
     """Depth by copies against transformers' own layers, and layers that add nothing."""
     variant, family = work.variant, work.family()
     layers = variant.names.layers
-    copies = [sorted([*range(layers), 0, layers - 1]), [*range(layers), *range(layers)]]
-    if variant.leading:
-        # Layers that are counted in front stay there.
-        del copies[1]
     work.frozen.pop("layer", None)
     found = []
-    for index in copies:
+    work.copies = list_copies(work, family)
+    for index in work.copies:
         copied, _ = work.attempt(
             "layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0)
         )
         found.append(copied)
+    if not found:
+        found.append(float("inf"))
     work.gaps["layer"] = max(found)
     if max(found) > BOUND and scale_by_depth(work):
         return
@@ -119,6 +121,31 @@ def prove_depth(work: Workings) -> None:
         lambda: measure_gap(family, variant, {"layer": identity_map(layers)}),
         float("inf"),
     )
+
+
+def list_copies(work: Workings, family: Family) -> list[list[int]]:
+    """Maps of layers under which each layer keeps its kind, two at most."""
+    variant = work.variant
+    layers = variant.names.layers
+    every = range(layers)
+    tried = [sorted([*every, 0, layers - 1]), [*every, *every], sorted([*every, *every])]
+    tried += [sorted([*every, *every[1:-1]]), sorted([*every, *every[1:]])]
+    if variant.leading:
+        # Layers that are counted in front stay there.
+        tried.remove([*every, *every])
+    source = proof.source_of(variant)
+    found: list[list[int]] = []
+    for index in tried:
+        if index in found or len(index) == layers or len(found) == 2:
+            continue
+        config = source.config | {family.fields["layer"]: len(index)}
+        try:
+            follow_layers(config, source.config, family, index)
+        except UsageError as problem:
+            work.problems["kinds"] = str(problem)
+            continue
+        found.append(index)
+    return found
 
 
 def scale_by_depth(work: Workings) -> bool:
