@@ -28,6 +28,7 @@ from growkit.checkpoint.naming import MASKS, name_tensors
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, read_model
+from growkit.checkpoint.unsuited import refuse_config, refuse_file, refuse_packed
 from growkit.errors import GrowkitError
 
 INDEX = "model.safetensors.index.json"
@@ -57,11 +58,13 @@ def open_directory(path: Path) -> Source:
     config = read_json(path / "config.json", JSON_LIMIT)
     if not isinstance(config, dict):
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
+    refuse_config(path, config)
     config, dropped = drop_code_keys(config)
     text = _find_text(config, path)
     files = _list_weight_files(path)
     model = read_model(config if text is None else text, path)
     tensors = _read_headers(path, files, (*model.buffers, *MASKS) if text is None else ("",))
+    refuse_packed(path, tensors)
     around = None
     stated = tensors
     if text is not None:
@@ -141,6 +144,7 @@ def _list_weight_files(path: Path) -> list[Path]:
         require_inside(path, file)
     if files:
         return files
+    refuse_file(path)
     hint = ""
     others = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
     if others:

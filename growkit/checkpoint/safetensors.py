@@ -20,6 +20,7 @@ import numpy as np
 from growkit.checkpoint.files import LFS_POINTER, open_regular
 from growkit.checkpoint.raw import Stamp, stamp_of
 from growkit.checkpoint.tensor import Tensor, open_raw
+from growkit.checkpoint.unsuited import say_quantised
 from growkit.errors import GrowkitError
 
 DTYPES = {
@@ -117,6 +118,8 @@ class _Data:
             dtype = BUFFER_DTYPES.get(kind)
         if dtype is None:
             known = ", ".join(DTYPES)
+            if kind.startswith(("F8", "F4", "F6")):
+                raise say_quantised(self.path, kind)
             raise GrowkitError(
                 f"{self.path}: the tensor {name!r} has dtype {kind}, and growkit reads {known}"
             )

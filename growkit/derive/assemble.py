@@ -168,16 +168,27 @@ def find_aliases(variant: Variant) -> dict[str, str]:
     held = load(variant.config, variant.state).state_dict()
     found = {}
     for draft in variant.drafts:
-        if draft.memory in (draft.example, ""):
-            continue
-        name, numbers = variant.names.template(draft.example)
-        memory = draft.memory
-        if "{layer}" in name:
-            memory = re.sub(rf"\b{numbers[0]}\b", "{layer}", memory, count=1)
-        block = find_block(held[draft.memory], variant.state[draft.example], numbers)
-        if block is not None:
-            found[draft.name] = f"{memory}{block}"
+        _, numbers = variant.names.template(draft.example)
+        alias = find_alias(draft, numbers, held, variant.state)
+        if alias:
+            found[draft.name] = alias
     return found
+
+
+def find_alias(
+    draft: Draft, numbers: tuple[int, ...], held: Mapping[str, Any], state: Mapping[str, Any]
+) -> str:
+    """A row's name in memory and its block there; empty where that is its name in files.
+
+    numbers: of the layer and the expert in its example's name. held: a network's own tensors.
+    """
+    if draft.memory in (draft.example, ""):
+        return ""
+    memory = draft.memory
+    if "{layer}" in draft.name:
+        memory = re.sub(rf"\b{numbers[0]}\b", "{layer}", memory, count=1)
+    block = find_block(held[draft.memory], state[draft.example], numbers)
+    return "" if block is None else f"{memory}{block}"
 
 
 def find_block(whole: Any, part: Any, numbers: tuple[int, ...]) -> str | None:

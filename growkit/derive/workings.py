@@ -40,7 +40,7 @@ NEVER = {
 }
 # Axes of units that a reader sums over, which copies with shares may keep exact.
 GROWS = re.compile(
-    r"embed|kv|head|group|head_dim|mlp|.*intermediate.*|.*lora_rank|.*ffn.*|n_shared_experts"
+    r"embed|kv|head|group|head_dim|mlp|.*intermediate.*|.*lora_rank|.*ffn.*|.*shared_experts"
     r"|attention_hidden_size|time_step_rank|.*dt_rank"
 )
 SCALARS = ("", "sqrt(embed)", "1/sqrt(embed)", "embed", "1/embed")

@@ -24,6 +24,7 @@ from sweeping import (
     Sweep,
     expects_refusal,
     list_depths,
+    list_misfits,
     list_widths,
     make_tiny,
     save_tiny,
@@ -60,6 +61,18 @@ def test_a_type_grows_through_files(kind, tmp_path):
 def is_other(case):
     """Whether a growth was done and is another function, or its layers changed their kind."""
     return not case.refused and not case.exact
+
+
+# Where two sizes must be one, or a projection comes and goes with them: such models are refused.
+BOUND_SIZES = {"electra", "roformer", "opt", "kimi_linear"}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if str(kind) in SAMPLE or kind.values[0] not in BOUND_SIZES]
+)
+def test_a_table_holds_for_other_sizes(kind):
+    """A table read off one tiny model takes no number of it for a name or a size."""
+    assert not list_misfits(kind)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", pytest.param("phi3", marks=pytest.mark.slow)])
