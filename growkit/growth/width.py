@@ -75,9 +75,10 @@ def plan_width(
 
     method: 'clone' (copies, exact for whole multiples of embed), 'pad' (exact for any size of
     embed), or None to choose. spread: how uneven the shares of copied heads and mlp units are, in
-    [0, 1). Raises UsageError.
+    [0, 1). Raises UsageError, and TypeError for an argument of another type.
     """
     require_type("model", model, Architecture, MODEL_HINT)
+    require_type("spread", spread, (float, int), "as 0.5")
     if method is not None and method not in METHODS:
         near = did_you_mean(method, METHODS)
         raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")

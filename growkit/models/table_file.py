@@ -39,13 +39,11 @@ MAPS = (
     "fresh",
     "proved",
     "constants",
-    "new",
-    "fresh",
     "frozen",
     "scalars",
     "patterns",
 )
-LISTS = ("by_layer", "leading", "numbers", "stated", "uniform", "buffers")
+LISTS = ("by_layer", "leading", "numbers", "other_lists", "stated", "uniform", "buffers")
 
 
 def read_family(text: str) -> Family:

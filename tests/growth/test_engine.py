@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from growkit.checkpoint.tensor import Tensor
 from growkit.growth import multipliers, padding, rule, shares
 from growkit.growth.axes import insert, make_map, tile
-from growkit.growth.plan import MOMENTS, Plan, build_plan
+from growkit.growth.plan import MOMENT_OPTIONS, Plan, build_plan
 from growkit.growth.rule import PartGrowth, find_source, grow_array, moment_fate
 from growkit.models.architecture import Architecture, keep_rotated
 from growkit.models.family import Family
@@ -118,7 +118,8 @@ class Case:
         return numbers.astype(DTYPES[self.dtype])
 
 
-# The rules a second time, from growth.md and not from the engine: one array an axis, in float64.
+# The rules a second time, from docs/derivation.md and not from the engine: one array an axis, in
+# float64.
 
 
 def expected(case: Case) -> np.ndarray:
@@ -722,7 +723,7 @@ def cases(draw):
         pads=pads,
         sizes=sizes,
         moment=draw(st.sampled_from([0, 0, 1, 2])),
-        moments=draw(st.sampled_from(["map", "map", *MOMENTS])),
+        moments=draw(st.sampled_from(["map", "map", *MOMENT_OPTIONS])),
         noise=draw(st.sampled_from([0.0, 0.0, 0.4])),
         norm=draw(st.sampled_from(["layer", "rms"])),
         query_norm=query_norm,

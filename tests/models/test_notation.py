@@ -191,7 +191,7 @@ def test_conditions(conditions, options, holds):
 @pytest.mark.parametrize("condition", ["biased", "untie", "!biased", "tied"])
 def test_a_condition_that_no_option_answers_is_refused(condition):
     row = parse(f"m.w  embed  zeros  bias  {condition}")
-    said = f"the row m.w depends on {condition!r}, which is no option"
+    said = f"the row m.w depends on {condition!r}, which is not an option"
     with pytest.raises(GrowkitError, match=re.escape(said)):
         holds_for(row, {"bias": True})
 
