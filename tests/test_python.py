@@ -166,7 +166,10 @@ def test_a_plan_for_another_model_is_refused(tmp_path):
 REFUSED = {
     "an axis without a size": ({"sizes": {"layer": 3, "embed": 8, "mlp": 12}}, "lacks the axis 'v"),
     "a size without an axis": ({"sizes": SIZES | {"mlpp": 3}}, "'mlpp'.*did you mean 'mlp'"),
-    "a size that is no count": ({"sizes": SIZES | {"mlp": 1.5}}, "size of mlp is a whole number"),
+    "a size that is not a count": (
+        {"sizes": SIZES | {"mlp": 1.5}},
+        "size of mlp is a whole number",
+    ),
     "an unknown norm": ({"norm": "rmsnorm"}, "norm is 'layer' or 'rms'"),
     "an empty table": ({"table": "# nothing\n"}, "no rows"),
     "a condition without an answer": (
@@ -175,7 +178,7 @@ REFUSED = {
     ),
     "an option of no row": ({"tie": True}, "no row of the table depends on the option 'tie'"),
     "a factor of nothing": ({"scalars": {"embed": "sqrt(embed)"}}, "which is not a row"),
-    "a factor that is no size": ({"scalars": {"embed.embedding": "embed2"}}, "a scalar is axis"),
+    "a factor that is not a size": ({"scalars": {"embed.embedding": "embed2"}}, "a scalar is axis"),
 }
 
 

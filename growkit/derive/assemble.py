@@ -104,7 +104,7 @@ def make_family(
         f"defaults {sorted(flags)}",
         lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
     )
-    # An option that the class has no value for is no option (Youtu's initializer_range).
+    # An option that the class has no value for is not an option (Youtu's initializer_range).
     options = {name: path for name, path in options.items() if path in defaults}
     constants = {"qkv": 3} if re.search(r"\bqkv\b", re.sub(r"\S+\s*$", "", text)) else {}
     return Family(

@@ -64,7 +64,7 @@ def grow(tree: Any, plan: Plan, nu: str = "square") -> Any:
     Returns the same containers with the same kinds of arrays, at the sizes of `plan.grown`. Copies
     have the bits that growth on disk writes; means (mean-pad) agree to the last digits. Raises
     GrowkitError when the tree holds no parameters, when a parameter is missing, unknown or of
-    another shape, and TypeError for what is no plan or no array.
+    another shape, and TypeError for what is not a plan or not an array.
     """
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
     if nu not in ("square", "maximum"):
@@ -274,7 +274,7 @@ def _children(node: Any) -> dict[Any, Any] | None:
     if isinstance(node, tuple | list):
         return dict(enumerate(node))
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        # flax marks the fields that are no part of the tree.
+        # flax marks the fields that are not part of the tree.
         fields = [
             field for field in dataclasses.fields(node) if field.metadata.get("pytree_node", True)
         ]

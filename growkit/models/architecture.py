@@ -81,7 +81,7 @@ class Architecture:
 
     @property
     def buffers(self) -> tuple[str, ...]:
-        """How names end that old checkpoints carry and no model of today reads."""
+        """Endings of names of buffers in old files, which are left out: no model reads them now."""
         return self.family.buffers
 
     @property

@@ -109,7 +109,7 @@ def _check_sizes(rows: tuple[Row, ...], sizes: Mapping[str, int]) -> None:
 def _check_scalars(
     rows: tuple[Row, ...], scalars: Mapping[str, str], sizes: Mapping[str, int]
 ) -> None:
-    """Raise GrowkitError for a factor of an unknown row, or that is no root of a size."""
+    """Raise GrowkitError for a factor of an unknown row, or that is not a root of a size."""
     names = {row.name for row in rows}
     for name, text in scalars.items():
         if name not in names:

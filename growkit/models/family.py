@@ -15,7 +15,8 @@ from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
 from growkit.models.table import Table
 
-# Buffers of transformers' decoders, by how their names end; no parameter is called so.
+# Endings of the names of tensors that are buffers of transformers' decoders, in old files; no
+# parameter's name ends like this.
 BUFFERS = (
     ".inv_freq",
     ".original_inv_freq",
@@ -61,7 +62,7 @@ class Family:
     nulls: Mapping[str, Any] = field(default_factory=dict)
     # axis -> why it cannot grow.
     frozen: Mapping[str, str] = field(default_factory=dict)
-    # How names end that old checkpoints carry and no model of today reads.
+    # Endings of names of buffers in old files: such tensors are left out, no model reads them now.
     buffers: tuple[str, ...] = BUFFERS
     # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
     # parameter by. A row's condition may follow its name.

@@ -139,7 +139,7 @@ def test_planted_mistakes_are_noticed(kind):
         row = re.sub(r":\w+\}", "}", name)
         if row in wanted and largest_gap(wrong, variant) < NOTICED:
             missed.append(what)
-    # Rows of a tied head that the untied tiny model does not have are no mistakes in it.
+    # Rows of a tied head that the untied tiny model does not have are not mistakes in it.
     assert not [what for what in missed if not is_other_variant(what, family, variant)]
 
 

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from growkit.checkpoint.tensor import Tensor
+from growkit.errors import UsageError
 from growkit.growth import multipliers, padding, rule, shares
 from growkit.growth.axes import insert, make_map, tile
 from growkit.growth.plan import MOMENT_OPTIONS, Plan, build_plan
@@ -75,12 +76,13 @@ class Case:
     def model(self) -> Architecture:
         """A model of a family of its own, whose table is the row."""
         sizes = SIZES | STACKED | self.sizes
-        norm = "q_norm head_dim ones norm" if self.query_norm else ""
+        # A norm of queries is known by the queries that write its axis.
+        norm = "q (head head_dim) /embed normal query\nq_norm head_dim ones norm"
         family = Family(
             kind="test",
             class_name="Test",
             title="Test",
-            text=f"{self.line}\n{norm}",
+            text=f"{self.line}\n{norm if self.query_norm else ''}",
             prefix="",
             fields={axis: axis for axis in sizes},
             defaults={"tied": False, "context": 8, "norm_eps": 1e-5, "range": SPREAD, "base": 1e4},
@@ -270,9 +272,13 @@ def check_blocks(case: Case) -> None:
     for size in BLOCKS:
         with mock.patch.object(blocks, "BLOCK", size):
             recipe = blocks.grown_recipe(tensor, row, plan, case.moment, case.position)
-            made = recipe.make_array()
+            joined = recipe.make_array()
             written = sum(piece.nbytes for _, piece in recipe.pieces())
-        assert made.dtype == whole.dtype and made.tobytes() == whole.tobytes(), (size, made, whole)
+        assert joined.dtype == whole.dtype and joined.tobytes() == whole.tobytes(), (
+            size,
+            joined,
+            whole,
+        )
         assert written == whole.nbytes, "every byte once"
 
 
@@ -366,8 +372,8 @@ CASES = {
     "stacked twice": Case(EXPERT, maps={**DEEP, **MORE_EXPERTS, **WIDE}, position=(2, 2)),
     "stacked twice, mu": Case(
         "m.{layer}.experts.{expert}.w2  embed /mlp  normal  matrix",
-        maps={**DEEP, **MORE_EXPERTS},
-        position=(2, 2),
+        maps=MORE_EXPERTS,
+        position=(1, 2),
         moment=1,
     ),
     "a copied layer that reads": Case(
@@ -559,7 +565,7 @@ BROKEN = {
     ),
     "blocks joined along another dimension": (
         PartGrowth,
-        "_store",
+        "_merge_dimensions",
         without_empty_rest,
         ["a sum between dimensions"],
     ),
@@ -683,8 +689,8 @@ def lines(draw):
 def axis_maps(draw, size, preserving, uniform):
     """(index, shares) of copies of an axis of `size` units."""
     if uniform or draw(st.booleans()):
-        made = tile(size, size * draw(st.integers(1, 3)))
-        return tuple(made.index.tolist()), tuple(made.share.tolist())
+        copies = tile(size, size * draw(st.integers(1, 3)))
+        return tuple(copies.index.tolist()), tuple(copies.share.tolist())
     more = draw(st.lists(st.integers(0, size - 1), max_size=4))
     index = draw(st.permutations([*range(size), *more]))
     weights = draw(
@@ -709,15 +715,15 @@ def cases(draw):
         if way == "pad" and axis in ("embed", "head_dim"):
             pads[axis] = sizes[axis] + draw(st.integers(1, 3))
         elif way != "keep" and axis == "layer" and preserving:
-            made = insert(sizes[axis], sizes[axis] + 1)
-            maps[axis] = tuple(made.index.tolist()), tuple(made.share.tolist())
+            inserted = insert(sizes[axis], sizes[axis] + 1)
+            maps[axis] = tuple(inserted.index.tolist()), tuple(inserted.share.tolist())
         elif way != "keep":
             uniform = axis in row.averages or query_norm and axis == "head_dim"
             maps[axis] = draw(axis_maps(sizes[axis], preserving, preserving and uniform))
     if "embed" not in row.axes and "embed" not in maps and draw(st.booleans()):
         pads["embed"] = sizes["embed"] + 2
     after = {axis: len(maps[axis][0]) if axis in maps else sizes[axis] for axis in STACKED}
-    return Case(
+    case = Case(
         line=line,
         maps=maps,
         pads=pads,
@@ -732,6 +738,18 @@ def cases(draw):
         dtype=draw(st.sampled_from([*DTYPES])),
         stride=draw(st.integers(1, 5)),
     )
+    # Padding beside norms that share its eps is refused, as tests of plans say.
+    assume(is_possible(case))
+    return case
+
+
+def is_possible(case):
+    """Whether the case has a plan."""
+    try:
+        case.plan()
+    except UsageError:
+        return False
+    return True
 
 
 @example(GPT2)
@@ -754,7 +772,7 @@ def test_growth_under_jit_gives_the_same_bits(case):
 def factors_of(case: Case, plan: Plan) -> dict[str, np.ndarray]:
     """The multipliers of the row, of the shape of its leaf in a parameter tree."""
     found = {}
-    for name, node in multipliers.multipliers(plan.grown, [plan]).items():
+    for name, node in multipliers.compute_multipliers(plan.grown, [plan]).items():
         for key in case.row.path:
             node = node[key]
         found[name] = np.broadcast_to(node, case.row.stacked_shape(plan.grown.sizes))

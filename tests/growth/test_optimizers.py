@@ -185,7 +185,7 @@ def test_a_state_of_ones_own_is_known_by_its_names():
 @pytest.mark.parametrize("beside", ["sigma", "rho"])
 @pytest.mark.parametrize("name", ["mu", "trace"])
 def test_parameters_that_are_called_as_moments_are_not_taken_for_them(name, beside):
-    """A distribution's mean is often called mu: beside sigma it is no average of gradients."""
+    """A distribution's mean is often called mu: beside sigma it is not an average of gradients."""
     params = make_params()
     with pytest.raises(GrowkitError, match=f"under '{name}' and under '{beside}': it is not clear"):
         growkit.grow({name: params, beside: params}, PLAN)
