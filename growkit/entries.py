@@ -23,6 +23,7 @@ from growkit.growth.axes import AxisMap
 from growkit.growth.multipliers import describe_multipliers
 from growkit.growth.plan import Plan, build_plan
 from growkit.models.architecture import Architecture
+from growkit.models.given import KEY as TABLE
 
 # What a JSON value of the wrong shape raises while it is read.
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
@@ -82,19 +83,22 @@ class Origin:
 class Entry:
     """What every entry states.
 
-    source: None for a new model. more: keys that this version does not know.
+    source: None for a new model. table: the text of the table that the models were read by, where
+    growkit ships no such table; else empty. more: keys that this version does not know.
     """
 
     operation: str
     source: Origin | None = None
     growkit: str = __version__
+    table: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The entry as files hold it."""
         origin = {"source": self.source.to_json()} if self.source else {}
         stated = {"growkit": self.growkit} | origin | {"operation": self.operation}
-        return stated | self._facts() | dict(self.more)
+        table = {TABLE: self.table} if self.table else {}
+        return stated | self._facts() | table | dict(self.more)
 
     def _facts(self) -> dict[str, Any]:
         """What this kind of entry states beside what every entry does."""
@@ -160,6 +164,7 @@ class Growth(Entry):
             seed=plan.seed,
             function="preserved" if plan.preserved else "not preserved",
             optimizer=describe_multipliers(plan) if plan.continues else None,
+            table=plan.model.family.given,
         )
 
     @classmethod
@@ -362,6 +367,8 @@ def read_entry(stored: Any) -> Entry:
         common = {"operation": stored["operation"], "growkit": stored["growkit"]}
         if "source" in stored:
             common["source"] = Origin.read(stored["source"])
+        if isinstance(stored.get(TABLE), str):
+            common["table"] = stored[TABLE]
         entry = kind.read(stored, common)
     except MALFORMED as problem:
         return Unknown.of(stored, repr(problem))

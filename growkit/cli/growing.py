@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.description import describe, summarize
-from growkit.cli.options import combine_options
+from growkit.cli.options import add_table_option, combine_options
 from growkit.cli.target import read_target
 from growkit.cli.terminal import (
     add_care_options,
@@ -52,6 +52,7 @@ class Growing(click.Command):
 add_growing_options = combine_options(
     click.argument("src"),
     click.argument("out"),
+    add_table_option,
     click.option(
         "--moments",
         default="map",

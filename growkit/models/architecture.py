@@ -138,8 +138,10 @@ class Architecture:
 
     @property
     def initializer_range(self) -> float:
-        """The standard deviation of new weights; no unit."""
-        return float(self.options["initializer_range"])
+        """The standard deviation of new weights; no unit. transformers' usual one where the
+        configuration states none.
+        """
+        return float(self.options.get("initializer_range", 0.02))
 
     @property
     def values(self) -> dict[str, Any]:
