@@ -295,7 +295,8 @@ class Architecture:
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
         for axis, reason in self.family.frozen.items():
-            if axis in self.sizes and sizes[axis] != self.sizes[axis]:
+            # New tokens are no copies; `growkit.growth.vocabulary` rules on them.
+            if axis in self.sizes.keys() - {"vocab"} and sizes[axis] != self.sizes[axis]:
                 raise UsageError(
                     f"{axis} of a {self.family.title} model stays {self.sizes[axis]}: {reason}"
                 )
