@@ -25,16 +25,25 @@ MOST_ENTRIES = 100
 @click.command()
 @click.argument("src")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option(
+    "--rows",
+    is_flag=True,
+    help="Show the axes and the rows of the table too, and how growth would change each.",
+)
 @add_table_option
-def inspect(src: str, as_json: bool) -> None:
+def inspect(src: str, as_json: bool, rows: bool) -> None:
     """Describe SRC: sizes, parameters, optimizer state, tokenizer, lineage."""
     from growkit.checkpoint.location import open_source
+    from growkit.cli.rows import collect_rows, format_rows
 
     source = open_source(src)
     if as_json:
-        click.echo(json.dumps(_collect_facts(source)))
-    else:
-        say(_format_facts(source))
+        table = collect_rows(source.model) if rows else {}
+        click.echo(json.dumps(_collect_facts(source) | table))
+        return
+    say(_format_facts(source))
+    if rows:
+        say(format_rows(source.model))
 
 
 def _collect_facts(source: Source) -> dict[str, Any]:

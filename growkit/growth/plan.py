@@ -160,7 +160,7 @@ def build_plan(
         raise UsageError(f"no layers that add nothing can be inserted: {model.family.no_identity}")
     eps = None
     if "embed" in padded:
-        _check_paddable(model)
+        check_paddable(model)
         # The variance of a padded residual stream shrinks by d/d', and eps with it.
         eps = model.norm_eps * model.embed / padded["embed"]
     grown = model.resize(sizes, eps)
@@ -190,7 +190,7 @@ def _check_possible(
         )
 
 
-def _check_paddable(model: Architecture) -> None:
+def check_paddable(model: Architecture) -> None:
     """Raise UsageError where padding of embed would change the function."""
     if model.family.unpadded:
         raise UsageError(f"embed cannot be padded: {model.family.unpadded}")
