@@ -92,10 +92,11 @@ def plans_of(model):
             deep = plan_depth(model, f"{model.layer}:{model.layer + 1}", method)
             yield "deep", combine_plans("grow", [deep, tokens], model)
     if "embed" not in model.family.frozen and not model.coupled:
-        wide = plan_width(model, embed="2x", heads=model.head_count, mlp=model.mlp or None)
+        heads = model.head_count or None
+        wide = plan_width(model, embed="2x", heads=heads, mlp=model.mlp or None)
         yield "wide", combine_plans("grow", [wide, tokens], model)
         if not model.family.unpadded:
-            padded = plan_width(model, embed=model.embed * 3 // 2, heads=model.head_count)
+            padded = plan_width(model, embed=model.embed * 3 // 2, heads=heads)
             yield "padded", combine_plans("grow", [padded, tokens], model)
 
 
