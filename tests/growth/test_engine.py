@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from growkit.checkpoint.tensor import Tensor
+from growkit.errors import UsageError
 from growkit.growth import multipliers, padding, rule, shares
 from growkit.growth.axes import insert, make_map, tile
 from growkit.growth.plan import MOMENTS, Plan, build_plan
@@ -118,7 +119,7 @@ class Case:
         return numbers.astype(DTYPES[self.dtype])
 
 
-# The rules a second time, from growth.md and not from the engine: one array an axis, in float64.
+# The rules a second time, by docs/derivation.md and not by the engine: an array an axis, float64.
 
 
 def expected(case: Case) -> np.ndarray:
@@ -364,7 +365,7 @@ CASES = {
     "nu of what is written": Case("m.w  mlp /embed  normal  matrix", maps=UNEVEN_MLP, moment=2),
     "stacked twice": Case(EXPERT, maps={**DEEP, **MORE_EXPERTS, **WIDE}, position=(2, 2)),
     "stacked twice, mu": Case(
-        "m.{layer}.experts.{expert}.w2  embed /mlp  normal  matrix",
+        "m.{/layer}.experts.{expert}.w2  embed /mlp  normal  matrix",
         maps={**DEEP, **MORE_EXPERTS},
         position=(2, 2),
         moment=1,
@@ -733,16 +734,26 @@ def cases(draw):
     )
 
 
+def is_possible(case: Case) -> bool:
+    """Whether growth takes a case: padding of embed is refused beside some norms."""
+    try:
+        case.plan()
+    except UsageError as problem:
+        assert "embed cannot be padded" in str(problem)
+        return False
+    return True
+
+
 @example(GPT2)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(cases())
+@given(cases().filter(is_possible))
 def test_the_whole_is_by_the_rules_and_blocks_are_the_whole(case):
     check_blocks(case)
 
 
 @example(GPT2)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(cases())
+@given(cases().filter(is_possible))
 def test_growth_under_jit_gives_the_same_bits(case):
     check_jax(case, jax.jit)
 
