@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from growkit.cli.description import describe, summarize
 from growkit.cli.options import add_table_option, combine_options
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from growkit.cli.checking import GrowthCheck
     from growkit.models.architecture import Architecture
 
+# What `width` alone is told; without any of them --vocab grows the vocabulary alone.
+WIDTHS = ("embed", "heads", "mlp", "head_dim", "axes", "method", "spread")
 # Tokens of --check without a number.
 TOKENS = "1024"
 
@@ -164,8 +167,7 @@ def width(
 
     share = _parse_number("spread", spread)
 
-    asked = any((embed, heads, mlp, head_dim, method)) or spread != "0"
-    only_vocab = options["vocab"] is not None and not asked
+    only_vocab = options["vocab"] is not None and not _are_given(WIDTHS)
 
     def plan(model: Architecture) -> Plan | None:
         if only_vocab:
@@ -252,6 +254,12 @@ def _plan_and_grow(
 
         require_checkable(source, output.tokens)
     grow(source, plan, parse_path(out), output)
+
+
+def _are_given(names: tuple[str, ...]) -> bool:
+    """Whether the user gave one of these options."""
+    find_origin = click.get_current_context().get_parameter_source
+    return any(find_origin(name) is ParameterSource.COMMANDLINE for name in names)
 
 
 def _add_vocabulary(
