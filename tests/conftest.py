@@ -7,6 +7,7 @@ import struct
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -15,6 +16,10 @@ from growkit.checkpoint.orbax import write_checkpoint
 from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
+
+# Random cases are the same in every run; `pytest --hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 SMALL = GPT_NEOX.model(
     layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False
