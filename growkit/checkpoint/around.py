@@ -8,15 +8,17 @@ when a grown decoder is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from growkit.checkpoint.tensor import TEXT, TIE, Around, Tensor
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, UsageError
 from growkit.models import find_family
 from growkit.models.architecture import Architecture
 from growkit.models.family import Family
+from growkit.models.given import find_given
+from growkit.models.unknown import describe_unknown
 
 # (how names of the table begin, how those of files do instead), the likeliest first.
 PLACES = (
@@ -29,28 +31,39 @@ PLACES = (
 STAYS = "what feeds the decoder from outside of it is carried along, and has the old width"
 
 
-def find_text(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def find_text(config: Mapping[str, Any], lineage: Sequence[Any] = ()) -> dict[str, Any] | None:
     """The configuration of the decoder within a larger model; None for a plain decoder.
 
-    Raises GrowkitError for a decoder of a type that has no table.
+    lineage: the model's entries, one of which may state the table. Raises GrowkitError for a
+    decoder of a type that has no table.
     """
     kind = str(config.get("model_type"))
-    if find_family(kind) is not None:
+    if has_table(kind, lineage):
         return None
     text = config.get(TEXT)
     if not isinstance(text, dict):
         # transformers 4 wrote the decoder's fields beside the others.
         flat = f"{kind}_text"
-        return dict(config, model_type=flat) if find_family(flat) is not None else None
+        return dict(config, model_type=flat) if has_table(flat, lineage) else None
     inner = str(text.get("model_type"))
-    if find_family(inner) is None:
+    if not has_table(inner, lineage):
         raise GrowkitError(
-            f"the text decoder of a {kind!r} model is {inner!r} ({TEXT}), which growkit has no "
-            f"table of"
+            f"the text decoder of a {kind!r} model is {inner!r} ({TEXT}), of which growkit has no "
+            f"table{describe_unknown(inner, ())}"
         )
     # The whole model's word counts: transformers ties its head or does not.
     tie = {TIE: config[TIE]} if TIE in config else {}
     return {**text, **tie}
+
+
+def has_table(kind: str, lineage: Sequence[Any]) -> bool:
+    """Whether there is a table of a type: given, in a lineage, or growkit's own."""
+    try:
+        given = find_given(kind, lineage)
+    except UsageError:
+        # One was given of another type, as that of a decoder is for the model around it.
+        return False
+    return given is not None or find_family(kind) is not None
 
 
 def split_tensors(

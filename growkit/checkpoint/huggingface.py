@@ -60,9 +60,11 @@ def open_directory(path: Path) -> Source:
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
     refuse_config(path, config)
     config, dropped = drop_code_keys(config)
-    text = _find_text(config, path)
     files = _list_weight_files(path)
-    model = read_model(config if text is None else text, path)
+    lineage = _read_lineage(path)
+    entries = lineage if isinstance(lineage, list) else []
+    text = _find_text(config, entries, path)
+    model = read_model(config if text is None else text, path, entries)
     tensors = _read_headers(path, files, (*model.buffers, *MASKS) if text is None else ("",))
     refuse_packed(path, tensors)
     around = None
@@ -72,7 +74,6 @@ def open_directory(path: Path) -> Source:
         model = keep_width(model, around)
         config = text
     named = name_tensors(tensors, model, config, path)
-    lineage = _read_lineage(path)
     beside = list_beside(path, (*OWN, INDEX, pickled.INDEX, *(file.name for file in files)))
     return Source(
         path=path,
@@ -92,10 +93,10 @@ def open_directory(path: Path) -> Source:
     )
 
 
-def _find_text(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
+def _find_text(config: dict[str, Any], lineage: list[Any], path: Path) -> dict[str, Any] | None:
     """The configuration of a decoder within a larger model. Raises GrowkitError naming the path."""
     try:
-        return find_text(config)
+        return find_text(config, lineage)
     except GrowkitError as problem:
         raise GrowkitError(f"{path}: {problem}") from None
 

@@ -19,7 +19,6 @@ from growkit.checkpoint.tensor import BLOCK, Tensor
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.family import Family
-from growkit.models.fields import Frozen
 from growkit.models.notation import Position
 
 # What transformers' classes call the output head, now and in earlier versions.
@@ -214,7 +213,7 @@ def _allow_no_head(
     base = isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
     if model.head_name in found or not classes or not base:
         return model
-    return replace(model, options=Frozen({**model.options, "headless": True}))
+    return replace(model, headless=True)
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:

@@ -118,6 +118,7 @@ def find_kinds(
             found.checked[what] = rule_text
             found.defaults |= {name: stated[name] for name in names}
     found.cycles = tuple(name for name in CYCLES if name in stated)
+    found.defaults |= {name: stated[name] for name in found.cycles}
     found.last = tuple(name for name in LAST if found.checked and name in stated)
     if not found.checked:
         layers = int(fields[layer_field])

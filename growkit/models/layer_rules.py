@@ -80,7 +80,7 @@ def write_kinds(
     layer another kind than its source's.
     """
     for name in family.cycles:
-        kinds = before.get(name)
+        kinds = before.get(name) or family.defaults.get(name)
         if isinstance(kinds, list) and kinds:
             grown[name] = [kinds[layer % len(kinds)] for layer in index]
     for name, text in family.rules.items():

@@ -13,7 +13,7 @@ import torch
 from growkit.derive.network import memory_names, name_as_files, wide
 from growkit.derive.proof import Grown, network_of
 from growkit.derive.stream import TOKENS
-from growkit.growth.multipliers import multipliers
+from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.plan import Plan
 from growkit.growth.tree import grow
 from growkit.models.architecture import Architecture
@@ -118,7 +118,7 @@ def grow_training(training: Training, plan: Plan, config: dict[str, Any]) -> Tra
     grown = grow({slot: nest(arrays, plan.model) for slot, arrays in state.items()}, plan)
     params, mu, nu = (flatten(grown[slot], plan.grown) for slot in ("params", "mu", "nu"))
     held = Grown(config, {name: torch.from_numpy(array.copy()) for name, array in params.items()})
-    factors = multipliers(plan.grown, [plan])
+    factors = compute_multipliers(plan.grown, [plan])
     return Training(plan.grown, held, mu, nu, training.count, factors)
 
 

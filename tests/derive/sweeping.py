@@ -30,6 +30,7 @@ from growkit.growth.axes import replicate
 from growkit.models import find_family
 from growkit.models.architecture import Architecture
 from growkit.models.family import Family
+from growkit.models.given import find_given
 
 # Axes that no growth in width is for.
 KEPT = ("layer", "vocab", "position", "expert")
@@ -80,7 +81,7 @@ class Sweep:
     cases: list[Case] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.family = find_family(self.kind)
+        self.family = find_given(self.kind) or find_family(self.kind)
         if not (self.folder / "source").is_dir():
             fields = tiny_fields(self.kind) | dict(self.options)
             save_tiny(self.kind, fields, self.folder / "source")

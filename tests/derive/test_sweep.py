@@ -32,12 +32,12 @@ from sweeping import (
 )
 
 from growkit.derive import proof
-from growkit.derive.derive import known
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import config_json
 from growkit.growth.axes import tile
 from growkit.growth.plan import build_plan
 from growkit.models import FAMILIES, find_family
+from growkit.models.given import use_family
 from growkit.models.tables import list_shipped
 
 torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def test_a_mistake_of_each_sort_is_noticed(kind, tmp_path):
     save_tiny(kind, tiny_fields(kind), tmp_path / "source")
     missed = []
     for what, wrong in mistakes.items():
-        with known(wrong):
+        with use_family(wrong):
             noticed = notices(Sweep(kind, tmp_path))
         if not noticed:
             missed.append(what)
