@@ -102,12 +102,19 @@ class Sweep:
             case.refused = call([*case.words, str(source), str(out), "--no-sync", "--no-verify"])
         if case.refused:
             return case
-        expected = self.logits if case.index is None else reorder(source, self.prefix, case.index)
+        expected = self.logits if case.index is None else self.reorder(case.index)
         case.gap = proof.gap(load_logits(out), expected)
         # A factor that follows the number of layers is no kind.
         if case.index is not None and not any("layer" in f for f in self.family.scalars.values()):
             case.kinds = compare_kinds(source, out, self.prefix, case)
         return case
+
+    def reorder(self, index: Sequence[int]) -> torch.Tensor:
+        """Logits of transformers' own list of layers in another order, each with its kind."""
+        network = load_network(self.folder / "source")
+        holder, last = find_layers(network, self.prefix)
+        moved = proof.reorder_layers(network, holder, last, index, self.family.numbers)
+        return run(moved, TOKENS)
 
     @property
     def prefix(self) -> str:
@@ -160,13 +167,6 @@ def find_layers(network: Any, prefix: str) -> tuple[Any, str]:
     ]
     holder, _, last = found[0].rpartition(".")
     return network.get_submodule(holder), last
-
-
-def reorder(path: Path, prefix: str, index: Sequence[int]) -> torch.Tensor:
-    """Logits of transformers' own list of layers in another order, each with its kind."""
-    network = load_network(path)
-    holder, last = find_layers(network, prefix)
-    return run(proof.reorder_layers(network, holder, last, index), TOKENS)
 
 
 def compare_kinds(source: Path, out: Path, prefix: str, case: Case) -> list[str]:
