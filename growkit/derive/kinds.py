@@ -163,7 +163,7 @@ def find_rule(made: Lists, stated: Mapping[str, Any]) -> tuple[str, dict[str, An
     plain = {layers: made.make(layers) for layers in COUNTS}
     if names is None or any(entries is None for entries in plain.values()):
         return None
-    for rule in write_rules(made, names):
+    for rule in write_rules(made, names, stated):
         if not gives_all(rule, made, names, stated):
             continue
         defaults = find_values(rule, names, plain, stated)
@@ -202,10 +202,15 @@ def find_switched(made: Lists, stated: Mapping[str, Any], switches: list[str]) -
     return []
 
 
-def write_rules(made: Lists, names: list[str]) -> Iterator[str]:
+def list_values(names: list[str], stated: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The values that are tried of each field."""
+    return [(True, False) if isinstance(stated.get(name), bool) else VALUES for name in names]
+
+
+def write_rules(made: Lists, names: list[str], stated: Mapping[str, Any]) -> Iterator[str]:
     """The rules of one or two fields, for the two kinds that the list has."""
     entries: list[Any] = [] if names else made.make(COUNTS[-1]) or []
-    for values in product(VALUES, repeat=len(names)):
+    for values in product(*list_values(names, stated)):
         entries += made.make(COUNTS[-1], dict(zip(names, values, strict=True))) or []
     kinds = [json.loads(each) for each in dict.fromkeys(map(json.dumps, entries))]
     if len(kinds) != 2:
@@ -221,9 +226,8 @@ def write_rules(made: Lists, names: list[str]) -> Iterator[str]:
 
 def gives_all(rule: str, made: Lists, names: list[str], stated: Mapping[str, Any]) -> bool:
     """Whether a rule gives the class's list for all numbers of layers and values that it takes."""
-    tried = [(True, False) if isinstance(stated.get(name), bool) else VALUES for name in names]
     compared = 0
-    for layers, values in product(COUNTS, product(*tried)):
+    for layers, values in product(COUNTS, product(*list_values(names, stated))):
         given = dict(zip(names, values, strict=True))
         entries = made.make(layers, given)
         if entries is None:
@@ -235,11 +239,15 @@ def gives_all(rule: str, made: Lists, names: list[str], stated: Mapping[str, Any
 
 
 def evaluate(rule: str, layers: int, given: Mapping[str, Any]) -> list[Any]:
+    """What a rule gives for each layer; nothing where it divides by zero."""
     code, _ = parse_rule(rule)
-    return [
-        eval(code, {"__builtins__": {}}, {**given, "layer": layer, "layers": layers})  # noqa: S307
-        for layer in range(layers)
-    ]
+    try:
+        return [
+            eval(code, {"__builtins__": {}}, {**given, "layer": layer, "layers": layers})  # noqa: S307
+            for layer in range(layers)
+        ]
+    except ZeroDivisionError:
+        return []
 
 
 def find_values(
@@ -249,9 +257,6 @@ def find_values(
     tried = [[stated[name]] if stated.get(name) is not None else list(range(9)) for name in names]
     for values in product(*tried):
         given = dict(zip(names, values, strict=True))
-        try:
-            if all(evaluate(rule, layers, given) == plain[layers] for layers in COUNTS):
-                return given
-        except ZeroDivisionError:
-            continue
+        if all(evaluate(rule, layers, given) == plain[layers] for layers in COUNTS):
+            return given
     return None

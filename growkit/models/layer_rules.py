@@ -87,9 +87,9 @@ def write_kinds(
         own = name in parse_rule(text)[1]
         if not own and (is_stated(name, before, family) or follows_list(text, before, family)):
             continue
-        if not own:
-            _check_given(name, text, before)
         entries = apply_rule(text, before, family)
+        if not own:
+            _check_given(name, text, before, entries)
         wanted = [entries[layer] for layer in index]
         if apply_rule(text, grown, family) == wanted:
             continue
@@ -116,9 +116,12 @@ def follows_list(text: str, config: Mapping[str, Any], family: Family) -> bool:
     )
 
 
-def _check_given(name: str, text: str, before: Mapping[str, Any]) -> None:
-    """Raise UsageError where a field is null that a rule reads: then another rule may hold."""
-    for each in (*sorted(parse_rule(text)[1]), "sliding_window"):
+def _check_given(name: str, text: str, before: Mapping[str, Any], entries: Sequence[Any]) -> None:
+    """Raise UsageError where a field is null that a rule reads, or the window of layers of which
+    the rule says that some have one: then another rule may hold.
+    """
+    window = ["sliding_window"] if any(each != entries[0] for each in entries) else []
+    for each in (*sorted(parse_rule(text)[1]), *window):
         if each in before and before[each] is None:
             raise UsageError(
                 f"config.json has {each} null and lacks {name}, so that the kinds of its layers "
