@@ -78,14 +78,7 @@ def plan_width(
     [0, 1). Raises UsageError, and TypeError for an argument of another type.
     """
     require_type("model", model, Architecture, MODEL_HINT)
-    require_type("spread", spread, (float, int), "as 0.5")
-    if method is not None and method not in METHODS:
-        near = did_you_mean(method, METHODS)
-        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
-    if not 0 <= spread < 1:
-        raise UsageError(
-            f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}"
-        )
+    _check_choices(method, spread)
     _check_axes(model, {"embed": embed, "heads": heads, "head_dim": head_dim, "mlp": mlp})
     asked = {
         "embed": parse_size("embed", embed, model.embed),
@@ -105,6 +98,18 @@ def plan_width(
             "here"
         )
     return plan
+
+
+def _check_choices(method: str | None, spread: float) -> None:
+    """Raise UsageError for an unknown method or a spread that is too large, TypeError for text."""
+    require_type("spread", spread, (float, int), "as 0.5")
+    if method is not None and method not in METHODS:
+        near = did_you_mean(method, METHODS)
+        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
+    if not 0 <= spread < 1:
+        raise UsageError(
+            f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}"
+        )
 
 
 def _check_axes(model: Architecture, asked: Mapping[str, str | int | None]) -> None:

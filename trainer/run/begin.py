@@ -156,9 +156,8 @@ def prepare(
     later_growth = plan_growth(config.grow, first.model) if config.grow.at else None
     # Where the grown model does not fit on the mesh, it is refused now and not at its step.
     grown = Stage.after(later_growth, config) if later_growth else None
-    for stage in (first, grown):
-        if stage is not None:
-            require_state_fit(stage.layout, stage.like)
+    for stage in filter(None, (first, grown)):
+        require_state_fit(stage.layout, stage.like)
     path = epath.Path(out)
     return Setup(
         out=path,
@@ -185,8 +184,7 @@ def _choose_model(
 
     values: those that `config` was resolved from.
     """
-    # Refuses an `out` that is not a run before anything is written. `open_run` reads it again under
-    # the lock, because another process may begin the run in between.
+    # `open_run` reads it again under the lock: another process may begin the run in between.
     stored = read_run(out)
     if not start:
         _require_model(values, config)
