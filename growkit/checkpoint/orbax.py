@@ -90,6 +90,7 @@ class Array:
         shape = self.shape[len(position) :]
         if self.file is not None:
             units = self.shape[: len(position)]
+            # C order: the units of the stacked axes lie one after another, each contiguous.
             unit = int(np.ravel_multi_index(position, units)) if position else 0
             offset = unit * math.prod(shape) * self.dtype.itemsize
             return open_raw(self.file, offset, shape, self.dtype, self.stamp)
@@ -198,6 +199,7 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     """One stored array: raw if it is one uncompressed chunk, else through tensorstore."""
     if tree.get("use_ocdbt") or tree.get("use_zarr3"):
         return _open_stored(state, name, tree)
+    # A name is joined to a path below: it must not climb out of the checkpoint.
     if "/" in name or name.startswith("."):
         raise GrowkitError(f"{state} names an array {name!r}, which leads out of the directory")
     require_inside(state.parent, state / name / ".zarray")
@@ -205,6 +207,7 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     shape = tuple(header["shape"])
     dtype = _parse_dtype(header["dtype"])
     encoded = header["compressor"] is not None or header["filters"]
+    # Fortran order and foreign byte order are left to tensorstore, which knows how to read them.
     native = header["order"] == "C" and dtype.isnative
     if encoded or not native or tuple(header["chunks"]) != shape:
         return _open_stored(state, name, tree)

@@ -120,6 +120,7 @@ def draw_map(layers: Sequence[int], width: int = 24) -> str:
 
     A plus marks every copy after the first.
     """
+    # Where each source layer stands first among the new ones.
     first: dict[int, int] = {}
     for place, layer in enumerate(layers):
         first.setdefault(layer, place)

@@ -140,6 +140,7 @@ def build_plan(
     """
     padded = dict(pads or {})
     _check_possible(model, maps, padded)
+    # Axes that nobody named keep their size.
     sizes = dict(model.sizes)
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
     sizes |= padded

@@ -26,6 +26,8 @@ WIDTHS = ("embed", "heads", "head_dim", "mlp")
 # Options in which a target may differ: padding sets norm_eps, training the others.
 LOOSE = ("context", "norm_eps", "initializer_range")
 
+# At most 9 digits before the point and 6 after: what is longer is a slip of the keyboard, and
+# converting it would take time.
 _SIZE = re.compile(r"\s*([0-9]{1,9})(?:\.([0-9]{1,6}))?\s*(x)?\s*")
 
 
@@ -45,6 +47,7 @@ def parse_size(option: str, text: str | int | None, current: int) -> int | None:
             f"--{option} takes a size, as {2 * current}, or a factor, as 2x; got {text!r}"
         )
     decimals = found[2] or ""
+    # '1.5x' of 1024 in whole numbers: 15 * 1024 / 10. In floats 2.3 * 100 is 229.99999999999997.
     size = int(found[1] + decimals)
     if found[3]:
         size, rest = divmod(size * current, 10 ** len(decimals))
@@ -143,6 +146,7 @@ def complete_widths(
     elif asked["heads"] is None and 0 < old["embed"] == old["heads"] * old["head_dim"]:
         notes += _complete_heads(model, target, old)
     if asked["mlp"] is None and old["mlp"] and target["embed"] != old["embed"]:
+        # Never below the old one, which is there to be copied.
         target["mlp"] = max(old["mlp"], round(old["mlp"] * target["embed"] / old["embed"]))
         notes.append(f"mlp {old['mlp']} -> {target['mlp']}, to keep its ratio to embed")
     return target, notes
