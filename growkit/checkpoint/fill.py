@@ -201,8 +201,7 @@ def _make_pieces(recipe: Recipe, buffer: np.ndarray) -> Iterator[tuple[int, np.n
 def _copy(span: Span, dtype: np.dtype, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The pieces of a span, each in the buffer until the next."""
     with open_span(span) as file:
-        # One buffer for each thread, reused: pages that are touched the first time cost more than
-        # reading into them.
+        # One buffer for each thread, reused, so that it stays in the cache.
         for start in range(0, span.size, PIECE):
             piece = buffer[: min(PIECE, span.size - start)]
             read_into(file, piece.data, span.offset + start, span.path)

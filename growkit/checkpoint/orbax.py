@@ -228,6 +228,7 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
 
 
 def _open_stored(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
+    # Headers only; chunks are read when their rows are asked for.
     store = open_store(state, name, tree)
     return Array(tuple(store.shape), store.dtype.numpy_dtype, store=store)
 
@@ -263,6 +264,7 @@ def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -
                 f"no row of the axis table covers the array {name!r}; the rows are {known}"
             )
         units = array.shape[: len(row.stacked)]
+        # One tensor a layer, as in files: layers stacked in an array are views of it by offset.
         for position in product(*(range(size) for size in units)):
             tensors[row.name_at(position)] = array.as_tensor(position)
     return tensors
@@ -272,6 +274,7 @@ def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
     """Small files as JSON: UTF-8 text as text, anything else in base64."""
     encoded = {}
     for name, content in files.items():
+        # Text stays readable in the JSON, and as small as it is; base64 takes a third more.
         try:
             encoded[name] = {"text": content.decode()}
         except UnicodeDecodeError:
@@ -350,6 +353,7 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
     for item, value in ((META, meta), (FILES, encode_files(files))):
         (path / item).mkdir()
         (path / item / "metadata").write_text(json.dumps(value))
+    # In Orbax's order, markers last: what was cut off on the way is not taken for finished.
     for item in (STATE, META, FILES):
         (path / item / COMMITTED).write_text(f"{item} is complete")
     (path / COMMITTED).write_text("all items are complete")

@@ -311,7 +311,6 @@ class Source:
         def stack_row(row: Row) -> np.ndarray:
             names = [row.name_at(position) for position in row.positions(self.model.sizes)]
             tensors = [self.tensors[slot][name] for name in names]
-            # numpy's common dtype: float32 for float16 with bfloat16, which hold different numbers.
             target = dtype or np.result_type(*(tensor.dtype for tensor in tensors))
             array = np.empty((len(tensors), *tensors[0].shape), target)
             for place, tensor in enumerate(tensors):

@@ -252,6 +252,7 @@ def begin(setup: Setup) -> Beginning:
     try:
         setup.writers.connect(directory.path)
         return _begin_or_go_back(setup, directory)
+    # KeyboardInterrupt too: RUN must not stay locked by a process that goes on, as a study's does.
     except BaseException:
         setup.writers.close()
         directory.unlock()
@@ -407,6 +408,7 @@ def _take_snapshot(
         source=Origin.of(source), multipliers=applied, config=config.to_dict(), branch=branch
     )
     files = {name: content for name, content in taken.files.items() if name != EARLIER}
+    # The source's own tokenizer goes with the model; the data's is for models that carry none.
     tokenizer = {} if "tokenizer.json" in files else data.tokenizer
     return Snapshot(
         state=from_source(taken, stage.like, config.schedule.continued, step),

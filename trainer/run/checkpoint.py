@@ -150,6 +150,7 @@ class Checkpoints:
 
         A step that is saved already is left alone. Returns whether there was anything to save.
         """
+        # Orbax would refuse: a signal can ask for a save at a step that was saved by plan.
         if step in self.manager.all_steps():
             return False
         meta = {
@@ -157,6 +158,7 @@ class Checkpoints:
             "lineage": snapshot.lineage.to_json(),
             "record": dict(snapshot.record),
         }
+        # The state is copied to the host here, because the next step takes over its memory.
         hashes = hash_later(snapshot.state, snapshot.files, meta)
         items = {
             STATE: ocp.args.PyTreeSave(to_tree(snapshot.state)),
@@ -177,6 +179,7 @@ class Checkpoints:
         """
         self.wait()
         if is_remote(self.run):
+            # Until the save below is done the bucket has no checkpoint of this step.
             self.manager.delete(step)
         elif is_writer():
             (self.run / REPLACED).mkdir(exist_ok=True)

@@ -130,6 +130,7 @@ def go_back(run: epath.Path, damaged: dict[int, str], allowed: bool) -> list[str
     damaged: what is wrong with a checkpoint, in words, by its step. Returns what was done, in
     words. Raises DamagedError where it is not allowed, or no checkpoint is whole.
     """
+    # The latest one, which a user expects to go on from.
     step, words = max(damaged.items())
     last = find_last_whole(run, damaged)
     if last is None:

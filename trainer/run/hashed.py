@@ -56,6 +56,7 @@ def copy_to_host(state: State) -> dict[str, HostArray]:
         for name, leaf in leaves.items()
         if leaf.is_fully_addressable
     }
+    # All copies are begun before the first is waited for.
     for each in shards.values():
         for _, data in each:
             data.copy_to_host_async()
@@ -103,6 +104,7 @@ class HashedJson(ocp.JsonCheckpointHandler):
         meta: dict[str, Any] = args.item
 
         async def write() -> None:
+            # Every process runs this; one writes, as with everything that is the same in all.
             if is_writer():
                 whole = meta | {HASHES: meta[HASHES]()}
                 (directory / "metadata").write_text(json.dumps(whole))

@@ -263,6 +263,7 @@ class Run:
         settings = self.config.checkpoint
         elapsed = time.monotonic() - self.saved_at
         passed = settings.minutes > 0 and elapsed >= 60 * settings.minutes
+        # Clocks differ between hosts, and all must save at the same step.
         any_passed = self.interrupt.ask(passed)
         return any_passed or self.step % settings.every == 0
 
@@ -296,6 +297,7 @@ class Run:
             good = self.checkpoints.describe_last_good()
             raise DivergenceError(f"the validation loss at step {self.step} is {loss}; {good}")
         self.metrics.add(self.step, validation_loss=loss)
+        # exp overflows a float beyond 709; beyond 30 nobody reads the number.
         perplexity = math.exp(min(loss, 30))
         self.report.say(
             f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"

@@ -59,6 +59,7 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    # A view of one zero: the zeros of a large moment take no memory of the host.
     return place(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), leaf.sharding)
 
 
@@ -72,6 +73,7 @@ def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -
         for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     }
     shard_shape = leaf.sharding.shard_shape(leaf.shape)
+    # Equal places are one array: replicas on several devices are read once.
     shards = {key: np.empty(shard_shape, leaf.dtype) for key in indices}
     stacked = len(row.stacked)
     for position in np.ndindex(leaf.shape[:stacked]):
