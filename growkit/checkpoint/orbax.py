@@ -118,7 +118,7 @@ def open_checkpoint(path: Path) -> Source:
         record = _read_record(meta)
         names = _list_arrays(tree)
         arrays = {name: _open_array(path / STATE, name, tree) for name in names}
-        model = read_model(config, path)
+        model = read_model(config, path, lineage if isinstance(lineage, list) else ())
         hashed = _find_hashes(path, meta, arrays)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise GrowkitError(
@@ -345,7 +345,7 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
     config = drop_code_keys(contents.config)[0]
     meta = {"config": config, "lineage": drop_hashes(contents.lineage), "record": record}
-    arrays = collect_leaves(contents, read_config(contents.config))
+    arrays = collect_leaves(contents, read_config(contents.config, contents.lineage))
     path.mkdir()
     hashes, findings = _write_arrays(path / STATE, arrays, progress)
     meta[KEY] = state_hashes(hashes)

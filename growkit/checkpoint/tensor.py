@@ -244,7 +244,7 @@ class Source:
 
         Names are made one by one, so a number in a config.json must not say for how long.
         """
-        model = self.known_model or read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path, self.lineage)
         for row in model.table.rows:
             count = math.prod(row.stacked_sizes(model.sizes))
             # A few missing tensors are named one by one; a million would be a wait and no message.
@@ -267,7 +267,7 @@ class Source:
     @cached_property
     def model(self) -> Architecture:
         """The model that the configuration describes."""
-        model = self.known_model or read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path, self.lineage)
         shapes = {name: tensor.shape for name, tensor in self.tensors["params"].items()}
         return model.measure(shapes) if model.measured else model
 
@@ -340,10 +340,10 @@ class Source:
             )
 
 
-def read_model(config: dict[str, Any], path: Path) -> Architecture:
+def read_model(config: dict[str, Any], path: Path, lineage: Sequence[Any] = ()) -> Architecture:
     """The model that the configuration at `path` describes. Raises GrowkitError naming the path."""
     try:
-        return read_config(config)
+        return read_config(config, lineage)
     except GrowkitError as problem:
         raise type(problem)(f"{path}: {problem}") from None
 

@@ -5,7 +5,7 @@ of the old ones: the mean stays, the variance shrinks by d/d', and the normalise
 exactly zero. Under RMSNorm ('zero-pad') they are zero. Readers do not see them either way.
 head_dim, under rotary positions ('keep-rotary'). The new dimensions are not rotated, keys are zero
 there, and queries make up for the larger root. Both keep the function, and not the training that
-follows.
+follows. New units of a third axis, vocab, are new tokens: see `growkit.growth.vocabulary`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import numpy as np
 from growkit.growth.precision import wide_dtype
 from growkit.models.notation import Axis, Row
 
-# The order matters: a key's new head_dim rows must be zero in the new embed columns too.
-PADDED = ("embed", "head_dim")
+# The order matters: rows of new tokens grow in width as old ones do, and a key's new head_dim rows
+# must be zero in the new embed columns too.
+PADDED = ("vocab", "embed", "head_dim")
 VALUE, MU, NU = 0, 1, 2
 
 # (shape, what) -> random numbers of that shape, for the fill of that name
@@ -34,12 +35,14 @@ class Rule:
 
     scale multiplies the old units. fill says what the new ones hold: 'zero'; 'one', the scale;
     'mean', the mean of the old ones along the axis; 'free', random numbers of the model's initial
-    spread. offset is what the model adds to the parameter: scale and 'one' hold for the sum.
+    spread. offset is what the model adds to the parameter: scale and 'one' hold for the sum. shift
+    is added to a mean.
     """
 
     scale: float
     fill: str
     offset: float = 0.0
+    shift: float = 0.0
 
 
 def rule_along(axis: Axis, row: Row, role: str, moment: int, growth: float, norm: str) -> Rule:
@@ -152,7 +155,8 @@ def fill_new(
     free: makes random numbers for the fill 'free', named `what`.
     """
     if rule.fill == "mean":
-        return xp.broadcast_to(mean, shape)
+        shifted = mean + mean.dtype.type(rule.shift) if rule.shift else mean
+        return xp.broadcast_to(shifted, shape)
     if rule.fill == "free":
         return xp.asarray(free(shape, what), dtype)
     value = rule.scale - rule.offset if rule.fill == "one" else 0.0

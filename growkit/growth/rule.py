@@ -37,6 +37,7 @@ from growkit.growth.padding import (
 )
 from growkit.growth.precision import wide_dtype
 from growkit.growth.shares import narrow, scale_of
+from growkit.growth.vocabulary import rule_of_tokens
 from growkit.models.notation import ATTENTION, Part, Position, Row
 
 if TYPE_CHECKING:
@@ -375,6 +376,8 @@ class PartGrowth:
 
     def _rule(self, place: int, role: str) -> Rule:
         axis, model = self.part.axes[place], self.plan.model
+        if axis.name == "vocab":
+            return rule_of_tokens(self.row, self.moment, self.plan)
         growth = self.plan.pads[axis.name] / model.sizes[axis.name]
         rule = rule_along(axis, self.row, role, self.moment, growth, model.norm)
         return rule if self.by_rule else replace(rule, scale=1.0)

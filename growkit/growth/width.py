@@ -340,9 +340,11 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
     ours, theirs = _list_kept(model), _list_kept(like)
     for name in dict.fromkeys([*ours, *theirs]):
         if ours.get(name) != theirs.get(name):
+            grows = name == "vocab" and like.vocab > model.vocab
+            hint = f"; --vocab {like.vocab} grows it" if grows else ""
             raise UsageError(
                 f"growth keeps {name}: the source has {ours.get(name)}, the target "
-                f"{theirs.get(name)}"
+                f"{theirs.get(name)}{hint}"
             )
     different = set(model.table.rows) ^ set(like.table.rows)
     if different:

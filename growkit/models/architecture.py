@@ -142,8 +142,10 @@ class Architecture:
 
     @property
     def initializer_range(self) -> float:
-        """The standard deviation of new weights; no unit."""
-        return float(self.options["initializer_range"])
+        """The standard deviation of new weights; no unit. transformers' usual one where the
+        configuration states none.
+        """
+        return float(self.options.get("initializer_range", 0.02))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -311,7 +313,8 @@ class Architecture:
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
         for axis, reason in self.family.frozen.items():
-            if axis in self.sizes and sizes[axis] != self.sizes[axis]:
+            # New tokens are no copies; `growkit.growth.vocabulary` rules on them.
+            if axis in self.sizes.keys() - {"vocab"} and sizes[axis] != self.sizes[axis]:
                 raise UsageError(
                     f"{axis} of a {self.family.title} model stays {self.sizes[axis]}: {reason}"
                 )

@@ -90,6 +90,8 @@ class Family:
     # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
     unpadded: str = ""
     no_identity: str = ""
+    # The text of the table file, where it is not one that growkit ships.
+    given: str = ""
 
     def __hash__(self) -> int:
         return hash((self.kind, self.text))

@@ -38,7 +38,8 @@ def average_checkpoints(
         for slot, tensors in last.tensors.items()
     }
     origins = [Origin.of(source) for source in sources]
-    entry = Average(source=origins[-1], averaged=origins, weights=shares)
+    table = last.model.family.given
+    entry = Average(source=origins[-1], averaged=origins, weights=shares, table=table)
     return Contents(
         config=last.config,
         recipes=slots
