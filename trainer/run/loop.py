@@ -263,7 +263,6 @@ class Run:
         settings = self.config.checkpoint
         elapsed = time.monotonic() - self.saved_at
         passed = settings.minutes > 0 and elapsed >= 60 * settings.minutes
-        # Clocks differ between hosts, and all must save at the same step.
         any_passed = self.interrupt.ask(passed)
         return any_passed or self.step % settings.every == 0
 
