@@ -62,6 +62,7 @@ def describe_model(
     _check_scalars(rows, scalars or {}, sizes)
     _check_options(rows, options)
     family = _describe_family(table, sizes, norm, scalars or {}, _explain_unpadded(rows, norm))
+    # rope is empty and not missing: whoever asks for rotary positions finds that there are none.
     values = {"norm_eps": norm_eps, "initializer_range": initializer_range, "rope": {}, **options}
     # A condition that no option answers is refused here, and not at the first growth.
     family.select_rows(values)

@@ -287,6 +287,7 @@ def _begin_in(setup: Setup, directory: RunDirectory) -> Beginning:
 def _begin_stage(setup: Setup, directory: RunDirectory, last: int) -> Beginning:
     """Go on with the model that a run had before or after its growth, or grow it now."""
     assert setup.grown is not None
+    # Sizes tell which stage saved it: growth changes at least one.
     if directory.checkpoints.model(last).sizes == setup.grown.model.sizes:
         return _resume(setup, setup.grown, directory, last)
     # A run that was killed after its growth and before the next checkpoint grows once more.

@@ -183,7 +183,9 @@ class Checkpoints:
             self.manager.delete(step)
         elif is_writer():
             (self.run / REPLACED).mkdir(exist_ok=True)
+            # Renamed and not copied: a step of some gigabytes is out of the way at once.
             (self.directory / str(step)).rename(self.run / REPLACED / str(step))
+        # All must see that it is gone before any asks Orbax to save it again.
         _meet("replace")
         self.manager.reload()
         self.save(step, snapshot)
@@ -197,6 +199,8 @@ class Checkpoints:
         verify: whether what was read must have the hashes on record. Raises DamagedError for what
         is not as it was saved.
         """
+        # Restored straight into the shardings of this run, on another mesh than it was saved from
+        # too.
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_tree(like))
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         items = {
@@ -233,6 +237,7 @@ class Checkpoints:
     def _require_unchanged(self, step: int, meta: Mapping[str, Any], snapshot: Snapshot) -> None:
         """Raise DamagedError where something has another hash than the one on record."""
         hashes = meta.get(HASHES)
+        # A run of an earlier version has no hashes: then there is nothing to compare with.
         if not are_known(hashes):
             return
         arrays = hash_arrays(copy_to_host(snapshot.state))

@@ -76,6 +76,7 @@ def _name(path: Any) -> str:
 
 def _is_first(shard: Any) -> bool:
     """Whether this is the first of the equal copies of a part."""
+    # Replicas hold the same numbers: hashed and copied once.
     return bool(shard.replica_id == 0)
 
 

@@ -50,6 +50,7 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
     tree = jax.tree.map(_zeros, to_tree(like))
     for slot, tensors in source.tensors.items():
         tree[slot] = jax.tree.map(partial(_read, tensors), rows, to_tree(like)[slot])
+    # Adam's count belongs to the moments: without them it begins at 0.
     if "nu" in source.tensors:
         tree["count"] = counter(source.record.get("count", 0))
     if continued:
@@ -76,6 +77,7 @@ def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -
     # Equal places are one array: replicas on several devices are read once.
     shards = {key: np.empty(shard_shape, leaf.dtype) for key in indices}
     stacked = len(row.stacked)
+    # One layer at a time is in memory as a whole, whatever the size of the model.
     for position in np.ndindex(leaf.shape[:stacked]):
         array = tensors[row.name_at(position)].read()
         for key, index in indices.items():

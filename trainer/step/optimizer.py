@@ -101,6 +101,7 @@ def adamw(
     clip = optax.identity()
     if settings.clip:
         clip = clip_by_norm(settings.clip, multipliers.clip)
+    # The decay is not multiplied: it acts on the value, which carries the share already.
     scale = optax.identity()
     if multipliers.learning_rate is not None:
         scale = scale_each(multipliers.learning_rate)
