@@ -353,21 +353,29 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
             f"growth adds no parameter and takes none away: {name} is not the same in the source "
             f"and the target"
         )
-    notes = []
-    if model.rotary != like.rotary:
-        if model.head_dim == like.head_dim:
-            raise UsageError(
-                f"growth keeps how many dimensions of a head are rotated: the source has "
-                f"{model.rotary}, the target {like.rotary}"
-            )
-        notes.append(
-            f"{model.rotary} dimensions of a head stay rotated; the target has {like.rotary}"
+    return _note_rotary(model, like) + _note_context(model, like)
+
+
+def _note_rotary(model: Architecture, like: Architecture) -> list[str]:
+    """A note where the target rotates another number of dimensions of a longer head.
+
+    Raises UsageError where its heads are as long: nothing that grows would explain it.
+    """
+    if model.rotary == like.rotary:
+        return []
+    if model.head_dim == like.head_dim:
+        raise UsageError(
+            f"growth keeps how many dimensions of a head are rotated: the source has "
+            f"{model.rotary}, the target {like.rotary}"
         )
-    if model.context != like.context:
-        notes.append(
-            f"context stays {model.context}; the target's {like.context} is a matter of training"
-        )
-    return notes
+    return [f"{model.rotary} dimensions of a head stay rotated; the target has {like.rotary}"]
+
+
+def _note_context(model: Architecture, like: Architecture) -> list[str]:
+    """A note where the target reads longer or shorter sequences."""
+    if model.context == like.context:
+        return []
+    return [f"context stays {model.context}; the target's {like.context} is a matter of training"]
 
 
 def _list_kept(model: Architecture) -> dict[str, object]:
