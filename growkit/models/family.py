@@ -15,6 +15,8 @@ from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
 from growkit.models.table import Table
 
+# Whether norms subtract the mean (LayerNorm) or not (RMSNorm).
+NORMS = ("layer", "rms")
 # Endings of the names of tensors that are buffers of transformers' decoders, in old files; no
 # parameter's name ends like this.
 BUFFERS = (
