@@ -68,6 +68,7 @@ def _collect_facts(source: Source) -> dict[str, Any]:
 def _format_facts(source: Source) -> str:
     """The same, for a reader at a terminal."""
     from growkit.lineage import Lineage
+    from growkit.models.given import describe_origin
 
     record = source.record.items()
     training = [f"{key} {value}" for key, value in record if not isinstance(value, dict)]
@@ -81,6 +82,8 @@ def _format_facts(source: Source) -> str:
         f"files        {', '.join(sorted(source.files)) or 'none beside the weights'}",
         f"fingerprint  {source.fingerprint[:16]}",
     ]
+    if source.model.family.given:
+        lines.append(f"table        {describe_origin(source.model.family)}")
     lines += [f"note         {note}" for note in source.notes]
     earlier = max(0, len(source.lineage) - MOST_ENTRIES)
     if earlier:

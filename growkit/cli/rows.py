@@ -166,7 +166,7 @@ def format_rows(model: Architecture) -> str:
     """The same for a reader at a terminal, in lines of at most 98 columns where names allow it."""
     found = collect_rows(model)
     width = max(len(axis["axis"]) for axis in found["axes"])
-    lines = [f"table        {found['table']}", "axes"]
+    lines = ["axes"]
     for axis in found["axes"]:
         head = f"  {axis['axis']:<{width}}  {axis['size']:>7}  "
         lines += _wrap(axis["how"], head, " " * len(head))

@@ -81,7 +81,7 @@ def find_given(kind: str, lineage: Sequence[Any] = ()) -> Family | None:
         raise UsageError(f"the table given is for {kinds} models, and this is a {kind!r} model")
     for entry in reversed(lineage):
         text = entry.get(KEY) if isinstance(entry, Mapping) else None
-        family = _parse_stated(text) if isinstance(text, str) else None
+        family = _parse_stated(text) if text and isinstance(text, str) else None
         if family is not None and family.kind == kind:
             return family
     return None
