@@ -55,7 +55,7 @@ class Origin:
 
     @classmethod
     def of(cls, source: Described) -> Origin:
-        """The origin that a model on disk is for what is made from it."""
+        """The origin to record in an output that is made from a model on disk."""
         return cls(str(source.path), source.kind, source.fingerprint, source.record)
 
     @classmethod

@@ -88,13 +88,13 @@ def programs_apart(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def programs_of_patched_code(request):
     """A test that may patch what a step is made of shares no compiled step with other tests."""
-    made = sys.modules.get("trainer.step.update")
-    patched = made is not None and "monkeypatch" in request.fixturenames
+    module = sys.modules.get("trainer.step.update")
+    patched = module is not None and "monkeypatch" in request.fixturenames
     if patched:
-        made.forget_programs()
+        module.forget_programs()
     yield
     if patched:
-        made.forget_programs()
+        module.forget_programs()
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))
 
 
-# What may lie beside a model's weights: text, and bytes that are no text.
+# What may lie beside a model's weights: text, and bytes that are not text.
 BESIDE = {
     "tokenizer.json": b'{"version": "1.0"}',
     "LICENSE": b"free",

@@ -235,7 +235,7 @@ def _chunk(shape: tuple[int, ...]) -> str:
 
 
 def _parse_dtype(name: str) -> np.dtype:
-    """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
+    """The dtype of numbers. Raises ValueError for others: raw bytes are not Python objects."""
     kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
     dtype: np.dtype[Any] = np.dtype(kind)
     if name != "bfloat16" and dtype.kind not in "fiu":

@@ -25,7 +25,7 @@ from growkit.cli.terminal import (
 )
 from growkit.growth.depth import FORM
 from growkit.growth.depth import METHODS as DEPTH_METHODS
-from growkit.growth.plan import MOMENTS, Plan
+from growkit.growth.plan import MOMENT_OPTIONS, Plan
 from growkit.growth.vocabulary import FILLS
 from growkit.growth.width import METHODS as WIDTH_METHODS
 
@@ -72,7 +72,7 @@ add_growing_options = combine_options(
     click.option(
         "--moments",
         default="map",
-        metavar="|".join(MOMENTS),
+        metavar="|".join(MOMENT_OPTIONS),
         help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, or "
         "nu-only (mu zero).",
     ),

@@ -14,7 +14,8 @@ import transformers
 
 from growkit.checkpoint.location import open_source, write_output
 from growkit.derive import proof
-from growkit.derive.assemble import fields_of, list_fields, make_family, row_lines
+from growkit.derive.assemble import fields_of, make_family, row_lines
+from growkit.derive.lists import find_by_layer
 from growkit.derive.network import CONFIG_MAPPING, load, make_config, run, set_plain, wide
 from growkit.derive.options import Sample, find_options, merge
 from growkit.derive.proof import BOUND, depth_gap, identity_map, measure_gap, source_logits
@@ -250,7 +251,7 @@ def find_patterns(variant: Variant) -> tuple[dict[str, tuple[str, ...]], tuple[s
     patterns: dict[str, tuple[str, ...]] = {}
     stated = []
     config_class = CONFIG_MAPPING[variant.kind]
-    for name in list_fields(variant):
+    for name in find_by_layer(variant):
         entries = getattr(config_class(), name, None)
         if not isinstance(entries, list) or follows_others(config_class, name, entries):
             stated += [name] if isinstance(entries, list) else []

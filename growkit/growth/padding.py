@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from growkit.growth.precision import wide_dtype
 from growkit.models.notation import Axis, Row
 
 # The order matters: rows of new tokens grow in width as old ones do, and a key's new head_dim rows
@@ -34,7 +35,7 @@ Free = Callable[[tuple[int, ...], str], Any]
 class Rule:
     """What padding does to one parameter along one axis.
 
-    scale multiplies what is old. fill says what the new units hold: 'zero'; 'one', the scale;
+    scale multiplies the old units. fill says what the new ones hold: 'zero'; 'one', the scale;
     'mean', the mean of the old ones along the axis; 'free', random numbers of the model's initial
     spread. offset is what the model adds to the parameter: scale and 'one' hold for the sum. shift
     is added to a mean.
@@ -119,8 +120,8 @@ def sum_along(array: Any, place: int, xp: Any = np) -> Any:
 
 
 def scale_old(array: Any, rule: Rule, xp: Any = np) -> Any:
-    """What is old, by the rule, in at least float32."""
-    wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    """The old units, multiplied by the rule's scale; in float64 or float32 (see `wide_dtype`)."""
+    wide = array.astype(wide_dtype(array.dtype))
     if rule.scale == 1.0:
         return wide
     return scale_with_offset(wide, xp.asarray(rule.scale, wide.dtype), rule.offset, xp)
@@ -146,8 +147,10 @@ def round_here(result: Any, xp: Any) -> Any:
 def fill_new(
     rule: Rule, shape: tuple[int, ...], mean: Any, free: Free, what: str, dtype: Any, xp: Any = np
 ) -> Any:
-    """What is new, by the rule. mean: of what is old, broadcastable to `shape`, where the rule
-    asks.
+    """The units that padding adds, of `shape` and `dtype`, filled as the rule says.
+
+    mean: of the old units, broadcastable to `shape`; only a rule with the fill 'mean' reads it.
+    free: makes random numbers for the fill 'free', named `what`.
     """
     if rule.fill == "mean":
         shifted = mean + mean.dtype.type(rule.shift) if rule.shift else mean

@@ -22,7 +22,8 @@ from growkit.models.architecture import Architecture
 # No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
 # sum to 1 along vocab. Copies there are another function whatever their shares.
 UNCOPIED = ("head_dim", "vocab")
-MOMENTS = ("map", "copy", "reset", "nu-only")
+# What --moments takes; Plan says what each does.
+MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only")
 # Where a model comes from, for messages about an argument that is none.
 MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
@@ -51,10 +52,10 @@ class Plan:
     vocab_fill: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.moments not in MOMENTS:
-            near = did_you_mean(self.moments, MOMENTS)
+        if self.moments not in MOMENT_OPTIONS:
+            near = did_you_mean(self.moments, MOMENT_OPTIONS)
             raise UsageError(
-                f"--moments is one of {', '.join(MOMENTS)}, got {self.moments!r}{near}"
+                f"--moments is one of {', '.join(MOMENT_OPTIONS)}, got {self.moments!r}{near}"
             )
         if self.vocab_fill not in FILLS:
             near = did_you_mean(self.vocab_fill, FILLS)
@@ -155,9 +156,6 @@ def build_plan(
     sizes |= padded
     if model.coupled and "embed" not in maps and "embed" not in padded:
         sizes["embed"] = sizes[model.heads] * sizes.get("group", 1) * sizes["head_dim"]
-    inserts = "layer" in maps and bool((maps["layer"].share == 0.0).any())
-    if inserts and model.family.no_identity:
-        raise UsageError(f"no layers that add nothing can be inserted: {model.family.no_identity}")
     eps = None
     if "embed" in padded:
         check_paddable(model)
@@ -192,8 +190,6 @@ def _check_possible(
 
 def check_paddable(model: Architecture) -> None:
     """Raise UsageError where padding of embed would change the function."""
-    if model.family.unpadded:
-        raise UsageError(f"embed cannot be padded: {model.family.unpadded}")
     for row in model.table.other_norms:
         raise UsageError(
             f"embed cannot be padded: {row.name} averages over {', '.join(row.averages)} and "

@@ -39,13 +39,11 @@ MAPS = (
     "fresh",
     "proved",
     "constants",
-    "new",
-    "fresh",
     "frozen",
     "scalars",
     "patterns",
 )
-LISTS = ("by_layer", "leading", "numbers", "stated", "uniform", "buffers")
+LISTS = ("by_layer", "leading", "numbers", "other_lists", "stated", "uniform", "buffers")
 
 
 def read_family(text: str) -> Family:
@@ -91,7 +89,7 @@ def split_sections(text: str) -> dict[str, Any]:
         elif line.strip() and not line.startswith("#"):
             name, equals, value = line.partition(" = ")
             if not equals:
-                raise GrowkitError(f"line {number} of a table file is no `name = value`: {line!r}")
+                raise GrowkitError(f"line {number} of a table file is not `name = value`: {line!r}")
             sections[section][name.strip()] = _read_value(value.strip(), number)
     return sections
 

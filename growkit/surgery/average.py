@@ -92,7 +92,7 @@ class WeightedSum:
 def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
     """The weights as shares of their sum.
 
-    Raises UsageError for the wrong number of them and for what is no weight.
+    Raises UsageError for the wrong number of them and for what is not a weight.
     """
     if len(weights) != count:
         raise UsageError(

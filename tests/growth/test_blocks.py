@@ -74,7 +74,8 @@ SIZES = (64, 300, 1000, 5000)
 
 def recipes(plan, dtype="float32"):
     slots = {
-        slot: random_tensors(plan.model, dtype, seed) for seed, slot in enumerate(surgery.MOMENTS)
+        slot: random_tensors(plan.model, dtype, seed)
+        for seed, slot in enumerate(surgery.SLOT_MOMENTS)
     }
     return surgery.prepare_growth(held(plan.model, **slots), plan).recipes
 
