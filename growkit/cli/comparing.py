@@ -68,7 +68,6 @@ def _collect_facts(source: Source) -> dict[str, Any]:
 def _format_facts(source: Source) -> str:
     """The same, for a reader at a terminal."""
     from growkit.lineage import Lineage
-    from growkit.models.given import describe_origin
 
     record = source.record.items()
     training = [f"{key} {value}" for key, value in record if not isinstance(value, dict)]
@@ -82,8 +81,6 @@ def _format_facts(source: Source) -> str:
         f"files        {', '.join(sorted(source.files)) or 'none beside the weights'}",
         f"fingerprint  {source.fingerprint[:16]}",
     ]
-    if source.model.family.given:
-        lines.append(f"table        {describe_origin(source.model.family)}")
     lines += [f"note         {note}" for note in source.notes]
     earlier = max(0, len(source.lineage) - MOST_ENTRIES)
     if earlier:
@@ -279,8 +276,9 @@ def _open_alike(src: str, result: Source) -> Source:
     if used.given != stated:
         wanted = describe_origin(parse_given(stated))
         raise UsageError(
-            f"{result.path} was grown by another table ({wanted}) than the one of --table "
-            f"({describe_origin(used)}); leave --table out: the lineage holds it"
+            f"{result.path} was grown by another table than the one of --table: its own is "
+            f"{wanted}, the one given is {describe_origin(used)}; leave --table out, the lineage "
+            f"holds it"
         )
     with use_family(used):
         return open_source(src)

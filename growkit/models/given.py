@@ -99,4 +99,4 @@ def describe_origin(family: Family) -> str:
     if not family.given:
         return "growkit's own"
     digest = hashlib.sha256(family.given.encode()).hexdigest()
-    return f"given for this model, sha256 {digest[:16]}"
+    return f"not one that growkit ships (sha256 {digest[:16]})"
