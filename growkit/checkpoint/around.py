@@ -9,10 +9,10 @@ when a grown decoder is written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from growkit.checkpoint.tensor import TEXT, TIE, Around, Tensor
+from growkit.checkpoint.tensor import Recipe, Tensor, copy_tensor
 from growkit.errors import GrowkitError, UsageError
 from growkit.models import find_family
 from growkit.models.architecture import Architecture
@@ -20,6 +20,9 @@ from growkit.models.family import Family
 from growkit.models.given import find_given
 from growkit.models.unknown import describe_unknown
 
+# The field of a larger model's config.json that holds its text decoder's, and one that both have.
+TEXT = "text_config"
+TIE = "tie_word_embeddings"
 # (how names of the table begin, how those of files do instead), the likeliest first.
 PLACES = (
     ("model.", "model.language_model."),
@@ -29,6 +32,41 @@ PLACES = (
     ("", ""),
 )
 STAYS = "what feeds the decoder from outside of it is carried along, and has the old width"
+
+
+@dataclass(frozen=True)
+class Around:
+    """What lies around a text decoder.
+
+    config: the whole config.json. family: of the decoder. places: row -> how its names begin in the
+    table and in files. others: every other tensor, by its name in files.
+    """
+
+    config: Mapping[str, Any]
+    family: Family
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def write_config(self, text: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole config.json around a decoder's."""
+        if TEXT not in self.config:
+            return {**self.config, **text, "model_type": self.config["model_type"]}
+        inner = dict(text)
+        if TIE not in self.config[TEXT]:
+            inner.pop(TIE, None)
+        outer = {**self.config, TEXT: inner}
+        return outer | ({TIE: text[TIE]} if TIE in self.config and TIE in text else {})
+
+    def write_recipes(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+        """The decoder's tensors under their names in files, and copies of all others."""
+        named = {self.name_in_files(name): recipe for name, recipe in recipes.items()}
+        return named | {name: copy_tensor(tensor) for name, tensor in self.others.items()}
+
+    def name_in_files(self, name: str) -> str:
+        """What files call a parameter of the table."""
+        row = next(row for row in self.family.rows if row.match(name) is not None)
+        ours, theirs = self.places[row.name]
+        return theirs + name.removeprefix(ours)
 
 
 def find_text(config: Mapping[str, Any], lineage: Sequence[Any] = ()) -> dict[str, Any] | None:

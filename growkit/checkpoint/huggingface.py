@@ -9,11 +9,12 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint import pickled
-from growkit.checkpoint.around import find_text, keep_width, split_tensors
+from growkit.checkpoint.around import Around, find_text, keep_width, split_tensors
 from growkit.checkpoint.carried import (
     Beside,
     drop_code_keys,
@@ -24,12 +25,14 @@ from growkit.checkpoint.carried import (
 from growkit.checkpoint.files import encode_json, read_json
 from growkit.checkpoint.fill import Filled, Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_in_lineage
-from growkit.checkpoint.naming import MASKS, name_tensors
+from growkit.checkpoint.naming import MASKS, Named, name_tensors
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, read_model
 from growkit.checkpoint.unsuited import refuse_config, refuse_file, refuse_packed
 from growkit.errors import GrowkitError
+from growkit.models.architecture import Architecture
+from growkit.models.given import describe_origin
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -40,6 +43,8 @@ SHARD = 5_000_000_000
 JSON_LIMIT = 100_000_000
 # Weights in other formats, which are named where there are no others.
 WEIGHTS = (".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+# Around a text decoder any tensor may hold whole numbers: they are carried along.
+ANY_NAME = ("",)
 # Files that growkit writes itself.
 OWN = ("config.json", LINEAGE)
 
@@ -63,22 +68,12 @@ def open_directory(path: Path) -> Source:
     files = _list_weight_files(path)
     lineage = _read_lineage(path)
     entries = lineage if isinstance(lineage, list) else []
-    text = _find_text(config, entries, path)
-    model = read_model(config if text is None else text, path, entries)
-    tensors = _read_headers(path, files, (*model.buffers, *MASKS) if text is None else ("",))
-    refuse_packed(path, tensors)
-    around = None
-    stated = tensors
-    if text is not None:
-        tensors, around = split_tensors(tensors, model, config)
-        model = keep_width(model, around)
-        config = text
-    named = name_tensors(tensors, model, config, path)
+    named, around, stated = _read_tensors(path, config, entries, files)
     beside = list_beside(path, (*OWN, INDEX, pickled.INDEX, *(file.name for file in files)))
     return Source(
         path=path,
         kind="huggingface",
-        config=config | named.config,
+        config=named.config,
         tensors={"params": named.tensors},
         weights=[*files, path / "config.json"],
         # Hashes are of the tensors here, and not of what is made from them.
@@ -86,11 +81,35 @@ def open_directory(path: Path) -> Source:
         record={},
         read_files=beside.read,
         known_model=named.model,
-        notes=(*named.notes, *dropped, *_note_optimizer(beside), *beside.notes),
+        notes=(
+            *named.notes,
+            *_note_table(named.model),
+            *dropped,
+            *_note_optimizer(beside),
+            *beside.notes,
+        ),
         optimizer=beside.optimizer,
-        hashed=_find_hashes(path, lineage, named.tensors if around is None else stated),
+        hashed=_find_hashes(path, lineage, stated),
         around=around,
     )
+
+
+def _read_tensors(
+    path: Path, config: dict[str, Any], lineage: list[Any], files: list[Path]
+) -> tuple[Named, Around | None, dict[str, Tensor]]:
+    """The tensors by the names of the table, what lies around a decoder, and the tensors by the
+    names that hashes have.
+    """
+    text = _find_text(config, lineage, path)
+    model = read_model(config if text is None else text, path, lineage)
+    tensors = _read_headers(path, files, (*model.buffers, *MASKS) if text is None else ANY_NAME)
+    refuse_packed(path, tensors)
+    if text is None:
+        named = name_tensors(tensors, model, config, path)
+        return replace(named, config=config | named.config), None, named.tensors
+    own, around = split_tensors(tensors, model, config)
+    named = name_tensors(own, keep_width(model, around), text, path)
+    return replace(named, config=text | named.config), around, tensors
 
 
 def _find_text(config: dict[str, Any], lineage: list[Any], path: Path) -> dict[str, Any] | None:
@@ -99,6 +118,13 @@ def _find_text(config: dict[str, Any], lineage: list[Any], path: Path) -> dict[s
         return find_text(config, lineage)
     except GrowkitError as problem:
         raise GrowkitError(f"{path}: {problem}") from None
+
+
+def _note_table(model: Architecture) -> tuple[str, ...]:
+    """A note that the table is none of growkit's own, if it is none."""
+    if not model.family.given:
+        return ()
+    return (f"the table is {describe_origin(model.family)}",)
 
 
 def _note_optimizer(beside: Beside) -> tuple[str, ...]:
@@ -140,6 +166,7 @@ def _list_weight_files(path: Path) -> list[Path]:
     elif (path / INDEX).exists():
         files = _list_shards(path, INDEX)
     else:
+        # Some tools write shards without an index; which tensor is where, the headers say.
         files = sorted(path.glob("*.safetensors")) or _list_pickled(path)
     for file in files:
         require_inside(path, file)
@@ -204,7 +231,12 @@ def _read_file(file: Path, buffers: tuple[str, ...]) -> dict[str, Tensor]:
 def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
     """Raise GrowkitError if the index, where it was used, names a tensor that no shard holds."""
     safe = files[0].suffix == ".safetensors"
-    index = path / (INDEX if safe else pickled.INDEX)
+    index = path / (
+        INDEX
+        # transformers reads the whole file where there is one, and then no index.
+        if safe
+        else pickled.INDEX
+    )
     if files[0].name in (WHOLE, pickled.WHOLE) or not index.exists():
         return
     missing = set(read_json(index)["weight_map"]) - set(tensors)
@@ -233,6 +265,7 @@ def write_directory(
     (path / "config.json").write_bytes(encode_json(drop_code_keys(config)[0]))
     (path / LINEAGE).write_bytes(encode_json(state_in_lineage(contents.lineage, hashes)))
     if len(set(weight_map.values())) > 1:
+        # The index comes last: a directory without it does not load as one of shards.
         total = sum(recipe.size for recipe in recipes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / INDEX).write_bytes(encode_json(index))
@@ -261,6 +294,7 @@ def _split_into_shards(recipes: dict[str, Recipe], limit: int) -> list[list[str]
     shards: list[list[str]] = [[]]
     room = limit
     for name, recipe in recipes.items():
+        # A tensor larger than the limit stands alone: files are never cut within a tensor.
         if shards[-1] and recipe.size > room:
             shards.append([])
             room = limit
@@ -271,6 +305,7 @@ def _split_into_shards(recipes: dict[str, Recipe], limit: int) -> list[list[str]
 
 def _begin_shard(path: Path, recipes: dict[str, Recipe]) -> list[Job]:
     """Reserve the file, write its header, and return the jobs that fill it."""
+    # transformers 4 refuses a file whose metadata does not say which framework wrote it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     offset = 0

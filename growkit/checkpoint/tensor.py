@@ -12,11 +12,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,13 +25,12 @@ from growkit.checkpoint.raw import Span, Stamp, open_span, read_span, read_stamp
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
-from growkit.models.family import Family
 from growkit.models.notation import Row
 
+if TYPE_CHECKING:
+    from growkit.checkpoint.around import Around
+
 SLOTS = ("params", "mu", "nu")
-# The field of a larger model's config.json that holds its text decoder's, and one that both have.
-TEXT = "text_config"
-TIE = "tie_word_embeddings"
 # Bytes of each sample that the fingerprint reads.
 SAMPLE = 4096
 # Tensors of one kind that a configuration may ask for beyond what files hold, before it is refused
@@ -73,6 +72,7 @@ class Tensor:
         """The numbers [start, stop) of the flattened tensor, in C order."""
         row = max(1, math.prod(self.shape[1:]))
         first = start // row
+        # Rounded up: the row in which the last number lies is read too.
         last = -(-stop // row)
         numbers = self.rows(first, last).reshape(-1)
         return numbers[start - first * row : stop - first * row]
@@ -90,6 +90,7 @@ class Tensor:
         """
         count = self.row_count
         step = max(1, limit * count // max(1, self.size))
+        # Whole chunks only: a chunk is decoded whole, so half a chunk would be decoded twice.
         step = max(self.stride, step - step % self.stride)
         for start in range(0, count, step):
             yield start, min(start + step, count)
@@ -179,41 +180,6 @@ def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Around:
-    """What lies around a text decoder.
-
-    config: the whole config.json. family: of the decoder. places: row -> how its names begin in the
-    table and in files. others: every other tensor, by its name in files.
-    """
-
-    config: Mapping[str, Any]
-    family: Family
-    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    others: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def write_config(self, text: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole config.json around a decoder's."""
-        if TEXT not in self.config:
-            return {**self.config, **text, "model_type": self.config["model_type"]}
-        inner = dict(text)
-        if TIE not in self.config[TEXT]:
-            inner.pop(TIE, None)
-        outer = {**self.config, TEXT: inner}
-        return outer | ({TIE: text[TIE]} if TIE in self.config and TIE in text else {})
-
-    def write_recipes(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
-        """The decoder's tensors under their names in files, and copies of all others."""
-        named = {self.name_in_files(name): recipe for name, recipe in recipes.items()}
-        return named | {name: copy_tensor(tensor) for name, tensor in self.others.items()}
-
-    def name_in_files(self, name: str) -> str:
-        """What files call a parameter of the table."""
-        row = next(row for row in self.family.rows if row.match(name) is not None)
-        ours, theirs = self.places[row.name]
-        return theirs + name.removeprefix(ours)
-
-
-@dataclass(frozen=True)
 class Contents:
     """All that an output holds.
 
@@ -290,6 +256,7 @@ class Source:
         model = self.known_model or read_model(self.config, self.path, self.lineage)
         for row in model.table.rows:
             count = math.prod(row.stacked_sizes(model.sizes))
+            # A few missing tensors are named one by one; a million would be a wait and no message.
             if count > MOST_MISSING + len(tensors):
                 axis = max(row.stacked, key=lambda axis: model.sizes[axis.name])
                 raise GrowkitError(
@@ -335,6 +302,7 @@ class Source:
         It identifies a model about as fast as opening it; the full check is `growkit verify`,
         which compares every byte.
         """
+        # Sorted, so that the order of keys in config.json does not make another model.
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for slot, tensors in sorted(self.tensors.items()):
             for name, tensor in sorted(tensors.items()):
@@ -394,6 +362,7 @@ def read_sample(tensor: Tensor) -> bytes:
     span = tensor.span
     if span is None:
         return tensor.read().tobytes()
+    # Three places, because one alone may be the same in two models: zeros, or a frozen part.
     middle = max(0, span.size // 2 - SAMPLE // 2)
     end = max(0, span.size - SAMPLE)
     size = min(SAMPLE, span.size)

@@ -95,13 +95,7 @@ def make_family(
     """
     kinds = kinds_of(variant)
     fields = fields_of(variant)
-    options = {
-        name: found
-        for name, names in OPTIONS.items()
-        if (found := next((n for n in names if n in variant.probe.stated), None))
-        and variant.probe.stated[found] is not None
-    }
-    options |= dict(flags)
+    options = find_option_fields(variant) | dict(flags)
     defaults = variant.once(
         f"defaults {sorted(flags)}",
         lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
@@ -128,11 +122,8 @@ def make_family(
         leading=tuple(name for name in variant.leading if name not in NO_LEADS),
         numbers=find_numbers(variant),
         other_lists=find_others(variant),
-        rules=kinds.rules,
-        settled=kinds.settled,
-        checked=kinds.checked,
-        last=kinds.last,
-        cycles=kinds.cycles,
+        **{name: getattr(kinds, name) for name in ("rules", "settled", "checked")},
+        **{name: getattr(kinds, name) for name in ("last", "cycles")},
         unread=tuple(class_of(variant.config)._keys_to_ignore_on_load_unexpected or ()),
         aliases=variant.once("aliases", lambda: find_aliases(variant)),
         **facts,
@@ -198,6 +189,17 @@ def find_block(whole: Any, part: Any, numbers: tuple[int, ...]) -> str | None:
         return None
     same = [bool((each == part).all()) for each in unit.split(part.shape[0])]
     return f" {same.index(True)}/{count}" if True in same else None
+
+
+def find_option_fields(variant: Variant) -> dict[str, str]:
+    """The configuration field of each of OPTIONS that the configuration states a value of."""
+    stated = variant.probe.stated
+    found = {}
+    for option, names in OPTIONS.items():
+        name = next((name for name in names if name in stated), None)
+        if name is not None and stated[name] is not None:
+            found[option] = name
+    return found
 
 
 def _prefix(text: str) -> str:

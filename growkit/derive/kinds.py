@@ -105,6 +105,21 @@ def find_kinds(
         if rule is not None:
             found.rules[name], defaults = rule
             found.defaults |= defaults
+    add_known(found, stated)
+    found.cycles = tuple(name for name in CYCLES if name in stated)
+    found.defaults |= {name: stated[name] for name in found.cycles}
+    found.last = tuple(name for name in LAST if found.checked and name in stated)
+    if not found.checked:
+        layers = int(fields[layer_field])
+        known = list_known(fields, layers) | ({0} if leading else set())
+        found.checked |= find_ends(drafts, layers, known)
+    return found
+
+
+def add_known(found: Kinds, stated: Mapping[str, Any]) -> None:
+    """Add the rules of fields that several types share: lists of what is not every so-manieth, and
+    rules that no list stands for.
+    """
     if {"mlp_only_layers", "decoder_sparse_step"} <= stated.keys():
         found.rules["mlp_only_layers"] = (
             "layer in mlp_only_layers or (layer + 1) % decoder_sparse_step != 0"
@@ -117,14 +132,6 @@ def find_kinds(
         if names <= stated.keys() and all(stated[name] is not None for name in names):
             found.checked[what] = rule_text
             found.defaults |= {name: stated[name] for name in names}
-    found.cycles = tuple(name for name in CYCLES if name in stated)
-    found.defaults |= {name: stated[name] for name in found.cycles}
-    found.last = tuple(name for name in LAST if found.checked and name in stated)
-    if not found.checked:
-        layers = int(fields[layer_field])
-        known = list_known(fields, layers) | ({0} if leading else set())
-        found.checked |= find_ends(drafts, layers, known)
-    return found
 
 
 def find_ends(drafts: list[Draft], layers: int, known: Collection[int]) -> dict[str, str]:

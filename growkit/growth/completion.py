@@ -102,6 +102,7 @@ def _complete_heads(
 
 def _complete_mlp(model: Architecture, target: dict[str, int], old: Mapping[str, int]) -> list[str]:
     """Keep the ratio of mlp to embed, where mlp can grow to that size."""
+    # Never below the old one, which is there to be copied.
     size = max(old["mlp"], round(old["mlp"] * target["embed"] / old["embed"]))
     problem = find_problem(model, "mlp", size)
     if problem:
