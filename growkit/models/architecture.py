@@ -223,6 +223,7 @@ class Architecture:
                 f"{text!r}"
             )
         axis = found[2] or found[3]
+        # f(old) / f(new) for f(x) = x; a root of it for sqrt(x), the inverse for 1 / f.
         ratio = self.sizes[axis] / grown.sizes[axis]
         if found[2]:
             ratio = math.sqrt(ratio)
@@ -282,6 +283,7 @@ class Architecture:
             resized["head_dim"] = resized["embed"] // heads
         rotary = self.family.rotary
         if rotary and rotary.part and resized["head_dim"] != self.head_dim:
+            # As many dimensions stay rotated, so the part of a longer head is smaller.
             part = keep_rotated(self.rotary, resized["head_dim"])
             options["rope"] = {**self.rope, "partial_rotary_factor": part}
         grown = replace(self, sizes=Frozen(resized), options=Frozen(options))
@@ -362,6 +364,7 @@ class Architecture:
         they are.
         """
         written = dict(base)
+        # What every field would be; below, only those are written that do not say so already.
         complete = self.config(base)
         stated = [*self._size_fields(), *self.family.options.values()]
         # A size written changes the default of another that follows it: head_dim from the heads.
