@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # What `width` alone is told; without any of them --vocab grows the vocabulary alone.
 WIDTHS = ("embed", "heads", "mlp", "head_dim", "axes", "method", "spread")
+# What new tokens' rows of the head are.
+HEADS = ("mean", "measured")
 # Tokens of --check without a number.
 TOKENS = "1024"
 
@@ -67,6 +69,13 @@ add_growing_options = combine_options(
         default="mean",
         metavar="|".join(FILLS),
         help="New tokens' rows of the embedding: the mean of the old ones (default), or zero.",
+    ),
+    click.option(
+        "--vocab-head",
+        default="mean",
+        metavar="|".join(HEADS),
+        help="New tokens' rows of the head: the mean of the old ones (default), or measured: SRC "
+        "is run on some text, and rows are found that hardly move old tokens' loss there.",
     ),
     add_table_option,
     click.option(
@@ -253,9 +262,14 @@ def _plan_and_grow(
     moments = options.pop("moments")
     vocab = options.pop("vocab")
     fill = options.pop("vocab_fill")
+    head = _parse_head(options.pop("vocab_head"))
     output = _parse_output(options)
     source = open_source(src)
     plan = _add_vocabulary(verb, source.model, plan_growth, vocab, fill)
+    if head == "measured":
+        from growkit.cli.measuring import measure_row
+
+        plan = measure_row(source, plan)
     plan = set_options(plan, moments, noise, seed)
     check_writable(parse_path(out), [source], output.force)
     parse_shard_size(output.shard, source.kind)
@@ -264,6 +278,16 @@ def _plan_and_grow(
 
         require_checkable(source, output.tokens)
     grow(source, plan, parse_path(out), output)
+
+
+def _parse_head(text: str) -> str:
+    """What new tokens' rows of the head are. Raises UsageError."""
+    from growkit.errors import UsageError, did_you_mean
+
+    if text not in HEADS:
+        near = did_you_mean(text, HEADS)
+        raise UsageError(f"--vocab-head is one of {', '.join(HEADS)}, got {text!r}{near}")
+    return text
 
 
 def _are_given(names: tuple[str, ...]) -> bool:
