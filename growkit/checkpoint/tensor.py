@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.around import Around
 
 SLOTS = ("params", "mu", "nu")
 # Bytes of each sample that the fingerprint reads.
@@ -182,7 +185,8 @@ class Contents:
 
     config: the content of config.json. recipes: slot -> name in files -> recipe. lineage: one entry
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
-    files: small files beside the weights (tokenizer and the like), by name.
+    files: small files beside the weights (tokenizer and the like), by name. around: what lies
+    around a text decoder.
     """
 
     config: dict[str, Any]
@@ -190,11 +194,14 @@ class Contents:
     lineage: list[dict[str, Any]]
     record: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    around: Around | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(recipe.size for slot in self.recipes.values() for recipe in slot.values())
+        others = self.around.others if self.around else {}
+        carried = sum(tensor.size for tensor in others.values())
+        return carried + sum(r.size for slot in self.recipes.values() for r in slot.values())
 
 
 @dataclass
@@ -206,7 +213,8 @@ class Source:
     file that holds tensor bytes. read_files: reads the small files beside the weights, by name.
     notes: what a user should know of how the files were read, a sentence each. optimizer: what is
     there of an optimizer that growkit does not read. hashed: hashes on record, compared by
-    `require_whole`. stamps: of each weight file when its header was read.
+    `require_whole`. around: what lies around a text decoder. stamps: of each weight file when its
+    header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -224,6 +232,7 @@ class Source:
     notes: tuple[str, ...] = ()
     optimizer: str = ""
     hashed: Hashed | None = None
+    around: Around | None = None
     stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
 

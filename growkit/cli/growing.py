@@ -145,6 +145,14 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     help="Dimensions of a head, as 96; the number of rotated ones stays.",
 )
 @click.option(
+    "--axis",
+    "axes",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="Another axis of the model's table, as moe_intermediate_size=2x or group=4; may be "
+    "repeated.",
+)
+@click.option(
     "--method",
     metavar="|".join(WIDTH_METHODS),
     help="Grow embed by copies (whole multiples) or by padding (any size). Default: copies where "
@@ -154,7 +162,7 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     "--spread",
     default="0",
     metavar="S",
-    help="How uneven the shares of copied heads and mlp units are, from 0 to below 1.",
+    help="How uneven the shares of copied heads, mlp and other units are, from 0 to below 1.",
 )
 @add_growing_options
 def width(
@@ -162,6 +170,7 @@ def width(
     heads: str | None,
     mlp: str | None,
     head_dim: str | None,
+    axes: tuple[str, ...],
     method: str | None,
     spread: str,
     src: str,
@@ -175,13 +184,14 @@ def width(
     from growkit.growth.width import plan_width
 
     share = _parse_number("spread", spread)
+    others = _parse_axes(axes)
 
     only_vocab = options["vocab"] is not None and not _are_given(WIDTHS)
 
     def plan(model: Architecture) -> Plan | None:
         if only_vocab:
             return None
-        return plan_width(model, embed, heads, mlp, head_dim, method, share)
+        return plan_width(model, embed, heads, mlp, head_dim, method, share, others)
 
     _plan_and_grow("width", src, out, plan, options)
 
@@ -323,6 +333,19 @@ def _parse_output(options: dict[str, Any]) -> Output:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     care = parse_care(options)
     return Output(tokens=tokens, care=care, **options)
+
+
+def _parse_axes(texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=SIZE, repeated, as sizes by name. Raises UsageError."""
+    from growkit.errors import UsageError
+
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, size = text.partition("=")
+        if not equals or not name or name in found:
+            raise UsageError(f"--axis takes NAME=SIZE, each name once, as group=2x; got {text!r}")
+        found[name] = size
+    return found
 
 
 def _parse_number(option: str, text: str) -> float:
