@@ -109,7 +109,9 @@ def _read_tensors(
         return replace(named, config=config | named.config), None, named.tensors
     own, around = split_tensors(tensors, model, config)
     named = name_tensors(own, keep_width(model, around), text, path)
-    return replace(named, config=text | named.config), around, tensors
+    note = f"a text decoder; {len(around.others)} tensors around it are carried along as they are"
+    named = replace(named, config=text | named.config, notes=(*named.notes, note))
+    return named, around, tensors
 
 
 def _find_text(config: dict[str, Any], lineage: list[Any], path: Path) -> dict[str, Any] | None:
