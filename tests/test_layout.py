@@ -35,7 +35,7 @@ MOST_STATEMENTS = 30
 FLOORS = {
     "growkit": [
         ["errors"],
-        ["quantity", "textfiles"],
+        ["quantity", "textfiles", "forms"],
         ["models"],
         ["growth", "checkpoint"],
         ["entries"],

@@ -59,6 +59,11 @@ def parse_path(text: str) -> Any:
     return epath.Path(text)
 
 
+def find_real(path: Path) -> Path:
+    """The path without links. One that leads to itself stays as it is; Path.resolve would raise."""
+    return Path(os.path.realpath(path))
+
+
 def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a file for reading; returns the file descriptor.
 
@@ -141,6 +146,15 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
             os.fsync(file)
     finally:
         os.close(file)
+
+
+def holds_nonfinite(value: Any) -> bool:
+    """Whether there is an infinity or NaN anywhere in a value."""
+    if isinstance(value, dict):
+        return any(holds_nonfinite(part) for part in value.values())
+    if isinstance(value, list):
+        return any(holds_nonfinite(part) for part in value)
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def replace_nonfinite(value: Any) -> Any:

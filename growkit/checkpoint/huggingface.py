@@ -19,7 +19,7 @@ from growkit.checkpoint.carried import (
     require_inside,
     select_carried,
 )
-from growkit.checkpoint.files import encode_json, read_json
+from growkit.checkpoint.files import encode_json, holds_nonfinite, read_json
 from growkit.checkpoint.fill import Filled, Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_in_lineage
 from growkit.checkpoint.naming import name_tensors
@@ -73,10 +73,27 @@ def open_directory(path: Path) -> Source:
         record={},
         read_files=beside.read,
         known_model=named.model,
-        notes=(*named.notes, *dropped, *_note_optimizer(beside), *beside.notes),
+        notes=(
+            *named.notes,
+            *dropped,
+            *_note_nonfinite(config),
+            *_note_optimizer(beside),
+            *beside.notes,
+        ),
         optimizer=beside.optimizer,
         hashed=_find_hashes(path, lineage, named.tensors),
     )
+
+
+def _note_nonfinite(config: dict[str, Any]) -> tuple[str, ...]:
+    """A note of fields that JSON has no words for; Python's own reader takes them.
+
+    Those that growth knows are refused when the model is read.
+    """
+    names = [name for name, value in config.items() if holds_nonfinite(value)]
+    if not names:
+        return ()
+    return (f"{', '.join(names)} of config.json: NaN or infinity, kept as it is",)
 
 
 def _note_optimizer(beside: Beside) -> tuple[str, ...]:
@@ -92,7 +109,7 @@ def _note_optimizer(beside: Beside) -> tuple[str, ...]:
 def _read_lineage(path: Path) -> list[Any]:
     """The lineage beside the weights, empty for none."""
     file = path / LINEAGE
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
     require_inside(path, file)
     lineage: list[Any] = read_json(file, JSON_LIMIT)

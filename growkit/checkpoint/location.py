@@ -6,6 +6,7 @@ directory (its last checkpoint), RUN@STEP or RUN@best.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -23,6 +24,7 @@ from growkit.checkpoint.orbax import (
     META,
     is_checkpoint,
     open_checkpoint,
+    read_record,
     write_checkpoint,
 )
 from growkit.checkpoint.output import check_output, commit_output, find_left
@@ -160,8 +162,9 @@ def _is_finished(path: Path) -> bool:
 
 def _read_validation_loss(checkpoint: Path) -> float:
     """The validation loss in nats a token; infinity if it was not measured."""
-    loss = read_json(checkpoint / META / "metadata").get("record", {}).get("validation_loss")
-    return float("inf") if loss is None else float(loss)
+    meta = read_json(checkpoint / META / "metadata")
+    loss = read_record(checkpoint, meta).get("validation_loss")
+    return float("inf") if loss is None or math.isnan(loss) else float(loss)
 
 
 def _download_from_hub(name: str, revision: str | None, hint: str = "") -> Path:

@@ -12,10 +12,10 @@ makes the files that Orbax would make of the same arrays; a test compares the tw
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,12 +26,26 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from growkit.checkpoint.carried import drop_code_keys, require_inside, select_carried
+from growkit.checkpoint.carried import (
+    decode_files,
+    drop_code_keys,
+    encode_files,
+    require_inside,
+    select_carried,
+)
 from growkit.checkpoint.files import read_json
 from growkit.checkpoint.fill import Job, Progress, collect_jobs, create_file, fill
-from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_hashes
+from growkit.checkpoint.hashes import (
+    KEY,
+    Hashed,
+    drop_hashes,
+    find_changed,
+    read_stated,
+    state_hashes,
+)
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.raw import Stamp, read_stamp
+from growkit.checkpoint.safetensors import MOST_DIMENSIONS
 from growkit.checkpoint.store import open_store, read_store
 from growkit.checkpoint.tensor import (
     SLOTS,
@@ -45,6 +59,7 @@ from growkit.checkpoint.tensor import (
     wrap_array,
 )
 from growkit.errors import GrowkitError
+from growkit.forms import COUNTERS, check_record
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Position, Row
@@ -57,7 +72,6 @@ FILES = "files"
 FINISHED = "_CHECKPOINT_METADATA"
 # In buckets, which have no rename, Orbax takes a directory for finished if it holds this file.
 COMMITTED = "commit_success.txt"
-COUNTERS = ("count", "step", "schedule_step")
 # Files of the trainer's own, which stay among its checkpoints.
 TRAINERS = ("history.csv",)
 ORBAX_HANDLERS = "orbax.checkpoint._src.handlers"
@@ -66,6 +80,8 @@ HANDLERS = {
     META: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
     STATE: f"{ORBAX_HANDLERS}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
 }
+# How Zarr version 2 spells dtypes of numbers.
+ZARR_NUMBERS = re.compile(r"[<>|=](f[248]|[iu][1248])")
 # Orbax's number for a key of a dict.
 DICT_KEY = 2
 
@@ -114,11 +130,11 @@ def open_checkpoint(path: Path) -> Source:
     try:
         config, dropped = drop_code_keys(meta["config"])
         lineage = meta.get("lineage", [])
-        record = _read_record(meta)
         names = _list_arrays(tree)
         arrays = {name: _open_array(path / STATE, name, tree) for name in names}
         model = read_model(config, path)
         hashed = _find_hashes(path, meta, arrays)
+        record = read_record(path, meta)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise GrowkitError(
             f"{path} is an Orbax checkpoint, but not one of growkit's trainer"
@@ -138,21 +154,22 @@ def open_checkpoint(path: Path) -> Source:
     )
 
 
-def _read_record(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer's position. Raises ValueError where it is none."""
-    record: dict[str, Any] = dict(meta.get("record", {}).items())
-    counters = [record[name] for name in COUNTERS if name in record]
-    # They are written as int32.
-    if not all(type(value) is int and abs(value) < 1 << 31 for value in counters):
-        raise ValueError
-    return record
+def read_record(path: Path, meta: Any) -> dict[str, Any]:
+    """The trainer's position in a checkpoint's meta. Raises GrowkitError where it is none."""
+    try:
+        return check_record(meta.get("record", {}))
+    except (AttributeError, KeyError, ValueError) as problem:
+        raise GrowkitError(f"{path / META / 'metadata'} holds no position: {problem}") from None
 
 
 def _read_counter(name: str, array: Array, path: Path) -> int:
     """The value of a counter. Raises GrowkitError for an array of several numbers."""
     if array.shape:
         raise GrowkitError(f"{path}: {name} must be one number, and has the shape {array.shape}")
-    return int(array.as_tensor().read())
+    value = int(array.as_tensor().read())
+    if not 0 <= value < 1 << 31:
+        raise GrowkitError(f"{path}: {name} must be a whole number from 0, and is {value}")
+    return value
 
 
 def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> Hashed | None:
@@ -160,7 +177,14 @@ def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Array
     if KEY not in meta:
         return None
     algorithm, known = read_stated(meta[KEY], list(arrays), path / META / "metadata")
-    return Hashed(algorithm, known, lambda name: arrays[name].as_tensor().read_bytes())
+
+    def find_other() -> str | None:
+        files = decode_files(read_json(path / FILES / "metadata")) if "files" in meta[KEY] else {}
+        changed = find_changed(meta[KEY], {}, files, meta)
+        return f"the bytes of {changed}" if changed else None
+
+    read = lambda name: arrays[name].as_tensor().read_bytes()  # noqa: E731
+    return Hashed(algorithm, known, read, find_other)
 
 
 def _list_state_files(state: Path, arrays: Mapping[str, Array]) -> list[Path]:
@@ -203,6 +227,8 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     require_inside(state.parent, state / name / ".zarray")
     header = read_json(state / name / ".zarray")
     shape = tuple(header["shape"])
+    if len(shape) > MOST_DIMENSIONS or not all(type(size) is int for size in shape):
+        raise ValueError(name)
     dtype = _parse_dtype(header["dtype"])
     encoded = header["compressor"] is not None or header["filters"]
     native = header["order"] == "C" and dtype.isnative
@@ -236,11 +262,11 @@ def _chunk(shape: tuple[int, ...]) -> str:
 
 def _parse_dtype(name: str) -> np.dtype:
     """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
-    kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
-    dtype: np.dtype[Any] = np.dtype(kind)
-    if name != "bfloat16" and dtype.kind not in "fiu":
+    if name != "bfloat16" and not ZARR_NUMBERS.fullmatch(name):
         raise ValueError(name)
-    return dtype
+    kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
+    parsed: np.dtype[Any] = np.dtype(kind)
+    return parsed
 
 
 def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
@@ -263,30 +289,6 @@ def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -
         for position in product(*(range(size) for size in units)):
             tensors[row.name_at(position)] = array.as_tensor(position)
     return tensors
-
-
-def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
-    """Small files as JSON: UTF-8 text as text, anything else in base64."""
-    encoded = {}
-    for name, content in files.items():
-        try:
-            encoded[name] = {"text": content.decode()}
-        except UnicodeDecodeError:
-            encoded[name] = {"base64": base64.b64encode(content).decode()}
-    return encoded
-
-
-def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
-    """The inverse of `encode_files`. Raises GrowkitError for a name that leaves its directory."""
-    files = {}
-    for name, entry in encoded.items():
-        if name in ("", ".", "..") or "/" in name:
-            raise GrowkitError(f"the checkpoint carries a file under a name that is none: {name!r}")
-        if "text" in entry:
-            files[name] = entry["text"].encode()
-        else:
-            files[name] = base64.b64decode(entry["base64"], validate=True)
-    return files
 
 
 @dataclass(frozen=True)

@@ -326,13 +326,21 @@ class Source:
 
         Reads every byte, at the speed of memory or of the disk.
         """
-        changed = self.hashed.find_changed(progress) if self.hashed else []
+        if self.hashed is None:
+            return
+        try:
+            changed = self.hashed.find_changed(progress)
+        except GrowkitError as problem:
+            raise GrowkitError(f"{self.path}: {problem}") from None
+        words = self.hashed.find_other()
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            words = f"the bytes of {changed[0]!r}{more}"
+        if words:
             raise GrowkitError(
-                f"{self.path} is damaged: the bytes of {changed[0]!r}{more} are not those that "
-                "were written (another hash than the one on record); take another checkpoint, or "
-                "give --no-verify to use it as it is"
+                f"{self.path} is damaged: {words} are not those that were written (another hash "
+                "than the one on record); take another checkpoint, or give --no-verify to use it "
+                "as it is"
             )
 
 

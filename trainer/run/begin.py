@@ -45,10 +45,11 @@ from trainer.log.trace import Trace
 from trainer.log.writers import Writers
 from trainer.plan.memory import require_state_fit
 from trainer.run.checkpoint import Snapshot, find_last_step
-from trainer.run.damage import DamagedError, go_back
+from trainer.run.damage import DamagedError, Trust, go_back
 from trainer.run.directory import RunDirectory, open_run, read_run
 from trainer.run.growth import grow_config, is_growth_due, plan_growth, select_multipliers
-from trainer.run.state import from_source, new_state
+from trainer.run.soundness import take_state
+from trainer.run.state import new_state
 from trainer.run.tasks import TaskQuestions
 from trainer.step.update import State, abstract_state, check_precision
 
@@ -75,18 +76,6 @@ class Stage:
     def like(self) -> State:
         """The shapes, dtypes and shardings of the training state."""
         return abstract_state(self.config, self.model, self.layout)
-
-
-@dataclass(frozen=True)
-class Trust:
-    """What is asked of the checkpoint that a run resumes.
-
-    verify: whether it must have the hashes on record. from_last_whole: whether to go back to the
-    last whole checkpoint where later ones are damaged.
-    """
-
-    verify: bool = True
-    from_last_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -345,6 +334,7 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
         snapshot = _create_snapshot(stage, setup.data, setup.branch)
         earlier = b""
     else:
+        setup.trust.require_whole(source)
         snapshot = _take_snapshot(stage, source, setup.growth, setup.data, setup.branch)
         earlier = source.files.get(EARLIER, b"")
     directory.history.begin(earlier)
@@ -363,6 +353,7 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
 def _begin_grown(setup: Setup, stage: Stage, directory: RunDirectory, last: int) -> Beginning:
     """Grow the run's last checkpoint, and go on with the grown model at the same step."""
     source = open_source(f"{directory.path}@{last}")
+    setup.trust.require_whole(source)
     _require_same_tokenizer(setup.data, source.files, str(source.path))
     return Beginning(
         setup=setup,
@@ -409,7 +400,7 @@ def _take_snapshot(
     files = {name: content for name, content in taken.files.items() if name != EARLIER}
     tokenizer = {} if "tokenizer.json" in files else data.tokenizer
     return Snapshot(
-        state=from_source(taken, stage.like, config.schedule.continued, step),
+        state=take_state(taken, stage.like, config.schedule.continued, step),
         model_config=model.config(taken.config),
         lineage=before.followed_by(training),
         record=taken.record,
