@@ -22,6 +22,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / ".venv-minimum"
 EXTRAS = ("hf", "eval", "data")
+# Older libraries call what newer ones they are installed beside have since deprecated.
+QUIET = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
 
@@ -64,7 +66,7 @@ def make_environment(place: Path) -> Path:
 def main(words: list[str]) -> int:
     """Run pytest on the words, and return its exit code."""
     python = make_environment(PLACE)
-    run = subprocess.run([python, "-m", "pytest", *words], cwd=ROOT, check=False)
+    run = subprocess.run([python, "-m", "pytest", *QUIET, *words], cwd=ROOT, check=False)
     return run.returncode
 
 

@@ -30,10 +30,11 @@ from growkit.checkpoint.carried import (
     decode_files,
     drop_code_keys,
     encode_files,
+    read_head,
     require_inside,
     select_carried,
 )
-from growkit.checkpoint.files import read_json
+from growkit.checkpoint.files import read_json, refuse_pointer
 from growkit.checkpoint.fill import Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import (
     KEY,
@@ -243,6 +244,8 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
         stamp = read_stamp(chunk)
         found = os.path.getsize(chunk)
     if found != size:
+        if found:
+            refuse_pointer(read_head(chunk), chunk)
         raise GrowkitError(
             f"{chunk} is cut off: an array of {list(shape)} {dtype} takes {size} bytes, "
             f"the file has {found}"

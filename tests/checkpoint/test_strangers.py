@@ -410,7 +410,13 @@ def test_pointers_in_the_place_of_json(place, capsys, name):
     refused(capsys, depth(), f"{name} is a Git LFS pointer")
 
 
-@pytest.mark.parametrize("dtype", ["|O", "|S4", "<M8[s]"])
+def test_a_pointer_in_the_place_of_an_array(place, capsys):
+    chunk = save_checkpoint(place / "ck") / "state" / "mu.embed_in.weight" / "0.0"
+    chunk.write_text(POINTER)
+    refused(capsys, depth("ck"), "mu.embed_in.weight/0.0 is a Git LFS pointer")
+
+
+@pytest.mark.parametrize("dtype", ["|O", "|S4", "<M8[s]", "9" * 5000, "f4,f4", "float128"])
 def test_arrays_of_no_numbers(place, capsys, dtype):
     header = save_checkpoint(place / "ck") / "state" / "mu.embed_in.weight" / ".zarray"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"dtype": dtype}))

@@ -96,6 +96,12 @@ def test_a_small_file_cut_short_is_named(name, data, out):
     assert refuse(data, out).startswith(f"{path} is damaged: it is not JSON; the last checkpoint")
 
 
+def test_a_pointer_of_git_lfs_is_named(data, out):
+    path = checkpoint(out) / "meta" / "metadata"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    assert refuse(data, out).startswith(f"{path} is a Git LFS pointer")
+
+
 @pytest.mark.parametrize("content", ["[5]", "null", '{"validation_loss": "x"}', '"a"'])
 def test_a_small_file_of_another_form_is_named(content, data, out):
     for item in ("files/metadata", "meta/metadata", "metrics/metrics"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from growkit.checkpoint.files import refuse_pointer
 from growkit.errors import UsageError, did_you_mean
 
 _LARGEST_FILE = 1 << 20  # bytes of a configuration
@@ -54,6 +55,7 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
     Raises UsageError for a file or an override that cannot be read.
     """
     text = _read_text(name)
+    refuse_pointer(text.encode(), name)
     try:
         values = _load(text) or {}
     except (yaml.YAMLError, ValueError) as problem:

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from growkit.checkpoint.carried import decode_files
-from growkit.checkpoint.files import is_remote
+from growkit.checkpoint.files import is_remote, refuse_pointer
 from growkit.checkpoint.hashes import find_changed, read_hashes
 from growkit.checkpoint.location import CHECKPOINTS
 from growkit.checkpoint.orbax import FILES, FINISHED, META, STATE, open_checkpoint
@@ -64,11 +64,15 @@ def read_item(checkpoint: Any, item: str) -> Any:
     """A JSON item of a checkpoint. Raises ValueError naming the file where it is damaged."""
     path = checkpoint / item / (METRICS if item == METRICS else "metadata")
     try:
-        content = json.loads(path.read_text())
+        text = path.read_text()
+        refuse_pointer(text.encode(), path)
+        content = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except OSError as problem:
         raise ValueError(f"{path} cannot be read ({problem.strerror})") from None
+    except GrowkitError as problem:
+        raise ValueError(str(problem)) from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is damaged: it is not JSON") from None
     if not _has_form(content, item):
