@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,13 +101,15 @@ class Hashed:
     """Arrays whose hashes are on record.
 
     arrays: name -> hash. read: the bytes of an array by its name, a part at a time. find_other:
-    what differs of all else that has a hash, in words.
+    what differs of all else that has a hash, in words. finish: name -> the hash of what was hashed
+    as it was read, the rest read now.
     """
 
     algorithm: str
     arrays: Mapping[str, str]
     read: Callable[[str], Iterator[Any]]
     find_other: Callable[[], str | None] = lambda: None
+    finish: Mapping[str, Callable[[], str]] = field(default_factory=dict)
 
     def find_changed(self, progress: Callable[[int], None] = lambda done: None) -> list[str]:
         """The arrays whose bytes have another hash than the one on record, sorted.
@@ -117,6 +119,8 @@ class Hashed:
         require_known(self.algorithm)
 
         def has_changed(name: str) -> bool:
+            if name in self.finish:
+                return self.finish[name]() != self.arrays[name]
             hasher = begin_hash(self.algorithm)
             for part in self.read(name):
                 hasher.update(part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,25 @@ from growkit.checkpoint.carried import (
 )
 from growkit.checkpoint.files import encode_json, holds_nonfinite, read_json
 from growkit.checkpoint.fill import Filled, Job, Progress, collect_jobs, create_file, fill
-from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_in_lineage
+from growkit.checkpoint.hashes import (
+    ALGORITHMS,
+    KEY,
+    Hashed,
+    drop_hashes,
+    read_stated,
+    state_in_lineage,
+)
 from growkit.checkpoint.naming import name_tensors
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.safetensors import NAMES, read_header
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, read_model
+from growkit.checkpoint.tensor import (
+    Contents,
+    Recipe,
+    Source,
+    Tensor,
+    hash_when_read,
+    read_model,
+)
 from growkit.errors import GrowkitError
 
 INDEX = "model.safetensors.index.json"
@@ -61,6 +75,7 @@ def open_directory(path: Path) -> Source:
     tensors = _read_headers(path, files, model.buffers)
     named = name_tensors(tensors, model, config, path)
     lineage = _read_lineage(path)
+    hashed = _find_hashes(path, lineage, named.tensors)
     beside = list_beside(path, (*OWN, INDEX, *(file.name for file in files)))
     return Source(
         path=path,
@@ -81,7 +96,7 @@ def open_directory(path: Path) -> Source:
             *beside.notes,
         ),
         optimizer=beside.optimizer,
-        hashed=_find_hashes(path, lineage, named.tensors),
+        hashed=hashed,
     )
 
 
@@ -116,13 +131,24 @@ def _read_lineage(path: Path) -> list[Any]:
     return lineage
 
 
-def _find_hashes(path: Path, lineage: Any, tensors: Mapping[str, Tensor]) -> Hashed | None:
-    """The hashes that the last entry of a lineage states of the tensors here, if it does."""
+def _find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed | None:
+    """The hashes that the last entry of a lineage states of the tensors here, if it does.
+
+    The tensors that have one are hashed from here on as they are read.
+    """
     last = lineage[-1] if isinstance(lineage, list) and lineage else None
     if not isinstance(last, dict) or KEY not in last:
         return None
     algorithm, arrays = read_stated(last[KEY], list(tensors), path / LINEAGE)
-    return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes())
+    if algorithm in ALGORITHMS:
+        tensors |= {name: hash_when_read(tensors[name], algorithm) for name in arrays}
+    spans = {name: tensors[name].span for name in arrays}
+    finish = {
+        name: partial(span.passing.finish, span)
+        for name, span in spans.items()
+        if span and span.passing
+    }
+    return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes(), finish=finish)
 
 
 def _list_weight_files(path: Path) -> list[Path]:

@@ -233,13 +233,10 @@ def write_output(
     """
     care = care or Care()
     check_writable(out, sources, force)
-    if care.verify:
-        for source in sources:
-            source.require_whole()
     if is_remote(out):
         with tempfile.TemporaryDirectory(prefix="growkit-") as directory:
             here = Path(directory) / "out"
-            local = replace(care, sync=False, verify=False)
+            local = replace(care, sync=False)
             findings = write_output(here, kind, contents, sources, False, progress, shard, local)
             upload(here, out, force)
         return findings
@@ -250,6 +247,8 @@ def write_output(
             findings = write_directory(new, contents, progress, shard)
         for source in sources:
             source.check_unchanged()
+            if care.verify:
+                source.require_whole()
         if care.strict and findings:
             raise GrowkitError(f"nothing is written, because of --strict: {findings.describe()}")
     return findings

@@ -15,15 +15,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from growkit.checkpoint.carried import (
@@ -37,6 +36,7 @@ from growkit.checkpoint.carried import (
 from growkit.checkpoint.files import read_json, refuse_pointer
 from growkit.checkpoint.fill import Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import (
+    ALGORITHMS,
     KEY,
     Hashed,
     drop_hashes,
@@ -45,7 +45,7 @@ from growkit.checkpoint.hashes import (
     state_hashes,
 )
 from growkit.checkpoint.numbers import Findings
-from growkit.checkpoint.raw import Stamp, read_stamp
+from growkit.checkpoint.raw import Passing, Stamp, read_stamp
 from growkit.checkpoint.safetensors import MOST_DIMENSIONS
 from growkit.checkpoint.store import open_store, read_store
 from growkit.checkpoint.tensor import (
@@ -59,6 +59,7 @@ from growkit.checkpoint.tensor import (
     read_model,
     wrap_array,
 )
+from growkit.checkpoint.zarr import describe_array, describe_tree, name_chunk, parse_dtype
 from growkit.errors import GrowkitError
 from growkit.forms import COUNTERS, check_record
 from growkit.models import read_config
@@ -81,10 +82,6 @@ HANDLERS = {
     META: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
     STATE: f"{ORBAX_HANDLERS}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
 }
-# How Zarr version 2 spells dtypes of numbers.
-ZARR_NUMBERS = re.compile(r"[<>|=](f[248]|[iu][1248])")
-# Orbax's number for a key of a dict.
-DICT_KEY = 2
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -101,6 +98,7 @@ class Array:
     file: Path | None = None
     store: Any = None
     stamp: Stamp | None = None
+    passing: Passing | None = None
 
     def as_tensor(self, position: Position = ()) -> Tensor:
         """The whole array, or one unit of the stacked axes (a layer); only that unit is read."""
@@ -109,7 +107,7 @@ class Array:
             units = self.shape[: len(position)]
             unit = int(np.ravel_multi_index(position, units)) if position else 0
             offset = unit * math.prod(shape) * self.dtype.itemsize
-            return open_raw(self.file, offset, shape, self.dtype, self.stamp)
+            return open_raw(self.file, offset, shape, self.dtype, self.stamp, self.passing)
         part = self.store[position] if position else self.store
         chunk = self.store.chunk_layout.read_chunk.shape or ()
         # How many rows of this tensor a chunk holds.
@@ -173,8 +171,11 @@ def _read_counter(name: str, array: Array, path: Path) -> int:
     return value
 
 
-def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> Hashed | None:
-    """The hashes on record of the arrays here, if there are any."""
+def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: dict[str, Array]) -> Hashed | None:
+    """The hashes on record of the arrays here, if there are any.
+
+    The arrays that have one are hashed from here on as they are read.
+    """
     if KEY not in meta:
         return None
     algorithm, known = read_stated(meta[KEY], list(arrays), path / META / "metadata")
@@ -184,8 +185,17 @@ def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Array
         changed = find_changed(meta[KEY], {}, files, meta)
         return f"the bytes of {changed}" if changed else None
 
-    read = lambda name: arrays[name].as_tensor().read_bytes()  # noqa: E731
-    return Hashed(algorithm, known, read, find_other)
+    def read(name: str) -> Iterator[memoryview]:
+        return arrays[name].as_tensor().read_bytes()
+
+    finish = {}
+    for name, array in arrays.items():
+        span = array.as_tensor().span
+        if name in known and span and algorithm in ALGORITHMS:
+            passing = Passing(span.offset, span.size, algorithm)
+            arrays[name] = replace(array, passing=passing)
+            finish[name] = partial(passing.finish, span)
+    return Hashed(algorithm, known, read, find_other, finish)
 
 
 def _list_state_files(state: Path, arrays: Mapping[str, Array]) -> list[Path]:
@@ -230,12 +240,12 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     shape = tuple(header["shape"])
     if len(shape) > MOST_DIMENSIONS or not all(type(size) is int for size in shape):
         raise ValueError(name)
-    dtype = _parse_dtype(header["dtype"])
+    dtype = parse_dtype(header["dtype"])
     encoded = header["compressor"] is not None or header["filters"]
     native = header["order"] == "C" and dtype.isnative
     if encoded or not native or tuple(header["chunks"]) != shape:
         return _open_stored(state, name, tree)
-    chunk = state / name / _chunk(shape)
+    chunk = state / name / name_chunk(shape)
     size = math.prod(shape) * dtype.itemsize
     found = 0
     stamp = None
@@ -256,20 +266,6 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
 def _open_stored(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     store = open_store(state, name, tree)
     return Array(tuple(store.shape), store.dtype.numpy_dtype, store=store)
-
-
-def _chunk(shape: tuple[int, ...]) -> str:
-    """The file name of an array's first (or only) chunk in Zarr version 2."""
-    return ".".join("0" for _ in shape) or "0"
-
-
-def _parse_dtype(name: str) -> np.dtype:
-    """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
-    if name != "bfloat16" and not ZARR_NUMBERS.fullmatch(name):
-        raise ValueError(name)
-    kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
-    parsed: np.dtype[Any] = np.dtype(kind)
-    return parsed
 
 
 def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
@@ -379,37 +375,10 @@ def _write_arrays(
         for keys, leaf in arrays.items():
             directory = state / ".".join(keys)
             directory.mkdir()
-            (directory / ".zarray").write_text(json.dumps(_zarr_header(leaf)))
-            file = create_file(directory / _chunk(leaf.shape), leaf.size)
+            (directory / ".zarray").write_text(json.dumps(describe_array(leaf.shape, leaf.dtype)))
+            file = create_file(directory / name_chunk(leaf.shape), leaf.size)
             slot = keys[0] if keys[0] in SLOTS else ""
             jobs.append(Job(slot, ".".join(keys), leaf.recipes, file, 0))
         filled = fill(jobs, progress)
-    (state / "_METADATA").write_text(json.dumps(_tree_metadata(arrays)))
+    (state / "_METADATA").write_text(json.dumps(describe_tree(arrays)))
     return {name: value for (_, name), value in filled.hashes.items()}, filled.findings
-
-
-def _zarr_header(leaf: Leaf) -> dict[str, Any]:
-    return {
-        "chunks": leaf.shape,
-        "compressor": None,
-        "dimension_separator": ".",
-        "dtype": "bfloat16" if leaf.dtype == ml_dtypes.bfloat16 else leaf.dtype.str,
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-        "shape": leaf.shape,
-        "zarr_format": 2,
-    }
-
-
-def _tree_metadata(arrays: Mapping[tuple[str, ...], Leaf]) -> dict[str, Any]:
-    """The metadata that Orbax's handler of trees writes for nested dicts of numpy arrays."""
-    tree = {
-        str(keys): {
-            "key_metadata": [{"key": key, "key_type": DICT_KEY} for key in keys],
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
-        }
-        for keys in sorted(arrays)
-    }
-    options = {"use_ocdbt": False, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
-    return {"tree_metadata": tree, **options, "custom_metadata": None}

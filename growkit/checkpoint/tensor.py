@@ -21,7 +21,15 @@ from typing import Any
 import numpy as np
 
 from growkit.checkpoint.hashes import Hashed
-from growkit.checkpoint.raw import Span, Stamp, open_span, read_span, read_stamp, say_changed
+from growkit.checkpoint.raw import (
+    Passing,
+    Span,
+    Stamp,
+    open_span,
+    read_span,
+    read_stamp,
+    say_changed,
+)
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
@@ -324,7 +332,7 @@ class Source:
     def require_whole(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Raise GrowkitError if an array has another hash than the one on record.
 
-        Reads every byte, at the speed of memory or of the disk.
+        Reads what was not read before in the order of the file; after all was, nothing.
         """
         if self.hashed is None:
             return
@@ -366,10 +374,15 @@ def read_sample(tensor: Tensor) -> bytes:
 
 
 def open_raw(
-    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, stamp: Stamp | None = None
+    path: Path,
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    stamp: Stamp | None = None,
+    passing: Passing | None = None,
 ) -> Tensor:
     """The tensor whose raw bytes begin at `offset` of a file."""
-    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp)
+    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp, passing)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -378,3 +391,12 @@ def open_raw(
         return read_span(part, part_shape, dtype)
 
     return Tensor(tuple(shape), dtype, rows, span)
+
+
+def hash_when_read(tensor: Tensor, algorithm: str) -> Tensor:
+    """The tensor, hashed from here on as it is read; the same one where it is not raw bytes."""
+    span = tensor.span
+    if span is None:
+        return tensor
+    passing = Passing(span.offset, span.size, algorithm)
+    return open_raw(span.path, span.offset, tensor.shape, tensor.dtype, span.stamp, passing)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from etils import epath
@@ -334,8 +334,7 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
         snapshot = _create_snapshot(stage, setup.data, setup.branch)
         earlier = b""
     else:
-        setup.trust.require_whole(source)
-        snapshot = _take_snapshot(stage, source, setup.growth, setup.data, setup.branch)
+        snapshot = _take_snapshot(setup, stage, source, setup.growth)
         earlier = source.files.get(EARLIER, b"")
     directory.history.begin(earlier)
     return Beginning(
@@ -353,14 +352,13 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
 def _begin_grown(setup: Setup, stage: Stage, directory: RunDirectory, last: int) -> Beginning:
     """Grow the run's last checkpoint, and go on with the grown model at the same step."""
     source = open_source(f"{directory.path}@{last}")
-    setup.trust.require_whole(source)
     _require_same_tokenizer(setup.data, source.files, str(source.path))
     return Beginning(
         setup=setup,
         stage=stage,
         directory=directory,
         step=last,
-        snapshot=_take_snapshot(stage, source, setup.later_growth, setup.data, step=last),
+        snapshot=_take_snapshot(setup, stage, source, setup.later_growth, last),
         resumed=False,
         grows=False,
         source_record=source.record,
@@ -381,26 +379,28 @@ def _create_snapshot(stage: Stage, data: Corpus, branch: Branch | None) -> Snaps
 
 
 def _take_snapshot(
-    stage: Stage,
-    source: Source,
-    growth: Plan | None,
-    data: Corpus,
-    branch: Branch | None = None,
-    step: int = 0,
+    setup: Setup, stage: Stage, source: Source, growth: Plan | None, step: int = 0
 ) -> Snapshot:
-    """What a model on disk starts from, grown first where there is a growth."""
+    """What a model on disk starts from, grown first where there is a growth.
+
+    step: the run's, 0 unless it grows on the way.
+    """
     taken = open_grown(source, growth) if growth else source
     config = stage.config
     model = stage.model
     before = Lineage.read(taken.lineage)
     applied = select_multipliers(config.optimizer.multipliers, before, model) is not None
     training = Training(
-        source=Origin.of(source), multipliers=applied, config=config.to_dict(), branch=branch
+        source=Origin.of(source),
+        multipliers=applied,
+        config=config.to_dict(),
+        branch=None if step else setup.branch,
     )
+    check = partial(setup.trust.require_whole, source)
     files = {name: content for name, content in taken.files.items() if name != EARLIER}
-    tokenizer = {} if "tokenizer.json" in files else data.tokenizer
+    tokenizer = {} if "tokenizer.json" in files else setup.data.tokenizer
     return Snapshot(
-        state=take_state(taken, stage.like, config.schedule.continued, step),
+        state=take_state(taken, stage.like, config.schedule.continued, step, check),
         model_config=model.config(taken.config),
         lineage=before.followed_by(training),
         record=taken.record,

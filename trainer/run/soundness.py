@@ -7,6 +7,8 @@ all of them refuse what one has found.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -18,13 +20,17 @@ from trainer.run.state import from_source, to_tree
 from trainer.step.update import State
 
 
-def take_state(source: Source, like: State, continued: bool, step: int) -> State:
+def take_state(
+    source: Source, like: State, continued: bool, step: int, check: Callable[[], None]
+) -> State:
     """The state that begins with a model on disk; see `from_source`.
 
-    Raises GrowkitError for numbers that no training can begin with.
+    check: called when all of it is read, to compare hashes that were made meanwhile. Raises
+    GrowkitError for numbers that no training can begin with.
     """
     findings = Findings()
     state = from_source(source, like, continued, step, findings)
+    check()
     wrong = describe_findings(findings)
     if wrong:
         raise GrowkitError(f"{source.path} cannot be trained on: {wrong}; take another model")
