@@ -30,6 +30,7 @@ from growkit.checkpoint.orbax import (
 from growkit.checkpoint.output import check_output, commit_output, find_left
 from growkit.checkpoint.remote import check_free, download, explain_failures, upload
 from growkit.checkpoint.tensor import Contents, Source
+from growkit.checkpoint.unsuited import refuse_file
 from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
 
 # The directory of a run that holds its checkpoints, one directory for each step.
@@ -51,6 +52,8 @@ def open_source(text: str) -> Source:
     elif is_directory(here):
         source = open_directory(here)
     else:
+        if not is_remote(here):
+            refuse_file(here)
         raise GrowkitError(
             f"{path} is not a model: it has neither config.json (a Hugging Face directory) nor "
             f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
@@ -72,7 +75,9 @@ def locate(text: str) -> Any:
     if path.is_dir():
         return _enter_run(path)
     if path.exists():
+        refuse_file(path)
         raise UsageError(f"{text} is a file; name the directory that holds the model")
+    # From the right, because a directory's name may hold an @.
     name, _, at = text.rpartition("@")
     run = Path(os.path.expanduser(name))
     if name and (run / CHECKPOINTS).is_dir():
@@ -236,6 +241,8 @@ def write_output(
     if is_remote(out):
         with tempfile.TemporaryDirectory(prefix="growkit-") as directory:
             here = Path(directory) / "out"
+            # A temporary directory need not survive a power cut, and the sources were verified
+            # above.
             local = replace(care, sync=False)
             findings = write_output(here, kind, contents, sources, False, progress, shard, local)
             upload(here, out, force)
@@ -245,6 +252,7 @@ def write_output(
             findings = write_checkpoint(new, contents, progress)
         else:
             findings = write_directory(new, contents, progress, shard)
+        # After the last byte was read and before the output has its name.
         for source in sources:
             source.check_unchanged()
             if care.verify:

@@ -20,6 +20,7 @@ import numpy as np
 from growkit.checkpoint.files import LFS_POINTER, open_regular
 from growkit.checkpoint.raw import Stamp, stamp_of
 from growkit.checkpoint.tensor import Tensor, open_raw
+from growkit.checkpoint.unsuited import say_quantised
 from growkit.errors import GrowkitError
 
 DTYPES = {
@@ -28,14 +29,15 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Integers and booleans occur in the buffers of old checkpoints only, which are not read.
+# Integers and booleans occur in buffers alone: of old checkpoints, which are not read, or around a
+# text decoder, which are carried along.
 BUFFER_DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
+NAMES = {dtype: name for name, dtype in (DTYPES | BUFFER_DTYPES).items()}
 # More than any array library has. A product of thousands of sizes has thousands of digits.
 MOST_DIMENSIONS = 64
 # The library's own limit, in bytes.
@@ -56,6 +58,7 @@ def read_header(path: Path, buffers: tuple[str, ...] = ()) -> dict[str, Tensor]:
             raise GrowkitError(
                 f"{path} is a Git LFS pointer, not the weights; `git lfs pull` fetches them"
             )
+        # Little-endian on every machine, as the format says.
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(HEADER_LIMIT, total - 8):
             raise GrowkitError(
@@ -71,9 +74,10 @@ def read_header(path: Path, buffers: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
-    """The entries of a header by name. Raises GrowkitError for what is no header."""
+    """The entries of a header by name. Raises GrowkitError for what is not a header."""
     garbled = f"{path} has a garbled safetensors header"
     try:
+        # json would keep the last of two entries of one name and say nothing.
         header = json.loads(text.decode(), object_pairs_hook=_refuse_twice)
     except _Twice as problem:
         raise GrowkitError(f"{garbled}: it holds {problem.args[0]!r} twice") from None
@@ -118,6 +122,8 @@ class _Data:
             dtype = BUFFER_DTYPES.get(kind)
         if dtype is None:
             known = ", ".join(DTYPES)
+            if kind.startswith(("F8", "F4", "F6")):
+                raise say_quantised(self.path, kind)
             raise GrowkitError(
                 f"{self.path}: the tensor {name!r} has dtype {kind}, and growkit reads {known}"
             )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.around import Around
 
 SLOTS = ("params", "mu", "nu")
 # Bytes of each sample that the fingerprint reads.
@@ -77,6 +80,7 @@ class Tensor:
         """The numbers [start, stop) of the flattened tensor, in C order."""
         row = max(1, math.prod(self.shape[1:]))
         first = start // row
+        # Rounded up: the row in which the last number lies is read too.
         last = -(-stop // row)
         numbers = self.rows(first, last).reshape(-1)
         return numbers[start - first * row : stop - first * row]
@@ -94,6 +98,7 @@ class Tensor:
         """
         count = self.row_count
         step = max(1, limit * count // max(1, self.size))
+        # Whole chunks only: a chunk is decoded whole, so half a chunk would be decoded twice.
         step = max(self.stride, step - step % self.stride)
         for start in range(0, count, step):
             yield start, min(start + step, count)
@@ -188,7 +193,8 @@ class Contents:
 
     config: the content of config.json. recipes: slot -> name in files -> recipe. lineage: one entry
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
-    files: small files beside the weights (tokenizer and the like), by name.
+    files: small files beside the weights (tokenizer and the like), by name. around: what lies
+    around a text decoder.
     """
 
     config: dict[str, Any]
@@ -196,11 +202,14 @@ class Contents:
     lineage: list[dict[str, Any]]
     record: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    around: Around | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(recipe.size for slot in self.recipes.values() for recipe in slot.values())
+        others = self.around.others if self.around else {}
+        carried = sum(tensor.size for tensor in others.values())
+        return carried + sum(r.size for slot in self.recipes.values() for r in slot.values())
 
 
 @dataclass
@@ -212,7 +221,8 @@ class Source:
     file that holds tensor bytes. read_files: reads the small files beside the weights, by name.
     notes: what a user should know of how the files were read, a sentence each. optimizer: what is
     there of an optimizer that growkit does not read. hashed: hashes on record, compared by
-    `require_whole`. stamps: of each weight file when its header was read.
+    `require_whole`. around: what lies around a text decoder. stamps: of each weight file when its
+    header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -230,6 +240,7 @@ class Source:
     notes: tuple[str, ...] = ()
     optimizer: str = ""
     hashed: Hashed | None = None
+    around: Around | None = None
     stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
 
@@ -250,9 +261,10 @@ class Source:
 
         Names are made one by one, so a number in a config.json must not say for how long.
         """
-        model = self.known_model or read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path, self.lineage)
         for row in model.table.rows:
             count = math.prod(row.stacked_sizes(model.sizes))
+            # A few missing tensors are named one by one; a million would be a wait and no message.
             if count > MOST_MISSING + len(tensors):
                 axis = max(row.stacked, key=lambda axis: model.sizes[axis.name])
                 raise GrowkitError(
@@ -272,7 +284,7 @@ class Source:
     @cached_property
     def model(self) -> Architecture:
         """The model that the configuration describes."""
-        model = self.known_model or read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path, self.lineage)
         shapes = {name: tensor.shape for name, tensor in self.tensors["params"].items()}
         return model.measure(shapes) if model.measured else model
 
@@ -298,6 +310,7 @@ class Source:
         It identifies a model about as fast as opening it; the full check is `growkit verify`,
         which compares every byte.
         """
+        # Sorted, so that the order of keys in config.json does not make another model.
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for slot, tensors in sorted(self.tensors.items()):
             for name, tensor in sorted(tensors.items()):
@@ -352,10 +365,10 @@ class Source:
             )
 
 
-def read_model(config: dict[str, Any], path: Path) -> Architecture:
+def read_model(config: dict[str, Any], path: Path, lineage: Sequence[Any] = ()) -> Architecture:
     """The model that the configuration at `path` describes. Raises GrowkitError naming the path."""
     try:
-        return read_config(config)
+        return read_config(config, lineage)
     except GrowkitError as problem:
         raise type(problem)(f"{path}: {problem}") from None
 
@@ -365,6 +378,7 @@ def read_sample(tensor: Tensor) -> bytes:
     span = tensor.span
     if span is None:
         return tensor.read().tobytes()
+    # Three places, because one alone may be the same in two models: zeros, or a frozen part.
     middle = max(0, span.size // 2 - SAMPLE // 2)
     end = max(0, span.size - SAMPLE)
     size = min(SAMPLE, span.size)

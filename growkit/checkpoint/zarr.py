@@ -21,7 +21,7 @@ def name_chunk(shape: tuple[int, ...]) -> str:
 
 
 def parse_dtype(name: str) -> np.dtype:
-    """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
+    """The dtype of numbers. Raises ValueError for others: raw bytes are not Python objects."""
     if name != "bfloat16" and not ZARR_NUMBERS.fullmatch(name):
         raise ValueError(name)
     kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from growkit.cli.description import describe, summarize
-from growkit.cli.options import combine_options
+from growkit.cli.options import add_table_option, combine_options
 from growkit.cli.target import read_target
 from growkit.cli.terminal import (
     add_care_options,
@@ -24,7 +25,8 @@ from growkit.cli.terminal import (
 )
 from growkit.growth.depth import FORM
 from growkit.growth.depth import METHODS as DEPTH_METHODS
-from growkit.growth.plan import MOMENTS, Plan
+from growkit.growth.plan import MOMENT_OPTIONS, Plan
+from growkit.growth.vocabulary import FILLS
 from growkit.growth.width import METHODS as WIDTH_METHODS
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from growkit.cli.checking import GrowthCheck
     from growkit.models.architecture import Architecture
 
+# What `width` alone is told; without any of them --vocab grows the vocabulary alone.
+WIDTHS = ("embed", "heads", "mlp", "head_dim", "axes", "method", "spread")
+# What new tokens' rows of the head are.
+HEADS = ("mean", "measured")
 # Tokens of --check without a number.
 TOKENS = "1024"
 
@@ -53,9 +59,29 @@ add_growing_options = combine_options(
     click.argument("src"),
     click.argument("out"),
     click.option(
+        "--vocab",
+        metavar="SIZE",
+        help="Tokens of the vocabulary, as 128256, +64, or x128 for the next multiple of 128. Ids "
+        "and tokenizer stay.",
+    ),
+    click.option(
+        "--vocab-fill",
+        default="mean",
+        metavar="|".join(FILLS),
+        help="New tokens' rows of the embedding: the mean of the old ones (default), or zero.",
+    ),
+    click.option(
+        "--vocab-head",
+        default="mean",
+        metavar="|".join(HEADS),
+        help="New tokens' rows of the head: the mean of the old ones (default), or measured: SRC "
+        "is run on some text, and rows are found that hardly move old tokens' loss there.",
+    ),
+    add_table_option,
+    click.option(
         "--moments",
         default="map",
-        metavar="|".join(MOMENTS),
+        metavar="|".join(MOMENT_OPTIONS),
         help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, or "
         "nu-only (mu zero).",
     ),
@@ -106,7 +132,7 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     """
     from growkit.growth.depth import plan_depth
 
-    _plan_and_grow(src, out, lambda model: plan_depth(model, layers, method), options)
+    _plan_and_grow("depth", src, out, lambda model: plan_depth(model, layers, method), options)
 
 
 @click.command(cls=Growing)
@@ -119,6 +145,14 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     help="Dimensions of a head, as 96; the number of rotated ones stays.",
 )
 @click.option(
+    "--axis",
+    "axes",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="Another axis of the model's table, as moe_intermediate_size=2x or group=4; may be "
+    "repeated.",
+)
+@click.option(
     "--method",
     metavar="|".join(WIDTH_METHODS),
     help="Grow embed by copies (whole multiples) or by padding (any size). Default: copies where "
@@ -128,7 +162,7 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     "--spread",
     default="0",
     metavar="S",
-    help="How uneven the shares of copied heads and mlp units are, from 0 to below 1.",
+    help="How uneven the shares of copied heads, mlp and other units are, from 0 to below 1.",
 )
 @add_growing_options
 def width(
@@ -136,6 +170,7 @@ def width(
     heads: str | None,
     mlp: str | None,
     head_dim: str | None,
+    axes: tuple[str, ...],
     method: str | None,
     spread: str,
     src: str,
@@ -149,11 +184,16 @@ def width(
     from growkit.growth.width import plan_width
 
     share = _parse_number("spread", spread)
+    others = _parse_axes(axes)
 
-    def plan(model: Architecture) -> Plan:
-        return plan_width(model, embed, heads, mlp, head_dim, method, share)
+    only_vocab = options["vocab"] is not None and not _are_given(WIDTHS)
 
-    _plan_and_grow(src, out, plan, options)
+    def plan(model: Architecture) -> Plan | None:
+        if only_vocab:
+            return None
+        return plan_width(model, embed, heads, mlp, head_dim, method, share, others)
+
+    _plan_and_grow("width", src, out, plan, options)
 
 
 @click.command("grow", cls=Growing)
@@ -168,12 +208,22 @@ def grow_like(like: str, src: str, out: str, **options: Any) -> None:
     """Grow SRC into OUT with the sizes of another model: every axis that differs, in one pass.
 
     Layers are replicated; width is copied where copies are exact and padded elsewhere. What growth
-    cannot change (context, how many dimensions are rotated) stays SRC's. Vocabulary, a tied head
-    and the kind of residual must be the same in both.
+    cannot change (context, how many dimensions are rotated) stays SRC's. A tied head and the kind
+    of residual must be the same in both, and so must the vocabulary, unless --vocab says it.
     """
     from growkit.growth.width import plan_like
 
-    _plan_and_grow(src, out, lambda model: plan_like(model, read_target(like, model)), options)
+    vocab = options["vocab"]
+
+    def plan(model: Architecture) -> Plan | None:
+        target = read_target(like, model)
+        if vocab is None:
+            return plan_like(model, target)
+        # The vocabulary is the option's.
+        target = target.resize({**target.sizes, "vocab": model.vocab})
+        return None if target.sizes == model.sizes else plan_like(model, target)
+
+    _plan_and_grow("grow", src, out, plan, options)
 
 
 @dataclass(frozen=True)
@@ -192,11 +242,16 @@ class Output:
 
 
 def _plan_and_grow(
-    src: str, out: str, plan_growth: Callable[[Architecture], Plan], options: dict[str, Any]
+    verb: str,
+    src: str,
+    out: str,
+    plan_growth: Callable[[Architecture], Plan | None],
+    options: dict[str, Any],
 ) -> None:
     """Open the source and plan its growth; refuse what cannot work; then grow.
 
-    options: the values of `add_growing_options`, by name.
+    plan_growth: the plan of all but the vocabulary; None where nothing else grows. options: the
+    values of `add_growing_options`, by name.
     """
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import check_writable, open_source
@@ -205,9 +260,17 @@ def _plan_and_grow(
     noise = _parse_number("noise", options.pop("noise"))
     seed = _parse_whole("seed", options.pop("seed"))
     moments = options.pop("moments")
+    vocab = options.pop("vocab")
+    fill = options.pop("vocab_fill")
+    head = _parse_head(options.pop("vocab_head"))
     output = _parse_output(options)
     source = open_source(src)
-    plan = set_options(plan_growth(source.model), moments, noise, seed)
+    plan = _add_vocabulary(verb, source.model, plan_growth, vocab, fill)
+    if head == "measured":
+        from growkit.cli.measuring import measure_row
+
+        plan = measure_row(source, plan)
+    plan = set_options(plan, moments, noise, seed)
     check_writable(parse_path(out), [source], output.force)
     parse_shard_size(output.shard, source.kind)
     if output.tokens is not None:
@@ -215,6 +278,49 @@ def _plan_and_grow(
 
         require_checkable(source, output.tokens)
     grow(source, plan, parse_path(out), output)
+
+
+def _parse_head(text: str) -> str:
+    """What new tokens' rows of the head are. Raises UsageError."""
+    from growkit.errors import UsageError, did_you_mean
+
+    if text not in HEADS:
+        near = did_you_mean(text, HEADS)
+        raise UsageError(f"--vocab-head is one of {', '.join(HEADS)}, got {text!r}{near}")
+    return text
+
+
+def _are_given(names: tuple[str, ...]) -> bool:
+    """Whether the user gave one of these options."""
+    find_origin = click.get_current_context().get_parameter_source
+    return any(find_origin(name) is ParameterSource.COMMANDLINE for name in names)
+
+
+def _add_vocabulary(
+    verb: str,
+    model: Architecture,
+    plan_growth: Callable[[Architecture], Plan | None],
+    vocab: str | None,
+    fill: str,
+) -> Plan:
+    """The plan of a verb with that of --vocab, where it is given. Raises UsageError."""
+    from dataclasses import replace
+
+    from growkit.errors import UsageError
+    from growkit.growth.plan import combine_plans
+    from growkit.growth.vocabulary import parse_vocabulary, plan_vocabulary
+
+    if vocab is None and fill != "mean":
+        raise UsageError("--vocab-fill says what new tokens hold, and goes with --vocab")
+    plan = plan_growth(model)
+    if vocab is None:
+        assert plan is not None, "without --vocab a verb makes a plan or refuses"
+        return plan
+    if plan is not None and parse_vocabulary(vocab, model.vocab) == model.vocab:
+        note = f"the vocabulary stays: --vocab {vocab} is the source's {model.vocab}"
+        return replace(plan, notes=(*plan.notes, note))
+    tokens = plan_vocabulary(model, vocab, fill)
+    return combine_plans(verb, [tokens] if plan is None else [plan, tokens], model)
 
 
 def _parse_output(options: dict[str, Any]) -> Output:
@@ -227,6 +333,19 @@ def _parse_output(options: dict[str, Any]) -> Output:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     care = parse_care(options)
     return Output(tokens=tokens, care=care, **options)
+
+
+def _parse_axes(texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=SIZE, repeated, as sizes by name. Raises UsageError."""
+    from growkit.errors import UsageError
+
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, size = text.partition("=")
+        if not equals or not name or name in found:
+            raise UsageError(f"--axis takes NAME=SIZE, each name once, as group=2x; got {text!r}")
+        found[name] = size
+    return found
 
 
 def _parse_number(option: str, text: str) -> float:

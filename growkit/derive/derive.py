@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import transformers
 
-from growkit import models
 from growkit.checkpoint.location import open_source, write_output
 from growkit.derive import proof
-from growkit.derive.assemble import fields_of, list_fields, make_family, row_lines
+from growkit.derive.assemble import fields_of, kinds_of, make_family, row_lines
+from growkit.derive.lists import find_by_layer
 from growkit.derive.network import CONFIG_MAPPING, load, make_config, run, set_plain, wide
 from growkit.derive.options import Sample, find_options, merge
 from growkit.derive.proof import BOUND, depth_gap, identity_map, measure_gap, source_logits
@@ -26,6 +26,7 @@ from growkit.derive.workings import Workings, pooled, work_out
 from growkit.growth.axes import make_map, tile
 from growkit.growth.plan import build_plan
 from growkit.models.family import Family
+from growkit.models.given import use_family
 from growkit.surgery.grow import prepare_growth
 
 INVERSE = {
@@ -198,6 +199,8 @@ def no_identity(work: Workings) -> str:
     """Why no layers that add nothing can be inserted; empty where they can."""
     if work.gaps.get("identity", 1.0) < BOUND:
         return ""
+    if "must keep their kind" in work.problems.get("identity", ""):
+        return "layers would not keep their kinds in the places that it gives them"
     if any(problem.startswith("nothing silences") for problem in work.variant.problems):
         return "no parameters of a layer make it add nothing"
     return "a layer that adds nothing changes what the others compute"
@@ -225,7 +228,7 @@ def holds(family: Family, variant: Variant, work: Workings) -> bool:
             return False
         layers = variant.names.layers
         if "layer" not in work.frozen:
-            index = sorted([*range(layers), 0, layers - 1])
+            index = work.copies[0]
             if depth_gap(family, variant, index)[0] > BOUND:
                 return False
         if work.gaps.get("identity", 1.0) > BOUND or "layer" in work.frozen:
@@ -250,7 +253,9 @@ def find_patterns(variant: Variant) -> tuple[dict[str, tuple[str, ...]], tuple[s
     patterns: dict[str, tuple[str, ...]] = {}
     stated = []
     config_class = CONFIG_MAPPING[variant.kind]
-    for name in list_fields(variant):
+    for name in find_by_layer(variant):
+        if name in (*kinds_of(variant).rules, *kinds_of(variant).cycles):
+            continue
         entries = getattr(config_class(), name, None)
         if not isinstance(entries, list) or follows_others(config_class, name, entries):
             stated += [name] if isinstance(entries, list) else []
@@ -309,7 +314,7 @@ def pad_gap(family: Family, variant: Variant) -> float:
 
 def prove_files(family: Family, variant: Variant, work: Workings) -> float:
     """Grow through files: saved by transformers, grown on disk, loaded by transformers."""
-    with tempfile.TemporaryDirectory() as folder, known(family):
+    with tempfile.TemporaryDirectory() as folder, use_family(family):
         path = Path(folder)
         save(variant, path / "source")
         source = open_source(str(path / "source"))
@@ -319,7 +324,7 @@ def prove_files(family: Family, variant: Variant, work: Workings) -> float:
         if work.gaps.get("identity", 1.0) < BOUND and "layer" not in work.frozen:
             maps["layer"] = identity_map(layers)
         elif not maps and "layer" not in work.frozen:
-            index = sorted([*range(layers), 0])
+            index = work.copies[0]
             maps["layer"] = make_map(index, layers)
             expected = proof.reordered_logits(proof.source_of(variant), variant, index)
         plan = build_plan("grow", "", source.model, maps)
@@ -342,17 +347,3 @@ def load_logits(path: Path) -> torch.Tensor:
     if any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise ValueError(f"transformers does not find all parameters: {report}")
     return run(network.eval(), TOKENS)
-
-
-@contextlib.contextmanager
-def known(family: Family) -> Iterator[None]:
-    """Have growkit know a family for a while."""
-    before = models.FAMILIES.get(family.kind)
-    models.FAMILIES[family.kind] = family
-    try:
-        yield
-    finally:
-        if before is None:
-            del models.FAMILIES[family.kind]
-        else:
-            models.FAMILIES[family.kind] = before

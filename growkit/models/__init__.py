@@ -7,41 +7,56 @@ and back. This file lists the families.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from growkit.errors import GrowkitError, UsageError, did_you_mean
+from growkit.errors import GrowkitError, UsageError
 from growkit.models.architecture import Architecture
 from growkit.models.family import Family
+from growkit.models.given import find_given
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
 from growkit.models.mistral import MISTRAL
 from growkit.models.qwen2 import QWEN2
 from growkit.models.qwen3 import QWEN3
 from growkit.models.tables import list_shipped, read_shipped
+from growkit.models.unknown import describe_unknown
 
 FAMILIES: dict[str, Family] = {
     family.kind: family for family in (GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)
 }
+# Text decoders within larger models that are another family's but for their model_type. Positions
+# in pictures have three parts; those of text are as before.
+WITHIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
 
 
 def find_family(kind: str) -> Family | None:
     """The family of a model type, by hand or of a derived table; None where there is none."""
     if kind in FAMILIES:
         return FAMILIES[kind]
+    if kind in WITHIN:
+        family = FAMILIES[WITHIN[kind]]
+        fixed = dict.fromkeys(
+            ("kv", "group", "head_dim"), "transformers makes head_dim embed / heads"
+        )
+        return replace(family, kind=kind, frozen={**family.frozen, **fixed})
     return read_shipped(kind) if kind in list_shipped() else None
 
 
-def read_config(config: Mapping[str, Any]) -> Architecture:
-    """The model that a config.json describes. Raises GrowkitError for an unknown architecture."""
+def read_config(config: Mapping[str, Any], lineage: Sequence[Any] = ()) -> Architecture:
+    """The model that a config.json describes. Raises GrowkitError for an unknown architecture.
+
+    lineage: the model's entries, as files hold them; one may state the table.
+    """
     kind = config.get("model_type")
-    family = find_family(str(kind))
+    family = find_given(str(kind), lineage) or find_family(str(kind))
     if family is None:
         shipped = list_shipped()
         by_hand = ", ".join(repr(name) for name in FAMILIES)
         known = f"{by_hand} and {len(shipped)} others"
-        near = did_you_mean(str(kind), [*FAMILIES, *shipped])
-        raise GrowkitError(f"the architecture is {kind!r}, and growkit knows {known} only{near}")
+        hint = describe_unknown(str(kind), [*FAMILIES, *shipped])
+        raise GrowkitError(f"the architecture is {kind!r}, and growkit knows {known} only{hint}")
     return family.read(config)
 
 

@@ -15,7 +15,10 @@ from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
 from growkit.models.table import Table
 
-# Buffers of transformers' decoders, by how their names end; no parameter is called so.
+# Whether norms subtract the mean (LayerNorm) or not (RMSNorm).
+NORMS = ("layer", "rms")
+# Endings of the names of tensors that are buffers of transformers' decoders, in old files; no
+# parameter's name ends like this.
 BUFFERS = (
     ".inv_freq",
     ".original_inv_freq",
@@ -61,8 +64,13 @@ class Family:
     nulls: Mapping[str, Any] = field(default_factory=dict)
     # axis -> why it cannot grow.
     frozen: Mapping[str, str] = field(default_factory=dict)
-    # How names end that old checkpoints carry and no model of today reads.
+    # Endings of names of buffers in old files: such tensors are left out, no model reads them now.
     buffers: tuple[str, ...] = BUFFERS
+    # What names match of tensors that transformers does not load, as of heads for further tokens.
+    unread: tuple[str, ...] = ()
+    # row -> its name in transformers' memory, which some files have; `name 0/2` for the first of
+    # two blocks of what holds all experts.
+    aliases: Mapping[str, str] = field(default_factory=dict)
     # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
     # parameter by. A row's condition may follow its name.
     scalars: Mapping[str, str] = field(default_factory=dict)
@@ -70,12 +78,24 @@ class Family:
     by_layer: tuple[str, ...] = ("layer_types",)
     # Fields that list numbers of layers.
     numbers: tuple[str, ...] = ()
+    # Fields that hold lists about something else than layers.
+    other_lists: tuple[str, ...] = ()
     # Fields that count the layers of one kind, which lie in front.
     leading: tuple[str, ...] = ()
     # list by layer -> the kinds that repeat where config.json leaves the list out.
     patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Lists by layer that config.json must hold for growth in depth.
     stated: tuple[str, ...] = ()
+    # list by layer, or of numbers -> the rule that stands for it; see growkit.models.layer_rules.
+    rules: Mapping[str, str] = field(default_factory=dict)
+    # Fields that a rule reads beside its own list, and what they are once the list says it all.
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    # what -> a rule that no list can stand for: layers must keep to it.
+    checked: Mapping[str, str] = field(default_factory=dict)
+    # Lists of kinds that are repeated for all layers, whatever their length.
+    cycles: tuple[str, ...] = ()
+    # Fields that hold the number of the last layer of a kind.
+    last: tuple[str, ...] = ()
     # The kinds of all layers, where the configuration states them by a rule and not in a list.
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
     # Whether transformers wants embed to be a multiple of the number of heads.
@@ -87,7 +107,10 @@ class Family:
     # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
     unpadded: str = ""
     no_identity: str = ""
+    # The text of the table file, where it is not one that growkit ships.
+    given: str = ""
 
+    # Families hold dicts, which have no hash; kind and table tell them apart.
     def __hash__(self) -> int:
         return hash((self.kind, self.text))
 
@@ -106,10 +129,10 @@ class Family:
         """Whether embed is heads x head_dim, so that one of them cannot change alone."""
         return "/" in self.fields.get("head_dim", "")
 
-    def select_rows(self, options: Mapping[str, Any]) -> Table:
-        """The table for a model with these options."""
+    def select_rows(self, options: Mapping[str, Any], headless: bool = False) -> Table:
+        """The table for a model with these options. headless: without the output head's row."""
         rows = [row for row in self.rows if holds_for(row, options)]
-        if options.get("headless"):
+        if headless:
             rows = [row for row in rows if row.role != "head"]
         return Table(tuple(rows), uniform=self.uniform)
 
@@ -126,12 +149,15 @@ class Family:
             paths["rotary_base"] = self.rotary.base
         if self.rotary and self.rotary.part:
             paths["rotary_pct"] = self.rotary.part
+        # Plain fields first: a ratio multiplies the field that it divides by.
         for name in sorted(given, key=lambda name: "/" in paths.get(name, "")):
             if name not in paths:
                 raise TypeError(f"{self.kind} has no {name!r}; it has {', '.join(paths)}, rope")
             ratio = RATIO.fullmatch(paths[name])
             if ratio:
-                config[ratio[1]] = given[name] * config[ratio[2]]
+                # group = heads / kv: without kv in `given`, its default is what group multiplies.
+                divisor = config.setdefault(ratio[2], self.fields_of(config).whole(ratio[2]))
+                config[ratio[1]] = given[name] * divisor
             else:
                 config[paths[name]] = given[name]
         return self.read(config)
@@ -155,6 +181,7 @@ class Family:
 
     def fields_of(self, config: Mapping[str, Any]) -> Fields:
         """The fields of a config.json, with the defaults of those that it leaves out."""
+        # transformers takes null as left out, but for the fields of `nulls`.
         given = {key: value for key, value in config.items() if value is not None}
         null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
         return Fields(given, {**self.defaults, **null})
@@ -175,9 +202,16 @@ def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
     for condition in row.conditions:
         negated = condition not in options
         # An option's own name may begin with un.
-        name = re.sub("^(!|un)", "", condition) if negated else condition
+        name = bare_condition(condition) if negated else condition
         if name not in options:
-            raise GrowkitError(f"the row {row.name} depends on {condition!r}, which is no option")
+            raise GrowkitError(
+                f"the row {row.name} depends on {condition!r}, which is not an option"
+            )
         if bool(options[name]) == negated:
             return False
     return True
+
+
+def bare_condition(condition: str) -> str:
+    """The option that a negation, `untied` or `!tied`, is of."""
+    return re.sub("^(!|un)", "", condition)

@@ -67,7 +67,7 @@ def test_good_input_is_not_refused(place, verb):
     assert open_source("out").model.layer in (12, 16)
 
 
-# What is no source
+# What is not a source
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -111,13 +111,13 @@ def test_a_directory_that_is_no_model(place, capsys):
     refused(capsys, place, depth("run"), 1, "the run run has no finished checkpoint yet")
     (place / "empty" / "config.json").write_text("{}")
     refused(capsys, place, depth("empty"), 1, "has a config.json but no .safetensors file")
-    (place / "empty" / "pytorch_model.bin").write_text("")
+    (place / "empty" / "tf_model.h5").write_text("")
     refused(
         capsys,
         place,
         depth("empty"),
         1,
-        "it has pytorch_model.bin: save it from transformers as safetensors",
+        "it has tf_model.h5: save it from transformers as safetensors",
     )
 
 
@@ -214,7 +214,7 @@ def test_maps_that_cannot_be(place, capsys, checkpoint, kind, layers, said):
     refused(capsys, place, depth(source, layers=layers), 2, *said)
 
 
-# What is no output
+# What is not an output
 
 
 @pytest.mark.parametrize("verb", VERBS)

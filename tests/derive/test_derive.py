@@ -5,7 +5,6 @@ mistakes are noticed.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -14,9 +13,12 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
+from mistakes import plant_mistakes
 
 from growkit.derive import proof
 from growkit.derive.derive import derive, pad_gap
+from growkit.derive.lists import read_numbers
+from growkit.derive.sizes import make_probe
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import read_variant
 from growkit.derive.workings import Workings, maps_of
@@ -58,7 +60,10 @@ def check_as_shipped(kind):
     shipped = read_text(kind)
     for section in ("fields", "options", "defaults", "scalars", "proved", "table"):
         assert cut_section(text, section) == cut_section(shipped, section), section
-    assert derivation.family.frozen.keys() == read_shipped(kind).frozen.keys()
+    expected = read_shipped(kind)
+    assert derivation.family.frozen.keys() == expected.frozen.keys()
+    for fact in ("by_layer", "numbers", "other_lists", "leading", "stated", "patterns"):
+        assert getattr(derivation.family, fact) == getattr(expected, fact), fact
 
 
 def cut_section(text: str, section: str) -> str:
@@ -66,32 +71,17 @@ def cut_section(text: str, section: str) -> str:
     return found[1].strip() if found else ""
 
 
+@pytest.mark.parametrize("kind", ["bamba", "lfm2", "qwen2_moe", "llama"])
+def test_numbers_of_layers_are_found_by_trying(kind):
+    """attn_layer_indices, full_attn_idxs, mlp_only_layers, none: no name says so to growkit."""
+    family = FAMILIES.get(kind) or read_shipped(kind)
+    assert read_numbers(make_probe(kind, tiny_fields(kind))) == family.numbers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list_shipped())
 def test_every_table_is_derived_as_shipped(kind):
     check_as_shipped(kind)
-
-
-def plant_mistakes(family):
-    """(what, family with one row that says something wrong), for every row that growth touches."""
-    lines = family.text.splitlines()
-    for place, line in enumerate(lines):
-        for what, wrong in wrong_lines(line, family):
-            text = "\n".join([*lines[:place], wrong, *lines[place + 1 :]])
-            yield f"{what}: {line.split()[0]}", replace(family, text=text)
-
-
-def wrong_lines(line, family):
-    """What a line could say wrongly."""
-    if "{/layer" in line:
-        yield "does not write the stream", line.replace("{/layer", "{layer")
-    for axis in ("embed", "mlp"):
-        if re.search(rf"\s/{axis}\s", line):
-            yield f"does not read {axis}", re.sub(rf"\s/{axis}\b", f" {axis}", line)
-    if re.search(r"\(kv group head_dim\)", line):
-        yield "groups before heads", line.replace("(kv group", "(group kv")
-    if re.search(r"\sembed\s+(1\+)?(ones|zeros)\s+norm", line):
-        yield "a norm is a bias", re.sub(r"\bnorm\b(?=\s*$|\s+\w*tied)", "bias", line)
 
 
 def largest_gap(family, variant):
@@ -127,7 +117,7 @@ def test_planted_mistakes_are_noticed(kind):
         row = re.sub(r":\w+\}", "}", name)
         if row in wanted and largest_gap(wrong, variant) < NOTICED:
             missed.append(what)
-    # Rows of a tied head that the untied tiny model does not have are no mistakes in it.
+    # Rows of a tied head that the untied tiny model does not have are not mistakes in it.
     assert not [what for what in missed if not is_other_variant(what, family, variant)]
 
 
