@@ -14,9 +14,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from growkit.errors import GrowkitError, UsageError
+from growkit.models.computation import LAYER_TYPES
 from growkit.models.fields import RATIO, Frozen
 from growkit.models.notation import Row
-from growkit.models.rotary import read_rotary, write_rotary
+from growkit.models.rotary import FIELDS as ROTARY
+from growkit.models.rotary import read_rotary, read_rotary_by_kind, write_rotary
 from growkit.models.table import Table
 
 if TYPE_CHECKING:
@@ -29,13 +31,15 @@ _POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 class Architecture:
     """One model: its family, the size of every axis of the table, and the value of every option.
 
-    layers: the layers of each kind, where layers differ in their parameters.
+    layers: the layers of each kind, where layers differ. facts: the values of the fields that only
+    the family's computation reads.
     """
 
     family: Family
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
     layers: Mapping[str, tuple[int, ...]] = Frozen()
+    facts: Mapping[str, Any] = Frozen()
 
     def __post_init__(self) -> None:
         if self.family.rotary is None:
@@ -137,6 +141,11 @@ class Architecture:
         return float(self.options["norm_eps"])
 
     @property
+    def activation(self) -> str:
+        """The mlp's activation function, by transformers' name."""
+        return str(self.options["activation"])
+
+    @property
     def initializer_range(self) -> float:
         """The standard deviation of new weights; no unit."""
         return float(self.options["initializer_range"])
@@ -146,7 +155,37 @@ class Architecture:
         """All sizes and options by name, as `Family.model` takes them."""
         sizes = {axis: self.sizes[axis] for axis in self.fields}
         options = {name: self.options[name] for name in self.family.options}
-        return {**sizes, **options, "rope": dict(self.rope)}
+        kinds = {LAYER_TYPES: list(self.kinds)} if self.kinds else {}
+        return {**sizes, **self.facts, **kinds, **options, "rope": dict(self.rope)}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of attention of each layer; empty where all layers are of one kind."""
+        if self.family.computation is None or self.family.computation.windows != "list":
+            return ()
+        found = {n: kind for kind, layers in self.layers.items() for n in layers}
+        return tuple(found[n] for n in range(self.layer))
+
+    def number(self, name: str) -> float | None:
+        """One of `computation.NUMBERS`; None where the model has none."""
+        assert self.family.computation is not None
+        path = self.family.computation.numbers.get(name)
+        value = None if path is None else self.facts[path]
+        return None if value is None else float(value)
+
+    @property
+    def ropes(self) -> dict[str, Mapping[str, Any]]:
+        """The rotary parameters by kind of layer, by "" where all have the same; none at all where
+        positions are learned.
+        """
+        if self.family.computation is None or self.family.computation.positions:
+            return {}
+        if self.family.rotary:
+            return {"": self.rope}
+        if self.family.computation.rotary_by_kind:
+            return read_rotary_by_kind(self.facts)
+        stated = {name: value for name, value in self.facts.items() if value is not None}
+        return {"": read_rotary(stated, ROTARY, self.facts)}
 
     @property
     def rope(self) -> Mapping[str, Any]:
@@ -248,7 +287,7 @@ class Architecture:
                 sizes |= row.measure(shape, sizes)
             seen.add(row)
         kinds = {kind: tuple(sorted(of_kind)) for kind, of_kind in layers.items()}
-        return replace(self, sizes=Frozen(sizes), layers=Frozen(kinds))
+        return replace(self, sizes=Frozen(sizes), layers=Frozen({**self.layers, **kinds}))
 
     def follow_map(self, index: Sequence[int]) -> Architecture:
         """This model with each layer of the kind of the old layer that it copies."""
@@ -285,6 +324,8 @@ class Architecture:
         mine = self.values
         if self.coupled:
             del mine["head_dim"]
+        if values.get("layer", self.layer) != self.layer:
+            mine.pop(LAYER_TYPES, None)
         if "rotary_base" in values:
             mine["rope"]["rope_theta"] = values.pop("rotary_base")
         if "rotary_pct" in values:
@@ -332,6 +373,9 @@ class Architecture:
             written[path] = self.options[name]
         if family.rotary:
             written |= write_rotary(self.rope, family.rotary, base or {})
+        written |= self.facts
+        if self.kinds and (LAYER_TYPES in written or family.layer_kinds(written) != [*self.kinds]):
+            written[LAYER_TYPES] = list(self.kinds)
         return written
 
     def update(self, base: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from growkit.models.computation import FULL, SLIDING
+
 
 @dataclass(frozen=True)
 class RotaryFields:
@@ -50,6 +52,20 @@ def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) 
         part = stated.get("partial_rotary_factor", values.get(fields.part))
         rope["partial_rotary_factor"] = float(part)
     return rope
+
+
+def read_rotary_by_kind(facts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The rotary parameters of each kind of layer, as Gemma 3 states them.
+
+    Version 4 has `rope_theta` and `rope_scaling` for full attention, `rope_local_base_freq` for
+    sliding windows. Source: Gemma3TextConfig, transformers 5.
+    """
+    stated = facts["rope_parameters"] or {}
+    full = {"rope_type": "default", **(stated.get(FULL) or {}), **(facts["rope_scaling"] or {})}
+    sliding = {"rope_type": "default", **(stated.get(SLIDING) or {})}
+    full.setdefault("rope_theta", facts["rope_theta"])
+    sliding.setdefault("rope_theta", facts["rope_local_base_freq"])
+    return {FULL: full, SLIDING: sliding}
 
 
 def write_rotary(

@@ -21,7 +21,7 @@ from trainer.config.sections import Mesh, Precision
 from trainer.data.tokenizer import TextTokenizer
 from trainer.devices.sharding import Layout, make_mesh
 from trainer.evaluate.likelihood import Likelihood
-from trainer.model.decoder import GPTNeoX
+from trainer.model.decoder import Decoder
 
 
 class JaxModel(WindowedModel, TemplateLM):
@@ -95,7 +95,7 @@ def load_jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch:
     """
     model = require_trained(source.model, source.path)
     layout = Layout(make_mesh(Mesh(), jax.local_devices()))
-    network = GPTNeoX(model, Precision("float32", "float32"), layout=layout)
+    network = Decoder(model, Precision("float32", "float32"), layout=layout)
     shardings = model.table.tree(layout.parameter_sharding)
     params = jax.device_put(source.stack(dtype="float32"), shardings)
     return JaxModel(Likelihood(network, params, window, batch), tokenizer, model.vocab)
