@@ -25,6 +25,8 @@ def require_transformers() -> None:
 def load_network(path: Path, dtype: str | None = None) -> Any:
     """The causal language model of a directory, on the CPU, in `dtype` (default: its own).
 
+    Attention is transformers' choice: PyTorch's own, or the plain way where scores are capped.
+
     Raises ImportError without torch and transformers, GrowkitError if transformers would fill in a
     tensor.
     """
@@ -36,7 +38,6 @@ def load_network(path: Path, dtype: str | None = None) -> Any:
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path,
         torch_dtype=getattr(torch, dtype) if dtype else "auto",
-        attn_implementation="sdpa",
         output_loading_info=True,
     )
     network, report = loaded

@@ -7,7 +7,6 @@ and counting are the same code for every family.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +18,11 @@ from growkit.models.fields import RATIO, Frozen
 from growkit.models.notation import Row
 from growkit.models.rotary import FIELDS as ROTARY
 from growkit.models.rotary import read_rotary, read_rotary_by_kind, write_rotary
+from growkit.models.scalars import compare_factors
 from growkit.models.table import Table
 
 if TYPE_CHECKING:
     from growkit.models.family import Family
-
-_POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 @dataclass(frozen=True)
@@ -247,17 +245,7 @@ class Architecture:
         text = scalars.get(" ".join((row.name, *row.conditions))) or scalars.get(row.name)
         if text is None:
             return 1.0
-        found = _POWER.fullmatch(text)
-        if found is None:
-            raise GrowkitError(
-                f"the factor of {row.name} is axis, sqrt(axis), 1/axis or 1/sqrt(axis), got "
-                f"{text!r}"
-            )
-        axis = found[2] or found[3]
-        ratio = self.sizes[axis] / grown.sizes[axis]
-        if found[2]:
-            ratio = math.sqrt(ratio)
-        return 1.0 / ratio if found[1] else ratio
+        return compare_factors(text, row.name, self.sizes, grown.sizes)
 
     @property
     def measured(self) -> bool:
@@ -289,16 +277,18 @@ class Architecture:
         kinds = {kind: tuple(sorted(of_kind)) for kind, of_kind in layers.items()}
         return replace(self, sizes=Frozen(sizes), layers=Frozen({**self.layers, **kinds}))
 
-    def follow_map(self, index: Sequence[int]) -> Architecture:
-        """This model with each layer of the kind of the old layer that it copies."""
-        kinds = {
-            kind: tuple(new for new, old in enumerate(index) if old in of_kind)
-            for kind, of_kind in self.layers.items()
-        }
-        return replace(self, layers=Frozen(kinds))
+    def map_layers(self, index: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """`layers` of a model each of whose layers copies an old one: it is of its kind."""
+        return Frozen(
+            {
+                kind: tuple(new for new, old in enumerate(index) if old in of_kind)
+                for kind, of_kind in self.layers.items()
+            }
+        )
 
     def resize(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> Architecture:
-        """This model at other sizes; the number of rotated dimensions is kept.
+        """This model at other sizes; the number of rotated dimensions is kept. The kinds of new
+        layers are those of the old ones, spread evenly.
 
         Raises UsageError for an axis of the family that cannot grow, and for sizes that
         transformers does not accept.
@@ -315,7 +305,11 @@ class Architecture:
         if rotary and rotary.part and resized["head_dim"] != self.head_dim:
             part = keep_rotated(self.rotary, resized["head_dim"])
             options["rope"] = {**self.rope, "partial_rotary_factor": part}
-        grown = replace(self, sizes=Frozen(resized), options=Frozen(options))
+        layers = self.layers
+        if layers and resized["layer"] != self.layer:
+            count = resized["layer"]
+            layers = self.map_layers([new * self.layer // count for new in range(count)])
+        grown = replace(self, sizes=Frozen(resized), options=Frozen(options), layers=layers)
         self._check_whole_heads(grown)
         return grown
 

@@ -99,6 +99,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
     "gpt2-untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "activation_function": "relu"}),
 }
+# Models of the tests that are not slow, one of each family.
+DEFAULT = (
+    "llama",
+    "mistral",
+    "qwen2-window",
+    "qwen3",
+    "olmo2",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "gpt2",
+)
 
 
 def save_model(path: Path, kind: str, fields: dict[str, Any], dtype: str = "float32") -> Path:

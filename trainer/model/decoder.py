@@ -75,8 +75,8 @@ class Decoder(Parameters):
             **common, dropout=self.dropout, kernel=self.kernel, kinds=kinds, name=names.layers
         )
         rotary = tuple(jnp.asarray(table) for table in rotary)
-        numbers = jnp.asarray(numbers) if len(kinds) > 1 else None
-        x_BxTxE, _ = layers(x_BxTxE, rotary, deterministic, numbers)
+        number = jnp.asarray(numbers) if len(kinds) > 1 else None
+        x_BxTxE, _ = layers(x_BxTxE, rotary, deterministic, number)
         x_BxTxE = Norm(**common, name=names.final_norm)(x_BxTxE)
         # Dividing what the head reads divides the logits.
         x_BxTxE = multiply(x_BxTxE, 1.0 / (self.model.number("logit_divisor") or 1.0))

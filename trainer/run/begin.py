@@ -29,6 +29,7 @@ from growkit.lineage import Lineage
 from growkit.models import require_trained
 from growkit.models.architecture import Architecture
 from growkit.surgery.grow import open_grown
+from trainer.config.model import check_context
 from trainer.config.rules import check_rules
 from trainer.config.sections import (
     Config,
@@ -236,6 +237,7 @@ def take_model(config: Config, values: Mapping[str, Any], model: Model, origin: 
             f"section out to take the source's (the preset 'recipe' has none)"
         )
     if "context" in stated:
+        check_context(build_architecture(model), config.model.context, origin)
         model = replace(model, context=config.model.context)
     check_rules(model, "model.")
     return settle_length(replace(config, model=model))
