@@ -135,7 +135,7 @@ def require_inside(directory: Path, path: Path) -> None:
 
 
 def find_outside(directory: Path, path: Path) -> str:
-    """Why a file may not be read: it lies elsewhere, or is no plain file. Empty if it may."""
+    """Why a file may not be read: it lies elsewhere, or is not a plain file. Empty if it may."""
     home = Path(os.path.realpath(directory))
     real = Path(os.path.realpath(path))
     if home not in real.parents and _find_blobs(home) != real.parent:

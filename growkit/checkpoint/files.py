@@ -33,7 +33,7 @@ KINDS = {
 def change_json(content: bytes, change: Callable[[Any], Any]) -> bytes:
     """The bytes of a JSON file whose value is changed.
 
-    Byte for byte as they were where they are no JSON, or where nothing changes.
+    Byte for byte as they were where they are not JSON, or where nothing changes.
     """
     try:
         value = json.loads(content)

@@ -57,10 +57,10 @@ def open_directory(path: Path) -> Source:
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
     config, dropped = drop_code_keys(config)
     files = _list_weight_files(path)
-    model = read_model(config, path)
+    lineage = _read_lineage(path)
+    model = read_model(config, path, lineage if isinstance(lineage, list) else ())
     tensors = _read_headers(path, files, model.buffers)
     named = name_tensors(tensors, model, config, path)
-    lineage = _read_lineage(path)
     beside = list_beside(path, (*OWN, INDEX, *(file.name for file in files)))
     return Source(
         path=path,

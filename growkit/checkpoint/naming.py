@@ -16,7 +16,6 @@ import numpy as np
 from growkit.checkpoint.tensor import BLOCK, Tensor
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
-from growkit.models.fields import Frozen
 
 # What transformers' classes call the output head, now and in earlier versions.
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -99,7 +98,7 @@ def _allow_no_head(
     base = isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
     if model.head_name in found or not classes or not base:
         return model
-    return replace(model, options=Frozen({**model.options, "headless": True}))
+    return replace(model, headless=True)
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:

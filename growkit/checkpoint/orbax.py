@@ -117,7 +117,7 @@ def open_checkpoint(path: Path) -> Source:
         record = _read_record(meta)
         names = _list_arrays(tree)
         arrays = {name: _open_array(path / STATE, name, tree) for name in names}
-        model = read_model(config, path)
+        model = read_model(config, path, lineage if isinstance(lineage, list) else ())
         hashed = _find_hashes(path, meta, arrays)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise GrowkitError(
@@ -235,7 +235,7 @@ def _chunk(shape: tuple[int, ...]) -> str:
 
 
 def _parse_dtype(name: str) -> np.dtype:
-    """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
+    """The dtype of numbers. Raises ValueError for others: raw bytes are not Python objects."""
     kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
     dtype: np.dtype[Any] = np.dtype(kind)
     if name != "bfloat16" and dtype.kind not in "fiu":
@@ -339,7 +339,7 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
     config = drop_code_keys(contents.config)[0]
     meta = {"config": config, "lineage": drop_hashes(contents.lineage), "record": record}
-    arrays = collect_leaves(contents, read_config(contents.config))
+    arrays = collect_leaves(contents, read_config(contents.config, contents.lineage))
     path.mkdir()
     hashes, findings = _write_arrays(path / STATE, arrays, progress)
     meta[KEY] = state_hashes(hashes)

@@ -69,7 +69,7 @@ def read_header(path: Path, buffers: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
-    """The entries of a header by name. Raises GrowkitError for what is no header."""
+    """The entries of a header by name. Raises GrowkitError for what is not a header."""
     garbled = f"{path} has a garbled safetensors header"
     try:
         header = json.loads(text.decode(), object_pairs_hook=_refuse_twice)

@@ -242,7 +242,7 @@ class Source:
 
         Names are made one by one, so a number in a config.json must not say for how long.
         """
-        model = self.known_model or read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path, self.lineage)
         for row in model.table.rows:
             count = math.prod(row.stacked_sizes(model.sizes))
             if count > MOST_MISSING + len(tensors):
@@ -264,7 +264,7 @@ class Source:
     @cached_property
     def model(self) -> Architecture:
         """The model that the configuration describes."""
-        model = self.known_model or read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path, self.lineage)
         shapes = {name: tensor.shape for name, tensor in self.tensors["params"].items()}
         return model.measure(shapes) if model.measured else model
 
@@ -336,10 +336,10 @@ class Source:
             )
 
 
-def read_model(config: dict[str, Any], path: Path) -> Architecture:
+def read_model(config: dict[str, Any], path: Path, lineage: Sequence[Any] = ()) -> Architecture:
     """The model that the configuration at `path` describes. Raises GrowkitError naming the path."""
     try:
-        return read_config(config)
+        return read_config(config, lineage)
     except GrowkitError as problem:
         raise type(problem)(f"{path}: {problem}") from None
 

@@ -1,5 +1,8 @@
-"""What growth multiplies a parameter or a moment by: shares of copies, and factors that follow a
-size.
+"""What growth multiplies a parameter or a moment by.
+
+That is a product: the shares of the axes that it reads (values) or writes (moments), the shares of
+the stacked axes, and the ratio of a factor of the model that follows a size (see
+`Architecture.scalar_growth`).
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ def share_scale(axes: Product, maps: Mapping[str, AxisMap], moment: int = VALUE)
         counts = axis.read if moment == VALUE else not axis.read
         if axis.name in maps and counts:
             share = narrow(maps[axis.name].share)
-            scale = scale * lay_along(share ** max(moment, 1), place, len(axes))
+            scale = scale * place_along(share ** max(moment, 1), place, len(axes))
     return scale
 
 
-def lay_along(values: np.ndarray, place: int, axes: int) -> np.ndarray:
-    """A vector laid along dimension `place` of so many."""
+def place_along(values: np.ndarray, place: int, axes: int) -> np.ndarray:
+    """A vector as an array of `axes` dimensions, of size 1 but for the dimension `place`."""
     return values.reshape([-1 if at == place else 1 for at in range(axes)])
 
 
@@ -82,7 +85,7 @@ def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
     if part.role in ("query", "key"):
         return np.full([1] * len(part.axes), factor)
     if part.role == "qkv":
-        return lay_along(np.array([factor, factor, 1.0]), part.names.index("qkv"), len(part.axes))
+        return place_along(np.array([factor, factor, 1.0]), part.names.index("qkv"), len(part.axes))
     return np.ones([1] * len(part.axes))
 
 

@@ -50,7 +50,7 @@ def parse_size(option: str, text: str | int | None, current: int) -> int | None:
         size, rest = divmod(size * current, 10 ** len(decimals))
         if rest:
             raise UsageError(
-                f"--{option} {text} of {current} is no whole number; the nearest are {size} and "
+                f"--{option} {text} of {current} is not a whole number; the nearest are {size} and "
                 f"{size + 1}"
             )
     if size < current:
@@ -75,9 +75,10 @@ def plan_width(
 
     method: 'clone' (copies, exact for whole multiples of embed), 'pad' (exact for any size of
     embed), or None to choose. spread: how uneven the shares of copied heads and mlp units are, in
-    [0, 1). Raises UsageError.
+    [0, 1). Raises UsageError, and TypeError for an argument of another type.
     """
     require_type("model", model, Architecture, MODEL_HINT)
+    require_type("spread", spread, (float, int), "as 0.5")
     if method is not None and method not in METHODS:
         near = did_you_mean(method, METHODS)
         raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
@@ -261,7 +262,7 @@ def _can_copy_embed(model: Architecture, target: int, method: str | None, notes:
         low = target - target % source
         raise UsageError(
             f"copies of embed are exact only when every entry has as many, because norms average "
-            f"over them: {target} is no multiple of {source}; the nearest are {low} and "
+            f"over them: {target} is not a multiple of {source}; the nearest are {low} and "
             f"{low + source}; --method pad takes {target} exactly"
         )
     notes.append(
@@ -280,8 +281,8 @@ def _count_head_units(model: Architecture, heads: int) -> int:
     if heads % group:
         low = heads - heads % group
         raise UsageError(
-            f"heads come in groups of {group} that share keys: {heads} is no multiple; use {low} "
-            f"or {low + group}"
+            f"heads come in groups of {group} that share keys: {heads} is not a multiple; use "
+            f"{low} or {low + group}"
         )
     return heads // group
 
@@ -330,9 +331,11 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
     ours, theirs = _list_kept(model), _list_kept(like)
     for name in dict.fromkeys([*ours, *theirs]):
         if ours.get(name) != theirs.get(name):
+            grows = name == "vocab" and like.vocab > model.vocab
+            hint = f"; --vocab {like.vocab} grows it" if grows else ""
             raise UsageError(
                 f"growth keeps {name}: the source has {ours.get(name)}, the target "
-                f"{theirs.get(name)}"
+                f"{theirs.get(name)}{hint}"
             )
     different = set(model.table.rows) ^ set(like.table.rows)
     if different:

@@ -7,21 +7,19 @@ may have any name; it keeps its size.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from growkit.errors import GrowkitError, did_you_mean, require_type
 from growkit.models.architecture import Architecture
-from growkit.models.family import Family
+from growkit.models.family import Family, bare_condition
 from growkit.models.fields import Frozen
 from growkit.models.notation import Row, parse_table
+from growkit.models.scalars import POWER
 
 NORMS = ("layer", "rms")
 HEAD_DIM_STAYS = (
     "a table does not say which of its dimensions rotary positions rotate; grow the heads instead"
 )
-
-_FACTOR = re.compile(r"(?:1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 def describe_model(
@@ -43,8 +41,8 @@ def describe_model(
     model itself multiplies the parameter by. options: the truth of each condition that a row of the
     table has.
 
-    Raises ValueError for a line that is no row, GrowkitError for sizes that are not those of the
-    axes.
+    Raises ValueError for a line that is not a row, GrowkitError for sizes that are not those of the
+    axes and for options that no row depends on.
 
     >>> model = describe_model(
     ...     '''
@@ -63,6 +61,7 @@ def describe_model(
     rows = parse_table(table)
     _check_sizes(rows, sizes)
     _check_scalars(rows, scalars or {}, sizes)
+    _check_options(rows, options)
     family = Family(
         kind="described",
         class_name="",
@@ -77,6 +76,7 @@ def describe_model(
         frozen={"head_dim": HEAD_DIM_STAYS} if "head_dim" in sizes else {},
         scalars=dict(scalars or {}),
         whole_heads=False,
+        unpadded=_explain_unpadded(rows, norm),
     )
     values = {"norm_eps": norm_eps, "initializer_range": initializer_range, "rope": {}, **options}
     # A condition that no option answers is refused here, and not at the first growth.
@@ -110,15 +110,42 @@ def _check_sizes(rows: tuple[Row, ...], sizes: Mapping[str, int]) -> None:
 def _check_scalars(
     rows: tuple[Row, ...], scalars: Mapping[str, str], sizes: Mapping[str, int]
 ) -> None:
-    """Raise GrowkitError for a factor of an unknown row, or that is no root of a size."""
+    """Raise GrowkitError for a factor of an unknown row, or that is not a root of a size."""
     names = {row.name for row in rows}
     for name, text in scalars.items():
         if name not in names:
             near = did_you_mean(name, names)
-            raise GrowkitError(f"scalars names {name!r}, which is no row of the table{near}")
-        found = _FACTOR.fullmatch(text)
-        if found is None or (found[1] or found[2]) not in sizes:
+            raise GrowkitError(f"scalars names {name!r}, which is not a row of the table{near}")
+        found = POWER.fullmatch(text)
+        if found is None or (found[2] or found[3]) not in sizes:
             raise GrowkitError(
                 f"a scalar is axis, sqrt(axis), 1/axis or 1/sqrt(axis) of an axis of the table, "
                 f"got {text!r}"
             )
+
+
+def _check_options(rows: tuple[Row, ...], options: Mapping[str, bool]) -> None:
+    """Raise GrowkitError for an option that no row of the table depends on."""
+    conditions = {condition for row in rows for condition in row.conditions}
+    known = {name for condition in conditions for name in (condition, bare_condition(condition))}
+    for name in options:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise GrowkitError(f"no row of the table depends on the option {name!r}{near}")
+
+
+def _explain_unpadded(rows: tuple[Row, ...], norm: str) -> str:
+    """Why embed cannot be padded; empty where it can.
+
+    Padding under LayerNorm fills the stream with its own mean, which is not zero: a norm must
+    stand before every reader. That layers begin with one the table says by their rows; what reads
+    the stream after them needs a norm outside the layers.
+    """
+    if norm != "layer":
+        return ""
+    if any(row.role == "norm" and "embed" in row.axes and not row.stacked for row in rows):
+        return ""
+    return (
+        "under LayerNorm new entries hold the mean of the old ones, and no norm over embed outside "
+        "the layers hides them from what reads the last layer's output"
+    )

@@ -16,7 +16,8 @@ from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
 from growkit.models.table import Table
 
-# Buffers of transformers' decoders, by how their names end; no parameter is called so.
+# Endings of the names of tensors that are buffers of transformers' decoders, in old files; no
+# parameter's name ends like this.
 BUFFERS = (
     ".inv_freq",
     ".original_inv_freq",
@@ -62,7 +63,7 @@ class Family:
     nulls: Mapping[str, Any] = field(default_factory=dict)
     # axis -> why it cannot grow.
     frozen: Mapping[str, str] = field(default_factory=dict)
-    # How names end that old checkpoints carry and no model of today reads.
+    # Endings of names of buffers in old files: such tensors are left out, no model reads them now.
     buffers: tuple[str, ...] = BUFFERS
     # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
     # parameter by. A row's condition may follow its name.
@@ -71,6 +72,8 @@ class Family:
     by_layer: tuple[str, ...] = ("layer_types",)
     # Fields that list numbers of layers.
     numbers: tuple[str, ...] = ()
+    # Fields that hold lists about something else than layers.
+    other_lists: tuple[str, ...] = ()
     # Fields that count the layers of one kind, which lie in front.
     leading: tuple[str, ...] = ()
     # list by layer -> the kinds that repeat where config.json leaves the list out.
@@ -90,6 +93,8 @@ class Family:
     no_identity: str = ""
     # What the trainer must know to compute it; None for a family that only grows.
     computation: Computation | None = None
+    # The text of the table file, where it is not one that growkit ships.
+    given: str = ""
 
     def __hash__(self) -> int:
         return hash((self.kind, self.text))
@@ -109,10 +114,10 @@ class Family:
         """Whether embed is heads x head_dim, so that one of them cannot change alone."""
         return "/" in self.fields.get("head_dim", "")
 
-    def select_rows(self, options: Mapping[str, Any]) -> Table:
-        """The table for a model with these options."""
+    def select_rows(self, options: Mapping[str, Any], headless: bool = False) -> Table:
+        """The table for a model with these options. headless: without the output head's row."""
         rows = [row for row in self.rows if holds_for(row, options)]
-        if options.get("headless"):
+        if headless:
             rows = [row for row in rows if row.role != "head"]
         return Table(tuple(rows), uniform=self.uniform)
 
@@ -135,7 +140,9 @@ class Family:
                 raise TypeError(f"{self.kind} has no {name!r}; it has {', '.join(paths)}, rope")
             ratio = RATIO.fullmatch(paths[name])
             if ratio:
-                config[ratio[1]] = given[name] * config[ratio[2]]
+                # group = heads / kv: without kv in `given`, its default is what group multiplies.
+                divisor = config.setdefault(ratio[2], self.fields_of(config).whole(ratio[2]))
+                config[ratio[1]] = given[name] * divisor
             else:
                 config[paths[name]] = given[name]
         return self.read(config)
@@ -208,9 +215,16 @@ def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
     for condition in row.conditions:
         negated = condition not in options
         # An option's own name may begin with un.
-        name = re.sub("^(!|un)", "", condition) if negated else condition
+        name = bare_condition(condition) if negated else condition
         if name not in options:
-            raise GrowkitError(f"the row {row.name} depends on {condition!r}, which is no option")
+            raise GrowkitError(
+                f"the row {row.name} depends on {condition!r}, which is not an option"
+            )
         if bool(options[name]) == negated:
             return False
     return True
+
+
+def bare_condition(condition: str) -> str:
+    """The option that a negation, `untied` or `!tied`, is of."""
+    return re.sub("^(!|un)", "", condition)

@@ -44,7 +44,10 @@ _ROLE = re.compile(rf"({'|'.join(ROLES)})(?:\(([^)]*)\))?")
 _AXIS = re.compile(r"/?\w+")
 _DIMENSION = re.compile(r"/?\w+|\([^()]*\)")
 _BRACES = re.compile(r"\{(/?)(\w+)(?::(\w+))?\}")
-_NUMBER = "(0|[1-9][0-9]{0,8})"
+# A stacked axis in a row's name, and the number of a unit in its place: no leading zeros, as files
+# and trees write it.
+STACKED = re.compile(r"\{\w+\}")
+UNIT = "(0|[1-9][0-9]{0,8})"
 
 Position = tuple[int, ...]
 
@@ -138,10 +141,14 @@ class Row:
         return frozenset(name for part in self.parts for name in part.names)
 
     @cached_property
+    def inner_name(self) -> str:
+        """The name without the first words that a parameter tree leaves out."""
+        return self.name.removeprefix(f"{self.prefix}.") if self.prefix else self.name
+
+    @cached_property
     def path(self) -> tuple[str, ...]:
         """Where the parameter lies in a tree: ('layers', 'attention', 'dense', 'weight')."""
-        inner = self.name.removeprefix(f"{self.prefix}.") if self.prefix else self.name
-        return tuple(word for word in inner.split(".") if not _BRACES.fullmatch(word))
+        return tuple(word for word in self.inner_name.split(".") if not STACKED.fullmatch(word))
 
     @property
     def writes_stream(self) -> bool:
@@ -205,13 +212,13 @@ class Row:
         """The name in files of one unit of the stacked axes."""
         name = self.name
         for unit in position:
-            name = re.sub(r"\{\w+\}", str(unit), name, count=1)
+            name = STACKED.sub(str(unit), name, count=1)
         return name
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        literals = re.split(r"\{\w+\}", self.name)
-        return re.compile(_NUMBER.join(re.escape(literal) for literal in literals))
+        literals = STACKED.split(self.name)
+        return re.compile(UNIT.join(re.escape(literal) for literal in literals))
 
     def match(self, name: str) -> Position | None:
         """The unit of the stacked axes that `name` belongs to, None when it is not this row's."""
@@ -247,30 +254,44 @@ def find_begins(words: Sequence[str]) -> int | None:
 
 
 def _parse_row(line: str, prefix: str) -> Row:
+    """A line as a row. Raises ValueError that quotes it."""
     name, *words = split_words(line)
     place = find_begins(words)
-    role = None if place is None else _ROLE.fullmatch(" ".join(words[place + 1 : place + 2]))
-    if not place or role is None:
+    # No axes (place 0) is as wrong as no word that says how the parameter begins.
+    if not place or len(words) <= place + 1:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")
-    offset, begins = _BEGINS.fullmatch(words[place]).groups()  # type: ignore[union-attr]
+    axes = words[:place]
+    begins = _BEGINS.fullmatch(words[place])
+    role = _ROLE.fullmatch(words[place + 1])
+    conditions = words[place + 2 :]
+    if begins is None or role is None:
+        raise ValueError(f"a table line is `{FORM}`, got {line!r}")
     # A parameter without dimensions, one number, has the word `()`.
-    blocks = tuple(_parse_dimension(word, line) for word in words[:place] if word != "()")
+    blocks = tuple(_parse_dimension(word, line) for word in axes if word != "()")
     _check_sums(blocks, role[1], line)
-    braces = _BRACES.findall(name)
+    plain_name, stacked, kind = _parse_name(name, line)
+    return Row(
+        name=plain_name,
+        blocks=blocks,
+        begins=begins[2],
+        role=role[1],
+        offset=float(begins[1] or 0.0),
+        averages=_parse_averages(role, blocks, line),
+        conditions=tuple(conditions),
+        stacked=stacked,
+        prefix=prefix,
+        kind=kind,
+    )
+
+
+def _parse_name(name: str, line: str) -> tuple[str, Product, str]:
+    """'{/layer:sparse}.w' as its name without marks, the stacked axes, and the kind of layers."""
     if re.search("[{}]", _BRACES.sub("", name)):
         raise ValueError(f"braces of a name hold an axis, as {{layer}} or {{/layer}}, got {line!r}")
-    return Row(
-        name=_BRACES.sub(r"{\2}", name),
-        blocks=blocks,
-        begins=begins,
-        role=role[1],
-        offset=float(offset or 0.0),
-        averages=_parse_averages(role, blocks, line),
-        conditions=tuple(words[place + 2 :]),
-        stacked=tuple(Axis(axis, bool(slash)) for slash, axis, _ in braces),
-        prefix=prefix,
-        kind=next((kind for _, _, kind in braces if kind), ""),
-    )
+    marks = _BRACES.findall(name)
+    stacked = tuple(Axis(axis, slash == "/") for slash, axis, _ in marks)
+    kinds = [kind for _, _, kind in marks if kind]
+    return _BRACES.sub(r"{\2}", name), stacked, kinds[0] if kinds else ""
 
 
 def _parse_dimension(word: str, line: str) -> tuple[Product, ...]:
@@ -279,7 +300,8 @@ def _parse_dimension(word: str, line: str) -> tuple[Product, ...]:
     axes = [axis for term in terms for axis in term]
     if not _DIMENSION.fullmatch(word) or not all(_AXIS.fullmatch(axis) for axis in axes):
         raise ValueError(
-            f"a dimension is an axis, (axis /axis) or (axis | axis); {word!r} is none, got {line!r}"
+            f"a dimension is an axis, (axis /axis) or (axis | axis); {word!r} is not one, "
+            f"got {line!r}"
         )
     return tuple(_parse_axes(term) for term in terms)
 

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 
 from growkit.errors import GrowkitError
 
-_POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
+# What a factor of the model follows: axis, sqrt(axis), 1/axis or 1/sqrt(axis).
+POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 def compare_factors(
     text: str, row: str, before: Mapping[str, int], after: Mapping[str, int]
 ) -> float:
     """f(old) / f(new) of a factor at two sets of sizes. row: the parameter's, for the message."""
-    found = _POWER.fullmatch(text)
+    found = POWER.fullmatch(text)
     if found is None:
         raise GrowkitError(
             f"the factor of {row} is axis, sqrt(axis), 1/axis or 1/sqrt(axis), got {text!r}"

@@ -37,7 +37,8 @@ def average_checkpoints(
         for slot, tensors in last.tensors.items()
     }
     origins = [Origin.of(source) for source in sources]
-    entry = Average(source=origins[-1], averaged=origins, weights=shares)
+    table = last.model.family.given
+    entry = Average(source=origins[-1], averaged=origins, weights=shares, table=table)
     return Contents(
         config=last.config,
         recipes=slots
@@ -91,7 +92,7 @@ class WeightedSum:
 def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
     """The weights as shares of their sum.
 
-    Raises UsageError for the wrong number of them and for what is no weight.
+    Raises UsageError for the wrong number of them and for what is not a weight.
     """
     if len(weights) != count:
         raise UsageError(

@@ -83,18 +83,27 @@ class Blocks:
         term: int | None = None,
         first_row: int = 0,
     ):
-        self.tensor, self.plan, self.first_row = tensor, plan, first_row
+        self.tensor = tensor
+        self.plan = plan
+        self.first_row = first_row
+
+        # The axes of the first stored dimension, slowest first: the leading ones count units, the
+        # others lie within a unit.
         part = row.parts[term or 0]
         self.names = [axis.name for axis in part.dimensions[0]]
         self.lead = count_leading(part, plan)
-        self.growth = UnitGrowth(row, plan, moment, position, self.lead, term)
         self.before = tuple(plan.model.sizes[name] for name in self.names)
+        self.growth = UnitGrowth(row, plan, moment, position, self.lead, term)
         self.copied = self._leading.copied[: self.lead]
-        grown_rest = math.prod(plan.grown.sizes[name] for name in self.names[self.lead :])
-        row_bytes = math.prod(row.shape(plan.grown.sizes)[1:]) * tensor.dtype.itemsize
-        self.unit_bytes = grown_rest * row_bytes
-        self.rows_per_unit = math.prod(self.before[self.lead :])
+
+        # Units of the source, in rows of the stored array.
         self.units = math.prod(self.before[: self.lead])
+        self.rows_per_unit = math.prod(self.before[self.lead :])
+
+        # A unit of the output, in bytes.
+        rows_per_new_unit = math.prod(plan.grown.sizes[name] for name in self.names[self.lead :])
+        row_bytes = math.prod(row.shape(plan.grown.sizes)[1:]) * tensor.dtype.itemsize
+        self.unit_bytes = rows_per_new_unit * row_bytes
 
     @property
     def _leading(self) -> PartGrowth:
@@ -123,16 +132,19 @@ class Blocks:
         reused = not any(growth.depends_on_place for growth in self.growth.growths)
         for start, stop in self._cut_source():
             block = self._read(start, stop)
-            made: tuple[int, int] | None = None
-            factors: list[np.ndarray | None] = []
+            # Most stretches of a block are the same source units with the same factors, at another
+            # place: the array of the last stretch is then written again and not grown again.
+            last_place: tuple[int, int] | None = None
+            last_factors: list[np.ndarray | None] = []
             for stretch in self._find_copies(start, stop):
                 units = np.arange(stretch.unit, stretch.unit + stretch.length)
-                these = [growth.factor_at(units) for growth in self.growth.growths]
+                factors = [growth.factor_at(units) for growth in self.growth.growths]
                 place = (stretch.source, stretch.length)
-                if not (reused and made == place and _same(these, factors)):
+                if not (reused and last_place == place and _same(factors, last_factors)):
                     first = stretch.source - start
                     array = self.growth.grow(block[first : first + stretch.length], units)
-                made, factors = place, these
+                last_place = place
+                last_factors = factors
                 yield stretch.unit * self.unit_bytes, array
         yield from self._add_units()
 

@@ -161,7 +161,7 @@ def find_mismatch(
 
 
 def _find_config_mismatch(contents: Contents, out: Source) -> str | None:
-    # The writer states the dtype anew; fields that others added are no part of the model.
+    # The writer states the dtype anew; fields that others added are not part of the model.
     stated = sorted(contents.config.keys() - {"dtype", "torch_dtype"})
     wanted = {field: contents.config.get(field) for field in stated}
     found = {field: out.config.get(field) for field in stated}

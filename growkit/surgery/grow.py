@@ -18,7 +18,8 @@ from growkit.models.layer_fields import follow_layers
 from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 
-MOMENTS = {"params": VALUE, "mu": MU, "nu": NU}
+# What the tensors of each slot of a source are to growth.
+SLOT_MOMENTS = {"params": VALUE, "mu": MU, "nu": NU}
 
 
 def prepare_growth(source: Source, plan: Plan) -> Contents:
@@ -51,7 +52,7 @@ def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
 
 def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position) -> Recipe:
     """The recipe of one new tensor: zeros, the source's bytes again, or a growth of them."""
-    moment = MOMENTS[slot]
+    moment = SLOT_MOMENTS[slot]
     tensor = source.tensors[slot][row.name_at(find_source(plan, row, position))]
     if moment_fate(plan, row, moment, position) == "zero":
         return zeros(row.shape(plan.grown.sizes), tensor.dtype)

@@ -43,10 +43,17 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+LINEAR_PART = rope("linear", factor=3.0, partial_rotary_factor=0.5)
+YARN_PART = rope("yarn", factor=4.0, original_max_position_embeddings=8, partial_rotary_factor=0.5)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=8)
 
 # What is built, by name: a type and the fields of its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox-linear": ("gpt_neox", LINEAR_PART),
+    "gpt_neox-yarn-unbiased": (
+        "gpt_neox",
+        YARN_PART | {"attention_bias": False, "hidden_act": "gelu_new"},
+    ),
     "llama": ("llama", {}),
     "llama-tied-biased": (
         "llama",

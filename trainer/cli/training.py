@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     default="strict",
     show_default=True,
     metavar="POLICY",
-    help="What to do with documents that are no text: strict stops, replace puts U+FFFD in the "
+    help="What to do with documents that are not text: strict stops, replace puts U+FFFD in the "
     "place of the bytes, skip leaves the document out. Both are counted.",
 )
 @click.option(
@@ -112,7 +112,7 @@ def tokenize(
 
 
 def _say(words: str) -> None:
-    """Print a line that is no result."""
+    """Print a line that is not a result."""
     click.echo(words, err=True)
 
 
@@ -120,7 +120,7 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
     """What a manifest counts, in words."""
     kinds = {
         "empty_documents": "empty ones left out",
-        "skipped_documents": "that are no text left out",
+        "skipped_documents": "that are not text left out",
         "replaced_characters": "characters replaced",
     }
     others = "".join(

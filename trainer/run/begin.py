@@ -186,6 +186,8 @@ def _choose_model(
 
     values: those that `config` was resolved from.
     """
+    # Refuses an `out` that is not a run before anything is written. `open_run` reads it again under
+    # the lock, because another process may begin the run in between.
     stored = read_run(out)
     if not start:
         _require_model(values, config)

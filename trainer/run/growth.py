@@ -14,7 +14,7 @@ from typing import Any
 from growkit.entries import Growth
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.growth.multipliers import multipliers
+from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.plan import Plan, combine_plans, set_options
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
@@ -86,7 +86,7 @@ def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> M
     if setting == "auto" and not lineage.continues:
         return None
     plans = [growth.plan_within(model) for growth in growths]
-    return Multipliers(**multipliers(model, plans))
+    return Multipliers(**compute_multipliers(model, plans))
 
 
 def describe_beginning(lineage: Lineage, step: int) -> str:

@@ -31,8 +31,8 @@ def new_state(config: Config, model: Architecture, like: State) -> State:
         return init_state(config, model, params)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    made: State = jax.jit(make, out_shardings=shardings)()
-    return made
+    state: State = jax.jit(make, out_shardings=shardings)()
+    return state
 
 
 def from_source(source: Source, like: State, continued: bool = False, step: int = 0) -> State:
