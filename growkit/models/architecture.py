@@ -16,8 +16,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.models.computation import LAYER_TYPES
 from growkit.models.fields import RATIO, Frozen
 from growkit.models.notation import Row
-from growkit.models.rotary import FIELDS as ROTARY
-from growkit.models.rotary import read_rotary, read_rotary_by_kind, write_rotary
+from growkit.models.rotary import keep_rotated, read_ropes, read_rotary, write_rotary
 from growkit.models.scalars import compare_factors
 from growkit.models.table import Table
 
@@ -185,10 +184,7 @@ class Architecture:
             return {}
         if self.family.rotary:
             return {"": self.rope}
-        if self.family.computation.rotary_by_kind:
-            return read_rotary_by_kind(self.facts)
-        stated = {name: value for name, value in self.facts.items() if value is not None}
-        return {"": read_rotary(stated, ROTARY, self.facts)}
+        return read_ropes(self.facts, self.family.computation.rotary_by_kind)
 
     @property
     def rope(self) -> Mapping[str, Any]:
@@ -422,12 +418,3 @@ class Architecture:
             ratio = RATIO.fullmatch(path)
             found.append(ratio[1] if ratio else path)
         return list(dict.fromkeys(found))
-
-
-def keep_rotated(rotary: int, head_dim: int) -> float:
-    """The part of a head for which transformers' int(head_dim x part) gives `rotary` dimensions."""
-    part = rotary / head_dim
-    if int(head_dim * part) == rotary:
-        return part
-    # Where rounding would miss the count (30 of 44: 29), half a dimension is added.
-    return (rotary + 0.5) / head_dim

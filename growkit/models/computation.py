@@ -75,6 +75,8 @@ class Computation:
     numbers: Mapping[str, str] = field(default_factory=dict)
     # Fields that are neither sizes nor options of the family, with transformers' defaults.
     fields: Mapping[str, Any] = field(default_factory=dict)
+    # field -> the field without which it counts as null.
+    needs: Mapping[str, str] = field(default_factory=dict)
     # field -> the values of it that are computed.
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 

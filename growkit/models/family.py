@@ -158,7 +158,7 @@ class Family:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
             rope = read_rotary(values.given, self.rotary, values) if self.rotary else {}
-            facts = {name: config.get(name, default) for name, default in self._facts.items()}
+            facts = self._read_facts(config)
             layers = self._read_kinds(config, sizes.get("layer", 0))
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
@@ -174,6 +174,12 @@ class Family:
     def _facts(self) -> Mapping[str, Any]:
         """The fields that the computation reads beside sizes and options, with their defaults."""
         return self.computation.fields if self.computation else {}
+
+    def _read_facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of those fields; null counts as a value."""
+        facts = {name: config.get(name, default) for name, default in self._facts.items()}
+        needs = self.computation.needs if self.computation else {}
+        return facts | {name: None for name, needed in needs.items() if not facts[needed]}
 
     @property
     def computed_fields(self) -> tuple[str, ...]:

@@ -78,6 +78,9 @@ QWEN2 = Family(
     layer_kinds=window_kinds,
     whole_heads=False,
     computation=Computation(
-        windows="list", numbers={"window": "sliding_window"}, fields=WINDOW_FIELDS
+        windows="list",
+        numbers={"window": "sliding_window"},
+        fields=WINDOW_FIELDS,
+        needs={"sliding_window": "use_sliding_window"},
     ),
 )

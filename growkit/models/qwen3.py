@@ -68,5 +68,6 @@ QWEN3 = Family(
         windows="list",
         numbers={"window": "sliding_window"},
         fields=WINDOW_FIELDS,
+        needs={"sliding_window": "use_sliding_window"},
     ),
 )

@@ -54,12 +54,16 @@ def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) 
     return rope
 
 
-def read_rotary_by_kind(facts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The rotary parameters of each kind of layer, as Gemma 3 states them.
+def read_ropes(facts: Mapping[str, Any], by_kind: bool) -> dict[str, Mapping[str, Any]]:
+    """The rotary parameters by kind of layer, by "" where all have the same.
 
-    Version 4 has `rope_theta` and `rope_scaling` for full attention, `rope_local_base_freq` for
-    sliding windows. Source: Gemma3TextConfig, transformers 5.
+    facts: the configuration's fields, complete. by_kind: as Gemma 3 states them. Its version 4 has
+    `rope_theta` and `rope_scaling` for full attention, `rope_local_base_freq` for sliding windows.
+    Source: Gemma3TextConfig, transformers 5.
     """
+    if not by_kind:
+        given = {name: value for name, value in facts.items() if value is not None}
+        return {"": read_rotary(given, FIELDS, facts)}
     stated = facts["rope_parameters"] or {}
     full = {"rope_type": "default", **(stated.get(FULL) or {}), **(facts["rope_scaling"] or {})}
     sliding = {"rope_type": "default", **(stated.get(SLIDING) or {})}
@@ -79,3 +83,12 @@ def write_rotary(
         scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
         written["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     return written
+
+
+def keep_rotated(rotary: int, head_dim: int) -> float:
+    """The part of a head for which transformers' int(head_dim x part) gives `rotary` dimensions."""
+    part = rotary / head_dim
+    if int(head_dim * part) == rotary:
+        return part
+    # Where rounding would miss the count (30 of 44: 29), half a dimension is added.
+    return (rotary + 0.5) / head_dim

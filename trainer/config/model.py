@@ -8,6 +8,7 @@ trains.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +181,18 @@ def _find_base(model: Architecture) -> float:
     """The base of the rotary frequencies, or the default where a model states none."""
     base = model.rotary_base or model.facts.get("rope_theta")
     return float(base or Model.rotary_base)
+
+
+def describe_differences(stated: Collection[str], mine: Model, theirs: Model) -> str:
+    """The stated keys in which two sections differ, in words. The context may differ, and a count
+    of 0 states nothing.
+    """
+    words = []
+    for key in stated:
+        one, other = getattr(mine, key), getattr(theirs, key)
+        if key != "context" and one != other and not (key in ("kv", "head_dim") and one == 0):
+            words.append(f"{key} is {one} in the one and {other} in the other")
+    return ", ".join(words)
 
 
 def check_context(model: Architecture, context: int, origin: str) -> None:
