@@ -93,13 +93,7 @@ def make_family(
     depend on.
     """
     fields = fields_of(variant)
-    options = {
-        name: found
-        for name, names in OPTIONS.items()
-        if (found := next((n for n in names if n in variant.probe.stated), None))
-        and variant.probe.stated[found] is not None
-    }
-    options |= dict(flags)
+    options = find_option_fields(variant) | dict(flags)
     defaults = variant.once(
         f"defaults {sorted(flags)}",
         lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
@@ -128,6 +122,17 @@ def make_family(
         other_lists=find_others(variant),
         **facts,
     )
+
+
+def find_option_fields(variant: Variant) -> dict[str, str]:
+    """The configuration field of each of OPTIONS that the configuration states a value of."""
+    stated = variant.probe.stated
+    found = {}
+    for option, names in OPTIONS.items():
+        name = next((name for name in names if name in stated), None)
+        if name is not None and stated[name] is not None:
+            found[option] = name
+    return found
 
 
 def _prefix(text: str) -> str:

@@ -56,6 +56,7 @@ class Layout:
     def find(self, path: Path) -> tuple[Row, Position | None] | None:
         """The row at a path and the unit of its stacked axes (None: all); None for no row."""
         keys = tuple(str(key) for key in path)
+        # Whole arrays first: their paths have no numbers, so the two cannot be confused.
         if keys in self._stacked:
             return self._stacked[keys], None
         name = "/".join(keys)
@@ -93,6 +94,7 @@ class Layout:
         """A sentence about a path that no row covers, with the nearest row."""
         name = join(path)
         known = {".".join(row.path): row for row in self.rows}
+        # Numbers of layers are taken out, because rows' paths have none.
         best = find_nearest(re.sub(r"\.\d+(?=\.)", "", name), known, likeness=0.4)
         hint = f"; the nearest row is {known[best].name}" if best else ""
         return f"no row of the axis table covers the parameter {name!r}{hint}"

@@ -35,6 +35,7 @@ def compose_maps(growths: Sequence[Plan]) -> dict[str, AxisMap]:
                 composed[axis] = composed[axis].then(later) if axis in composed else later
             elif axis in composed and axis in plan.pads:
                 composed[axis] = composed[axis].extend(plan.pads[axis])
+    # Copies of layers have no exact rule, so no multipliers either.
     composed.pop("layer", None)
     return composed
 
@@ -80,10 +81,14 @@ def _factors(
     rates, epsilons, clips = [], [], []
     for part in row.parts:
         axes = (*row.stacked, *part.axes)
+        # A copy that holds `share` of a value must move by `share` of its source's step; Adam's
+        # direction does not follow the gradient's size, so the learning rate carries the share.
         rate = share_scale(axes, maps, VALUE) * ratio
         eps = share_scale(axes, maps, MU) / ratio
         rates.append(_expand_to_part(rate, row, part, model))
         epsilons.append(_expand_to_part(eps, row, part, model))
+        # The norm of all gradients shall be the small model's: every copy has eps times its
+        # source's gradient, and there are so many copies of it.
         clips.append(_expand_to_part(1.0 / (eps**2 * _count_copies(axes, maps)), row, part, model))
     return {
         "learning_rate": _join_parts(rates, row, model),

@@ -69,6 +69,7 @@ REASONS = {
 
 def is_optimizer_state(node: Any) -> bool:
     """Whether a node is one of optax's own states."""
+    # By name and module, so that optax need not be installed, nor a class of one version be there.
     named = isinstance(node, tuple) and hasattr(node, "_fields")
     return named and type(node).__module__.split(".")[0] == "optax"
 

@@ -60,15 +60,23 @@ def _embed_rule(row: Row, reads: bool, moment: int, growth: float, norm: str) ->
     """The rule on the embed axis; growth = d'/d. An RMSNorm sees no mean, so zeros do for it."""
     root = math.sqrt(growth)
     if row.role == "norm":
+        # The variance of a padded stream is d/d' of the old one (the sum of squares stays, or with
+        # it the sum of squared deviations; the count grows): the normalised old entries grow by
+        # sqrt(d'/d), and the norm's weight makes up for that. Gradients change the other way.
         scale = {VALUE: 1 / root, MU: root, NU: growth}[moment]
         offset = row.offset if moment == VALUE else 0.0
         return Rule(scale, {VALUE: "one", MU: "zero", NU: "mean"}[moment], offset)
     if moment != VALUE:
         return Rule(1.0, {MU: "zero", NU: "mean"}[moment])
+    # A norm's bias is seen by readers, whose new columns are free: it must be zero there.
     if row.role == "bias" and not row.writes_stream:
         return Rule(1.0, "zero")
+    # Readers multiply new entries of the stream by zero, so their new columns can be anything:
+    # random ones let the new width learn.
     if reads:
         return Rule(1.0, "free")
+    # What writes the stream: the mean of its old entries, which LayerNorm takes off again; for
+    # RMSNorm, which takes nothing off, zero.
     return Rule(1.0, {"layer": "mean", "rms": "zero"}[norm])
 
 
@@ -79,6 +87,7 @@ def _head_dim_rule(role: str, reads: bool, moment: int, growth: float) -> Rule:
     """
     scale = 1.0
     if role == "query":
+        # q . k keeps its value because new keys are zero, and is then divided by sqrt(head_dim').
         root = math.sqrt(growth)
         scale = {VALUE: root, MU: 1 / root, NU: 1 / growth}[moment]
     if moment != VALUE:
@@ -106,6 +115,8 @@ def sum_along(array: Any, place: int, xp: Any = np) -> Any:
     In numpy from first to last, so that sums of parts add up to the same bits.
     """
     if xp is np:
+        # np.sum adds in pairs, in an order that depends on the shape; accumulate adds from first to
+        # last, so a sum can be carried from block to block.
         return np.add.accumulate(array, axis=place).take([-1], axis=place)
     return array.sum(place, keepdims=True)
 

@@ -151,10 +151,12 @@ def build_plan(
     """
     padded = dict(pads or {})
     _check_possible(model, maps, padded)
+    # Axes that nobody named keep their size.
     sizes = dict(model.sizes)
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
     sizes |= padded
     if model.coupled and "embed" not in maps and "embed" not in padded:
+        # Where embed is heads x head_dim, more of either makes it wider.
         sizes["embed"] = sizes[model.heads] * sizes.get("group", 1) * sizes["head_dim"]
     eps = None
     if "embed" in padded:
@@ -242,6 +244,7 @@ def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
             raise UsageError(f"two growths of the axis {taken[0]!r} at once; grow twice instead")
         maps |= plan.maps
         pads |= plan.pads
+    # The words of each part, in the order in which they were asked for.
     method = "; ".join(plan.method for plan in plans)
     notes = tuple(note for plan in plans for note in plan.notes)
     fill = next((plan.vocab_fill for plan in plans if "vocab" in plan.pads), "mean")

@@ -87,6 +87,7 @@ def moment_fate(plan: Plan, row: Row, moment: int, position: Position) -> str:
 
 def needs_work(row: Row, plan: Plan, moment: int, position: Position) -> bool:
     """Whether a new tensor is more than the same bytes of a source unit again."""
+    # Most tensors of a growth in depth are copies: their bytes are then written without a look.
     if row.axes & (plan.maps.keys() | plan.pads.keys()):
         return True
     scales = (scale_of(part, row, plan, moment, position) for part in row.parts)
@@ -105,6 +106,7 @@ def gather(array: Any, axis_map: AxisMap, place: int) -> Any:
     """The entries of an array that a map copies, along dimension `place`."""
     if not isinstance(array, np.ndarray) or len(axis_map.stretches) > MOST_STRETCHES:
         return array.take(axis_map.index, axis=place)
+    # Slices copy each stretch at once; take goes entry by entry.
     before = (slice(None),) * place
     parts = [array[(*before, stretch)] for stretch in axis_map.stretches]
     return np.concatenate(parts, axis=place)
@@ -187,6 +189,7 @@ class PartGrowth:
             len(plan.maps[name]) if name in plan.maps else size
             for name, size in zip(part.names, self.before, strict=True)
         )
+        # Moments that are copied as they are (--moments copy) take no shares.
         self.by_rule = moment_fate(plan, row, moment, position) == "map"
         scale = scale_of(part, row, plan, moment, position) if self.by_rule else None
         self.scale = None if scale is None else narrow(scale)
@@ -230,6 +233,7 @@ class PartGrowth:
         outer = self.scale.shape[: self.lead]
         if math.prod(outer) == 1:
             return self.scale.reshape(1, *self.scale.shape[self.lead :])
+        # `units` are flat numbers over the leading axes; the scale has a dimension for each axis.
         at = np.unravel_index(units, self.copied[: self.lead])
         # A dimension of one entry holds for every unit.
         place = tuple(i * (size > 1) for i, size in zip(at, outer, strict=True))
@@ -243,6 +247,8 @@ class PartGrowth:
     def add_stored(self, units: np.ndarray, dtype: Any) -> np.ndarray:
         """As `UnitGrowth.add`."""
         assert self.outer is not None
+        # Padding goes axis by axis, and a later axis pads what an earlier one added: so new units
+        # are made between those two, as in the whole array.
         begun = self.padded.index(0)
         # Axes that are padded before this one have their new size already.
         inner = list(self.copied)

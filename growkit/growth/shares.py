@@ -32,6 +32,8 @@ def share_scale(axes: Product, maps: Mapping[str, AxisMap], moment: int = VALUE)
         counts = axis.read if moment == VALUE else not axis.read
         if axis.name in maps and counts:
             share = narrow(maps[axis.name].share)
+            # A gradient that a unit writes is `share` times its source's: mu is of first order in
+            # it, nu of second, so its share is squared. Values carry it once.
             scale = scale * place_along(share ** max(moment, 1), place, len(axes))
     return scale
 
@@ -52,6 +54,8 @@ def stacked_share(row: Row, maps: Mapping[str, AxisMap], moment: int, position: 
             continue
         if moment == VALUE and axis.read:
             share *= maps[axis.name].share[unit]
+        # A layer's gradient depends on what lies above and below, so copies of layers have no share
+        # that would hold for moments.
         if moment != VALUE and not axis.read and axis.name != "layer":
             share *= maps[axis.name].share[unit] ** moment
     return share
@@ -67,6 +71,7 @@ def scale_of(
     scale = scale * stacked_share(row, plan.maps, moment, position)
     ratio = plan.model.scalar_growth(row, plan.grown)
     if ratio != 1.0:
+        # The model multiplies the parameter by f: the value takes 1/f, so its gradient takes f.
         scale = scale * ratio ** (1 if moment == VALUE else -moment)
     if "embed" in plan.pads and plan.model.table.normalises_queries:
         scale = scale * _eps_scale(part, plan, moment)
@@ -92,6 +97,8 @@ def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
 def narrow(scale: np.ndarray) -> np.ndarray:
     """A scale with one entry along every dimension that it is the same along."""
     for place in range(scale.ndim):
+        # One entry is broadcast later: a scale that is equal along an axis of millions costs
+        # nothing.
         first = scale.take([0], axis=place)
         scale = first if (scale == first).all() else scale
     return scale

@@ -165,6 +165,7 @@ def grow_parameters(
 ) -> Mapping[Any, Any]:
     """A parameter tree, or the tree of one moment, grown."""
     leaves = layout.read(tree, plan.model.sizes)
+    # A tree may hold layers one by one; a new layer then takes the leaf of the one it copies.
     units = {(leaf.row.name, leaf.position): leaf for leaf in leaves}
     grown: list[Leaf] = []
     done = set()
@@ -234,6 +235,7 @@ def _change_array(
         grown = np.asarray(change(leaf, np))
         # Without this, copies of one layer would be the same memory.
         return grown.copy() if np.may_share_memory(grown, leaf) else grown
+    # Imported here, because trees of numpy arrays grow without jax.
     import jax
 
     arrays, box = jax.tree.flatten(leaf)

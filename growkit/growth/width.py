@@ -26,6 +26,8 @@ WIDTHS = ("embed", "heads", "head_dim", "mlp")
 # Options in which a target may differ: padding sets norm_eps, training the others.
 LOOSE = ("context", "norm_eps", "initializer_range")
 
+# At most 9 digits before the point and 6 after: what is longer is a slip of the keyboard, and
+# converting it would take time.
 _SIZE = re.compile(r"\s*([0-9]{1,9})(?:\.([0-9]{1,6}))?\s*(x)?\s*")
 
 
@@ -45,6 +47,7 @@ def parse_size(option: str, text: str | int | None, current: int) -> int | None:
             f"--{option} takes a size, as {2 * current}, or a factor, as 2x; got {text!r}"
         )
     decimals = found[2] or ""
+    # '1.5x' of 1024 in whole numbers: 15 * 1024 / 10. In floats 2.3 * 100 is 229.99999999999997.
     size = int(found[1] + decimals)
     if found[3]:
         size, rest = divmod(size * current, 10 ** len(decimals))
@@ -78,14 +81,7 @@ def plan_width(
     [0, 1). Raises UsageError, and TypeError for an argument of another type.
     """
     require_type("model", model, Architecture, MODEL_HINT)
-    require_type("spread", spread, (float, int), "as 0.5")
-    if method is not None and method not in METHODS:
-        near = did_you_mean(method, METHODS)
-        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
-    if not 0 <= spread < 1:
-        raise UsageError(
-            f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}"
-        )
+    _check_choices(method, spread)
     _check_axes(model, {"embed": embed, "heads": heads, "head_dim": head_dim, "mlp": mlp})
     asked = {
         "embed": parse_size("embed", embed, model.embed),
@@ -105,6 +101,18 @@ def plan_width(
             "here"
         )
     return plan
+
+
+def _check_choices(method: str | None, spread: float) -> None:
+    """Raise UsageError for an unknown method or a spread that is too large, TypeError for text."""
+    require_type("spread", spread, (float, int), "as 0.5")
+    if method is not None and method not in METHODS:
+        near = did_you_mean(method, METHODS)
+        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
+    if not 0 <= spread < 1:
+        raise UsageError(
+            f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}"
+        )
 
 
 def _check_axes(model: Architecture, asked: Mapping[str, str | int | None]) -> None:
@@ -138,6 +146,7 @@ def complete_widths(
     elif asked["heads"] is None and 0 < old["embed"] == old["heads"] * old["head_dim"]:
         notes += _complete_heads(model, target, old)
     if asked["mlp"] is None and old["mlp"] and target["embed"] != old["embed"]:
+        # Never below the old one, which is there to be copied.
         target["mlp"] = max(old["mlp"], round(old["mlp"] * target["embed"] / old["embed"]))
         notes.append(f"mlp {old['mlp']} -> {target['mlp']}, to keep its ratio to embed")
     return target, notes
@@ -344,21 +353,29 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
             f"growth adds no parameter and takes none away: {name} is not the same in the source "
             f"and the target"
         )
-    notes = []
-    if model.rotary != like.rotary:
-        if model.head_dim == like.head_dim:
-            raise UsageError(
-                f"growth keeps how many dimensions of a head are rotated: the source has "
-                f"{model.rotary}, the target {like.rotary}"
-            )
-        notes.append(
-            f"{model.rotary} dimensions of a head stay rotated; the target has {like.rotary}"
+    return _note_rotary(model, like) + _note_context(model, like)
+
+
+def _note_rotary(model: Architecture, like: Architecture) -> list[str]:
+    """A note where the target rotates another number of dimensions of a longer head.
+
+    Raises UsageError where its heads are as long: nothing that grows would explain it.
+    """
+    if model.rotary == like.rotary:
+        return []
+    if model.head_dim == like.head_dim:
+        raise UsageError(
+            f"growth keeps how many dimensions of a head are rotated: the source has "
+            f"{model.rotary}, the target {like.rotary}"
         )
-    if model.context != like.context:
-        notes.append(
-            f"context stays {model.context}; the target's {like.context} is a matter of training"
-        )
-    return notes
+    return [f"{model.rotary} dimensions of a head stay rotated; the target has {like.rotary}"]
+
+
+def _note_context(model: Architecture, like: Architecture) -> list[str]:
+    """A note where the target reads longer or shorter sequences."""
+    if model.context == like.context:
+        return []
+    return [f"context stays {model.context}; the target's {like.context} is a matter of training"]
 
 
 def _list_kept(model: Architecture) -> dict[str, object]:

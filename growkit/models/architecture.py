@@ -171,8 +171,7 @@ class Architecture:
     def number(self, name: str) -> float | None:
         """One of `computation.NUMBERS`; None where the model has none."""
         assert self.family.computation is not None
-        path = self.family.computation.numbers.get(name)
-        value = None if path is None else self.facts[path]
+        value = self.facts.get(self.family.computation.numbers.get(name, ""))
         return None if value is None else float(value)
 
     @property
@@ -290,8 +289,7 @@ class Architecture:
         )
 
     def resize(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> Architecture:
-        """This model at other sizes; the number of rotated dimensions is kept. The kinds of new
-        layers are those of the old ones, spread evenly.
+        """This model at other sizes; rotated dimensions stay as many, kinds of layers are spread.
 
         Raises UsageError for an axis of the family that cannot grow, and for sizes that
         transformers does not accept.
@@ -306,6 +304,7 @@ class Architecture:
             resized["head_dim"] = resized["embed"] // heads
         rotary = self.family.rotary
         if rotary and rotary.part and resized["head_dim"] != self.head_dim:
+            # As many dimensions stay rotated, so the part of a longer head is smaller.
             part = keep_rotated(self.rotary, resized["head_dim"])
             options["rope"] = {**self.rope, "partial_rotary_factor": part}
         layers = self.layers
@@ -395,6 +394,7 @@ class Architecture:
         they are.
         """
         written = dict(base)
+        # What every field would be; below, only those are written that do not say so already.
         complete = self.config(base)
         stated = [*self._size_fields(), *self.family.options.values()]
         # A size written changes the default of another that follows it: head_dim from the heads.

@@ -3,6 +3,16 @@
 For parameters of one's own in memory, whose names no file format knows. Growth has rules for these
 axes by name: layer, embed, mlp, head (or kv and group) and head_dim. Every other axis of a table
 may have any name; it keeps its size.
+
+>>> model = describe_model(
+...     '''
+...     layers.{layer}.up.kernel     /embed mlp  normal  matrix
+...     layers.{/layer}.down.kernel  /mlp embed  normal  matrix
+...     ''',
+...     {"layer": 2, "embed": 8, "mlp": 32},
+... )
+>>> model.parameters
+1024
 """
 
 from __future__ import annotations
@@ -11,12 +21,11 @@ from collections.abc import Mapping
 
 from growkit.errors import GrowkitError, did_you_mean, require_type
 from growkit.models.architecture import Architecture
-from growkit.models.family import Family, bare_condition
+from growkit.models.family import NORMS, Family, bare_condition
 from growkit.models.fields import Frozen
 from growkit.models.notation import Row, parse_table
 from growkit.models.scalars import POWER
 
-NORMS = ("layer", "rms")
 HEAD_DIM_STAYS = (
     "a table does not say which of its dimensions rotary positions rotate; grow the heads instead"
 )
@@ -43,16 +52,6 @@ def describe_model(
 
     Raises ValueError for a line that is not a row, GrowkitError for sizes that are not those of the
     axes and for options that no row depends on.
-
-    >>> model = describe_model(
-    ...     '''
-    ...     layers.{layer}.up.kernel     /embed mlp  normal  matrix
-    ...     layers.{/layer}.down.kernel  /mlp embed  normal  matrix
-    ...     ''',
-    ...     {"layer": 2, "embed": 8, "mlp": 32},
-    ... )
-    >>> model.parameters
-    1024
     """
     require_type("table", table, str, "one line for each parameter")
     require_type("sizes", sizes, Mapping, "from axes to sizes")
@@ -62,7 +61,19 @@ def describe_model(
     _check_sizes(rows, sizes)
     _check_scalars(rows, scalars or {}, sizes)
     _check_options(rows, options)
-    family = Family(
+    family = _describe_family(table, sizes, norm, scalars or {}, _explain_unpadded(rows, norm))
+    # rope is empty and not missing: whoever asks for rotary positions finds that there are none.
+    values = {"norm_eps": norm_eps, "initializer_range": initializer_range, "rope": {}, **options}
+    # A condition that no option answers is refused here, and not at the first growth.
+    family.select_rows(values)
+    return Architecture(family, Frozen(sizes), Frozen(values))
+
+
+def _describe_family(
+    table: str, sizes: Mapping[str, int], norm: str, scalars: Mapping[str, str], unpadded: str
+) -> Family:
+    """The family of one described model: no config.json states its sizes."""
+    return Family(
         kind="described",
         class_name="",
         title="described",
@@ -74,14 +85,11 @@ def describe_model(
         heads="kv" if "kv" in sizes else "head",
         rotary=None,
         frozen={"head_dim": HEAD_DIM_STAYS} if "head_dim" in sizes else {},
-        scalars=dict(scalars or {}),
+        scalars=dict(scalars),
+        # transformers' rule that heads divide embed is not a rule of a model of one's own.
         whole_heads=False,
-        unpadded=_explain_unpadded(rows, norm),
+        unpadded=unpadded,
     )
-    values = {"norm_eps": norm_eps, "initializer_range": initializer_range, "rope": {}, **options}
-    # A condition that no option answers is refused here, and not at the first growth.
-    family.select_rows(values)
-    return Architecture(family, Frozen(sizes), Frozen(values))
 
 
 def _check_sizes(rows: tuple[Row, ...], sizes: Mapping[str, int]) -> None:

@@ -16,6 +16,8 @@ from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
 from growkit.models.table import Table
 
+# Whether norms subtract the mean (LayerNorm) or not (RMSNorm).
+NORMS = ("layer", "rms")
 # Endings of the names of tensors that are buffers of transformers' decoders, in old files; no
 # parameter's name ends like this.
 BUFFERS = (
@@ -96,6 +98,7 @@ class Family:
     # The text of the table file, where it is not one that growkit ships.
     given: str = ""
 
+    # Families hold dicts, which have no hash; kind and table tell them apart.
     def __hash__(self) -> int:
         return hash((self.kind, self.text))
 
@@ -135,6 +138,7 @@ class Family:
             paths["rotary_base"] = self.rotary.base
         if self.rotary and self.rotary.part:
             paths["rotary_pct"] = self.rotary.part
+        # Plain fields first: a ratio multiplies the field that it divides by.
         for name in sorted(given, key=lambda name: "/" in paths.get(name, "")):
             if name not in paths:
                 raise TypeError(f"{self.kind} has no {name!r}; it has {', '.join(paths)}, rope")
@@ -201,6 +205,7 @@ class Family:
 
     def fields_of(self, config: Mapping[str, Any]) -> Fields:
         """The fields of a config.json, with the defaults of those that it leaves out."""
+        # transformers takes null as left out, but for the fields of `nulls`.
         given = {key: value for key, value in config.items() if value is not None}
         null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
         return Fields(given, {**self.defaults, **null})

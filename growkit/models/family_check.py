@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable
 
 from growkit.errors import GrowkitError, did_you_mean
-from growkit.models.family import Family
+from growkit.models.family import NORMS, Family
 from growkit.models.fields import RATIO
+from growkit.models.scalars import POWER
+from growkit.models.table_file import LISTS
 
-NORMS = ("layer", "rms")
-_SCALAR = re.compile(r"(?:1/)?(?:sqrt\((\w+)\)|(\w+))")
 _FIELD = re.compile(r"\w+")
 
 
@@ -36,7 +36,7 @@ def check_family(family: Family) -> None:
 
 def _check_texts(family: Family) -> None:
     """Lists and maps of texts hold texts."""
-    for name in ("by_layer", "numbers", "leading", "stated", "uniform", "buffers"):
+    for name in LISTS:
         if not all(isinstance(each, str) for each in getattr(family, name)):
             raise GrowkitError(f"{name} is a list of texts")
     for name in ("fields", "options", "frozen", "scalars"):
@@ -88,8 +88,8 @@ def _check_scalars(family: Family) -> None:
         if key.split()[0] not in names:
             near = did_you_mean(key.split()[0], names)
             raise GrowkitError(f"[scalars] names {key!r}, which is no row of the table{near}")
-        found = _SCALAR.fullmatch(text)
-        if found is None or (found[1] or found[2]) not in family.fields:
+        found = POWER.fullmatch(text)
+        if found is None or (found[2] or found[3]) not in family.fields:
             raise GrowkitError(
                 f"a scalar is axis, sqrt(axis), 1/axis or 1/sqrt(axis) of an axis, got {text!r}"
             )

@@ -52,6 +52,8 @@ def follow_layers(
             if followed is not None:
                 grown[name] = followed
     for name, pattern in family.patterns.items():
+        # A list that is left out is transformers' pattern, which counts layers anew: a copy of a
+        # sliding layer would land on a full one's place.
         if not isinstance(before.get(name), list):
             grown[name] = [pattern[layer % len(pattern)] for layer in index]
     for name in family.leading:
@@ -59,6 +61,7 @@ def follow_layers(
     kinds = family.layer_kinds(before)
     if kinds is not None and not grown.get("layer_types"):
         wanted = [kinds[layer] for layer in index]
+        # Written only where the rule gives other kinds: a configuration stays as short as it was.
         if family.layer_kinds(grown) != wanted:
             grown["layer_types"] = wanted
     return grown
@@ -108,6 +111,7 @@ def _count_leading(
     name: str, before: Mapping[str, Any], family: Family, index: Sequence[int]
 ) -> int:
     """How many layers copy one of those that a field counts; they must stay in front."""
+    # Left out it has transformers' default, which counts layers all the same.
     counted = before.get(name, family.defaults.get(name))
     leads = [layer < int(counted or 0) for layer in index]
     count = sum(leads)

@@ -129,6 +129,7 @@ class Row:
 
     def _part(self, number: int) -> Part:
         """Term `number` of the summed dimension; those of a qkv row are query, key, value."""
+        # By place: a sum of role qkv is query, key and value in this order, however it is written.
         role = ATTENTION[number] if self.role == "qkv" else self.role
         dimensions = tuple(
             terms[number if place == self.summed else 0] for place, terms in enumerate(self.blocks)
@@ -190,6 +191,7 @@ class Row:
             names = {name for term in unknown for name in term}
             if len(names) != 1:
                 continue
+            # length = sum of the known terms + x * (sum of the factors beside the unknown axis).
             rest = [math.prod(known.get(axis.name, 1) for axis in term) for term in terms]
             fixed = sum(part for part, term in zip(rest, unknown, strict=True) if not term)
             share = sum(part for part, term in zip(rest, unknown, strict=True) if term)
@@ -239,6 +241,7 @@ def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
     >>> row.name_at((3,)), row.path, row.writes_stream
     ('layers.3.dense.weight', ('layers', 'dense', 'weight'), True)
     """
+    # Parsed once for each text (see lru_cache): a table is asked for its rows at every tensor.
     lines = (line.strip() for line in text.splitlines())
     return tuple(_parse_row(line, prefix) for line in lines if line and not line.startswith("#"))
 

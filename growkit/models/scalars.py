@@ -22,6 +22,7 @@ def compare_factors(
             f"the factor of {row} is axis, sqrt(axis), 1/axis or 1/sqrt(axis), got {text!r}"
         )
     axis = found[2] or found[3]
+    # f(old) / f(new) for f(x) = x; a root of it for sqrt(x), the inverse for 1 / f.
     ratio = before[axis] / after[axis]
     if found[2]:
         ratio = math.sqrt(ratio)

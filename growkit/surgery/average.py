@@ -17,6 +17,7 @@ from growkit.entries import Average, Origin
 from growkit.errors import UsageError
 from growkit.surgery.comparison import find_differences, model_of
 
+# A sum of float32 in float64 is off by far less than the one rounding of the result.
 WIDE = np.float64
 
 
@@ -55,6 +56,7 @@ def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Reci
     dtype = tensors[-1].dtype
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        # One for each thread that follows the recipe: its memory is written to.
         weighted = WeightedSum(shares)
 
         def average(*arrays: np.ndarray) -> np.ndarray:
@@ -82,6 +84,7 @@ class WeightedSum:
         shape, size = arrays[0].shape, arrays[0].size
         if size > self.memory.shape[1]:
             self.memory = np.empty((2, size), WIDE)
+        # Both are views of the same memory, call after call.
         total, part = (memory[:size].reshape(shape) for memory in self.memory)
         np.multiply(arrays[0], self.shares[0], out=total, dtype=WIDE)
         for array, share in zip(arrays[1:], self.shares[1:], strict=True):

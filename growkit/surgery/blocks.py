@@ -44,6 +44,7 @@ def grown_recipe(tensor: Tensor, row: Row, plan: Plan, moment: int, position: Po
     shape = row.shape(plan.grown.sizes)
     size = math.prod(shape) * tensor.dtype.itemsize
 
+    # A recipe is followed when the writer asks, perhaps twice: nothing is computed before.
     def pieces() -> Iterator[Piece]:
         if len(shape) < 2 or size <= BLOCK:
             yield 0, grow_array(tensor.read(), row, plan, moment, position)
@@ -118,6 +119,9 @@ class Blocks:
             axis_map = self.plan.maps.get(name)
             index = np.arange(size) if axis_map is None else axis_map.index
             origin = origin[..., None] * size + index
+        # `order` lists new units by source unit, each group ascending; `begin` is where a group
+        # starts. The n-th copies of all sources are then found at once, without a Python loop over
+        # units.
         order = np.argsort(origin.reshape(-1), kind="stable")
         count = np.bincount(origin.reshape(-1), minlength=self.units)
         begin = np.cumsum(count) - count
@@ -154,7 +158,10 @@ class Blocks:
         Where head_dim is padded, fused queries, keys and values grow by rules of their own and are
         not mixed.
         """
+        # At least a unit, about BLOCK bytes of output, and no less than a stored chunk, which is
+        # decoded whole for any part of it.
         step = max(1, BLOCK // self.unit_bytes, self.tensor.stride // self.rows_per_unit)
+        # A block may not cross from queries to keys where those are padded differently.
         run = self.units
         if "qkv" in self.names[: self.lead] and "head_dim" in self.plan.pads:
             after = self.names.index("qkv") + 1
@@ -172,6 +179,8 @@ class Blocks:
     def _find_copies(self, start: int, stop: int) -> Iterator[Stretch]:
         """Every stretch of copies of a block's source units."""
         for stretches in self.stretches:
+            # The first stretch that may reach into the block: stretches are in order of their
+            # source.
             at = max(0, bisect_right(stretches, start, key=lambda stretch: stretch.source) - 1)
             while at < len(stretches) and stretches[at].source < stop:
                 stretch = stretches[at]
@@ -185,6 +194,7 @@ class Blocks:
         """The units that padding of the first axis adds, after the old ones."""
         if self._leading.outer is None:
             return
+        # New units are numbered after the copies; their number is also their place in the output.
         old = math.prod(self.copied)
         new = math.prod(self.plan.grown.sizes[name] for name in self.names[: self.lead])
         step = max(1, BLOCK // self.unit_bytes)

@@ -36,6 +36,8 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
         config=_grown_config(source, plan),
         recipes=recipes,
         lineage=[*source.lineage, entry.to_json()],
+        # Adam's count corrects the bias of moments that began at zero: with new ones it begins
+        # again.
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=source.files,
     )
@@ -44,6 +46,7 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
 def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
     """The grown model's config.json; fields with one entry for each layer follow the map."""
     config = plan.grown.update(source.config)
+    # Width changes sizes alone: fields about single layers stay.
     if "layer" not in plan.maps:
         return config
     index = plan.maps["layer"].index.tolist()
@@ -54,6 +57,7 @@ def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position)
     """The recipe of one new tensor: zeros, the source's bytes again, or a growth of them."""
     moment = SLOT_MOMENTS[slot]
     tensor = source.tensors[slot][row.name_at(find_source(plan, row, position))]
+    # Nothing is written for zeros: a new file holds them already.
     if moment_fate(plan, row, moment, position) == "zero":
         return zeros(row.shape(plan.grown.sizes), tensor.dtype)
     if not needs_work(row, plan, moment, position):

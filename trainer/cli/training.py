@@ -90,25 +90,17 @@ def tokenize(
     part = Shard.parse(shard) if shard else None
     number = count_cores() if processes is None else processes
     with show_counts("tokenizing") as progress:
+        settings: dict[str, Any] = {"end_of_text": end_of_text, "errors": errors, "say": _say}
         manifest = tokenize_files(
-            list(text),
-            out,
-            tokenizer,
-            train_bpe,
-            force,
-            progress,
-            number,
-            part,
-            end_of_text,
-            errors,
-            _say,
+            text, out, tokenizer, train_bpe, force, progress, number, part, **settings
         )
     if train_bpe and manifest["vocab_size"] < train_bpe:
-        click.echo(
-            f"note: {train_bpe} tokens were asked for, and the text supports "
-            f"{manifest['vocab_size']}"
-        )
+        _say_fewer_tokens(train_bpe, manifest["vocab_size"])
     click.echo(f"wrote {out}: {_describe_tokens(manifest)}")
+
+
+def _say_fewer_tokens(asked: int, supported: int) -> None:
+    click.echo(f"note: {asked} tokens were asked for, and the text supports {supported}")
 
 
 def _say(words: str) -> None:

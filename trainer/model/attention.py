@@ -140,6 +140,7 @@ def _weigh(scores_BxHxTxS: jax.Array, block: int, window: jax.Array | None) -> j
     group.
     """
     total, keys = scores_BxHxTxS.shape[-2:]
+    # The queries are the last T of S positions, so the diagonal lies S - T to the right.
     read_TxS = jnp.tril(jnp.ones((block, keys), bool), keys - block)
     if window is not None:
         place_T = keys - block + jnp.arange(block, dtype=jnp.int32)
@@ -147,6 +148,7 @@ def _weigh(scores_BxHxTxS: jax.Array, block: int, window: jax.Array | None) -> j
         read_TxS = read_TxS & (distance_TxS < window)
     if total != block:
         read_TxS = jnp.tile(read_TxS, (total // block, 1))
+    # -inf and not a large number: its exponential is exactly 0, and so is its gradient.
     return jax.nn.softmax(jnp.where(read_TxS[None, None], scores_BxHxTxS, -jnp.inf), axis=-1)
 
 
@@ -184,6 +186,7 @@ def _differentiate_softmax(weights_BxHxTxS: jax.Array, to_weights: jax.Array) ->
     """The gradient for the scores, from softmax's result and the gradient for that, in float32."""
     wide_BxHxTxS = widen(weights_BxHxTxS)
     to_weights = to_weights.astype(wide_BxHxTxS.dtype)
+    # d softmax: w * (g - sum(w g)), row by row; no Jacobian of S x S is made.
     mean_BxHxTx1 = (to_weights * wide_BxHxTxS).sum(-1, keepdims=True)
     return wide_BxHxTxS * (to_weights - mean_BxHxTx1)
 
@@ -194,6 +197,7 @@ def _slice_mask(mask: jax.Array | None, first: int, last: int, kv: int) -> jax.A
 
 def _sum_prefixes(parts: list[jax.Array]) -> jax.Array:
     """Sum gradients of the first S positions, of which the last one has all positions."""
+    # Block n saw the keys up to its own end: its gradient is that of the first positions only.
     *shorter, total = parts
     for part in shorter:
         total = total.at[:, :, : part.shape[2]].add(part)

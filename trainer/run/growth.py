@@ -53,6 +53,7 @@ def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
             "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp "
             "or head_dim"
         )
+    # One plan for depth and width, so that every parameter is grown once.
     plan = plans[0] if len(plans) == 1 else combine_plans("grow", plans, model)
     return set_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
 
@@ -68,6 +69,7 @@ def is_growth_due(config: Config, step: int, history: History) -> bool:
 
     A step is grown at once it is validated. The last step of a run is not grown at.
     """
+    # Grown at the last step, the model would be saved untrained.
     if step == config.schedule.steps or history.find_validation_loss(step) is None:
         return False
     if config.grow.at == "plateau":

@@ -50,6 +50,7 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
     tree = jax.tree.map(_zeros, to_tree(like))
     for slot, tensors in source.tensors.items():
         tree[slot] = jax.tree.map(partial(_read, tensors), rows, to_tree(like)[slot])
+    # Adam's count belongs to the moments: without them it begins at 0.
     if "nu" in source.tensors:
         tree["count"] = counter(source.record.get("count", 0))
     if continued:
@@ -59,6 +60,7 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    # A view of one zero: the zeros of a large moment take no memory of the host.
     return place(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), leaf.sharding)
 
 
@@ -72,8 +74,10 @@ def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -
         for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     }
     shard_shape = leaf.sharding.shard_shape(leaf.shape)
+    # Equal places are one array: replicas on several devices are read once.
     shards = {key: np.empty(shard_shape, leaf.dtype) for key in indices}
     stacked = len(row.stacked)
+    # One layer at a time is in memory as a whole, whatever the size of the model.
     for position in np.ndindex(leaf.shape[:stacked]):
         array = tensors[row.name_at(position)].read()
         for key, index in indices.items():
