@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from growkit.entries import Growth
-from growkit.growth import multipliers as recorded
 from growkit.growth.axes import tile
+from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.plan import build_plan
 from growkit.growth.tree import grow
 from growkit.lineage import Lineage
@@ -94,7 +94,7 @@ def test_training_goes_on_as_the_small_models_would(kind):
     assert plan.continues
     entries = Lineage.read([Growth.of(plan).to_json()])
     read = [growth.plan_within(plan.grown) for growth in entries.growths_owed()]
-    right = recorded.multipliers(plan.grown, read)
+    right = compute_multipliers(plan.grown, read)
     grown = compile_step(plan.grown)
     found, _ = train(grown, right, grow(before, plan), BEFORE, AFTER)
     np.testing.assert_allclose(found, expected, rtol=1e-11)

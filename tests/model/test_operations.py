@@ -139,7 +139,7 @@ def grouped_inputs():
 
 @pytest.mark.parametrize(
     ("platform", "changes"),
-    [("cpu", {}), ("cpu", {"window": 5, "cap": 0.7, "divisor": 3.0}), ("tpu", {"window": 1})],
+    [("cpu", {}), ("cpu", {"window": 5, "cap": 0.7, "divisor": 3.0}), ("tpu", {"window": 3})],
 )
 def test_grouped_attention(platform, changes, monkeypatch):
     """Groups of two heads; windows, caps and other divisors, in blocks of queries too."""
