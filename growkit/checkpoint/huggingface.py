@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from growkit.checkpoint import pickled
+from growkit.checkpoint.around import Around, find_text, keep_width, split_tensors
 from growkit.checkpoint.carried import (
     Beside,
     drop_code_keys,
@@ -19,14 +22,31 @@ from growkit.checkpoint.carried import (
     require_inside,
     select_carried,
 )
-from growkit.checkpoint.files import encode_json, read_json
+from growkit.checkpoint.files import encode_json, holds_nonfinite, read_json
 from growkit.checkpoint.fill import Filled, Job, Progress, collect_jobs, create_file, fill
-from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_in_lineage
-from growkit.checkpoint.naming import name_tensors
+from growkit.checkpoint.hashes import (
+    ALGORITHMS,
+    KEY,
+    Hashed,
+    drop_hashes,
+    read_stated,
+    state_in_lineage,
+)
+from growkit.checkpoint.naming import MASKS, Named, name_tensors
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.safetensors import NAMES, read_header
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, read_model
+from growkit.checkpoint.tensor import (
+    Contents,
+    Recipe,
+    Source,
+    Tensor,
+    hash_when_read,
+    read_model,
+)
+from growkit.checkpoint.unsuited import refuse_config, refuse_file, refuse_packed
 from growkit.errors import GrowkitError
+from growkit.models.architecture import Architecture
+from growkit.models.given import describe_origin
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -36,7 +56,9 @@ SHARD = 5_000_000_000
 # Bytes of config.json, the index and the lineage at most.
 JSON_LIMIT = 100_000_000
 # Weights in other formats, which are named where there are no others.
-WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+WEIGHTS = (".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+# Around a text decoder any tensor may hold whole numbers: they are carried along.
+ANY_NAME = ("",)
 # Files that growkit writes itself.
 OWN = ("config.json", LINEAGE)
 
@@ -55,17 +77,18 @@ def open_directory(path: Path) -> Source:
     config = read_json(path / "config.json", JSON_LIMIT)
     if not isinstance(config, dict):
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
+    refuse_config(path, config)
     config, dropped = drop_code_keys(config)
     files = _list_weight_files(path)
     lineage = _read_lineage(path)
-    model = read_model(config, path, lineage if isinstance(lineage, list) else ())
-    tensors = _read_headers(path, files, model.buffers)
-    named = name_tensors(tensors, model, config, path)
-    beside = list_beside(path, (*OWN, INDEX, *(file.name for file in files)))
+    entries = lineage if isinstance(lineage, list) else []
+    named, around, stated = _read_tensors(path, config, entries, files)
+    hashed = _find_hashes(path, lineage, stated)
+    beside = list_beside(path, (*OWN, INDEX, pickled.INDEX, *(file.name for file in files)))
     return Source(
         path=path,
         kind="huggingface",
-        config=config | named.config,
+        config=named.config,
         tensors={"params": named.tensors},
         weights=[*files, path / "config.json"],
         # Hashes are of the tensors here, and not of what is made from them.
@@ -73,10 +96,64 @@ def open_directory(path: Path) -> Source:
         record={},
         read_files=beside.read,
         known_model=named.model,
-        notes=(*named.notes, *dropped, *_note_optimizer(beside), *beside.notes),
+        notes=(
+            *named.notes,
+            *_note_table(named.model),
+            *dropped,
+            *_note_nonfinite(config),
+            *_note_optimizer(beside),
+            *beside.notes,
+        ),
         optimizer=beside.optimizer,
-        hashed=_find_hashes(path, lineage, named.tensors),
+        hashed=hashed,
+        around=around,
     )
+
+
+def _note_nonfinite(config: dict[str, Any]) -> tuple[str, ...]:
+    """A note of fields that JSON has no words for; Python's own reader takes them.
+
+    Those that growth knows are refused when the model is read.
+    """
+    names = [name for name, value in config.items() if holds_nonfinite(value)]
+    if not names:
+        return ()
+    return (f"{', '.join(names)} of config.json: NaN or infinity, kept as it is",)
+
+
+def _read_tensors(
+    path: Path, config: dict[str, Any], lineage: list[Any], files: list[Path]
+) -> tuple[Named, Around | None, dict[str, Tensor]]:
+    """The tensors by the names of the table, what lies around a decoder, and the tensors by the
+    names that hashes have.
+    """
+    text = _find_text(config, lineage, path)
+    model = read_model(config if text is None else text, path, lineage)
+    tensors = _read_headers(path, files, (*model.buffers, *MASKS) if text is None else ANY_NAME)
+    refuse_packed(path, tensors)
+    if text is None:
+        named = name_tensors(tensors, model, config, path)
+        return replace(named, config=config | named.config), None, named.tensors
+    own, around = split_tensors(tensors, model, config)
+    named = name_tensors(own, keep_width(model, around), text, path)
+    note = f"a text decoder; {len(around.others)} tensors around it are carried along as they are"
+    named = replace(named, config=text | named.config, notes=(*named.notes, note))
+    return named, around, tensors
+
+
+def _find_text(config: dict[str, Any], lineage: list[Any], path: Path) -> dict[str, Any] | None:
+    """The configuration of a decoder within a larger model. Raises GrowkitError naming the path."""
+    try:
+        return find_text(config, lineage)
+    except GrowkitError as problem:
+        raise GrowkitError(f"{path}: {problem}") from None
+
+
+def _note_table(model: Architecture) -> tuple[str, ...]:
+    """A note that the table is none of growkit's own, if it is none."""
+    if not model.family.given:
+        return ()
+    return (f"the table is {describe_origin(model.family)}",)
 
 
 def _note_optimizer(beside: Beside) -> tuple[str, ...]:
@@ -92,20 +169,31 @@ def _note_optimizer(beside: Beside) -> tuple[str, ...]:
 def _read_lineage(path: Path) -> list[Any]:
     """The lineage beside the weights, empty for none."""
     file = path / LINEAGE
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
     require_inside(path, file)
     lineage: list[Any] = read_json(file, JSON_LIMIT)
     return lineage
 
 
-def _find_hashes(path: Path, lineage: Any, tensors: Mapping[str, Tensor]) -> Hashed | None:
-    """The hashes that the last entry of a lineage states of the tensors here, if it does."""
+def _find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed | None:
+    """The hashes that the last entry of a lineage states of the tensors here, if it does.
+
+    The tensors that have one are hashed from here on as they are read.
+    """
     last = lineage[-1] if isinstance(lineage, list) and lineage else None
     if not isinstance(last, dict) or KEY not in last:
         return None
     algorithm, arrays = read_stated(last[KEY], list(tensors), path / LINEAGE)
-    return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes())
+    if algorithm in ALGORITHMS:
+        tensors |= {name: hash_when_read(tensors[name], algorithm) for name in arrays}
+    spans = {name: tensors[name].span for name in arrays}
+    finish = {
+        name: partial(span.passing.finish, span)
+        for name, span in spans.items()
+        if span and span.passing
+    }
+    return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes(), finish=finish)
 
 
 def _list_weight_files(path: Path) -> list[Path]:
@@ -116,24 +204,34 @@ def _list_weight_files(path: Path) -> list[Path]:
     if (path / WHOLE).exists():
         files = [path / WHOLE]
     elif (path / INDEX).exists():
-        files = _list_shards(path)
+        files = _list_shards(path, INDEX)
     else:
         # Some tools write shards without an index; which tensor is where, the headers say.
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(path.glob("*.safetensors")) or _list_pickled(path)
     for file in files:
         require_inside(path, file)
     if files:
         return files
+    refuse_file(path)
     hint = ""
     others = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
     if others:
         hint = f"; it has {others[0]}: save it from transformers as safetensors first"
-    raise GrowkitError(f"{path} has a config.json but no .safetensors file{hint}")
+    raise GrowkitError(
+        f"{path} has a config.json but no .safetensors file, and no {pickled.WHOLE} either{hint}"
+    )
 
 
-def _list_shards(path: Path) -> list[Path]:
-    """The files that the index names. Raises GrowkitError for a broken index or a missing file."""
-    index = path / INDEX
+def _list_pickled(path: Path) -> list[Path]:
+    """The files that torch pickled, where there are no others."""
+    if (path / pickled.WHOLE).exists():
+        return [path / pickled.WHOLE]
+    return _list_shards(path, pickled.INDEX) if (path / pickled.INDEX).exists() else []
+
+
+def _list_shards(path: Path, name: str) -> list[Path]:
+    """The files that an index names. Raises GrowkitError for a broken index or a missing file."""
+    index = path / name
     require_inside(path, index)
     content = read_json(index, JSON_LIMIT)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -152,7 +250,7 @@ def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> di
     """The tensors of all weight files. Raises GrowkitError for a tensor that is there twice."""
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = read_header(file, buffers)
+        found = _read_file(file, buffers)
         twice = tensors.keys() & found.keys()
         if twice:
             raise GrowkitError(
@@ -163,11 +261,23 @@ def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> di
     return tensors
 
 
+def _read_file(file: Path, buffers: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of one file, without its bytes."""
+    if file.suffix == ".safetensors":
+        return read_header(file, buffers)
+    return pickled.read_pickled(file, lambda name: name.endswith(buffers))
+
+
 def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
     """Raise GrowkitError if the index, where it was used, names a tensor that no shard holds."""
-    index = path / INDEX
-    # transformers reads the whole file where there is one, and then no index.
-    if files == [path / WHOLE] or not index.exists():
+    safe = files[0].suffix == ".safetensors"
+    index = path / (
+        INDEX
+        # transformers reads the whole file where there is one, and then no index.
+        if safe
+        else pickled.INDEX
+    )
+    if files[0].name in (WHOLE, pickled.WHOLE) or not index.exists():
         return
     missing = set(read_json(index)["weight_map"]) - set(tensors)
     if missing:
@@ -184,11 +294,15 @@ def write_directory(
     """
     path.mkdir()
     recipes = contents.recipes["params"]
+    config = contents.config
+    if contents.around is not None:
+        recipes = contents.around.write_recipes(recipes)
+        config = contents.around.write_config(config)
     weight_map, filled = _write_shards(path, recipes, shard, progress)
     for name, content in select_carried(contents.files).items():
         (path / name).write_bytes(content)
     hashes = {name: value for (_, name), value in filled.hashes.items()}
-    (path / "config.json").write_bytes(encode_json(drop_code_keys(contents.config)[0]))
+    (path / "config.json").write_bytes(encode_json(drop_code_keys(config)[0]))
     (path / LINEAGE).write_bytes(encode_json(state_in_lineage(contents.lineage, hashes)))
     if len(set(weight_map.values())) > 1:
         # The index comes last: a directory without it does not load as one of shards.

@@ -16,16 +16,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from growkit.checkpoint.hashes import Hashed
-from growkit.checkpoint.raw import Span, Stamp, open_span, read_span, read_stamp, say_changed
+from growkit.checkpoint.raw import (
+    Passing,
+    Span,
+    Stamp,
+    open_span,
+    read_span,
+    read_stamp,
+    say_changed,
+)
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.around import Around
 
 SLOTS = ("params", "mu", "nu")
 # Bytes of each sample that the fingerprint reads.
@@ -182,7 +193,8 @@ class Contents:
 
     config: the content of config.json. recipes: slot -> name in files -> recipe. lineage: one entry
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
-    files: small files beside the weights (tokenizer and the like), by name.
+    files: small files beside the weights (tokenizer and the like), by name. around: what lies
+    around a text decoder.
     """
 
     config: dict[str, Any]
@@ -190,11 +202,14 @@ class Contents:
     lineage: list[dict[str, Any]]
     record: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    around: Around | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(recipe.size for slot in self.recipes.values() for recipe in slot.values())
+        others = self.around.others if self.around else {}
+        carried = sum(tensor.size for tensor in others.values())
+        return carried + sum(r.size for slot in self.recipes.values() for r in slot.values())
 
 
 @dataclass
@@ -206,7 +221,8 @@ class Source:
     file that holds tensor bytes. read_files: reads the small files beside the weights, by name.
     notes: what a user should know of how the files were read, a sentence each. optimizer: what is
     there of an optimizer that growkit does not read. hashed: hashes on record, compared by
-    `require_whole`. stamps: of each weight file when its header was read.
+    `require_whole`. around: what lies around a text decoder. stamps: of each weight file when its
+    header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -224,6 +240,7 @@ class Source:
     notes: tuple[str, ...] = ()
     optimizer: str = ""
     hashed: Hashed | None = None
+    around: Around | None = None
     stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
 
@@ -328,15 +345,23 @@ class Source:
     def require_whole(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Raise GrowkitError if an array has another hash than the one on record.
 
-        Reads every byte, at the speed of memory or of the disk.
+        Reads what was not read before in the order of the file; after all was, nothing.
         """
-        changed = self.hashed.find_changed(progress) if self.hashed else []
+        if self.hashed is None:
+            return
+        try:
+            changed = self.hashed.find_changed(progress)
+        except GrowkitError as problem:
+            raise GrowkitError(f"{self.path}: {problem}") from None
+        words = self.hashed.find_other()
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            words = f"the bytes of {changed[0]!r}{more}"
+        if words:
             raise GrowkitError(
-                f"{self.path} is damaged: the bytes of {changed[0]!r}{more} are not those that "
-                "were written (another hash than the one on record); take another checkpoint, or "
-                "give --no-verify to use it as it is"
+                f"{self.path} is damaged: {words} are not those that were written (another hash "
+                "than the one on record); take another checkpoint, or give --no-verify to use it "
+                "as it is"
             )
 
 
@@ -363,10 +388,15 @@ def read_sample(tensor: Tensor) -> bytes:
 
 
 def open_raw(
-    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, stamp: Stamp | None = None
+    path: Path,
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    stamp: Stamp | None = None,
+    passing: Passing | None = None,
 ) -> Tensor:
     """The tensor whose raw bytes begin at `offset` of a file."""
-    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp)
+    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp, passing)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -375,3 +405,12 @@ def open_raw(
         return read_span(part, part_shape, dtype)
 
     return Tensor(tuple(shape), dtype, rows, span)
+
+
+def hash_when_read(tensor: Tensor, algorithm: str) -> Tensor:
+    """The tensor, hashed from here on as it is read; the same one where it is not raw bytes."""
+    span = tensor.span
+    if span is None:
+        return tensor
+    passing = Passing(span.offset, span.size, algorithm)
+    return open_raw(span.path, span.offset, tensor.shape, tensor.dtype, span.stamp, passing)

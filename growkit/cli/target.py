@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 def read_target(text: str, model: Architecture) -> Architecture:
     """The model that --like names; what it leaves open is `model`'s. Raises UsageError."""
+    from growkit.checkpoint.around import find_text
     from growkit.checkpoint.files import read_json
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError, UsageError
     from growkit.models import read_config
+    from growkit.models.given import KEY
 
     path = Path(os.path.expanduser(text))
     config = path / "config.json" if path.is_dir() else path
@@ -23,7 +25,10 @@ def read_target(text: str, model: Architecture) -> Architecture:
         return open_source(text).model
     try:
         if config.suffix == ".json" and config.is_file():
-            return read_config(read_json(config))
+            # A table that the source states is the target's too.
+            tables = [{KEY: model.family.given}]
+            stated = read_json(config)
+            return read_config(find_text(stated, tables) or stated, tables)
         return _read_section(text, model)
     except GrowkitError as problem:
         raise UsageError(f"--like {text}: {problem}") from None

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from growkit.errors import UsageError, require_type
+from growkit.growth.head_row import HeadRow
 from growkit.growth.padding import MU, NU, VALUE, Rule
 from growkit.models.notation import Row
 
@@ -102,6 +105,8 @@ def rule_of_tokens(row: Row, moment: int, plan: Plan) -> Rule:
     """What the rows of new tokens hold of one parameter or moment."""
     if moment != VALUE:
         return Rule(1.0, {MU: "zero", NU: "mean"}[moment])
+    if plan.vocab_row and row.name == find_head(plan.model).name:
+        return Rule(1.0, "given")
     if row.role == "embedding":
         return Rule(1.0, plan.vocab_fill)
     if row.role == "bias":
@@ -109,6 +114,13 @@ def rule_of_tokens(row: Row, moment: int, plan: Plan) -> Rule:
         added = plan.pads[AXIS] - old
         return Rule(1.0, "mean", shift=math.log(old / added) + math.log(MARGIN))
     return Rule(1.0, "mean")
+
+
+def find_head(model: Architecture) -> Row:
+    """The row whose parameter makes logits: the head, or the embedding where that is the head."""
+    rows = [row for row in model.table.rows if AXIS in row.axes]
+    heads = [row for row in rows if row.role == "head"]
+    return (heads or [row for row in rows if row.role == "embedding"])[0]
 
 
 def has_bias(model: Architecture) -> bool:
@@ -123,10 +135,13 @@ def shares_embedding(model: Architecture) -> bool:
 
 def bound_shift(plan: Plan) -> float | None:
     """The most by which the loss of old tokens rises, in nats a token; None where nothing bounds
-    it: rows of zeros in a tied head have the logit 0, which may be more than all others.
+    it: rows of zeros in a tied head have the logit 0, which may be more than all others, and rows
+    that were measured say nothing of other text.
     """
     if AXIS not in plan.pads:
         return 0.0
+    if plan.vocab_row:
+        return None
     if shares_embedding(plan.model) and plan.vocab_fill == "zero":
         return None
     if has_bias(plan.model):
@@ -140,8 +155,42 @@ def describe_shift(plan: Plan) -> str:
     it does not grow.
     """
     bound = bound_shift(plan)
+    if plan.vocab_row:
+        found = plan.vocab_row
+        return (
+            f"measured: new tokens raise the loss of old ones by {found.loss:.1e} nats on "
+            f"{found.tokens:,} {found.text}"
+        )
     if bound is None:
         return "not exact: nothing bounds how far new tokens raise the loss of old ones"
     if bound <= EXACT:
         return ""
     return f"not exact: new tokens raise the loss of old ones by up to {bound:.1e} nats"
+
+
+def state_tokens(plan: Plan) -> dict[str, Any] | None:
+    """What a lineage says of new tokens; None where there are none."""
+    if AXIS not in plan.pads:
+        return None
+    head = "the embedding" if shares_embedding(plan.model) else "mean"
+    stated = {
+        "embedding": plan.vocab_fill,
+        "head": head,
+        "bias": has_bias(plan.model),
+        "loss": bound_shift(plan),
+    }
+    if plan.vocab_row is None:
+        return stated
+    row = asdict(plan.vocab_row)
+    return stated | {"head": "measured", "row": row | {"numbers": list(row["numbers"])}}
+
+
+def read_row(stored: Mapping[str, Any] | None, model: Architecture) -> HeadRow | None:
+    """The row of new tokens that a lineage states. Raises ValueError where it does not fit."""
+    if stored is None:
+        return None
+    numbers = tuple(float(number) for number in stored["numbers"])
+    wanted = math.prod(find_head(model).shape(model.sizes)[1:])
+    if len(numbers) != wanted or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"the row of new tokens has {len(numbers)} numbers, not {wanted}")
+    return HeadRow(numbers, float(stored["loss"]), int(stored["tokens"]), str(stored["text"]))

@@ -5,6 +5,7 @@ states.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,17 @@ class Frozen(dict[str, Any]):
         return hash(json.dumps(self, sort_keys=True, default=str))
 
 
+def read_number(name: str, value: Any) -> float:
+    """A finite number, or a text of one. Raises ValueError for any other value of the field."""
+    try:
+        number = float(value)
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a finite number, got {str(value)[:80]!r}")
+    return number
+
+
 class Fields:
     """The fields of a config.json, with the defaults of those that it leaves out."""
 
@@ -47,6 +59,13 @@ class Fields:
         default = self.defaults[name]
         # A default may follow another default: head_dim from heads that are left out too.
         return self.size(default.path) if isinstance(default, Same) else default
+
+    def states(self, name: str, value: Any) -> bool:
+        """Whether a field has this value; a default that follows others may have none at all."""
+        try:
+            return bool(self.get(name) == value)
+        except GrowkitError:
+            return False
 
     def whole(self, name: str) -> int:
         """A field that holds a whole number of at least 1."""
@@ -77,9 +96,14 @@ class Fields:
     def option(self, path: str) -> Any:
         """An option's value, of the kind that its default is."""
         default = self.defaults[path]
+        value = self.get(path)
         if isinstance(default, bool):
-            return bool(self.get(path))
+            if not isinstance(value, bool) and value not in (0, 1):
+                raise ValueError(f"{path} must be true or false, got {value!r}")
+            return bool(value)
         if isinstance(default, int):
             return self.whole(path)
+        if isinstance(default, float):
+            return read_number(path, value)
         kind: Callable[[Any], Any] = type(default)
-        return kind(self.get(path))
+        return kind(value)

@@ -40,6 +40,7 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
         # again.
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=source.files,
+        around=source.around,
     )
 
 
