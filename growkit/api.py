@@ -32,12 +32,18 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 def write_grown(
-    source: Source, plan: Plan, out: str | os.PathLike[str], force: bool = False
+    source: Source,
+    plan: Plan,
+    out: str | os.PathLike[str],
+    force: bool = False,
+    groups: str = "keep",
 ) -> None:
     """Grow a model on disk into the directory `out`, of the same format, a megabyte at a time.
 
-    The directory appears whole or not at all. force: whether to replace one that exists. Raises
-    UsageError for an output that must not be written and for a plan made for another model.
+    The directory appears whole or not at all. force: whether to replace one that exists. groups:
+    'split' divides the parameter groups of a checkpoint of transformers' Trainer by what growth
+    asks for, see `growkit.torch`. Raises UsageError for an output that must not be written and for
+    a plan made for another model.
     """
     require_type("source", source, Source, "as growkit.open_source(path) returns")
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
@@ -46,7 +52,7 @@ def write_grown(
         raise UsageError(
             f"the plan was made for another model than {source.path}; make one for its .model"
         )
-    contents = prepare_growth(source, plan)
+    contents = prepare_growth(source, plan, groups)
     location.write_output(parse_path(os.fspath(out)), source.kind, contents, [source], force)
 
 

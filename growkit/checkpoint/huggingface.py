@@ -46,10 +46,11 @@ def is_directory(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def open_directory(path: Path) -> Source:
+def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
     """Open a Hugging Face directory; reads config.json and the headers of the weight files.
 
-    Raises GrowkitError naming the file at fault.
+    read: names of files beside the weights that the caller reads. Raises GrowkitError naming the
+    file at fault.
     """
     require_inside(path, path / "config.json")
     config = read_json(path / "config.json", JSON_LIMIT)
@@ -60,8 +61,8 @@ def open_directory(path: Path) -> Source:
     model = read_model(config, path)
     tensors = _read_headers(path, files, model.buffers)
     named = name_tensors(tensors, model, config, path)
-    lineage = _read_lineage(path)
-    beside = list_beside(path, (*OWN, INDEX, *(file.name for file in files)))
+    lineage = read_lineage(path)
+    beside = list_beside(path, (*OWN, *read, INDEX, *(file.name for file in files)))
     return Source(
         path=path,
         kind="huggingface",
@@ -75,7 +76,7 @@ def open_directory(path: Path) -> Source:
         known_model=named.model,
         notes=(*named.notes, *dropped, *_note_optimizer(beside), *beside.notes),
         optimizer=beside.optimizer,
-        hashed=_find_hashes(path, lineage, named.tensors),
+        hashed=find_hashes(path, lineage, named.tensors),
     )
 
 
@@ -89,7 +90,7 @@ def _note_optimizer(beside: Beside) -> tuple[str, ...]:
     )
 
 
-def _read_lineage(path: Path) -> list[Any]:
+def read_lineage(path: Path) -> list[Any]:
     """The lineage beside the weights, empty for none."""
     file = path / LINEAGE
     if not file.exists():
@@ -99,7 +100,7 @@ def _read_lineage(path: Path) -> list[Any]:
     return lineage
 
 
-def _find_hashes(path: Path, lineage: Any, tensors: Mapping[str, Tensor]) -> Hashed | None:
+def find_hashes(path: Path, lineage: Any, tensors: Mapping[str, Tensor]) -> Hashed | None:
     """The hashes that the last entry of a lineage states of the tensors here, if it does."""
     last = lineage[-1] if isinstance(lineage, list) and lineage else None
     if not isinstance(last, dict) or KEY not in last:
@@ -181,35 +182,52 @@ def write_directory(
     entry of the lineage gets the hashes of the tensors. Returns what was found in the numbers.
     """
     path.mkdir()
-    recipes = contents.recipes["params"]
-    weight_map, filled = _write_shards(path, recipes, shard, progress)
-    for name, content in select_carried(contents.files).items():
-        (path / name).write_bytes(content)
-    hashes = {name: value for (_, name), value in filled.hashes.items()}
-    (path / "config.json").write_bytes(encode_json(drop_code_keys(contents.config)[0]))
-    (path / LINEAGE).write_bytes(encode_json(state_in_lineage(contents.lineage, hashes)))
-    if len(set(weight_map.values())) > 1:
-        total = sum(recipe.size for recipe in recipes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / INDEX).write_bytes(encode_json(index))
+    with collect_jobs() as jobs:
+        weight_map = begin_shards(path, contents.recipes["params"], shard, jobs)
+        filled = fill(jobs, progress)
+    write_beside(path, contents, weight_map, filled)
     return filled.findings
 
 
-def _write_shards(
-    path: Path, recipes: dict[str, Recipe], limit: int, progress: Progress | None
-) -> tuple[dict[str, str], Filled]:
-    """Write all weight files; returns the file of each tensor, and what is known of them."""
+def write_beside(
+    path: Path,
+    contents: Contents,
+    weight_map: Mapping[str, str],
+    filled: Filled,
+    also: tuple[str, ...] = (),
+) -> None:
+    """Write all that is not weights: small files, configuration, lineage, index.
+
+    also: further names of small files. The hash of a moment stands under SLOT.NAME.
+    """
+    for name, content in select_carried(contents.files, also).items():
+        (path / name).write_bytes(content)
+    hashes = {
+        name if slot == "params" else f"{slot}.{name}": value
+        for (slot, name), value in filled.hashes.items()
+        if slot
+    }
+    (path / "config.json").write_bytes(encode_json(drop_code_keys(contents.config)[0]))
+    (path / LINEAGE).write_bytes(encode_json(state_in_lineage(contents.lineage, hashes)))
+    if len(set(weight_map.values())) > 1:
+        total = sum(recipe.size for recipe in contents.recipes["params"].values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / INDEX).write_bytes(encode_json(index))
+
+
+def begin_shards(
+    path: Path, recipes: dict[str, Recipe], limit: int, jobs: list[Job]
+) -> dict[str, str]:
+    """Reserve all weight files and add the jobs that fill them; returns the file of each tensor."""
     shards = _split_into_shards(recipes, limit)
     weight_map: dict[str, str] = {}
-    with collect_jobs() as jobs:
-        for number, names in enumerate(shards, 1):
-            file_name = WHOLE
-            if len(shards) > 1:
-                file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map |= dict.fromkeys(names, file_name)
-            jobs += _begin_shard(path / file_name, {name: recipes[name] for name in names})
-        filled = fill(jobs, progress)
-    return weight_map, filled
+    for number, names in enumerate(shards, 1):
+        file_name = WHOLE
+        if len(shards) > 1:
+            file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(names, file_name)
+        jobs += _begin_shard(path / file_name, {name: recipes[name] for name in names})
+    return weight_map
 
 
 def _split_into_shards(recipes: dict[str, Recipe], limit: int) -> list[list[str]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.fill import Progress
+from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, write_trained
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.orbax import (
@@ -46,6 +47,8 @@ def open_source(text: str) -> Source:
     here = download(path) if is_remote(path) else path
     if is_checkpoint(here):
         source = open_checkpoint(here)
+    elif is_trained_directory(here):
+        source = open_trained(here)
     elif is_directory(here):
         source = open_directory(here)
     else:
@@ -224,9 +227,10 @@ def write_output(
 ) -> Findings:
     """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
 
-    kind: 'huggingface' or 'checkpoint'. progress: told the number of bytes after each piece.
-    shard: the most bytes of tensors in one file of a Hugging Face directory. Returns what was found
-    in the numbers. Raises GrowkitError for a source whose bytes are not those that were written.
+    kind: 'huggingface', 'hf_trainer' or 'checkpoint'. progress: told the number of bytes after each
+    piece. shard: the most bytes of weights in one file of a Hugging Face directory. Returns what
+    was found in the numbers. Raises GrowkitError for a source whose bytes are not those that were
+    written.
     """
     care = care or Care()
     check_writable(out, sources, force)
@@ -243,6 +247,8 @@ def write_output(
     with commit_output(out, force, care.sync) as new:
         if kind == "checkpoint":
             findings = write_checkpoint(new, contents, progress)
+        elif kind == "hf_trainer":
+            findings = write_trained(new, contents, progress, shard)
         else:
             findings = write_directory(new, contents, progress, shard)
         for source in sources:

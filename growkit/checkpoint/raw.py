@@ -22,17 +22,19 @@ Stamp = tuple[int, int, int, int, int]
 class Span:
     """Raw bytes in C order: `size` bytes at `offset` of a file.
 
-    stamp: of the file when its header was read. Whoever reads the span compares it.
+    stamp: of the file when its header was read. Whoever reads the span compares it. checksum: the
+    CRC-32 of its bytes where the file states one.
     """
 
     path: Path
     offset: int
     size: int
     stamp: Stamp | None = None
+    checksum: int | None = None
 
     def part(self, start: int, size: int) -> Span:
         """`size` bytes of it, from its byte `start`."""
-        return replace(self, offset=self.offset + start, size=size)
+        return replace(self, offset=self.offset + start, size=size, checksum=None)
 
 
 @contextmanager

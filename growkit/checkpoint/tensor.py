@@ -1,9 +1,9 @@
 """A model on disk: named tensors that are read on request, and recipes for new tensors.
 
 A Hugging Face directory and a trainer checkpoint look the same from here: a `Source` of named
-tensors, one for each layer, in up to three slots (params, mu, nu). A `Recipe` says how to make the
-bytes of a new tensor block by block, so that no model is ever whole in memory. `Contents` is
-everything an output holds.
+tensors, one for each layer, in up to four slots (params, mu, nu, nu_max). A `Recipe` says how to
+make the bytes of a new tensor block by block, so that no model is ever whole in memory. `Contents`
+is everything an output holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,10 @@ from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 
-SLOTS = ("params", "mu", "nu")
+if TYPE_CHECKING:
+    from growkit.checkpoint.optimizer import Optimizer
+
+SLOTS = ("params", "mu", "nu", "nu_max")
 # Bytes of each sample that the fingerprint reads.
 SAMPLE = 4096
 # Tensors of one kind that a configuration may ask for beyond what files hold, before it is refused
@@ -180,7 +183,8 @@ class Contents:
 
     config: the content of config.json. recipes: slot -> name in files -> recipe. lineage: one entry
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
-    files: small files beside the weights (tokenizer and the like), by name.
+    files: small files beside the weights (tokenizer and the like), by name. torch_optimizer: the
+    groups and steps of an optimizer of PyTorch, whose moments are among the recipes.
     """
 
     config: dict[str, Any]
@@ -188,6 +192,7 @@ class Contents:
     lineage: list[dict[str, Any]]
     record: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    torch_optimizer: Optimizer | None = None
 
     @property
     def size(self) -> int:
@@ -203,8 +208,10 @@ class Source:
     holds its files. tensors: slot -> name in files -> tensor, one for each layer. weights: every
     file that holds tensor bytes. read_files: reads the small files beside the weights, by name.
     notes: what a user should know of how the files were read, a sentence each. optimizer: what is
-    there of an optimizer that growkit does not read. hashed: hashes on record, compared by
-    `require_whole`. stamps: of each weight file when its header was read.
+    there of an optimizer that growkit does not read. refusal: why nothing grows from it, where a
+    file of an optimizer that growkit should read cannot grow. torch_optimizer: the groups and steps
+    of an optimizer of PyTorch whose moments are among the tensors. hashed: hashes on record,
+    compared by `require_whole`. stamps: of each weight file when its header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -221,6 +228,8 @@ class Source:
     known_model: Architecture | None = None
     notes: tuple[str, ...] = ()
     optimizer: str = ""
+    refusal: str = ""
+    torch_optimizer: Optimizer | None = None
     hashed: Hashed | None = None
     stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
@@ -314,6 +323,11 @@ class Source:
             return array.reshape(row.stacked_shape(self.model.sizes))
 
         return self.model.table.tree(stack_row)
+
+    def require_readable(self) -> None:
+        """Raise GrowkitError where the source has an optimizer that would be lost or wrong."""
+        if self.refusal:
+            raise GrowkitError(self.refusal)
 
     def check_unchanged(self) -> None:
         """Raise GrowkitError if a weight file was written to since the source was opened."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from etils import epath
 
+from growkit.checkpoint.carried import is_carried_name
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
 from growkit.entries import Branch, Origin, Training
@@ -406,7 +407,7 @@ def _take_snapshot(
     training = Training(
         source=Origin.of(source), multipliers=applied, config=config.to_dict(), branch=branch
     )
-    files = {name: content for name, content in taken.files.items() if name != EARLIER}
+    files = {name: content for name, content in taken.files.items() if is_carried_name(name)}
     tokenizer = {} if "tokenizer.json" in files else data.tokenizer
     return Snapshot(
         state=from_source(taken, stage.like, config.schedule.continued, step),

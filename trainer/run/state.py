@@ -39,8 +39,8 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
     """The state that begins with a model on disk: its parameters, moments and Adam's count.
 
     like: its shapes, dtypes and shardings. The schedule begins again unless it is `continued`. A
-    source without moments starts them at zero with count 0. step: the run's, 0 unless the model
-    was grown on the way.
+    source without Adam's moments starts them at zero with count 0. step: the run's, 0 unless the
+    model was grown on the way.
     """
 
     def counter(value: int) -> jax.Array:
@@ -48,9 +48,11 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
 
     rows = source.model.table.tree(lambda row: row)
     tree = jax.tree.map(_zeros, to_tree(like))
-    for slot, tensors in source.tensors.items():
+    adam = {"mu", "nu"} <= source.tensors.keys()
+    for slot in ("params", "mu", "nu") if adam else ("params",):
+        tensors = source.tensors[slot]
         tree[slot] = jax.tree.map(partial(_read, tensors), rows, to_tree(like)[slot])
-    if "nu" in source.tensors:
+    if adam:
         tree["count"] = counter(source.record.get("count", 0))
     if continued:
         tree["schedule_step"] = counter(source.record.get("schedule_step", 0))
