@@ -259,24 +259,24 @@ def _list_layouts(
         return
     order = [name for name, _ in defined]
     yield [order]
-    for undecayed in list_undecayed(model, defined):
+    for undecayed in list_undecayed(defined):
         yield [
             [name for name in order if name not in undecayed],
             [name for name in order if name in undecayed],
         ]
 
 
-def list_undecayed(model: Architecture, defined: Sequence[tuple[str, Row]]) -> list[frozenset[str]]:
+def list_undecayed(defined: Sequence[tuple[str, Row]]) -> list[frozenset[str]]:
     """The parameters without decay, by the rules of transformers' Trainer, the newest rule first.
 
-    By name, and torch's own LayerNorms. Until 4.46 by class and the word bias: LayerNorms, and
-    those other norms that a model's file had registered.
+    By name, and norms of torch's own class LayerNorm. Until 4.46 by class and the word bias:
+    LayerNorms, and those other norms that a model's file had registered. Tables do not say which
+    class a norm is of, so norms are in or out together; the sizes of the groups tell.
     """
     named = {name for name, _ in defined if UNDECAYED.search(name.lower())}
     norms = {name for name, row in defined if row.role == "norm"}
     biases = {name for name, _ in defined if "bias" in name}
-    layer_norms = norms if model.norm == "layer" else set()
-    sets = (named | layer_norms, named, biases | norms, biases | layer_norms)
+    sets = (named | norms, named, biases | norms, biases)
     return [frozenset(each) for each in dict.fromkeys(map(frozenset, sets))]
 
 

@@ -38,7 +38,9 @@ MODULES = {
 # files name other parameters than the model has.
 UNKNOWN = frozenset(
     (
+        "afmoe",
         "aria_text",
+        "ernie4_5_moe",
         "gpt_neox_japanese",
         "granitemoe",
         "granitemoehybrid",

@@ -180,7 +180,7 @@ def _follow_lineage(
     trees = multipliers(source.model, plans) if plans else {}
     new = find_new_layers(plans[-1]) if plans else frozenset()
     rows = {name: source.model.table.match(name)[0] for name in named}
-    undecayed = list_undecayed(source.model, list(rows.items()))[0]
+    undecayed = list_undecayed(list(rows.items()))[0]
     members: dict[tuple[bool, Factors], list[str]] = {}
     for name, (_, parameter) in named.items():
         if parameter.requires_grad:
