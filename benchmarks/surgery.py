@@ -6,8 +6,8 @@
 Expect, compared with `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy, on
 directories and on checkpoints of both trainers alike; an average of two in 1.0 to 1.8 times; 20 to
 45 MB of memory; a naive transformers script and mergekit five to eleven times as long, in memory as
-large as the model. Needs disk and memory for about five times the model (2.7 GB at 0.6B parameters in float32).
-Three rounds of everything take 20 minutes on two cores.
+large as the model. Needs disk and memory for about five times the model (2.7 GB at 0.6B parameters
+in float32). Three rounds of everything take 30 minutes on two cores.
 
 Everything is a command of its own, timed from start to end, in turns within a round. The script
 prints the medians of each, of its ratio to cp in the same round, and its peak anonymous memory:

@@ -33,12 +33,18 @@ def load_network(path: Path, dtype: str | None = None) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        torch_dtype=getattr(torch, dtype) if dtype else "auto",
-        attn_implementation="sdpa",
-        output_loading_info=True,
-    )
+    options = {
+        "torch_dtype": getattr(torch, dtype) if dtype else "auto",
+        "output_loading_info": True,
+    }
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        loaded: Any = load(path, attn_implementation="sdpa", **options)
+    except ValueError as problem:
+        # A soft cap of attention's scores, as Gemma 2 has, or ALiBi in some classes.
+        if "attn_implementation" not in str(problem):
+            raise
+        loaded = load(path, attn_implementation="eager", **options)
     network, report = loaded
     # transformers fills a missing tensor with random numbers and only prints a report.
     tied = {"lm_head.weight", "embed_out.weight"} if network.config.tie_word_embeddings else set()

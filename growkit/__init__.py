@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from growkit.growth.depth import plan_depth
     from growkit.growth.plan import Plan, combine_plans, set_options
     from growkit.growth.tree import grow
+    from growkit.growth.vocabulary import plan_vocabulary
     from growkit.growth.width import plan_like, plan_width
     from growkit.lineage import Lineage
     from growkit.models.architecture import Architecture
@@ -44,6 +45,7 @@ __all__ = [
     "open_source",
     "plan_depth",
     "plan_like",
+    "plan_vocabulary",
     "plan_width",
     "read_lineage",
     "set_options",
@@ -58,6 +60,7 @@ _HOMES = {
     "growkit.growth.depth": ("plan_depth",),
     "growkit.growth.plan": ("Plan", "combine_plans", "set_options"),
     "growkit.growth.tree": ("grow",),
+    "growkit.growth.vocabulary": ("plan_vocabulary",),
     "growkit.growth.width": ("plan_like", "plan_width"),
     "growkit.lineage": ("Lineage",),
     "growkit.models.architecture": ("Architecture",),

@@ -7,6 +7,7 @@ itself; docs/python.md shows them.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from growkit.checkpoint import location
 from growkit.checkpoint.files import parse_path
@@ -14,21 +15,29 @@ from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError, require_type
 from growkit.growth.plan import Plan
 from growkit.lineage import Lineage
+from growkit.models.given import read_table, use_family
 from growkit.surgery.grow import prepare_growth
 
 PATH = (str, os.PathLike)
 PATH_HINT = "a directory, a run as RUN@STEP, or a Hub id"
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(
+    path: str | os.PathLike[str], table: str | os.PathLike[str] | None = None
+) -> Source:
     """Open the model that `path` names, as the command line does; only headers are read.
 
-    `.model` is its architecture, `.stack()` its parameters as a tree of arrays, `.stack("mu")` a
-    moment where it has them. Raises UsageError when the path names nothing, GrowkitError when what
-    it names is broken.
+    table: a file that `growkit derive` wrote, for a type that growkit ships no table for. `.model`
+    is the architecture, `.stack()` the parameters as a tree of arrays, `.stack("mu")` a moment
+    where there are any. Raises UsageError when the path names nothing, GrowkitError when what it
+    names is broken.
     """
     require_type("path", path, PATH, PATH_HINT)
-    return location.open_source(os.fspath(path))
+    if table is None:
+        return location.open_source(os.fspath(path))
+    require_type("table", table, PATH, "a file that `growkit derive` wrote")
+    with use_family(read_table(Path(table))):
+        return location.open_source(os.fspath(path))
 
 
 def write_grown(

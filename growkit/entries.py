@@ -22,7 +22,9 @@ from growkit import __version__
 from growkit.growth.axes import AxisMap
 from growkit.growth.multipliers import describe_multipliers
 from growkit.growth.plan import Plan, build_plan
+from growkit.growth.vocabulary import AXIS, bound_shift, describe_shift, has_bias, shares_embedding
 from growkit.models.architecture import Architecture
+from growkit.models.given import KEY as TABLE
 
 # What a JSON value of the wrong shape raises while it is read.
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
@@ -53,7 +55,7 @@ class Origin:
 
     @classmethod
     def of(cls, source: Described) -> Origin:
-        """The origin that a model on disk is for what is made from it."""
+        """The origin to record in an output that is made from a model on disk."""
         return cls(str(source.path), source.kind, source.fingerprint, source.record)
 
     @classmethod
@@ -82,19 +84,22 @@ class Origin:
 class Entry:
     """What every entry states.
 
-    source: None for a new model. more: keys that this version does not know.
+    source: None for a new model. table: the text of the table that the models were read by, where
+    growkit ships no such table; else empty. more: keys that this version does not know.
     """
 
     operation: str
     source: Origin | None = None
     growkit: str = __version__
+    table: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The entry as files hold it."""
         origin = {"source": self.source.to_json()} if self.source else {}
         stated = {"growkit": self.growkit} | origin | {"operation": self.operation}
-        return stated | self._facts() | dict(self.more)
+        table = {TABLE: self.table} if self.table else {}
+        return stated | self._facts() | table | dict(self.more)
 
     def _facts(self) -> dict[str, Any]:
         """What this kind of entry states beside what every entry does."""
@@ -122,9 +127,11 @@ class Growth(Entry):
     """A growth by a plan; operation is the verb.
 
     before, after: the size of every axis. pads: {axis: new size}. count: what became of Adam's
-    count, 'kept' or 'reset'. function: 'preserved' or 'not preserved'. optimizer: the factors on
-    learning rates, eps and clip with which training goes on exactly as the small model's would,
-    in words; None where it does not.
+    count, 'kept' or 'reset'. function: 'preserved', 'not preserved', or how far from exact.
+    optimizer: the factors on learning rates, eps and clip with which training goes on exactly as
+    the small model's would, in words; None where it does not. vocabulary: what new tokens' rows
+    hold, and the most by which they raise the loss of old tokens (nats; None: unknown); None where
+    there are none.
     """
 
     method: str
@@ -138,6 +145,7 @@ class Growth(Entry):
     seed: int
     function: str
     optimizer: Mapping[str, Any] | None = None
+    vocabulary: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, plan: Plan, source: Origin | None = None) -> Growth:
@@ -158,8 +166,10 @@ class Growth(Entry):
             count="reset" if plan.moments == "reset" else "kept",
             noise=plan.noise,
             seed=plan.seed,
-            function="preserved" if plan.preserved else "not preserved",
+            function=_state_function(plan),
+            vocabulary=_state_vocabulary(plan),
             optimizer=describe_multipliers(plan) if plan.continues else None,
+            table=plan.model.family.given,
         )
 
     @classmethod
@@ -173,6 +183,7 @@ class Growth(Entry):
             before=stored["sizes"]["before"],
             after=stored["sizes"]["after"],
             optimizer=stored.get("optimizer"),
+            vocabulary=stored.get("vocabulary"),
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -193,6 +204,7 @@ class Growth(Entry):
             "noise": self.noise,
             "seed": self.seed,
             "function": self.function,
+            **({"vocabulary": dict(self.vocabulary)} if self.vocabulary else {}),
         }
 
     @property
@@ -222,11 +234,32 @@ class Growth(Entry):
         """
         maps = {axis: copies.axis_map(model.sizes[axis]) for axis, copies in self.maps.items()}
         options = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
+        if self.vocabulary:
+            options["vocab_fill"] = self.vocabulary["embedding"]
         return build_plan(self.operation, self.method, model, maps, self.pads, **options)
 
     def plan_within(self, model: Architecture) -> Plan:
         """The same plan, for a model of this lineage at whatever sizes it has now."""
         return self.plan(model.resize(self.before))
+
+
+def _state_function(plan: Plan) -> str:
+    """Whether a plan keeps the source's function, in the words of a lineage."""
+    if not plan.preserved:
+        return "not preserved"
+    return describe_shift(plan) or "preserved"
+
+
+def _state_vocabulary(plan: Plan) -> dict[str, Any] | None:
+    """What a lineage says of new tokens; None where there are none."""
+    if AXIS not in plan.pads:
+        return None
+    return {
+        "embedding": plan.vocab_fill,
+        "head": "the embedding" if shares_embedding(plan.model) else "mean",
+        "bias": has_bias(plan.model),
+        "loss": bound_shift(plan),
+    }
 
 
 @dataclass(frozen=True)
@@ -362,6 +395,8 @@ def read_entry(stored: Any) -> Entry:
         common = {"operation": stored["operation"], "growkit": stored["growkit"]}
         if "source" in stored:
             common["source"] = Origin.read(stored["source"])
+        if isinstance(stored.get(TABLE), str):
+            common["table"] = stored[TABLE]
         entry = kind.read(stored, common)
     except MALFORMED as problem:
         return Unknown.of(stored, repr(problem))

@@ -56,7 +56,7 @@ class Lineage:
         """The last entry, which must be a training. Raises GrowkitError where it is none."""
         last = self.last_as(Training)
         if last is None:
-            raise GrowkitError("the last entry of the lineage is no training that can be read")
+            raise GrowkitError("the last entry of the lineage is not a training that can be read")
         return last
 
     def growths_after(self, ends: Callable[[Entry], bool]) -> list[Growth]:
@@ -127,7 +127,7 @@ class Lineage:
 
 def unreadable_plan(problem: str | None) -> str:
     """What to say of a lineage whose last entry should be a growth and makes no plan."""
-    return f"the lineage's last entry is no plan that can be read: {problem}"
+    return f"the lineage's last entry is not a plan that can be read: {problem}"
 
 
 def _claims_growth(entry: Entry) -> bool:

@@ -38,7 +38,7 @@ _MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-# Files that are no text, though their bytes may pass for it: (offset, first bytes, what to do).
+# Files that are not text, though their bytes may pass for it: (offset, first bytes, what to do).
 _FOREIGN = (
     (0, b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` brings the file itself"),
     (257, b"ustar", "a tar archive; unpack it and name the files in it"),
@@ -52,7 +52,7 @@ _FOREIGN = (
     (0, b"ARROW1", "an Arrow file; write its table as Parquet"),
     (0, b"SQLite format 3\x00", "an SQLite database; export its text"),
 )
-# A file with more zero bytes than this among its first ones is no text in UTF-8.
+# A file with more zero bytes than this among its first ones is not text in UTF-8.
 _MOST_ZEROS = 0.1
 # Python converts no whole number of more digits (sys.set_int_max_str_digits).
 _MOST_DIGITS = 4000

@@ -7,6 +7,7 @@ import struct
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -15,6 +16,10 @@ from growkit.checkpoint.orbax import write_checkpoint
 from growkit.checkpoint.tensor import Contents, copy_tensor, wrap_array
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
+
+# Random cases are the same in every run; `pytest --hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 SMALL = GPT_NEOX.model(
     layer=3, embed=32, head=4, mlp=64, vocab=96, context=32, rotary_pct=0.25, tied=False
@@ -83,13 +88,13 @@ def programs_apart(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def programs_of_patched_code(request):
     """A test that may patch what a step is made of shares no compiled step with other tests."""
-    made = sys.modules.get("trainer.step.update")
-    patched = made is not None and "monkeypatch" in request.fixturenames
+    module = sys.modules.get("trainer.step.update")
+    patched = module is not None and "monkeypatch" in request.fixturenames
     if patched:
-        made.forget_programs()
+        module.forget_programs()
     yield
     if patched:
-        made.forget_programs()
+        module.forget_programs()
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,7 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(0, SMALL.vocab, (2, 17))
 
 
-# What may lie beside a model's weights: text, and bytes that are no text.
+# What may lie beside a model's weights: text, and bytes that are not text.
 BESIDE = {
     "tokenizer.json": b'{"version": "1.0"}',
     "LICENSE": b"free",

@@ -45,7 +45,7 @@ def write_tokens(root: Path) -> Path:
 @contextmanager
 def share_programs() -> Iterator[None]:
     """Share programs and new models between runs: compiling is most of a small run."""
-    made = {}
+    programs = {}
 
     def shared(make):
         def of(config, *rest):
@@ -58,9 +58,9 @@ def share_programs() -> Iterator[None]:
                     for name in ("dropout", "precision", "batch", "optimizer", "schedule")
                 ]
             key = repr((make.__name__, parts, getattr(config, "seed", None), rest))
-            if key not in made:
-                made[key] = make(config, *rest)
-            return made[key]
+            if key not in programs:
+                programs[key] = make(config, *rest)
+            return programs[key]
 
         return of
 
@@ -107,9 +107,9 @@ def configuration(path, root):
 
 def recipe(root, **sections):
     """A configuration without a model section, for --from."""
-    made = values(root, **(RECIPE | sections))
-    made.pop("model")
-    return made
+    settings = values(root, **(RECIPE | sections))
+    settings.pop("model")
+    return settings
 
 
 def new_run(root, out, **sections):

@@ -84,11 +84,11 @@ def test_an_entry_is_written_as_it_was_read(stored, kind):
 def test_an_entry_that_is_made_is_the_one_that_is_read():
     branch = Branch("anneal", 0.001, 0.0, 64)
     origin = Origin("run", "checkpoint", "f0", {"step": 6, "schedule_step": 4})
-    made = Training(
+    entry = Training(
         source=origin, growkit="0.1.0", multipliers=True, config=SCHEDULE, branch=branch
     )
-    assert made == read_entry(ANNEALED)
-    assert list(made.to_json()) == list(ANNEALED)
+    assert entry == read_entry(ANNEALED)
+    assert list(entry.to_json()) == list(ANNEALED)
 
 
 def test_a_plan_comes_back_from_its_entry():
@@ -159,7 +159,7 @@ def test_what_was_done_last():
         lineage(NEW).last_growth("out")
     with pytest.raises(UsageError, match="last thing that was done to out is 'export', not growth"):
         lineage(DEPTH, EXPORT).last_growth("out")
-    with pytest.raises(GrowkitError, match="out: the lineage's last entry is no plan"):
+    with pytest.raises(GrowkitError, match="out: the lineage's last entry is not a plan"):
         lineage(DEPTH | {"maps": None}).last_growth("out")
-    with pytest.raises(GrowkitError, match="is no training that can be read"):
+    with pytest.raises(GrowkitError, match="is not a training that can be read"):
         lineage(NEW, DEPTH).last_training  # noqa: B018 (the property raises)

@@ -108,6 +108,10 @@ WRONG_TYPES = {
     ),
     "lines for a table": (lambda: growkit.describe_model([TABLE], SIZES), "one line for each"),
     "a list of sizes": (lambda: growkit.describe_model(TABLE, [3, 8]), "from axes to sizes"),
+    "text for a number": (
+        lambda: growkit.plan_width(MODEL, embed="2x", spread="0.5"),
+        "spread must be of type float or int, as 0.5; got one of type str",
+    ),
 }
 
 
@@ -162,15 +166,19 @@ def test_a_plan_for_another_model_is_refused(tmp_path):
 REFUSED = {
     "an axis without a size": ({"sizes": {"layer": 3, "embed": 8, "mlp": 12}}, "lacks the axis 'v"),
     "a size without an axis": ({"sizes": SIZES | {"mlpp": 3}}, "'mlpp'.*did you mean 'mlp'"),
-    "a size that is no count": ({"sizes": SIZES | {"mlp": 1.5}}, "size of mlp is a whole number"),
+    "a size that is not a count": (
+        {"sizes": SIZES | {"mlp": 1.5}},
+        "size of mlp is a whole number",
+    ),
     "an unknown norm": ({"norm": "rmsnorm"}, "norm is 'layer' or 'rms'"),
     "an empty table": ({"table": "# nothing\n"}, "no rows"),
     "a condition without an answer": (
         {"table": TABLE.replace("vocab       normal  head", "vocab  normal  head  untied")},
         "depends on 'untied'",
     ),
-    "a factor of nothing": ({"scalars": {"embed": "sqrt(embed)"}}, "which is no row"),
-    "a factor that is no size": ({"scalars": {"embed.embedding": "embed2"}}, "a scalar is axis"),
+    "an option of no row": ({"tie": True}, "no row of the table depends on the option 'tie'"),
+    "a factor of nothing": ({"scalars": {"embed": "sqrt(embed)"}}, "which is not a row"),
+    "a factor that is not a size": ({"scalars": {"embed.embedding": "embed2"}}, "a scalar is axis"),
 }
 
 
@@ -215,6 +223,45 @@ def test_a_factor_that_follows_a_size_is_undone():
     grown = growkit.grow(tree, growkit.plan_width(scaled, embed="4x"))
     plain = growkit.grow(tree, growkit.plan_width(MODEL, embed="4x"))
     assert np.array_equal(grown["embed"]["embedding"], plain["embed"]["embedding"] / 2)
+
+
+HEAD = """
+embed.embedding  vocab embed   normal  embedding
+head.kernel      /embed vocab  normal  head
+"""
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_padding_under_layer_norm_asks_for_a_norm_before_the_head(final):
+    """The new entries of the stream hold the mean of the old ones, which only a norm hides."""
+    sizes = {"embed": 6, "vocab": 5}
+    table = HEAD + "norm.scale  embed  ones  norm\n" * final
+    model = growkit.describe_model(table, sizes, norm_eps=1e-2)
+    random = np.random.default_rng(0)
+    tree = {
+        "embed": {"embedding": random.normal(size=(5, 6))},
+        "head": {"kernel": random.normal(size=(6, 5))},
+    }
+    if final:
+        tree["norm"] = {"scale": 1.0 + random.normal(size=6)}
+
+    def compute(tree, eps):
+        stream = tree["embed"]["embedding"]
+        if final:
+            centred = stream - stream.mean(-1, keepdims=True)
+            root = np.sqrt(np.square(centred).mean(-1, keepdims=True) + eps)
+            stream = centred / root * tree["norm"]["scale"]
+        return stream @ tree["head"]["kernel"]
+
+    if not final:
+        with pytest.raises(UsageError, match="no norm over embed outside the layers hides them"):
+            growkit.plan_width(model, embed=9)
+        allowed = replace(model, family=replace(model.family, unpadded=""))
+        plan = growkit.plan_width(allowed, embed=9)
+    else:
+        plan = growkit.plan_width(model, embed=9)
+    gap = np.abs(compute(growkit.grow(tree, plan), plan.grown.norm_eps) - compute(tree, 1e-2)).max()
+    assert gap < 1e-12 if final else gap > 1e-3
 
 
 def test_conditions_are_options_of_the_description():

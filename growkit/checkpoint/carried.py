@@ -135,9 +135,10 @@ def require_inside(directory: Path, path: Path) -> None:
 
 
 def find_outside(directory: Path, path: Path) -> str:
-    """Why a file may not be read: it lies elsewhere, or is no plain file. Empty if it may."""
+    """Why a file may not be read: it lies elsewhere, or is not a plain file. Empty if it may."""
     home = Path(os.path.realpath(directory))
     real = Path(os.path.realpath(path))
+    # Resolved paths are compared: a link in the directory may lead through other links.
     if home not in real.parents and _find_blobs(home) != real.parent:
         return f"it leads to {real}, outside the directory; put the file itself there"
     try:
@@ -183,6 +184,7 @@ def select_carried(files: Mapping[str, bytes], also: tuple[str, ...] = ()) -> di
 
 def drop_code(name: str, content: bytes) -> bytes:
     """A configuration file without the keys that name Python to be run; others as they are."""
+    # A quick look at the bytes first: tokenizers have megabytes and hardly ever name code.
     if not name.endswith(".json") or not any(key.encode() in content for key in CODE_KEYS):
         return content
     return change_json(content, _leave_out_code)

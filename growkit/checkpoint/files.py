@@ -33,7 +33,7 @@ KINDS = {
 def change_json(content: bytes, change: Callable[[Any], Any]) -> bytes:
     """The bytes of a JSON file whose value is changed.
 
-    Byte for byte as they were where they are no JSON, or where nothing changes.
+    Byte for byte as they were where they are not JSON, or where nothing changes.
     """
     try:
         value = json.loads(content)
@@ -65,6 +65,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     Raises GrowkitError for a pipe, a device and the like, which could block or never end, and
     OSError where there is nothing to open.
     """
+    # O_NONBLOCK: opening a pipe would wait for a writer before its kind can be asked for.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(file).st_mode)
     if kind != stat.S_IFREG:
@@ -82,6 +83,7 @@ def read_regular(path: Path, limit: int = JSON_LIMIT) -> bytes:
     """
     try:
         with open(open_regular(path), "rb") as file:
+            # One byte more than allowed tells a file of the limit's size from a longer one.
             content = file.read(limit + 1)
     except OSError as problem:
         raise GrowkitError(f"cannot read {path}: {problem.strerror}") from None
@@ -128,6 +130,7 @@ def write_atomically(path: Any, content: bytes) -> None:
         writer.write(content)
         writer.flush()
         os.fsync(writer.fileno())
+    # rename(2) replaces in one step: a reader sees the old file or the new one.
     part.replace(path)
     sync_directory(path.parent)
 

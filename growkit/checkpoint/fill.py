@@ -108,6 +108,7 @@ def create_file(path: Path, size: int) -> int:
 def _reserve(file: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         try:
+            # Unlike ftruncate it takes the blocks, so the disk cannot be full later.
             os.posix_fallocate(file, 0, size)
             return
         except OSError as problem:
@@ -123,6 +124,7 @@ def fill(jobs: list[Job], progress: Progress | None = None) -> Filled:
     threads end together. Jobs of one size alternate between files, because writes to one file wait
     for each other.
     """
+    # popleft of a deque is atomic: the threads need no lock of their own.
     queue = deque(sorted(jobs, key=lambda job: (-job.size, job.offset)))
     stop = threading.Event()
     report = progress or (lambda done: None)
@@ -164,6 +166,8 @@ def _write(job: Job, buffer: np.ndarray, filled: Filled) -> Iterator[int]:
     begin = 0
     for recipe in job.recipes:
         for offset, array in _make_pieces(recipe, buffer):
+            # Flat and contiguous, because pwrite takes bytes; an array that is so already is not
+            # copied.
             data = np.ascontiguousarray(array).reshape(-1)
             view = data.view(np.uint8).data
             _write_at(job.file, view, job.offset + begin + offset)
@@ -194,7 +198,10 @@ class _Passed:
         self.done = 0
 
     def follow(self, view: memoryview, at: int) -> None:
-        """Take a piece that begins at byte `at`, if it comes in turn."""
+        """Take a piece that begins at byte `at`, if it comes in turn.
+
+        Pieces of one stretch come in order, those of copies may not.
+        """
         if at != self.done:
             return
         self.hasher.update(view)
@@ -261,6 +268,7 @@ def _make_pieces(recipe: Recipe, buffer: np.ndarray) -> Iterator[tuple[int, np.n
 def _copy(span: Span, dtype: np.dtype, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The pieces of a span, each in the buffer until the next."""
     with open_span(span) as file:
+        # One buffer for each thread, reused, so that it stays in the cache.
         for start in range(0, span.size, PIECE):
             piece = buffer[: min(PIECE, span.size - start)]
             read_into(file, piece.data, span.offset + start, span.path)
@@ -269,6 +277,7 @@ def _copy(span: Span, dtype: np.dtype, buffer: np.ndarray) -> Iterator[tuple[int
 
 def _write_at(file: int, view: memoryview, offset: int) -> None:
     """Write all bytes at an offset; the system may take several calls for that."""
+    # pwrite may write less than asked: up to 2 GiB at a time on Linux, less on a signal.
     while view:
         count = os.pwrite(file, view, offset)
         view = view[count:]

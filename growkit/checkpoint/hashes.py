@@ -65,6 +65,7 @@ def hash_file(file: int, offset: int, size: int, algorithm: str = ALGORITHM) -> 
     done = 0
     while done < size:
         data = os.pread(file, min(PIECE, size - done), offset + done)
+        # A file that is too short gets another hash, which is what tells.
         if not data:
             break
         hasher.update(data)
@@ -108,6 +109,7 @@ class Hashed:
 
     def find_changed(self, progress: Callable[[int], None] = lambda done: None) -> list[str]:
         """The arrays whose bytes have another hash than the one on record, sorted."""
+        # A later version may write another one: what cannot be compared is not called damaged.
         if self.algorithm not in ALGORITHMS:
             return []
 
@@ -119,6 +121,7 @@ class Hashed:
             return hasher.hexdigest() != self.arrays[name]
 
         names = sorted(self.arrays)
+        # xxhash and reading let go of Python's lock, so threads run side by side.
         with ThreadPoolExecutor(THREADS) as pool:
             changed = list(pool.map(has_changed, names))
         return [name for name, differs in zip(names, changed, strict=True) if differs]
@@ -153,6 +156,7 @@ def hash_array(array: np.ndarray) -> str:
 def hash_meta(meta: Mapping[str, Any]) -> str:
     """The hash of a checkpoint's meta without its hashes: the same before and after JSON."""
     others = {key: value for key, value in meta.items() if key != HASHES}
+    # Sorted keys, because JSON may come back in another order.
     return hash_bytes(json.dumps(others, sort_keys=True).encode())
 
 

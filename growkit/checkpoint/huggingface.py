@@ -58,10 +58,10 @@ def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
     config, dropped = drop_code_keys(config)
     files = _list_weight_files(path)
-    model = read_model(config, path)
+    lineage = read_lineage(path)
+    model = read_model(config, path, lineage if isinstance(lineage, list) else ())
     tensors = _read_headers(path, files, model.buffers)
     named = name_tensors(tensors, model, config, path)
-    lineage = read_lineage(path)
     beside = list_beside(path, (*OWN, *read, INDEX, *(file.name for file in files)))
     return Source(
         path=path,
@@ -119,6 +119,7 @@ def _list_weight_files(path: Path) -> list[Path]:
     elif (path / INDEX).exists():
         files = _list_shards(path)
     else:
+        # Some tools write shards without an index; which tensor is where, the headers say.
         files = sorted(path.glob("*.safetensors"))
     for file in files:
         require_inside(path, file)
@@ -166,6 +167,7 @@ def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> di
 def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
     """Raise GrowkitError if the index, where it was used, names a tensor that no shard holds."""
     index = path / INDEX
+    # transformers reads the whole file where there is one, and then no index.
     if files == [path / WHOLE] or not index.exists():
         return
     missing = set(read_json(index)["weight_map"]) - set(tensors)
@@ -210,6 +212,7 @@ def write_beside(
     (path / "config.json").write_bytes(encode_json(drop_code_keys(contents.config)[0]))
     (path / LINEAGE).write_bytes(encode_json(state_in_lineage(contents.lineage, hashes)))
     if len(set(weight_map.values())) > 1:
+        # The index comes last: a directory without it does not load as one of shards.
         total = sum(recipe.size for recipe in contents.recipes["params"].values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / INDEX).write_bytes(encode_json(index))
@@ -235,6 +238,7 @@ def _split_into_shards(recipes: dict[str, Recipe], limit: int) -> list[list[str]
     shards: list[list[str]] = [[]]
     room = limit
     for name, recipe in recipes.items():
+        # A tensor larger than the limit stands alone: files are never cut within a tensor.
         if shards[-1] and recipe.size > room:
             shards.append([])
             room = limit
@@ -245,6 +249,7 @@ def _split_into_shards(recipes: dict[str, Recipe], limit: int) -> list[list[str]
 
 def _begin_shard(path: Path, recipes: dict[str, Recipe]) -> list[Job]:
     """Reserve the file, write its header, and return the jobs that fill it."""
+    # transformers 4 refuses a file whose metadata does not say which framework wrote it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     offset = 0

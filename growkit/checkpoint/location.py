@@ -74,6 +74,7 @@ def locate(text: str) -> Any:
         return _enter_run(path)
     if path.exists():
         raise UsageError(f"{text} is a file; name the directory that holds the model")
+    # From the right, because a directory's name may hold an @.
     name, _, at = text.rpartition("@")
     run = Path(os.path.expanduser(name))
     if name and (run / CHECKPOINTS).is_dir():
@@ -240,6 +241,8 @@ def write_output(
     if is_remote(out):
         with tempfile.TemporaryDirectory(prefix="growkit-") as directory:
             here = Path(directory) / "out"
+            # A temporary directory need not survive a power cut, and the sources were verified
+            # above.
             local = replace(care, sync=False, verify=False)
             findings = write_output(here, kind, contents, sources, False, progress, shard, local)
             upload(here, out, force)
@@ -251,6 +254,7 @@ def write_output(
             findings = write_trained(new, contents, progress, shard)
         else:
             findings = write_directory(new, contents, progress, shard)
+        # After the last byte was read and before the output has its name.
         for source in sources:
             source.check_unchanged()
         if care.strict and findings:

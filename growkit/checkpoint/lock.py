@@ -23,6 +23,7 @@ def try_lock(file: int) -> bool | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    # ENOLCK, ENOTSUP and the like: a file system without locks.
     except OSError:
         return None
     return True
@@ -39,11 +40,13 @@ def may_run(holder: str) -> bool:
     One of another host may: this one cannot tell.
     """
     host, _, number = holder.strip().rpartition(" ")
+    # Our own number in the file is from a process that is gone, or from this one.
     if not number.isdigit() or int(number) == os.getpid():
         return False
     if host and host != socket.gethostname():
         return True
     try:
+        # Signal 0 is not sent: the kernel only says whether the process exists.
         os.kill(int(number), 0)
     except ProcessLookupError:
         return False
@@ -64,6 +67,7 @@ def find_trainer(path: Path) -> tuple[Path, str] | None:
 def _find_holder(path: Path) -> str | None:
     """The process id in a run's lock file, if a process holds it."""
     try:
+        # No link is followed and no pipe waited for: the lock file lies where strangers may write.
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None

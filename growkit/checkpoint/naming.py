@@ -16,7 +16,6 @@ import numpy as np
 from growkit.checkpoint.tensor import BLOCK, Tensor
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
-from growkit.models.fields import Frozen
 
 # What transformers' classes call the output head, now and in earlier versions.
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -60,6 +59,7 @@ def name_tensors(
 def find_name(name: str, model: Architecture) -> str:
     """The table's name for a tensor's name in a file; the name itself where no row covers it."""
     family = model.family
+    # Two generations of transformers' names for the head; no row of another role has either name.
     if name in HEADS and family.head_name:
         return family.head_name
     for candidate in (name, f"{family.prefix}.{name}"):
@@ -80,6 +80,7 @@ def _settle_head(
     if head not in found:
         return Named(found, model, {})
     embedding = next(row.name for row in model.table.rows if row.role == "embedding")
+    # Equal copies are dropped: a tied model has one parameter, and growth must change both alike.
     if embedding not in found or are_equal(found[head], found[embedding]):
         del found[head]
         return Named(found, model, {})
@@ -95,11 +96,12 @@ def _allow_no_head(
     found: Mapping[str, Tensor], model: Architecture, config: Mapping[str, object]
 ) -> Architecture:
     """The model without its head, where the file is of a base model that has none."""
+    # GPTNeoXModel and the like are saved without a head; ...ForCausalLM without one is broken.
     classes = config.get("architectures")
     base = isinstance(classes, list) and all(str(name).endswith("Model") for name in classes)
     if model.head_name in found or not classes or not base:
         return model
-    return replace(model, options=Frozen({**model.options, "headless": True}))
+    return replace(model, headless=True)
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:

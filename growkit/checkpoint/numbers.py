@@ -13,7 +13,7 @@ from threading import Lock
 
 import numpy as np
 
-# The bits of infinity, by bytes and name: everything above them, the sign left out, is no number.
+# The bits of infinity, by bytes and name: everything above them, the sign left out, is NaN.
 INFINITY = {
     "float16": 0x7C00,
     "bfloat16": 0x7F80,

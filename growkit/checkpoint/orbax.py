@@ -90,6 +90,7 @@ class Array:
         shape = self.shape[len(position) :]
         if self.file is not None:
             units = self.shape[: len(position)]
+            # C order: the units of the stacked axes lie one after another, each contiguous.
             unit = int(np.ravel_multi_index(position, units)) if position else 0
             offset = unit * math.prod(shape) * self.dtype.itemsize
             return open_raw(self.file, offset, shape, self.dtype, self.stamp)
@@ -117,7 +118,7 @@ def open_checkpoint(path: Path) -> Source:
         record = _read_record(meta)
         names = _list_arrays(tree)
         arrays = {name: _open_array(path / STATE, name, tree) for name in names}
-        model = read_model(config, path)
+        model = read_model(config, path, lineage if isinstance(lineage, list) else ())
         hashed = _find_hashes(path, meta, arrays)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise GrowkitError(
@@ -198,6 +199,7 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     """One stored array: raw if it is one uncompressed chunk, else through tensorstore."""
     if tree.get("use_ocdbt") or tree.get("use_zarr3"):
         return _open_stored(state, name, tree)
+    # A name is joined to a path below: it must not climb out of the checkpoint.
     if "/" in name or name.startswith("."):
         raise GrowkitError(f"{state} names an array {name!r}, which leads out of the directory")
     require_inside(state.parent, state / name / ".zarray")
@@ -205,6 +207,7 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     shape = tuple(header["shape"])
     dtype = _parse_dtype(header["dtype"])
     encoded = header["compressor"] is not None or header["filters"]
+    # Fortran order and foreign byte order are left to tensorstore, which knows how to read them.
     native = header["order"] == "C" and dtype.isnative
     if encoded or not native or tuple(header["chunks"]) != shape:
         return _open_stored(state, name, tree)
@@ -225,6 +228,7 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
 
 
 def _open_stored(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
+    # Headers only; chunks are read when their rows are asked for.
     store = open_store(state, name, tree)
     return Array(tuple(store.shape), store.dtype.numpy_dtype, store=store)
 
@@ -235,7 +239,7 @@ def _chunk(shape: tuple[int, ...]) -> str:
 
 
 def _parse_dtype(name: str) -> np.dtype:
-    """The dtype of numbers. Raises ValueError for others: raw bytes are no Python objects."""
+    """The dtype of numbers. Raises ValueError for others: raw bytes are not Python objects."""
     kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
     dtype: np.dtype[Any] = np.dtype(kind)
     if name != "bfloat16" and dtype.kind not in "fiu":
@@ -260,6 +264,7 @@ def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -
                 f"no row of the axis table covers the array {name!r}; the rows are {known}"
             )
         units = array.shape[: len(row.stacked)]
+        # One tensor a layer, as in files: layers stacked in an array are views of it by offset.
         for position in product(*(range(size) for size in units)):
             tensors[row.name_at(position)] = array.as_tensor(position)
     return tensors
@@ -269,6 +274,7 @@ def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
     """Small files as JSON: UTF-8 text as text, anything else in base64."""
     encoded = {}
     for name, content in files.items():
+        # Text stays readable in the JSON, and as small as it is; base64 takes a third more.
         try:
             encoded[name] = {"text": content.decode()}
         except UnicodeDecodeError:
@@ -339,7 +345,7 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
     record = {key: value for key, value in contents.record.items() if key not in COUNTERS}
     config = drop_code_keys(contents.config)[0]
     meta = {"config": config, "lineage": drop_hashes(contents.lineage), "record": record}
-    arrays = collect_leaves(contents, read_config(contents.config))
+    arrays = collect_leaves(contents, read_config(contents.config, contents.lineage))
     path.mkdir()
     hashes, findings = _write_arrays(path / STATE, arrays, progress)
     meta[KEY] = state_hashes(hashes)
@@ -347,6 +353,7 @@ def write_checkpoint(path: Path, contents: Contents, progress: Progress | None =
     for item, value in ((META, meta), (FILES, encode_files(files))):
         (path / item).mkdir()
         (path / item / "metadata").write_text(json.dumps(value))
+    # In Orbax's order, markers last: what was cut off on the way is not taken for finished.
     for item in (STATE, META, FILES):
         (path / item / COMMITTED).write_text(f"{item} is complete")
     (path / COMMITTED).write_text("all items are complete")

@@ -103,6 +103,7 @@ def commit_output(out: Path, force: bool = False, sync: bool = True) -> Iterator
     process is writing the same output, GrowkitError if it cannot be written.
     """
     work = name_work(out)
+    # Remembered before they are made, so that a failure can remove them and nothing else.
     new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -116,9 +117,12 @@ def commit_output(out: Path, force: bool = False, sync: bool = True) -> Iterator
     try:
         _clear(work, out)
         (work / MARK).write_text(describe_self())
+        # Again, now that nobody else of growkit's can write it: the first look was before the lock.
         _refuse_existing(out, force)
         yield work / NEW
+        # And once more: writing may have taken an hour, in which someone else made `out`.
         _refuse_existing(out, force)
+        # First the bytes, then the name: a crash between them leaves no name with missing bytes.
         if sync and (work / NEW).is_dir():
             sync_tree(work / NEW)
         _move_into_place(work, out)
@@ -127,6 +131,7 @@ def commit_output(out: Path, force: bool = False, sync: bool = True) -> Iterator
     except OSError as problem:
         raise GrowkitError(f"cannot write {out}: {problem.strerror or problem}") from problem
     finally:
+        # In this order: the old output is in `work` until it is put back.
         _put_back(work, out)
         _remove_work(work)
         os.close(lock)
@@ -151,6 +156,7 @@ def _acquire(work: Path) -> int:
     Returns the open directory. Raises UsageError for one that is in use, or is not growkit's.
     """
     with suppress(FileExistsError):
+        # mkdir succeeds in one process only, whatever the file system has of locks.
         os.mkdir(work)
         # A directory without it that is not empty is somebody else's.
         (work / MARK).write_text(describe_self())
@@ -214,6 +220,7 @@ def _remove_work(work: Path) -> None:
     for name in (NEW, OLD):
         shutil.rmtree(work / name, ignore_errors=True)
     with suppress(OSError):
+        # What growkit did not put there stays, and with it the directory: rmdir refuses a full one.
         if sorted(os.listdir(work)) == [MARK]:
             os.unlink(work / MARK)
         os.rmdir(work)
@@ -226,6 +233,8 @@ def _move_into_place(work: Path, out: Path) -> None:
     """
     if not os.path.lexists(out):
         os.rename(work / NEW, out)
+    # Without renameat2 (macOS, old kernels) there is a moment without an output; `_put_back` undoes
+    # a kill in that moment.
     elif not exchange(work / NEW, out):
         os.rename(out, work / OLD)
         os.rename(work / NEW, out)

@@ -54,6 +54,8 @@ def read_into(file: int, buffer: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(buffer):
         count = _read_some(file, buffer[done:], offset + done)
+        # 0 bytes mean the end of the file and nothing else; short reads are common on network
+        # disks.
         if count == 0:
             raise GrowkitError(
                 f"{path} ended at byte {offset + done:,} while it was being read; was it written "
@@ -88,6 +90,7 @@ def read_stamp(path: Path) -> Stamp:
 
 def stamp_of(status: os.stat_result) -> Stamp:
     """The stamp in what the system says of a file."""
+    # Nanoseconds, as the kernel gives them: floats of seconds would round 2026 to 0.2 microseconds.
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return status.st_dev, status.st_ino, status.st_size, *times
 

@@ -80,6 +80,7 @@ def upload(here: Path, out: Any, force: bool) -> None:
                 copy = out.joinpath(*file.relative_to(here).parts)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 _copy(file, copy)
+        # Ctrl-C too: half a model must not stay under the output's name.
         except BaseException:
             out.rmtree(missing_ok=True)
             raise

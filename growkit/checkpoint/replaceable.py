@@ -44,6 +44,7 @@ def _check_model(names: Mapping[str, Path]) -> str:
     config = _read(names["config.json"])
     if not isinstance(config, dict) or not {"model_type", "architectures"} & config.keys():
         return "has a config.json that describes no model"
+    # A config.json alone could be any transformers project's.
     if not any(name.endswith(".safetensors") for name in names):
         return "holds no .safetensors file"
     return _find_other(names, lambda name: is_carried_name(name) or MODEL_FILE.fullmatch(name))

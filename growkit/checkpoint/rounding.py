@@ -26,6 +26,7 @@ def round_to_dtype(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         narrow = wide.astype(dtype)
     infinite = np.isinf(narrow)
     if infinite.any():
+        # Infinities that were there before are the source's; only new ones are refused.
         too_large = infinite & np.isfinite(array)
         if too_large.any():
             raise GrowkitError(_describe_overflow(name, array[too_large].flat[0], dtype))
@@ -50,7 +51,9 @@ def _round_to_odd_float32(array: np.ndarray) -> np.ndarray:
     """
     with np.errstate(over="ignore"):
         narrow = array.astype(np.float32)
+    # A float's bits as a whole number: one less is the next float towards zero, for either sign.
     bits = narrow.view(np.uint32)
+    # Infinities stay: what is too large for float32 is too large for bfloat16, and refused later.
     inexact = (narrow != array) & np.isfinite(narrow)
     # First truncate towards zero, then set the last bit of everything that was not exact.
     rounded_up = inexact & (np.abs(narrow) > np.abs(array))

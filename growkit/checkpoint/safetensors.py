@@ -54,6 +54,7 @@ def read_header(path: Path, buffers: tuple[str, ...] = ()) -> dict[str, Tensor]:
             raise GrowkitError(
                 f"{path} is a Git LFS pointer, not the weights; `git lfs pull` fetches them"
             )
+        # Little-endian on every machine, as the format says.
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(HEADER_LIMIT, total - 8):
             raise GrowkitError(
@@ -69,9 +70,10 @@ def read_header(path: Path, buffers: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
-    """The entries of a header by name. Raises GrowkitError for what is no header."""
+    """The entries of a header by name. Raises GrowkitError for what is not a header."""
     garbled = f"{path} has a garbled safetensors header"
     try:
+        # json would keep the last of two entries of one name and say nothing.
         header = json.loads(text.decode(), object_pairs_hook=_refuse_twice)
     except _Twice as problem:
         raise GrowkitError(f"{garbled}: it holds {problem.args[0]!r} twice") from None

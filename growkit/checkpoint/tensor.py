@@ -72,6 +72,7 @@ class Tensor:
         """The numbers [start, stop) of the flattened tensor, in C order."""
         row = max(1, math.prod(self.shape[1:]))
         first = start // row
+        # Rounded up: the row in which the last number lies is read too.
         last = -(-stop // row)
         numbers = self.rows(first, last).reshape(-1)
         return numbers[start - first * row : stop - first * row]
@@ -89,6 +90,7 @@ class Tensor:
         """
         count = self.row_count
         step = max(1, limit * count // max(1, self.size))
+        # Whole chunks only: a chunk is decoded whole, so half a chunk would be decoded twice.
         step = max(self.stride, step - step % self.stride)
         for start in range(0, count, step):
             yield start, min(start + step, count)
@@ -251,9 +253,10 @@ class Source:
 
         Names are made one by one, so a number in a config.json must not say for how long.
         """
-        model = self.known_model or read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path, self.lineage)
         for row in model.table.rows:
             count = math.prod(row.stacked_sizes(model.sizes))
+            # A few missing tensors are named one by one; a million would be a wait and no message.
             if count > MOST_MISSING + len(tensors):
                 axis = max(row.stacked, key=lambda axis: model.sizes[axis.name])
                 raise GrowkitError(
@@ -273,7 +276,7 @@ class Source:
     @cached_property
     def model(self) -> Architecture:
         """The model that the configuration describes."""
-        model = self.known_model or read_model(self.config, self.path)
+        model = self.known_model or read_model(self.config, self.path, self.lineage)
         shapes = {name: tensor.shape for name, tensor in self.tensors["params"].items()}
         return model.measure(shapes) if model.measured else model
 
@@ -299,6 +302,7 @@ class Source:
         It identifies a model about as fast as opening it; the full check is `growkit verify`,
         which compares every byte.
         """
+        # Sorted, so that the order of keys in config.json does not make another model.
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for slot, tensors in sorted(self.tensors.items()):
             for name, tensor in sorted(tensors.items()):
@@ -350,10 +354,10 @@ class Source:
             )
 
 
-def read_model(config: dict[str, Any], path: Path) -> Architecture:
+def read_model(config: dict[str, Any], path: Path, lineage: Sequence[Any] = ()) -> Architecture:
     """The model that the configuration at `path` describes. Raises GrowkitError naming the path."""
     try:
-        return read_config(config)
+        return read_config(config, lineage)
     except GrowkitError as problem:
         raise type(problem)(f"{path}: {problem}") from None
 
@@ -363,6 +367,7 @@ def read_sample(tensor: Tensor) -> bytes:
     span = tensor.span
     if span is None:
         return tensor.read().tobytes()
+    # Three places, because one alone may be the same in two models: zeros, or a frozen part.
     middle = max(0, span.size // 2 - SAMPLE // 2)
     end = max(0, span.size - SAMPLE)
     size = min(SAMPLE, span.size)

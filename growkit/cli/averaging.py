@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from growkit.cli.options import add_table_option
 from growkit.cli.terminal import (
     add_care_options,
     add_shard_option,
@@ -29,6 +30,7 @@ from growkit.cli.terminal import (
     help="One weight for each SRC, in order. Default: equal weights.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@add_table_option
 @add_shard_option
 @add_care_options
 def average(

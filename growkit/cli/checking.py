@@ -20,6 +20,7 @@ from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
 from growkit.cli.description import KINDS, is_trained
 from growkit.errors import GrowkitError, UsageError
+from growkit.growth.vocabulary import bound_shift
 
 if TYPE_CHECKING:
     from growkit.growth.plan import Plan
@@ -31,6 +32,9 @@ DEVICE = "cpu"
 COMPUTED_IN = "float32"
 # Tokens of a check, unless told otherwise.
 TOKENS = 1024
+# The part by which a shift of the loss may be above its bound: new rows are rounded to the weights'
+# dtype, and logits of up to 40 to float32. A bias has ten times that in hand.
+SLACK = 0.5
 # The most tokens whose logits are in memory at once.
 CHUNK = 4096
 # How far logits may differ, as a part of the largest logit (of 1, if that is less), when weights
@@ -43,7 +47,8 @@ class Difference:
     """How two functions differ on the same tokens.
 
     loss_before, loss_after: mean cross-entropy of the next token, in nats. tolerance: the largest
-    difference of logits that rounding explains.
+    difference of logits that rounding explains. shift: by how much the tokens that the second has
+    beyond the first's raise the loss, in nats.
     """
 
     tokens: int
@@ -52,6 +57,7 @@ class Difference:
     largest_logit: float
     largest_difference: float
     tolerance: float
+    shift: float = 0.0
 
     @property
     def negligible(self) -> bool:
@@ -64,9 +70,11 @@ def compare_functions(
 ) -> Difference:
     """The difference of two functions on tokens [B, T], computed a few rows at a time.
 
-    rounded_to: the dtype that the weights of `after` were rounded to; the default for none.
+    rounded_to: the dtype that the weights of `after` were rounded to; the default for none. Where
+    `after` has more tokens, the first ones are compared.
     """
     losses = np.zeros(2)
+    shift = 0.0
     largest_difference = 0.0
     largest_logit = 0.0
     step = max(1, CHUNK // tokens_BxT.shape[1])
@@ -76,6 +84,8 @@ def compare_functions(
         theirs = after(chunk)
         part = len(chunk) / len(tokens_BxT)
         losses += [part * _mean_loss(ours, chunk), part * _mean_loss(theirs, chunk)]
+        shift += part * _measure_shift(theirs, ours.shape[-1])
+        theirs = theirs[..., : ours.shape[-1]]
         largest_logit = max(largest_logit, float(np.abs(ours).max()))
         # numpy's maximum, unlike Python's max, keeps a NaN.
         gap = np.abs(ours - theirs).max()
@@ -87,6 +97,7 @@ def compare_functions(
         largest_logit=largest_logit,
         largest_difference=largest_difference,
         tolerance=TOLERANCES[rounded_to] * max(1.0, largest_logit),
+        shift=shift,
     )
 
 
@@ -99,6 +110,21 @@ def _mean_loss(logits_BxTxV: np.ndarray, tokens_BxT: np.ndarray) -> float:
         following = np.take_along_axis(wide, tokens_T[1:, None], -1)[:, 0]
         losses.append(np.log(np.exp(wide).sum(-1)) - following)
     return float(np.mean(losses))
+
+
+def _measure_shift(logits_BxTxV: np.ndarray, old: int) -> float:
+    """How much the tokens after the first `old` add to the loss: the mean of log(1 + their part of
+    the softmax's sum over the others'), in float64.
+    """
+    if logits_BxTxV.shape[-1] == old:
+        return 0.0
+    shifts = []
+    for logits_TxV in logits_BxTxV:
+        wide = logits_TxV.astype(np.float64)
+        wide -= wide.max(-1, keepdims=True)
+        sums = np.exp(wide)
+        shifts.append(np.log1p(sums[:, old:].sum(-1) / sums[:, :old].sum(-1)).mean())
+    return float(np.mean(shifts))
 
 
 def load_function(source: Source) -> Function:
@@ -189,13 +215,16 @@ class GrowthCheck:
     """A grown model compared with its source.
 
     text: what the tokens are. promised: whether the plan promised the source's function. dtype: of
-    the source's parameters, which the new ones are rounded to.
+    the source's parameters, which the new ones are rounded to. added: how many tokens are new.
+    bound: the most by which they raise the loss of old ones, as the plan has it; None for unknown.
     """
 
     difference: Difference
     text: str
     promised: bool
     dtype: str
+    added: int = 0
+    bound: float | None = 0.0
 
     @property
     def preserved(self) -> bool:
@@ -212,6 +241,7 @@ class GrowthCheck:
             "largest_logit": found.largest_logit,
             "largest_difference": found.largest_difference,
             "rounding": found.tolerance,
+            "shift": {"measured": found.shift, "bound": self.bound},
             "promised": self.promised,
             "preserved": self.preserved,
             "dtype": self.dtype,
@@ -227,11 +257,17 @@ class GrowthCheck:
             verdict = f"PRESERVED to the rounding of {self.dtype}"
         else:
             verdict = "PRESERVED"
+        if self.added:
+            verdict += f" for old tokens; {self.added:,} new ones raise their loss by "
+            verdict += f"{found.shift:.1e} nats{self._compare_bound()}"
         return (
             f"check       {verdict}; loss {found.loss_before:.4f} -> {found.loss_after:.4f}, "
             f"logits differ by at most {found.largest_difference:.2e} of {found.largest_logit:.2f} "
             f"({found.tokens:,} {self.text}, computed on the {DEVICE.upper()})"
         )
+
+    def _compare_bound(self) -> str:
+        return "" if self.bound is None else f" (at most {self.bound:.1e})"
 
     def require_promise(self, out: Path) -> None:
         """Raise GrowkitError if the plan promised the source's function and `out` has another."""
@@ -240,6 +276,11 @@ class GrowthCheck:
                 f"the plan promised the source's function, and the logits of {out} are off by "
                 f"{self.difference.largest_difference:.2e}, more than rounding explains "
                 f"({self.difference.tolerance:.2e}); do not use it"
+            )
+        if self.bound is not None and self.difference.shift > self.bound * (1 + SLACK):
+            raise GrowkitError(
+                f"the new tokens of {out} raise the loss of the old ones by "
+                f"{self.difference.shift:.2e}, more than the {self.bound:.2e} that the plan states"
             )
 
 
@@ -251,7 +292,14 @@ def check_growth(source: Source, out: Path, plan: Plan, tokens: int) -> GrowthCh
     before = load_function(source)
     after = load_function(result)
     difference = compare_functions(before, after, tokens_BxT, rounded_to=dtype)
-    return GrowthCheck(difference, text, plan.preserved, dtype)
+    return GrowthCheck(
+        difference=difference,
+        text=text,
+        promised=plan.preserved,
+        dtype=dtype,
+        added=plan.grown.vocab - plan.model.vocab,
+        bound=bound_shift(plan),
+    )
 
 
 def check_export(source: Source, out: Path, dtype: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.description import KINDS, format_changes
+from growkit.cli.options import add_table_option
 from growkit.cli.terminal import format_json, say, show_progress
 
 if TYPE_CHECKING:
@@ -24,15 +25,25 @@ MOST_ENTRIES = 100
 @click.command()
 @click.argument("src")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(src: str, as_json: bool) -> None:
+@click.option(
+    "--rows",
+    is_flag=True,
+    help="Show the axes and the rows of the table too, and how growth would change each.",
+)
+@add_table_option
+def inspect(src: str, as_json: bool, rows: bool) -> None:
     """Describe SRC: sizes, parameters, optimizer state, tokenizer, lineage."""
     from growkit.checkpoint.location import open_source
+    from growkit.cli.rows import collect_rows, format_rows
 
     source = open_source(src)
     if as_json:
-        click.echo(json.dumps(_collect_facts(source)))
-    else:
-        say(_format_facts(source))
+        table = collect_rows(source.model) if rows else {}
+        click.echo(json.dumps(_collect_facts(source) | table))
+        return
+    say(_format_facts(source))
+    if rows:
+        say(format_rows(source.model))
 
 
 def _collect_facts(source: Source) -> dict[str, Any]:
@@ -119,6 +130,7 @@ def _format_entry(entry: Entry) -> str:
 @click.argument("a")
 @click.argument("b")
 @click.option("--json", "as_json", is_flag=True, help="Print every tensor's comparison as JSON.")
+@add_table_option
 def diff(a: str, b: str, as_json: bool) -> int:
     """Compare the models A and B, of any kind: sizes, configuration, every tensor.
 
@@ -216,19 +228,20 @@ def _format_slot(slot: str, tensors: list[Comparison]) -> list[str]:
 @click.command()
 @click.argument("src")
 @click.argument("out")
+@add_table_option
 def verify(src: str, out: str) -> None:
     """Recompute every tensor of OUT from SRC and the plan in OUT's lineage; compare all bytes.
 
     Names the first tensor that differs and exits with 1. Run it on the machine that grew OUT:
     another may round means and products differently. Configuration and Adam's count are compared
-    as well.
+    as well. A table that OUT was grown by is in its lineage.
     """
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError
     from growkit.surgery.comparison import find_mismatch, recorded_plan
 
-    source = open_source(src)
     result = open_source(out)
+    source = _open_alike(src, result)
     plan = recorded_plan(source, result)
     note = _note_other_source(source, result)
     with show_progress("verifying", result.size) as progress:
@@ -244,6 +257,30 @@ def verify(src: str, out: str) -> None:
     )
     if note:
         say(f"note: {note}")
+
+
+def _open_alike(src: str, result: Source) -> Source:
+    """The source of a growth, read by the table that the growth states.
+
+    Raises UsageError where the user gave another table than that one.
+    """
+    from growkit.checkpoint.location import open_source
+    from growkit.errors import UsageError
+    from growkit.models.given import describe_origin, parse_given, use_family
+    from growkit.surgery.comparison import recorded_growth
+
+    stated = recorded_growth(result).table
+    used = result.model.family
+    if not stated:
+        return open_source(src)
+    if used.given != stated:
+        wanted = describe_origin(parse_given(stated))
+        raise UsageError(
+            f"{result.path} was grown by another table ({wanted}) than the one of --table "
+            f"({describe_origin(used)}); leave --table out: the lineage holds it"
+        )
+    with use_family(used):
+        return open_source(src)
 
 
 def _find_reason(src: str, out: str, result: Source) -> str:

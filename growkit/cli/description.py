@@ -122,13 +122,34 @@ def _describe_padding(plan: Plan) -> list[str]:
             f"head_dim: new keys are zero, new queries and values are random (seed {plan.seed}) "
             "and not read yet; old queries are scaled up"
         ),
+        "vocab": _describe_tokens(plan),
     }
     return [words[axis] for axis in plan.pads]
 
 
+def _describe_tokens(plan: Plan) -> str:
+    """What the rows of new tokens hold."""
+    from growkit.growth.vocabulary import has_bias, shares_embedding
+
+    fills = {"mean": "the mean of the old ones", "zero": "zero"}
+    words = f"vocab: new rows of the embedding are {fills[plan.vocab_fill]}"
+    if shares_embedding(plan.model):
+        words += ", and the head's with them"
+    else:
+        words += ", new rows of the head the mean of the old ones"
+    if has_bias(plan.model):
+        words += "; their biases hold them far below the old tokens"
+    return words
+
+
 def _describe_function(source: Source, plan: Plan) -> str:
+    from growkit.growth.vocabulary import describe_shift
+
     if not plan.preserved:
         return NOT_PRESERVED
+    shift = describe_shift(plan)
+    if shift:
+        return f"logits of old tokens preserved; {shift} (--check measures it)"
     if source.dtype.itemsize < 4:
         return f"preserved, to the rounding of the weights to {source.dtype} (--check measures it)"
     return "preserved"

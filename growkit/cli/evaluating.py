@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.options import COUNT, PATH
+from growkit.evaluation.catalogue import BPB, BPB_LIMIT, TASKS, parse_task_names
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
@@ -24,14 +25,13 @@ if TYPE_CHECKING:
 @click.option(
     "--tasks",
     metavar="LIST",
-    help="Comma-separated, of lambada, piqa, hellaswag, winogrande, arc_easy, arc_challenge and "
-    "bpb. Default: all.",
+    help=f"Comma-separated, of {', '.join(TASKS)} and {BPB}. Default: all.",
 )
 @click.option(
     "--limit",
     type=COUNT,
     metavar="N",
-    help="Maximum items per task. Default: all, and 3000 documents for bpb.",
+    help=f"Maximum items per task. Default: all, and {BPB_LIMIT} documents for {BPB}.",
 )
 @click.option(
     "--data",
@@ -63,7 +63,6 @@ def evaluate(
     "text", .txt, source code; compressed too).
     """
     from growkit.evaluation import report
-    from growkit.evaluation.catalogue import parse_task_names
     from growkit.evaluation.questions import collect_questions
 
     _check_at_least_1("limit", limit)
@@ -97,7 +96,7 @@ def _measure(
 
 
 def _say(words: str) -> None:
-    """Print a line that is no result."""
+    """Print a line that is not a result."""
     click.echo(words, err=True)
 
 
@@ -120,7 +119,7 @@ def check_outputs(text: str, force: bool) -> tuple[Path, Path]:
     card = path.with_suffix(".md")
     for each in (path, card):
         if each.is_dir():
-            raise UsageError(f"{each} is no file")
+            raise UsageError(f"{each} is not a file")
         if each.exists() and not force:
             raise UsageError(f"the output exists: {each}; --force replaces it")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from growkit.cli.description import describe, summarize
-from growkit.cli.options import combine_options
+from growkit.cli.options import add_table_option, combine_options
 from growkit.cli.target import read_target
 from growkit.cli.terminal import (
     add_care_options,
@@ -24,7 +25,8 @@ from growkit.cli.terminal import (
 )
 from growkit.growth.depth import FORM
 from growkit.growth.depth import METHODS as DEPTH_METHODS
-from growkit.growth.plan import MOMENTS, Plan
+from growkit.growth.plan import MOMENT_OPTIONS, Plan
+from growkit.growth.vocabulary import FILLS
 from growkit.growth.width import METHODS as WIDTH_METHODS
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from growkit.cli.checking import GrowthCheck
     from growkit.models.architecture import Architecture
 
+# What `width` alone is told; without any of them --vocab grows the vocabulary alone.
+WIDTHS = ("embed", "heads", "mlp", "head_dim", "axes", "method", "spread")
 # Tokens of --check without a number.
 TOKENS = "1024"
 
@@ -53,9 +57,22 @@ add_growing_options = combine_options(
     click.argument("src"),
     click.argument("out"),
     click.option(
+        "--vocab",
+        metavar="SIZE",
+        help="Tokens of the vocabulary, as 128256, +64, or x128 for the next multiple of 128. Ids "
+        "and tokenizer stay.",
+    ),
+    click.option(
+        "--vocab-fill",
+        default="mean",
+        metavar="|".join(FILLS),
+        help="New tokens' rows of the embedding: the mean of the old ones (default), or zero.",
+    ),
+    add_table_option,
+    click.option(
         "--moments",
         default="map",
-        metavar="|".join(MOMENTS),
+        metavar="|".join(MOMENT_OPTIONS),
         help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, or "
         "nu-only (mu zero).",
     ),
@@ -113,7 +130,7 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     """
     from growkit.growth.depth import plan_depth
 
-    _plan_and_grow(src, out, lambda model: plan_depth(model, layers, method), options)
+    _plan_and_grow("depth", src, out, lambda model: plan_depth(model, layers, method), options)
 
 
 @click.command(cls=Growing)
@@ -157,10 +174,14 @@ def width(
 
     share = _parse_number("spread", spread)
 
-    def plan(model: Architecture) -> Plan:
+    only_vocab = options["vocab"] is not None and not _are_given(WIDTHS)
+
+    def plan(model: Architecture) -> Plan | None:
+        if only_vocab:
+            return None
         return plan_width(model, embed, heads, mlp, head_dim, method, share)
 
-    _plan_and_grow(src, out, plan, options)
+    _plan_and_grow("width", src, out, plan, options)
 
 
 @click.command("grow", cls=Growing)
@@ -175,12 +196,22 @@ def grow_like(like: str, src: str, out: str, **options: Any) -> None:
     """Grow SRC into OUT with the sizes of another model: every axis that differs, in one pass.
 
     Layers are replicated; width is copied where copies are exact and padded elsewhere. What growth
-    cannot change (context, how many dimensions are rotated) stays SRC's. Vocabulary, a tied head
-    and the kind of residual must be the same in both.
+    cannot change (context, how many dimensions are rotated) stays SRC's. A tied head and the kind
+    of residual must be the same in both, and so must the vocabulary, unless --vocab says it.
     """
     from growkit.growth.width import plan_like
 
-    _plan_and_grow(src, out, lambda model: plan_like(model, read_target(like, model)), options)
+    vocab = options["vocab"]
+
+    def plan(model: Architecture) -> Plan | None:
+        target = read_target(like, model)
+        if vocab is None:
+            return plan_like(model, target)
+        # The vocabulary is the option's.
+        target = target.resize({**target.sizes, "vocab": model.vocab})
+        return None if target.sizes == model.sizes else plan_like(model, target)
+
+    _plan_and_grow("grow", src, out, plan, options)
 
 
 @dataclass(frozen=True)
@@ -200,11 +231,16 @@ class Output:
 
 
 def _plan_and_grow(
-    src: str, out: str, plan_growth: Callable[[Architecture], Plan], options: dict[str, Any]
+    verb: str,
+    src: str,
+    out: str,
+    plan_growth: Callable[[Architecture], Plan | None],
+    options: dict[str, Any],
 ) -> None:
     """Open the source and plan its growth; refuse what cannot work; then grow.
 
-    options: the values of `add_growing_options`, by name.
+    plan_growth: the plan of all but the vocabulary; None where nothing else grows. options: the
+    values of `add_growing_options`, by name.
     """
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import check_writable, open_source
@@ -213,9 +249,12 @@ def _plan_and_grow(
     noise = _parse_number("noise", options.pop("noise"))
     seed = _parse_whole("seed", options.pop("seed"))
     moments = options.pop("moments")
+    vocab = options.pop("vocab")
+    fill = options.pop("vocab_fill")
     output = _parse_output(options)
     source = open_source(src)
-    plan = set_options(plan_growth(source.model), moments, noise, seed)
+    plan = _add_vocabulary(verb, source.model, plan_growth, vocab, fill)
+    plan = set_options(plan, moments, noise, seed)
     source.require_readable()
     check_writable(parse_path(out), [source], output.force)
     parse_shard_size(output.shard, source.kind)
@@ -224,6 +263,39 @@ def _plan_and_grow(
 
         require_checkable(source, output.tokens)
     grow(source, plan, parse_path(out), output)
+
+
+def _are_given(names: tuple[str, ...]) -> bool:
+    """Whether the user gave one of these options."""
+    find_origin = click.get_current_context().get_parameter_source
+    return any(find_origin(name) is ParameterSource.COMMANDLINE for name in names)
+
+
+def _add_vocabulary(
+    verb: str,
+    model: Architecture,
+    plan_growth: Callable[[Architecture], Plan | None],
+    vocab: str | None,
+    fill: str,
+) -> Plan:
+    """The plan of a verb with that of --vocab, where it is given. Raises UsageError."""
+    from dataclasses import replace
+
+    from growkit.errors import UsageError
+    from growkit.growth.plan import combine_plans
+    from growkit.growth.vocabulary import parse_vocabulary, plan_vocabulary
+
+    if vocab is None and fill != "mean":
+        raise UsageError("--vocab-fill says what new tokens hold, and goes with --vocab")
+    plan = plan_growth(model)
+    if vocab is None:
+        assert plan is not None, "without --vocab a verb makes a plan or refuses"
+        return plan
+    if plan is not None and parse_vocabulary(vocab, model.vocab) == model.vocab:
+        note = f"the vocabulary stays: --vocab {vocab} is the source's {model.vocab}"
+        return replace(plan, notes=(*plan.notes, note))
+    tokens = plan_vocabulary(model, vocab, fill)
+    return combine_plans(verb, [tokens] if plan is None else [plan, tokens], model)
 
 
 def _parse_output(options: dict[str, Any]) -> Output:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -52,3 +53,22 @@ class PathName(click.ParamType):  # type: ignore[type-arg]
 
 COUNT = Count()
 PATH = PathName()
+
+
+def _use_table(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Have the verb read models of the table's type by it."""
+    from growkit.models.given import read_table, use_family
+
+    if value is not None:
+        ctx.with_resource(use_family(read_table(Path(os.path.expanduser(value)))))
+
+
+# The option of verbs that open models. They need not know of it: it holds while they run.
+add_table_option = click.option(
+    "--table",
+    metavar="FILE",
+    expose_value=False,
+    callback=_use_table,
+    help="Read models of the type that FILE is for by its table, as `growkit derive` writes it. "
+    "What is grown by it keeps the table in its lineage.",
+)

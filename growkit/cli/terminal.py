@@ -112,8 +112,8 @@ def parse_care(options: dict[str, Any]) -> Care:
 def parse_shard_size(text: str | None, kind: str) -> int:
     """'500MB' in bytes; the default for None.
 
-    kind: of the output. Raises UsageError for text that is no size, and for an output that is no
-    Hugging Face directory.
+    kind: of the output. Raises UsageError for text that is not a size, and for an output that is
+    not a Hugging Face directory.
     """
     from growkit.checkpoint.huggingface import SHARD
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from growkit.derive.lists import find_by_layer, find_numbers, find_others
 from growkit.derive.network import CONFIG_MAPPING, class_of
 from growkit.derive.rows import Draft, link, read_word
 from growkit.derive.sizes import HIDDEN, POSITIONS, shapes_of
@@ -27,10 +28,6 @@ OPTIONS = {
     "initializer_range": ("initializer_range", "init_std", "initializer_std"),
     "activation": ("hidden_act", "hidden_activation", "activation_function", "activation"),
 }
-
-
-# Fields that list the numbers of layers of a kind.
-NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "hybrid_layer_ids")
 
 
 def row_lines(variant: Variant, choice: Choice, pooled: bool) -> list[tuple[str, str]]:
@@ -96,18 +93,12 @@ def make_family(
     depend on.
     """
     fields = fields_of(variant)
-    options = {
-        name: found
-        for name, names in OPTIONS.items()
-        if (found := next((n for n in names if n in variant.probe.stated), None))
-        and variant.probe.stated[found] is not None
-    }
-    options |= dict(flags)
+    options = find_option_fields(variant) | dict(flags)
     defaults = variant.once(
         f"defaults {sorted(flags)}",
         lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
     )
-    # An option that the class has no value for is no option (Youtu's initializer_range).
+    # An option that the class has no value for is not an option (Youtu's initializer_range).
     options = {name: path for name, path in options.items() if path in defaults}
     constants = {"qkv": 3} if re.search(r"\bqkv\b", re.sub(r"\S+\s*$", "", text)) else {}
     return Family(
@@ -125,11 +116,23 @@ def make_family(
         rotary=None,
         constants=constants,
         frozen=dict(frozen),
-        by_layer=list_fields(variant),
+        by_layer=find_by_layer(variant),
         leading=variant.leading,
-        numbers=tuple(n for n in NUMBERS if isinstance(variant.probe.stated.get(n), list)),
+        numbers=find_numbers(variant),
+        other_lists=find_others(variant),
         **facts,
     )
+
+
+def find_option_fields(variant: Variant) -> dict[str, str]:
+    """The configuration field of each of OPTIONS that the configuration states a value of."""
+    stated = variant.probe.stated
+    found = {}
+    for option, names in OPTIONS.items():
+        name = next((name for name in names if name in stated), None)
+        if name is not None and stated[name] is not None:
+            found[option] = name
+    return found
 
 
 def _prefix(text: str) -> str:
@@ -140,18 +143,6 @@ def _prefix(text: str) -> str:
 def title_of(variant: Variant) -> str:
     name = class_of(variant.config).__name__
     return re.sub(r"(ForCausalLM|LMHeadModel|WithLMHead.*|ForConditionalGeneration)$", "", name)
-
-
-def list_fields(variant: Variant) -> tuple[str, ...]:
-    """Fields with one entry for each layer."""
-    layers = variant.names.layers
-    return tuple(
-        name
-        for name, value in variant.probe.stated.items()
-        if isinstance(value, list)
-        and len(value) == layers
-        and name not in ("eos_token_id", *NUMBERS)
-    )
 
 
 def find_defaults(variant: Variant, paths: list[str]) -> dict[str, Any]:

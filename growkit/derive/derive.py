@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import transformers
 
-from growkit import models
 from growkit.checkpoint.location import open_source, write_output
 from growkit.derive import proof
-from growkit.derive.assemble import fields_of, list_fields, make_family, row_lines
+from growkit.derive.assemble import fields_of, make_family, row_lines
+from growkit.derive.lists import find_by_layer
 from growkit.derive.network import CONFIG_MAPPING, load, make_config, run, set_plain, wide
 from growkit.derive.options import Sample, find_options, merge
 from growkit.derive.proof import BOUND, depth_gap, identity_map, measure_gap, source_logits
@@ -26,6 +26,7 @@ from growkit.derive.workings import Workings, pooled, work_out
 from growkit.growth.axes import make_map, tile
 from growkit.growth.plan import build_plan
 from growkit.models.family import Family
+from growkit.models.given import use_family
 from growkit.surgery.grow import prepare_growth
 
 INVERSE = {
@@ -250,7 +251,7 @@ def find_patterns(variant: Variant) -> tuple[dict[str, tuple[str, ...]], tuple[s
     patterns: dict[str, tuple[str, ...]] = {}
     stated = []
     config_class = CONFIG_MAPPING[variant.kind]
-    for name in list_fields(variant):
+    for name in find_by_layer(variant):
         entries = getattr(config_class(), name, None)
         if not isinstance(entries, list) or follows_others(config_class, name, entries):
             stated += [name] if isinstance(entries, list) else []
@@ -309,7 +310,7 @@ def pad_gap(family: Family, variant: Variant) -> float:
 
 def prove_files(family: Family, variant: Variant, work: Workings) -> float:
     """Grow through files: saved by transformers, grown on disk, loaded by transformers."""
-    with tempfile.TemporaryDirectory() as folder, known(family):
+    with tempfile.TemporaryDirectory() as folder, use_family(family):
         path = Path(folder)
         save(variant, path / "source")
         source = open_source(str(path / "source"))
@@ -342,17 +343,3 @@ def load_logits(path: Path) -> torch.Tensor:
     if any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise ValueError(f"transformers does not find all parameters: {report}")
     return run(network.eval(), TOKENS)
-
-
-@contextlib.contextmanager
-def known(family: Family) -> Iterator[None]:
-    """Have growkit know a family for a while."""
-    before = models.FAMILIES.get(family.kind)
-    models.FAMILIES[family.kind] = family
-    try:
-        yield
-    finally:
-        if before is None:
-            del models.FAMILIES[family.kind]
-        else:
-            models.FAMILIES[family.kind] = before

@@ -49,7 +49,7 @@ INTERMEDIATE = (
     "ffn_hidden_size",
 )  # fmt: skip
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length")
-# Fields of whole numbers that are no sizes.
+# Fields of whole numbers that are not sizes.
 NO_SIZES = re.compile(
     r".*(token_id|token_index|_idx|window|chunk_size|topk|top_k|per_tok(en)?|seed|period|offset|interval"
     r"|first_k_dense_replace|.*multiple_of.*|.*layer.*)"
@@ -75,7 +75,7 @@ class Probe:
     kind: str
     fields: dict[str, Any]
     unsaved: frozenset[str] = frozenset()
-    made: dict[tuple[tuple[str, int], ...], Shapes | None] = field(default_factory=dict)
+    known: dict[tuple[tuple[str, int], ...], Shapes | None] = field(default_factory=dict)
 
     @property
     def head_dim(self) -> str:
@@ -96,9 +96,9 @@ class Probe:
     def shapes(self, factors: Mapping[str, int] = {}) -> Shapes | None:  # noqa: B006
         """Shapes by name with some fields multiplied; None where no such model can be built."""
         key = tuple(sorted(factors.items()))
-        if key not in self.made:
-            self.made[key] = self._shapes(factors)
-        return self.made[key]
+        if key not in self.known:
+            self.known[key] = self._shapes(factors)
+        return self.known[key]
 
     def _shapes(self, factors: Mapping[str, int]) -> Shapes | None:
         try:

@@ -76,7 +76,7 @@ def read_variant(kind: str, fields: Mapping[str, Any], like: Variant | None = No
     """
     probe = make_probe(kind, fields)
     probe.unsaved = find_unsaved(kind, probe)
-    probe.made.clear()
+    probe.known.clear()
     probe.__dict__.pop("base", None)
     sizes = {size.axis: size for size in find_sizes(probe)}
     layer_field, longer = lengthen(probe)

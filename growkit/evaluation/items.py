@@ -319,7 +319,7 @@ DOCUMENTS: dict[str, Callable[[Columns], Row]] = {
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number, object) of JSON lines. Raises GrowkitError for a line that is no object."""
+    """(line number, object) of JSON lines. Raises GrowkitError for a line that is not an object."""
     with _open(path) as file:
         yield from _read_lines(path, file)
 
@@ -364,7 +364,7 @@ def _decode(data: bytes, where: str) -> str:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BufferedReader]:
-    """A file that is open for reading, decompressed. Raises GrowkitError for what is no text."""
+    """A file that is open for reading, decompressed. Raises GrowkitError for what is not text."""
     with open(path, "rb") as raw, open_text(raw, str(path)) as file:
         foreign = describe_foreign(file.peek(HEAD))
         if foreign:

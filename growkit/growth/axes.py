@@ -53,6 +53,7 @@ class AxisMap:
     @cached_property
     def stretches(self) -> list[slice]:
         """The old units that new ones copy one after another, in the order of the new ones."""
+        # A stretch ends where the next new unit does not copy the next old one.
         cuts = np.flatnonzero(np.diff(self.index) != 1) + 1
         parts = np.split(self.index, cuts)
         return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
@@ -61,11 +62,14 @@ class AxisMap:
     def preserves_sums(self) -> bool:
         """Whether the shares of every old unit sum to 1."""
         sums = np.bincount(self.index, weights=self.share, minlength=self.source)
+        # Shares are quotients of small numbers in float64: their sums are off by some 1e-16.
         return bool(np.allclose(sums, 1.0, rtol=0, atol=1e-12))
 
     @property
     def next_copy(self) -> np.ndarray:
         """int [new]: the next new unit with the same source; after the last one the first."""
+        # New units sorted by source: the copies of a source stand side by side, in ascending order.
+        # Each is followed by its right neighbour, the last one of a group by the group's first.
         order = np.argsort(self.index, kind="stable")
         ends = np.cumsum(self.copies)
         copied = self.copies > 0
@@ -87,6 +91,8 @@ class AxisMap:
     def extend(self, size: int) -> AxisMap:
         """This map with new units up to `size` that copy nothing: each is its own source."""
         added = size - len(self)
+        # Units that copy nothing become sources, numbered after the old ones; so later copies of
+        # them are counted as copies of one source.
         index = np.concatenate([self.index, self.source + np.arange(added)])
         share = np.concatenate([self.share, np.ones(added)])
         return AxisMap(index, share, self.source + added)
@@ -110,6 +116,8 @@ def replicate(source: int, target: int) -> AxisMap:
 
 def replicate_nearest(source: int, target: int) -> AxisMap:
     """Each unit replicated in place: i * source / target to nearest, half up, clipped; share 1."""
+    # round(i * source / target) in whole numbers: (2 i source + target) / (2 target), rounded down.
+    # In floats a tie could round either way.
     index = (2 * np.arange(target) * source + target) // (2 * target)
     return make_map(np.minimum(index, source - 1), source)
 
@@ -128,6 +136,7 @@ def insert(source: int, target: int) -> AxisMap:
     LLaMA-Pro (arXiv 2401.02415), section 3.1: whoever sums over the axis finds the old sum.
     """
     index = np.arange(target) * source // target
+    # Copies of a unit stand side by side, so a unit is an original where the index changes.
     first = np.concatenate([[True], index[1:] != index[:-1]])
     return AxisMap(index, first.astype(np.float64), source)
 

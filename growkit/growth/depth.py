@@ -38,13 +38,7 @@ def plan_depth(model: Architecture, text: str, method: str | None = None) -> Pla
     >>> plan_depth(model, "0-2,1-2").grown.layer
     5
     """
-    require_type("model", model, Architecture, MODEL_HINT)
-    require_type("text", text, str, "as '18:24'")
-    if not model.layer:
-        raise UsageError("the model has no layers: no row of its table has the axis 'layer'")
-    if method is not None and method not in METHODS:
-        near = did_you_mean(method, METHODS)
-        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
+    _check_arguments(model, text, method)
     pair = _PAIR.fullmatch(text)
     if pair:
         target = _check_pair(int(pair[1]), int(pair[2]), model.layer)
@@ -66,6 +60,17 @@ def plan_depth(model: Architecture, text: str, method: str | None = None) -> Pla
             f"only adds layers; a list of all of them is 0-{model.layer - 1}"
         )
     return build_plan("depth", words, model, {"layer": layers})
+
+
+def _check_arguments(model: Architecture, text: str, method: str | None) -> None:
+    """Raise TypeError or UsageError for arguments that are wrong whatever the others are."""
+    require_type("model", model, Architecture, MODEL_HINT)
+    require_type("text", text, str, "as '18:24'")
+    if not model.layer:
+        raise UsageError("the model has no layers: no row of its table has the axis 'layer'")
+    if method is not None and method not in METHODS:
+        near = did_you_mean(method, METHODS)
+        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
 
 
 def _check_pair(source: int, target: int, layers: int) -> int:
@@ -115,6 +120,7 @@ def draw_map(layers: Sequence[int], width: int = 24) -> str:
 
     A plus marks every copy after the first.
     """
+    # Where each source layer stands first among the new ones.
     first: dict[int, int] = {}
     for place, layer in enumerate(layers):
         first.setdefault(layer, place)

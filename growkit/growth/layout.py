@@ -17,13 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from growkit.errors import GrowkitError, find_nearest
-from growkit.models.notation import Position, Row
+from growkit.models.notation import STACKED, UNIT, Position, Row
 from growkit.models.table import Table
 
 Path = tuple[Any, ...]
-
-_BRACES = re.compile(r"\{\w+\}")
-_NUMBER = "(0|[1-9][0-9]{0,8})"
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ class Layout:
     def find(self, path: Path) -> tuple[Row, Position | None] | None:
         """The row at a path and the unit of its stacked axes (None: all); None for no row."""
         keys = tuple(str(key) for key in path)
+        # Whole arrays first: their paths have no numbers, so the two cannot be confused.
         if keys in self._stacked:
             return self._stacked[keys], None
         name = "/".join(keys)
@@ -96,6 +94,7 @@ class Layout:
         """A sentence about a path that no row covers, with the nearest row."""
         name = join(path)
         known = {".".join(row.path): row for row in self.rows}
+        # Numbers of layers are taken out, because rows' paths have none.
         best = find_nearest(re.sub(r"\.\d+(?=\.)", "", name), known, likeness=0.4)
         hint = f"; the nearest row is {known[best].name}" if best else ""
         return f"no row of the axis table covers the parameter {name!r}{hint}"
@@ -110,9 +109,9 @@ def list_units(row: Row, table: Table, sizes: Mapping[str, int]) -> list[Positio
 
 def path_at(row: Row, position: Position, like: Path) -> Path:
     """The path of one unit of a row in a tree that holds another unit at the path `like`."""
-    words = _inner_name(row)
+    words = row.inner_name
     for unit in position:
-        words = _BRACES.sub(str(unit), words, count=1)
+        words = STACKED.sub(str(unit), words, count=1)
     return tuple(_make_key(word, key) for word, key in zip(words.split("."), like, strict=True))
 
 
@@ -155,10 +154,10 @@ def assemble(node: Any, leaves: Sequence[Leaf], depth: int = 0) -> Any:
     groups: dict[Any, list[Leaf]] = {}
     for leaf in leaves:
         groups.setdefault(leaf.path[depth], []).append(leaf)
-    made = {key: child for key, child in children.items() if list_children(child) == {}}
+    filled = {key: child for key, child in children.items() if list_children(child) == {}}
     for key, group in groups.items():
-        made[key] = assemble(children[group[0].origin[depth]], group, depth + 1)
-    return fill_container(node, made)
+        filled[key] = assemble(children[group[0].origin[depth]], group, depth + 1)
+    return fill_container(node, filled)
 
 
 def fill_container(node: Any, children: Mapping[Any, Any]) -> Any:
@@ -174,15 +173,10 @@ def join(path: Path) -> str:
     return ".".join(str(key) for key in path)
 
 
-def _inner_name(row: Row) -> str:
-    """The row's name without the first words that trees leave out."""
-    return row.name.removeprefix(f"{row.prefix}.") if row.prefix else row.name
-
-
 def _compile(row: Row) -> re.Pattern[str]:
     """What the keys of one unit look like, joined by slashes: a key may itself hold a dot."""
-    literals = _BRACES.split(_inner_name(row).replace(".", "/"))
-    return re.compile(_NUMBER.join(re.escape(literal) for literal in literals))
+    literals = STACKED.split(row.inner_name.replace(".", "/"))
+    return re.compile(UNIT.join(re.escape(literal) for literal in literals))
 
 
 def _make_key(word: str, key: Any) -> Any:

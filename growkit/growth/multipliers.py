@@ -17,7 +17,7 @@ import numpy as np
 from growkit.growth.axes import AxisMap
 from growkit.growth.padding import MU, VALUE
 from growkit.growth.plan import Plan
-from growkit.growth.shares import lay_along, narrow, share_scale
+from growkit.growth.shares import narrow, place_along, share_scale
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Part, Product, Row
 
@@ -35,11 +35,12 @@ def compose_maps(growths: Sequence[Plan]) -> dict[str, AxisMap]:
                 composed[axis] = composed[axis].then(later) if axis in composed else later
             elif axis in composed and axis in plan.pads:
                 composed[axis] = composed[axis].extend(plan.pads[axis])
+    # Copies of layers have no exact rule, so no multipliers either.
     composed.pop("layer", None)
     return composed
 
 
-def multipliers(model: Architecture, growths: Sequence[Plan]) -> dict[str, dict[str, Any]]:
+def compute_multipliers(model: Architecture, growths: Sequence[Plan]) -> dict[str, dict[str, Any]]:
     """{'learning_rate' | 'eps' | 'clip': a parameter tree of factors} for a model grown so.
 
     Each factor is a number, or where units differ an array that broadcasts to the parameter,
@@ -75,20 +76,24 @@ def describe_multipliers(plan: Plan) -> dict[str, dict[str, float | str]]:
 def _factors(
     row: Row, model: Architecture, maps: Mapping[str, AxisMap], origin: Architecture
 ) -> dict[str, float | np.ndarray]:
-    """The three factors of a row, each a number or an array as `multipliers` has it."""
+    """The three factors of a row, each a number or an array as `compute_multipliers` has it."""
     ratio = origin.scalar_growth(row, model)
     rates, epsilons, clips = [], [], []
     for part in row.parts:
         axes = (*row.stacked, *part.axes)
+        # A copy that holds `share` of a value must move by `share` of its source's step; Adam's
+        # direction does not follow the gradient's size, so the learning rate carries the share.
         rate = share_scale(axes, maps, VALUE) * ratio
         eps = share_scale(axes, maps, MU) / ratio
-        rates.append(_store(rate, row, part, model))
-        epsilons.append(_store(eps, row, part, model))
-        clips.append(_store(1.0 / (eps**2 * _count_copies(axes, maps)), row, part, model))
+        rates.append(_expand_to_part(rate, row, part, model))
+        epsilons.append(_expand_to_part(eps, row, part, model))
+        # The norm of all gradients shall be the small model's: every copy has eps times its
+        # source's gradient, and there are so many copies of it.
+        clips.append(_expand_to_part(1.0 / (eps**2 * _count_copies(axes, maps)), row, part, model))
     return {
-        "learning_rate": _join(rates, row, model),
-        "eps": _join(epsilons, row, model),
-        "clip": _join(clips, row, model),
+        "learning_rate": _join_parts(rates, row, model),
+        "eps": _join_parts(epsilons, row, model),
+        "clip": _join_parts(clips, row, model),
     }
 
 
@@ -99,11 +104,13 @@ def _count_copies(axes: Product, maps: Mapping[str, AxisMap]) -> np.ndarray:
         if axis.name in maps:
             axis_map = maps[axis.name]
             count = narrow(axis_map.copies[axis_map.index])
-            copies = copies * lay_along(count, place, len(axes))
+            copies = copies * place_along(count, place, len(axes))
     return copies
 
 
-def _store(factor: np.ndarray, row: Row, part: Part, model: Architecture) -> float | np.ndarray:
+def _expand_to_part(
+    factor: np.ndarray, row: Row, part: Part, model: Architecture
+) -> float | np.ndarray:
     """A factor as one number, or in the stored shape of a part, stacked axes first."""
     if (factor == factor.flat[0]).all():
         return float(factor.flat[0])
@@ -112,7 +119,9 @@ def _store(factor: np.ndarray, row: Row, part: Part, model: Architecture) -> flo
     return whole.reshape(*stacked, *part.shape(model.sizes))
 
 
-def _join(factors: list[float | np.ndarray], row: Row, model: Architecture) -> float | np.ndarray:
+def _join_parts(
+    factors: list[float | np.ndarray], row: Row, model: Architecture
+) -> float | np.ndarray:
     """The factors of a row's parts as one number where they are the same, else as one array."""
     first = factors[0]
     if len(factors) == 1:

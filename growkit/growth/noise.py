@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+# The rotations of Threefry-2x32 and the constant of its key schedule, from Random123's threefry.h;
+# another constant is another generator, with no known tests.
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 # What makes the variance of `centred` one.
@@ -52,9 +54,13 @@ def centred(seed: int, name: str, shape: tuple[int, ...], xp: Any = np, first: i
     size = math.prod(shape)
     if first + size >= 1 << 32:
         raise ValueError(f"a tensor of at most 2**32 - 1 elements, got {first + size}")
+    # The counter is the element's place in the whole tensor, so a part draws what the whole would.
     low = xp.arange(first, first + size, dtype=xp.uint32)
+    # numpy warns where uint32 wraps around, which is what Threefry wants.
     with np.errstate(over="ignore"):
         bits = threefry(key, xp.zeros_like(low), low, xp)
+    # 24 bits, because float32 holds every whole number below 2**24. Less 2**23 - 1/2 they are
+    # centred: the mean is exactly 0.
     return ((bits >> xp.uint32(8)).astype(xp.float32) - xp.float32(2**23 - 0.5)).reshape(shape)
 
 

@@ -4,6 +4,9 @@ Averages and sums of gradients grow as Adam's mu does, of squared gradients as i
 parameters as the parameters. A state is known by the name of its class. One that is not known here
 is refused if it holds arrays of the parameters' shapes: growing them by a wrong rule would go
 unnoticed.
+
+optax.ema's EmaState is taken as an average of gradients, as in a chain. The class is the same where
+optax.ema averages parameters; such an average belongs in a tree of its own, which grows as they do.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 from growkit.errors import GrowkitError
 from growkit.growth.padding import MU, NU, VALUE
 
-# What a part of a state is whose class does not say.
+# The rule of a field that FIELDS does not list. Arrays of parameters in such a field are refused.
 UNKNOWN = -1
 # An average of steps that were normalised before: of no order in the gradient, so it is copied.
 STEPS = -2
@@ -66,6 +69,7 @@ REASONS = {
 
 def is_optimizer_state(node: Any) -> bool:
     """Whether a node is one of optax's own states."""
+    # By name and module, so that optax need not be installed, nor a class of one version be there.
     named = isinstance(node, tuple) and hasattr(node, "_fields")
     return named and type(node).__module__.split(".")[0] == "optax"
 

@@ -5,7 +5,7 @@ of the old ones: the mean stays, the variance shrinks by d/d', and the normalise
 exactly zero. Under RMSNorm ('zero-pad') they are zero. Readers do not see them either way.
 head_dim, under rotary positions ('keep-rotary'). The new dimensions are not rotated, keys are zero
 there, and queries make up for the larger root. Both keep the function, and not the training that
-follows.
+follows. New units of a third axis, vocab, are new tokens: see `growkit.growth.vocabulary`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from growkit.growth.precision import wide_dtype
 from growkit.models.notation import Axis, Row
 
-# The order matters: a key's new head_dim rows must be zero in the new embed columns too.
-PADDED = ("embed", "head_dim")
+# The order matters: rows of new tokens grow in width as old ones do, and a key's new head_dim rows
+# must be zero in the new embed columns too.
+PADDED = ("vocab", "embed", "head_dim")
 VALUE, MU, NU = 0, 1, 2
 
 # (shape, what) -> random numbers of that shape, for the fill of that name
@@ -31,14 +33,16 @@ Free = Callable[[tuple[int, ...], str], Any]
 class Rule:
     """What padding does to one parameter along one axis.
 
-    scale multiplies what is old. fill says what the new units hold: 'zero'; 'one', the scale;
+    scale multiplies the old units. fill says what the new ones hold: 'zero'; 'one', the scale;
     'mean', the mean of the old ones along the axis; 'free', random numbers of the model's initial
-    spread. offset is what the model adds to the parameter: scale and 'one' hold for the sum.
+    spread. offset is what the model adds to the parameter: scale and 'one' hold for the sum. shift
+    is added to a mean.
     """
 
     scale: float
     fill: str
     offset: float = 0.0
+    shift: float = 0.0
 
 
 def rule_along(axis: Axis, row: Row, role: str, moment: int, growth: float, norm: str) -> Rule:
@@ -56,15 +60,23 @@ def _embed_rule(row: Row, reads: bool, moment: int, growth: float, norm: str) ->
     """The rule on the embed axis; growth = d'/d. An RMSNorm sees no mean, so zeros do for it."""
     root = math.sqrt(growth)
     if row.role == "norm":
+        # The variance of a padded stream is d/d' of the old one (the sum of squares stays, or with
+        # it the sum of squared deviations; the count grows): the normalised old entries grow by
+        # sqrt(d'/d), and the norm's weight makes up for that. Gradients change the other way.
         scale = {VALUE: 1 / root, MU: root, NU: growth}[moment]
         offset = row.offset if moment == VALUE else 0.0
         return Rule(scale, {VALUE: "one", MU: "zero", NU: "mean"}[moment], offset)
     if moment != VALUE:
         return Rule(1.0, {MU: "zero", NU: "mean"}[moment])
+    # A norm's bias is seen by readers, whose new columns are free: it must be zero there.
     if row.role == "bias" and not row.writes_stream:
         return Rule(1.0, "zero")
+    # Readers multiply new entries of the stream by zero, so their new columns can be anything:
+    # random ones let the new width learn.
     if reads:
         return Rule(1.0, "free")
+    # What writes the stream: the mean of its old entries, which LayerNorm takes off again; for
+    # RMSNorm, which takes nothing off, zero.
     return Rule(1.0, {"layer": "mean", "rms": "zero"}[norm])
 
 
@@ -75,6 +87,7 @@ def _head_dim_rule(role: str, reads: bool, moment: int, growth: float) -> Rule:
     """
     scale = 1.0
     if role == "query":
+        # q . k keeps its value because new keys are zero, and is then divided by sqrt(head_dim').
         root = math.sqrt(growth)
         scale = {VALUE: root, MU: 1 / root, NU: 1 / growth}[moment]
     if moment != VALUE:
@@ -102,13 +115,15 @@ def sum_along(array: Any, place: int, xp: Any = np) -> Any:
     In numpy from first to last, so that sums of parts add up to the same bits.
     """
     if xp is np:
+        # np.sum adds in pairs, in an order that depends on the shape; accumulate adds from first to
+        # last, so a sum can be carried from block to block.
         return np.add.accumulate(array, axis=place).take([-1], axis=place)
     return array.sum(place, keepdims=True)
 
 
 def scale_old(array: Any, rule: Rule, xp: Any = np) -> Any:
-    """What is old, by the rule, in at least float32."""
-    wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    """The old units, multiplied by the rule's scale; in float64 or float32 (see `wide_dtype`)."""
+    wide = array.astype(wide_dtype(array.dtype))
     if rule.scale == 1.0:
         return wide
     return scale_with_offset(wide, xp.asarray(rule.scale, wide.dtype), rule.offset, xp)
@@ -134,11 +149,14 @@ def round_here(result: Any, xp: Any) -> Any:
 def fill_new(
     rule: Rule, shape: tuple[int, ...], mean: Any, free: Free, what: str, dtype: Any, xp: Any = np
 ) -> Any:
-    """What is new, by the rule. mean: of what is old, broadcastable to `shape`, where the rule
-    asks.
+    """The units that padding adds, of `shape` and `dtype`, filled as the rule says.
+
+    mean: of the old units, broadcastable to `shape`; only a rule with the fill 'mean' reads it.
+    free: makes random numbers for the fill 'free', named `what`.
     """
     if rule.fill == "mean":
-        return xp.broadcast_to(mean, shape)
+        shifted = mean + mean.dtype.type(rule.shift) if rule.shift else mean
+        return xp.broadcast_to(shifted, shape)
     if rule.fill == "free":
         return xp.asarray(free(shape, what), dtype)
     value = rule.scale - rule.offset if rule.fill == "one" else 0.0

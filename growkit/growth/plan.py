@@ -16,12 +16,14 @@ import numpy as np
 
 from growkit.errors import UsageError, did_you_mean
 from growkit.growth.axes import AxisMap
+from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
 
 # No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
 # sum to 1 along vocab. Copies there are another function whatever their shares.
 UNCOPIED = ("head_dim", "vocab")
-MOMENTS = ("map", "copy", "reset", "nu-only")
+# What --moments takes; Plan says what each does.
+MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only")
 # Where a model comes from, for messages about an argument that is none.
 MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
@@ -33,7 +35,8 @@ class Plan:
     maps: axis -> copies with shares. pads: axis -> new size, see `growkit.growth.padding`. moments:
     'map' (the rule), 'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only'
     (mu zero). noise: its standard deviation in units of the model's initializer_range. notes: what
-    was completed by rule.
+    was completed by rule. vocab_fill: what new tokens' rows of the embedding hold, 'mean' or
+    'zero'; see `growkit.growth.vocabulary`.
     """
 
     verb: str
@@ -46,19 +49,28 @@ class Plan:
     noise: float = 0.0
     seed: int = 0
     notes: tuple[str, ...] = ()
+    vocab_fill: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.moments not in MOMENTS:
-            near = did_you_mean(self.moments, MOMENTS)
+        if self.moments not in MOMENT_OPTIONS:
+            near = did_you_mean(self.moments, MOMENT_OPTIONS)
             raise UsageError(
-                f"--moments is one of {', '.join(MOMENTS)}, got {self.moments!r}{near}"
+                f"--moments is one of {', '.join(MOMENT_OPTIONS)}, got {self.moments!r}{near}"
+            )
+        if self.vocab_fill not in FILLS:
+            near = did_you_mean(self.vocab_fill, FILLS)
+            raise UsageError(
+                f"--vocab-fill is one of {', '.join(FILLS)}, got {self.vocab_fill!r}{near}"
             )
         if not 0 <= self.noise < float("inf"):
             raise UsageError(f"--noise is a number of at least 0, got {self.noise}")
 
     @property
     def preserved(self) -> bool:
-        """Whether the grown model computes the source's function."""
+        """Whether the grown model computes the source's function: the old tokens' logits.
+
+        New tokens raise the loss of old ones all the same, see `bound_shift`.
+        """
         uniform = self.model.table.uniform_axes
         layers = self.maps.get("layer")
         inserts = layers is not None and bool((layers.share == 0.0).any())
@@ -99,7 +111,7 @@ class Plan:
         """
         if self.noise or "embed" in self.pads:
             return ()
-        separated = set(self.maps) - {"mlp"} if self.pads else set()
+        separated = set(self.maps) - {"mlp"} if self.pads.keys() - {"vocab"} else set()
         return tuple(
             axis
             for axis, axis_map in self.copied_widths.items()
@@ -139,17 +151,16 @@ def build_plan(
     """
     padded = dict(pads or {})
     _check_possible(model, maps, padded)
+    # Axes that nobody named keep their size.
     sizes = dict(model.sizes)
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
     sizes |= padded
     if model.coupled and "embed" not in maps and "embed" not in padded:
+        # Where embed is heads x head_dim, more of either makes it wider.
         sizes["embed"] = sizes[model.heads] * sizes.get("group", 1) * sizes["head_dim"]
-    inserts = "layer" in maps and bool((maps["layer"].share == 0.0).any())
-    if inserts and model.family.no_identity:
-        raise UsageError(f"no layers that add nothing can be inserted: {model.family.no_identity}")
     eps = None
     if "embed" in padded:
-        _check_paddable(model)
+        check_paddable(model)
         # The variance of a padded residual stream shrinks by d/d', and eps with it.
         eps = model.norm_eps * model.embed / padded["embed"]
     grown = model.resize(sizes, eps)
@@ -168,6 +179,10 @@ def _check_possible(
             f"a {family.title} model takes no layers that add nothing: {family.no_identity}; copy "
             f"layers instead"
         )
+    if "vocab" in family.frozen and "vocab" in maps:
+        raise UsageError(f"vocab of a {family.title} model is not copied: {family.frozen['vocab']}")
+    if "vocab" in pads:
+        check_vocabulary(model)
     if family.unpadded and "embed" in pads:
         raise UsageError(
             f"embed of a {family.title} model grows by whole copies only, not to {pads['embed']}: "
@@ -175,10 +190,8 @@ def _check_possible(
         )
 
 
-def _check_paddable(model: Architecture) -> None:
+def check_paddable(model: Architecture) -> None:
     """Raise UsageError where padding of embed would change the function."""
-    if model.family.unpadded:
-        raise UsageError(f"embed cannot be padded: {model.family.unpadded}")
     for row in model.table.other_norms:
         raise UsageError(
             f"embed cannot be padded: {row.name} averages over {', '.join(row.averages)} and "
@@ -231,6 +244,8 @@ def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
             raise UsageError(f"two growths of the axis {taken[0]!r} at once; grow twice instead")
         maps |= plan.maps
         pads |= plan.pads
+    # The words of each part, in the order in which they were asked for.
     method = "; ".join(plan.method for plan in plans)
     notes = tuple(note for plan in plans for note in plan.notes)
-    return replace(build_plan(verb, method, model, maps, pads), notes=notes)
+    fill = next((plan.vocab_fill for plan in plans if "vocab" in plan.pads), "mean")
+    return replace(build_plan(verb, method, model, maps, pads, vocab_fill=fill), notes=notes)

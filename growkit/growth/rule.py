@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
 from growkit.growth.axes import AxisMap
@@ -36,15 +35,16 @@ from growkit.growth.padding import (
     scale_with_offset,
     sum_along,
 )
+from growkit.growth.precision import wide_dtype
 from growkit.growth.shares import narrow, scale_of
+from growkit.growth.vocabulary import rule_of_tokens
 from growkit.models.notation import ATTENTION, Part, Position, Row
 
 if TYPE_CHECKING:
     from growkit.growth.plan import Plan
 
 # Up to so many stretches of neighbours are copied faster than as many single entries.
-FEW = 16
-NARROW = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+MOST_STRETCHES = 16
 
 
 def grow_array(
@@ -87,6 +87,7 @@ def moment_fate(plan: Plan, row: Row, moment: int, position: Position) -> str:
 
 def needs_work(row: Row, plan: Plan, moment: int, position: Position) -> bool:
     """Whether a new tensor is more than the same bytes of a source unit again."""
+    # Most tensors of a growth in depth are copies: their bytes are then written without a look.
     if row.axes & (plan.maps.keys() | plan.pads.keys()):
         return True
     scales = (scale_of(part, row, plan, moment, position) for part in row.parts)
@@ -103,8 +104,9 @@ def find_source(plan: Plan, row: Row, position: Position) -> Position:
 
 def gather(array: Any, axis_map: AxisMap, place: int) -> Any:
     """The entries of an array that a map copies, along dimension `place`."""
-    if not isinstance(array, np.ndarray) or len(axis_map.stretches) > FEW:
+    if not isinstance(array, np.ndarray) or len(axis_map.stretches) > MOST_STRETCHES:
         return array.take(axis_map.index, axis=place)
+    # Slices copy each stretch at once; take goes entry by entry.
     before = (slice(None),) * place
     parts = [array[(*before, stretch)] for stretch in axis_map.stretches]
     return np.concatenate(parts, axis=place)
@@ -114,7 +116,7 @@ def multiply(array: Any, scale: np.ndarray | None, offset: float = 0.0, xp: Any 
     """The product, rounded once to the array's dtype; with an offset that of offset + array."""
     if scale is None:
         return array
-    wide = np.dtype(np.float32) if array.dtype in NARROW else array.dtype
+    wide = wide_dtype(array.dtype)
     scaled = scale_with_offset(array.astype(wide, copy=False), scale.astype(wide), offset, xp)
     return scaled.astype(array.dtype, copy=False)
 
@@ -137,7 +139,7 @@ class UnitGrowth:
     ):
         self.parts = row.parts if term is None else row.parts[term : term + 1]
         self.growths = [PartGrowth(part, row, plan, moment, position, lead) for part in self.parts]
-        self.split = None if term is not None or row.summed is None else row.summed + 1
+        self.sum_axis = None if term is not None or row.summed is None else row.summed + 1
         self.sizes = plan.model.sizes
 
     def grow(self, array: Any, units: np.ndarray, xp: Any = np) -> Any:
@@ -146,22 +148,22 @@ class UnitGrowth:
         array: [unit, rest of the first dimension, other stored dimensions] of the source. units:
         which new unit each is, in ascending order and one after another.
         """
-        if self.split is None:
+        if self.sum_axis is None:
             return self.growths[0].grow_stored(array, units, xp)
-        lengths = [part.shape(self.sizes)[self.split - 1] for part in self.parts]
-        pieces = xp.split(array, np.cumsum(lengths)[:-1], axis=self.split)
+        lengths = [part.shape(self.sizes)[self.sum_axis - 1] for part in self.parts]
+        pieces = xp.split(array, np.cumsum(lengths)[:-1], axis=self.sum_axis)
         grown = [
             growth.grow_stored(piece, units, xp)
             for growth, piece in zip(self.growths, pieces, strict=True)
         ]
-        return xp.concatenate(grown, axis=self.split)
+        return xp.concatenate(grown, axis=self.sum_axis)
 
     def add(self, units: np.ndarray, dtype: Any) -> np.ndarray:
         """Units that padding of the first axis adds; after all old ones were grown, which give the
         mean.
         """
         added = [growth.add_stored(units, dtype) for growth in self.growths]
-        return added[0] if self.split is None else np.concatenate(added, axis=self.split)
+        return added[0] if self.sum_axis is None else np.concatenate(added, axis=self.sum_axis)
 
 
 class PartGrowth:
@@ -174,7 +176,11 @@ class PartGrowth:
     def __init__(
         self, part: Part, row: Row, plan: Plan, moment: int, position: Position, lead: int
     ):
-        self.part, self.row, self.plan, self.moment, self.lead = part, row, plan, moment, lead
+        self.part = part
+        self.row = row
+        self.plan = plan
+        self.moment = moment
+        self.lead = lead
         label = "" if part.label is None else f" {part.label}"
         self.name = row.name_at(position) + label
         self.before = part.unfused(plan.model.sizes)
@@ -183,6 +189,7 @@ class PartGrowth:
             len(plan.maps[name]) if name in plan.maps else size
             for name, size in zip(part.names, self.before, strict=True)
         )
+        # Moments that are copied as they are (--moments copy) take no shares.
         self.by_rule = moment_fate(plan, row, moment, position) == "map"
         scale = scale_of(part, row, plan, moment, position) if self.by_rule else None
         self.scale = None if scale is None else narrow(scale)
@@ -226,6 +233,7 @@ class PartGrowth:
         outer = self.scale.shape[: self.lead]
         if math.prod(outer) == 1:
             return self.scale.reshape(1, *self.scale.shape[self.lead :])
+        # `units` are flat numbers over the leading axes; the scale has a dimension for each axis.
         at = np.unravel_index(units, self.copied[: self.lead])
         # A dimension of one entry holds for every unit.
         place = tuple(i * (size > 1) for i, size in zip(at, outer, strict=True))
@@ -234,12 +242,13 @@ class PartGrowth:
     def grow_stored(self, array: Any, units: np.ndarray, xp: Any = np) -> Any:
         """As `UnitGrowth.grow`."""
         inner = array.reshape(len(units), *self.before[self.lead :])
-        return self._store(self._pad(self._copy(inner, units, xp), units, xp))
+        return self._merge_dimensions(self._pad(self._copy(inner, units, xp), units, xp))
 
     def add_stored(self, units: np.ndarray, dtype: Any) -> np.ndarray:
         """As `UnitGrowth.add`."""
         assert self.outer is not None
-        wide = np.float64 if dtype == np.float64 else np.float32
+        # Padding goes axis by axis, and a later axis pads what an earlier one added: so new units
+        # are made between those two, as in the whole array.
         begun = self.padded.index(0)
         # Axes that are padded before this one have their new size already.
         inner = list(self.copied)
@@ -248,12 +257,13 @@ class PartGrowth:
         mean = None if self.sum is None else self.sum / self.copied[0]
         free = self._random_from(int(units[0]) - self.copied[0])
         shape = (len(units), *inner[1:])
-        new = fill_new(self.outer, shape, mean, free, self.part.names[0], wide).astype(dtype)
+        new = fill_new(self.outer, shape, mean, free, self.part.names[0], wide_dtype(dtype))
+        new = new.astype(dtype)
         for place in self.padded[begun + 1 :]:
             new = self._extend(new, place, units, np)
-        return np.asarray(self._store(new))
+        return np.asarray(self._merge_dimensions(new))
 
-    def _store(self, array: Any) -> Any:
+    def _merge_dimensions(self, array: Any) -> Any:
         """[unit, inner axes] as [unit, rest of the first dimension, other stored dimensions]."""
         if not self.part.dimensions:
             return array
@@ -286,7 +296,7 @@ class PartGrowth:
         exactly: what reads equal copies finds the old sum.
         """
         plan = self.plan
-        wide = np.dtype(np.float32) if array.dtype in NARROW else array.dtype
+        wide = wide_dtype(array.dtype)
         spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
         difference = self._numbers(units, xp) - self._numbers_of_next(units, xp)
         noise = difference.astype(wide) * xp.asarray(spread, wide)
@@ -366,6 +376,8 @@ class PartGrowth:
 
     def _rule(self, place: int, role: str) -> Rule:
         axis, model = self.part.axes[place], self.plan.model
+        if axis.name == "vocab":
+            return rule_of_tokens(self.row, self.moment, self.plan)
         growth = self.plan.pads[axis.name] / model.sizes[axis.name]
         rule = rule_along(axis, self.row, role, self.moment, growth, model.norm)
         return rule if self.by_rule else replace(rule, scale=1.0)

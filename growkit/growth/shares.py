@@ -1,5 +1,8 @@
-"""What growth multiplies a parameter or a moment by: shares of copies, and factors that follow a
-size.
+"""What growth multiplies a parameter or a moment by.
+
+That is a product: the shares of the axes that it reads (values) or writes (moments), the shares of
+the stacked axes, and the ratio of a factor of the model that follows a size (see
+`Architecture.scalar_growth`).
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ def share_scale(axes: Product, maps: Mapping[str, AxisMap], moment: int = VALUE)
         counts = axis.read if moment == VALUE else not axis.read
         if axis.name in maps and counts:
             share = narrow(maps[axis.name].share)
-            scale = scale * lay_along(share ** max(moment, 1), place, len(axes))
+            # A gradient that a unit writes is `share` times its source's: mu is of first order in
+            # it, nu of second, so its share is squared. Values carry it once.
+            scale = scale * place_along(share ** max(moment, 1), place, len(axes))
     return scale
 
 
-def lay_along(values: np.ndarray, place: int, axes: int) -> np.ndarray:
-    """A vector laid along dimension `place` of so many."""
+def place_along(values: np.ndarray, place: int, axes: int) -> np.ndarray:
+    """A vector as an array of `axes` dimensions, of size 1 but for the dimension `place`."""
     return values.reshape([-1 if at == place else 1 for at in range(axes)])
 
 
@@ -49,6 +54,8 @@ def stacked_share(row: Row, maps: Mapping[str, AxisMap], moment: int, position: 
             continue
         if moment == VALUE and axis.read:
             share *= maps[axis.name].share[unit]
+        # A layer's gradient depends on what lies above and below, so copies of layers have no share
+        # that would hold for moments.
         if moment != VALUE and not axis.read and axis.name != "layer":
             share *= maps[axis.name].share[unit] ** moment
     return share
@@ -64,6 +71,7 @@ def scale_of(
     scale = scale * stacked_share(row, plan.maps, moment, position)
     ratio = plan.model.scalar_growth(row, plan.grown)
     if ratio != 1.0:
+        # The model multiplies the parameter by f: the value takes 1/f, so its gradient takes f.
         scale = scale * ratio ** (1 if moment == VALUE else -moment)
     if "embed" in plan.pads and plan.model.table.normalises_queries:
         scale = scale * _eps_scale(part, plan, moment)
@@ -82,13 +90,15 @@ def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
     if part.role in ("query", "key"):
         return np.full([1] * len(part.axes), factor)
     if part.role == "qkv":
-        return lay_along(np.array([factor, factor, 1.0]), part.names.index("qkv"), len(part.axes))
+        return place_along(np.array([factor, factor, 1.0]), part.names.index("qkv"), len(part.axes))
     return np.ones([1] * len(part.axes))
 
 
 def narrow(scale: np.ndarray) -> np.ndarray:
     """A scale with one entry along every dimension that it is the same along."""
     for place in range(scale.ndim):
+        # One entry is broadcast later: a scale that is equal along an axis of millions costs
+        # nothing.
         first = scale.take([0], axis=place)
         scale = first if (scale == first).all() else scale
     return scale

@@ -3,7 +3,8 @@ lies on disk.
 
 A parameter tree is nested containers that hold exactly the parameters of the axis table (see
 `growkit.growth.layout`). It is found by that wherever it stands in a state: in dicts, tuples, named
-tuples, lists and dataclasses. The nearest key above it says which moment it holds (`mu`, `nu`). All
+tuples, lists and dataclasses. What a tree holds, the class of the optax state says that it lies in
+(`growkit.growth.optimizers`); in any other container the nearest key above it (`mu`, `nu`). All
 else (counts, schedules, masks) passes through.
 
 Arrays keep their kind. numpy stays numpy; jax arrays, traced or sharded, are grown by jax
@@ -45,9 +46,13 @@ from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source, grow_array
 from growkit.models.notation import Position, Row
 
-# What a field or key says of the trees below it. optax's momentum (`trace`) grows as mu does,
-# AMSGrad's `nu_max` as nu.
-MOMENTS = {"mu": MU, "nu": NU, "trace": MU, "nu_max": NU}
+# What a field or key says of the trees below it where no optax class does: in a restored
+# checkpoint, which is dicts and lists, and in states of one's own. optax's momentum (`trace`) grows
+# as mu does, AMSGrad's `nu_max` as nu.
+KEY_MOMENTS = {"mu": MU, "nu": NU, "trace": MU, "nu_max": NU}
+# What stands beside a moment. Without one of these, `mu` may be parameters: those of a
+# distribution, {"mu": tree, "sigma": tree}.
+BESIDE_MOMENTS = {"params", "count", *KEY_MOMENTS}
 NUMBERS = (bool, int, float, complex, str, np.generic, type(None))
 
 
@@ -59,7 +64,7 @@ def grow(tree: Any, plan: Plan, nu: str = "square") -> Any:
     Returns the same containers with the same kinds of arrays, at the sizes of `plan.grown`. Copies
     have the bits that growth on disk writes; means (mean-pad) agree to the last digits. Raises
     GrowkitError when the tree holds no parameters, when a parameter is missing, unknown or of
-    another shape, and TypeError for what is no plan or no array.
+    another shape, and TypeError for what is not a plan or not an array.
     """
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
     if nu not in ("square", "maximum"):
@@ -87,35 +92,64 @@ class _Walk:
     def visit(self, node: Any, moment: int) -> Any:
         """A node of the state: grown if it is a parameter tree, else with its children grown."""
         if isinstance(node, Mapping) and self.layout.holds(node):
-            if moment == UNKNOWN:
-                raise refuse_unknown(*self.within)
-            self.found += 1
-            if moment == STEPS:
-                fate = "reset" if self.plan.moments == "reset" else "copy"
-                copied = dataclasses.replace(self.plan, moments=fate)
-                return grow_parameters(node, self.layout, copied, MU)
-            return grow_parameters(node, self.layout, self.plan, moment)
+            return self._grow_tree(node, moment)
         children = _children(node)
         if children is None:
             return node
-        grown = {}
-        optimizer = is_optimizer_state(node)
-        before = self.normalised
-        for name, child in children.items():
-            rule = MOMENTS.get(name, moment)
-            if optimizer:
-                self.within = (type(node).__name__, str(name))
-                rule = find_rule(node, name, self.maximum, before)
-            if self._resets(node, name, children):
-                grown[name] = _zero(child)
-            else:
-                grown[name] = self.visit(child, rule)
-            # The states of a chain stand one after another in a plain tuple.
-            self.normalised = self.normalised or (type(node) is tuple and normalises(child))
-        self.normalised = before
+        grown = self._visit_children(node, children, moment)
         if all(grown[name] is child for name, child in children.items()):
             return node
         return _rebuild(node, grown)
+
+    def _grow_tree(self, tree: Mapping[Any, Any], moment: int) -> Mapping[Any, Any]:
+        """A parameter tree, grown by the rule of what it holds."""
+        if moment == UNKNOWN:
+            raise refuse_unknown(*self.within)
+        self.found += 1
+        if moment != STEPS:
+            return grow_parameters(tree, self.layout, self.plan, moment)
+        # Steps that were divided by their own size carry no power of the share: they are copied.
+        fate = "reset" if self.plan.moments == "reset" else "copy"
+        copied = dataclasses.replace(self.plan, moments=fate)
+        return grow_parameters(tree, self.layout, copied, MU)
+
+    def _visit_children(
+        self, node: Any, children: Mapping[Any, Any], moment: int
+    ) -> dict[Any, Any]:
+        """The children of a container, grown; moment: what the container itself stands for."""
+        grown = {}
+        before = self.normalised
+        for name, child in children.items():
+            rule = self._find_moment(node, name, children, moment)
+            resets = self._resets(node, name, children)
+            grown[name] = _zero(child) if resets else self.visit(child, rule)
+            # The states of a chain stand one after another in a plain tuple.
+            self.normalised = self.normalised or (type(node) is tuple and normalises(child))
+        self.normalised = before
+        return grown
+
+    def _find_moment(self, node: Any, name: Any, siblings: Mapping[Any, Any], moment: int) -> int:
+        """What the trees below a field hold: by the class of an optax state, else by its name."""
+        if is_optimizer_state(node):
+            self.within = (type(node).__name__, str(name))
+            return find_rule(node, name, self.maximum, self.normalised)
+        if name not in KEY_MOMENTS:
+            return moment
+        self._check_moment(name, siblings)
+        return KEY_MOMENTS[name]
+
+    def _check_moment(self, name: str, siblings: Mapping[Any, Any]) -> None:
+        """Raise GrowkitError where parameters called `mu` may be no moment, by what is beside."""
+        if BESIDE_MOMENTS & siblings.keys() - {name}:
+            return
+        for other, child in siblings.items():
+            parameters = isinstance(child, Mapping) and self.layout.holds(child)
+            if other != name and parameters:
+                raise GrowkitError(
+                    f"the tree has parameters under {name!r} and under {other!r}: it is not clear "
+                    f"that {name!r} is an optimizer's moment, which grows by another rule; put "
+                    f"moments beside 'params' or 'count', and call parameters otherwise"
+                )
 
     def _resets(self, node: Any, name: Any, siblings: Mapping[Any, Any]) -> bool:
         """Whether a field counts steps of moments that begin again; a schedule's own goes on."""
@@ -123,7 +157,7 @@ class _Walk:
             return False
         if is_optimizer_state(node):
             return is_counter(node, name)
-        return name == "count" and bool(siblings.keys() & MOMENTS.keys())
+        return name == "count" and bool(siblings.keys() & KEY_MOMENTS.keys())
 
 
 def grow_parameters(
@@ -131,6 +165,7 @@ def grow_parameters(
 ) -> Mapping[Any, Any]:
     """A parameter tree, or the tree of one moment, grown."""
     leaves = layout.read(tree, plan.model.sizes)
+    # A tree may hold layers one by one; a new layer then takes the leaf of the one it copies.
     units = {(leaf.row.name, leaf.position): leaf for leaf in leaves}
     grown: list[Leaf] = []
     done = set()
@@ -144,8 +179,8 @@ def grow_parameters(
             for position in list_units(row, plan.grown.table, plan.grown.sizes):
                 origin = units[row.name, find_source(plan, row, position)]
                 grown.append(_grow_unit(origin, plan, moment, position))
-    made: Mapping[Any, Any] = assemble(tree, grown)
-    return made
+    grown_tree: Mapping[Any, Any] = assemble(tree, grown)
+    return grown_tree
 
 
 def _grow_unit(origin: Leaf, plan: Plan, moment: int, position: Position) -> Leaf:
@@ -200,6 +235,7 @@ def _change_array(
         grown = np.asarray(change(leaf, np))
         # Without this, copies of one layer would be the same memory.
         return grown.copy() if np.may_share_memory(grown, leaf) else grown
+    # Imported here, because trees of numpy arrays grow without jax.
     import jax
 
     arrays, box = jax.tree.flatten(leaf)
@@ -240,7 +276,7 @@ def _children(node: Any) -> dict[Any, Any] | None:
     if isinstance(node, tuple | list):
         return dict(enumerate(node))
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        # flax marks the fields that are no part of the tree.
+        # flax marks the fields that are not part of the tree.
         fields = [
             field for field in dataclasses.fields(node) if field.metadata.get("pytree_node", True)
         ]

@@ -26,6 +26,8 @@ WIDTHS = ("embed", "heads", "head_dim", "mlp")
 # Options in which a target may differ: padding sets norm_eps, training the others.
 LOOSE = ("context", "norm_eps", "initializer_range")
 
+# At most 9 digits before the point and 6 after: what is longer is a slip of the keyboard, and
+# converting it would take time.
 _SIZE = re.compile(r"\s*([0-9]{1,9})(?:\.([0-9]{1,6}))?\s*(x)?\s*")
 
 
@@ -45,12 +47,13 @@ def parse_size(option: str, text: str | int | None, current: int) -> int | None:
             f"--{option} takes a size, as {2 * current}, or a factor, as 2x; got {text!r}"
         )
     decimals = found[2] or ""
+    # '1.5x' of 1024 in whole numbers: 15 * 1024 / 10. In floats 2.3 * 100 is 229.99999999999997.
     size = int(found[1] + decimals)
     if found[3]:
         size, rest = divmod(size * current, 10 ** len(decimals))
         if rest:
             raise UsageError(
-                f"--{option} {text} of {current} is no whole number; the nearest are {size} and "
+                f"--{option} {text} of {current} is not a whole number; the nearest are {size} and "
                 f"{size + 1}"
             )
     if size < current:
@@ -75,16 +78,10 @@ def plan_width(
 
     method: 'clone' (copies, exact for whole multiples of embed), 'pad' (exact for any size of
     embed), or None to choose. spread: how uneven the shares of copied heads and mlp units are, in
-    [0, 1). Raises UsageError.
+    [0, 1). Raises UsageError, and TypeError for an argument of another type.
     """
     require_type("model", model, Architecture, MODEL_HINT)
-    if method is not None and method not in METHODS:
-        near = did_you_mean(method, METHODS)
-        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
-    if not 0 <= spread < 1:
-        raise UsageError(
-            f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}"
-        )
+    _check_choices(method, spread)
     _check_axes(model, {"embed": embed, "heads": heads, "head_dim": head_dim, "mlp": mlp})
     asked = {
         "embed": parse_size("embed", embed, model.embed),
@@ -104,6 +101,18 @@ def plan_width(
             "here"
         )
     return plan
+
+
+def _check_choices(method: str | None, spread: float) -> None:
+    """Raise UsageError for an unknown method or a spread that is too large, TypeError for text."""
+    require_type("spread", spread, (float, int), "as 0.5")
+    if method is not None and method not in METHODS:
+        near = did_you_mean(method, METHODS)
+        raise UsageError(f"--method is one of {', '.join(METHODS)}, got {method!r}{near}")
+    if not 0 <= spread < 1:
+        raise UsageError(
+            f"--spread must lie in [0, 1), so that all shares stay positive; got {spread}"
+        )
 
 
 def _check_axes(model: Architecture, asked: Mapping[str, str | int | None]) -> None:
@@ -137,6 +146,7 @@ def complete_widths(
     elif asked["heads"] is None and 0 < old["embed"] == old["heads"] * old["head_dim"]:
         notes += _complete_heads(model, target, old)
     if asked["mlp"] is None and old["mlp"] and target["embed"] != old["embed"]:
+        # Never below the old one, which is there to be copied.
         target["mlp"] = max(old["mlp"], round(old["mlp"] * target["embed"] / old["embed"]))
         notes.append(f"mlp {old['mlp']} -> {target['mlp']}, to keep its ratio to embed")
     return target, notes
@@ -261,7 +271,7 @@ def _can_copy_embed(model: Architecture, target: int, method: str | None, notes:
         low = target - target % source
         raise UsageError(
             f"copies of embed are exact only when every entry has as many, because norms average "
-            f"over them: {target} is no multiple of {source}; the nearest are {low} and "
+            f"over them: {target} is not a multiple of {source}; the nearest are {low} and "
             f"{low + source}; --method pad takes {target} exactly"
         )
     notes.append(
@@ -280,8 +290,8 @@ def _count_head_units(model: Architecture, heads: int) -> int:
     if heads % group:
         low = heads - heads % group
         raise UsageError(
-            f"heads come in groups of {group} that share keys: {heads} is no multiple; use {low} "
-            f"or {low + group}"
+            f"heads come in groups of {group} that share keys: {heads} is not a multiple; use "
+            f"{low} or {low + group}"
         )
     return heads // group
 
@@ -330,9 +340,11 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
     ours, theirs = _list_kept(model), _list_kept(like)
     for name in dict.fromkeys([*ours, *theirs]):
         if ours.get(name) != theirs.get(name):
+            grows = name == "vocab" and like.vocab > model.vocab
+            hint = f"; --vocab {like.vocab} grows it" if grows else ""
             raise UsageError(
                 f"growth keeps {name}: the source has {ours.get(name)}, the target "
-                f"{theirs.get(name)}"
+                f"{theirs.get(name)}{hint}"
             )
     different = set(model.table.rows) ^ set(like.table.rows)
     if different:
@@ -341,21 +353,29 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
             f"growth adds no parameter and takes none away: {name} is not the same in the source "
             f"and the target"
         )
-    notes = []
-    if model.rotary != like.rotary:
-        if model.head_dim == like.head_dim:
-            raise UsageError(
-                f"growth keeps how many dimensions of a head are rotated: the source has "
-                f"{model.rotary}, the target {like.rotary}"
-            )
-        notes.append(
-            f"{model.rotary} dimensions of a head stay rotated; the target has {like.rotary}"
+    return _note_rotary(model, like) + _note_context(model, like)
+
+
+def _note_rotary(model: Architecture, like: Architecture) -> list[str]:
+    """A note where the target rotates another number of dimensions of a longer head.
+
+    Raises UsageError where its heads are as long: nothing that grows would explain it.
+    """
+    if model.rotary == like.rotary:
+        return []
+    if model.head_dim == like.head_dim:
+        raise UsageError(
+            f"growth keeps how many dimensions of a head are rotated: the source has "
+            f"{model.rotary}, the target {like.rotary}"
         )
-    if model.context != like.context:
-        notes.append(
-            f"context stays {model.context}; the target's {like.context} is a matter of training"
-        )
-    return notes
+    return [f"{model.rotary} dimensions of a head stay rotated; the target has {like.rotary}"]
+
+
+def _note_context(model: Architecture, like: Architecture) -> list[str]:
+    """A note where the target reads longer or shorter sequences."""
+    if model.context == like.context:
+        return []
+    return [f"context stays {model.context}; the target's {like.context} is a matter of training"]
 
 
 def _list_kept(model: Architecture) -> dict[str, object]:

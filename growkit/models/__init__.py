@@ -7,18 +7,20 @@ and back. This file lists the families.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from growkit.errors import GrowkitError, UsageError, did_you_mean
+from growkit.errors import GrowkitError, UsageError
 from growkit.models.architecture import Architecture
 from growkit.models.family import Family
+from growkit.models.given import find_given
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
 from growkit.models.mistral import MISTRAL
 from growkit.models.qwen2 import QWEN2
 from growkit.models.qwen3 import QWEN3
 from growkit.models.tables import list_shipped, read_shipped
+from growkit.models.unknown import describe_unknown
 
 FAMILIES: dict[str, Family] = {
     family.kind: family for family in (GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)
@@ -32,16 +34,19 @@ def find_family(kind: str) -> Family | None:
     return read_shipped(kind) if kind in list_shipped() else None
 
 
-def read_config(config: Mapping[str, Any]) -> Architecture:
-    """The model that a config.json describes. Raises GrowkitError for an unknown architecture."""
+def read_config(config: Mapping[str, Any], lineage: Sequence[Any] = ()) -> Architecture:
+    """The model that a config.json describes. Raises GrowkitError for an unknown architecture.
+
+    lineage: the model's entries, as files hold them; one may state the table.
+    """
     kind = config.get("model_type")
-    family = find_family(str(kind))
+    family = find_given(str(kind), lineage) or find_family(str(kind))
     if family is None:
         shipped = list_shipped()
         by_hand = ", ".join(repr(name) for name in FAMILIES)
         known = f"{by_hand} and {len(shipped)} others"
-        near = did_you_mean(str(kind), [*FAMILIES, *shipped])
-        raise GrowkitError(f"the architecture is {kind!r}, and growkit knows {known} only{near}")
+        hint = describe_unknown(str(kind), [*FAMILIES, *shipped])
+        raise GrowkitError(f"the architecture is {kind!r}, and growkit knows {known} only{hint}")
     return family.read(config)
 
 

@@ -22,20 +22,23 @@ from growkit.models.table import Table
 if TYPE_CHECKING:
     from growkit.models.family import Family
 
-_POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
+# What a factor of the model follows: axis, sqrt(axis), 1/axis or 1/sqrt(axis).
+POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One model: its family, the size of every axis of the table, and the value of every option.
 
-    layers: the layers of each kind, where layers differ in their parameters.
+    layers: the layers of each kind, where layers differ in their parameters. headless: whether the
+    output head is left out, as in the files of a base model.
     """
 
     family: Family
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
     layers: Mapping[str, tuple[int, ...]] = Frozen()
+    headless: bool = False
 
     def __post_init__(self) -> None:
         if self.family.rotary is None:
@@ -78,7 +81,7 @@ class Architecture:
 
     @property
     def buffers(self) -> tuple[str, ...]:
-        """How names end that old checkpoints carry and no model of today reads."""
+        """Endings of names of buffers in old files, which are left out: no model reads them now."""
         return self.family.buffers
 
     @property
@@ -89,7 +92,8 @@ class Architecture:
     @cached_property
     def table(self) -> Table:
         """The table's rows that hold for this model's options."""
-        return replace(self.family.select_rows(self.options), layers=self.layers)
+        selected = self.family.select_rows(self.options, self.headless)
+        return replace(selected, layers=self.layers)
 
     @property
     def layer(self) -> int:
@@ -138,8 +142,10 @@ class Architecture:
 
     @property
     def initializer_range(self) -> float:
-        """The standard deviation of new weights; no unit."""
-        return float(self.options["initializer_range"])
+        """The standard deviation of new weights; no unit. transformers' usual one where the
+        configuration states none.
+        """
+        return float(self.options.get("initializer_range", 0.02))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -202,19 +208,22 @@ class Architecture:
         """f(old) / f(new) of the factor f that the model applies to a parameter; 1 where there is
         none.
 
-        Source: Gemma multiplies its embedding by sqrt(hidden_size).
+        Source: Gemma multiplies its embedding by sqrt(hidden_size). The ratio is exact for float64
+        and float32. A model in bfloat16 rounds each factor to 8 bits when it runs, so there it is
+        off by up to 2^-8 = 3.9e-3, and by nothing where the size grows by a power of 4.
         """
         scalars = self.family.scalars
         text = scalars.get(" ".join((row.name, *row.conditions))) or scalars.get(row.name)
         if text is None:
             return 1.0
-        found = _POWER.fullmatch(text)
+        found = POWER.fullmatch(text)
         if found is None:
             raise GrowkitError(
                 f"the factor of {row.name} is axis, sqrt(axis), 1/axis or 1/sqrt(axis), got "
                 f"{text!r}"
             )
         axis = found[2] or found[3]
+        # f(old) / f(new) for f(x) = x; a root of it for sqrt(x), the inverse for 1 / f.
         ratio = self.sizes[axis] / grown.sizes[axis]
         if found[2]:
             ratio = math.sqrt(ratio)
@@ -274,6 +283,7 @@ class Architecture:
             resized["head_dim"] = resized["embed"] // heads
         rotary = self.family.rotary
         if rotary and rotary.part and resized["head_dim"] != self.head_dim:
+            # As many dimensions stay rotated, so the part of a longer head is smaller.
             part = keep_rotated(self.rotary, resized["head_dim"])
             options["rope"] = {**self.rope, "partial_rotary_factor": part}
         grown = replace(self, sizes=Frozen(resized), options=Frozen(options))
@@ -281,7 +291,17 @@ class Architecture:
         return grown
 
     def change(self, **values: Any) -> Architecture:
-        """This model with other sizes or options, by the names that `Family.model` takes."""
+        """This model with other sizes or options, by the names that `Family.model` takes.
+
+        What only the files say stays: sizes without a field, the kinds of layers, a missing head.
+        Raises GrowkitError for another number of layers where layers are of kinds: which kind a new
+        layer has, only a map says (see `follow_map`).
+        """
+        if self.layers and values.get("layer", self.layer) != self.layer:
+            raise GrowkitError(
+                f"{self.family.title} layers are of several kinds ({', '.join(self.layers)}): "
+                f"their number changes by a map of the layers, as plan_depth makes, and not alone"
+            )
         mine = self.values
         if self.coupled:
             del mine["head_dim"]
@@ -289,11 +309,14 @@ class Architecture:
             mine["rope"]["rope_theta"] = values.pop("rotary_base")
         if "rotary_pct" in values:
             mine["rope"]["partial_rotary_factor"] = values.pop("rotary_pct")
-        return self.family.model(**{**mine, **values})
+        changed = self.family.model(**{**mine, **values})
+        sizes = Frozen({**self.sizes, **changed.sizes})
+        return replace(changed, sizes=sizes, layers=self.layers, headless=self.headless)
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
         for axis, reason in self.family.frozen.items():
-            if axis in self.sizes and sizes[axis] != self.sizes[axis]:
+            # New tokens are no copies; `growkit.growth.vocabulary` rules on them.
+            if axis in self.sizes.keys() - {"vocab"} and sizes[axis] != self.sizes[axis]:
                 raise UsageError(
                     f"{axis} of a {self.family.title} model stays {self.sizes[axis]}: {reason}"
                 )
@@ -341,6 +364,7 @@ class Architecture:
         they are.
         """
         written = dict(base)
+        # What every field would be; below, only those are written that do not say so already.
         complete = self.config(base)
         stated = [*self._size_fields(), *self.family.options.values()]
         # A size written changes the default of another that follows it: head_dim from the heads.

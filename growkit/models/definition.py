@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 from growkit.errors import GrowkitError
+from growkit.models import find_family
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from growkit.models.table import Table
@@ -63,12 +64,17 @@ def list_defined(model: Architecture) -> list[tuple[str, Row]]:
     """(name in files, row) of every parameter, in the order in which transformers defines them.
 
     A tied head is the embedding and is not listed. Raises GrowkitError for a model type whose order
-    is not known.
+    is not known, and for a table that growkit does not ship.
     """
     rows = _order_rows(model)
     several = next((row for row in rows if len(row.stacked) > 1), None)
-    if model.kind in UNKNOWN or several is not None:
-        why = f": {several.name} is one parameter of many in transformers 5" if several else ""
+    shipped = find_family(model.kind)
+    why = ""
+    if several is not None:
+        why = f": {several.name} is one parameter of many in transformers 5"
+    elif shipped is None or shipped.text != model.family.text:
+        why = ": its table is not one that growkit ships"
+    if model.kind in UNKNOWN or why:
         raise GrowkitError(
             f"the order in which transformers numbers the parameters of a {model.family.title} "
             f"model is not known{why}"

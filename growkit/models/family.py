@@ -15,7 +15,10 @@ from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
 from growkit.models.table import Table
 
-# Buffers of transformers' decoders, by how their names end; no parameter is called so.
+# Whether norms subtract the mean (LayerNorm) or not (RMSNorm).
+NORMS = ("layer", "rms")
+# Endings of the names of tensors that are buffers of transformers' decoders, in old files; no
+# parameter's name ends like this.
 BUFFERS = (
     ".inv_freq",
     ".original_inv_freq",
@@ -61,7 +64,7 @@ class Family:
     nulls: Mapping[str, Any] = field(default_factory=dict)
     # axis -> why it cannot grow.
     frozen: Mapping[str, str] = field(default_factory=dict)
-    # How names end that old checkpoints carry and no model of today reads.
+    # Endings of names of buffers in old files: such tensors are left out, no model reads them now.
     buffers: tuple[str, ...] = BUFFERS
     # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
     # parameter by. A row's condition may follow its name.
@@ -70,6 +73,8 @@ class Family:
     by_layer: tuple[str, ...] = ("layer_types",)
     # Fields that list numbers of layers.
     numbers: tuple[str, ...] = ()
+    # Fields that hold lists about something else than layers.
+    other_lists: tuple[str, ...] = ()
     # Fields that count the layers of one kind, which lie in front.
     leading: tuple[str, ...] = ()
     # list by layer -> the kinds that repeat where config.json leaves the list out.
@@ -87,7 +92,10 @@ class Family:
     # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
     unpadded: str = ""
     no_identity: str = ""
+    # The text of the table file, where it is not one that growkit ships.
+    given: str = ""
 
+    # Families hold dicts, which have no hash; kind and table tell them apart.
     def __hash__(self) -> int:
         return hash((self.kind, self.text))
 
@@ -106,10 +114,10 @@ class Family:
         """Whether embed is heads x head_dim, so that one of them cannot change alone."""
         return "/" in self.fields.get("head_dim", "")
 
-    def select_rows(self, options: Mapping[str, Any]) -> Table:
-        """The table for a model with these options."""
+    def select_rows(self, options: Mapping[str, Any], headless: bool = False) -> Table:
+        """The table for a model with these options. headless: without the output head's row."""
         rows = [row for row in self.rows if holds_for(row, options)]
-        if options.get("headless"):
+        if headless:
             rows = [row for row in rows if row.role != "head"]
         return Table(tuple(rows), uniform=self.uniform)
 
@@ -126,12 +134,15 @@ class Family:
             paths["rotary_base"] = self.rotary.base
         if self.rotary and self.rotary.part:
             paths["rotary_pct"] = self.rotary.part
+        # Plain fields first: a ratio multiplies the field that it divides by.
         for name in sorted(given, key=lambda name: "/" in paths.get(name, "")):
             if name not in paths:
                 raise TypeError(f"{self.kind} has no {name!r}; it has {', '.join(paths)}, rope")
             ratio = RATIO.fullmatch(paths[name])
             if ratio:
-                config[ratio[1]] = given[name] * config[ratio[2]]
+                # group = heads / kv: without kv in `given`, its default is what group multiplies.
+                divisor = config.setdefault(ratio[2], self.fields_of(config).whole(ratio[2]))
+                config[ratio[1]] = given[name] * divisor
             else:
                 config[paths[name]] = given[name]
         return self.read(config)
@@ -155,6 +166,7 @@ class Family:
 
     def fields_of(self, config: Mapping[str, Any]) -> Fields:
         """The fields of a config.json, with the defaults of those that it leaves out."""
+        # transformers takes null as left out, but for the fields of `nulls`.
         given = {key: value for key, value in config.items() if value is not None}
         null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
         return Fields(given, {**self.defaults, **null})
@@ -175,9 +187,16 @@ def holds_for(row: Row, options: Mapping[str, Any]) -> bool:
     for condition in row.conditions:
         negated = condition not in options
         # An option's own name may begin with un.
-        name = re.sub("^(!|un)", "", condition) if negated else condition
+        name = bare_condition(condition) if negated else condition
         if name not in options:
-            raise GrowkitError(f"the row {row.name} depends on {condition!r}, which is no option")
+            raise GrowkitError(
+                f"the row {row.name} depends on {condition!r}, which is not an option"
+            )
         if bool(options[name]) == negated:
             return False
     return True
+
+
+def bare_condition(condition: str) -> str:
+    """The option that a negation, `untied` or `!tied`, is of."""
+    return re.sub("^(!|un)", "", condition)

@@ -27,6 +27,7 @@ class Frozen(dict[str, Any]):
     """A dict that is not changed, so that what holds it can be hashed."""
 
     def __hash__(self) -> int:  # type: ignore[override]
+        # Values may be lists and dicts (rope parameters), which have no hash of their own.
         return hash(json.dumps(self, sort_keys=True, default=str))
 
 
@@ -44,6 +45,7 @@ class Fields:
         if name not in self.defaults:
             raise GrowkitError(f"config.json lacks {name}, which has no default")
         default = self.defaults[name]
+        # A default may follow another default: head_dim from heads that are left out too.
         return self.size(default.path) if isinstance(default, Same) else default
 
     def whole(self, name: str) -> int:

@@ -2,12 +2,12 @@
 
 Some hold one entry for each layer (`layer_types`), some hold numbers of layers (`mlp_only_layers`),
 some count the first layers (`first_k_dense_replace`), and some configurations state the kinds of
-layers by a rule of the layer's number.
+layers by a rule of the layer's number. Which field is which is the family's data; a list that the
+family does not name is never guessed about.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,20 @@ from growkit.errors import UsageError
 if TYPE_CHECKING:
     from growkit.models.family import Family
 
-# Fields of transformers' decoders that hold numbers of layers.
-_NUMBERS = re.compile(r"\w*(?:layers|layer_ids|layer_idx|layer_indices|layers_idx)")
-# Other names of which a list with as many entries as layers is one entry for each layer.
-_BY_LAYER = re.compile(r"\w*(?:layer|pattern|block_types|_types)\w*")
-# One entry for each layer, whatever the entries look like: no_rope_layers is a list of 0 and 1.
-_ALWAYS_BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# What transformers' PreTrainedConfig gives every model that states it (its validate_layer_type).
+BY_LAYER = ("layer_types", "mlp_layer_types")
+# Lists that PreTrainedConfig or generation take in any config.json, of no layer in particular.
+OTHER_LISTS = (
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_decoder_ids",
+    "keys_to_ignore_at_inference",
+)
 
 
 def follow_layers(
@@ -32,17 +40,20 @@ def follow_layers(
     before: the source's config.json. index: for each new layer the old layer that it copies. Kinds
     of layers that the configuration states by a rule of the layer's number are written as a list
     where the rule would give a layer another kind than its source's. Raises UsageError for kinds
-    that config.json does not state, and where layers that a field counts would not stay in front.
+    that config.json does not state, for a list with as many entries as layers that the family does
+    not name, and where layers that a field counts would not stay in front.
     """
     _check_stated(before, family)
     grown = dict(config)
     layers = family.fields_of(before).size(family.fields["layer"])
     for name, entries in before.items():
         if isinstance(entries, list) and entries:
-            followed = follow_list(name, entries, layers, index, family.by_layer, family.numbers)
+            followed = follow_list(name, entries, layers, index, family)
             if followed is not None:
                 grown[name] = followed
     for name, pattern in family.patterns.items():
+        # A list that is left out is transformers' pattern, which counts layers anew: a copy of a
+        # sliding layer would land on a full one's place.
         if not isinstance(before.get(name), list):
             grown[name] = [pattern[layer % len(pattern)] for layer in index]
     for name in family.leading:
@@ -50,6 +61,7 @@ def follow_layers(
     kinds = family.layer_kinds(before)
     if kinds is not None and not grown.get("layer_types"):
         wanted = [kinds[layer] for layer in index]
+        # Written only where the rule gives other kinds: a configuration stays as short as it was.
         if family.layer_kinds(grown) != wanted:
             grown["layer_types"] = wanted
     return grown
@@ -60,37 +72,29 @@ def follow_list(
     entries: list[Any],
     layers: int,
     index: Sequence[int],
-    by_layer: Sequence[str] = (),
-    numbers: Sequence[str] = (),
+    family: Family,
 ) -> list[Any] | None:
     """What a field's list becomes under a map of the layers, None for one that says nothing of
     layers.
 
-    by_layer, numbers: names of which it is known that they hold an entry for each layer, or
-    numbers of layers.
+    Raises UsageError for a list with as many entries as layers that the family does not name: it
+    may hold one entry for each layer, or the numbers of all of them, and nothing tells which.
 
-    >>> follow_list("layer_types", ["full", "sliding"], 2, [0, 0, 1])
+    >>> from growkit.models.qwen3 import QWEN3
+    >>> follow_list("layer_types", ["full", "sliding"], 2, [0, 0, 1], QWEN3)
     ['full', 'full', 'sliding']
-    >>> follow_list("mlp_only_layers", [1], 3, [0, 1, 1, 2])
-    [1, 2]
     """
-    whole = len(entries) == layers
-    if whole and (name in _ALWAYS_BY_LAYER or name in by_layer):
-        return [entries[layer] for layer in index]
-    by_name = _NUMBERS.fullmatch(name) and _are_layer_numbers(entries, layers)
-    if by_name or name in numbers:
+    if name in family.numbers:
         return [new for new, old in enumerate(index) if old in entries]
-    if whole and _BY_LAYER.fullmatch(name):
+    if len(entries) != layers or name in OTHER_LISTS or name in family.other_lists:
+        return None
+    if name in BY_LAYER or name in family.by_layer:
         return [entries[layer] for layer in index]
-    return None
-
-
-def _are_layer_numbers(entries: list[Any], layers: int) -> bool:
-    """Whether a list holds different numbers of layers, in ascending order."""
-    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
-        return False
-    ascending = all(one < other for one, other in zip(entries, entries[1:], strict=False))
-    return ascending and entries[0] >= 0 and entries[-1] < layers
+    raise UsageError(
+        f"{name} in config.json has {layers} entries, as many as the model has layers, and nothing "
+        f"says whether they are one for each layer: remove it if {family.title} models do not read "
+        f"it, or name it in by_layer, numbers or other_lists of growkit's {family.kind!r} family"
+    )
 
 
 def _check_stated(before: Mapping[str, Any], family: Family) -> None:
@@ -107,6 +111,7 @@ def _count_leading(
     name: str, before: Mapping[str, Any], family: Family, index: Sequence[int]
 ) -> int:
     """How many layers copy one of those that a field counts; they must stay in front."""
+    # Left out it has transformers' default, which counts layers all the same.
     counted = before.get(name, family.defaults.get(name))
     leads = [layer < int(counted or 0) for layer in index]
     count = sum(leads)

@@ -44,7 +44,10 @@ _ROLE = re.compile(rf"({'|'.join(ROLES)})(?:\(([^)]*)\))?")
 _AXIS = re.compile(r"/?\w+")
 _DIMENSION = re.compile(r"/?\w+|\([^()]*\)")
 _BRACES = re.compile(r"\{(/?)(\w+)(?::(\w+))?\}")
-_NUMBER = "(0|[1-9][0-9]{0,8})"
+# A stacked axis in a row's name, and the number of a unit in its place: no leading zeros, as files
+# and trees write it.
+STACKED = re.compile(r"\{\w+\}")
+UNIT = "(0|[1-9][0-9]{0,8})"
 
 Position = tuple[int, ...]
 
@@ -126,6 +129,7 @@ class Row:
 
     def _part(self, number: int) -> Part:
         """Term `number` of the summed dimension; those of a qkv row are query, key, value."""
+        # By place: a sum of role qkv is query, key and value in this order, however it is written.
         role = ATTENTION[number] if self.role == "qkv" else self.role
         dimensions = tuple(
             terms[number if place == self.summed else 0] for place, terms in enumerate(self.blocks)
@@ -138,10 +142,14 @@ class Row:
         return frozenset(name for part in self.parts for name in part.names)
 
     @cached_property
+    def inner_name(self) -> str:
+        """The name without the first words that a parameter tree leaves out."""
+        return self.name.removeprefix(f"{self.prefix}.") if self.prefix else self.name
+
+    @cached_property
     def path(self) -> tuple[str, ...]:
         """Where the parameter lies in a tree: ('layers', 'attention', 'dense', 'weight')."""
-        inner = self.name.removeprefix(f"{self.prefix}.") if self.prefix else self.name
-        return tuple(word for word in inner.split(".") if not _BRACES.fullmatch(word))
+        return tuple(word for word in self.inner_name.split(".") if not STACKED.fullmatch(word))
 
     @property
     def writes_stream(self) -> bool:
@@ -183,6 +191,7 @@ class Row:
             names = {name for term in unknown for name in term}
             if len(names) != 1:
                 continue
+            # length = sum of the known terms + x * (sum of the factors beside the unknown axis).
             rest = [math.prod(known.get(axis.name, 1) for axis in term) for term in terms]
             fixed = sum(part for part, term in zip(rest, unknown, strict=True) if not term)
             share = sum(part for part, term in zip(rest, unknown, strict=True) if term)
@@ -205,13 +214,13 @@ class Row:
         """The name in files of one unit of the stacked axes."""
         name = self.name
         for unit in position:
-            name = re.sub(r"\{\w+\}", str(unit), name, count=1)
+            name = STACKED.sub(str(unit), name, count=1)
         return name
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        literals = re.split(r"\{\w+\}", self.name)
-        return re.compile(_NUMBER.join(re.escape(literal) for literal in literals))
+        literals = STACKED.split(self.name)
+        return re.compile(UNIT.join(re.escape(literal) for literal in literals))
 
     def match(self, name: str) -> Position | None:
         """The unit of the stacked axes that `name` belongs to, None when it is not this row's."""
@@ -232,6 +241,7 @@ def parse_table(text: str, prefix: str = "") -> tuple[Row, ...]:
     >>> row.name_at((3,)), row.path, row.writes_stream
     ('layers.3.dense.weight', ('layers', 'dense', 'weight'), True)
     """
+    # Parsed once for each text (see lru_cache): a table is asked for its rows at every tensor.
     lines = (line.strip() for line in text.splitlines())
     return tuple(_parse_row(line, prefix) for line in lines if line and not line.startswith("#"))
 
@@ -247,30 +257,44 @@ def find_begins(words: Sequence[str]) -> int | None:
 
 
 def _parse_row(line: str, prefix: str) -> Row:
+    """A line as a row. Raises ValueError that quotes it."""
     name, *words = split_words(line)
     place = find_begins(words)
-    role = None if place is None else _ROLE.fullmatch(" ".join(words[place + 1 : place + 2]))
-    if not place or role is None:
+    # No axes (place 0) is as wrong as no word that says how the parameter begins.
+    if not place or len(words) <= place + 1:
         raise ValueError(f"a table line is `{FORM}`, got {line!r}")
-    offset, begins = _BEGINS.fullmatch(words[place]).groups()  # type: ignore[union-attr]
+    axes = words[:place]
+    begins = _BEGINS.fullmatch(words[place])
+    role = _ROLE.fullmatch(words[place + 1])
+    conditions = words[place + 2 :]
+    if begins is None or role is None:
+        raise ValueError(f"a table line is `{FORM}`, got {line!r}")
     # A parameter without dimensions, one number, has the word `()`.
-    blocks = tuple(_parse_dimension(word, line) for word in words[:place] if word != "()")
+    blocks = tuple(_parse_dimension(word, line) for word in axes if word != "()")
     _check_sums(blocks, role[1], line)
-    braces = _BRACES.findall(name)
+    plain_name, stacked, kind = _parse_name(name, line)
+    return Row(
+        name=plain_name,
+        blocks=blocks,
+        begins=begins[2],
+        role=role[1],
+        offset=float(begins[1] or 0.0),
+        averages=_parse_averages(role, blocks, line),
+        conditions=tuple(conditions),
+        stacked=stacked,
+        prefix=prefix,
+        kind=kind,
+    )
+
+
+def _parse_name(name: str, line: str) -> tuple[str, Product, str]:
+    """'{/layer:sparse}.w' as its name without marks, the stacked axes, and the kind of layers."""
     if re.search("[{}]", _BRACES.sub("", name)):
         raise ValueError(f"braces of a name hold an axis, as {{layer}} or {{/layer}}, got {line!r}")
-    return Row(
-        name=_BRACES.sub(r"{\2}", name),
-        blocks=blocks,
-        begins=begins,
-        role=role[1],
-        offset=float(offset or 0.0),
-        averages=_parse_averages(role, blocks, line),
-        conditions=tuple(words[place + 2 :]),
-        stacked=tuple(Axis(axis, bool(slash)) for slash, axis, _ in braces),
-        prefix=prefix,
-        kind=next((kind for _, _, kind in braces if kind), ""),
-    )
+    marks = _BRACES.findall(name)
+    stacked = tuple(Axis(axis, slash == "/") for slash, axis, _ in marks)
+    kinds = [kind for _, _, kind in marks if kind]
+    return _BRACES.sub(r"{\2}", name), stacked, kinds[0] if kinds else ""
 
 
 def _parse_dimension(word: str, line: str) -> tuple[Product, ...]:
@@ -279,7 +303,8 @@ def _parse_dimension(word: str, line: str) -> tuple[Product, ...]:
     axes = [axis for term in terms for axis in term]
     if not _DIMENSION.fullmatch(word) or not all(_AXIS.fullmatch(axis) for axis in axes):
         raise ValueError(
-            f"a dimension is an axis, (axis /axis) or (axis | axis); {word!r} is none, got {line!r}"
+            f"a dimension is an axis, (axis /axis) or (axis | axis); {word!r} is not one, "
+            f"got {line!r}"
         )
     return tuple(_parse_axes(term) for term in terms)
 

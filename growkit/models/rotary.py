@@ -43,6 +43,8 @@ def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) 
     if not isinstance(stated, Mapping):
         raise TypeError(f"{name} is {stated!r}")
     stated = dict(stated)
+    # Early files of transformers 4 say `type`, later ones `rope_type`, which the line below lets
+    # win.
     kind = stated.pop("type", "default")
     rope = {"rope_type": kind} | stated
     rope["rope_theta"] = float(stated.get("rope_theta", values.get(fields.base)))
@@ -60,6 +62,7 @@ def write_rotary(
     if fields.part:
         written[fields.part] = rope["partial_rotary_factor"]
     if fields.scaling:
+        # transformers 4 has the base in a field of its own.
         scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
         written["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     return written

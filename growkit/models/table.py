@@ -46,6 +46,9 @@ class Table:
 
     def _is_of_queries(self, row: Row) -> bool:
         """Whether a row is a norm of queries or keys."""
+        # A norm of queries or keys averages over axes that these write, as head_dim in Qwen3;
+        # another norm off the stream (of the mlp's units, say) would see other statistics after
+        # padding.
         written = {
             axis.name
             for other in self.rows
@@ -65,6 +68,7 @@ class Table:
             position = row.match(name)
             if position is not None:
                 return row, position
+        # Names of the first layer: a likeness to them is a likeness to any other layer's.
         examples = {row.name_at((0,) * len(row.stacked)): row for row in self.rows}
         best = find_nearest(name, examples, likeness=0.4)
         hint = f"; the nearest row is {examples[best].name}" if best else ""
@@ -89,6 +93,7 @@ class Table:
         for unit in range(max((sizes[row.stacked[0].name] for row in stacked), default=0)):
             for row in stacked:
                 inner = product(*(range(sizes[axis.name]) for axis in row.stacked[1:]))
+                # Experts lie within their layer, as files have them.
                 if unit < sizes[row.stacked[0].name] and self.has(row, unit):
                     for rest in inner:
                         yield row.name_at((unit, *rest)), row, (unit, *rest)

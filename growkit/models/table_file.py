@@ -39,40 +39,43 @@ MAPS = (
     "fresh",
     "proved",
     "constants",
-    "new",
-    "fresh",
     "frozen",
     "scalars",
     "patterns",
 )
-LISTS = ("by_layer", "leading", "numbers", "stated", "uniform", "buffers")
+LISTS = ("by_layer", "leading", "numbers", "other_lists", "stated", "uniform", "buffers")
 
 
 def read_family(text: str) -> Family:
     """The family that a file's text states. Raises GrowkitError that names the line at fault."""
     sections = split_sections(text)
-    facts: dict[str, Any] = dict(sections[""])
     known = {*TEXTS, *LISTS, "whole_heads", "rotary"}
-    for name in facts:
+    for name in sections[""]:
         if name not in known:
             raise GrowkitError(f"a table file has no {name!r}; it has {', '.join(sorted(known))}")
+    try:
+        return _make_family(sections)
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise GrowkitError(f"a table file that cannot be read: {problem}") from None
+
+
+def _make_family(sections: Mapping[str, Any]) -> Family:
+    """The family of a file's sections. Raises ValueError and others for values that are wrong."""
+    facts: dict[str, Any] = dict(sections[""])
     rotary = facts.pop("rotary", None)
     facts |= {name: str(facts.get(name, "")) for name in TEXTS}
     facts |= {name: tuple(facts.get(name, ())) for name in LISTS}
     facts |= {name: sections.get(name, {}) for name in MAPS}
     facts["patterns"] = {name: tuple(kinds) for name, kinds in facts["patterns"].items()}
-    try:
-        parse_table(sections["table"], facts.get("prefix", ""))
-        return Family(
-            text=sections["table"], rotary=RotaryFields(**rotary) if rotary else None, **facts
-        )
-    except (KeyError, TypeError, ValueError) as problem:
-        raise GrowkitError(f"a table file that cannot be read: {problem}") from None
+    parse_table(sections["table"], facts["prefix"])
+    return Family(
+        text=sections["table"], rotary=RotaryFields(**rotary) if rotary else None, **facts
+    )
 
 
 def split_sections(text: str) -> dict[str, Any]:
     """Section -> values by name; `table` is its text, "" what stands before the first section."""
-    first, *lines = text.splitlines()
+    first, *lines = text.splitlines() or [""]
     if first.strip() != HEADER:
         raise GrowkitError(f"a table file begins with {HEADER!r}, got {first[:40]!r}")
     sections: dict[str, Any] = {"": {}}
@@ -86,7 +89,7 @@ def split_sections(text: str) -> dict[str, Any]:
         elif line.strip() and not line.startswith("#"):
             name, equals, value = line.partition(" = ")
             if not equals:
-                raise GrowkitError(f"line {number} of a table file is no `name = value`: {line!r}")
+                raise GrowkitError(f"line {number} of a table file is not `name = value`: {line!r}")
             sections[section][name.strip()] = _read_value(value.strip(), number)
     return sections
 

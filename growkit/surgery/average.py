@@ -17,6 +17,7 @@ from growkit.entries import Average, Origin
 from growkit.errors import UsageError
 from growkit.surgery.comparison import find_differences, model_of
 
+# A sum of float32 in float64 is off by far less than the one rounding of the result.
 WIDE = np.float64
 
 
@@ -38,7 +39,8 @@ def average_checkpoints(
         for slot, tensors in last.tensors.items()
     }
     origins = [Origin.of(source) for source in sources]
-    entry = Average(source=origins[-1], averaged=origins, weights=shares)
+    table = last.model.family.given
+    entry = Average(source=origins[-1], averaged=origins, weights=shares, table=table)
     return Contents(
         config=last.config,
         recipes=slots
@@ -56,6 +58,7 @@ def _mean(sources: Sequence[Source], shares: Sequence[float], name: str) -> Reci
     dtype = tensors[-1].dtype
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        # One for each thread that follows the recipe: its memory is written to.
         weighted = WeightedSum(shares)
 
         def average(*arrays: np.ndarray) -> np.ndarray:
@@ -83,6 +86,7 @@ class WeightedSum:
         shape, size = arrays[0].shape, arrays[0].size
         if size > self.memory.shape[1]:
             self.memory = np.empty((2, size), WIDE)
+        # Both are views of the same memory, call after call.
         total, part = (memory[:size].reshape(shape) for memory in self.memory)
         np.multiply(arrays[0], self.shares[0], out=total, dtype=WIDE)
         for array, share in zip(arrays[1:], self.shares[1:], strict=True):
@@ -93,7 +97,7 @@ class WeightedSum:
 def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
     """The weights as shares of their sum.
 
-    Raises UsageError for the wrong number of them and for what is no weight.
+    Raises UsageError for the wrong number of them and for what is not a weight.
     """
     if len(weights) != count:
         raise UsageError(

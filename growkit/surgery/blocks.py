@@ -44,6 +44,7 @@ def grown_recipe(tensor: Tensor, row: Row, plan: Plan, moment: int, position: Po
     shape = row.shape(plan.grown.sizes)
     size = math.prod(shape) * tensor.dtype.itemsize
 
+    # A recipe is followed when the writer asks, perhaps twice: nothing is computed before.
     def pieces() -> Iterator[Piece]:
         if len(shape) < 2 or size <= BLOCK:
             yield 0, grow_array(tensor.read(), row, plan, moment, position)
@@ -83,18 +84,27 @@ class Blocks:
         term: int | None = None,
         first_row: int = 0,
     ):
-        self.tensor, self.plan, self.first_row = tensor, plan, first_row
+        self.tensor = tensor
+        self.plan = plan
+        self.first_row = first_row
+
+        # The axes of the first stored dimension, slowest first: the leading ones count units, the
+        # others lie within a unit.
         part = row.parts[term or 0]
         self.names = [axis.name for axis in part.dimensions[0]]
         self.lead = count_leading(part, plan)
-        self.growth = UnitGrowth(row, plan, moment, position, self.lead, term)
         self.before = tuple(plan.model.sizes[name] for name in self.names)
+        self.growth = UnitGrowth(row, plan, moment, position, self.lead, term)
         self.copied = self._leading.copied[: self.lead]
-        grown_rest = math.prod(plan.grown.sizes[name] for name in self.names[self.lead :])
-        row_bytes = math.prod(row.shape(plan.grown.sizes)[1:]) * tensor.dtype.itemsize
-        self.unit_bytes = grown_rest * row_bytes
-        self.rows_per_unit = math.prod(self.before[self.lead :])
+
+        # Units of the source, in rows of the stored array.
         self.units = math.prod(self.before[: self.lead])
+        self.rows_per_unit = math.prod(self.before[self.lead :])
+
+        # A unit of the output, in bytes.
+        rows_per_new_unit = math.prod(plan.grown.sizes[name] for name in self.names[self.lead :])
+        row_bytes = math.prod(row.shape(plan.grown.sizes)[1:]) * tensor.dtype.itemsize
+        self.unit_bytes = rows_per_new_unit * row_bytes
 
     @property
     def _leading(self) -> PartGrowth:
@@ -109,6 +119,9 @@ class Blocks:
             axis_map = self.plan.maps.get(name)
             index = np.arange(size) if axis_map is None else axis_map.index
             origin = origin[..., None] * size + index
+        # `order` lists new units by source unit, each group ascending; `begin` is where a group
+        # starts. The n-th copies of all sources are then found at once, without a Python loop over
+        # units.
         order = np.argsort(origin.reshape(-1), kind="stable")
         count = np.bincount(origin.reshape(-1), minlength=self.units)
         begin = np.cumsum(count) - count
@@ -123,16 +136,19 @@ class Blocks:
         reused = not any(growth.depends_on_place for growth in self.growth.growths)
         for start, stop in self._cut_source():
             block = self._read(start, stop)
-            made: tuple[int, int] | None = None
-            factors: list[np.ndarray | None] = []
+            # Most stretches of a block are the same source units with the same factors, at another
+            # place: the array of the last stretch is then written again and not grown again.
+            last_place: tuple[int, int] | None = None
+            last_factors: list[np.ndarray | None] = []
             for stretch in self._find_copies(start, stop):
                 units = np.arange(stretch.unit, stretch.unit + stretch.length)
-                these = [growth.factor_at(units) for growth in self.growth.growths]
+                factors = [growth.factor_at(units) for growth in self.growth.growths]
                 place = (stretch.source, stretch.length)
-                if not (reused and made == place and _same(these, factors)):
+                if not (reused and last_place == place and _same(factors, last_factors)):
                     first = stretch.source - start
                     array = self.growth.grow(block[first : first + stretch.length], units)
-                made, factors = place, these
+                last_place = place
+                last_factors = factors
                 yield stretch.unit * self.unit_bytes, array
         yield from self._add_units()
 
@@ -142,7 +158,10 @@ class Blocks:
         Where head_dim is padded, fused queries, keys and values grow by rules of their own and are
         not mixed.
         """
+        # At least a unit, about BLOCK bytes of output, and no less than a stored chunk, which is
+        # decoded whole for any part of it.
         step = max(1, BLOCK // self.unit_bytes, self.tensor.stride // self.rows_per_unit)
+        # A block may not cross from queries to keys where those are padded differently.
         run = self.units
         if "qkv" in self.names[: self.lead] and "head_dim" in self.plan.pads:
             after = self.names.index("qkv") + 1
@@ -160,6 +179,8 @@ class Blocks:
     def _find_copies(self, start: int, stop: int) -> Iterator[Stretch]:
         """Every stretch of copies of a block's source units."""
         for stretches in self.stretches:
+            # The first stretch that may reach into the block: stretches are in order of their
+            # source.
             at = max(0, bisect_right(stretches, start, key=lambda stretch: stretch.source) - 1)
             while at < len(stretches) and stretches[at].source < stop:
                 stretch = stretches[at]
@@ -173,6 +194,7 @@ class Blocks:
         """The units that padding of the first axis adds, after the old ones."""
         if self._leading.outer is None:
             return
+        # New units are numbered after the copies; their number is also their place in the output.
         old = math.prod(self.copied)
         new = math.prod(self.plan.grown.sizes[name] for name in self.names[: self.lead])
         step = max(1, BLOCK // self.unit_bytes)

@@ -77,6 +77,7 @@ def count_differing(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     """How many numbers of two arrays of one shape and dtype have other bits, and the place of the
     first, in C order.
     """
+    # As whole numbers, so that NaN equals itself and 0.0 is not -0.0.
     bits = np.dtype(f"u{a.dtype.itemsize}")
     one = np.ascontiguousarray(a).reshape(-1).view(bits)
     other = one != np.ascontiguousarray(b).reshape(-1).view(bits)
@@ -88,6 +89,7 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     one, other = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore"):
         gap = np.abs(one - other)
+    # inf - inf is NaN, although the two are equal.
     gap[(one == other) | (np.isnan(one) & np.isnan(other))] = 0.0
     return float(gap.max(initial=0.0))
 
@@ -162,7 +164,7 @@ def find_mismatch(
 
 
 def _find_config_mismatch(contents: Contents, out: Source) -> str | None:
-    # The writer states the dtype anew; fields that others added are no part of the model.
+    # The writer states the dtype anew; fields that others added are not part of the model.
     stated = sorted(contents.config.keys() - {"dtype", "torch_dtype"})
     wanted = {field: contents.config.get(field) for field in stated}
     found = {field: out.config.get(field) for field in stated}
@@ -190,6 +192,8 @@ def _find_number_mismatch(recipe: Recipe, tensor: Tensor) -> str | None:
     total = math.prod(tensor.shape)
     count, first = 0, total
     for start, block in recipe.make_blocks():
+        # Blocks come in any order, so the first difference is the least place and not the first
+        # seen.
         other, place = count_differing(block, tensor.read_numbers(start, start + block.size))
         if other:
             count += other

@@ -16,7 +16,7 @@ from typing import Any
 
 from growkit.checkpoint.optimizer import NAMES, Group, Optimizer, Scalar
 from growkit.errors import GrowkitError, UsageError, did_you_mean
-from growkit.growth.multipliers import multipliers
+from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source
 from growkit.models.definition import list_defined
@@ -105,7 +105,7 @@ def find_new_layers(plan: Plan) -> frozenset[int]:
 
 def _find_factors(plan: Plan) -> dict[str, Factors]:
     """The factors of each new parameter. Raises GrowkitError where they differ within one."""
-    trees = multipliers(plan.grown, [plan])
+    trees = compute_multipliers(plan.grown, [plan])
     new_layers = find_new_layers(plan)
     found: dict[str, Factors] = {}
     by_row: dict[tuple[str, ...], list[float]] = {}

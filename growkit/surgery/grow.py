@@ -23,7 +23,8 @@ from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 from growkit.surgery.groups import check_layout, grow_groups
 
-MOMENTS = {"params": VALUE, "mu": MU, "nu": NU, "nu_max": NU}
+# What the tensors of each slot of a source are to growth.
+SLOT_MOMENTS = {"params": VALUE, "mu": MU, "nu": NU, "nu_max": NU}
 
 
 def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents:
@@ -52,6 +53,8 @@ def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents
         config=_grown_config(source, plan),
         recipes=recipes,
         lineage=[*source.lineage, entry.to_json()],
+        # Adam's count corrects the bias of moments that began at zero: with new ones it begins
+        # again.
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=files,
         torch_optimizer=optimizer,
@@ -75,6 +78,7 @@ def _grow_optimizer(source: Source, plan: Plan, groups: str) -> Optimizer | None
 def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
     """The grown model's config.json; fields with one entry for each layer follow the map."""
     config = plan.grown.update(source.config)
+    # Width changes sizes alone: fields about single layers stay.
     if "layer" not in plan.maps:
         return config
     index = plan.maps["layer"].index.tolist()
@@ -83,8 +87,9 @@ def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
 
 def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position) -> Recipe:
     """The recipe of one new tensor: zeros, the source's bytes again, or a growth of them."""
-    moment = MOMENTS[slot]
+    moment = SLOT_MOMENTS[slot]
     tensor = source.tensors[slot][row.name_at(find_source(plan, row, position))]
+    # Nothing is written for zeros: a new file holds them already.
     if moment_fate(plan, row, moment, position) == "zero":
         return zeros(row.shape(plan.grown.sizes), tensor.dtype)
     if not needs_work(row, plan, moment, position):

@@ -13,7 +13,7 @@ from growkit.checkpoint.naming import find_name
 from growkit.checkpoint.optimizer import NAMES, Scalar, list_undecayed
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.multipliers import multipliers
+from growkit.growth.multipliers import compute_multipliers
 from growkit.lineage import Lineage
 from growkit.models.notation import Row
 from growkit.surgery.groups import (
@@ -177,7 +177,7 @@ def _follow_lineage(
     """Groups by decay and by the factors of the growths that no training has followed."""
     growths = Lineage.read(source.lineage).growths_owed()
     plans = [growth.plan_within(source.model) for growth in growths]
-    trees = multipliers(source.model, plans) if plans else {}
+    trees = compute_multipliers(source.model, plans) if plans else {}
     new = find_new_layers(plans[-1]) if plans else frozenset()
     rows = {name: source.model.table.match(name)[0] for name in named}
     undecayed = list_undecayed(list(rows.items()))[0]

@@ -168,6 +168,15 @@ def test_steps_may_be_plain_numbers_and_rates_tensors(tmp_path):
     assert rates == {1e-3, 5e-4} and torch.is_tensor(grown["param_groups"][0]["lr"])
 
 
+def test_new_tokens_have_moments(trained, tmp_path):
+    assert run(["width", "--vocab", "128", str(trained), str(tmp_path / "out")]) == 0
+    old = by_name(load_state(trained), in_groups(SMALL))["embed_out.weight"]
+    new = by_name(load_state(tmp_path / "out"), in_groups(SMALL))["embed_out.weight"]
+    assert new["exp_avg"].shape == (128, 32)
+    assert torch.equal(new["exp_avg_sq"][:96], old["exp_avg_sq"])
+    assert run(["verify", str(trained), str(tmp_path / "out")]) == 0
+
+
 def test_an_average_keeps_the_last_ones_optimizer(trained, tmp_path):
     out = tmp_path / "mean"
     other = save_trained(tmp_path / "ck")

@@ -67,7 +67,7 @@ def test_good_input_is_not_refused(place, verb):
     assert open_source("out").model.layer in (12, 16)
 
 
-# What is no source
+# What is not a source
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -214,7 +214,7 @@ def test_maps_that_cannot_be(place, capsys, checkpoint, kind, layers, said):
     refused(capsys, place, depth(source, layers=layers), 2, *said)
 
 
-# What is no output
+# What is not an output
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -463,8 +463,8 @@ def entry_changed(**change) -> None:
 @pytest.mark.parametrize(
     "change,code,said",
     [
-        ({"maps": None}, 1, "the lineage's last entry is no plan that can be read"),
-        ({"pads": {"embed": "wide"}}, 1, "no plan that can be read"),
+        ({"maps": None}, 1, "the lineage's last entry is not a plan that can be read"),
+        ({"pads": {"embed": "wide"}}, 1, "not a plan that can be read"),
         (
             {"sizes": {"before": TINY.sizes | {"layer": 7}, "after": TINY.sizes}},
             2,
@@ -492,7 +492,7 @@ REFUSALS = {
     "width --embed -4": "--embed takes a size, as 32, or a factor, as 2x; got '-4'",
     "width --heads two": "--heads takes a size, as 4, or a factor, as 2x; got 'two'",
     "width --mlp 6": "--mlp 6 is below the source's 12",
-    "width --mlp 1.3x": "is no whole number; the nearest are 15 and 16",
+    "width --mlp 1.3x": "is not a whole number; the nearest are 15 and 16",
     "width --embed 1x": "nothing grows: every size asked for is the source's own",
     "width --embed 50 --heads 5 --head-dim 12": (
         "embed must be heads x head_dim: 5 x 12 is 60, not 50"

@@ -87,13 +87,13 @@ def test_what_was_done_is_counted(tmp_path, tokenizer_json, processes):
     place = all_faults(tmp_path)
     counts = {}
     for policy in ("skip", "replace"):
-        made = tokenize(
+        manifest = tokenize(
             [place], tmp_path / policy, tokenizer_json, processes=processes, errors=policy
         )
-        assert made == json.loads((tmp_path / policy / "manifest.json").read_text())
-        assert made["errors"] == policy
+        assert manifest == json.loads((tmp_path / policy / "manifest.json").read_text())
+        assert manifest["errors"] == policy
         keys = ("documents", "skipped_documents", "replaced_characters", "empty_documents")
-        counts[policy] = tuple(made[key] for key in keys)
+        counts[policy] = tuple(manifest[key] for key in keys)
     # Three lines, a text and a row are at fault; a tab is kept where it is not left out.
     assert counts == {"skip": (5, 5, 0, 1), "replace": (10, 0, 5, 1)}
 
@@ -107,12 +107,12 @@ def test_strict_would_stop_at_each(tmp_path, tokenizer_json):
 
 def test_shards_count_every_fault_once(tmp_path, tokenizer_json):
     place = all_faults(tmp_path)
-    made = [
+    manifests = [
         tokenize([place], tmp_path / f"{n}", tokenizer_json, shard=Shard(n, 2), errors="skip")
         for n in (1, 2)
     ]
-    assert sum(each["skipped_documents"] for each in made) == 5
-    assert sum(each["documents"] for each in made) == 5
+    assert sum(each["skipped_documents"] for each in manifests) == 5
+    assert sum(each["documents"] for each in manifests) == 5
 
 
 def test_the_character_is_in_the_tokens(tmp_path, tokenizer_json):

@@ -1,6 +1,6 @@
 """Text is read as what it is: whatever its name, its compression and its byte order mark.
 
-What is no text is refused with what it is, and what could not be read would be seen.
+What is not text is refused with what it is, and what could not be read would be seen.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def test_a_json_array_of_objects(tmp_path, indent):
     path = write(tmp_path / "a.json", json.dumps(items, indent=indent))
     assert read(path) == [*TEXTS, ""]
     refused(write(path, json.dumps([{"text": "a"}, {"body": "b"}])), "item 2", "has 'body'")
-    refused(write(path, json.dumps(["a"])), "item 1", "is no object")
+    refused(write(path, json.dumps(["a"])), "item 1", "is not an object")
     refused(write(path, json.dumps(items)[:-5]), "is not JSON")
 
 
@@ -184,14 +184,14 @@ def test_zstandard_with_a_long_window(tmp_path, window_log):
 
 
 def make_archive(kind):
-    made = io.BytesIO()
+    packed = io.BytesIO()
     if kind == "zip":
-        with zipfile.ZipFile(made, "w") as archive:
+        with zipfile.ZipFile(packed, "w") as archive:
             archive.writestr("a.txt", "the cat")
     else:
-        with tarfile.open(fileobj=made, mode=kind) as archive:
+        with tarfile.open(fileobj=packed, mode=kind) as archive:
             archive.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
-    return made.getvalue()
+    return packed.getvalue()
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -229,8 +229,8 @@ def test_a_pipe_is_read_and_a_device_is_not(tmp_path):
     assert read(path) == TEXTS
     writer.join()
     refused("/dev/zero", "a device", kind=UsageError)
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(str(tmp_path / "socket"))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
         refused(tmp_path / "socket", "a socket", kind=UsageError)
 
 

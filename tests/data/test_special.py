@@ -24,9 +24,9 @@ NAMES = ["<｜end▁of▁sentence｜>", "[EOS]", "|ENDOFTEXT|", "<EOS_TOKEN>", "
 
 def make(special, **changes):
     """A tokenizer.json with special tokens of the ids 2, 3, ...; changes: of its JSON."""
-    made = Tokenizer.from_str(train_tokenizer([TEXT], 300, "<unused>").json.decode())
-    made.add_special_tokens(list(special))
-    content = json.loads(made.to_str())
+    tokenizer = Tokenizer.from_str(train_tokenizer([TEXT], 300, "<unused>").json.decode())
+    tokenizer.add_special_tokens(list(special))
+    content = json.loads(tokenizer.to_str())
     for key, value in changes.items():
         content[key] = content[key] | value if key == "model" else value
     return json.dumps(content).encode()
@@ -110,16 +110,16 @@ def test_the_output_carries_what_was_stated(tmp_path):
     }
     path = folder(tmp_path, ["</s>", "<b>", "<|endoftext|>"], tokenizer_config=config)
     (tmp_path / "a.txt").write_text(TEXT)
-    made = tokenize([tmp_path / "a.txt"], tmp_path / "out", path)
+    manifest = tokenize([tmp_path / "a.txt"], tmp_path / "out", path)
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert made["end_of_text"] == load_tokenizer(path).end_of_text_id
-    assert TokenFile.open(tmp_path / "out").tokens[-1] == made["end_of_text"]
+    assert manifest["end_of_text"] == load_tokenizer(path).end_of_text_id
+    assert TokenFile.open(tmp_path / "out").tokens[-1] == manifest["end_of_text"]
     assert (written["eos_token"], written["bos_token"]) == ("</s>", "<b>")
     assert written["chat_template"] == "{{ x }}" and "unk_token" not in written
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
     # The next tokenization with that directory ends documents alike.
     again = tokenize([tmp_path / "a.txt"], tmp_path / "again", tmp_path / "out")
-    assert again["bin_sha256"] == made["bin_sha256"]
+    assert again["bin_sha256"] == manifest["bin_sha256"]
 
 
 def test_a_tokenizer_is_trained_with_a_name_of_its_own(tmp_path):
@@ -149,14 +149,14 @@ def test_the_option_reaches_the_files(tmp_path):
 )
 def test_the_end_of_text_of_a_model(config, model, end):
     content = make([])
-    made = Tokenizer.from_str(content.decode())
-    first = made.get_vocab_size()
-    made.add_special_tokens(["</s>", "<|endoftext|>"])
+    tokenizer = Tokenizer.from_str(content.decode())
+    first = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["</s>", "<|endoftext|>"])
     ids = {2: first, 3: first + 1}
     stated = model["eos_token_id"]
     renamed = [ids[each] for each in stated] if isinstance(stated, list) else ids[stated]
     files = {
-        "tokenizer.json": made.to_str().encode(),
+        "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
     }
     assert load_model_tokenizer(files, "it", {"eos_token_id": renamed}).end_of_text == end

@@ -17,6 +17,8 @@ import torch
 
 from growkit.derive import proof
 from growkit.derive.derive import derive, pad_gap
+from growkit.derive.lists import read_numbers
+from growkit.derive.sizes import make_probe
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import read_variant
 from growkit.derive.workings import Workings, maps_of
@@ -58,12 +60,22 @@ def check_as_shipped(kind):
     shipped = read_text(kind)
     for section in ("fields", "options", "defaults", "scalars", "proved", "table"):
         assert cut_section(text, section) == cut_section(shipped, section), section
-    assert derivation.family.frozen.keys() == read_shipped(kind).frozen.keys()
+    expected = read_shipped(kind)
+    assert derivation.family.frozen.keys() == expected.frozen.keys()
+    for fact in ("by_layer", "numbers", "other_lists", "leading", "stated", "patterns"):
+        assert getattr(derivation.family, fact) == getattr(expected, fact), fact
 
 
 def cut_section(text: str, section: str) -> str:
     found = re.search(rf"^\[{section}\]\n(.*?)(?=^\[|\Z)", text, re.S | re.M)
     return found[1].strip() if found else ""
+
+
+@pytest.mark.parametrize("kind", ["bamba", "lfm2", "qwen2_moe", "llama"])
+def test_numbers_of_layers_are_found_by_trying(kind):
+    """attn_layer_indices, full_attn_idxs, mlp_only_layers, none: no name says so to growkit."""
+    family = FAMILIES.get(kind) or read_shipped(kind)
+    assert read_numbers(make_probe(kind, tiny_fields(kind))) == family.numbers
 
 
 @pytest.mark.slow
@@ -127,7 +139,7 @@ def test_planted_mistakes_are_noticed(kind):
         row = re.sub(r":\w+\}", "}", name)
         if row in wanted and largest_gap(wrong, variant) < NOTICED:
             missed.append(what)
-    # Rows of a tied head that the untied tiny model does not have are no mistakes in it.
+    # Rows of a tied head that the untied tiny model does not have are not mistakes in it.
     assert not [what for what in missed if not is_other_variant(what, family, variant)]
 
 

@@ -38,7 +38,7 @@ def test_a_family_is_read_as_it_was_written(kind):
 def test_what_is_wrong_with_a_file_is_said():
     with pytest.raises(GrowkitError, match="begins with 'growkit table 1'"):
         read_family("kind = llama\n")
-    with pytest.raises(GrowkitError, match="line 2 .* no `name = value`"):
+    with pytest.raises(GrowkitError, match="line 2 .* not `name = value`"):
         read_family("growkit table 1\nkind\n")
     with pytest.raises(GrowkitError, match="has no 'colour'"):
         read_family("growkit table 1\ncolour = red\n[table]\n")

@@ -84,11 +84,11 @@ def run_steps(config):
     state = start_state(config, layout)
     parts = config.batch.accumulation
     found = []
-    made = make_train_step(config, MODEL, None, layout)
-    step = made.trace(state, draw_tokens(0, parts)).lower().compile()
+    train_step = make_train_step(config, MODEL, None, layout)
+    step = train_step.trace(state, draw_tokens(0, parts)).lower().compile()
     for number in range(STEPS):
         batch = sharding.place(draw_tokens(number, parts), layout.batch_sharding(1))
-        state, metrics = step(state, batch, made.numbers)
+        state, metrics = step(state, batch, train_step.numbers)
         found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     mask = np.arange(16) < 13
     loss = float(make_eval_step(config, MODEL, layout)(state.params, draw_tokens(99)[0], mask))

@@ -705,8 +705,8 @@ def add_padding(path: Path, vocab: int) -> int:
 @pytest.mark.parametrize("kind", ["checkpoint", "directory"])
 def test_a_token_beyond_the_vocabulary_that_no_text_has(tmp_path, tokenizer, kind, capsys):
     vocab = tokenizer.vocab_size
-    made = save_model(tmp_path / "ck", tokenizer, MODEL.change(vocab=vocab))
-    assert run(["export", str(made), str(tmp_path / "hf")]) == 0
+    checkpoint = save_model(tmp_path / "ck", tokenizer, MODEL.change(vocab=vocab))
+    assert run(["export", str(checkpoint), str(tmp_path / "hf")]) == 0
     number = add_padding(tmp_path / "hf", vocab)
     if kind == "checkpoint":
         assert run(["import", str(tmp_path / "hf"), str(tmp_path / "imported")]) == 0

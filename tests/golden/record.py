@@ -68,19 +68,19 @@ def make(pattern: str | None) -> dict[str, Any]:
     from golden.growths import growths
     from golden.trainings import trainings
 
-    made = {}
+    record = {}
     with tempfile.TemporaryDirectory(prefix="golden-") as directory:
         begun = time.monotonic()
-        made["growth"] = growths(Path(directory), selected(pattern or "*"))
+        record["growth"] = growths(Path(directory), selected(pattern or "*"))
         grown = time.monotonic()
-        print(f"{len(made['growth']['cases'])} cases of growth: {grown - begun:.1f} s")
+        print(f"{len(record['growth']['cases'])} cases of growth: {grown - begun:.1f} s")
         if pattern is None:
-            made["training"] = trainings(Path(directory))
+            record["training"] = trainings(Path(directory))
             print(f"training: {time.monotonic() - grown:.1f} s")
-    return made
+    return record
 
 
-def compared(path: Path, made: Mapping[str, Any]) -> list[str]:
+def compared(path: Path, found: Mapping[str, Any]) -> list[str]:
     """In what a new record differs, to the bit, from the one in a file.
 
     Where only some cases were made, only they are compared.
@@ -89,9 +89,9 @@ def compared(path: Path, made: Mapping[str, Any]) -> list[str]:
 
     before = json.loads(path.read_text())
     sentences = []
-    for name, record in made.items():
+    for name, record in found.items():
         cases = before[name]["cases"]
-        if "training" not in made:
+        if "training" not in found:
             cases = {case: content for case, content in cases.items() if case in record["cases"]}
         sentences += differences(before[name] | {"cases": cases}, record)
     return sentences
@@ -110,22 +110,22 @@ def main() -> int:
         parser.error("--cases goes with --exact: a record holds all cases")
     if options.cases and not selected(options.cases):
         parser.error(f"no case of growth matches {options.cases}")
-    made = make(options.cases)
+    record = make(options.cases)
     if options.exact:
-        return told(compared(options.exact, made))
+        return told(compared(options.exact, record))
     if options.write:
-        options.write.write_text(json.dumps(made))
+        options.write.write_text(json.dumps(record))
     else:
-        store(made)
+        store(record)
     return 0
 
 
-def store(made: Mapping[str, Any]) -> None:
+def store(record: Mapping[str, Any]) -> None:
     """Rewrite the records beside this file."""
     from golden.compare import EXACT_OF_GROWTH, EXACT_OF_TRAINING, without
 
-    GROWTH.write_text(text_of(without(made["growth"], EXACT_OF_GROWTH)))
-    TRAINING.write_text(text_of(without(made["training"], EXACT_OF_TRAINING)))
+    GROWTH.write_text(text_of(without(record["growth"], EXACT_OF_GROWTH)))
+    TRAINING.write_text(text_of(without(record["training"], EXACT_OF_TRAINING)))
 
 
 def told(sentences: list[str]) -> int:

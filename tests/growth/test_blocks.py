@@ -13,8 +13,9 @@ from in_memory import held
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.growth.axes import make_map, repeat
-from growkit.growth.plan import build_plan
+from growkit.growth.plan import build_plan, combine_plans
 from growkit.growth.rule import PartGrowth
+from growkit.growth.vocabulary import plan_vocabulary
 from growkit.growth.width import plan_width
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
@@ -54,12 +55,27 @@ PLANS = {
         plan_width(SMALL_LLAMA, heads=8, mlp=40), noise=0.3, seed=3
     ),
 }
+TOKENS = plan_vocabulary(TINY, "+9")
+PLANS |= {
+    "vocab": TOKENS,
+    "vocab, copies": combine_plans("grow", [plan_width(TINY, embed="2x"), TOKENS], TINY),
+    "vocab, padded": combine_plans("grow", [plan_width(TINY, embed=24), TOKENS], TINY),
+    "vocab, noise": dataclasses.replace(
+        combine_plans("grow", [plan_width(TINY, embed="3x"), TOKENS], TINY), noise=0.3, seed=5
+    ),
+    "vocab, zero": combine_plans(
+        "grow",
+        [plan_width(SMALL_LLAMA, embed=24), plan_vocabulary(SMALL_LLAMA, "x32", "zero")],
+        SMALL_LLAMA,
+    ),
+}
 SIZES = (64, 300, 1000, 5000)
 
 
 def recipes(plan, dtype="float32"):
     slots = {
-        slot: random_tensors(plan.model, dtype, seed) for seed, slot in enumerate(surgery.MOMENTS)
+        slot: random_tensors(plan.model, dtype, seed)
+        for seed, slot in enumerate(surgery.SLOT_MOMENTS)
     }
     return surgery.prepare_growth(held(plan.model, **slots), plan).recipes
 

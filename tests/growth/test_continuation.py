@@ -174,10 +174,10 @@ def recorded_multipliers(tied, growths=2, forgotten=0):
     """The multipliers that the lineage gives, all but the first `forgotten` growths, in the shapes
     of `multipliers`.
     """
-    made = plans(tied, growths)
-    entries = Lineage.read([Growth.of(plan).to_json() for plan in made[forgotten:]])
-    read = [growth.plan_within(made[-1].grown) for growth in entries.growths_owed()]
-    found = recorded.multipliers(made[-1].grown, read)
+    plans_before = plans(tied, growths)
+    entries = Lineage.read([Growth.of(plan).to_json() for plan in plans_before[forgotten:]])
+    read = [growth.plan_within(plans_before[-1].grown) for growth in entries.growths_owed()]
+    found = recorded.compute_multipliers(plans_before[-1].grown, read)
     return jax.tree.map(
         lambda like, factor: np.broadcast_to(factor, like.shape), multipliers(tied, growths), found
     )

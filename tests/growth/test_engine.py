@@ -22,9 +22,10 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from growkit.checkpoint.tensor import Tensor
+from growkit.errors import UsageError
 from growkit.growth import multipliers, padding, rule, shares
 from growkit.growth.axes import insert, make_map, tile
-from growkit.growth.plan import MOMENTS, Plan, build_plan
+from growkit.growth.plan import MOMENT_OPTIONS, Plan, build_plan
 from growkit.growth.rule import PartGrowth, find_source, grow_array, moment_fate
 from growkit.models.architecture import Architecture, keep_rotated
 from growkit.models.family import Family
@@ -118,7 +119,7 @@ class Case:
         return numbers.astype(DTYPES[self.dtype])
 
 
-# The rules a second time, from growth.md and not from the engine: one array an axis, in float64.
+# The rules a second time, by docs/derivation.md and not by the engine: an array an axis, float64.
 
 
 def expected(case: Case) -> np.ndarray:
@@ -269,9 +270,9 @@ def check_blocks(case: Case) -> None:
     for size in BLOCKS:
         with mock.patch.object(blocks, "BLOCK", size):
             recipe = blocks.grown_recipe(tensor, row, plan, case.moment, case.position)
-            made = recipe.make_array()
+            joined = recipe.make_array()
             written = sum(piece.nbytes for _, piece in recipe.pieces())
-        assert made.dtype == whole.dtype and made.tobytes() == whole.tobytes(), (size, made, whole)
+        assert joined.dtype == whole.dtype and joined.tobytes() == whole.tobytes(), size
         assert written == whole.nbytes, "every byte once"
 
 
@@ -364,7 +365,7 @@ CASES = {
     "nu of what is written": Case("m.w  mlp /embed  normal  matrix", maps=UNEVEN_MLP, moment=2),
     "stacked twice": Case(EXPERT, maps={**DEEP, **MORE_EXPERTS, **WIDE}, position=(2, 2)),
     "stacked twice, mu": Case(
-        "m.{layer}.experts.{expert}.w2  embed /mlp  normal  matrix",
+        "m.{/layer}.experts.{expert}.w2  embed /mlp  normal  matrix",
         maps={**DEEP, **MORE_EXPERTS},
         position=(2, 2),
         moment=1,
@@ -558,7 +559,7 @@ BROKEN = {
     ),
     "blocks joined along another dimension": (
         PartGrowth,
-        "_store",
+        "_merge_dimensions",
         without_empty_rest,
         ["a sum between dimensions"],
     ),
@@ -682,8 +683,8 @@ def lines(draw):
 def axis_maps(draw, size, preserving, uniform):
     """(index, shares) of copies of an axis of `size` units."""
     if uniform or draw(st.booleans()):
-        made = tile(size, size * draw(st.integers(1, 3)))
-        return tuple(made.index.tolist()), tuple(made.share.tolist())
+        copies = tile(size, size * draw(st.integers(1, 3)))
+        return tuple(copies.index.tolist()), tuple(copies.share.tolist())
     more = draw(st.lists(st.integers(0, size - 1), max_size=4))
     index = draw(st.permutations([*range(size), *more]))
     weights = draw(
@@ -708,8 +709,8 @@ def cases(draw):
         if way == "pad" and axis in ("embed", "head_dim"):
             pads[axis] = sizes[axis] + draw(st.integers(1, 3))
         elif way != "keep" and axis == "layer" and preserving:
-            made = insert(sizes[axis], sizes[axis] + 1)
-            maps[axis] = tuple(made.index.tolist()), tuple(made.share.tolist())
+            inserted = insert(sizes[axis], sizes[axis] + 1)
+            maps[axis] = tuple(inserted.index.tolist()), tuple(inserted.share.tolist())
         elif way != "keep":
             uniform = axis in row.averages or query_norm and axis == "head_dim"
             maps[axis] = draw(axis_maps(sizes[axis], preserving, preserving and uniform))
@@ -722,7 +723,7 @@ def cases(draw):
         pads=pads,
         sizes=sizes,
         moment=draw(st.sampled_from([0, 0, 1, 2])),
-        moments=draw(st.sampled_from(["map", "map", *MOMENTS])),
+        moments=draw(st.sampled_from(["map", "map", *MOMENT_OPTIONS])),
         noise=draw(st.sampled_from([0.0, 0.0, 0.4])),
         norm=draw(st.sampled_from(["layer", "rms"])),
         query_norm=query_norm,
@@ -733,16 +734,26 @@ def cases(draw):
     )
 
 
+def is_possible(case: Case) -> bool:
+    """Whether growth takes a case: padding of embed is refused beside some norms."""
+    try:
+        case.plan()
+    except UsageError as problem:
+        assert "embed cannot be padded" in str(problem)
+        return False
+    return True
+
+
 @example(GPT2)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(cases())
+@given(cases().filter(is_possible))
 def test_the_whole_is_by_the_rules_and_blocks_are_the_whole(case):
     check_blocks(case)
 
 
 @example(GPT2)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(cases())
+@given(cases().filter(is_possible))
 def test_growth_under_jit_gives_the_same_bits(case):
     check_jax(case, jax.jit)
 
@@ -753,7 +764,7 @@ def test_growth_under_jit_gives_the_same_bits(case):
 def factors_of(case: Case, plan: Plan) -> dict[str, np.ndarray]:
     """The multipliers of the row, of the shape of its leaf in a parameter tree."""
     found = {}
-    for name, node in multipliers.multipliers(plan.grown, [plan]).items():
+    for name, node in multipliers.compute_multipliers(plan.grown, [plan]).items():
         for key in case.row.path:
             node = node[key]
         found[name] = np.broadcast_to(node, case.row.stacked_shape(plan.grown.sizes))

@@ -201,7 +201,7 @@ def test_reads_and_writes_exchanged_is_another_function_and_gradient(monkeypatch
 @pytest.mark.parametrize("slot,moment", [("mu", VALUE), ("mu", NU), ("nu", VALUE), ("nu", MU)])
 def test_a_moment_by_another_rule_is_not_the_gradients(slot, moment, monkeypatch):
     _, source = with_gradient(small())
-    monkeypatch.setitem(surgery.MOMENTS, slot, moment)
+    monkeypatch.setitem(surgery.SLOT_MOMENTS, slot, moment)
     grown = grow(source, WIDTH | IDENTITY)
     _, gradient = measured(grown)
     measure = {

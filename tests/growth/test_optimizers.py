@@ -180,3 +180,17 @@ def test_a_state_of_ones_own_is_known_by_its_names():
     half = np.asarray(params["up"]["kernel"])
     assert np.allclose(grown["mine"]["mu"]["up"]["kernel"][:, :4], half / 2)
     assert np.allclose(grown["mine"]["nu"]["up"]["kernel"][:, :4], half / 4)
+
+
+@pytest.mark.parametrize("beside", ["sigma", "rho"])
+@pytest.mark.parametrize("name", ["mu", "trace"])
+def test_parameters_that_are_called_as_moments_are_not_taken_for_them(name, beside):
+    """A distribution's mean is often called mu: beside sigma it is not an average of gradients."""
+    params = make_params()
+    with pytest.raises(GrowkitError, match=f"under '{name}' and under '{beside}': it is not clear"):
+        growkit.grow({name: params, beside: params}, PLAN)
+    # What tells: a count, the parameters, the other moment; and nothing that could be parameters.
+    for tells in ({"count": np.int32(1)}, {"params": params}, {"nu": params}, {"seed": 3}, {}):
+        grown = growkit.grow({name: params, **tells}, PLAN)
+        half = np.asarray(params["up"]["kernel"]) / 2
+        assert np.allclose(grown[name]["up"]["kernel"][:, :4], half)

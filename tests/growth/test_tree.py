@@ -346,7 +346,8 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_padding_that_would_change_the_function_is_refused(name):
     model = growkit.describe_model(
-        f"layers.{{/layer}}.down.kernel  /mlp embed  normal  matrix\n{TABLES[name]}",
+        f"layers.{{/layer}}.down.kernel  /mlp embed  normal  matrix\n{TABLES[name]}\n"
+        "norm.scale  embed  ones  norm",
         {"layer": 2, "embed": 8, "mlp": 12},
     )
     with pytest.raises(UsageError, match="embed cannot be padded: layers"):

@@ -22,25 +22,25 @@ def on(kind, devices=4):
 
 
 def test_utilization_is_the_formula_that_is_printed():
-    made = on("TPU v3")
-    assert made.formula == (
+    speed = on("TPU v3")
+    assert speed.formula == (
         "MFU = FLOPs a token (2e+09) x tokens/s / (devices (4) x peak); "
         "peak of TPU v3, dense bfloat16: 61.5 TFLOP/s"
     )
     assert (
-        made.compute_mfu(49_200)
+        speed.compute_mfu(49_200)
         == pytest.approx(2.0e9 * 49_200 / (4 * 61.5e12))
         == pytest.approx(0.4)
     )
-    assert made.describe(49_200) == "49.2K tokens/s (12.3K a device)  MFU 40.0%"
+    assert speed.describe(49_200) == "49.2K tokens/s (12.3K a device)  MFU 40.0%"
 
 
 def test_a_device_that_is_not_known_has_no_number():
-    made = on("abacus", 1)
-    assert made.formula.endswith("peak of abacus, dense bfloat16: unknown")
-    assert made.compute_mfu(100.0) is None
-    assert made.describe(100.0) == "100 tokens/s  MFU unknown"
-    assert made.describe(None) == "tokens/s unknown yet"
+    speed = on("abacus", 1)
+    assert speed.formula.endswith("peak of abacus, dense bfloat16: unknown")
+    assert speed.compute_mfu(100.0) is None
+    assert speed.describe(100.0) == "100 tokens/s  MFU unknown"
+    assert speed.describe(None) == "tokens/s unknown yet"
 
 
 def test_a_stopwatch_counts_from_where_it_was_set(monkeypatch):

@@ -124,12 +124,10 @@ def test_rows_left_out_would_be_seen(data, tmp_path, board, monkeypatch):
 
 
 def test_scores_have_names_of_their_own():
-    told, made = (
-        [],
-        writers.Writers(SimpleNamespace(log=SimpleNamespace(tensorboard=False, wandb=""))),
-    )
-    made.writers = [SimpleNamespace(add=lambda step, numbers: told.append((step, numbers)))]
-    made.add({"step": "4", "loss": "", "scores": json.dumps({"piqa/acc": 0.5}), "event": ""})
+    told = []
+    kept = writers.Writers(SimpleNamespace(log=SimpleNamespace(tensorboard=False, wandb="")))
+    kept.writers = [SimpleNamespace(add=lambda step, numbers: told.append((step, numbers)))]
+    kept.add({"step": "4", "loss": "", "scores": json.dumps({"piqa/acc": 0.5}), "event": ""})
     assert told == [(4, {"score/piqa/acc": 0.5})]
 
 

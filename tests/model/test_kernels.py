@@ -167,12 +167,12 @@ def test_a_kernel_that_cannot_be_is_refused(layout, changes, words):
 @pytest.mark.parametrize("name", ["v4-16", "v5e-8", "v6e-8"])
 def test_splash_attention_is_compiled_for_a_slice(name):
     """With its gradient, sequences over four devices and heads over two."""
-    made = Layout(make_mesh(Mesh(tensor=2), find_target(name).devices))
+    layout = Layout(make_mesh(Mesh(tensor=2), find_target(name).devices))
 
     def summed(q, k, v):
-        return kernel_attention("splash", q, k, v, made).astype(jnp.float32).sum()
+        return kernel_attention("splash", q, k, v, layout).astype(jnp.float32).sum()
 
-    like = jax.ShapeDtypeStruct((8, 4, 256, 80), jnp.bfloat16, sharding=made.batch_sharding())
+    like = jax.ShapeDtypeStruct((8, 4, 256, 80), jnp.bfloat16, sharding=layout.batch_sharding())
     compiled = jax.jit(jax.grad(summed, (0, 1, 2))).lower(like, like, like).compile()
     # One kernel forward, and two backward: for q, and for k and v.
     assert compiled.as_text().count("tpu_custom_call") >= 3
@@ -185,8 +185,10 @@ def test_a_step_takes_the_kernel_that_is_printed(dropout, kernels):
         read_values("tiny", ["precision.compute=bfloat16", f"dropout.attention={dropout}"])
     )
     model = build_architecture(config.model)
-    made = make_layout(config, model, find_target("v5e-8").devices)
-    step = make_train_step(config, model, layout=made)
-    lowered = step.trace(abstract_state(config, model, made), abstract_batch(config, made)).lower()
+    layout = make_layout(config, model, find_target("v5e-8").devices)
+    step = make_train_step(config, model, layout=layout)
+    lowered = step.trace(
+        abstract_state(config, model, layout), abstract_batch(config, layout)
+    ).lower()
     assert ("tpu_custom_call" in lowered.as_text()) == kernels
-    assert (select_kernel(config, model, made).name == "splash") == kernels
+    assert (select_kernel(config, model, layout).name == "splash") == kernels

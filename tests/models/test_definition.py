@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from growkit.checkpoint.naming import find_name
@@ -81,3 +83,7 @@ def test_an_unknown_order_is_refused():
         list_defined(read_config(fields))
     with pytest.raises(GrowkitError, match="is not known"):
         list_defined(read_config({"model_type": "granitemoe"}))
+    llama = read_config({"model_type": "llama"})
+    given = replace(llama, family=replace(llama.family, text=f"# given\n{llama.family.text}"))
+    with pytest.raises(GrowkitError, match="its table is not one that growkit ships"):
+        list_defined(given)

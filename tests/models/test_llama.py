@@ -545,7 +545,7 @@ def test_scaled_rotary_positions_are_kept(tmp_path):
             {"model_type": "t5"},
             "the architecture is 't5', and growkit knows 'gpt_neox', 'llama'",
         ),
-        ({"model_type": "llama4"}, "did you mean 'llama'?"),
+        ({"model_type": "llama_4"}, "did you mean 'llama'?"),
     ],
 )
 def test_configurations_that_are_refused(change, said):

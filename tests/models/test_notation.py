@@ -191,7 +191,7 @@ def test_conditions(conditions, options, holds):
 @pytest.mark.parametrize("condition", ["biased", "untie", "!biased", "tied"])
 def test_a_condition_that_no_option_answers_is_refused(condition):
     row = parse(f"m.w  embed  zeros  bias  {condition}")
-    said = f"the row m.w depends on {condition!r}, which is no option"
+    said = f"the row m.w depends on {condition!r}, which is not an option"
     with pytest.raises(GrowkitError, match=re.escape(said)):
         holds_for(row, {"bias": True})
 
@@ -271,14 +271,14 @@ def test_every_familys_rows_are_told_apart(kind):
 @pytest.mark.parametrize(
     "line,said",
     [
-        ("w (mlp /embed normal matrix", "'(mlp' is none"),
-        ("w mlp) /embed normal matrix", "'mlp)' is none"),
-        ("w mlp|embed normal matrix", "'mlp|embed' is none"),
-        ("w mlp/embed normal matrix", "'mlp/embed' is none"),
-        ("w //embed normal matrix", "'//embed' is none"),
-        ("w {mlp} normal matrix", "'{mlp}' is none"),
-        ("w norm(embed) normal matrix", "'norm(embed)' is none"),
-        ("w ((head head_dim)) normal matrix", "is none"),
+        ("w (mlp /embed normal matrix", "'(mlp' is not one"),
+        ("w mlp) /embed normal matrix", "'mlp)' is not one"),
+        ("w mlp|embed normal matrix", "'mlp|embed' is not one"),
+        ("w mlp/embed normal matrix", "'mlp/embed' is not one"),
+        ("w //embed normal matrix", "'//embed' is not one"),
+        ("w {mlp} normal matrix", "'{mlp}' is not one"),
+        ("w norm(embed) normal matrix", "'norm(embed)' is not one"),
+        ("w ((head head_dim)) normal matrix", "is not one"),
         ("w (mlp | ) normal matrix", "every block of a dimension needs an axis"),
         ("w (mlp || mlp) normal matrix", "every block of a dimension needs an axis"),
         ("w (a | b) (c | d) normal matrix", "one dimension of a row can be a sum"),

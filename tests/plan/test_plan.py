@@ -53,7 +53,7 @@ def test_slices_by_their_names(name, native, chips, devices):
         ("v9-8", "v3-16"),
         ("v3", "natively v3:4x4"),
         ("v3-7", "2 cores a chip"),
-        ("v4-24", "no power of two"),
+        ("v4-24", "not a power of two"),
         ("v4:4x4", "3 dimensions"),
     ],
 )
@@ -87,25 +87,25 @@ def make_known_plan(topology_name: str) -> Plan:
 
 
 def test_time_and_cost_by_the_formula():
-    made = make_known_plan("v3-32")
+    plan = make_known_plan("v3-32")
     # 24 blocks of 12 d^2 and a tied head are multiplied; the attention's 12 layer d context.
     weights = 24 * 12 * 1536**2 + 50304 * 1536
     attention = 12 * 24 * 1536 * 1024
     flops = 512 * 1024 * (6 * weights + attention)
-    assert made.flops == flops
-    assert made.estimate_step_seconds(0.5) == pytest.approx(flops / (0.5 * 16 * 123e12))
-    hours = 82000 * made.estimate_step_seconds(0.5) / 3600
-    assert made.estimate_hours(0.5) == pytest.approx(hours)
-    assert made.estimate_cost(0.5, 2.0) == pytest.approx(hours * 16 * 2.0)
-    assert made.estimate_cost(0.25, 2.0) == pytest.approx(2 * made.estimate_cost(0.5, 2.0))
+    assert plan.flops == flops
+    assert plan.estimate_step_seconds(0.5) == pytest.approx(flops / (0.5 * 16 * 123e12))
+    hours = 82000 * plan.estimate_step_seconds(0.5) / 3600
+    assert plan.estimate_hours(0.5) == pytest.approx(hours)
+    assert plan.estimate_cost(0.5, 2.0) == pytest.approx(hours * 16 * 2.0)
+    assert plan.estimate_cost(0.25, 2.0) == pytest.approx(2 * plan.estimate_cost(0.5, 2.0))
 
 
 def test_days_of_a_topology_are_those_of_a_plan():
-    made = make_known_plan("v3-32")
+    plan = make_known_plan("v3-32")
     devices = find_devices("v3-32", 0.3, 2.0)
-    flops = made.flops * made.config.schedule.steps
-    assert devices.estimate_days(flops) == pytest.approx(made.estimate_hours(0.3) / 24)
-    assert devices.estimate_cost(flops) == pytest.approx(made.estimate_cost(0.3, 2.0))
+    flops = plan.flops * plan.config.schedule.steps
+    assert devices.estimate_days(flops) == pytest.approx(plan.estimate_hours(0.3) / 24)
+    assert devices.estimate_cost(flops) == pytest.approx(plan.estimate_cost(0.3, 2.0))
     assert devices.estimate_days(None) is None
     assert find_devices("v3-32", 0.3, None).estimate_cost(flops) is None
     assert find_devices("cpu", 0.3, 2.0).estimate_days(flops) is None

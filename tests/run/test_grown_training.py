@@ -9,8 +9,10 @@ from runs import RECIPE, recipe, rows, state_of, values
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.plan import set_options
+from growkit.growth.vocabulary import plan_vocabulary
 from growkit.growth.width import plan_width
 from growkit.surgery.grow import prepare_growth
+from trainer.data.tokens import TokenWriter
 from trainer.run.stages import train
 
 
@@ -115,6 +117,31 @@ def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys
     train(recipe(data), tmp_path / "refused", str(tmp_path / "broken"), allow_gap=True)
     train(recipe(data, eval={"windows": 5}), tmp_path / "others", str(wide))
     assert "no validation loss on these windows" in capsys.readouterr().err
+
+
+def test_new_tokens_are_trained(small, tmp_path, capsys):
+    """Text with ids that only the grown model has; its first loss is not held to the source's."""
+    source = open_source(str(small))
+    plan = plan_vocabulary(source.model, "+16")
+    write_output(tmp_path / "grown", "checkpoint", prepare_growth(source, plan), [source])
+    ids = np.random.default_rng(3).integers(0, plan.grown.vocab, 4000)
+    for name in ("text", "code"):
+        (tmp_path / name).mkdir()
+        with TokenWriter(tmp_path / name, plan.grown.vocab) as writer:
+            writer.add(ids)
+    with pytest.raises(UsageError, match="ids up to 79 occur, which need a vocabulary of 80"):
+        train(recipe(tmp_path), tmp_path / "small", str(small))
+    train(recipe(tmp_path), tmp_path / "run", str(tmp_path / "grown"))
+    assert "growth was exact" not in capsys.readouterr().err
+    trained = open_source(str(tmp_path / "run"))
+    assert trained.model == plan.grown
+    before = open_source(str(tmp_path / "grown")).tensors["params"]
+    for name in ("embed_out.weight", "gpt_neox.embed_in.weight"):
+        if name in before:
+            new = trained.tensors["params"][name].read()[-16:]
+            assert np.abs(new - before[name].read()[-16:]).max() > 1e-4
+            # Rows that began alike are told apart by their tokens.
+            assert len(np.unique(new, axis=0)) == 16
 
 
 def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys):

@@ -68,16 +68,16 @@ def growth(target=1.1e9, source=None, flops=3e20) -> Growth:
 
 
 def test_the_budget_is_shared():
-    made = growth(760e6, 580e6, 6 * 760e6 * 41e9)
-    assert made.tokens == 41e9
+    budget = growth(760e6, 580e6, 6 * 760e6 * 41e9)
+    assert budget.tokens == 41e9
     # 0.88 x 8.88081 + 163.27 / 20.27175 - 5.74 = 10.12918.
-    assert made.source_tokens == pytest.approx(10**10.12918, rel=1e-4)
-    assert made.target_tokens == pytest.approx(41e9 - made.source_tokens * 580 / 760)
-    assert made.source_flops + made.target_tokens * 6 * 760e6 == pytest.approx(made.flops)
-    counted = made.compute_flops_to_same_loss(0.4, counts_source=True)
-    assert counted == pytest.approx(0.6 * made.flops)
-    not_counted = made.compute_flops_to_same_loss(0.4, counts_source=False)
-    assert not_counted == pytest.approx(0.6 * made.flops + made.source_flops)
+    assert budget.source_tokens == pytest.approx(10**10.12918, rel=1e-4)
+    assert budget.target_tokens == pytest.approx(41e9 - budget.source_tokens * 580 / 760)
+    assert budget.source_flops + budget.target_tokens * 6 * 760e6 == pytest.approx(budget.flops)
+    counted = budget.compute_flops_to_same_loss(0.4, counts_source=True)
+    assert counted == pytest.approx(0.6 * budget.flops)
+    not_counted = budget.compute_flops_to_same_loss(0.4, counts_source=False)
+    assert not_counted == pytest.approx(0.6 * budget.flops + budget.source_flops)
 
 
 def test_a_source_that_takes_more_than_half_is_refused():
@@ -98,7 +98,7 @@ def test_the_range_of_the_law():
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("budget", "words"),
     [
         (growth(flops=1.9e20), "budget of 1.9e+20 FLOPs, fitted 2e+20 to 7e+20 at this size"),
         (growth(flops=7.1e20), "fitted 2e+20 to 7e+20"),
@@ -110,8 +110,8 @@ def test_the_range_of_the_law():
         ),
     ],
 )
-def test_what_lies_outside_is_named(made, words):
-    found = made.list_deviations()
+def test_what_lies_outside_is_named(budget, words):
+    found = budget.list_deviations()
     assert len(found) == 1 and words in found[0]
 
 
@@ -180,13 +180,13 @@ def test_days_and_cost_are_those_of_the_plan(capsys):
     peak = part.chips * part.accelerator.peak
     target = Target("v3-32", [None] * 32, part.chips, 1, peak, "core")
     model = build_architecture(config.model)
-    made = Plan(config, model, target, {}, None, Memory(0, 0, 0, 0, 1), 0.0)
-    tokens = str(config.schedule.steps * made.tokens_per_step)
+    plan = Plan(config, model, target, {}, None, Memory(0, 0, 0, 0, 1), 0.0)
+    tokens = str(config.schedule.steps * plan.tokens_per_step)
     options = ("--target", "760m", "--tokens", tokens, "--topology", "v3-32", "--price", "2")
     found = said(capsys, *options, "--mfu", "0.3")["scratch"]
-    assert found["days"] == pytest.approx(made.estimate_hours(0.3) / 24)
-    assert found["cost"] == pytest.approx(made.estimate_cost(0.3, 2.0))
-    assert said(capsys, *options)["scratch"]["days"] == pytest.approx(made.estimate_hours(0.4) / 24)
+    assert found["days"] == pytest.approx(plan.estimate_hours(0.3) / 24)
+    assert found["cost"] == pytest.approx(plan.estimate_cost(0.3, 2.0))
+    assert said(capsys, *options)["scratch"]["days"] == pytest.approx(plan.estimate_hours(0.4) / 24)
     assert run(["advise", *options]) == 0
     assert "FLOPs / (40% MFU, assumed, x 1,968 TFLOP/s of v3-32)" in capsys.readouterr().out
 
@@ -266,7 +266,7 @@ def test_a_study_is_told_as_it_was_measured(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (None, "is no study: it has no results.json"),
+        (None, "is not a study: it has no results.json"),
         ({"format": 2}, "has format 2, and this growkit reads format 1"),
         ({"arms": [{"name": "replicate"}]}, "a value of format 1 is missing or wrong"),
         ({"tokens": None}, "a value of format 1 is missing or wrong"),

@@ -58,10 +58,10 @@ def nested(root, **changed):
         for parent in parents:
             node = node[parent]
         node[last] = value
-    made = values(
+    settings = values(
         root, dropout=NO_DROPOUT, batch={"accumulation": 1}, schedule={"steps": 12, "warmup": 2}
     )
-    return made | {"study": section}
+    return settings | {"study": section}
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +193,10 @@ def test_what_cannot_be_compared_is_refused(data, changed, words):
 
 
 def test_a_part_is_checked_with_the_values_that_it_lies_over(data):
-    made = nested(
+    settings = nested(
         data, arms__replicate__dropout={"hidden": 0.1}, arms__replicate__schedule={"warmup": 1}
     )
-    arm = read_design(made | {"batch": {"sequences": 48, "accumulation": 3}}).build_values(
+    arm = read_design(settings | {"batch": {"sequences": 48, "accumulation": 3}}).build_values(
         Task("replicate", 0, None, 1.0), 1e-3
     )
     assert (
@@ -207,15 +207,15 @@ def test_a_part_is_checked_with_the_values_that_it_lies_over(data):
 
 
 def test_growth_in_stages_counts_all_its_sources(data):
-    made = nested(data)
-    made["model"]["layer"] = 4
-    section = made["study"]
+    settings = nested(data)
+    settings["model"]["layer"] = 4
+    section = settings["study"]
     section["sources"] = {
         "first": {"share": 0.1, "model": {"layer": 1}},
         "second": {"from": "first", "share": 0.15, "grow": {"map": "1:2"}},
     }
     section["arms"] = {"twice": {"from": "second", "grow": {"map": "2:4"}}}
-    study = read_design(made | {"schedule": {"steps": 40, "warmup": 2}})
+    study = read_design(settings | {"schedule": {"steps": 40, "warmup": 2}})
     assert study.list_sources("twice") == ["first", "second"]
     assert study.sum_shares("twice") == pytest.approx(0.25)
     names = [task.name for task in study.list_tasks() if task.seed == 0]
@@ -226,13 +226,13 @@ def test_growth_in_stages_counts_all_its_sources(data):
 
 
 def test_a_study_needs_its_section_and_a_model(data):
-    made = nested(data)
+    settings = nested(data)
     with pytest.raises(UsageError, match="has no study section"):
-        read_design({key: value for key, value in made.items() if key != "study"})
+        read_design({key: value for key, value in settings.items() if key != "study"})
     with pytest.raises(UsageError, match="needs a model section"):
-        read_design({key: value for key, value in made.items() if key != "model"})
+        read_design({key: value for key, value in settings.items() if key != "model"})
     with pytest.raises(UsageError, match="no grow section of its own"):
-        read_design(made | {"grow": {"map": "1:2"}})
+        read_design(settings | {"grow": {"map": "1:2"}})
 
 
 def test_compute_to_a_loss_by_hand():

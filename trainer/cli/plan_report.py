@@ -19,21 +19,21 @@ WIDTH = 120  # columns of a table that is not shown on a terminal; rich's own de
 Rows = list[tuple[str, str]]
 
 
-def show_plan(name: str, made: Plan, mfu: float, price: float | None) -> None:
+def show_plan(name: str, plan: Plan, mfu: float, price: float | None) -> None:
     """Print a plan as a table. name: the configuration's; price: of a chip and hour."""
-    table = Table(title=f"{name} on {made.target.name}", show_header=False, title_justify="left")
-    rows = [*_build_run_rows(made), *_build_memory_rows(made), *_build_time_rows(made, mfu, price)]
+    table = Table(title=f"{name} on {plan.target.name}", show_header=False, title_justify="left")
+    rows = [*_build_run_rows(plan), *_build_memory_rows(plan), *_build_time_rows(plan, mfu, price)]
     for row in rows:
         table.add_row(*row)
     Console(width=None if os.isatty(1) else WIDTH).print(table)
 
 
-def _build_run_rows(made: Plan) -> Rows:
+def _build_run_rows(plan: Plan) -> Rows:
     """The model, the devices and the step."""
-    model = made.model
-    config = made.config
-    target = made.target
-    mesh = " x ".join(f"{axis} {size}" for axis, size in made.mesh.items())
+    model = plan.model
+    config = plan.config
+    target = plan.target
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     zero1 = ", ZeRO-1" if config.mesh.zero1 else ""
     model_words = (
         f"{model.layer} layers, embed {model.embed}, {model.head_count} heads, "
@@ -47,20 +47,20 @@ def _build_run_rows(made: Plan) -> Rows:
         ("model", model_words),
         ("devices", f"{len(target.devices)} ({target.chips} chips), mesh {mesh}{zero1}"),
         ("step", step_words),
-        ("attention", made.attention.words.removeprefix("attention: ")),
+        ("attention", plan.attention.words.removeprefix("attention: ")),
     ]
 
 
-def _build_memory_rows(made: Plan) -> Rows:
+def _build_memory_rows(plan: Plan) -> Rows:
     """Memory on each device, and FLOPs."""
-    memory = made.memory
-    target = made.target
+    memory = plan.memory
+    target = plan.target
     place = target.place
     least = "" if memory.exact else "at least "
     fits = "fits" if memory.fits else "does not fit"
     flops_words = (
-        f"{made.flops:.3e}, {made.flops / len(target.devices):.3e} a {place}; with recomputation "
-        f"{made.computed:.3e}"
+        f"{plan.flops:.3e}, {plan.flops / len(target.devices):.3e} a {place}; with recomputation "
+        f"{plan.computed:.3e}"
     )
     return [
         (f"parameters a {place}", _format_gib(memory.parameters)),
@@ -71,23 +71,23 @@ def _build_memory_rows(made: Plan) -> Rows:
     ]
 
 
-def _build_time_rows(made: Plan, mfu: float, price: float | None) -> Rows:
+def _build_time_rows(plan: Plan, mfu: float, price: float | None) -> Rows:
     """Time and cost, where the devices' peak FLOP/s is known."""
-    target = made.target
-    seconds = made.estimate_step_seconds(mfu)
-    hours = made.estimate_hours(mfu)
+    target = plan.target
+    seconds = plan.estimate_step_seconds(mfu)
+    hours = plan.estimate_hours(mfu)
     if target.peak is None or seconds is None or hours is None:
         kind = target.devices[0].device_kind
         return [("time", f"unknown: the peak FLOP/s of {kind} is not known")]
-    steps = made.config.schedule.steps
-    tokens = format_count(steps * made.tokens_per_step)
+    steps = plan.config.schedule.steps
+    tokens = format_count(steps * plan.tokens_per_step)
     formula = f"FLOPs a step / (time x {target.peak / 1e12:,.0f} TFLOP/s)"
     rows = [
         ("step time", f"{seconds:.3g} s at {mfu:.0%} MFU = {formula}"),
         ("to the end", f"{hours / 24:.3g} days, {steps:,} steps, {tokens} tokens"),
     ]
     if price is not None:
-        cost = made.estimate_cost(mfu, price)
+        cost = plan.estimate_cost(mfu, price)
         rows.append(("cost", f"{cost:,.0f} at {price:g} a chip and hour"))
     return rows
 
@@ -103,33 +103,33 @@ def _format_gib(size: int) -> str:
 
 
 def build_document(
-    made: Plan, tried: list[Trial], mfu: float, price: float | None
+    plan: Plan, tried: list[Trial], mfu: float, price: float | None
 ) -> dict[str, Any]:
     """A plan as JSON: bytes a device, FLOPs, seconds. tried: remedies for a step too large."""
-    target = made.target
-    steps = made.config.schedule.steps
+    target = plan.target
+    steps = plan.config.schedule.steps
     remedy = tried[-1] if tried and tried[-1].memory.fits else None
     return {
         "topology": target.name,
         "devices": len(target.devices),
         "chips": target.chips,
-        "mesh": made.mesh,
-        "attention": {"name": made.attention.name, "reason": made.attention.reason},
-        "parameters": made.model.parameters,
-        "fits": made.memory.fits,
-        "memory": _build_memory(made.memory),
-        "flops_per_step": made.flops,
-        "flops_computed_per_step": made.computed,
+        "mesh": plan.mesh,
+        "attention": {"name": plan.attention.name, "reason": plan.attention.reason},
+        "parameters": plan.model.parameters,
+        "fits": plan.memory.fits,
+        "memory": _build_memory(plan.memory),
+        "flops_per_step": plan.flops,
+        "flops_computed_per_step": plan.computed,
         "mfu": mfu,
         "peak_flops": target.peak,
-        "step_seconds": made.estimate_step_seconds(mfu),
-        "hours": made.estimate_hours(mfu),
+        "step_seconds": plan.estimate_step_seconds(mfu),
+        "hours": plan.estimate_hours(mfu),
         "steps": steps,
-        "tokens": steps * made.tokens_per_step,
-        "cost": None if price is None else made.estimate_cost(mfu, price),
+        "tokens": steps * plan.tokens_per_step,
+        "cost": None if price is None else plan.estimate_cost(mfu, price),
         "tried": [_build_trial(trial) for trial in tried],
         "remedy": list(remedy.changes) if remedy else None,
-        "advice": None if made.memory.fits else describe_remedy(tried),
+        "advice": None if plan.memory.fits else describe_remedy(tried),
     }
 
 

@@ -54,16 +54,16 @@ def plan(
     from trainer.cli.plan_report import build_document, show_plan
     from trainer.plan.remedies import describe_remedy, describe_shortage
 
-    made = _make_plan(config, overrides, topology)
-    fits = made.memory.fits
-    tried = [] if fits else _try_remedies(made)
+    plan = _make_plan(config, overrides, topology)
+    fits = plan.memory.fits
+    tried = [] if fits else _try_remedies(plan)
     if as_json:
-        click.echo(format_json(build_document(made, tried, mfu, price)))
+        click.echo(format_json(build_document(plan, tried, mfu, price)))
     else:
-        show_plan(config, made, mfu, price)
+        show_plan(config, plan, mfu, price)
     if fits:
         return 0
-    shortage = describe_shortage(made.memory, made.target.place)
+    shortage = describe_shortage(plan.memory, plan.target.place)
     raise GrowkitError(f"{shortage}; {describe_remedy(tried)}")
 
 
@@ -89,7 +89,7 @@ def _make_plan(config: str, overrides: tuple[str, ...], topology: str) -> Plan:
     return make_plan(settings, find_target(topology))
 
 
-def _try_remedies(made: Plan) -> list[Trial]:
+def _try_remedies(plan: Plan) -> list[Trial]:
     """The remedies tried, each reported on standard error as it is tried."""
     from trainer.cli.plan_report import format_need
     from trainer.config.sections import Config
@@ -98,10 +98,10 @@ def _try_remedies(made: Plan) -> list[Trial]:
     from trainer.plan.remedies import try_remedies
 
     def measure(config: Config) -> Memory:
-        return make_plan(config, made.target).memory
+        return make_plan(config, plan.target).memory
 
     tried = []
-    for trial in try_remedies(made.config, made.mesh, measure):
+    for trial in try_remedies(plan.config, plan.mesh, measure):
         click.echo(f"tried {' '.join(trial.changes)}: {format_need(trial.memory)}", err=True)
         tried.append(trial)
     return tried

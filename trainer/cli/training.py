@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     default="strict",
     show_default=True,
     metavar="POLICY",
-    help="What to do with documents that are no text: strict stops, replace puts U+FFFD in the "
+    help="What to do with documents that are not text: strict stops, replace puts U+FFFD in the "
     "place of the bytes, skip leaves the document out. Both are counted.",
 )
 @click.option(
@@ -90,29 +90,21 @@ def tokenize(
     part = Shard.parse(shard) if shard else None
     number = count_cores() if processes is None else processes
     with show_counts("tokenizing") as progress:
+        settings: dict[str, Any] = {"end_of_text": end_of_text, "errors": errors, "say": _say}
         manifest = tokenize_files(
-            list(text),
-            out,
-            tokenizer,
-            train_bpe,
-            force,
-            progress,
-            number,
-            part,
-            end_of_text,
-            errors,
-            _say,
+            text, out, tokenizer, train_bpe, force, progress, number, part, **settings
         )
     if train_bpe and manifest["vocab_size"] < train_bpe:
-        click.echo(
-            f"note: {train_bpe} tokens were asked for, and the text supports "
-            f"{manifest['vocab_size']}"
-        )
+        _say_fewer_tokens(train_bpe, manifest["vocab_size"])
     click.echo(f"wrote {out}: {_describe_tokens(manifest)}")
 
 
+def _say_fewer_tokens(asked: int, supported: int) -> None:
+    click.echo(f"note: {asked} tokens were asked for, and the text supports {supported}")
+
+
 def _say(words: str) -> None:
-    """Print a line that is no result."""
+    """Print a line that is not a result."""
     click.echo(words, err=True)
 
 
@@ -120,7 +112,7 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
     """What a manifest counts, in words."""
     kinds = {
         "empty_documents": "empty ones left out",
-        "skipped_documents": "that are no text left out",
+        "skipped_documents": "that are not text left out",
         "replaced_characters": "characters replaced",
     }
     others = "".join(

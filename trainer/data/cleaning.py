@@ -1,4 +1,4 @@
-"""What is done with bytes that are no text: refused, replaced or left out, and counted.
+"""What is done with bytes that are not text: refused, replaced or left out, and counted.
 
 One policy holds for a whole tokenization: `strict` ends it with the place, `replace` puts U+FFFD
 where the bytes are, and `skip` leaves the document out.
@@ -84,7 +84,7 @@ class Cleaner:
 
 
 def check_policy(policy: str) -> None:
-    """Raise UsageError for a word that is no policy."""
+    """Raise UsageError for a word that is not a policy."""
     if policy not in POLICIES:
         listed = ", ".join(POLICIES)
         near = did_you_mean(policy, POLICIES)

@@ -161,7 +161,7 @@ class Inputs:
 def open_inputs(texts: Sequence[str | os.PathLike[str]], policy: str = "strict") -> Inputs:
     """Files, and the text files under directories, sorted.
 
-    policy: what is done with bytes that are no text. Raises UsageError where there are no files.
+    policy: what is done with bytes that are not text. Raises UsageError where there are no files.
     """
     return Inputs([os.fspath(text) for text in texts], list_inputs(texts), policy)
 
@@ -322,7 +322,7 @@ def _get_text(value: Any, where: str) -> str:
     """The "text" of a JSON object; a null is an empty document. Raises GrowkitError."""
     if not isinstance(value, dict):
         raise GrowkitError(
-            f'{where} must be an object with a string under "text", and is no object'
+            f'{where} must be an object with a string under "text", and is not an object'
         )
     text = value.get("text", value)
     if text is None:
@@ -374,7 +374,7 @@ def _read_parquet(file: BufferedReader, path: epath.Path, cleaner: Cleaner) -> I
             raise GrowkitError(f'{path} must have a column "text" of strings; it has {present}')
         row = 0
         for rows in table.iter_batches(_PARQUET_ROWS, columns=["text"]):
-            # As bytes: Parquet files exist whose strings are no UTF-8.
+            # As bytes: Parquet files exist whose strings are not UTF-8.
             for data in rows.column(0).cast(arrow.large_binary()).to_pylist():
                 text = cleaner.decode(data or b"", f"row {row} of {path}", 0)
                 row += 1

@@ -60,36 +60,46 @@ def tokenize(
     JSON lines is an object whose "text" is a document; a row of a .parquet file is a document, in
     the column "text"; any other file is one document. Each may be compressed, whatever its name.
     tokenizer, train_bpe: give one of them, a tokenizer.json or a directory that holds one, or the
-    vocabulary size of a byte-level BPE to train on the text.
-    progress: called with the documents, tokens and bytes of text written so far.
-    processes: does not change the output. One is the calling process, in which the tokenizer has
-    threads of its own. More are spawned, so the calling script needs `if __name__ == "__main__"`.
-    end_of_text: the token that ends a document; None for the tokenizer's own.
-    errors: strict, replace or skip; see `trainer.data.cleaning`.
-    say: called with lines about what is read and what is passed over.
+    vocabulary size of a byte-level BPE to train on the text. progress: called with the documents,
+    tokens and bytes of text written so far. processes: more than one are spawned, so the calling
+    script needs `if __name__ == "__main__"`; the output is the same. end_of_text: the token that
+    ends a document; None for the tokenizer's own. errors: strict, replace or skip; see
+    `trainer.data.cleaning`. say: called with lines about what is read and what is passed over.
 
     Raises UsageError for arguments that cannot work and GrowkitError for broken files.
     """
-    _check_arguments(tokenizer, train_bpe, shard)
-    check_policy(errors)
+    _check_arguments(tokenizer, train_bpe, shard, errors)
     check_output(_check_local(out), None, force)
     inputs = open_inputs(texts, errors)
     say(inputs.listing.describe(inputs.select_files(shard)))
-    if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer, end_of_text)
-    else:
-        _refuse_pipes(inputs)
-        loaded = train_tokenizer(inputs.read_documents(), train_bpe or 0, end_of_text)
+    loaded = _choose_tokenizer(inputs, tokenizer, train_bpe, end_of_text)
     encoded = _encode_blocks(inputs.read_blocks(shard), loaded, processes, errors)
-    origin = {"sources": [epath.Path(text).name for text in texts], "errors": errors}
     if shard is None:
         encoded = _refuse_empty_inputs(encoded, inputs.names)
-    else:
-        origin["shard"] = f"{shard.number}/{shard.count}"
+    origin = _describe_origin(texts, errors, shard)
     manifest = _write_directory(encoded, out, loaded, origin, force, progress)
     if inputs.disguised:
         say(f"note: {_name_some(inputs.disguised)} held JSON lines and were read as such")
     return manifest
+
+
+def _describe_origin(texts: Sequence[PathName], errors: str, shard: Shard | None) -> dict[str, Any]:
+    """What the manifest says of the text and of how it was read."""
+    origin: dict[str, Any] = {"sources": [epath.Path(text).name for text in texts]}
+    origin["errors"] = errors
+    if shard is not None:
+        origin["shard"] = f"{shard.number}/{shard.count}"
+    return origin
+
+
+def _choose_tokenizer(
+    inputs: Inputs, tokenizer: PathName | None, train_bpe: int | None, end_of_text: str | None
+) -> TextTokenizer:
+    """The tokenizer given, or one trained on the text."""
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer, end_of_text)
+    _refuse_pipes(inputs)
+    return train_tokenizer(inputs.read_documents(), train_bpe or 0, end_of_text)
 
 
 def _name_some(names: set[str], most: int = 3) -> str:
@@ -109,9 +119,12 @@ def _refuse_pipes(inputs: Inputs) -> None:
 
 
 def _check_arguments(
-    tokenizer: PathName | None, train_bpe: int | None, shard: Shard | None
+    tokenizer: PathName | None, train_bpe: int | None, shard: Shard | None, errors: str
 ) -> None:
-    """Refuse a tokenizer that is given twice or not at all, or is another one for each shard."""
+    """Refuse a tokenizer that is given twice or not at all, or is another one for each shard, and
+    an unknown policy.
+    """
+    check_policy(errors)
     if (tokenizer is None) == (train_bpe is None):
         raise UsageError(
             "give either a tokenizer or the vocabulary size of one to train, and not both"

@@ -278,7 +278,7 @@ def _read_index(path: Path) -> _Index:
 
 
 def _check_header(path: Path, magic: bytes, version: int, code: int) -> None:
-    """Refuse what is no index of token ids by its first fields."""
+    """Refuse what is not an index of token ids by its first fields."""
     if magic != MAGIC:
         raise GrowkitError(
             f"{path} is not a Megatron index: it begins with {magic!r} instead of {MAGIC!r}"

@@ -131,7 +131,7 @@ def _find_shape(chips: int, dimensions: int, name: str) -> tuple[int, ...]:
     power = chips.bit_length() - 1
     if chips != 2**power:
         raise UsageError(
-            f"{name!r} is {chips} chips, which is no power of two; name its grid, as v4:4x4x12"
+            f"{name!r} is {chips} chips, which is not a power of two; name its grid, as v4:4x4x12"
         )
     if dimensions == 3 and power <= 2:
         return (2,) * power + (1,) * (3 - power)
@@ -151,7 +151,7 @@ def peak_flops(device: Any) -> float | None:
 
 
 def tpu_generation(device: Any) -> int:
-    """4 for a "TPU v4", 5 for a "TPU v5 lite", 7 for a "TPU7x"; 0 for what is no TPU."""
+    """4 for a "TPU v4", 5 for a "TPU v5 lite", 7 for a "TPU7x"; 0 for what is not a TPU."""
     found = re.match(r"TPU ?v?(\d+)", str(device.device_kind))
     return int(found[1]) if found else 0
 

@@ -59,6 +59,8 @@ def make_mesh(settings: config.Mesh, devices: Sequence[Any]) -> jax.sharding.Mes
             f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} asks for {size} "
             f"devices, and there are {len(devices)}; mesh.data=0 takes as many as are left"
         )
+    # Neighbours on the mesh become neighbours on the chips' network; splitting axes over it is
+    # slower than not, and better than refusing a shape.
     ordered = mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
     return jax.sharding.Mesh(ordered, MESH_AXES)
 
@@ -103,6 +105,8 @@ class Layout:
 
         stacked: whether the array is of all layers, which come first, or of one layer.
         """
+        # Layers are never split: every device has a part of each, so that all work on one layer at
+        # once.
         layers = [None] * len(row.stacked) if stacked else []
         spec = [rules.get(axis) for axis in row.leading_axes]
         return self.make_sharding(*layers, *spec)

@@ -58,7 +58,7 @@ Row = dict[str, str]
 def parse_rows(text: str, where: object = "the metrics") -> list[Row]:
     """The rows of a CSV text, without a last line that a kill cut off.
 
-    where: what the text is, for errors. Raises GrowkitError naming a line that is no row.
+    where: what the text is, for errors. Raises GrowkitError naming a line that is not a row.
     """
     complete = text[: text.rfind("\n") + 1]
     lines = csv.reader(io.StringIO(complete))
@@ -94,7 +94,7 @@ def _parse_row(header: list[str], line: list[str]) -> Row:
         if row.get(column):
             float(row[column])
     if not isinstance(json.loads(row.get("scores") or "{}"), dict):
-        raise ValueError("the scores are no object")
+        raise ValueError("the scores are not an object")
     return row
 
 
@@ -115,7 +115,7 @@ def _read_rows(path: epath.Path) -> list[Row]:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as problem:
         raise GrowkitError(
-            f"{path} is damaged: byte {problem.start} is no text; {REMEDY}"
+            f"{path} is damaged: byte {problem.start} is not text; {REMEDY}"
         ) from None
     try:
         return parse_rows(text, path)
@@ -238,7 +238,7 @@ def _parse_carried(carried: bytes) -> list[Row]:
     try:
         text = carried.decode()
     except UnicodeDecodeError:
-        raise GrowkitError(f"the {EARLIER} that the checkpoint carries is no text") from None
+        raise GrowkitError(f"the {EARLIER} that the checkpoint carries is not text") from None
     rows = parse_rows(text, f"the {EARLIER} that the checkpoint carries")
     return [{column: row.get(column, "") for column in COLUMNS} for row in rows]
 

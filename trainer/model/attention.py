@@ -88,8 +88,10 @@ def _weigh(q_BxHxTxD: jax.Array, k_BxHxSxD: jax.Array) -> jax.Array:
     scores_BxHxTxS = jnp.einsum(
         "bhtd,bhsd->bhts", q_BxHxTxD, k_BxHxSxD, preferred_element_type=wide
     )
+    # The queries are the last T of S positions, so the diagonal lies S - T to the right.
     causal_TxS = jnp.tril(jnp.ones((time, keys), bool), keys - time)
     scaled_BxHxTxS = scores_BxHxTxS / math.sqrt(depth)
+    # -inf and not a large number: its exponential is exactly 0, and so is its gradient.
     scores_BxHxTxS = jnp.where(causal_TxS[None, None], scaled_BxHxTxS, -jnp.inf)
     return jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxD.dtype)
 
@@ -118,6 +120,7 @@ def _differentiate_softmax(weights_BxHxTxS: jax.Array, to_weights: jax.Array) ->
     """The gradient for the scores, from softmax's result and the gradient for that, in float32."""
     wide_BxHxTxS = widen(weights_BxHxTxS)
     to_weights = to_weights.astype(wide_BxHxTxS.dtype)
+    # d softmax: w * (g - sum(w g)), row by row; no Jacobian of S x S is made.
     mean_BxHxTx1 = (to_weights * wide_BxHxTxS).sum(-1, keepdims=True)
     return wide_BxHxTxS * (to_weights - mean_BxHxTx1)
 
@@ -128,6 +131,7 @@ def _slice_mask(mask: jax.Array | None, first: int, last: int) -> jax.Array | No
 
 def _sum_prefixes(parts: list[jax.Array]) -> jax.Array:
     """Sum gradients of the first S positions, of which the last one has all positions."""
+    # Block n saw the keys up to its own end: its gradient is that of the first positions only.
     *shorter, total = parts
     for part in shorter:
         total = total.at[:, :, : part.shape[2]].add(part)

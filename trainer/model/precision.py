@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from growkit.growth.precision import wide_dtype
+
 
 def select_wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     """float64 for float64, else float32."""
-    if jnp.dtype(dtype) == jnp.float64:
-        return jnp.dtype(jnp.float64)
-    return jnp.dtype(jnp.float32)
+    return wide_dtype(dtype)
 
 
 def widen(x: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ class Target:
 def find_target(name: str) -> Target:
     """The devices of a TPU slice, or for `cpu` and `gpu` those that JAX finds on this machine.
 
-    Raises UsageError for a name that is no slice, and GrowkitError when libtpu or the device is
+    Raises UsageError for a name that is not a slice, and GrowkitError when libtpu or the device is
     missing.
     """
     if name in ("cpu", "gpu"):

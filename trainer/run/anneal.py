@@ -94,6 +94,7 @@ def compute_current_rate(source: Source, config: Config) -> float:
     rate = compute_learning_rate(
         config.schedule,
         config.optimizer.learning_rate,
+        # schedule_step counts updates done; the last one was taken at one less.
         source.record["schedule_step"] - 1,
         Lineage.read(source.lineage).grown_at,
     )

@@ -157,9 +157,8 @@ def prepare(
     later_growth = plan_growth(config.grow, first.model) if config.grow.at else None
     # Where the grown model does not fit on the mesh, it is refused now and not at its step.
     grown = Stage.after(later_growth, config) if later_growth else None
-    for stage in (first, grown):
-        if stage is not None:
-            require_state_fit(stage.layout, stage.like)
+    for stage in filter(None, (first, grown)):
+        require_state_fit(stage.layout, stage.like)
     path = epath.Path(out)
     return Setup(
         out=path,
@@ -186,6 +185,7 @@ def _choose_model(
 
     values: those that `config` was resolved from.
     """
+    # `open_run` reads it again under the lock: another process may begin the run in between.
     stored = read_run(out)
     if not start:
         _require_model(values, config)
@@ -253,6 +253,7 @@ def begin(setup: Setup) -> Beginning:
     try:
         setup.writers.connect(directory.path)
         return _begin_or_go_back(setup, directory)
+    # KeyboardInterrupt too: RUN must not stay locked by a process that goes on, as a study's does.
     except BaseException:
         setup.writers.close()
         directory.unlock()
@@ -287,6 +288,7 @@ def _begin_in(setup: Setup, directory: RunDirectory) -> Beginning:
 def _begin_stage(setup: Setup, directory: RunDirectory, last: int) -> Beginning:
     """Go on with the model that a run had before or after its growth, or grow it now."""
     assert setup.grown is not None
+    # Sizes tell which stage saved it: growth changes at least one.
     if directory.checkpoints.model(last).sizes == setup.grown.model.sizes:
         return _resume(setup, setup.grown, directory, last)
     # A run that was killed after its growth and before the next checkpoint grows once more.
@@ -408,6 +410,7 @@ def _take_snapshot(
         source=Origin.of(source), multipliers=applied, config=config.to_dict(), branch=branch
     )
     files = {name: content for name, content in taken.files.items() if is_carried_name(name)}
+    # The source's own tokenizer goes with the model; the data's is for models that carry none.
     tokenizer = {} if "tokenizer.json" in files else data.tokenizer
     return Snapshot(
         state=from_source(taken, stage.like, config.schedule.continued, step),

@@ -150,6 +150,7 @@ class Checkpoints:
 
         A step that is saved already is left alone. Returns whether there was anything to save.
         """
+        # Orbax would refuse: a signal can ask for a save at a step that was saved by plan.
         if step in self.manager.all_steps():
             return False
         meta = {
@@ -157,6 +158,7 @@ class Checkpoints:
             "lineage": snapshot.lineage.to_json(),
             "record": dict(snapshot.record),
         }
+        # The state is copied to the host here, because the next step takes over its memory.
         hashes = hash_later(snapshot.state, snapshot.files, meta)
         items = {
             STATE: ocp.args.PyTreeSave(to_tree(snapshot.state)),
@@ -177,10 +179,13 @@ class Checkpoints:
         """
         self.wait()
         if is_remote(self.run):
+            # Until the save below is done the bucket has no checkpoint of this step.
             self.manager.delete(step)
         elif is_writer():
             (self.run / REPLACED).mkdir(exist_ok=True)
+            # Renamed and not copied: a step of some gigabytes is out of the way at once.
             (self.directory / str(step)).rename(self.run / REPLACED / str(step))
+        # All must see that it is gone before any asks Orbax to save it again.
         _meet("replace")
         self.manager.reload()
         self.save(step, snapshot)
@@ -194,6 +199,8 @@ class Checkpoints:
         verify: whether what was read must have the hashes on record. Raises DamagedError for what
         is not as it was saved.
         """
+        # Restored straight into the shardings of this run, on another mesh than it was saved from
+        # too.
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_tree(like))
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         items = {
@@ -230,6 +237,7 @@ class Checkpoints:
     def _require_unchanged(self, step: int, meta: Mapping[str, Any], snapshot: Snapshot) -> None:
         """Raise DamagedError where something has another hash than the one on record."""
         hashes = meta.get(HASHES)
+        # A run of an earlier version has no hashes: then there is nothing to compare with.
         if not are_known(hashes):
             return
         arrays = hash_arrays(copy_to_host(snapshot.state))

@@ -130,6 +130,7 @@ def go_back(run: epath.Path, damaged: dict[int, str], allowed: bool) -> list[str
     damaged: what is wrong with a checkpoint, in words, by its step. Returns what was done, in
     words. Raises DamagedError where it is not allowed, or no checkpoint is whole.
     """
+    # The latest one, which a user expects to go on from.
     step, words = max(damaged.items())
     last = find_last_whole(run, damaged)
     if last is None:
@@ -147,6 +148,7 @@ def go_back(run: epath.Path, damaged: dict[int, str], allowed: bool) -> list[str
             f"--from-last-whole moves checkpoints, which one process must do alone: {words}; move "
             f"what is after {run}@{last} out of {run / CHECKPOINTS} by hand"
         )
+    # Later ones too: they follow from what is damaged, or would be taken for the last.
     return [set_aside(run, each) for each in list_steps(run) if each > last or each in damaged] + [
         f"going on from {run}@{last}, the last checkpoint that is whole"
     ]
@@ -157,6 +159,7 @@ def set_aside(run: epath.Path, step: int) -> str:
     directory = run / DAMAGED
     directory.mkdir(parents=True, exist_ok=True)
     taken = {entry.name for entry in directory.iterdir()}
+    # Damaged at the same step before: 40, 40.1, 40.2.
     names = (f"{step}.{number}" if number else str(step) for number in range(len(taken) + 1))
     target = directory / next(name for name in names if name not in taken)
     (run / CHECKPOINTS / str(step)).rename(target)

@@ -133,6 +133,7 @@ def open_run(
         if source is not None:
             origin = {"path": start, "fingerprint": source.fingerprint}
         content = {"growkit": __version__, "from": origin, "config": config.to_dict()}
+        # On every start, so that the file has the keys of the version that trains now.
         write_once(path / CONFIG, yaml.safe_dump(content, sort_keys=False).encode())
         checkpoints = Checkpoints(path, config.checkpoint)
         opened = RunDirectory(path, checkpoints, History(path), lock, tuple(notes))
@@ -164,6 +165,7 @@ def lock_run(directory: epath.Path) -> IO[str] | None:
     except OSError:
         # A file system without locks, as some network ones are: train without one.
         return file
+    # Only now that the lock is ours: the id before it may be of a process that still trains.
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

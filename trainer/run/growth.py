@@ -14,7 +14,7 @@ from typing import Any
 from growkit.entries import Growth
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.growth.multipliers import multipliers
+from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.plan import Plan, combine_plans, set_options
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
@@ -53,6 +53,7 @@ def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
             "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp "
             "or head_dim"
         )
+    # One plan for depth and width, so that every parameter is grown once.
     plan = plans[0] if len(plans) == 1 else combine_plans("grow", plans, model)
     return set_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
 
@@ -68,6 +69,7 @@ def is_growth_due(config: Config, step: int, history: History) -> bool:
 
     A step is grown at once it is validated. The last step of a run is not grown at.
     """
+    # Grown at the last step, the model would be saved untrained.
     if step == config.schedule.steps or history.find_validation_loss(step) is None:
         return False
     if config.grow.at == "plateau":
@@ -86,7 +88,7 @@ def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> M
     if setting == "auto" and not lineage.continues:
         return None
     plans = [growth.plan_within(model) for growth in growths]
-    return Multipliers(**multipliers(model, plans))
+    return Multipliers(**compute_multipliers(model, plans))
 
 
 def describe_beginning(lineage: Lineage, step: int) -> str:

@@ -56,6 +56,7 @@ def copy_to_host(state: State) -> dict[str, HostArray]:
         for name, leaf in leaves.items()
         if leaf.is_fully_addressable
     }
+    # All copies are begun before the first is waited for.
     for each in shards.values():
         for _, data in each:
             data.copy_to_host_async()
@@ -75,6 +76,7 @@ def _name(path: Any) -> str:
 
 def _is_first(shard: Any) -> bool:
     """Whether this is the first of the equal copies of a part."""
+    # Replicas hold the same numbers: hashed and copied once.
     return bool(shard.replica_id == 0)
 
 
@@ -103,6 +105,7 @@ class HashedJson(ocp.JsonCheckpointHandler):
         meta: dict[str, Any] = args.item
 
         async def write() -> None:
+            # Every process runs this; one writes, as with everything that is the same in all.
             if is_writer():
                 whole = meta | {HASHES: meta[HASHES]()}
                 (directory / "metadata").write_text(json.dumps(whole))

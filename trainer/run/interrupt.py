@@ -64,6 +64,7 @@ class Interrupt:
 
         Returns whether it is due by any process's clock.
         """
+        # The largest of all processes at the call before: 0 where none had a signal.
         number, any_due = self.agreement.exchange(self.received or 0, int(due))
         self.agreed = self.agreed or number or None
         return bool(any_due)
@@ -102,6 +103,7 @@ class Interrupt:
                 return
             if now - self.received_at < REPEAT:
                 return
+            # What stood there before us: Python's KeyboardInterrupt, or the end of the process.
             signal.signal(number, self.before[signal.Signals(number)])
             signal.raise_signal(number)
         self.received = number

@@ -296,6 +296,7 @@ class Run:
             good = self.checkpoints.describe_last_good()
             raise DivergenceError(f"the validation loss at step {self.step} is {loss}; {good}")
         self.metrics.add(self.step, validation_loss=loss)
+        # exp overflows a float beyond 709; beyond 30 nobody reads the number.
         perplexity = math.exp(min(loss, 30))
         self.report.say(
             f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"

@@ -37,6 +37,7 @@ class Metrics:
         recently = time.monotonic() - self.drawn_at < DRAWN_EVERY
         if not is_writer() or (recently and not final):
             return
+        # The source's rows too: a grown model's curve begins where its source's ended.
         rows = self.history.earlier + self.history.rows
         if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):
             curves.draw_curves(self.path / CURVES, rows, self.path.name)

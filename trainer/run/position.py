@@ -37,6 +37,8 @@ class Position:
         self.context = config.model.context
         self.tokens_per_step = self.batch.sequences * self.context
         self.flops_per_step = self.tokens_per_step * model.flops_per_token(self.context)
+        # Counted from the record and not from the run's step 0: batch and context may have changed
+        # where the lineage went through other runs.
         self.tokens_before = record.get("tokens", 0) - first * self.tokens_per_step
         self.flops_before = record.get("flops", 0.0) - first * self.flops_per_step
         beginning = {"number": 0, "seed": config.seed, "drawn": 0, "fingerprint": None}
@@ -85,6 +87,8 @@ class Position:
 
         def draw(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[1].indices(count)
+            # Part p of the batch holds sequences p * count on: what a host draws follows from where
+            # its devices lie, and all hosts together draw what one would.
             drawn = [
                 self.stream.batch(first + part * count + start, stop - start)
                 for part in range(parts)

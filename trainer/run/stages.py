@@ -39,6 +39,7 @@ def train(
     setup = prepare(values, out, start, allow_gap, branch, trust)
     enable_program_cache()
     result = Run(begin(setup)).go(show)
+    # A signal ends the run; otherwise a stage that ended early ended at its growth.
     while result.signal is None and result.step < setup.first.config.schedule.steps:
         # The stage that ended lies in cycles (Orbax's threads and futures), and the grown model
         # needs its memory.

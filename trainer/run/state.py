@@ -31,8 +31,8 @@ def new_state(config: Config, model: Architecture, like: State) -> State:
         return init_state(config, model, params)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    made: State = jax.jit(make, out_shardings=shardings)()
-    return made
+    state: State = jax.jit(make, out_shardings=shardings)()
+    return state
 
 
 def from_source(source: Source, like: State, continued: bool = False, step: int = 0) -> State:
@@ -52,6 +52,7 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
     for slot in ("params", "mu", "nu") if adam else ("params",):
         tensors = source.tensors[slot]
         tree[slot] = jax.tree.map(partial(_read, tensors), rows, to_tree(like)[slot])
+    # Adam's count belongs to the moments: without them it begins at 0.
     if adam:
         tree["count"] = counter(source.record.get("count", 0))
     if continued:
@@ -61,6 +62,7 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    # A view of one zero: the zeros of a large moment take no memory of the host.
     return place(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), leaf.sharding)
 
 
@@ -74,8 +76,10 @@ def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -
         for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     }
     shard_shape = leaf.sharding.shard_shape(leaf.shape)
+    # Equal places are one array: replicas on several devices are read once.
     shards = {key: np.empty(shard_shape, leaf.dtype) for key in indices}
     stacked = len(row.stacked)
+    # One layer at a time is in memory as a whole, whatever the size of the model.
     for position in np.ndindex(leaf.shape[:stacked]):
         array = tensors[row.name_at(position)].read()
         for key, index in indices.items():

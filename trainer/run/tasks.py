@@ -59,6 +59,7 @@ class TaskQuestions:
         from trainer.evaluate.likelihood import Likelihood
 
         network = GPTNeoX(model, config.precision, layout=layout)
+        # No larger than a part of a training batch, which is known to fit.
         batch = min(BATCH, config.batch.sequences // config.batch.accumulation)
         likelihood = Likelihood(network, None, config.model.context, batch)
         tokenizer = load_model_tokenizer(files, run)

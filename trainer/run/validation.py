@@ -47,4 +47,5 @@ def compute_validation_loss(
         # Stay one batch ahead of the device and no more, so that a signal need not wait for all
         # of them.
         sums[-2:][0].block_until_ready()
+    # fsum rounds once, so that the order of the batches does not matter.
     return math.fsum(float(part) for part in sums) / tokens_seen

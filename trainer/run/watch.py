@@ -41,6 +41,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if not self.agreement.single_process and self.seconds:
+            # A daemon, because the main thread may hang in a collective when the process is to end.
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -50,6 +51,7 @@ class Watch:
             self.notes.rmtree(missing_ok=True)
 
     def _watch(self) -> None:
+        # Four looks in the time after which a host counts as stalled: a note is never much too old.
         while not self.ended.wait(self.seconds / 4):
             try:
                 self._write_note()
@@ -83,6 +85,7 @@ class Watch:
         heard: {process: (how often it has met the others, its host)}. None for nothing to say.
         """
         counts = {calls for calls, _ in heard.values()}
+        # All have met as often, or the last one has moved: the clock begins again.
         if len(counts) < 2 or min(counts) != self.least:
             self.least = min(counts, default=-1)
             self.since = now

@@ -33,6 +33,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
     It has the logits' dtype.
     """
+    # -log p(target) = logsumexp(logits) - logits[target], without a softmax that could round to 0.
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
@@ -97,6 +98,7 @@ def _forward(
     pieces = _cut_time(hidden_GxBxTxE, targets_GxBxT, layout)
     (total_G, to_head), to_hidden = jax.lax.scan(add, start, pieces)
     to_hidden = jnp.moveaxis(to_hidden, 0, 2).reshape(hidden_GxBxTxE.shape)
+    # The one sum over devices: until here each has added up its own.
     to_head = to_head.sum(0).astype(head_VxE.dtype)
     to_head_VxE = to_head.T if as_ExV else to_head
     if layout:
@@ -123,6 +125,7 @@ def _differentiate_piece(
     # The gradient of a token's loss for its logits: the probabilities, less 1 at the target.
     probability = jax.nn.softmax(logits_GxBxTxV, axis=-1)
     error = probability - jax.nn.one_hot(targets_GxBxT, head_VxE.shape[0], dtype=wide)
+    # Rounded to the hidden states' dtype: so both products below are the fast narrow ones.
     to_logits = (error * mask_GxB[..., None, None]).astype(hidden_GxBxTxE.dtype)
     if as_ExV:
         operands = ("gbte,gbtv->gev", hidden_GxBxTxE, to_logits)
@@ -180,6 +183,8 @@ def _cut_time(
     """
     groups, batch, time = targets_GxBxT.shape
     limit = max(1, ROWS.get(target_platform(layout), ROWS_ELSEWHERE) // batch)
+    # The pieces are equal, so the length divides T: 2048 rows of 8 sequences of 1024 tokens make
+    # pieces of 256.
     length = max(size for size in range(1, time + 1) if time % size == 0 and size <= limit)
 
     def cut(array: jax.Array) -> jax.Array:

@@ -50,6 +50,7 @@ def clip_by_norm(limit: float, weights: Any = None) -> optax.GradientTransformat
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         norm = global_norm(updates, weights)
+        # tiny is the smallest normal float: a gradient of zero is divided by it and not by zero.
         scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         return jax.tree.map(lambda update: update * scale, updates), state
 
@@ -71,6 +72,8 @@ def scale_by_adam(
         factors = multipliers
         if factors is None:
             factors = jax.tree.map(lambda _: 1.0, mu)
+        # eps outside the root, as in Adam's algorithm 1 and in PyTorch: then eps x share is what
+        # keeps a copy's direction the source's.
         direction = jax.tree.map(
             lambda m, v, factor: m / (jnp.sqrt(v) + eps * factor),
             optax.tree.bias_correction(mu, beta1, count),
@@ -98,6 +101,7 @@ def adamw(
     clip = optax.identity()
     if settings.clip:
         clip = clip_by_norm(settings.clip, multipliers.clip)
+    # The decay is not multiplied: it acts on the value, which carries the share already.
     scale = optax.identity()
     if multipliers.learning_rate is not None:
         scale = scale_each(multipliers.learning_rate)

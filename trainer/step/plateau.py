@@ -30,6 +30,7 @@ def find_plateaus(losses: Sequence[float], settings: Plateau) -> list[int]:
             since = 0
         else:
             since += 1
+        # `since` begins again, so a long plateau counts once every `patience` losses.
         if settings.patience and since == settings.patience:
             found.append(number)
             since = 0

@@ -31,6 +31,7 @@ def encode_schedule(
 
     Arguments as in `compute_learning_rate`.
     """
+    # Where the fall begins: after the warm-up, or for wsd the last part `decay` of all steps.
     begin = schedule.warmup
     if schedule.kind == "wsd":
         begin = schedule.steps - round(schedule.decay * schedule.steps)
@@ -55,10 +56,13 @@ def evaluate_schedule(kind: str, numbers: Mapping[str, Any], step: jax.Array | i
     Step 0 takes the first warm-up step. The numbers may be traced, so that one program serves every
     schedule of a kind.
     """
+    # Counted from 1, so that the first update has a rate above 0 and the last one the floor.
     done = jnp.asarray(step + 1, jnp.result_type(float))
     part = jnp.clip((done - numbers["begin"]) / numbers["length"], 0.0, 1.0)
     after = numbers["floor"] + (1 - numbers["floor"]) * SHAPES[kind](part)
+    # Below the warm-up the rate rises linearly; `after` is then not read, though it is computed.
     height = jnp.where(done < numbers["warmup"], done / numbers["warmup"], after)
+    # 1 long after growth, and 1 always where nothing grew (see `encode_schedule`).
     again = jnp.clip((done - numbers["grown_at"]) / numbers["rewarmup"], 0.0, 1.0)
     return numbers["peak"] * height * again
 

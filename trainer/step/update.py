@@ -70,6 +70,7 @@ def sum_loss(
     mask: 1 for the sequences that count, None for all.
     """
     rngs = {} if key is None else {"dropout": key}
+    # T + 1 tokens give T predictions: each token but the last has a next one.
     inputs_BxT = tokens_BxT1[:, :-1]
     targets_BxT = tokens_BxT1[:, 1:]
     deterministic = key is None
@@ -95,6 +96,7 @@ def accumulate_gradients(
 
     def add(total: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         index, tokens_BxT1 = inputs
+        # Each part draws masks of its own, as parts of one batch would.
         part_key = None if key is None else jax.random.fold_in(key, index)
         part = differentiate(params, tokens_BxT1, part_key)
         loss, gradient = jax.tree.map(jnp.add, total, part)
@@ -104,6 +106,7 @@ def accumulate_gradients(
     zero_gradient = _shard_as_moments(network, jax.tree.map(jnp.zeros_like, params))
     inputs = (jnp.arange(parts), tokens_AxBxT1)
     total, _ = jax.lax.scan(add, (zero_loss, zero_gradient), inputs)
+    # All sequences are full, so that every token counts the same; validation has a mask instead.
     tokens = parts * batch * (length - 1)
     return jax.tree.map(lambda leaf: leaf / tokens, total)
 
@@ -185,6 +188,8 @@ def _make_program(
         _define_train_step(network, settings, kind, multipliers),
         in_shardings=(shardings, layout.batch_sharding(1), layout.replicated),
         out_shardings=(shardings, layout.replicated),
+        # Without donation old and new state would be in memory at once: 12 bytes more a parameter
+        # in float32.
         donate_argnums=0,
     )
     return program, {}
@@ -206,6 +211,7 @@ def _define_train_step(
     ) -> tuple[State, dict[str, jax.Array]]:
         key = None
         if drops:
+            # A function of seed and step: a resumed run draws the masks of one that never stopped.
             key = jax.random.fold_in(jax.random.key(numbers["seed"]), state.step)
         loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key)
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.

@@ -62,7 +62,7 @@ def read_study(path: str) -> Study:
     file = Path(path) / RESULTS
     if not file.is_file():
         raise GrowkitError(
-            f"{path} is no study: it has no {RESULTS}; `growkit study --out DIR` writes one"
+            f"{path} is not a study: it has no {RESULTS}; `growkit study --out DIR` writes one"
         )
     values = read_json(file)
     found = values.get("format") if isinstance(values, dict) else None
