@@ -174,10 +174,12 @@ def _make_state_dict(
             entry: dict[str, Any] = {}
             if name in optimizer.steps:
                 entry[STEP] = _add_scalar(writer, f"{STEP} of {name}", optimizer.steps[name])
-            for slot, key in optimizer.entries.items():
-                place = optimizer.locations[slot]
-                entry[key] = writer.add(slot, name, recipes[slot][name], place)
-            state[len(state)] = entry
+            moments = {
+                key: writer.add(slot, name, recipes[slot][name], optimizer.locations[slot])
+                for slot, key in optimizer.entries.items()
+            }
+            wrapper = optimizer.wrapper
+            state[len(state)] = entry | ({wrapper: moments} if wrapper else moments)
         options = {
             key: _add_scalar(writer, f"{key} of group {len(groups)}", value)
             for key, value in group.options.items()

@@ -35,6 +35,8 @@ SUPPORTED = (
     "Adam, AdamW (fused, foreach and paged ones too), AMSGrad, Lion, Muon and SGD's momentum"
 )
 STEP = "step"
+# Newer versions of bitsandbytes keep the moments within one entry, a dict of them.
+WRAPPER = "__bnb_optimizer_quant_state__"
 # Entries of optimizers whose state cannot grow, and why.
 REASONS = {
     "exp_avg_sq_row": "Adafactor keeps sums over rows and columns, not a number for each parameter",
@@ -72,13 +74,15 @@ class Optimizer:
 
     entries: slot -> the name of its entry. locations: slot -> the device that it was saved from.
     steps: parameter -> its step, a number or a `Scalar`; empty for an optimizer that keeps none.
-    schedule: the value of scheduler.pt where it is there and plain, else None.
+    wrapper: the entry that holds the moments, empty where they are entries themselves. schedule:
+    the value of scheduler.pt where it is there and plain, else None.
     """
 
     groups: tuple[Group, ...]
     entries: Mapping[str, str]
     locations: Mapping[str, str]
     steps: Mapping[str, Any]
+    wrapper: str = ""
     schedule: Mapping[str, Any] | None = None
 
     @property
@@ -106,7 +110,9 @@ def read_optimizer(file: TorchFile, model: Architecture) -> ReadOptimizer:
 
     Raises GrowkitError for an optimizer that cannot grow, and for one of another model.
     """
-    state, groups = _split(file)
+    packed, groups = _split(file)
+    state = _unwrap(packed)
+    wrapper = "" if state is packed else WRAPPER
     entries = _find_entries(file, state)
     numbers = [group["params"] for group in groups]
     shapes = _list_shapes(file, state, entries, numbers)
@@ -119,7 +125,23 @@ def read_optimizer(file: TorchFile, model: Architecture) -> ReadOptimizer:
         for group in groups
     )
     slots = {slot: key for key, slot in entries.items()}
-    return ReadOptimizer(Optimizer(made, slots, found.locations, found.steps), found.slots)
+    optimizer = Optimizer(made, slots, found.locations, found.steps, wrapper)
+    return ReadOptimizer(optimizer, found.slots)
+
+
+def _unwrap(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The state with its moments as entries; the same where they are."""
+    entries = state.values()
+    wrapped = [
+        isinstance(each, Mapping) and isinstance(each.get(WRAPPER), Mapping) for each in entries
+    ]
+    if not all(wrapped):
+        return state
+    return {
+        number: {key: value for key, value in entry.items() if key != WRAPPER}
+        | dict(entry[WRAPPER])
+        for number, entry in state.items()
+    }
 
 
 def _read_options(file: TorchFile, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,30 @@ def test_other_optimizers_grow_by_the_same_rules(tmp_path, entries, slots, capsy
     assert run(["verify", str(path), str(tmp_path / "out")]) == 0
 
 
+def wrap(entry):
+    """As newer versions of bitsandbytes do: the moments within one entry."""
+    moments = {f"state{n}": entry.pop(key) for n, key in enumerate(ADAM, 1)}
+    entry["__bnb_optimizer_quant_state__"] = moments
+
+
+def test_moments_within_one_entry(trained, tmp_path):
+    path = save_trained(tmp_path / "ck", state=change_entries(wrap))
+    assert run(depth(path, tmp_path / "out", "--moments", "copy")) == 0
+    assert run(depth(trained, tmp_path / "plain", "--moments", "copy")) == 0
+    plain = load_state(tmp_path / "plain")["state"]
+    for number, entry in load_state(tmp_path / "out")["state"].items():
+        assert set(entry) == {"step", "__bnb_optimizer_quant_state__"}
+        moments = entry["__bnb_optimizer_quant_state__"]
+        assert torch.equal(moments["state1"], plain[number]["exp_avg"])
+        assert torch.equal(moments["state2"], plain[number]["exp_avg_sq"])
+
+
+def to_wrapped_eight_bits(entry):
+    to_eight_bits(entry)
+    inner = {key: entry.pop(key) for key in list(entry) if key != "step"}
+    entry["__bnb_optimizer_quant_state__"] = inner
+
+
 def test_moments_in_bfloat16_stay_so(tmp_path):
     path = save_trained(tmp_path / "ck", dtype="bfloat16")
     assert open_source(str(path)).tensors["mu"]["embed_out.weight"].dtype == ml_dtypes.bfloat16
@@ -296,6 +320,7 @@ def to_steps(entry):
     [
         (to_adafactor, "Adafactor keeps sums over rows and columns"),
         (to_eight_bits, "its moments have 8 bits"),
+        (to_wrapped_eight_bits, "its moments have 8 bits"),
         (to_adagrad, "an optimizer that growkit does not know, which keeps sum"),
         (to_integers, "exp_avg of parameter 0 is int32"),
         (to_strides, "has the strides"),
