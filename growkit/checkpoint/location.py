@@ -248,15 +248,21 @@ def write_output(
             upload(here, out, force)
         return findings
     with commit_output(out, force, care.sync) as new:
-        if kind == "checkpoint":
-            findings = write_checkpoint(new, contents, progress)
-        elif kind == "hf_trainer":
-            findings = write_trained(new, contents, progress, shard)
-        else:
-            findings = write_directory(new, contents, progress, shard)
+        findings = _write_kind(new, kind, contents, progress, shard)
         # After the last byte was read and before the output has its name.
         for source in sources:
             source.check_unchanged()
         if care.strict and findings:
             raise GrowkitError(f"nothing is written, because of --strict: {findings.describe()}")
     return findings
+
+
+def _write_kind(
+    path: Path, kind: str, contents: Contents, progress: Progress | None, shard: int
+) -> Findings:
+    """Write a directory of one kind, which must not exist."""
+    if kind == "checkpoint":
+        return write_checkpoint(path, contents, progress)
+    if kind == "hf_trainer":
+        return write_trained(path, contents, progress, shard)
+    return write_directory(path, contents, progress, shard)

@@ -403,9 +403,8 @@ def _take_snapshot(
     """What a model on disk starts from, grown first where there is a growth."""
     taken = open_grown(source, growth) if growth else source
     config = stage.config
-    model = stage.model
     before = Lineage.read(taken.lineage)
-    applied = select_multipliers(config.optimizer.multipliers, before, model) is not None
+    applied = select_multipliers(config.optimizer.multipliers, before, stage.model) is not None
     training = Training(
         source=Origin.of(source), multipliers=applied, config=config.to_dict(), branch=branch
     )
@@ -414,7 +413,7 @@ def _take_snapshot(
     tokenizer = {} if "tokenizer.json" in files else data.tokenizer
     return Snapshot(
         state=from_source(taken, stage.like, config.schedule.continued, step),
-        model_config=model.config(taken.config),
+        model_config=stage.model.config(taken.config),
         lineage=before.followed_by(training),
         record=taken.record,
         files=files | tokenizer,
