@@ -27,6 +27,8 @@ from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, read_model
 from growkit.errors import GrowkitError
+from growkit.models.architecture import Architecture
+from growkit.models.given import describe_origin
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -74,10 +76,23 @@ def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
         record={},
         read_files=beside.read,
         known_model=named.model,
-        notes=(*named.notes, *dropped, *_note_optimizer(beside), *beside.notes),
+        notes=(
+            *named.notes,
+            *_note_table(model),
+            *dropped,
+            *_note_optimizer(beside),
+            *beside.notes,
+        ),
         optimizer=beside.optimizer,
         hashed=find_hashes(path, lineage, named.tensors),
     )
+
+
+def _note_table(model: Architecture) -> tuple[str, ...]:
+    """A note that the table is none of growkit's own, if it is none."""
+    if not model.family.given:
+        return ()
+    return (f"the table is {describe_origin(model.family)}",)
 
 
 def _note_optimizer(beside: Beside) -> tuple[str, ...]:

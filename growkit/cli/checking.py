@@ -8,6 +8,7 @@ transformers all others.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
 from growkit.cli.description import KINDS, is_trained
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.vocabulary import bound_shift
+from growkit.growth.vocabulary import EXACT, bound_shift
 
 if TYPE_CHECKING:
     from growkit.growth.plan import Plan
@@ -33,7 +34,7 @@ COMPUTED_IN = "float32"
 # Tokens of a check, unless told otherwise.
 TOKENS = 1024
 # The part by which a shift of the loss may be above its bound: new rows are rounded to the weights'
-# dtype, and logits of up to 40 to float32. A bias has ten times that in hand.
+# dtype. No shift below EXACT is refused.
 SLACK = 0.5
 # The most tokens whose logits are in memory at once.
 CHUNK = 4096
@@ -277,7 +278,8 @@ class GrowthCheck:
                 f"{self.difference.largest_difference:.2e}, more than rounding explains "
                 f"({self.difference.tolerance:.2e}); do not use it"
             )
-        if self.bound is not None and self.difference.shift > self.bound * (1 + SLACK):
+        allowed = math.inf if self.bound is None else max(EXACT, self.bound * (1 + SLACK))
+        if self.difference.shift > allowed:
             raise GrowkitError(
                 f"the new tokens of {out} raise the loss of the old ones by "
                 f"{self.difference.shift:.2e}, more than the {self.bound:.2e} that the plan states"

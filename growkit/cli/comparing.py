@@ -276,8 +276,9 @@ def _open_alike(src: str, result: Source) -> Source:
     if used.given != stated:
         wanted = describe_origin(parse_given(stated))
         raise UsageError(
-            f"{result.path} was grown by another table ({wanted}) than the one of --table "
-            f"({describe_origin(used)}); leave --table out: the lineage holds it"
+            f"{result.path} was grown by another table than the one of --table: its own is "
+            f"{wanted}, the one given is {describe_origin(used)}; leave --table out, the lineage "
+            f"holds it"
         )
     with use_family(used):
         return open_source(src)

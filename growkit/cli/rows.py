@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from growkit.models.notation import Product, Row
 
 COLUMNS = 98
+INDENT = 6
+# Names of axes up to so long make a column; longer ones push it aside.
+LONGEST_AXIS = 12
 # The option of `growkit width` for an axis; heads are grown by the axis that the family names.
 OPTIONS = {"embed": "--embed", "mlp": "--mlp", "head_dim": "--head-dim"}
 # Axes of which growth never makes copies, and what it does instead.
@@ -165,15 +168,15 @@ def _write_role(row: Row) -> str:
 def format_rows(model: Architecture) -> str:
     """The same for a reader at a terminal, in lines of at most 98 columns where names allow it."""
     found = collect_rows(model)
-    width = max(len(axis["axis"]) for axis in found["axes"])
-    lines = [f"table        {found['table']}", "axes"]
+    width = min(LONGEST_AXIS, max(len(axis["axis"]) for axis in found["axes"]))
+    lines = ["axes"]
     for axis in found["axes"]:
         head = f"  {axis['axis']:<{width}}  {axis['size']:>7}  "
-        lines += _wrap(axis["how"], head, " " * len(head))
+        lines += _wrap(axis["how"], head, " " * INDENT)
     lines.append("rows")
     for row in found["rows"]:
         lines.append(f"  {row['name']}  {row['axes']}")
-        lines += _wrap(_describe_row(row), "      ", "      ")
+        lines += _wrap(_describe_row(row), " " * INDENT, " " * INDENT)
     return "\n".join(lines)
 
 

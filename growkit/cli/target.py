@@ -16,6 +16,7 @@ def read_target(text: str, model: Architecture) -> Architecture:
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError, UsageError
     from growkit.models import read_config
+    from growkit.models.given import KEY
 
     path = Path(os.path.expanduser(text))
     config = path / "config.json" if path.is_dir() else path
@@ -23,7 +24,8 @@ def read_target(text: str, model: Architecture) -> Architecture:
         return open_source(text).model
     try:
         if config.suffix == ".json" and config.is_file():
-            return read_config(read_json(config))
+            # A table that the source states is the target's too.
+            return read_config(read_json(config), [{KEY: model.family.given}])
         return _read_section(text, model)
     except GrowkitError as problem:
         raise UsageError(f"--like {text}: {problem}") from None

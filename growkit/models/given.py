@@ -81,7 +81,7 @@ def find_given(kind: str, lineage: Sequence[Any] = ()) -> Family | None:
         raise UsageError(f"the table given is for {kinds} models, and this is a {kind!r} model")
     for entry in reversed(lineage):
         text = entry.get(KEY) if isinstance(entry, Mapping) else None
-        family = _parse_stated(text) if isinstance(text, str) else None
+        family = _parse_stated(text) if text and isinstance(text, str) else None
         if family is not None and family.kind == kind:
             return family
     return None
@@ -99,4 +99,4 @@ def describe_origin(family: Family) -> str:
     if not family.given:
         return "growkit's own"
     digest = hashlib.sha256(family.given.encode()).hexdigest()
-    return f"given for this model, sha256 {digest[:16]}"
+    return f"not one that growkit ships (sha256 {digest[:16]})"

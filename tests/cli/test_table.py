@@ -81,8 +81,15 @@ def test_a_growth_states_its_table_and_verify_asks_for_no_other(
     (entry,) = json.loads((grown / "lineage.json").read_text())
     assert entry["table"] == table.read_text()
     assert run(["inspect", *given, str(source)]) == 0
+    capsys.readouterr()
     assert run(["inspect", str(grown)]) == 0
+    assert "note         the table is not one that growkit ships (sha256" in capsys.readouterr().out
     assert run(["diff", *given, str(source), str(grown)]) == 1
+    like = ["grow", "--like", str(grown), *given]
+    assert run([*like, str(source), str(tmp_path / "like")]) == 0
+    config = tmp_path / "config.json"
+    config.write_text((grown / "config.json").read_text().replace('_layers": 3', '_layers": 4'))
+    assert run(["grow", "--like", str(config), str(grown), str(tmp_path / "deeper")]) == 0
     mean = tmp_path / "mean"
     assert run(["average", str(grown), str(grown / "."), "--out", str(mean)]) == 2
     again = tmp_path / "again"
@@ -94,7 +101,10 @@ def test_a_growth_states_its_table_and_verify_asks_for_no_other(
     other.write_text(f"{table.read_text()}\n")
     capsys.readouterr()
     assert run(["verify", "--table", str(other), str(source), str(grown)]) == 2
-    assert "grown by another table (given for this model, sha256" in capsys.readouterr().err
+    assert (
+        "grown by another table than the one of --table: its own is not one that"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_table_holds_while_a_verb_runs_and_not_after(hidden, source, table):

@@ -270,6 +270,38 @@ def test_growth_in_memory_is_growth_on_disk(tmp_path):
         assert np.array_equal(grown["embed_in"]["weight"], disk.stack(slot)["embed_in"]["weight"])
 
 
+def test_jax_makes_the_rows_that_numpy_makes():
+    """Under jit, with a bias in the head, and with embed padded."""
+    import jax
+
+    sizes = {"vocab": 20, "embed": 8}
+    model = growkit.describe_model(
+        """
+        embed.kernel  vocab embed   normal  embedding
+        norm.scale    embed         ones    norm
+        head.kernel   vocab /embed  normal  head
+        head.bias     vocab         zeros   bias
+        """,
+        sizes,
+    )
+    plans = [plan_width(model, embed=12), plan_vocabulary(model, "+6")]
+    plan = combine_plans("grow", plans, model)
+    tree = {
+        "embed": {"kernel": np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)},
+        "norm": {"scale": np.ones(8, np.float32)},
+        "head": {
+            "kernel": np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32),
+            "bias": np.random.default_rng(2).normal(size=20).astype(np.float32),
+        },
+    }
+    ours = growkit.grow(tree, plan)
+    theirs = jax.jit(lambda tree: growkit.grow(tree, plan))(tree)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+    bias = ours["head"]["bias"]
+    lower = math.log(20 / 6) + math.log(MARGIN)
+    np.testing.assert_allclose(bias[20:], tree["head"]["bias"].mean() + lower, rtol=1e-5)
+
+
 def test_copies_of_units_are_told_apart_by_other_pads_alone():
     """New tokens separate no copies, so the warning of tied copies stays."""
     wide = plan_width(SMALL, mlp="2x")
