@@ -82,14 +82,16 @@ def build(path: Path, model: Architecture, kind: str, dtype: np.dtype, seed: int
         return path
     noise = np.random.default_rng(seed).normal(0, 0.02, BLOCK // dtype.itemsize).astype(dtype)
 
-    recipes = {}
+    signed, squares = {}, {}
     for name, row, _ in model.table.names(model.sizes):
-        recipes[name] = repeat_noise(row.shape(model.sizes), noise)
-    slots = ("params",) if kind == "huggingface" else ("params", "mu", "nu")
+        signed[name] = repeat_noise(row.shape(model.sizes), noise)
+        squares[name] = repeat_noise(row.shape(model.sizes), np.abs(noise))
+    slots = {"params": signed}
+    if kind != "huggingface":
+        # Negative second moments would be counted one by one, and told.
+        slots |= {"mu": signed, "nu": squares}
     optimizer = make_optimizer(model) if kind == "hf_trainer" else None
-    contents = Contents(
-        model.config(), dict.fromkeys(slots, recipes), [], torch_optimizer=optimizer
-    )
+    contents = Contents(model.config(), slots, [], torch_optimizer=optimizer)
     write_output(path, kind, contents)
     return path
 
