@@ -11,8 +11,9 @@ what follows from it, is in `growkit.lineage`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +21,17 @@ import numpy as np
 
 from growkit import __version__
 from growkit.growth.axes import AxisMap
+from growkit.growth.head_row import HeadRow
 from growkit.growth.multipliers import describe_multipliers
 from growkit.growth.plan import Plan, build_plan
-from growkit.growth.vocabulary import AXIS, bound_shift, describe_shift, has_bias, shares_embedding
+from growkit.growth.vocabulary import (
+    AXIS,
+    bound_shift,
+    describe_shift,
+    find_head,
+    has_bias,
+    shares_embedding,
+)
 from growkit.models.architecture import Architecture
 from growkit.models.given import KEY as TABLE
 
@@ -236,6 +245,7 @@ class Growth(Entry):
         options = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
         if self.vocabulary:
             options["vocab_fill"] = self.vocabulary["embedding"]
+            options["vocab_row"] = _read_row(self.vocabulary.get("row"), model)
         return build_plan(self.operation, self.method, model, maps, self.pads, **options)
 
     def plan_within(self, model: Architecture) -> Plan:
@@ -254,12 +264,28 @@ def _state_vocabulary(plan: Plan) -> dict[str, Any] | None:
     """What a lineage says of new tokens; None where there are none."""
     if AXIS not in plan.pads:
         return None
-    return {
+    head = "the embedding" if shares_embedding(plan.model) else "mean"
+    stated = {
         "embedding": plan.vocab_fill,
-        "head": "the embedding" if shares_embedding(plan.model) else "mean",
+        "head": head,
         "bias": has_bias(plan.model),
         "loss": bound_shift(plan),
     }
+    if plan.vocab_row is None:
+        return stated
+    row = asdict(plan.vocab_row)
+    return stated | {"head": "measured", "row": row | {"numbers": list(row["numbers"])}}
+
+
+def _read_row(stored: Mapping[str, Any] | None, model: Architecture) -> HeadRow | None:
+    """The row of new tokens that a lineage states. Raises ValueError where it does not fit."""
+    if stored is None:
+        return None
+    numbers = tuple(float(number) for number in stored["numbers"])
+    wanted = math.prod(find_head(model).shape(model.sizes)[1:])
+    if len(numbers) != wanted or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"the row of new tokens has {len(numbers)} numbers, not {wanted}")
+    return HeadRow(numbers, float(stored["loss"]), int(stored["tokens"]), str(stored["text"]))
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,11 @@ def _read_state(path: Path, source: Source) -> ReadOptimizer:
     outside = find_outside(path, path / OPTIMIZER)
     if outside:
         raise GrowkitError(f"{path / OPTIMIZER} is not read: {outside}")
+    if source.around is not None:
+        raise GrowkitError(
+            f"{path / OPTIMIZER} is of a model around a text decoder, and growkit grows optimizers "
+            "of decoders alone"
+        )
     found = read_optimizer(open_torch_file(path / OPTIMIZER), source.model)
     schedule = _read_schedule(path)
     rates = None if schedule is None else schedule.get("base_lrs")

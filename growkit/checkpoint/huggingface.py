@@ -9,9 +9,12 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from growkit.checkpoint import pickled
+from growkit.checkpoint.around import Around, find_text, keep_width, split_tensors
 from growkit.checkpoint.carried import (
     Beside,
     drop_code_keys,
@@ -22,10 +25,11 @@ from growkit.checkpoint.carried import (
 from growkit.checkpoint.files import encode_json, read_json
 from growkit.checkpoint.fill import Filled, Job, Progress, collect_jobs, create_file, fill
 from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_in_lineage
-from growkit.checkpoint.naming import name_tensors
+from growkit.checkpoint.naming import MASKS, Named, name_tensors
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, read_model
+from growkit.checkpoint.unsuited import refuse_config, refuse_file, refuse_packed
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.given import describe_origin
@@ -38,7 +42,9 @@ SHARD = 5_000_000_000
 # Bytes of config.json, the index and the lineage at most.
 JSON_LIMIT = 100_000_000
 # Weights in other formats, which are named where there are no others.
-WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+WEIGHTS = (".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+# Around a text decoder any tensor may hold whole numbers: they are carried along.
+ANY_NAME = ("",)
 # Files that growkit writes itself.
 OWN = ("config.json", LINEAGE)
 
@@ -58,17 +64,17 @@ def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
     config = read_json(path / "config.json", JSON_LIMIT)
     if not isinstance(config, dict):
         raise GrowkitError(f"{path / 'config.json'} is not a JSON object")
+    refuse_config(path, config)
     config, dropped = drop_code_keys(config)
     files = _list_weight_files(path)
     lineage = read_lineage(path)
-    model = read_model(config, path, lineage if isinstance(lineage, list) else ())
-    tensors = _read_headers(path, files, model.buffers)
-    named = name_tensors(tensors, model, config, path)
-    beside = list_beside(path, (*OWN, *read, INDEX, *(file.name for file in files)))
+    entries = lineage if isinstance(lineage, list) else []
+    named, around, stated = _read_tensors(path, config, entries, files)
+    beside = list_beside(path, (*OWN, *read, INDEX, pickled.INDEX, *(file.name for file in files)))
     return Source(
         path=path,
         kind="huggingface",
-        config=config | named.config,
+        config=named.config,
         tensors={"params": named.tensors},
         weights=[*files, path / "config.json"],
         # Hashes are of the tensors here, and not of what is made from them.
@@ -78,14 +84,41 @@ def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
         known_model=named.model,
         notes=(
             *named.notes,
-            *_note_table(model),
+            *_note_table(named.model),
             *dropped,
             *_note_optimizer(beside),
             *beside.notes,
         ),
         optimizer=beside.optimizer,
-        hashed=find_hashes(path, lineage, named.tensors),
+        hashed=find_hashes(path, lineage, stated),
+        around=around,
     )
+
+
+def _read_tensors(
+    path: Path, config: dict[str, Any], lineage: list[Any], files: list[Path]
+) -> tuple[Named, Around | None, dict[str, Tensor]]:
+    """The tensors by the names of the table, what lies around a decoder, and the tensors by the
+    names that hashes have.
+    """
+    text = _find_text(config, lineage, path)
+    model = read_model(config if text is None else text, path, lineage)
+    tensors = _read_headers(path, files, (*model.buffers, *MASKS) if text is None else ANY_NAME)
+    refuse_packed(path, tensors)
+    if text is None:
+        named = name_tensors(tensors, model, config, path)
+        return replace(named, config=config | named.config), None, named.tensors
+    own, around = split_tensors(tensors, model, config)
+    named = name_tensors(own, keep_width(model, around), text, path)
+    return replace(named, config=text | named.config), around, tensors
+
+
+def _find_text(config: dict[str, Any], lineage: list[Any], path: Path) -> dict[str, Any] | None:
+    """The configuration of a decoder within a larger model. Raises GrowkitError naming the path."""
+    try:
+        return find_text(config, lineage)
+    except GrowkitError as problem:
+        raise GrowkitError(f"{path}: {problem}") from None
 
 
 def _note_table(model: Architecture) -> tuple[str, ...]:
@@ -132,24 +165,34 @@ def _list_weight_files(path: Path) -> list[Path]:
     if (path / WHOLE).exists():
         files = [path / WHOLE]
     elif (path / INDEX).exists():
-        files = _list_shards(path)
+        files = _list_shards(path, INDEX)
     else:
         # Some tools write shards without an index; which tensor is where, the headers say.
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(path.glob("*.safetensors")) or _list_pickled(path)
     for file in files:
         require_inside(path, file)
     if files:
         return files
+    refuse_file(path)
     hint = ""
     others = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
     if others:
         hint = f"; it has {others[0]}: save it from transformers as safetensors first"
-    raise GrowkitError(f"{path} has a config.json but no .safetensors file{hint}")
+    raise GrowkitError(
+        f"{path} has a config.json but no .safetensors file, and no {pickled.WHOLE} either{hint}"
+    )
 
 
-def _list_shards(path: Path) -> list[Path]:
-    """The files that the index names. Raises GrowkitError for a broken index or a missing file."""
-    index = path / INDEX
+def _list_pickled(path: Path) -> list[Path]:
+    """The files that torch pickled, where there are no others."""
+    if (path / pickled.WHOLE).exists():
+        return [path / pickled.WHOLE]
+    return _list_shards(path, pickled.INDEX) if (path / pickled.INDEX).exists() else []
+
+
+def _list_shards(path: Path, name: str) -> list[Path]:
+    """The files that an index names. Raises GrowkitError for a broken index or a missing file."""
+    index = path / name
     require_inside(path, index)
     content = read_json(index, JSON_LIMIT)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -168,7 +211,7 @@ def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> di
     """The tensors of all weight files. Raises GrowkitError for a tensor that is there twice."""
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = read_header(file, buffers)
+        found = _read_file(file, buffers)
         twice = tensors.keys() & found.keys()
         if twice:
             raise GrowkitError(
@@ -179,11 +222,23 @@ def _read_headers(path: Path, files: list[Path], buffers: tuple[str, ...]) -> di
     return tensors
 
 
+def _read_file(file: Path, buffers: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of one file, without its bytes."""
+    if file.suffix == ".safetensors":
+        return read_header(file, buffers)
+    return pickled.read_pickled(file, lambda name: name.endswith(buffers))
+
+
 def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
     """Raise GrowkitError if the index, where it was used, names a tensor that no shard holds."""
-    index = path / INDEX
-    # transformers reads the whole file where there is one, and then no index.
-    if files == [path / WHOLE] or not index.exists():
+    safe = files[0].suffix == ".safetensors"
+    index = path / (
+        INDEX
+        # transformers reads the whole file where there is one, and then no index.
+        if safe
+        else pickled.INDEX
+    )
+    if files[0].name in (WHOLE, pickled.WHOLE) or not index.exists():
         return
     missing = set(read_json(index)["weight_map"]) - set(tensors)
     if missing:
@@ -199,11 +254,22 @@ def write_directory(
     entry of the lineage gets the hashes of the tensors. Returns what was found in the numbers.
     """
     path.mkdir()
+    contents = _put_back_around(contents)
     with collect_jobs() as jobs:
         weight_map = begin_shards(path, contents.recipes["params"], shard, jobs)
         filled = fill(jobs, progress)
     write_beside(path, contents, weight_map, filled)
     return filled.findings
+
+
+def _put_back_around(contents: Contents) -> Contents:
+    """The contents with what lies around a text decoder, under the names of its files."""
+    around = contents.around
+    if around is None:
+        return contents
+    params = around.write_recipes(contents.recipes["params"])
+    config = around.write_config(contents.config)
+    return replace(contents, config=config, recipes={**contents.recipes, "params": params})
 
 
 def write_beside(

@@ -29,6 +29,7 @@ from growkit.checkpoint.orbax import (
 from growkit.checkpoint.output import check_output, commit_output, find_left
 from growkit.checkpoint.remote import check_free, download, explain_failures, upload
 from growkit.checkpoint.tensor import Contents, Source
+from growkit.checkpoint.unsuited import refuse_file
 from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
 
 # The directory of a run that holds its checkpoints, one directory for each step.
@@ -52,6 +53,8 @@ def open_source(text: str) -> Source:
     elif is_directory(here):
         source = open_directory(here)
     else:
+        if not is_remote(here):
+            refuse_file(here)
         raise GrowkitError(
             f"{path} is not a model: it has neither config.json (a Hugging Face directory) nor "
             f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
@@ -73,6 +76,7 @@ def locate(text: str) -> Any:
     if path.is_dir():
         return _enter_run(path)
     if path.exists():
+        refuse_file(path)
         raise UsageError(f"{text} is a file; name the directory that holds the model")
     # From the right, because a directory's name may hold an @.
     name, _, at = text.rpartition("@")

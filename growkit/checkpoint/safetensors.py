@@ -20,6 +20,7 @@ import numpy as np
 from growkit.checkpoint.files import LFS_POINTER, open_regular
 from growkit.checkpoint.raw import Stamp, stamp_of
 from growkit.checkpoint.tensor import Tensor, open_raw
+from growkit.checkpoint.unsuited import say_quantised
 from growkit.errors import GrowkitError
 
 DTYPES = {
@@ -28,14 +29,15 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Integers and booleans occur in the buffers of old checkpoints only, which are not read.
+# Integers and booleans occur in buffers alone: of old checkpoints, which are not read, or around a
+# text decoder, which are carried along.
 BUFFER_DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
+NAMES = {dtype: name for name, dtype in (DTYPES | BUFFER_DTYPES).items()}
 # The library's own limit, in bytes.
 HEADER_LIMIT = 100_000_000
 
@@ -118,6 +120,8 @@ class _Data:
             dtype = BUFFER_DTYPES.get(kind)
         if dtype is None:
             known = ", ".join(DTYPES)
+            if kind.startswith(("F8", "F4", "F6")):
+                raise say_quantised(self.path, kind)
             raise GrowkitError(
                 f"{self.path}: the tensor {name!r} has dtype {kind}, and growkit reads {known}"
             )

@@ -28,6 +28,7 @@ from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 
 if TYPE_CHECKING:
+    from growkit.checkpoint.around import Around
     from growkit.checkpoint.optimizer import Optimizer
 
 SLOTS = ("params", "mu", "nu", "nu_max")
@@ -186,7 +187,8 @@ class Contents:
     config: the content of config.json. recipes: slot -> name in files -> recipe. lineage: one entry
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
     files: small files beside the weights (tokenizer and the like), by name. torch_optimizer: the
-    groups and steps of an optimizer of PyTorch, whose moments are among the recipes.
+    groups and steps of an optimizer of PyTorch, whose moments are among the recipes. around: what
+    lies around a text decoder.
     """
 
     config: dict[str, Any]
@@ -195,11 +197,14 @@ class Contents:
     record: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     torch_optimizer: Optimizer | None = None
+    around: Around | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(recipe.size for slot in self.recipes.values() for recipe in slot.values())
+        others = self.around.others if self.around else {}
+        carried = sum(tensor.size for tensor in others.values())
+        return carried + sum(r.size for slot in self.recipes.values() for r in slot.values())
 
 
 @dataclass
@@ -213,7 +218,8 @@ class Source:
     there of an optimizer that growkit does not read. refusal: why nothing grows from it, where a
     file of an optimizer that growkit should read cannot grow. torch_optimizer: the groups and steps
     of an optimizer of PyTorch whose moments are among the tensors. hashed: hashes on record,
-    compared by `require_whole`. stamps: of each weight file when its header was read.
+    compared by `require_whole`. around: what lies around a text decoder. stamps: of each weight
+    file when its header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -233,6 +239,7 @@ class Source:
     refusal: str = ""
     torch_optimizer: Optimizer | None = None
     hashed: Hashed | None = None
+    around: Around | None = None
     stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
 

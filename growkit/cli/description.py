@@ -133,7 +133,9 @@ def _describe_tokens(plan: Plan) -> str:
 
     fills = {"mean": "the mean of the old ones", "zero": "zero"}
     words = f"vocab: new rows of the embedding are {fills[plan.vocab_fill]}"
-    if shares_embedding(plan.model):
+    if plan.vocab_row:
+        words += ", those of the head were measured to stay below the old tokens"
+    elif shares_embedding(plan.model):
         words += ", and the head's with them"
     else:
         words += ", new rows of the head the mean of the old ones"

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # What `width` alone is told; without any of them --vocab grows the vocabulary alone.
 WIDTHS = ("embed", "heads", "mlp", "head_dim", "axes", "method", "spread")
+# What new tokens' rows of the head are.
+HEADS = ("mean", "measured")
 # Tokens of --check without a number.
 TOKENS = "1024"
 
@@ -67,6 +69,13 @@ add_growing_options = combine_options(
         default="mean",
         metavar="|".join(FILLS),
         help="New tokens' rows of the embedding: the mean of the old ones (default), or zero.",
+    ),
+    click.option(
+        "--vocab-head",
+        default="mean",
+        metavar="|".join(HEADS),
+        help="New tokens' rows of the head: the mean of the old ones (default), or measured: SRC "
+        "is run on some text, and rows are found that hardly move old tokens' loss there.",
     ),
     add_table_option,
     click.option(
@@ -143,6 +152,14 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     help="Dimensions of a head, as 96; the number of rotated ones stays.",
 )
 @click.option(
+    "--axis",
+    "axes",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="Another axis of the model's table, as moe_intermediate_size=2x or group=4; may be "
+    "repeated.",
+)
+@click.option(
     "--method",
     metavar="|".join(WIDTH_METHODS),
     help="Grow embed by copies (whole multiples) or by padding (any size). Default: copies where "
@@ -152,7 +169,7 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     "--spread",
     default="0",
     metavar="S",
-    help="How uneven the shares of copied heads and mlp units are, from 0 to below 1.",
+    help="How uneven the shares of copied heads, mlp and other units are, from 0 to below 1.",
 )
 @add_growing_options
 def width(
@@ -160,6 +177,7 @@ def width(
     heads: str | None,
     mlp: str | None,
     head_dim: str | None,
+    axes: tuple[str, ...],
     method: str | None,
     spread: str,
     src: str,
@@ -173,13 +191,14 @@ def width(
     from growkit.growth.width import plan_width
 
     share = _parse_number("spread", spread)
+    others = _parse_axes(axes)
 
     only_vocab = options["vocab"] is not None and not _are_given(WIDTHS)
 
     def plan(model: Architecture) -> Plan | None:
         if only_vocab:
             return None
-        return plan_width(model, embed, heads, mlp, head_dim, method, share)
+        return plan_width(model, embed, heads, mlp, head_dim, method, share, others)
 
     _plan_and_grow("width", src, out, plan, options)
 
@@ -251,9 +270,14 @@ def _plan_and_grow(
     moments = options.pop("moments")
     vocab = options.pop("vocab")
     fill = options.pop("vocab_fill")
+    head = _parse_head(options.pop("vocab_head"))
     output = _parse_output(options)
     source = open_source(src)
     plan = _add_vocabulary(verb, source.model, plan_growth, vocab, fill)
+    if head == "measured":
+        from growkit.cli.measuring import measure_row
+
+        plan = measure_row(source, plan)
     plan = set_options(plan, moments, noise, seed)
     source.require_readable()
     check_writable(parse_path(out), [source], output.force)
@@ -263,6 +287,16 @@ def _plan_and_grow(
 
         require_checkable(source, output.tokens)
     grow(source, plan, parse_path(out), output)
+
+
+def _parse_head(text: str) -> str:
+    """What new tokens' rows of the head are. Raises UsageError."""
+    from growkit.errors import UsageError, did_you_mean
+
+    if text not in HEADS:
+        near = did_you_mean(text, HEADS)
+        raise UsageError(f"--vocab-head is one of {', '.join(HEADS)}, got {text!r}{near}")
+    return text
 
 
 def _are_given(names: tuple[str, ...]) -> bool:
@@ -308,6 +342,19 @@ def _parse_output(options: dict[str, Any]) -> Output:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     care = parse_care(options)
     return Output(tokens=tokens, care=care, **options)
+
+
+def _parse_axes(texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=SIZE, repeated, as sizes by name. Raises UsageError."""
+    from growkit.errors import UsageError
+
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, size = text.partition("=")
+        if not equals or not name or name in found:
+            raise UsageError(f"--axis takes NAME=SIZE, each name once, as group=2x; got {text!r}")
+        found[name] = size
+    return found
 
 
 def _parse_number(option: str, text: str) -> float:

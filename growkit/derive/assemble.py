@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from growkit.derive.kinds import NO_LEADS, Kinds, find_kinds
 from growkit.derive.lists import find_by_layer, find_numbers, find_others
-from growkit.derive.network import CONFIG_MAPPING, class_of
+from growkit.derive.network import CONFIG_MAPPING, class_of, load
 from growkit.derive.rows import Draft, link, read_word
 from growkit.derive.sizes import HIDDEN, POSITIONS, shapes_of
 from growkit.derive.variant import Choice, Variant, axis_size
@@ -92,6 +93,7 @@ def make_family(
     """A family of a table's text, everything else taken from a variant. flags: options that rows
     depend on.
     """
+    kinds = kinds_of(variant)
     fields = fields_of(variant)
     options = find_option_fields(variant) | dict(flags)
     defaults = variant.once(
@@ -108,7 +110,7 @@ def make_family(
         text=text,
         prefix=_prefix(text),
         fields=fields,
-        defaults=defaults,
+        defaults={**kinds.defaults, **defaults},
         nulls=variant.once(f"nulls {sorted(flags)}", lambda: find_nulls(variant, defaults)),
         options=options,
         norm=facts.pop("norm", "rms"),
@@ -117,11 +119,76 @@ def make_family(
         constants=constants,
         frozen=dict(frozen),
         by_layer=find_by_layer(variant),
-        leading=variant.leading,
+        leading=tuple(name for name in variant.leading if name not in NO_LEADS),
         numbers=find_numbers(variant),
         other_lists=find_others(variant),
+        **{name: getattr(kinds, name) for name in ("rules", "settled", "checked")},
+        **{name: getattr(kinds, name) for name in ("last", "cycles")},
+        unread=tuple(class_of(variant.config)._keys_to_ignore_on_load_unexpected or ()),
+        aliases=variant.once("aliases", lambda: find_aliases(variant)),
         **facts,
     )
+
+
+def kinds_of(variant: Variant) -> Kinds:
+    """What the type's configuration says of kinds of layers beside its lists."""
+    kinds: Kinds = variant.once(
+        "kinds",
+        lambda: find_kinds(
+            variant.kind,
+            variant.layer_field,
+            find_by_layer(variant),
+            find_numbers(variant),
+            variant.drafts,
+            variant.probe.stated,
+            variant.leading,
+        ),
+    )
+    return kinds
+
+
+def find_aliases(variant: Variant) -> dict[str, str]:
+    """Row -> its name in memory, where that is another, with its block of all experts'."""
+    held = load(variant.config, variant.state).state_dict()
+    found = {}
+    for draft in variant.drafts:
+        _, numbers = variant.names.template(draft.example)
+        alias = find_alias(draft, numbers, held, variant.state)
+        if alias:
+            found[draft.name] = alias
+    return found
+
+
+def find_alias(
+    draft: Draft, numbers: tuple[int, ...], held: Mapping[str, Any], state: Mapping[str, Any]
+) -> str:
+    """A row's name in memory and its block there; empty where that is its name in files.
+
+    numbers: of the layer and the expert in its example's name. held: a network's own tensors.
+    """
+    if draft.memory in (draft.example, ""):
+        return ""
+    memory = draft.memory
+    if "{layer}" in draft.name:
+        memory = re.sub(rf"\b{numbers[0]}\b", "{layer}", memory, count=1)
+    block = find_block(held[draft.memory], state[draft.example], numbers)
+    return "" if block is None else f"{memory}{block}"
+
+
+def find_block(whole: Any, part: Any, numbers: tuple[int, ...]) -> str | None:
+    """Where a tensor lies in one of memory: "" for all of it, ' 1/2' for the second block of its
+    expert; None where it is made otherwise.
+    """
+    if whole.shape == part.shape:
+        return "" if bool((whole == part).all()) else None
+    if whole.dim() != part.dim() + 1 or not numbers or not part.dim():
+        return None
+    unit = whole[numbers[-1]]
+    count, rest = divmod(unit.shape[0], part.shape[0])
+    if rest or unit.shape[1:] != part.shape[1:]:
+        return None
+    same = [bool((each == part).all()) for each in unit.split(part.shape[0])]
+    return f" {same.index(True)}/{count}" if True in same else None
 
 
 def find_option_fields(variant: Variant) -> dict[str, str]:

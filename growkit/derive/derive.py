@@ -14,7 +14,7 @@ import transformers
 
 from growkit.checkpoint.location import open_source, write_output
 from growkit.derive import proof
-from growkit.derive.assemble import fields_of, make_family, row_lines
+from growkit.derive.assemble import fields_of, kinds_of, make_family, row_lines
 from growkit.derive.lists import find_by_layer
 from growkit.derive.network import CONFIG_MAPPING, load, make_config, run, set_plain, wide
 from growkit.derive.options import Sample, find_options, merge
@@ -199,6 +199,8 @@ def no_identity(work: Workings) -> str:
     """Why no layers that add nothing can be inserted; empty where they can."""
     if work.gaps.get("identity", 1.0) < BOUND:
         return ""
+    if "must keep their kind" in work.problems.get("identity", ""):
+        return "layers would not keep their kinds in the places that it gives them"
     if any(problem.startswith("nothing silences") for problem in work.variant.problems):
         return "no parameters of a layer make it add nothing"
     return "a layer that adds nothing changes what the others compute"
@@ -226,7 +228,7 @@ def holds(family: Family, variant: Variant, work: Workings) -> bool:
             return False
         layers = variant.names.layers
         if "layer" not in work.frozen:
-            index = sorted([*range(layers), 0, layers - 1])
+            index = work.copies[0]
             if depth_gap(family, variant, index)[0] > BOUND:
                 return False
         if work.gaps.get("identity", 1.0) > BOUND or "layer" in work.frozen:
@@ -252,6 +254,8 @@ def find_patterns(variant: Variant) -> tuple[dict[str, tuple[str, ...]], tuple[s
     stated = []
     config_class = CONFIG_MAPPING[variant.kind]
     for name in find_by_layer(variant):
+        if name in (*kinds_of(variant).rules, *kinds_of(variant).cycles):
+            continue
         entries = getattr(config_class(), name, None)
         if not isinstance(entries, list) or follows_others(config_class, name, entries):
             stated += [name] if isinstance(entries, list) else []
@@ -320,7 +324,7 @@ def prove_files(family: Family, variant: Variant, work: Workings) -> float:
         if work.gaps.get("identity", 1.0) < BOUND and "layer" not in work.frozen:
             maps["layer"] = identity_map(layers)
         elif not maps and "layer" not in work.frozen:
-            index = sorted([*range(layers), 0])
+            index = work.copies[0]
             maps["layer"] = make_map(index, layers)
             expected = proof.reordered_logits(proof.source_of(variant), variant, index)
         plan = build_plan("grow", "", source.model, maps)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from growkit.derive.lists import find_numbers
 from growkit.derive.network import (
     CONFIG_MAPPING,
     State,
@@ -22,6 +23,7 @@ from growkit.derive.network import (
     set_plain,
     wide,
 )
+from growkit.derive.sizes import LAYERS
 from growkit.derive.stream import TOKENS
 from growkit.derive.variant import Variant, config_json
 from growkit.growth.axes import AxisMap, insert, make_map, tile
@@ -177,29 +179,46 @@ def reordered_logits(source: Grown, variant: Variant, index: Sequence[int]) -> t
     network = network_of(source)
     prefix, _, last = variant.names.prefix.rpartition(".")
     holder = network.get_submodule(prefix)
+    return run(reorder_layers(network, holder, last, index, find_numbers(variant)), TOKENS)
+
+
+def reorder_layers(
+    network: Any, holder: Any, last: str, index: Sequence[int], numbers: Sequence[str] = ()
+) -> Any:
+    """A network with its list of layers, `last` of the module `holder`, in another order.
+
+    numbers: fields of its configuration that list numbers of layers.
+    """
     layers = getattr(holder, last)
     moved = torch.nn.ModuleList([deepcopy(layers[layer]) for layer in index])
     setattr(holder, last, moved)
-    renumber(network.config, variant, index)
+    config = network.config.get_text_config()
+    for name in numbers:
+        listed = getattr(config, name, None)
+        if isinstance(listed, list):
+            setattr(config, name, [new for new, old in enumerate(index) if old in listed])
+    renumber(config, len(layers), index, numbers)
     for number, layer in enumerate(moved):
         for module in layer.modules():
             for name in ("layer_idx", "layer_id", "layer_number", "layer_index"):
                 if isinstance(getattr(module, name, None), int):
                     setattr(module, name, number)
     for module in network.modules():
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        for name in LAYERS:
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, len(index))
-    return run(network, TOKENS)
+    return network
 
 
-def renumber(config: Any, variant: Variant, index: Sequence[int]) -> None:
+def renumber(config: Any, layers: int, index: Sequence[int], others: Sequence[str] = ()) -> None:
     """Make a configuration's number of layers and its lists by layer those of another order."""
     for name, entries in list(vars(config).items()):
-        if isinstance(entries, list) and len(entries) == variant.names.layers:
+        if isinstance(entries, list) and len(entries) == layers and name not in others:
             with suppress(AttributeError):
                 setattr(config, name, [entries[layer] for layer in index])
-    setattr(config, variant.layer_field, len(index))
+    for name in LAYERS:
+        if getattr(config, name, None) == layers:
+            setattr(config, name, len(index))
 
 
 def identity_map(size: int) -> AxisMap:

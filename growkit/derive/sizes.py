@@ -177,7 +177,8 @@ def find_sizes(probe: Probe) -> list[Size]:
 def _axis_name(name: str) -> str:
     if name in POSITIONS:
         return "position"
-    if re.search(r"(num|n_routed).*experts?$", name):
+    # Shared experts are one wider mlp.
+    if re.search(r"(num|n_routed).*experts?$", name) and "shared" not in name:
         return "expert"
     return name
 

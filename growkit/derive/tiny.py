@@ -137,7 +137,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    # Kinds of layers that the class's own values do not have.
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere2_moe": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "llama4_text": {"moe_layers": [0, 2]},
+    "mellum": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "minimax_m3_vl_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "qwen2_moe": {"mlp_only_layers": [1]},
+    "qwen3_moe": {"mlp_only_layers": [1]},
+    "qwen3_next": {"mlp_only_layers": [0]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
     "zaya": {"num_experts_per_tok": 1},
     "gemma4_text": {
@@ -154,6 +165,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "intermediate_size": 24,
         "activation_sparsity_pattern": [0.0, 0.0, 0.0],
     },
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 6},
 }
 NAMES = (

@@ -4,6 +4,7 @@ reason.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +26,10 @@ from growkit.derive.proof import (
 from growkit.derive.rows import link
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import Choice, Variant, read_variant
+from growkit.errors import UsageError
 from growkit.growth.axes import AxisMap, tile
 from growkit.models.family import Family
+from growkit.models.layer_fields import follow_layers
 
 # How many ways to cut the dimensions along one axis are tried at most.
 TRIES = 40
@@ -37,7 +40,7 @@ NEVER = {
 }
 # Axes of units that a reader sums over, which copies with shares may keep exact.
 GROWS = re.compile(
-    r"embed|kv|head|group|head_dim|mlp|.*intermediate.*|.*lora_rank|.*ffn.*|n_shared_experts"
+    r"embed|kv|head|group|head_dim|mlp|.*intermediate.*|.*lora_rank|.*ffn.*|.*shared_experts"
     r"|attention_hidden_size|time_step_rank|.*dt_rank"
 )
 SCALARS = ("", "sqrt(embed)", "1/sqrt(embed)", "embed", "1/embed")
@@ -53,6 +56,7 @@ class Workings:
     scalars: dict[str, str] = field(default_factory=dict)
     gaps: dict[str, float] = field(default_factory=dict)
     maps: dict[str, AxisMap] = field(default_factory=dict)
+    copies: list[list[int]] = field(default_factory=list)
     even_only: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)
 
@@ -93,17 +97,16 @@ def prove_depth(work: Workings) -> None:
     """Depth by copies against transformers' own layers, and layers that add nothing."""
     variant, family = work.variant, work.family()
     layers = variant.names.layers
-    copies = [sorted([*range(layers), 0, layers - 1]), [*range(layers), *range(layers)]]
-    if variant.leading:
-        # Layers that are counted in front stay there.
-        del copies[1]
     work.frozen.pop("layer", None)
     found = []
-    for index in copies:
+    work.copies = list_copies(work, family)
+    for index in work.copies:
         copied, _ = work.attempt(
             "layer", lambda i=index: depth_gap(family, variant, i), (float("inf"), 0.0)
         )
         found.append(copied)
+    if not found:
+        found.append(float("inf"))
     work.gaps["layer"] = max(found)
     if max(found) > BOUND and scale_by_depth(work):
         return
@@ -118,6 +121,31 @@ def prove_depth(work: Workings) -> None:
         lambda: measure_gap(family, variant, {"layer": identity_map(layers)}),
         float("inf"),
     )
+
+
+def list_copies(work: Workings, family: Family) -> list[list[int]]:
+    """Maps of layers under which each layer keeps its kind, two at most."""
+    variant = work.variant
+    layers = variant.names.layers
+    every = range(layers)
+    tried = [sorted([*every, 0, layers - 1]), [*every, *every], sorted([*every, *every])]
+    tried += [sorted([*every, *every[1:-1]]), sorted([*every, *every[1:]])]
+    if variant.leading:
+        # Layers that are counted in front stay there.
+        tried.remove([*every, *every])
+    source = proof.source_of(variant)
+    found: list[list[int]] = []
+    for index in tried:
+        if index in found or len(index) == layers or len(found) == 2:
+            continue
+        config = source.config | {family.fields["layer"]: len(index)}
+        try:
+            follow_layers(config, source.config, family, index)
+        except UsageError as problem:
+            work.problems["kinds"] = str(problem)
+            continue
+        found.append(index)
+    return found
 
 
 def scale_by_depth(work: Workings) -> bool:
@@ -152,6 +180,7 @@ def prove_width(work: Workings) -> None:
         if axis in fields_of(variant):
             work.frozen[axis] = NEVER[axis]
     while work.maps:
+        widen_with_heads(work)
         together = work.attempt(
             "together", lambda: measure_gap(work.family(), variant, work.maps), float("inf")
         )
@@ -166,6 +195,19 @@ def prove_width(work: Workings) -> None:
         axis = list(work.maps)[-1]
         del work.maps[axis]
         work.frozen[axis] = "not exact together with the other axes"
+
+
+def widen_with_heads(work: Workings) -> None:
+    """Where embed is heads x head_dim, make its map as long as all maps of heads together say."""
+    variant = work.variant
+    if not variant.coupled or "embed" not in work.maps:
+        return
+    family = work.family()
+    sizes = proof.read_model(family, proof.source_of(variant)).sizes
+    times = [
+        len(work.maps[axis]) // sizes[axis] for axis in (family.heads, "group") if axis in work.maps
+    ]
+    work.maps["embed"] = even(sizes["embed"], math.prod(times))
 
 
 def maps_of(work: Workings, axis: str, uniform: bool) -> dict[str, AxisMap]:

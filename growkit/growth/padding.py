@@ -37,14 +37,15 @@ class Rule:
 
     scale multiplies the old units. fill says what the new ones hold: 'zero'; 'one', the scale;
     'mean', the mean of the old ones along the axis; 'free', random numbers of the model's initial
-    spread. offset is what the model adds to the parameter: scale and 'one' hold for the sum. shift
-    is added to a mean.
+    spread; 'given', the array `given`, which broadcasts to them. offset is what the model adds to
+    the parameter: scale and 'one' hold for the sum. shift is added to a mean.
     """
 
     scale: float
     fill: str
     offset: float = 0.0
     shift: float = 0.0
+    given: Any = None
 
 
 def rule_along(axis: Axis, row: Row, role: str, moment: int, growth: float, norm: str) -> Rule:
@@ -166,6 +167,8 @@ def fill_new(
     if rule.fill == "mean":
         shifted = mean + mean.dtype.type(rule.shift) if rule.shift else mean
         return xp.broadcast_to(shifted, shape)
+    if rule.fill == "given":
+        return xp.broadcast_to(xp.asarray(rule.given, dtype), shape)
     if rule.fill == "free":
         return xp.asarray(free(shape, what), dtype)
     value = rule.scale - rule.offset if rule.fill == "one" else 0.0

@@ -16,6 +16,7 @@ import numpy as np
 
 from growkit.errors import UsageError, did_you_mean
 from growkit.growth.axes import AxisMap
+from growkit.growth.head_row import HeadRow
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
 
@@ -36,7 +37,8 @@ class Plan:
     'map' (the rule), 'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only'
     (mu zero). noise: its standard deviation in units of the model's initializer_range. notes: what
     was completed by rule. vocab_fill: what new tokens' rows of the embedding hold, 'mean' or
-    'zero'; see `growkit.growth.vocabulary`.
+    'zero'; see `growkit.growth.vocabulary`. vocab_row: their row of the head, where it is not the
+    mean of the old ones.
     """
 
     verb: str
@@ -50,6 +52,7 @@ class Plan:
     seed: int = 0
     notes: tuple[str, ...] = ()
     vocab_fill: str = "mean"
+    vocab_row: HeadRow | None = None
 
     def __post_init__(self) -> None:
         if self.moments not in MOMENT_OPTIONS:

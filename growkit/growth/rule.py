@@ -377,10 +377,21 @@ class PartGrowth:
     def _rule(self, place: int, role: str) -> Rule:
         axis, model = self.part.axes[place], self.plan.model
         if axis.name == "vocab":
-            return rule_of_tokens(self.row, self.moment, self.plan)
+            rule = rule_of_tokens(self.row, self.moment, self.plan)
+            return replace(rule, given=self._copy_row()) if rule.fill == "given" else rule
         growth = self.plan.pads[axis.name] / model.sizes[axis.name]
         rule = rule_along(axis, self.row, role, self.moment, growth, model.norm)
         return rule if self.by_rule else replace(rule, scale=1.0)
+
+    def _copy_row(self) -> np.ndarray:
+        """The row of new tokens that was measured, copied in width as old rows are."""
+        assert self.plan.vocab_row is not None
+        # A dimension of one token stands first, as in a block of one unit.
+        row = np.asarray(self.plan.vocab_row.numbers).reshape(self.before[1:])
+        for place, name in enumerate(self.part.names[1:]):
+            if name in self.plan.maps:
+                row = gather(row, self.plan.maps[name], place)
+        return row if self.scale is None else row * self.scale[0]
 
     def _random_from(self, first: int, xp: Any = np) -> Any:
         """What makes the random fill of some units, of which `first` come before."""

@@ -102,6 +102,8 @@ def rule_of_tokens(row: Row, moment: int, plan: Plan) -> Rule:
     """What the rows of new tokens hold of one parameter or moment."""
     if moment != VALUE:
         return Rule(1.0, {MU: "zero", NU: "mean"}[moment])
+    if plan.vocab_row and row.name == find_head(plan.model).name:
+        return Rule(1.0, "given")
     if row.role == "embedding":
         return Rule(1.0, plan.vocab_fill)
     if row.role == "bias":
@@ -109,6 +111,13 @@ def rule_of_tokens(row: Row, moment: int, plan: Plan) -> Rule:
         added = plan.pads[AXIS] - old
         return Rule(1.0, "mean", shift=math.log(old / added) + math.log(MARGIN))
     return Rule(1.0, "mean")
+
+
+def find_head(model: Architecture) -> Row:
+    """The row whose parameter makes logits: the head, or the embedding where that is the head."""
+    rows = [row for row in model.table.rows if AXIS in row.axes]
+    heads = [row for row in rows if row.role == "head"]
+    return (heads or [row for row in rows if row.role == "embedding"])[0]
 
 
 def has_bias(model: Architecture) -> bool:
@@ -123,10 +132,13 @@ def shares_embedding(model: Architecture) -> bool:
 
 def bound_shift(plan: Plan) -> float | None:
     """The most by which the loss of old tokens rises, in nats a token; None where nothing bounds
-    it: rows of zeros in a tied head have the logit 0, which may be more than all others.
+    it: rows of zeros in a tied head have the logit 0, which may be more than all others, and rows
+    that were measured say nothing of other text.
     """
     if AXIS not in plan.pads:
         return 0.0
+    if plan.vocab_row:
+        return None
     if shares_embedding(plan.model) and plan.vocab_fill == "zero":
         return None
     if has_bias(plan.model):
@@ -140,6 +152,12 @@ def describe_shift(plan: Plan) -> str:
     it does not grow.
     """
     bound = bound_shift(plan)
+    if plan.vocab_row:
+        found = plan.vocab_row
+        return (
+            f"measured: new tokens raise the loss of old ones by {found.loss:.1e} nats on "
+            f"{found.tokens:,} {found.text}"
+        )
     if bound is None:
         return "not exact: nothing bounds how far new tokens raise the loss of old ones"
     if bound <= EXACT:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap, replicate, spread_shares, tile
+from growkit.growth.completion import WIDTHS, complete_widths, find_problem, list_widths
 from growkit.growth.plan import MODEL_HINT, Plan, build_plan, combine_plans
 from growkit.models.architecture import Architecture
 
@@ -21,8 +22,16 @@ METHODS = ("clone", "pad")
 LARGEST_SIZE = 1 << 24
 # How embed is padded, by the kind of norm that must not see it.
 PADDING = {"layer": "mean-pad", "rms": "zero-pad"}
-# The sizes that a user asks for. `heads` counts query heads.
-WIDTHS = ("embed", "heads", "head_dim", "mlp")
+# Axes that no size of their own is asked for, and what grows them.
+ELSEWHERE = {
+    "layer": "layers grow by `growkit depth`",
+    "embed": "its size is --embed",
+    "head": "its size is --heads",
+    "kv": "its size is --heads, which counts query heads",
+    "head_dim": "its size is --head-dim",
+    "mlp": "its size is --mlp",
+    "vocab": "the tokenizer states it",
+}
 # Options in which a target may differ: padding sets norm_eps, training the others.
 LOOSE = ("context", "norm_eps", "initializer_range")
 
@@ -73,12 +82,14 @@ def plan_width(
     head_dim: str | int | None = None,
     method: str | None = None,
     spread: float = 0.0,
+    axes: Mapping[str, str | int] | None = None,
 ) -> Plan:
     """The plan of a growth in width; sizes that are not given are completed by rule and noted.
 
     method: 'clone' (copies, exact for whole multiples of embed), 'pad' (exact for any size of
-    embed), or None to choose. spread: how uneven the shares of copied heads and mlp units are, in
-    [0, 1). Raises UsageError, and TypeError for an argument of another type.
+    embed), or None to choose. spread: how uneven the shares of copied units are but for embed, in
+    [0, 1). axes: sizes of further axes of the model's table. Raises UsageError, and TypeError for
+    an argument of another type.
     """
     require_type("model", model, Architecture, MODEL_HINT)
     _check_choices(method, spread)
@@ -89,18 +100,27 @@ def plan_width(
         "head_dim": parse_size("head-dim", head_dim, model.head_dim),
         "mlp": parse_size("mlp", mlp, model.mlp),
     }
-    if all(size is None for size in asked.values()):
+    others = read_axes(model, axes or {})
+    if not others and all(size is None for size in asked.values()):
         raise UsageError(
             "growth in width needs at least one of --embed, --heads, --mlp and --head-dim"
         )
+    if "group" in others and asked["heads"] is None:
+        # More query heads for each key; embed = heads x head_dim goes with them.
+        asked["heads"] = model.sizes[model.heads] * others["group"]
     target, notes = complete_widths(model, asked)
-    plan = _plan_target(model, target, notes, method, spread)
-    if spread and not plan.maps.keys() & {model.heads, "mlp"}:
+    plan = _plan_target(model, target | others, notes, method, spread)
+    _check_spread(plan, spread)
+    return plan
+
+
+def _check_spread(plan: Plan, spread: float) -> None:
+    """Raise UsageError for uneven shares of copies where there are none but of embed."""
+    if spread and not plan.maps.keys() - {"embed"}:
         raise UsageError(
             "--spread makes the shares of copied heads and mlp units uneven, and none are copied "
             "here"
         )
-    return plan
 
 
 def _check_choices(method: str | None, spread: float) -> None:
@@ -115,9 +135,26 @@ def _check_choices(method: str | None, spread: float) -> None:
         )
 
 
+def read_axes(model: Architecture, axes: Mapping[str, str | int]) -> dict[str, int]:
+    """The sizes asked for of axes beside embed, heads, head_dim and mlp. Raises UsageError."""
+    found = {}
+    for axis, text in axes.items():
+        if axis in ELSEWHERE:
+            raise UsageError(f"--axis {axis} is not needed: {ELSEWHERE[axis]}")
+        if axis not in model.sizes:
+            free = list_others(model)
+            known = ", ".join(free) or "none beside those of the other options"
+            raise UsageError(
+                f"{axis} is no axis of the model's table{did_you_mean(axis, free)}; those that "
+                f"grow are {known}"
+            )
+        found[axis] = parse_size(f"axis {axis}", text, model.sizes[axis]) or model.sizes[axis]
+    return found
+
+
 def _check_axes(model: Architecture, asked: Mapping[str, str | int | None]) -> None:
     """Raise UsageError for a size of an axis that the model's table does not have."""
-    for name, size in _list_widths(model).items():
+    for name, size in list_widths(model).items():
         if asked[name] is not None and size == 0:
             raise UsageError(
                 f"{name} cannot grow: no row of the model's table has that axis; its axes are "
@@ -125,87 +162,13 @@ def _check_axes(model: Architecture, asked: Mapping[str, str | int | None]) -> N
             )
 
 
-def _list_widths(model: Architecture) -> dict[str, int]:
-    """The model's sizes, by the names of WIDTHS."""
-    sizes = (model.embed, model.head_count, model.head_dim, model.mlp)
-    return dict(zip(WIDTHS, sizes, strict=True))
-
-
-def complete_widths(
-    model: Architecture, asked: Mapping[str, int | None]
-) -> tuple[dict[str, int], list[str]]:
-    """All four sizes from those asked for, and a note for each that was completed.
-
-    Raises UsageError for sizes that contradict each other.
-    """
-    old = _list_widths(model)
-    target = {axis: old[axis] if size is None else size for axis, size in asked.items()}
-    notes = []
-    if model.coupled:
-        notes += _complete_embed(target, asked, old)
-    elif asked["heads"] is None and 0 < old["embed"] == old["heads"] * old["head_dim"]:
-        notes += _complete_heads(model, target, old)
-    if asked["mlp"] is None and old["mlp"] and target["embed"] != old["embed"]:
-        # Never below the old one, which is there to be copied.
-        target["mlp"] = max(old["mlp"], round(old["mlp"] * target["embed"] / old["embed"]))
-        notes.append(f"mlp {old['mlp']} -> {target['mlp']}, to keep its ratio to embed")
-    return target, notes
-
-
-def _complete_embed(
-    target: dict[str, int], asked: Mapping[str, int | None], old: Mapping[str, int]
-) -> list[str]:
-    """Make embed = heads x head_dim by changing a size that was not asked for.
-
-    That is embed, else heads, else head_dim.
-    """
-    given = {axis for axis in ("embed", "heads", "head_dim") if asked[axis] is not None}
-    if not given:
-        return []
-    if "embed" not in given:
-        target["embed"] = target["heads"] * target["head_dim"]
-        return [f"embed {old['embed']} -> {target['embed']}, being heads x head_dim"]
-    if "heads" not in given:
-        return _divide_embed(target, old, "heads", "head_dim")
-    if "head_dim" not in given:
-        return _divide_embed(target, old, "head_dim", "heads")
-    product = target["heads"] * target["head_dim"]
-    if target["embed"] != product:
-        raise UsageError(
-            f"embed must be heads x head_dim: {target['heads']} x {target['head_dim']} is "
-            f"{product}, not {target['embed']}"
-        )
-    return []
-
-
-def _divide_embed(
-    target: dict[str, int], old: Mapping[str, int], free: str, other: str
-) -> list[str]:
-    """Set the free one of heads and head_dim to embed / the other."""
-    embed = target["embed"]
-    if embed % target[other] or embed // target[other] < old[free]:
-        low = max(embed - embed % target[other], old[free] * target[other])
-        what = free.replace("_dim", " dimensions")
-        raise UsageError(
-            f"embed must be heads x head_dim: {embed} is not {old[free]} or more {what} times "
-            f"{other.replace('_', ' ')} {target[other]}; the nearest are {low} and "
-            f"{low + target[other]}"
-        )
-    target[free] = embed // target[other]
-    if target[free] == old[free]:
-        return []
-    return [f"{free} {old[free]} -> {target[free]}, so that embed is heads x head_dim"]
-
-
-def _complete_heads(
-    model: Architecture, target: dict[str, int], old: Mapping[str, int]
-) -> list[str]:
-    """Keep embed = heads x head_dim where a model has it by choice, and whole groups can."""
-    heads, rest = divmod(target["embed"], target["head_dim"])
-    if rest or heads % model.sizes.get("group", 1) or heads <= old["heads"]:
-        return []
-    target["heads"] = heads
-    return [f"heads {old['heads']} -> {heads}, so that embed stays heads x head_dim"]
+def list_others(model: Architecture) -> list[str]:
+    """The axes that grow beside those of WIDTHS."""
+    return [
+        axis
+        for axis in model.fields
+        if axis not in ELSEWHERE and axis not in model.family.frozen and axis in model.sizes
+    ]
 
 
 @dataclass
@@ -228,10 +191,15 @@ def _plan_target(
     growth = _Growth()
     if target["embed"] > model.embed:
         _grow_embed(growth, model, target["embed"], method, notes)
-    units = {model.heads: _count_head_units(model, target["heads"]), "mlp": target["mlp"]}
+    group = target.get("group", model.sizes.get("group", 1))
+    units = {model.heads: _count_head_units(target["heads"], group), "mlp": target["mlp"]}
+    units |= {axis: size for axis, size in target.items() if axis not in WIDTHS}
     for axis, size in units.items():
         old = model.sizes.get(axis, 0)
         if size > old:
+            problem = "" if axis in model.family.frozen else find_problem(model, axis, size)
+            if problem:
+                raise UsageError(problem)
             growth.maps[axis] = spread_shares(tile(old, size), spread)
             shares = "uneven" if spread else "equal"
             growth.steps.append(f"{axis} {old} -> {size} by copies, {shares} shares")
@@ -281,12 +249,11 @@ def _can_copy_embed(model: Architecture, target: int, method: str | None, notes:
     return False
 
 
-def _count_head_units(model: Architecture, heads: int) -> int:
-    """The size of the heads axis for a number of query heads.
+def _count_head_units(heads: int, group: int) -> int:
+    """The size of the heads axis for a number of query heads, in groups of so many.
 
     Raises UsageError where the groups that share keys do not divide it.
     """
-    group = model.sizes.get("group", 1)
     if heads % group:
         low = heads - heads % group
         raise UsageError(
@@ -304,7 +271,9 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
     require_type("model", model, Architecture, MODEL_HINT)
     require_type("like", like, Architecture, MODEL_HINT)
     notes = _check_kept(model, like)
-    sizes, target = model.sizes, like.sizes
+    sizes = model.sizes
+    # What only files say is not in a configuration; it stays.
+    target = {**sizes, **like.sizes}
     for axis in sizes:
         if target[axis] < sizes[axis]:
             raise UsageError(
@@ -316,8 +285,10 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
         words = f"replicate: floor(i*{sizes['layer']}/{target['layer']})"
         layers = replicate(sizes["layer"], target["layer"])
         plans.append(build_plan("depth", words, model, {"layer": layers}))
-    if _list_widths(model) != _list_widths(like):
-        plans.append(_plan_target(model, _list_widths(like), notes, None, 0.0))
+    others = list_others(model)
+    wanted = list_widths(like) | {axis: target[axis] for axis in others}
+    if wanted != list_widths(model) | {axis: sizes[axis] for axis in others}:
+        plans.append(_plan_target(model, wanted, notes, None, 0.0))
     if not plans:
         raise UsageError("nothing grows: the source has every size of the target already")
     plan = combine_plans("grow", plans, model)
@@ -338,6 +309,12 @@ def _check_kept(model: Architecture, like: Architecture) -> list[str]:
     if model.kind != like.kind:
         raise UsageError(f"the source is a {model.kind} model, the target a {like.kind} one")
     ours, theirs = _list_kept(model), _list_kept(like)
+    # What only files say is not in a configuration.
+    ours = {
+        name: value
+        for name, value in ours.items()
+        if name not in model.sizes.keys() - like.sizes.keys()
+    }
     for name in dict.fromkeys([*ours, *theirs]):
         if ours.get(name) != theirs.get(name):
             grows = name == "vocab" and like.vocab > model.vocab
@@ -380,7 +357,7 @@ def _note_context(model: Architecture, like: Architecture) -> list[str]:
 
 def _list_kept(model: Architecture) -> dict[str, object]:
     """The sizes, options and rotary parameters that growth cannot change, by name."""
-    grown = ("layer", "embed", model.heads, "head_dim", "mlp")
+    grown = ("layer", "embed", model.heads, "head_dim", "mlp", *list_others(model))
     sizes = {axis: size for axis, size in model.sizes.items() if axis not in grown}
     options = {name: value for name, value in model.options.items() if name not in LOOSE}
     del options["rope"]

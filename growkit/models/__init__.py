@@ -8,6 +8,7 @@ and back. This file lists the families.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from growkit.errors import GrowkitError, UsageError
@@ -25,12 +26,21 @@ from growkit.models.unknown import describe_unknown
 FAMILIES: dict[str, Family] = {
     family.kind: family for family in (GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)
 }
+# Text decoders within larger models that are another family's but for their model_type. Positions
+# in pictures have three parts; those of text are as before.
+WITHIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
 
 
 def find_family(kind: str) -> Family | None:
     """The family of a model type, by hand or of a derived table; None where there is none."""
     if kind in FAMILIES:
         return FAMILIES[kind]
+    if kind in WITHIN:
+        family = FAMILIES[WITHIN[kind]]
+        fixed = dict.fromkeys(
+            ("kv", "group", "head_dim"), "transformers makes head_dim embed / heads"
+        )
+        return replace(family, kind=kind, frozen={**family.frozen, **fixed})
     return read_shipped(kind) if kind in list_shipped() else None
 
 

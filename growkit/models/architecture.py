@@ -371,7 +371,7 @@ class Architecture:
         for _ in range(2):
             fields = self.family.fields_of(written)
             for path in stated:
-                if fields.get(path) != complete[path]:
+                if not fields.states(path, complete[path]):
                     written[path] = complete[path]
                     fields = self.family.fields_of(written)
         rotary = self.family.rotary

@@ -66,6 +66,11 @@ class Family:
     frozen: Mapping[str, str] = field(default_factory=dict)
     # Endings of names of buffers in old files: such tensors are left out, no model reads them now.
     buffers: tuple[str, ...] = BUFFERS
+    # What names match of tensors that transformers does not load, as of heads for further tokens.
+    unread: tuple[str, ...] = ()
+    # row -> its name in transformers' memory, which some files have; `name 0/2` for the first of
+    # two blocks of what holds all experts.
+    aliases: Mapping[str, str] = field(default_factory=dict)
     # row -> 'sqrt(axis)', 'axis', '1/sqrt(axis)' or '1/axis': what the model multiplies the
     # parameter by. A row's condition may follow its name.
     scalars: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +86,16 @@ class Family:
     patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Lists by layer that config.json must hold for growth in depth.
     stated: tuple[str, ...] = ()
+    # list by layer, or of numbers -> the rule that stands for it; see growkit.models.layer_rules.
+    rules: Mapping[str, str] = field(default_factory=dict)
+    # Fields that a rule reads beside its own list, and what they are once the list says it all.
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    # what -> a rule that no list can stand for: layers must keep to it.
+    checked: Mapping[str, str] = field(default_factory=dict)
+    # Lists of kinds that are repeated for all layers, whatever their length.
+    cycles: tuple[str, ...] = ()
+    # Fields that hold the number of the last layer of a kind.
+    last: tuple[str, ...] = ()
     # The kinds of all layers, where the configuration states them by a rule and not in a list.
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
     # Whether transformers wants embed to be a multiple of the number of heads.

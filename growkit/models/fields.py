@@ -48,6 +48,13 @@ class Fields:
         # A default may follow another default: head_dim from heads that are left out too.
         return self.size(default.path) if isinstance(default, Same) else default
 
+    def states(self, name: str, value: Any) -> bool:
+        """Whether a field has this value; a default that follows others may have none at all."""
+        try:
+            return bool(self.get(name) == value)
+        except GrowkitError:
+            return False
+
     def whole(self, name: str) -> int:
         """A field that holds a whole number of at least 1."""
         value = self.get(name)

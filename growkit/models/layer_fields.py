@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from growkit.errors import UsageError
+from growkit.models.layer_rules import check_kinds, write_kinds
 
 if TYPE_CHECKING:
     from growkit.models.family import Family
@@ -58,6 +59,10 @@ def follow_layers(
             grown[name] = [pattern[layer % len(pattern)] for layer in index]
     for name in family.leading:
         grown[name] = _count_leading(name, before, family, index)
+    for name in family.last:
+        grown[name] = _find_last(before.get(name, family.defaults.get(name)), index)
+    write_kinds(grown, before, family, index)
+    check_kinds(grown, before, family, index)
     kinds = family.layer_kinds(before)
     if kinds is not None and not grown.get("layer_types"):
         wanted = [kinds[layer] for layer in index]
@@ -107,6 +112,13 @@ def _check_stated(before: Mapping[str, Any], family: Family) -> None:
             )
 
 
+def _find_last(number: Any, index: Sequence[int]) -> Any:
+    """The number of the last new layer that copies one up to a number; -1 stands for the last."""
+    if not isinstance(number, int) or number < 0:
+        return number
+    return max(new for new, old in enumerate(index) if old <= number)
+
+
 def _count_leading(
     name: str, before: Mapping[str, Any], family: Family, index: Sequence[int]
 ) -> int:
@@ -118,6 +130,7 @@ def _count_leading(
     if not all(leads[:count]):
         raise UsageError(
             f"{name} counts the first {counted} layers, which are of another kind than the rest: "
-            f"their copies must stay in front, and this map has others from {leads.index(False)} on"
+            f"their copies must stay in front, and this map has others from {leads.index(False)} "
+            f"on; the nearest that works is --map {','.join(map(str, sorted(index)))}"
         )
     return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -68,11 +68,16 @@ class Table:
             position = row.match(name)
             if position is not None:
                 return row, position
+        raise GrowkitError(
+            f"no row of the axis table covers the parameter {name!r}{self._hint(name)}"
+        )
+
+    def _hint(self, name: str) -> str:
+        """A clause that names the row whose names are nearest, if one is near."""
         # Names of the first layer: a likeness to them is a likeness to any other layer's.
         examples = {row.name_at((0,) * len(row.stacked)): row for row in self.rows}
         best = find_nearest(name, examples, likeness=0.4)
-        hint = f"; the nearest row is {examples[best].name}" if best else ""
-        raise GrowkitError(f"no row of the axis table covers the parameter {name!r}{hint}")
+        return f"; the nearest row is {examples[best].name}" if best else ""
 
     def tree(self, make: Callable[[Row], Any]) -> dict[str, Any]:
         """What `make` makes of every row, nested as a parameter tree is."""
@@ -112,10 +117,10 @@ class Table:
 
         fields: the configuration field of each axis, for the messages. Raises GrowkitError.
         """
-        wanted = {name: row for name, row, _ in self.names(sizes)}
-        for name in shapes:
-            if name not in wanted:
-                self._refuse_extra(name, sizes, fields)
+        wanted = self._list_wanted(sizes)
+        extra = [name for name in shapes if name not in wanted]
+        if extra:
+            self._refuse_extra(extra, len(shapes), sizes, fields)
         for name, row in wanted.items():
             if name not in shapes:
                 raise GrowkitError(
@@ -127,7 +132,31 @@ class Table:
                     _describe_contradiction(name, tuple(shapes[name]), row, sizes, fields)
                 )
 
-    def _refuse_extra(self, name: str, sizes: Mapping[str, int], fields: Mapping[str, str]) -> None:
+    def _list_wanted(self, sizes: Mapping[str, int]) -> dict[str, Row]:
+        """The row of every name of a model. Raises GrowkitError where two rows give one name."""
+        wanted: dict[str, Row] = {}
+        for name, row, _ in self.names(sizes):
+            if name in wanted:
+                raise GrowkitError(
+                    f"two rows of the table match the parameter {name!r}: {wanted[name].name} and "
+                    f"{row.name}; leave one out, or give them conditions that exclude each other"
+                )
+            wanted[name] = row
+        return wanted
+
+    def _refuse_extra(
+        self, names: Sequence[str], count: int, sizes: Mapping[str, int], fields: Mapping[str, str]
+    ) -> None:
+        """Raise GrowkitError for names that no parameter of these sizes has; count: of all."""
+        unknown = [
+            name for name in names if not any(row.match(name) is not None for row in self.rows)
+        ]
+        if len(unknown) > 1:
+            raise GrowkitError(
+                f"the table covers only a part: {len(unknown)} of {count} tensors have no row, the "
+                f"first is {unknown[0]!r}{self._hint(unknown[0])}"
+            )
+        name = names[0]
         row, position = self.match(name)
         for axis, unit in zip(row.stacked, position, strict=True):
             size = sizes[axis.name]

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from growkit.errors import GrowkitError
-from growkit.models.family import Family
+from growkit.models.family import BUFFERS, Family
 from growkit.models.fields import Same
 from growkit.models.notation import find_begins, parse_table, split_words
 from growkit.models.rotary import RotaryFields
@@ -42,8 +42,23 @@ MAPS = (
     "frozen",
     "scalars",
     "patterns",
+    "aliases",
+    "rules",
+    "settled",
+    "checked",
 )
-LISTS = ("by_layer", "leading", "numbers", "other_lists", "stated", "uniform", "buffers")
+LISTS = (
+    "by_layer",
+    "leading",
+    "numbers",
+    "other_lists",
+    "stated",
+    "uniform",
+    "unread",
+    "last",
+    "cycles",
+    "buffers",
+)
 
 
 def read_family(text: str) -> Family:
@@ -66,6 +81,7 @@ def _make_family(sections: Mapping[str, Any]) -> Family:
     facts |= {name: str(facts.get(name, "")) for name in TEXTS}
     facts |= {name: tuple(facts.get(name, ())) for name in LISTS}
     facts |= {name: sections.get(name, {}) for name in MAPS}
+    facts["buffers"] = (*facts["buffers"], *BUFFERS)
     facts["patterns"] = {name: tuple(kinds) for name, kinds in facts["patterns"].items()}
     parse_table(sections["table"], facts["prefix"])
     return Family(
@@ -112,8 +128,10 @@ def write_family(family: Family, proof: Mapping[str, str], origin: str) -> str:
         if getattr(family, name):
             lines.append(f"{name} = {getattr(family, name)}")
     for name in LISTS:
-        if getattr(family, name):
-            lines.append(f"{name} = {json.dumps(list(getattr(family, name)))}")
+        # Buffers of any decoder need not be said.
+        listed = [each for each in getattr(family, name) if each not in BUFFERS]
+        if listed:
+            lines.append(f"{name} = {json.dumps(listed)}")
     lines.append(f"whole_heads = {json.dumps(family.whole_heads)}")
     if family.rotary:
         lines.append(f"rotary = {json.dumps(vars(family.rotary))}")

@@ -121,6 +121,11 @@ def check_alike(sources: Sequence[Source]) -> None:
             raise UsageError(
                 f"{sources[number].path} is given twice; give it once, with a weight of 2"
             )
+    for source in sources:
+        if source.around is not None:
+            raise UsageError(
+                f"{source.path} is a text decoder within a larger model, of which there is no mean"
+            )
     for source in sources[:-1]:
         different = find_differences(model_of(source), model_of(sources[-1]))
         if different:

@@ -58,6 +58,7 @@ def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
         files=files,
         torch_optimizer=optimizer,
+        around=source.around,
     )
 
 

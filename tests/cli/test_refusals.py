@@ -111,13 +111,13 @@ def test_a_directory_that_is_no_model(place, capsys):
     refused(capsys, place, depth("run"), 1, "the run run has no finished checkpoint yet")
     (place / "empty" / "config.json").write_text("{}")
     refused(capsys, place, depth("empty"), 1, "has a config.json but no .safetensors file")
-    (place / "empty" / "pytorch_model.bin").write_text("")
+    (place / "empty" / "tf_model.h5").write_text("")
     refused(
         capsys,
         place,
         depth("empty"),
         1,
-        "it has pytorch_model.bin: save it from transformers as safetensors",
+        "it has tf_model.h5: save it from transformers as safetensors",
     )
 
 

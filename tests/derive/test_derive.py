@@ -5,7 +5,6 @@ mistakes are noticed.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -14,6 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
+from mistakes import plant_mistakes
 
 from growkit.derive import proof
 from growkit.derive.derive import derive, pad_gap
@@ -82,28 +82,6 @@ def test_numbers_of_layers_are_found_by_trying(kind):
 @pytest.mark.parametrize("kind", list_shipped())
 def test_every_table_is_derived_as_shipped(kind):
     check_as_shipped(kind)
-
-
-def plant_mistakes(family):
-    """(what, family with one row that says something wrong), for every row that growth touches."""
-    lines = family.text.splitlines()
-    for place, line in enumerate(lines):
-        for what, wrong in wrong_lines(line, family):
-            text = "\n".join([*lines[:place], wrong, *lines[place + 1 :]])
-            yield f"{what}: {line.split()[0]}", replace(family, text=text)
-
-
-def wrong_lines(line, family):
-    """What a line could say wrongly."""
-    if "{/layer" in line:
-        yield "does not write the stream", line.replace("{/layer", "{layer")
-    for axis in ("embed", "mlp"):
-        if re.search(rf"\s/{axis}\s", line):
-            yield f"does not read {axis}", re.sub(rf"\s/{axis}\b", f" {axis}", line)
-    if re.search(r"\(kv group head_dim\)", line):
-        yield "groups before heads", line.replace("(kv group", "(group kv")
-    if re.search(r"\sembed\s+(1\+)?(ones|zeros)\s+norm", line):
-        yield "a norm is a bias", re.sub(r"\bnorm\b(?=\s*$|\s+\w*tied)", "bias", line)
 
 
 def largest_gap(family, variant):

@@ -13,6 +13,7 @@ from in_memory import held
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.growth.axes import make_map, repeat
+from growkit.growth.head_row import HeadRow
 from growkit.growth.plan import build_plan, combine_plans
 from growkit.growth.rule import PartGrowth
 from growkit.growth.vocabulary import plan_vocabulary
@@ -68,6 +69,11 @@ PLANS |= {
         [plan_width(SMALL_LLAMA, embed=24), plan_vocabulary(SMALL_LLAMA, "x32", "zero")],
         SMALL_LLAMA,
     ),
+}
+NUMBERS = tuple(np.random.default_rng(4).normal(size=16).tolist())
+PLANS |= {
+    f"{name}, measured": dataclasses.replace(PLANS[name], vocab_row=HeadRow(NUMBERS, 0.0, 1, ""))
+    for name in ("vocab", "vocab, copies", "vocab, padded")
 }
 SIZES = (64, 300, 1000, 5000)
 

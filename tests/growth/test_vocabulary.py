@@ -16,6 +16,7 @@ from growkit.checkpoint.location import open_source
 from growkit.cli import run
 from growkit.errors import UsageError
 from growkit.growth.depth import plan_depth
+from growkit.growth.head_row import LARGEST, RESIDUAL, TARGET, find_row, solve_hidden
 from growkit.growth.plan import combine_plans, set_options
 from growkit.growth.vocabulary import (
     EXACT,
@@ -268,6 +269,60 @@ def test_growth_in_memory_is_growth_on_disk(tmp_path):
         tree = {"params": source.stack(slot)} if slot == "params" else {slot: source.stack(slot)}
         (grown,) = growkit.grow(tree, plan).values()
         assert np.array_equal(grown["embed_in"]["weight"], disk.stack(slot)["embed_in"]["weight"])
+
+
+def test_a_measured_row_stays_below_on_text_that_did_not_find_it():
+    """Hidden states with a common part, as trained models have, and others with none."""
+    random = np.random.default_rng(0)
+    head = random.normal(size=(100, 16))
+    states = random.normal(size=(4000, 16))
+    for common, reached in ((6.0, True), (0.0, False)):
+        hidden = states + common * np.eye(16)[0]
+        measured = solve_hidden(iter([hidden @ head.T]), head)
+        assert measured.residual < 1e-5
+        np.testing.assert_allclose(measured.hidden, hidden, atol=1e-4)
+        row, loss = find_row(measured, head, 5)
+        assert (loss <= TARGET) == reached
+        assert np.linalg.norm(row) <= LARGEST * np.linalg.norm(head, axis=1).max()
+        assert loss == pytest.approx(
+            np.log1p(5 * np.exp((hidden @ row - log_sum(hidden @ head.T))[1::2])).mean(), rel=1e-3
+        )
+    # A cap bends logits, and no hidden state makes them.
+    capped = 5 * np.tanh(hidden @ head.T / 5)
+    assert solve_hidden(iter([capped]), head).residual > RESIDUAL
+
+
+def test_a_measured_row_is_in_the_lineage_and_grows_in_width(tmp_path, capsys):
+    save_directory(tmp_path / "hf")
+    words = ["width", "--vocab", "+4", "--vocab-head", "measured", "--check", "64", "--json"]
+    shifts = []
+    for more in ([], ["--embed", "2x"], ["--embed", "40", "--heads", "5"]):
+        out = tmp_path / f"out{len(shifts)}"
+        assert run([*words, *more, str(tmp_path / "hf"), str(out)]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["function"].startswith("measured: new tokens raise the loss of old ones by")
+        assert said["vocabulary"]["head"] == "measured" and said["vocabulary"]["loss"] is None
+        assert len(said["vocabulary"]["row"]["numbers"]) == SMALL.embed
+        assert said["check"]["shift"]["bound"] is None
+        shifts.append(said["check"]["shift"]["measured"])
+        assert run(["verify", str(tmp_path / "hf"), str(out)]) == 0
+        capsys.readouterr()
+    assert shifts[1] == pytest.approx(shifts[0], rel=1e-3)
+    assert shifts[2] == pytest.approx(shifts[0], rel=1e-3)
+    entry = json.loads((out / "lineage.json").read_text())
+    del entry[0]["vocabulary"]["row"]["numbers"][3]
+    (out / "lineage.json").write_text(json.dumps(entry))
+    assert run(["verify", str(tmp_path / "hf"), str(out)]) == 1
+    assert "the row of new tokens has 31 numbers, not 32" in capsys.readouterr().err
+
+
+def test_a_measured_row_is_refused_where_it_is_of_no_use(tmp_path, capsys):
+    place = str(save_directory(tmp_path / "hf"))
+    words = ["--vocab-head", "measured", "--dry-run", place, str(tmp_path / "out")]
+    assert run(["width", "--mlp", "2x", *words]) == 2
+    assert "goes with --vocab" in capsys.readouterr().err
+    assert run(["width", "--vocab", "+1", "--vocab-head", "mesured", place, "out"]) == 2
+    assert "did you mean 'measured'?" in capsys.readouterr().err
 
 
 def test_jax_makes_the_rows_that_numpy_makes():

@@ -615,7 +615,6 @@ def test_embed_alone_takes_the_heads_along_where_they_fill_it():
 @pytest.mark.parametrize(
     "other,said",
     [
-        ({"group": 6}, "growth keeps group: the source has 3, the target 6"),
         ({"vocab": 97}, "growth keeps vocab: the source has 96, the target 97"),
         ({"tied": True}, "growth keeps tied: the source has False, the target True"),
         ({"activation": "relu"}, "growth keeps activation: the source has silu, the target relu"),

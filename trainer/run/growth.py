@@ -37,7 +37,7 @@ def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
     plans = []
     if settings.map:
         plans.append(plan_depth(model, settings.map, settings.depth_method))
-    sizes = {
+    sizes: dict[str, Any] = {
         "embed": settings.embed or None,
         "heads": settings.heads or None,
         "mlp": settings.mlp or None,
