@@ -78,7 +78,8 @@ def _describe_training(source: Origin | None) -> str:
     record = source.record if source else {}
     if not record.get("tokens"):
         return ""
-    return f", after {record['step']} steps and {format_count(record['tokens'])} tokens"
+    steps = f"{record['step']} steps and " if "step" in record else ""
+    return f", after {steps}{format_count(record['tokens'])} tokens"
 
 
 def _describe_growth(entry: Growth) -> str:

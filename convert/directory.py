@@ -69,8 +69,10 @@ def convert_to_directory(
         lineage=lineage if paths else strip_paths(lineage),
         files=select_carried(files if paths else strip_settings(files)),
     )
+    card = format_card(model, contents.lineage, evaluation)
     beside = {
-        "README.md": format_card(model, contents.lineage, evaluation).encode(),
+        # A lineage may hold halves of surrogate pairs, which JSON can spell and UTF-8 cannot.
+        "README.md": card.encode(errors="backslashreplace"),
         "generation_config.json": _generation_config(source),
     }
     return replace(contents, files=contents.files | beside)

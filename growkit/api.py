@@ -7,6 +7,7 @@ itself; docs/python.md shows them.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from growkit.checkpoint import location
@@ -46,13 +47,20 @@ def write_grown(
     out: str | os.PathLike[str],
     force: bool = False,
     groups: str = "keep",
+    *,
+    sync: bool = True,
+    verify: bool = True,
+    strict: bool = False,
 ) -> None:
     """Grow a model on disk into the directory `out`, of the same format, a megabyte at a time.
 
     The directory appears whole or not at all. force: whether to replace one that exists. groups:
     'split' divides the parameter groups of a checkpoint of transformers' Trainer by what growth
-    asks for, see `growkit.torch`. Raises UsageError for an output that must not be written and for
-    a plan made for another model.
+    asks for, see `growkit.torch`. sync: whether it is on the disk, and not only in the system's
+    memory, when this returns. verify: whether the source's bytes must have the hashes on record.
+    strict: whether NaN, infinities and negative second moments are refused; a UserWarning tells
+    them otherwise. Raises UsageError for an output that must not be written and for a plan made for
+    another model.
     """
     require_type("source", source, Source, "as growkit.open_source(path) returns")
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
@@ -62,7 +70,11 @@ def write_grown(
             f"the plan was made for another model than {source.path}; make one for its .model"
         )
     contents = prepare_growth(source, plan, groups)
-    location.write_output(parse_path(os.fspath(out)), source.kind, contents, [source], force)
+    care = location.Care(sync=sync, verify=verify, strict=strict)
+    path = parse_path(os.fspath(out))
+    findings = location.write_output(path, source.kind, contents, [source], force, care=care)
+    if findings:
+        warnings.warn(f"{path}: {findings.describe()}", stacklevel=2)
 
 
 def read_lineage(path: str | os.PathLike[str]) -> Lineage:

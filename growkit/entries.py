@@ -11,27 +11,29 @@ what follows from it, is in `growkit.lineage`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from growkit import __version__
+from growkit.forms import (
+    check_record,
+    take_flag,
+    take_number,
+    take_numbers,
+    take_object,
+    take_sizes,
+    take_text,
+    take_whole,
+    take_wholes,
+)
 from growkit.growth.axes import AxisMap
-from growkit.growth.head_row import HeadRow
 from growkit.growth.multipliers import describe_multipliers
 from growkit.growth.plan import Plan, build_plan
-from growkit.growth.vocabulary import (
-    AXIS,
-    bound_shift,
-    describe_shift,
-    find_head,
-    has_bias,
-    shares_embedding,
-)
+from growkit.growth.vocabulary import describe_shift, read_row, state_tokens
 from growkit.models.architecture import Architecture
 from growkit.models.given import KEY as TABLE
 
@@ -72,7 +74,8 @@ class Origin:
         """An origin from its JSON object, which has the record's keys beside its own."""
         own = ("path", "kind", "fingerprint")
         record = {key: value for key, value in stored.items() if key not in own}
-        return cls(stored["path"], stored["kind"], stored["fingerprint"], record)
+        path, kind, fingerprint = (take_text(stored, key) for key in own)
+        return cls(path, kind, fingerprint, check_record(record))
 
     def to_json(self) -> dict[str, Any]:
         own = {"path": self.path, "kind": self.kind, "fingerprint": self.fingerprint}
@@ -121,6 +124,11 @@ class Copies:
 
     index: list[int]
     share: list[float]
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Copies:
+        """A map from its JSON object."""
+        return cls(take_wholes(stored, "index"), take_numbers(stored, "share"))
 
     def axis_map(self, size: int) -> AxisMap:
         """The map as growth uses it, for an axis of `size` old units.
@@ -176,22 +184,32 @@ class Growth(Entry):
             noise=plan.noise,
             seed=plan.seed,
             function=_state_function(plan),
-            vocabulary=_state_vocabulary(plan),
+            vocabulary=state_tokens(plan),
             optimizer=describe_multipliers(plan) if plan.continues else None,
             table=plan.model.family.given,
         )
 
     @classmethod
     def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Growth:
-        maps = {axis: Copies(m["index"], m["share"]) for axis, m in stored["maps"].items()}
-        plain = ("method", "pads", "moments", "count", "noise", "seed", "function")
+        maps = take_object(stored, "maps")
+        sizes = take_object(stored, "sizes")
+        before = take_sizes(sizes, "before")
+        after = take_sizes(sizes, "after")
+        if before.keys() != after.keys():
+            raise ValueError("the sizes before and after are of different axes")
         return cls(
             **common,
-            **{name: stored[name] for name in plain},
-            maps=maps,
-            before=stored["sizes"]["before"],
-            after=stored["sizes"]["after"],
-            optimizer=stored.get("optimizer"),
+            method=take_text(stored, "method"),
+            moments=take_text(stored, "moments"),
+            count=take_text(stored, "count"),
+            function=take_text(stored, "function"),
+            maps={axis: Copies.read(take_object(maps, axis)) for axis in maps},
+            pads=take_sizes(stored, "pads"),
+            noise=take_number(stored, "noise"),
+            seed=take_whole(stored, "seed"),
+            before=before,
+            after=after,
+            optimizer=take_object(stored, "optimizer") if "optimizer" in stored else None,
             vocabulary=stored.get("vocabulary"),
         )
 
@@ -245,7 +263,7 @@ class Growth(Entry):
         options = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
         if self.vocabulary:
             options["vocab_fill"] = self.vocabulary["embedding"]
-            options["vocab_row"] = _read_row(self.vocabulary.get("row"), model)
+            options["vocab_row"] = read_row(self.vocabulary.get("row"), model)
         return build_plan(self.operation, self.method, model, maps, self.pads, **options)
 
     def plan_within(self, model: Architecture) -> Plan:
@@ -258,34 +276,6 @@ def _state_function(plan: Plan) -> str:
     if not plan.preserved:
         return "not preserved"
     return describe_shift(plan) or "preserved"
-
-
-def _state_vocabulary(plan: Plan) -> dict[str, Any] | None:
-    """What a lineage says of new tokens; None where there are none."""
-    if AXIS not in plan.pads:
-        return None
-    head = "the embedding" if shares_embedding(plan.model) else "mean"
-    stated = {
-        "embedding": plan.vocab_fill,
-        "head": head,
-        "bias": has_bias(plan.model),
-        "loss": bound_shift(plan),
-    }
-    if plan.vocab_row is None:
-        return stated
-    row = asdict(plan.vocab_row)
-    return stated | {"head": "measured", "row": row | {"numbers": list(row["numbers"])}}
-
-
-def _read_row(stored: Mapping[str, Any] | None, model: Architecture) -> HeadRow | None:
-    """The row of new tokens that a lineage states. Raises ValueError where it does not fit."""
-    if stored is None:
-        return None
-    numbers = tuple(float(number) for number in stored["numbers"])
-    wanted = math.prod(find_head(model).shape(model.sizes)[1:])
-    if len(numbers) != wanted or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"the row of new tokens has {len(numbers)} numbers, not {wanted}")
-    return HeadRow(numbers, float(stored["loss"]), int(stored["tokens"]), str(stored["text"]))
 
 
 @dataclass(frozen=True)
@@ -302,7 +292,8 @@ class Branch:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Branch:
-        return cls(stored["verb"], stored["from"], stored["to"], stored["tokens"])
+        rates = (take_number(stored, "from"), take_number(stored, "to"))
+        return cls(take_text(stored, "verb"), *rates, take_whole(stored, "tokens"))
 
     def to_json(self) -> dict[str, Any]:
         return {"verb": self.verb, "from": self.rate, "to": self.to, "tokens": self.tokens}
@@ -324,9 +315,10 @@ class Training(Entry):
     @classmethod
     def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Training:
         branch = Branch.read(stored["branch"]) if "branch" in stored else None
-        return cls(
-            **common, multipliers=stored["multipliers"], config=stored["config"], branch=branch
-        )
+        config = take_object(stored, "config")
+        take_object(config, "schedule")
+        multipliers = take_flag(stored, "multipliers")
+        return cls(**common, multipliers=multipliers, config=config, branch=branch)
 
     def _facts(self) -> dict[str, Any]:
         branch = {"branch": self.branch.to_json()} if self.branch else {}
@@ -349,7 +341,7 @@ class Average(Entry):
     @classmethod
     def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Average:
         averaged = [Origin.read(origin) for origin in stored["averaged"]]
-        return cls(**common, averaged=averaged, weights=stored["weights"])
+        return cls(**common, averaged=averaged, weights=take_numbers(stored, "weights"))
 
     def _facts(self) -> dict[str, Any]:
         averaged = [origin.to_json() for origin in self.averaged]
@@ -367,7 +359,7 @@ class Conversion(Entry):
 
     @classmethod
     def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Conversion:
-        return cls(**common, dtype=stored["dtype"])
+        return cls(**common, dtype=take_text(stored, "dtype"))
 
     def _facts(self) -> dict[str, Any]:
         return {"dtype": self.dtype}
@@ -391,7 +383,9 @@ class Unknown(Entry):
             source = Origin.read(stated["source"])
         except MALFORMED:
             source = None
-        operation = str(stated.get("operation", "unknown"))
+        operation = stated.get("operation")
+        if not isinstance(operation, str):
+            operation = "unknown"
         return cls(operation=operation, source=source, stored=stored, problem=problem)
 
     def to_json(self) -> Any:
@@ -418,7 +412,9 @@ def read_entry(stored: Any) -> Entry:
     if kind is None:
         return Unknown.of(stored)
     try:
-        common = {"operation": stored["operation"], "growkit": stored["growkit"]}
+        common: dict[str, Any] = {
+            name: take_text(stored, name) for name in ("operation", "growkit")
+        }
         if "source" in stored:
             common["source"] = Origin.read(stored["source"])
         if isinstance(stored.get(TABLE), str):

@@ -94,7 +94,8 @@ def _decompress(raw: BinaryIO, name: str, opened: ExitStack) -> io.BufferedReade
     for layer in range(_MOST_LAYERS):
         head = file.peek(HEAD)
         kind = find_compression(head)
-        if kind is None and expected and layer == 0:
+        # What is no text is named by whoever reads it.
+        if kind is None and expected and layer == 0 and not describe_foreign(head):
             begins = f"it begins with {head[:8]!r}" if head else "it is empty"
             raise GrowkitError(
                 f"{name} is not a whole {expected} file: {begins}; decompress it again, or rename "

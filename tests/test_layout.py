@@ -36,7 +36,7 @@ MOST_STATEMENTS = 30
 FLOORS = {
     "growkit": [
         ["errors"],
-        ["quantity", "textfiles"],
+        ["quantity", "textfiles", "forms"],
         ["models"],
         ["growth", "checkpoint"],
         ["entries"],

@@ -7,6 +7,7 @@ link must stay in the directory, or lead from a snapshot of the Hub's cache to t
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import stat
@@ -206,3 +207,28 @@ def drop_code_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
         f"{' and '.join(found)} of config.json left out: it names Python files to be run, and "
         "growkit carries none",
     )
+
+
+def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
+    """Small files as JSON: UTF-8 text as text, anything else in base64."""
+    encoded = {}
+    for name, content in files.items():
+        # Text stays readable in the JSON, and as small as it is; base64 takes a third more.
+        try:
+            encoded[name] = {"text": content.decode()}
+        except UnicodeDecodeError:
+            encoded[name] = {"base64": base64.b64encode(content).decode()}
+    return encoded
+
+
+def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
+    """The inverse of `encode_files`. Raises GrowkitError for a name that leaves its directory."""
+    files = {}
+    for name, entry in encoded.items():
+        if name in ("", ".", "..") or "/" in name:
+            raise GrowkitError(f"the checkpoint carries a file under a name that is none: {name!r}")
+        if "text" in entry:
+            files[name] = entry["text"].encode()
+        else:
+            files[name] = base64.b64decode(entry["base64"], validate=True)
+    return files

@@ -59,6 +59,19 @@ def parse_path(text: str) -> Any:
     return epath.Path(text)
 
 
+def refuse_pointer(content: bytes, path: object) -> None:
+    """Raise GrowkitError for what stands for a file in Git LFS. content: how the file begins."""
+    if content.startswith(LFS_POINTER):
+        raise GrowkitError(
+            f"{path} is a Git LFS pointer, not the file; `git lfs pull` fetches that"
+        )
+
+
+def find_real(path: Path) -> Path:
+    """The path without links. One that leads to itself stays as it is; Path.resolve would raise."""
+    return Path(os.path.realpath(path))
+
+
 def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a file for reading; returns the file descriptor.
 
@@ -96,10 +109,7 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
     """The content of a JSON file. Raises GrowkitError if it cannot be read or is not JSON."""
     try:
         content = path.read_bytes() if is_remote(path) else read_regular(path, limit)
-        if content.startswith(LFS_POINTER):
-            raise GrowkitError(
-                f"{path} is a Git LFS pointer, not the file; `git lfs pull` fetches that"
-            )
+        refuse_pointer(content, path)
         return json.loads(content.decode())
     except OSError as problem:
         raise GrowkitError(f"cannot read {path}: {problem.strerror}") from None
@@ -144,6 +154,15 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
             os.fsync(file)
     finally:
         os.close(file)
+
+
+def holds_nonfinite(value: Any) -> bool:
+    """Whether there is an infinity or NaN anywhere in a value."""
+    if isinstance(value, dict):
+        return any(holds_nonfinite(part) for part in value.values())
+    if isinstance(value, list):
+        return any(holds_nonfinite(part) for part in value)
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def replace_nonfinite(value: Any) -> Any:

@@ -272,6 +272,8 @@ def _copy(span: Span, dtype: np.dtype, buffer: np.ndarray) -> Iterator[tuple[int
         for start in range(0, span.size, PIECE):
             piece = buffer[: min(PIECE, span.size - start)]
             read_into(file, piece.data, span.offset + start, span.path)
+            if span.passing:
+                span.passing.see(piece.data, span.offset + start)
             yield start, piece.view(dtype)
 
 

@@ -19,12 +19,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
 from growkit.errors import GrowkitError
+from growkit.forms import take_object, take_text
 
 KEY = "hashes"
 HASHES = KEY
@@ -52,9 +53,9 @@ def begin_hash(algorithm: str = ALGORITHM) -> Hasher:
     return hasher
 
 
-def hash_bytes(data: Any) -> str:
+def hash_bytes(data: Any, algorithm: str = ALGORITHM) -> str:
     """The hash of bytes, or of the memory of a contiguous array."""
-    hasher = begin_hash()
+    hasher = begin_hash(algorithm)
     hasher.update(data)
     return hasher.hexdigest()
 
@@ -100,20 +101,27 @@ def drop_hashes(lineage: Sequence[Any]) -> list[Any]:
 class Hashed:
     """Arrays whose hashes are on record.
 
-    arrays: name -> hash. read: the bytes of an array by its name, a part at a time.
+    arrays: name -> hash. read: the bytes of an array by its name, a part at a time. find_other:
+    what differs of all else that has a hash, in words. finish: name -> the hash of what was hashed
+    as it was read, the rest read now.
     """
 
     algorithm: str
     arrays: Mapping[str, str]
     read: Callable[[str], Iterator[Any]]
+    find_other: Callable[[], str | None] = lambda: None
+    finish: Mapping[str, Callable[[], str]] = field(default_factory=dict)
 
     def find_changed(self, progress: Callable[[int], None] = lambda done: None) -> list[str]:
-        """The arrays whose bytes have another hash than the one on record, sorted."""
-        # A later version may write another one: what cannot be compared is not called damaged.
-        if self.algorithm not in ALGORITHMS:
-            return []
+        """The arrays whose bytes have another hash than the one on record, sorted.
+
+        Raises GrowkitError for hashes that this version cannot compute.
+        """
+        require_known(self.algorithm)
 
         def has_changed(name: str) -> bool:
+            if name in self.finish:
+                return self.finish[name]() != self.arrays[name]
             hasher = begin_hash(self.algorithm)
             for part in self.read(name):
                 hasher.update(part)
@@ -127,18 +135,40 @@ class Hashed:
         return [name for name, differs in zip(names, changed, strict=True) if differs]
 
 
-def read_stated(stated: Any, known: Sequence[str], where: object) -> tuple[str, dict[str, str]]:
-    """(algorithm, hashes by name) from the value of the key "hashes".
+def require_known(algorithm: str) -> None:
+    """Raise GrowkitError for an algorithm that this version cannot compute."""
+    if algorithm not in ALGORITHMS:
+        raise GrowkitError(
+            f"the hashes on record are of {algorithm[:80]!r}, and this version of growkit computes "
+            f"{', '.join(ALGORITHMS)}; --no-verify uses what is there without comparing"
+        )
 
-    Raises GrowkitError where it is none, or lacks an array that is there.
-    """
+
+def check_stated(stated: Any, where: object) -> Mapping[str, Any]:
+    """The value of the key "hashes". Raises GrowkitError where it is none."""
     try:
-        algorithm = str(stated["algorithm"])
-        arrays = {str(name): str(value) for name, value in stated["arrays"].items()}
-    except (AttributeError, KeyError, TypeError):
+        take_text(stated, "algorithm")
+        for name in ("arrays", "files"):
+            if name == "arrays" or name in stated:
+                hashes = take_object(stated, name)
+                for each in hashes:
+                    take_text(hashes, each)
+    except (KeyError, TypeError, ValueError):
         raise GrowkitError(
             f'{where}: "hashes" must hold an algorithm and hashes by array'
         ) from None
+    known: Mapping[str, Any] = stated
+    return known
+
+
+def read_stated(stated: Any, known: Sequence[str], where: object) -> tuple[str, dict[str, str]]:
+    """(algorithm, hashes by name) from the value of the key "hashes".
+
+    Raises GrowkitError where it is none.
+    """
+    hashes = check_stated(stated, where)
+    algorithm: str = hashes["algorithm"]
+    arrays: Mapping[str, str] = hashes["arrays"]
     present = set(known)
     return algorithm, {name: value for name, value in arrays.items() if name in present}
 
@@ -148,16 +178,16 @@ def view_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def hash_array(array: np.ndarray) -> str:
-    """The hash of a whole array, as 16 hexadecimal digits."""
-    return hash_bytes(view_bytes(array))
+def hash_array(array: np.ndarray, algorithm: str = ALGORITHM) -> str:
+    """The hash of a whole array, as hexadecimal digits: 16 of xxh3_64."""
+    return hash_bytes(view_bytes(array), algorithm)
 
 
-def hash_meta(meta: Mapping[str, Any]) -> str:
+def hash_meta(meta: Mapping[str, Any], algorithm: str = ALGORITHM) -> str:
     """The hash of a checkpoint's meta without its hashes: the same before and after JSON."""
     others = {key: value for key, value in meta.items() if key != HASHES}
     # Sorted keys, because JSON may come back in another order.
-    return hash_bytes(json.dumps(others, sort_keys=True).encode())
+    return hash_bytes(json.dumps(others, sort_keys=True).encode(), algorithm)
 
 
 def make_hashes(
@@ -172,9 +202,16 @@ def make_hashes(
     }
 
 
-def are_known(hashes: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Whether there are hashes, and this version of growkit can compute them."""
-    return hashes is not None and hashes.get("algorithm") == ALGORITHM
+def read_hashes(meta: Mapping[str, Any], where: object) -> Mapping[str, Any] | None:
+    """The hashes of a checkpoint's meta, None where it has none.
+
+    Raises GrowkitError for what is none, and for hashes that this version cannot compute.
+    """
+    if HASHES not in meta:
+        return None
+    hashes = check_stated(meta[HASHES], where)
+    require_known(hashes["algorithm"])
+    return hashes
 
 
 def find_changed(
@@ -188,7 +225,8 @@ def find_changed(
     arrays: hashes computed now, of as many arrays as were read. files, meta: None where they were
     not read. What has no stored hash is not compared.
     """
-    if meta is not None and "meta" in hashes and hash_meta(meta) != hashes["meta"]:
+    algorithm = hashes["algorithm"]
+    if meta is not None and "meta" in hashes and hash_meta(meta, algorithm) != hashes["meta"]:
         return "the meta"
     stored = hashes.get("arrays", {})
     for name, found in arrays.items():
@@ -196,6 +234,6 @@ def find_changed(
             return f"the array {name!r}"
     stored = hashes.get("files", {})
     for name, content in (files or {}).items():
-        if name in stored and stored[name] != hash_bytes(content):
+        if name in stored and stored[name] != hash_bytes(content, algorithm):
             return f"the file {name!r}"
     return None

@@ -69,11 +69,14 @@ def open_trained(path: Path) -> Source:
         step = _read_step(path, found.optimizer)
     except GrowkitError as problem:
         return _open_without(path, str(problem))
-    tensors = source.tensors | found.slots
-    named = {
-        name if slot == "params" else f"{slot}.{name}": tensor
-        for slot, each in tensors.items()
-        for name, tensor in each.items()
+    slots = source.tensors | found.slots
+    named = {_stated_name(slot, name): each[name] for slot, each in slots.items() for name in each}
+    # The tensors that have a hash on record are others from here on: they are hashed as they are
+    # read.
+    hashed = find_hashes(path, read_lineage(path), named)
+    tensors = {
+        slot: {name: named[_stated_name(slot, name)] for name in each}
+        for slot, each in slots.items()
     }
     read_others = source.read_files
     return replace(
@@ -84,8 +87,13 @@ def open_trained(path: Path) -> Source:
         record={"step": step, "schedule_step": step, "count": found.optimizer.count},
         read_files=lambda: read_others() | {n: read_regular(path / n, LIMIT) for n in files},
         torch_optimizer=found.optimizer,
-        hashed=find_hashes(path, read_lineage(path), named),
+        hashed=hashed,
     )
+
+
+def _stated_name(slot: str, name: str) -> str:
+    """What the lineage's hashes call a tensor."""
+    return name if slot == "params" else f"{slot}.{name}"
 
 
 def _is_training(path: Path, file: Path) -> bool:

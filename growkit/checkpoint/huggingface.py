@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,27 @@ from growkit.checkpoint.carried import (
     require_inside,
     select_carried,
 )
-from growkit.checkpoint.files import encode_json, read_json
+from growkit.checkpoint.files import encode_json, holds_nonfinite, read_json
 from growkit.checkpoint.fill import Filled, Job, Progress, collect_jobs, create_file, fill
-from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_in_lineage
+from growkit.checkpoint.hashes import (
+    ALGORITHMS,
+    KEY,
+    Hashed,
+    drop_hashes,
+    read_stated,
+    state_in_lineage,
+)
 from growkit.checkpoint.naming import MASKS, Named, name_tensors
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.safetensors import NAMES, read_header
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, read_model
+from growkit.checkpoint.tensor import (
+    Contents,
+    Recipe,
+    Source,
+    Tensor,
+    hash_when_read,
+    read_model,
+)
 from growkit.checkpoint.unsuited import refuse_config, refuse_file, refuse_packed
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
@@ -70,6 +85,7 @@ def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
     lineage = read_lineage(path)
     entries = lineage if isinstance(lineage, list) else []
     named, around, stated = _read_tensors(path, config, entries, files)
+    hashed = find_hashes(path, lineage, stated)
     beside = list_beside(path, (*OWN, *read, INDEX, pickled.INDEX, *(file.name for file in files)))
     return Source(
         path=path,
@@ -86,13 +102,25 @@ def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
             *named.notes,
             *_note_table(named.model),
             *dropped,
+            *_note_nonfinite(config),
             *_note_optimizer(beside),
             *beside.notes,
         ),
         optimizer=beside.optimizer,
-        hashed=find_hashes(path, lineage, stated),
+        hashed=hashed,
         around=around,
     )
+
+
+def _note_nonfinite(config: dict[str, Any]) -> tuple[str, ...]:
+    """A note of fields that JSON has no words for; Python's own reader takes them.
+
+    Those that growth knows are refused when the model is read.
+    """
+    names = [name for name, value in config.items() if holds_nonfinite(value)]
+    if not names:
+        return ()
+    return (f"{', '.join(names)} of config.json: NaN or infinity, kept as it is",)
 
 
 def _read_tensors(
@@ -110,7 +138,9 @@ def _read_tensors(
         return replace(named, config=config | named.config), None, named.tensors
     own, around = split_tensors(tensors, model, config)
     named = name_tensors(own, keep_width(model, around), text, path)
-    return replace(named, config=text | named.config), around, tensors
+    note = f"a text decoder; {len(around.others)} tensors around it are carried along as they are"
+    named = replace(named, config=text | named.config, notes=(*named.notes, note))
+    return named, around, tensors
 
 
 def _find_text(config: dict[str, Any], lineage: list[Any], path: Path) -> dict[str, Any] | None:
@@ -141,20 +171,31 @@ def _note_optimizer(beside: Beside) -> tuple[str, ...]:
 def read_lineage(path: Path) -> list[Any]:
     """The lineage beside the weights, empty for none."""
     file = path / LINEAGE
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
     require_inside(path, file)
     lineage: list[Any] = read_json(file, JSON_LIMIT)
     return lineage
 
 
-def find_hashes(path: Path, lineage: Any, tensors: Mapping[str, Tensor]) -> Hashed | None:
-    """The hashes that the last entry of a lineage states of the tensors here, if it does."""
+def find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed | None:
+    """The hashes that the last entry of a lineage states of the tensors here, if it does.
+
+    The tensors that have one are hashed from here on as they are read.
+    """
     last = lineage[-1] if isinstance(lineage, list) and lineage else None
     if not isinstance(last, dict) or KEY not in last:
         return None
     algorithm, arrays = read_stated(last[KEY], list(tensors), path / LINEAGE)
-    return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes())
+    if algorithm in ALGORITHMS:
+        tensors |= {name: hash_when_read(tensors[name], algorithm) for name in arrays}
+    spans = {name: tensors[name].span for name in arrays}
+    finish = {
+        name: partial(span.passing.finish, span)
+        for name, span in spans.items()
+        if span and span.passing
+    }
+    return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes(), finish=finish)
 
 
 def _list_weight_files(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ directory (its last checkpoint), RUN@STEP or RUN@best.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -24,6 +25,7 @@ from growkit.checkpoint.orbax import (
     META,
     is_checkpoint,
     open_checkpoint,
+    read_record,
     write_checkpoint,
 )
 from growkit.checkpoint.output import check_output, commit_output, find_left
@@ -168,8 +170,9 @@ def _is_finished(path: Path) -> bool:
 
 def _read_validation_loss(checkpoint: Path) -> float:
     """The validation loss in nats a token; infinity if it was not measured."""
-    loss = read_json(checkpoint / META / "metadata").get("record", {}).get("validation_loss")
-    return float("inf") if loss is None else float(loss)
+    meta = read_json(checkpoint / META / "metadata")
+    loss = read_record(checkpoint, meta).get("validation_loss")
+    return float("inf") if loss is None or math.isnan(loss) else float(loss)
 
 
 def _download_from_hub(name: str, revision: str | None, hint: str = "") -> Path:
@@ -239,15 +242,12 @@ def write_output(
     """
     care = care or Care()
     check_writable(out, sources, force)
-    if care.verify:
-        for source in sources:
-            source.require_whole()
     if is_remote(out):
         with tempfile.TemporaryDirectory(prefix="growkit-") as directory:
             here = Path(directory) / "out"
             # A temporary directory need not survive a power cut, and the sources were verified
             # above.
-            local = replace(care, sync=False, verify=False)
+            local = replace(care, sync=False)
             findings = write_output(here, kind, contents, sources, False, progress, shard, local)
             upload(here, out, force)
         return findings
@@ -256,6 +256,8 @@ def write_output(
         # After the last byte was read and before the output has its name.
         for source in sources:
             source.check_unchanged()
+            if care.verify:
+                source.require_whole()
         if care.strict and findings:
             raise GrowkitError(f"nothing is written, because of --strict: {findings.describe()}")
     return findings

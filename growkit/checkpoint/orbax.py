@@ -12,26 +12,41 @@ makes the files that Orbax would make of the same arrays; a test compares the tw
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from growkit.checkpoint.carried import drop_code_keys, require_inside, select_carried
-from growkit.checkpoint.files import read_json
+from growkit.checkpoint.carried import (
+    decode_files,
+    drop_code_keys,
+    encode_files,
+    read_head,
+    require_inside,
+    select_carried,
+)
+from growkit.checkpoint.files import read_json, refuse_pointer
 from growkit.checkpoint.fill import Job, Progress, collect_jobs, create_file, fill
-from growkit.checkpoint.hashes import KEY, Hashed, drop_hashes, read_stated, state_hashes
+from growkit.checkpoint.hashes import (
+    ALGORITHMS,
+    KEY,
+    Hashed,
+    drop_hashes,
+    find_changed,
+    read_stated,
+    state_hashes,
+)
 from growkit.checkpoint.numbers import Findings
-from growkit.checkpoint.raw import Stamp, read_stamp
+from growkit.checkpoint.raw import Passing, Stamp, read_stamp
+from growkit.checkpoint.safetensors import MOST_DIMENSIONS
 from growkit.checkpoint.store import open_store, read_store
 from growkit.checkpoint.tensor import (
     SLOTS,
@@ -44,7 +59,9 @@ from growkit.checkpoint.tensor import (
     read_model,
     wrap_array,
 )
+from growkit.checkpoint.zarr import describe_array, describe_tree, name_chunk, parse_dtype
 from growkit.errors import GrowkitError
+from growkit.forms import COUNTERS, check_record
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Position, Row
@@ -57,7 +74,6 @@ FILES = "files"
 FINISHED = "_CHECKPOINT_METADATA"
 # In buckets, which have no rename, Orbax takes a directory for finished if it holds this file.
 COMMITTED = "commit_success.txt"
-COUNTERS = ("count", "step", "schedule_step")
 # Files of the trainer's own, which stay among its checkpoints.
 TRAINERS = ("history.csv",)
 ORBAX_HANDLERS = "orbax.checkpoint._src.handlers"
@@ -66,8 +82,6 @@ HANDLERS = {
     META: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
     STATE: f"{ORBAX_HANDLERS}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
 }
-# Orbax's number for a key of a dict.
-DICT_KEY = 2
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -84,6 +98,7 @@ class Array:
     file: Path | None = None
     store: Any = None
     stamp: Stamp | None = None
+    passing: Passing | None = None
 
     def as_tensor(self, position: Position = ()) -> Tensor:
         """The whole array, or one unit of the stacked axes (a layer); only that unit is read."""
@@ -93,7 +108,7 @@ class Array:
             # C order: the units of the stacked axes lie one after another, each contiguous.
             unit = int(np.ravel_multi_index(position, units)) if position else 0
             offset = unit * math.prod(shape) * self.dtype.itemsize
-            return open_raw(self.file, offset, shape, self.dtype, self.stamp)
+            return open_raw(self.file, offset, shape, self.dtype, self.stamp, self.passing)
         part = self.store[position] if position else self.store
         chunk = self.store.chunk_layout.read_chunk.shape or ()
         # How many rows of this tensor a chunk holds.
@@ -115,11 +130,11 @@ def open_checkpoint(path: Path) -> Source:
     try:
         config, dropped = drop_code_keys(meta["config"])
         lineage = meta.get("lineage", [])
-        record = _read_record(meta)
         names = _list_arrays(tree)
         arrays = {name: _open_array(path / STATE, name, tree) for name in names}
         model = read_model(config, path, lineage if isinstance(lineage, list) else ())
         hashed = _find_hashes(path, meta, arrays)
+        record = read_record(path, meta)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise GrowkitError(
             f"{path} is an Orbax checkpoint, but not one of growkit's trainer"
@@ -139,29 +154,49 @@ def open_checkpoint(path: Path) -> Source:
     )
 
 
-def _read_record(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer's position. Raises ValueError where it is none."""
-    record: dict[str, Any] = dict(meta.get("record", {}).items())
-    counters = [record[name] for name in COUNTERS if name in record]
-    # They are written as int32.
-    if not all(type(value) is int and abs(value) < 1 << 31 for value in counters):
-        raise ValueError
-    return record
+def read_record(path: Path, meta: Any) -> dict[str, Any]:
+    """The trainer's position in a checkpoint's meta. Raises GrowkitError where it is none."""
+    try:
+        return check_record(meta.get("record", {}))
+    except (AttributeError, KeyError, ValueError) as problem:
+        raise GrowkitError(f"{path / META / 'metadata'} holds no position: {problem}") from None
 
 
 def _read_counter(name: str, array: Array, path: Path) -> int:
     """The value of a counter. Raises GrowkitError for an array of several numbers."""
     if array.shape:
         raise GrowkitError(f"{path}: {name} must be one number, and has the shape {array.shape}")
-    return int(array.as_tensor().read())
+    value = int(array.as_tensor().read())
+    if not 0 <= value < 1 << 31:
+        raise GrowkitError(f"{path}: {name} must be a whole number from 0, and is {value}")
+    return value
 
 
-def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> Hashed | None:
-    """The hashes on record of the arrays here, if there are any."""
+def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: dict[str, Array]) -> Hashed | None:
+    """The hashes on record of the arrays here, if there are any.
+
+    The arrays that have one are hashed from here on as they are read.
+    """
     if KEY not in meta:
         return None
     algorithm, known = read_stated(meta[KEY], list(arrays), path / META / "metadata")
-    return Hashed(algorithm, known, lambda name: arrays[name].as_tensor().read_bytes())
+
+    def find_other() -> str | None:
+        files = decode_files(read_json(path / FILES / "metadata")) if "files" in meta[KEY] else {}
+        changed = find_changed(meta[KEY], {}, files, meta)
+        return f"the bytes of {changed}" if changed else None
+
+    def read(name: str) -> Iterator[memoryview]:
+        return arrays[name].as_tensor().read_bytes()
+
+    finish = {}
+    for name, array in arrays.items():
+        span = array.as_tensor().span
+        if name in known and span and algorithm in ALGORITHMS:
+            passing = Passing(span.offset, span.size, algorithm)
+            arrays[name] = replace(array, passing=passing)
+            finish[name] = partial(passing.finish, span)
+    return Hashed(algorithm, known, read, find_other, finish)
 
 
 def _list_state_files(state: Path, arrays: Mapping[str, Array]) -> list[Path]:
@@ -205,13 +240,15 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     require_inside(state.parent, state / name / ".zarray")
     header = read_json(state / name / ".zarray")
     shape = tuple(header["shape"])
-    dtype = _parse_dtype(header["dtype"])
+    if len(shape) > MOST_DIMENSIONS or not all(type(size) is int for size in shape):
+        raise ValueError(name)
+    dtype = parse_dtype(header["dtype"])
     encoded = header["compressor"] is not None or header["filters"]
     # Fortran order and foreign byte order are left to tensorstore, which knows how to read them.
     native = header["order"] == "C" and dtype.isnative
     if encoded or not native or tuple(header["chunks"]) != shape:
         return _open_stored(state, name, tree)
-    chunk = state / name / _chunk(shape)
+    chunk = state / name / name_chunk(shape)
     size = math.prod(shape) * dtype.itemsize
     found = 0
     stamp = None
@@ -220,6 +257,8 @@ def _open_array(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
         stamp = read_stamp(chunk)
         found = os.path.getsize(chunk)
     if found != size:
+        if found:
+            refuse_pointer(read_head(chunk), chunk)
         raise GrowkitError(
             f"{chunk} is cut off: an array of {list(shape)} {dtype} takes {size} bytes, "
             f"the file has {found}"
@@ -231,20 +270,6 @@ def _open_stored(state: Path, name: str, tree: Mapping[str, Any]) -> Array:
     # Headers only; chunks are read when their rows are asked for.
     store = open_store(state, name, tree)
     return Array(tuple(store.shape), store.dtype.numpy_dtype, store=store)
-
-
-def _chunk(shape: tuple[int, ...]) -> str:
-    """The file name of an array's first (or only) chunk in Zarr version 2."""
-    return ".".join("0" for _ in shape) or "0"
-
-
-def _parse_dtype(name: str) -> np.dtype:
-    """The dtype of numbers. Raises ValueError for others: raw bytes are not Python objects."""
-    kind: Any = ml_dtypes.bfloat16 if name == "bfloat16" else name
-    dtype: np.dtype[Any] = np.dtype(kind)
-    if name != "bfloat16" and dtype.kind not in "fiu":
-        raise ValueError(name)
-    return dtype
 
 
 def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -> dict[str, Tensor]:
@@ -268,31 +293,6 @@ def _split_layers(arrays: Mapping[str, Array], slot: str, model: Architecture) -
         for position in product(*(range(size) for size in units)):
             tensors[row.name_at(position)] = array.as_tensor(position)
     return tensors
-
-
-def encode_files(files: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
-    """Small files as JSON: UTF-8 text as text, anything else in base64."""
-    encoded = {}
-    for name, content in files.items():
-        # Text stays readable in the JSON, and as small as it is; base64 takes a third more.
-        try:
-            encoded[name] = {"text": content.decode()}
-        except UnicodeDecodeError:
-            encoded[name] = {"base64": base64.b64encode(content).decode()}
-    return encoded
-
-
-def decode_files(encoded: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
-    """The inverse of `encode_files`. Raises GrowkitError for a name that leaves its directory."""
-    files = {}
-    for name, entry in encoded.items():
-        if name in ("", ".", "..") or "/" in name:
-            raise GrowkitError(f"the checkpoint carries a file under a name that is none: {name!r}")
-        if "text" in entry:
-            files[name] = entry["text"].encode()
-        else:
-            files[name] = base64.b64decode(entry["base64"], validate=True)
-    return files
 
 
 @dataclass(frozen=True)
@@ -381,37 +381,10 @@ def _write_arrays(
         for keys, leaf in arrays.items():
             directory = state / ".".join(keys)
             directory.mkdir()
-            (directory / ".zarray").write_text(json.dumps(_zarr_header(leaf)))
-            file = create_file(directory / _chunk(leaf.shape), leaf.size)
+            (directory / ".zarray").write_text(json.dumps(describe_array(leaf.shape, leaf.dtype)))
+            file = create_file(directory / name_chunk(leaf.shape), leaf.size)
             slot = keys[0] if keys[0] in SLOTS else ""
             jobs.append(Job(slot, ".".join(keys), leaf.recipes, file, 0))
         filled = fill(jobs, progress)
-    (state / "_METADATA").write_text(json.dumps(_tree_metadata(arrays)))
+    (state / "_METADATA").write_text(json.dumps(describe_tree(arrays)))
     return {name: value for (_, name), value in filled.hashes.items()}, filled.findings
-
-
-def _zarr_header(leaf: Leaf) -> dict[str, Any]:
-    return {
-        "chunks": leaf.shape,
-        "compressor": None,
-        "dimension_separator": ".",
-        "dtype": "bfloat16" if leaf.dtype == ml_dtypes.bfloat16 else leaf.dtype.str,
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-        "shape": leaf.shape,
-        "zarr_format": 2,
-    }
-
-
-def _tree_metadata(arrays: Mapping[tuple[str, ...], Leaf]) -> dict[str, Any]:
-    """The metadata that Orbax's handler of trees writes for nested dicts of numpy arrays."""
-    tree = {
-        str(keys): {
-            "key_metadata": [{"key": key, "key_type": DICT_KEY} for key in keys],
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
-        }
-        for keys in sorted(arrays)
-    }
-    options = {"use_ocdbt": False, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
-    return {"tree_metadata": tree, **options, "custom_metadata": None}

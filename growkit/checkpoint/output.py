@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from growkit.checkpoint.files import sync_directory
+from growkit.checkpoint.files import find_real, sync_directory
 from growkit.checkpoint.lock import describe_self, find_trainer, may_run, try_lock
 from growkit.checkpoint.replaceable import find_foreign
 from growkit.errors import GrowkitError, UsageError
@@ -68,8 +68,8 @@ def _refuse_trained(out: Path) -> None:
 
 def _refuse_source(out: Path, source: Path) -> None:
     """Raise UsageError if writing `out` could change the source."""
-    here = out.resolve()
-    there = source.resolve()
+    here = find_real(out)
+    there = find_real(source)
     if here == there:
         raise UsageError(
             f"the output is the source: {out}; the source is never written to, name another "
@@ -78,7 +78,7 @@ def _refuse_source(out: Path, source: Path) -> None:
     # Files may be links, as in the Hub's cache; what they point to belongs to the source as well.
     protected = [there]
     if source.is_dir():
-        protected += [file.resolve() for file in source.iterdir() if file.is_symlink()]
+        protected += [find_real(file) for file in source.iterdir() if file.is_symlink()]
     holds_source = any(here in (path, *path.parents) for path in protected)
     if there in here.parents or holds_source:
         raise UsageError(

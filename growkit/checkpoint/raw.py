@@ -1,16 +1,22 @@
-"""Raw bytes of files, read at an offset; and whether a file is still the one that was opened."""
+"""Raw bytes of files, read at an offset; and whether a file is still the one that was opened.
+
+Arrays that have hashes on record are hashed as their bytes pass, so that comparing them takes no
+second read: a model larger than memory would come from the disk twice.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
 from growkit.checkpoint.files import open_regular
+from growkit.checkpoint.hashes import PIECE, begin_hash
 from growkit.errors import GrowkitError
 
 # What tells that a file is another one or was written to: device, inode, size, and the times of
@@ -18,12 +24,48 @@ from growkit.errors import GrowkitError
 Stamp = tuple[int, int, int, int, int]
 
 
+class Passing:
+    """The hash of an array in a file, made of its bytes as they are read for another end.
+
+    offset, size: where the array lies in the file, in bytes.
+    """
+
+    def __init__(self, offset: int, size: int, algorithm: str) -> None:
+        self.offset = offset
+        self.size = size
+        self.hashed = 0
+        self._hasher = begin_hash(algorithm)
+        self._lock = Lock()
+
+    def see(self, data: memoryview, offset: int) -> None:
+        """Hash the bytes that come next, of those read at an offset of the file."""
+        with self._lock:
+            first = self.offset + self.hashed - offset
+            if not 0 <= first < len(data):
+                return
+            part = data[first : self.offset + self.size - offset]
+            self._hasher.update(part)
+            self.hashed += len(part)
+
+    def finish(self, span: Span) -> str:
+        """The hash of the whole array, at `span`; what did not pass in order is read now."""
+        buffer = memoryview(bytearray(min(PIECE, self.size)))
+        with open_span(span) as file:
+            while self.hashed < self.size:
+                at = self.offset + self.hashed
+                piece = buffer[: self.offset + self.size - at]
+                read_into(file, piece, at, span.path)
+                self.see(piece, at)
+        return self._hasher.hexdigest()
+
+
 @dataclass(frozen=True)
 class Span:
     """Raw bytes in C order: `size` bytes at `offset` of a file.
 
     stamp: of the file when its header was read. Whoever reads the span compares it. checksum: the
-    CRC-32 of its bytes where the file states one.
+    CRC-32 of its bytes where the file states one. passing: of the array that it is of, or a part
+    of; told what is read.
     """
 
     path: Path
@@ -31,6 +73,7 @@ class Span:
     size: int
     stamp: Stamp | None = None
     checksum: int | None = None
+    passing: Passing | None = field(default=None, compare=False, repr=False)
 
     def part(self, start: int, size: int) -> Span:
         """`size` bytes of it, from its byte `start`."""
@@ -80,6 +123,8 @@ def read_span(span: Span, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
     buffer = array.reshape(-1).view(np.uint8).data
     with open_span(span) as file:
         read_into(file, buffer[: span.size], span.offset, span.path)
+    if span.passing:
+        span.passing.see(buffer[: span.size], span.offset)
     return array
 
 

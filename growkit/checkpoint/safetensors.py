@@ -38,6 +38,8 @@ BUFFER_DTYPES = {
     "I64": np.dtype(np.int64),
 }
 NAMES = {dtype: name for name, dtype in (DTYPES | BUFFER_DTYPES).items()}
+# More than any array library has. A product of thousands of sizes has thousands of digits.
+MOST_DIMENSIONS = 64
 # The library's own limit, in bytes.
 HEADER_LIMIT = 100_000_000
 
@@ -145,6 +147,8 @@ class _Data:
             shape = tuple(entry["shape"])
             start, end = entry["data_offsets"]
             numbers = (*shape, start, end)
+            if len(shape) > MOST_DIMENSIONS:
+                raise ValueError
             # True is an int to Python, and no number to JSON.
             if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
                 raise ValueError

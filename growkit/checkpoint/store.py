@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from growkit.checkpoint.files import find_real
 from growkit.errors import GrowkitError, first_line
 
 # Bytes of decoded chunks kept in memory, so that a chunk of several layers is decoded once.
@@ -29,7 +30,7 @@ def open_store(state: Path, name: str, tree: Mapping[str, Any]) -> Any:
     """The array of a checkpoint in tensorstore. Raises GrowkitError for one that cannot be read."""
     import tensorstore
 
-    store: dict[str, Any] = {"driver": "file", "path": f"{state.resolve()}/"}
+    store: dict[str, Any] = {"driver": "file", "path": f"{find_real(state)}/"}
     if tree.get("use_ocdbt"):
         store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
     else:

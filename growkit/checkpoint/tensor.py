@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from growkit.checkpoint.hashes import Hashed
-from growkit.checkpoint.raw import Span, Stamp, open_span, read_span, read_stamp, say_changed
+from growkit.checkpoint.raw import (
+    Passing,
+    Span,
+    Stamp,
+    open_span,
+    read_span,
+    read_stamp,
+    say_changed,
+)
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
@@ -349,15 +357,23 @@ class Source:
     def require_whole(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Raise GrowkitError if an array has another hash than the one on record.
 
-        Reads every byte, at the speed of memory or of the disk.
+        Reads what was not read before in the order of the file; after all was, nothing.
         """
-        changed = self.hashed.find_changed(progress) if self.hashed else []
+        if self.hashed is None:
+            return
+        try:
+            changed = self.hashed.find_changed(progress)
+        except GrowkitError as problem:
+            raise GrowkitError(f"{self.path}: {problem}") from None
+        words = self.hashed.find_other()
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            words = f"the bytes of {changed[0]!r}{more}"
+        if words:
             raise GrowkitError(
-                f"{self.path} is damaged: the bytes of {changed[0]!r}{more} are not those that "
-                "were written (another hash than the one on record); take another checkpoint, or "
-                "give --no-verify to use it as it is"
+                f"{self.path} is damaged: {words} are not those that were written (another hash "
+                "than the one on record); take another checkpoint, or give --no-verify to use it "
+                "as it is"
             )
 
 
@@ -384,10 +400,15 @@ def read_sample(tensor: Tensor) -> bytes:
 
 
 def open_raw(
-    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, stamp: Stamp | None = None
+    path: Path,
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    stamp: Stamp | None = None,
+    passing: Passing | None = None,
 ) -> Tensor:
     """The tensor whose raw bytes begin at `offset` of a file."""
-    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp)
+    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp, passing=passing)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -396,3 +417,14 @@ def open_raw(
         return read_span(part, part_shape, dtype)
 
     return Tensor(tuple(shape), dtype, rows, span)
+
+
+def hash_when_read(tensor: Tensor, algorithm: str) -> Tensor:
+    """The tensor, hashed from here on as it is read; the same one where it is not raw bytes."""
+    span = tensor.span
+    if span is None:
+        return tensor
+    passing = Passing(span.offset, span.size, algorithm)
+    found = open_raw(span.path, span.offset, tensor.shape, tensor.dtype, span.stamp, passing)
+    assert found.span is not None
+    return replace(found, span=replace(found.span, checksum=span.checksum))

@@ -147,7 +147,7 @@ def _find_span(path: Path, info: zipfile.ZipInfo, file: int, stamp: Stamp) -> Sp
     offset = info.header_offset + LOCAL_SIZE + name_size + extra_size
     if offset + info.file_size > os.fstat(file).st_size:
         raise GrowkitError(f"{path} is cut off: {info.filename} ends behind its end")
-    return Span(path, offset, info.file_size, stamp, info.CRC)
+    return Span(path, offset, info.file_size, stamp, checksum=info.CRC)
 
 
 @dataclass

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=COUNT, default=8, show_default=True, metavar="N", help="Batch size.")
 @click.option("--force", is_flag=True, help="Replace FILE.json and FILE.md if they exist.")
+@click.option(
+    "--no-verify", is_flag=True, help="Do not compare SRC with the hashes that were saved with it."
+)
 def evaluate(
     src: tuple[str, ...],
     tasks: str | None,
@@ -55,6 +58,7 @@ def evaluate(
     output: str | None,
     batch: int,
     force: bool,
+    no_verify: bool,
 ) -> None:
     """Measure each SRC on benchmarks: accuracies, perplexities, bits per byte of any text.
 
@@ -70,6 +74,9 @@ def evaluate(
     names = None if tasks is None else parse_task_names(tasks)
     files = None if output is None else check_outputs(output, force)
     models = [open_model(text) for text in src]
+    if not no_verify:
+        for model in models:
+            model.source.require_whole()
     directory = None if data is None else Path(data)
     questions = collect_questions(names, directory, limit, _say)
     window = _choose_window(models)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 def read_target(text: str, model: Architecture) -> Architecture:
     """The model that --like names; what it leaves open is `model`'s. Raises UsageError."""
+    from growkit.checkpoint.around import find_text
     from growkit.checkpoint.files import read_json
     from growkit.checkpoint.location import open_source
     from growkit.errors import GrowkitError, UsageError
@@ -25,7 +26,9 @@ def read_target(text: str, model: Architecture) -> Architecture:
     try:
         if config.suffix == ".json" and config.is_file():
             # A table that the source states is the target's too.
-            return read_config(read_json(config), [{KEY: model.family.given}])
+            tables = [{KEY: model.family.given}]
+            stated = read_json(config)
+            return read_config(find_text(stated, tables) or stated, tables)
         return _read_section(text, model)
     except GrowkitError as problem:
         raise UsageError(f"--like {text}: {problem}") from None

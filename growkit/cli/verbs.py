@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import os
+import sys
+from pathlib import Path
 
 import click
 
@@ -53,6 +56,8 @@ VERBS = {
     ),
     "generate": ("trainer.cli.training", "Continue a text with a model."),
 }
+# Packages of the same project.
+SIBLINGS = ("trainer", "convert")
 
 
 class Verbs(click.Group):
@@ -65,6 +70,7 @@ class Verbs(click.Group):
         if name not in VERBS:
             return None
         _import_numpy()
+        _find_siblings()
         module = importlib.import_module(VERBS[name][0])
         command: click.Command = module.COMMANDS[name]
         return command
@@ -98,6 +104,20 @@ def growkit(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+
+
+def _find_siblings() -> None:
+    """Let the packages that are installed beside this one be found before others of their names.
+
+    `python -c` and `python -m` look in the working directory first, where a trainer.py or a
+    convert.py of the user's own may lie.
+    """
+    here = Path(__file__).resolve().parents[2]
+    first = importlib.machinery.PathFinder.find_spec
+    for name in SIBLINGS:
+        found = first(name)
+        if name not in sys.modules and found and here not in Path(found.origin or here).parents:
+            sys.path.insert(0, str(here))
 
 
 def _import_numpy() -> None:

@@ -117,7 +117,7 @@ def find_kinds(
 
 
 def add_known(found: Kinds, stated: Mapping[str, Any]) -> None:
-    """Add the rules of fields that several types share: lists of what is not every so-manieth, and
+    """Add the rules of fields that several types share: lists of what is not every n-th layer, and
     rules that no list stands for.
     """
     if {"mlp_only_layers", "decoder_sparse_step"} <= stated.keys():

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from growkit.errors import UsageError, require_type
+from growkit.growth.head_row import HeadRow
 from growkit.growth.padding import MU, NU, VALUE, Rule
 from growkit.models.notation import Row
 
@@ -163,3 +166,31 @@ def describe_shift(plan: Plan) -> str:
     if bound <= EXACT:
         return ""
     return f"not exact: new tokens raise the loss of old ones by up to {bound:.1e} nats"
+
+
+def state_tokens(plan: Plan) -> dict[str, Any] | None:
+    """What a lineage says of new tokens; None where there are none."""
+    if AXIS not in plan.pads:
+        return None
+    head = "the embedding" if shares_embedding(plan.model) else "mean"
+    stated = {
+        "embedding": plan.vocab_fill,
+        "head": head,
+        "bias": has_bias(plan.model),
+        "loss": bound_shift(plan),
+    }
+    if plan.vocab_row is None:
+        return stated
+    row = asdict(plan.vocab_row)
+    return stated | {"head": "measured", "row": row | {"numbers": list(row["numbers"])}}
+
+
+def read_row(stored: Mapping[str, Any] | None, model: Architecture) -> HeadRow | None:
+    """The row of new tokens that a lineage states. Raises ValueError where it does not fit."""
+    if stored is None:
+        return None
+    numbers = tuple(float(number) for number in stored["numbers"])
+    wanted = math.prod(find_head(model).shape(model.sizes)[1:])
+    if len(numbers) != wanted or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"the row of new tokens has {len(numbers)} numbers, not {wanted}")
+    return HeadRow(numbers, float(stored["loss"]), int(stored["tokens"]), str(stored["text"]))

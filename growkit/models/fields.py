@@ -5,6 +5,7 @@ states.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,17 @@ class Frozen(dict[str, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         # Values may be lists and dicts (rope parameters), which have no hash of their own.
         return hash(json.dumps(self, sort_keys=True, default=str))
+
+
+def read_number(name: str, value: Any) -> float:
+    """A finite number, or a text of one. Raises ValueError for any other value of the field."""
+    try:
+        number = float(value)
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a finite number, got {str(value)[:80]!r}")
+    return number
 
 
 class Fields:
@@ -84,9 +96,14 @@ class Fields:
     def option(self, path: str) -> Any:
         """An option's value, of the kind that its default is."""
         default = self.defaults[path]
+        value = self.get(path)
         if isinstance(default, bool):
-            return bool(self.get(path))
+            if not isinstance(value, bool) and value not in (0, 1):
+                raise ValueError(f"{path} must be true or false, got {value!r}")
+            return bool(value)
         if isinstance(default, int):
             return self.whole(path)
+        if isinstance(default, float):
+            return read_number(path, value)
         kind: Callable[[Any], Any] = type(default)
-        return kind(self.get(path))
+        return kind(value)

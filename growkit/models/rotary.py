@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from growkit.models.fields import read_number
+
 
 @dataclass(frozen=True)
 class RotaryFields:
@@ -47,10 +49,11 @@ def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) 
     # win.
     kind = stated.pop("type", "default")
     rope = {"rope_type": kind} | stated
-    rope["rope_theta"] = float(stated.get("rope_theta", values.get(fields.base)))
+    base = stated.get("rope_theta", values.get(fields.base))
+    rope["rope_theta"] = read_number(fields.base, base)
     if fields.part:
         part = stated.get("partial_rotary_factor", values.get(fields.part))
-        rope["partial_rotary_factor"] = float(part)
+        rope["partial_rotary_factor"] = read_number(fields.part, part)
     return rope
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from growkit.checkpoint.files import find_real
 from growkit.checkpoint.rounding import round_to_dtype
 from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_tensor, map_tensors
 from growkit.entries import Average, Origin
@@ -115,7 +116,7 @@ def check_alike(sources: Sequence[Source]) -> None:
     """Raise UsageError unless there are two sources or more, each given once, all of one model."""
     if len(sources) < 2:
         raise UsageError("an average is of two models or more; name further ones")
-    paths = [source.path.resolve() for source in sources]
+    paths = [find_real(source.path) for source in sources]
     for number, path in enumerate(paths):
         if path in paths[:number]:
             raise UsageError(

@@ -149,6 +149,8 @@ def test_the_decoder_grows_and_the_rest_is_carried(kind, tmp_path, capsys):
     for out in (silent, wide_one, deep):
         check_carried(source, out)
     assert run(["verify", str(source), str(deep)]) == 0
+    like = grow(source, "like", "grow", "--like", str(deep))
+    assert proof.gap(compute(load(like), TEXT), reorder(source, [0, 0, 1, 2])) < BOUND
     twice = grow(deep, "twice", "width", "--mlp", "2x")
     assert proof.gap(compute(load(twice), TEXT), compute(load(deep), TEXT)) < BOUND
     assert run(["width", "--embed", "2x", str(source), str(tmp_path / "no")]) == 2

@@ -322,9 +322,9 @@ def test_what_is_written_is_what_stock_orbax_writes(tmp_path, dtype):
 
 
 BENT = {
-    "an array's header": ("_zarr_header", lambda made: made | {"order": "F"}),
-    "the tree": ("_tree_metadata", lambda made: made | {"use_zarr3": True}),
-    "a chunk's name": ("_chunk", lambda made: f"c/{made}".replace("/", "")),
+    "an array's header": ("describe_array", lambda made: made | {"order": "F"}),
+    "the tree": ("describe_tree", lambda made: made | {"use_zarr3": True}),
+    "a chunk's name": ("name_chunk", lambda made: f"c/{made}".replace("/", "")),
 }
 
 
@@ -338,7 +338,7 @@ def test_a_checkpoint_written_otherwise_is_told_from_orbaxs(tmp_path, monkeypatc
     )
     name, change = BENT[bent]
     right = getattr(orbax, name)
-    monkeypatch.setattr(orbax, name, lambda given: change(right(given)))
+    monkeypatch.setattr(orbax, name, lambda *given: change(right(*given)))
     assert as_orbax_has_it(save_checkpoint(tmp_path / "bent")) != as_orbax_has_it(theirs)
 
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from growkit.checkpoint.hashes import (
+    ALGORITHMS,
     HASHES,
-    are_known,
+    Hashed,
     begin_hash,
     find_changed,
     hash_array,
     hash_meta,
     make_hashes,
+    read_hashes,
     view_bytes,
 )
+from growkit.errors import GrowkitError
 
 ARRAY = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
@@ -57,7 +60,7 @@ def test_what_changed_is_named():
     arrays = {"params.x": hash_array(ARRAY)}
     meta[HASHES] = make_hashes(arrays, files, meta)
     read = json.loads(json.dumps(meta))
-    assert are_known(read[HASHES]) and not are_known(None)
+    assert read_hashes(read, "x") == read[HASHES] and read_hashes({}, "x") is None
     assert hash_meta(read) == hash_meta(meta)
     assert find_changed(read[HASHES], arrays, files, read) is None
     changed = {"params.x": hash_array(ARRAY + 1)}
@@ -67,3 +70,25 @@ def test_what_changed_is_named():
     )
     read["record"]["loss"] = 3.0
     assert find_changed(read[HASHES], arrays, files, read) == "the meta"
+
+
+def test_hashes_of_another_algorithm_are_no_hashes_that_agree():
+    meta = {HASHES: {"algorithm": "blake9", "arrays": {}}}
+    with pytest.raises(GrowkitError, match="are of 'blake9', and this version .* --no-verify"):
+        read_hashes(meta, "x")
+    with pytest.raises(GrowkitError, match="blake9"):
+        Hashed("blake9", {"a": "0"}, lambda name: iter(())).find_changed()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_known_algorithm_is_compared(algorithm):
+    meta = {"record": {"step": 3}}
+    hashes = {
+        "algorithm": algorithm,
+        "arrays": {"params.x": hash_array(ARRAY, algorithm)},
+        "meta": hash_meta(meta, algorithm),
+    }
+    same = {"params.x": hash_array(ARRAY, algorithm)}
+    assert find_changed(hashes, same, meta=meta) is None
+    other = {"params.x": hash_array(ARRAY + 1, algorithm)}
+    assert find_changed(hashes, other, meta=meta) == "the array 'params.x'"

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import save_checkpoint, save_directory
 
+from growkit import open_source, plan_depth, write_grown
 from growkit.checkpoint.numbers import Findings, is_sound
 from growkit.cli import run
+from growkit.errors import GrowkitError
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -94,3 +96,15 @@ def test_an_average_and_a_conversion(tmp_path, monkeypatch, capsys):
     assert run(["import", "a", "ck"]) == 0
     assert "1 weight is NaN or infinite" in capsys.readouterr().err
     assert run(["export", "--strict", "ck", "out"]) == 1
+
+
+def test_from_python_they_are_a_warning(tmp_path):
+    size = (save_directory(tmp_path / "model") / "model.safetensors").stat().st_size
+    spoil(tmp_path / "model" / "model.safetensors", np.nan, 2, size - 400)
+    source = open_source(tmp_path / "model")
+    plan = plan_depth(source.model, "3:4")
+    with pytest.warns(UserWarning, match="out: 2 weights are NaN or infinite"):
+        write_grown(source, plan, tmp_path / "out")
+    with pytest.raises(GrowkitError, match="because of --strict"):
+        write_grown(source, plan, tmp_path / "other", strict=True)
+    assert not (tmp_path / "other").exists()

@@ -254,11 +254,104 @@ def test_a_number_of_layers_is_no_loop(place, capsys, layers, kind):
     refused(capsys, depth("ck"), f"num_hidden_layers = {layers:,}", "the files hold 40 tensors")
 
 
-@pytest.mark.parametrize("record", [[1], "text", {"count": 2**40}, {"step": "7"}])
-def test_a_record_that_is_none(place, capsys, record):
+@pytest.mark.parametrize(
+    "record,said",
+    [
+        ([1], "record must be an object"),
+        ("text", "record must be an object"),
+        ({"count": 2**40}, "count must be a whole number"),
+        ({"step": "7"}, "step must be a whole number"),
+        ({"tokens": "x"}, "tokens must be a whole number from 0"),
+        ({"tokens": -1}, "tokens must be a whole number from 0"),
+        ({"flops": float("inf")}, "flops must be a finite number"),
+        ({"reduction": [1]}, "reduction must be a finite number"),
+        ({"stream": 5}, "stream must be an object"),
+        ({"validation_loss": "3"}, "validation_loss must be a number"),
+    ],
+)
+def test_a_record_that_is_none(place, capsys, record, said):
     path = save_checkpoint(place / "ck") / "meta" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"record": record}))
-    refused(capsys, depth("ck"), "not one of growkit's trainer")
+    refused(capsys, depth("ck"), f"metadata holds no position: {said}")
+
+
+@pytest.mark.parametrize("shape", [[2] * 20_000, [2] * 200_000, [1] * 70 + [8, 8]])
+def test_more_dimensions_than_arrays_have(place, capsys, shape):
+    def change(header):
+        header[FIRST]["shape"] = shape
+        return json.dumps(header)
+
+    rewrite(place / "model" / "model.safetensors", change)
+    refused(capsys, ["inspect", "model"], f"garbled safetensors header at the tensor '{FIRST}'")
+
+
+@pytest.mark.parametrize("name", ["loop.txt", "tokenizer.json", "LICENSE", "optimizer.pt"])
+def test_a_link_to_itself_is_left_behind(place, name):
+    (place / "model" / name).unlink(missing_ok=True)
+    (place / "model" / name).symlink_to(name)
+    assert run(depth()) == 0
+    assert name not in names(place / "out")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "lineage.json"])
+def test_a_link_to_itself_in_the_place_of_what_is_needed(place, capsys, name):
+    (place / "model" / name).unlink(missing_ok=True)
+    (place / "model" / name).symlink_to(name)
+    refused(capsys, depth(), f"{name} is not read", "symbolic links")
+
+
+def test_an_output_that_leads_to_itself(place, capsys):
+    (place / "out").symlink_to("out")
+    for words in (["--force"], []):
+        assert run([*depth(), *words]) == 2
+    assert run(depth(out="out/below")) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "field,value", [("initializer_range", float("inf")), ("layer_norm_eps", float("nan"))]
+)
+def test_numbers_of_a_configuration_are_finite(place, capsys, field, value):
+    path = place / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    refused(capsys, depth(), f"{field} must be a finite number")
+
+
+def test_numbers_that_growth_does_not_know_are_kept_and_said(place, capsys):
+    path = place / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"limit": [0.0, float("inf")]}))
+    assert run(depth()) == 0
+    assert "limit of config.json: NaN or infinity, kept as it is" in capsys.readouterr().out
+    assert open_source("out").config["limit"] == [0.0, float("inf")]
+
+
+def test_a_flag_of_a_configuration_is_no_text(place, capsys):
+    path = place / "model" / "config.json"
+    changed = json.loads(path.read_text()) | {"tie_word_embeddings": "false"}
+    path.write_text(json.dumps(changed))
+    refused(capsys, depth(), "tie_word_embeddings must be true or false, got 'false'")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": 1.5},
+        {"sizes": {"before": "x", "after": {}}},
+        {"sizes": {"before": {}, "after": {"layer": 4}}},
+        {"noise": "x"},
+        {"seed": None},
+        {"source": {"path": 5}},
+        {"operation": "\ud800"},
+    ],
+)
+def test_an_entry_of_other_kinds_is_shown_and_carried(place, change):
+    assert run(depth()) == 0
+    path = place / "out" / "lineage.json"
+    lineage = json.loads(path.read_text())
+    lineage[-1] |= change
+    path.write_text(json.dumps(lineage))
+    assert run(["inspect", "out"]) == 0
+    assert run(["import", "out", "ck"]) == 0 and run(["export", "ck", "again"]) == 0
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 2471645608\n"
@@ -317,7 +410,13 @@ def test_pointers_in_the_place_of_json(place, capsys, name):
     refused(capsys, depth(), f"{name} is a Git LFS pointer")
 
 
-@pytest.mark.parametrize("dtype", ["|O", "|S4", "<M8[s]"])
+def test_a_pointer_in_the_place_of_an_array(place, capsys):
+    chunk = save_checkpoint(place / "ck") / "state" / "mu.embed_in.weight" / "0.0"
+    chunk.write_text(POINTER)
+    refused(capsys, depth("ck"), "mu.embed_in.weight/0.0 is a Git LFS pointer")
+
+
+@pytest.mark.parametrize("dtype", ["|O", "|S4", "<M8[s]", "9" * 5000, "f4,f4", "float128"])
 def test_arrays_of_no_numbers(place, capsys, dtype):
     header = save_checkpoint(place / "ck") / "state" / "mu.embed_in.weight" / ".zarray"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"dtype": dtype}))

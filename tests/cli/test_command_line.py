@@ -69,3 +69,15 @@ def test_completion_offers_verbs_and_their_options(verb):
 
 def test_options_of_other_verbs_are_not_offered():
     assert "--map" in complete(["depth"], "--") and "--map" not in complete(["width"], "--")
+
+
+@pytest.mark.parametrize("name", ["trainer.py", "convert/__init__.py"])
+@pytest.mark.parametrize("verb", ["train", "export"])
+def test_a_file_of_the_users_that_has_the_name_of_a_package(tmp_path, name, verb):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("raise SystemExit('not that one')\n")
+    code = f"import sys; from growkit.cli import run; sys.exit(run(['{verb}']))"
+    environ = {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("growkit: missing argument")

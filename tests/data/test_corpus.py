@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import resolve
 from trainer.data.corpus import open_corpus, open_set
 from trainer.data.stream import Stream
@@ -174,3 +175,14 @@ def test_what_was_drawn_is_logged(tokens):
     assert epochs == pytest.approx([300 / sizes[0], 100 / sizes[1]], rel=0.02)
     facts = data.describe(400)
     assert f"75.0% of the sequences, {300 / sizes[0]:.2f} epochs by the end" in facts[0]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 2471645608\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_carried_into_no_run(tokens, tmp_path, name):
+    shutil.copytree(tokens / "whole", tmp_path / "whole")
+    (tmp_path / "whole" / name).write_text(POINTER)
+    with pytest.raises(GrowkitError, match=f"{name} is a Git LFS pointer"):
+        _ = corpus(tmp_path, {"whole": 1}).tokenizer

@@ -202,6 +202,8 @@ FOREIGN = {
     "pointer.txt": (LFS, "a Git LFS pointer"),
     "pointer.jsonl": (LFS, "a Git LFS pointer"),
     "pointer.parquet": (LFS, "a Git LFS pointer"),
+    "pointer.jsonl.gz": (LFS, "a Git LFS pointer"),
+    "pointer.txt.xz": (LFS, "a Git LFS pointer"),
     "a.pdf": (b"%PDF-1.7\n", "a PDF document"),
     "a.doc": (b"{\\rtf1 the cat}", "an RTF document"),
     "a.lz4": (b"\x04\x22\x4d\x18the cat", "lz4"),

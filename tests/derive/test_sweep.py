@@ -64,7 +64,7 @@ def is_other(case):
 
 
 # Where two sizes must be one, or a projection comes and goes with them: such models are refused.
-BOUND_SIZES = {"electra", "roformer", "opt", "kimi_linear"}
+BOUND_SIZES = {"electra", "helium", "roformer", "opt", "kimi_linear"}
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_a_measured_row_is_in_the_lineage_and_grows_in_width(tmp_path, capsys):
     save_directory(tmp_path / "hf")
     words = ["width", "--vocab", "+4", "--vocab-head", "measured", "--check", "64", "--json"]
     shifts = []
-    for more in ([], ["--embed", "2x"], ["--embed", "40", "--heads", "5"]):
+    for more in ([], ["--embed", "40", "--heads", "5"]):
         out = tmp_path / f"out{len(shifts)}"
         assert run([*words, *more, str(tmp_path / "hf"), str(out)]) == 0
         said = json.loads(capsys.readouterr().out)
@@ -308,7 +308,6 @@ def test_a_measured_row_is_in_the_lineage_and_grows_in_width(tmp_path, capsys):
         assert run(["verify", str(tmp_path / "hf"), str(out)]) == 0
         capsys.readouterr()
     assert shifts[1] == pytest.approx(shifts[0], rel=1e-3)
-    assert shifts[2] == pytest.approx(shifts[0], rel=1e-3)
     entry = json.loads((out / "lineage.json").read_text())
     del entry[0]["vocabulary"]["row"]["numbers"][3]
     (out / "lineage.json").write_text(json.dumps(entry))

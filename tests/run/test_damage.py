@@ -10,9 +10,10 @@ import pytest
 from runs import assert_as_if_uninterrupted, new_run, values
 
 from growkit.checkpoint.hashes import HASHES, hash_array
+from growkit.checkpoint.location import open_source
 from growkit.errors import GrowkitError
-from trainer.run.begin import Trust, begin, prepare
-from trainer.run.damage import find_damage, find_last_whole
+from trainer.run.begin import begin, prepare
+from trainer.run.damage import Trust, find_damage, find_last_whole
 from trainer.run.loop import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -95,6 +96,12 @@ def test_a_small_file_cut_short_is_named(name, data, out):
     assert refuse(data, out).startswith(f"{path} is damaged: it is not JSON; the last checkpoint")
 
 
+def test_a_pointer_of_git_lfs_is_named(data, out):
+    path = checkpoint(out) / "meta" / "metadata"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    assert refuse(data, out).startswith(f"{path} is a Git LFS pointer")
+
+
 @pytest.mark.parametrize("content", ["[5]", "null", '{"validation_loss": "x"}', '"a"'])
 def test_a_small_file_of_another_form_is_named(content, data, out):
     for item in ("files/metadata", "meta/metadata", "metrics/metrics"):
@@ -145,6 +152,63 @@ def test_nothing_whole_is_no_new_run(data, out):
         flip_bit(checkpoint(out, step) / ARRAY)
     assert "no other checkpoint" in refuse(data, out, from_last_whole=True)
     assert checkpoint(out, 12).exists()
+
+
+@pytest.mark.parametrize(
+    "array,value,said",
+    [
+        (ARRAY, np.nan, "3 first moments are NaN"),
+        ("state/params.embed_in.weight/0.0", np.inf, "3 weights are NaN or infinite"),
+        ("state/nu.embed_in.weight/0.0", -1e-20, "3 second moments are negative"),
+        ("state/nu.embed_in.weight/0.0", np.inf, "3 second moments are NaN or infinite"),
+    ],
+)
+def test_no_training_begins_with_numbers_that_no_model_should_hold(array, value, said, data, out):
+    file = checkpoint(out) / array
+    numbers = np.fromfile(file, np.float32)
+    numbers[:3] = value
+    numbers.tofile(file)
+    refused = refuse(data, out, verify=False)
+    assert f"{checkpoint(out)} cannot be trained on: {said}" in refused
+    assert f"{out}@8" in refused
+    start = str(checkpoint(out))
+    config = values(data)
+    del config["model"]
+    with pytest.raises(GrowkitError, match="another hash than the one on record"):
+        begin(prepare(config, out.parent / "new", start))
+    with pytest.raises(GrowkitError, match=f"cannot be trained on: {said}"):
+        begin(prepare(config, out.parent / "new", start, trust=Trust(verify=False)))
+
+
+@pytest.mark.parametrize(
+    "item,said", [("meta", "the bytes of the meta"), ("files", "the bytes of the file '")]
+)
+def test_meta_and_files_are_compared_by_other_commands_too(item, said, out):
+    open_source(str(checkpoint(out))).require_whole()
+    path = checkpoint(out) / item / "metadata"
+    old, new = {"meta": ('"record"', '"recorb"'), "files": ('"text": "', '"text": "x')}[item]
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(GrowkitError, match=f"is damaged: {said}.*--no-verify"):
+        open_source(str(checkpoint(out))).require_whole()
+
+
+@pytest.mark.parametrize("record", [{"tokens": "x"}, {"stream": {"number": 1}}, {"count": -1}])
+def test_a_position_that_is_none_is_named(record, data, out):
+    meta = read_meta(out)
+    meta["record"] |= record
+    path = checkpoint(out) / "meta" / "metadata"
+    path.write_text(json.dumps(meta))
+    assert f"{path} is damaged" in refuse(data, out, verify=False)
+
+
+def test_hashes_that_cannot_be_computed_are_said(data, out):
+    meta = read_meta(out)
+    meta[HASHES]["algorithm"] = "blake9"
+    (checkpoint(out) / "meta" / "metadata").write_text(json.dumps(meta))
+    assert "'blake9'" in refuse(data, out)
+    resume(data, out, verify=False).close()
 
 
 def test_a_checkpoint_without_hashes_is_resumed(data, out):

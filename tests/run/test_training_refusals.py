@@ -199,7 +199,8 @@ def test_a_run_that_is_none(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["a: [", "a: 1\n", "3\n", "from: null\nconfig: {sead: 1}\n", "from:\nconfig: 3\n"]
+    "content",
+    ["a: [", "a: 1\n", "3\n", "from: null\nconfig: {sead: 1}\n", "from:\nconfig: 3\n", "[" * 5000],
 )
 def test_a_run_with_another_programs_configuration(content, refused, tmp_path):
     data = token_directory(tmp_path / "data")

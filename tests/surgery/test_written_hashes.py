@@ -11,6 +11,7 @@ import pytest
 import xxhash
 from conftest import SMALL, random_tensors, save_checkpoint, save_directory, save_tensors
 
+from growkit.checkpoint import fill, raw
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
 from growkit.growth.depth import plan_depth
@@ -147,3 +148,34 @@ def test_a_large_tensor_is_hashed_piece_by_piece(tmp_path):
     recipes = prepare_growth(source, plan_depth(source.model, "3:4")).recipes["params"]
     assert max(recipe.size for recipe in recipes.values()) > 4 << 20
     assert all(np.dtype(recipe.dtype) == np.float32 for recipe in recipes.values())
+
+
+@pytest.mark.parametrize("words", [WAYS["depth"], ["width", "--embed", "2x"], ["export"]])
+def test_comparing_takes_no_second_read(place, monkeypatch, words):
+    read = []
+
+    def count(file, buffer, offset, path):
+        read.append(len(buffer))
+        raw_read(file, buffer, offset, path)
+
+    raw_read = raw.read_into
+    for module in (raw, fill):
+        monkeypatch.setattr(module, "read_into", count)
+    totals = []
+    for number, options in enumerate((["--no-verify"], [])):
+        read.clear()
+        assert run([*words, *options, "ck", f"out{number}"]) == 0
+        totals.append(sum(read))
+    # What the output has no use for is read all the same: growth in depth that does not preserve
+    # the function begins with mu zero, and an export has no moments. 100 bytes are counters.
+    slot = open_source("ck").size // 3
+    unread = {"depth": slot, "width": 0, "export": 2 * slot}[words[0]]
+    assert totals[0] > 0 and totals[1] <= totals[0] + unread + 100
+
+
+def test_layers_in_another_order_are_compared(place, capsys):
+    words = ["depth", "--map", "2,1,0,1"]
+    assert run([*words, "ck", "out"]) == 0
+    flip(place / "ck" / "state" / "params.layers.mlp.dense_4h_to_h.weight" / "0.0.0", 4000)
+    assert run([*words, "ck", "other"]) == 1
+    assert "ck is damaged" in capsys.readouterr().err and not (place / "other").exists()

@@ -176,7 +176,7 @@ def train(
     from trainer.config.values import read_values
     from trainer.devices.hosts import join_cluster
     from trainer.run import stages
-    from trainer.run.begin import Trust
+    from trainer.run.damage import Trust
 
     join_cluster()
     values = read_values(config, list(overrides))
@@ -250,7 +250,7 @@ def anneal(
     from trainer.devices.hosts import is_writer, join_cluster
     from trainer.run import stages
     from trainer.run.anneal import plan_annealing, read_annealing
-    from trainer.run.begin import Trust
+    from trainer.run.damage import Trust
 
     count = parse_count(tokens, "--tokens")
     join_cluster()
@@ -283,12 +283,20 @@ def anneal(
     help="Sampling temperature; 0 takes the likeliest token.",
 )
 @click.option("--seed", default=0, show_default=True, metavar="N", help="The random seed.")
-def generate(src: str, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+@click.option(
+    "--no-verify", is_flag=True, help="Do not compare SRC with the hashes that were saved with it."
+)
+def generate(
+    src: str, prompt: str, tokens: int, temperature: float, seed: int, no_verify: bool
+) -> None:
     """Continue --prompt with SRC."""
     from growkit.checkpoint.location import open_source
     from trainer.evaluate.generate import continue_prompt
+    from trainer.run.damage import Trust
 
-    text = continue_prompt(open_source(src), prompt, tokens, temperature, seed)
+    source = open_source(src)
+    Trust(verify=not no_verify).require_whole(source)
+    text = continue_prompt(source, prompt, tokens, temperature, seed)
     click.echo(text)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from growkit.checkpoint.files import refuse_pointer
 from growkit.errors import UsageError, did_you_mean
 
 _LARGEST_FILE = 1 << 20  # bytes of a configuration
@@ -54,8 +55,9 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
     Raises UsageError for a file or an override that cannot be read.
     """
     text = _read_text(name)
+    refuse_pointer(text.encode(), name)
     try:
-        values = _load(text) or {}
+        values = load_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as problem:
         raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
@@ -63,7 +65,7 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
     return apply_overrides(values, overrides)
 
 
-def _load(text: str) -> Any:
+def load_yaml(text: str) -> Any:
     """The values of a YAML text.
 
     Raises YAMLError, or ValueError for what is valid and has no place in a configuration: values
@@ -161,7 +163,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             f"an override is key=value, as optimizer.learning_rate=1e-4; got {override!r}"
         )
     try:
-        value = _load(text)
+        value = load_yaml(text)
     except (yaml.YAMLError, ValueError):
         shown = text if len(text) <= 200 else f"{text[:200]}..."
         raise UsageError(f"the value of {key} cannot be read: {shown!r}") from None

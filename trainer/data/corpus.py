@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from growkit.checkpoint.files import refuse_pointer
 from growkit.checkpoint.tensor import Source
 from growkit.errors import UsageError, did_you_mean
 from trainer.config.sections import Config
@@ -287,5 +288,8 @@ def encode_alike(one: bytes, other: bytes) -> bool:
 def _read_tokenizer_files(token_file: TokenFile) -> dict[str, bytes]:
     """The tokenizer's files beside a token file, by name."""
     directory = token_file.bin_path.parent
-    present = [name for name in TOKENIZER if (directory / name).is_file()]
-    return {name: (directory / name).read_bytes() for name in present}
+    present = [directory / name for name in TOKENIZER if (directory / name).is_file()]
+    contents = {path: path.read_bytes() for path in present}
+    for path, content in contents.items():
+        refuse_pointer(content, path)
+    return {path.name: content for path, content in contents.items()}

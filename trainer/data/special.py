@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from growkit.checkpoint.files import refuse_pointer
 from growkit.errors import GrowkitError, UsageError
 
 USUAL_ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
@@ -48,6 +49,7 @@ def read_beside(files: Mapping[str, bytes], where: str) -> Beside:
 def _read_object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     if name not in files:
         return {}
+    refuse_pointer(files[name], f"{name} of {where}")
     try:
         content = json.loads(files[name])
     except (ValueError, RecursionError):

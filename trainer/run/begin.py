@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from etils import epath
@@ -46,10 +46,11 @@ from trainer.log.trace import Trace
 from trainer.log.writers import Writers
 from trainer.plan.memory import require_state_fit
 from trainer.run.checkpoint import Snapshot, find_last_step
-from trainer.run.damage import DamagedError, go_back
+from trainer.run.damage import DamagedError, Trust, go_back
 from trainer.run.directory import RunDirectory, open_run, read_run
 from trainer.run.growth import grow_config, is_growth_due, plan_growth, select_multipliers
-from trainer.run.state import from_source, new_state
+from trainer.run.soundness import take_state
+from trainer.run.state import new_state
 from trainer.run.tasks import TaskQuestions
 from trainer.step.update import State, abstract_state, check_precision
 
@@ -76,18 +77,6 @@ class Stage:
     def like(self) -> State:
         """The shapes, dtypes and shardings of the training state."""
         return abstract_state(self.config, self.model, self.layout)
-
-
-@dataclass(frozen=True)
-class Trust:
-    """What is asked of the checkpoint that a run resumes.
-
-    verify: whether it must have the hashes on record. from_last_whole: whether to go back to the
-    last whole checkpoint where later ones are damaged.
-    """
-
-    verify: bool = True
-    from_last_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -348,7 +337,7 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
         snapshot = _create_snapshot(stage, setup.data, setup.branch)
         earlier = b""
     else:
-        snapshot = _take_snapshot(stage, source, setup.growth, setup.data, setup.branch)
+        snapshot = _take_snapshot(setup, stage, source, setup.growth)
         earlier = source.files.get(EARLIER, b"")
     directory.history.begin(earlier)
     return Beginning(
@@ -372,7 +361,7 @@ def _begin_grown(setup: Setup, stage: Stage, directory: RunDirectory, last: int)
         stage=stage,
         directory=directory,
         step=last,
-        snapshot=_take_snapshot(stage, source, setup.later_growth, setup.data, step=last),
+        snapshot=_take_snapshot(setup, stage, source, setup.later_growth, last),
         resumed=False,
         grows=False,
         source_record=source.record,
@@ -393,26 +382,28 @@ def _create_snapshot(stage: Stage, data: Corpus, branch: Branch | None) -> Snaps
 
 
 def _take_snapshot(
-    stage: Stage,
-    source: Source,
-    growth: Plan | None,
-    data: Corpus,
-    branch: Branch | None = None,
-    step: int = 0,
+    setup: Setup, stage: Stage, source: Source, growth: Plan | None, step: int = 0
 ) -> Snapshot:
-    """What a model on disk starts from, grown first where there is a growth."""
+    """What a model on disk starts from, grown first where there is a growth.
+
+    step: the run's, 0 unless it grows on the way.
+    """
     taken = open_grown(source, growth) if growth else source
     config = stage.config
     before = Lineage.read(taken.lineage)
     applied = select_multipliers(config.optimizer.multipliers, before, stage.model) is not None
     training = Training(
-        source=Origin.of(source), multipliers=applied, config=config.to_dict(), branch=branch
+        source=Origin.of(source),
+        multipliers=applied,
+        config=config.to_dict(),
+        branch=None if step else setup.branch,
     )
+    check = partial(setup.trust.require_whole, source)
     files = {name: content for name, content in taken.files.items() if is_carried_name(name)}
     # The source's own tokenizer goes with the model; the data's is for models that carry none.
-    tokenizer = {} if "tokenizer.json" in files else data.tokenizer
+    tokenizer = {} if "tokenizer.json" in files else setup.data.tokenizer
     return Snapshot(
-        state=from_source(taken, stage.like, config.schedule.continued, step),
+        state=take_state(taken, stage.like, config.schedule.continued, step, check),
         model_config=stage.model.config(taken.config),
         lineage=before.followed_by(training),
         record=taken.record,

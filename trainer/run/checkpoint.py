@@ -20,10 +20,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from growkit.checkpoint.carried import decode_files, encode_files
 from growkit.checkpoint.files import is_remote
-from growkit.checkpoint.hashes import HASHES, are_known, find_changed
+from growkit.checkpoint.hashes import HASHES, find_changed, read_hashes
 from growkit.checkpoint.location import CHECKPOINTS
-from growkit.checkpoint.orbax import FILES, META, STATE, decode_files, encode_files
+from growkit.checkpoint.orbax import FILES, META, STATE
 from growkit.errors import GrowkitError, first_line
 from growkit.lineage import Lineage
 from growkit.models import read_config
@@ -32,6 +33,7 @@ from trainer.config.sections import Checkpoint
 from trainer.devices.hosts import is_writer
 from trainer.run.damage import DamagedError, find_damage, read_item
 from trainer.run.hashed import HashedJson, copy_to_host, hash_arrays, hash_later
+from trainer.run.soundness import describe_findings, look_at
 from trainer.run.state import from_tree, to_tree
 from trainer.step.update import State
 
@@ -221,6 +223,9 @@ class Checkpoints:
         )
         if verify:
             self._require_unchanged(step, meta, snapshot)
+        wrong = describe_findings(look_at(snapshot.state))
+        if wrong:
+            raise DamagedError(step, f"{self.directory / str(step)} cannot be trained on: {wrong}")
         return snapshot
 
     def _refuse_unreadable(self, step: int, problem: Exception) -> NoReturn:
@@ -236,11 +241,11 @@ class Checkpoints:
 
     def _require_unchanged(self, step: int, meta: Mapping[str, Any], snapshot: Snapshot) -> None:
         """Raise DamagedError where something has another hash than the one on record."""
-        hashes = meta.get(HASHES)
+        hashes = read_hashes(meta, self.directory / str(step))
         # A run of an earlier version has no hashes: then there is nothing to compare with.
-        if not are_known(hashes):
+        if hashes is None:
             return
-        arrays = hash_arrays(copy_to_host(snapshot.state))
+        arrays = hash_arrays(copy_to_host(snapshot.state), hashes["algorithm"])
         changed = find_changed(hashes, arrays, snapshot.files, meta)
         if changed is not None:
             raise DamagedError(

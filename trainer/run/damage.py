@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from growkit.checkpoint.files import is_remote
-from growkit.checkpoint.hashes import HASHES, are_known, find_changed
+from growkit.checkpoint.carried import decode_files
+from growkit.checkpoint.files import is_remote, refuse_pointer
+from growkit.checkpoint.hashes import find_changed, read_hashes
 from growkit.checkpoint.location import CHECKPOINTS
-from growkit.checkpoint.orbax import FILES, FINISHED, META, STATE, decode_files, open_checkpoint
+from growkit.checkpoint.orbax import FILES, FINISHED, META, STATE, open_checkpoint
+from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError, first_line
+from growkit.forms import check_record
 
 DAMAGED = "damaged"  # the directory in RUN
 METRICS = "metrics"  # Orbax's own item, which is there where a checkpoint was validated
@@ -34,6 +38,23 @@ class DamagedError(GrowkitError):
         self.step = step
 
 
+@dataclass(frozen=True)
+class Trust:
+    """What is asked of the model or the checkpoint that a run goes on from.
+
+    verify: whether it must have the hashes on record. from_last_whole: whether to go back to the
+    last whole checkpoint where later ones are damaged.
+    """
+
+    verify: bool = True
+    from_last_whole: bool = False
+
+    def require_whole(self, source: Source) -> None:
+        """Raise GrowkitError for a source whose bytes are not those that were written."""
+        if self.verify:
+            source.require_whole()
+
+
 def list_steps(run: epath.Path) -> list[int]:
     """The steps of the finished checkpoints, in order."""
     return sorted(ocp.utils.checkpoint_steps(run / CHECKPOINTS))
@@ -43,11 +64,15 @@ def read_item(checkpoint: Any, item: str) -> Any:
     """A JSON item of a checkpoint. Raises ValueError naming the file where it is damaged."""
     path = checkpoint / item / (METRICS if item == METRICS else "metadata")
     try:
-        content = json.loads(path.read_text())
+        text = path.read_text()
+        refuse_pointer(text.encode(), path)
+        content = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except OSError as problem:
         raise ValueError(f"{path} cannot be read ({problem.strerror})") from None
+    except GrowkitError as problem:
+        raise ValueError(str(problem)) from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is damaged: it is not JSON") from None
     if not _has_form(content, item):
@@ -61,12 +86,22 @@ def _has_form(content: Any, item: str) -> bool:
         return False
     if item == META:
         kinds = {"config": dict, "lineage": list, "record": dict}
-        return all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+        whole = all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+        return whole and _is_record(content["record"])
     if item == METRICS:
         return isinstance(content.get("validation_loss"), int | float)
     try:
         decode_files(content)
     except (GrowkitError, AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether this is a position that a run can go on from."""
+    try:
+        check_record(record)
+    except (KeyError, ValueError):
         return False
     return True
 
@@ -99,8 +134,11 @@ def find_damage(checkpoint: Any) -> str | None:
     if broken is not None:
         return broken
     meta = read_item(checkpoint, META)
-    hashes = meta.get(HASHES)
-    if are_known(hashes):
+    try:
+        hashes = read_hashes(meta, checkpoint)
+    except GrowkitError as problem:
+        return str(problem)
+    if hashes is not None:
         files = decode_files(read_item(checkpoint, FILES))
         changed = find_changed(hashes, {}, files, meta)
         if changed:

@@ -23,6 +23,7 @@ from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import Config, resolve
+from trainer.config.values import load_yaml
 from trainer.devices.hosts import is_writer, write_once
 from trainer.log.history import History
 from trainer.run.checkpoint import Checkpoints, find_last_step, put_back_replaced
@@ -85,10 +86,10 @@ def read_run(out: str | os.PathLike[str]) -> StoredRun | None:
     path = directory / CONFIG
     if path.exists():
         try:
-            stored = yaml.safe_load(path.read_text())
+            stored = load_yaml(path.read_text())
             # A key that this version of growkit added takes its default.
             return StoredRun(resolve(stored["config"]), stored["from"])
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, UsageError):
+        except (yaml.YAMLError, ValueError, TypeError, KeyError, UsageError):
             raise UsageError(
                 f"{path} is not the configuration of a run; name another --out"
             ) from None

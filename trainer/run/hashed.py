@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import future
 
-from growkit.checkpoint.hashes import HASHES, hash_array, make_hashes
+from growkit.checkpoint.hashes import ALGORITHM, HASHES, hash_array, make_hashes
 from trainer.devices.hosts import is_writer
 from trainer.run.state import to_tree
 from trainer.step.update import State
@@ -80,9 +80,9 @@ def _is_first(shard: Any) -> bool:
     return bool(shard.replica_id == 0)
 
 
-def hash_arrays(arrays: Mapping[str, HostArray]) -> dict[str, str]:
+def hash_arrays(arrays: Mapping[str, HostArray], algorithm: str = ALGORITHM) -> dict[str, str]:
     """The hash of each array."""
-    return {name: hash_array(array.join()) for name, array in arrays.items()}
+    return {name: hash_array(array.join(), algorithm) for name, array in arrays.items()}
 
 
 def hash_later(

@@ -14,7 +14,8 @@ from typing import Any
 from growkit.entries import Branch
 from trainer.devices.programs import enable_program_cache
 from trainer.log.report import Report, Result, Show
-from trainer.run.begin import Trust, begin, prepare
+from trainer.run.begin import begin, prepare
+from trainer.run.damage import Trust
 from trainer.run.loop import Run
 
 

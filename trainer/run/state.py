@@ -6,7 +6,7 @@ optax's state, and are found there by structure, never by position.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 
+from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.tensor import Source, Tensor
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
@@ -35,12 +36,18 @@ def new_state(config: Config, model: Architecture, like: State) -> State:
     return state
 
 
-def from_source(source: Source, like: State, continued: bool = False, step: int = 0) -> State:
+def from_source(
+    source: Source,
+    like: State,
+    continued: bool = False,
+    step: int = 0,
+    findings: Findings | None = None,
+) -> State:
     """The state that begins with a model on disk: its parameters, moments and Adam's count.
 
     like: its shapes, dtypes and shardings. The schedule begins again unless it is `continued`. A
     source without Adam's moments starts them at zero with count 0. step: the run's, 0 unless the
-    model was grown on the way.
+    model was grown on the way. findings: told the numbers of this process's parts.
     """
 
     def counter(value: int) -> jax.Array:
@@ -48,10 +55,12 @@ def from_source(source: Source, like: State, continued: bool = False, step: int 
 
     rows = source.model.table.tree(lambda row: row)
     tree = jax.tree.map(_zeros, to_tree(like))
+    # One that has found nothing is false.
+    findings = Findings() if findings is None else findings
     adam = {"mu", "nu"} <= source.tensors.keys()
     for slot in ("params", "mu", "nu") if adam else ("params",):
-        tensors = source.tensors[slot]
-        tree[slot] = jax.tree.map(partial(_read, tensors), rows, to_tree(like)[slot])
+        read = partial(_read, source.tensors[slot], partial(findings.look, slot))
+        tree[slot] = jax.tree.map(read, rows, to_tree(like)[slot])
     # Adam's count belongs to the moments: without them it begins at 0.
     if adam:
         tree["count"] = counter(source.record.get("count", 0))
@@ -66,10 +75,16 @@ def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return place(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), leaf.sharding)
 
 
-def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _read(
+    tensors: Mapping[str, Tensor],
+    look: Callable[[str, np.ndarray], None],
+    row: Row,
+    leaf: jax.ShapeDtypeStruct,
+) -> jax.Array:
     """One row's parameter, in the dtype and sharding of `leaf`.
 
-    Read one layer at a time. Only the shards of this process's devices are kept.
+    Read one layer at a time. Only the shards of this process's devices are kept. look: told each
+    layer's name and its part.
     """
     indices = {
         _key(index): index
@@ -81,10 +96,12 @@ def _read(tensors: Mapping[str, Tensor], row: Row, leaf: jax.ShapeDtypeStruct) -
     stacked = len(row.stacked)
     # One layer at a time is in memory as a whole, whatever the size of the model.
     for position in np.ndindex(leaf.shape[:stacked]):
-        array = tensors[row.name_at(position)].read()
+        name = row.name_at(position)
+        array = tensors[name].read()
         for key, index in indices.items():
             # Stacked dimensions, layers among them, are never sharded.
             shards[key][position] = array[index[stacked:]]
+            look(name, np.asarray(shards[key][position]))
     return jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: shards[_key(index)]
     )
