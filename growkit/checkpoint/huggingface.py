@@ -35,13 +35,14 @@ from growkit.checkpoint.hashes import (
 )
 from growkit.checkpoint.naming import MASKS, Named, name_tensors
 from growkit.checkpoint.numbers import Findings
+from growkit.checkpoint.raw import Passing
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import (
     Contents,
     Recipe,
     Source,
     Tensor,
-    hash_when_read,
+    open_raw,
     read_model,
 )
 from growkit.checkpoint.unsuited import refuse_config, refuse_file, refuse_packed
@@ -188,7 +189,7 @@ def find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed 
         return None
     algorithm, arrays = read_stated(last[KEY], list(tensors), path / LINEAGE)
     if algorithm in ALGORITHMS:
-        tensors |= {name: hash_when_read(tensors[name], algorithm) for name in arrays}
+        tensors |= {name: _hash_when_read(tensors[name], algorithm) for name in arrays}
     spans = {name: tensors[name].span for name in arrays}
     finish = {
         name: partial(span.passing.finish, span)
@@ -196,6 +197,17 @@ def find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed 
         if span and span.passing
     }
     return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes(), finish=finish)
+
+
+def _hash_when_read(tensor: Tensor, algorithm: str) -> Tensor:
+    """The tensor, hashed from here on as it is read; the same one where it is not raw bytes."""
+    span = tensor.span
+    if span is None:
+        return tensor
+    passing = Passing(span.offset, span.size, algorithm)
+    found = open_raw(span.path, span.offset, tensor.shape, tensor.dtype, span.stamp, passing)
+    assert found.span is not None
+    return replace(found, span=replace(found.span, checksum=span.checksum))
 
 
 def _list_weight_files(path: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -417,14 +417,3 @@ def open_raw(
         return read_span(part, part_shape, dtype)
 
     return Tensor(tuple(shape), dtype, rows, span)
-
-
-def hash_when_read(tensor: Tensor, algorithm: str) -> Tensor:
-    """The tensor, hashed from here on as it is read; the same one where it is not raw bytes."""
-    span = tensor.span
-    if span is None:
-        return tensor
-    passing = Passing(span.offset, span.size, algorithm)
-    found = open_raw(span.path, span.offset, tensor.shape, tensor.dtype, span.stamp, passing)
-    assert found.span is not None
-    return replace(found, span=replace(found.span, checksum=span.checksum))
