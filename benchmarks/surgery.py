@@ -1,13 +1,13 @@
 """Growth on disk compared with copying a file of the same size, and with other programs that grow.
 
     python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM]
-                                 [--alone] [--only huggingface|checkpoint|scale]
+                                 [--alone] [--only huggingface|checkpoint|hf_trainer|scale]
 
 Expect, compared with `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy, on
-directories and on checkpoints alike; an average of two in 1.0 to 1.8 times; 20 to 45 MB of memory;
-a naive transformers script and mergekit five to eleven times as long, in memory as large as the
-model. Needs disk and memory for about five times the model (2.7 GB at 0.6B parameters in float32).
-Three rounds of everything take 20 minutes on two cores.
+directories and on checkpoints of both trainers alike; an average of two in 1.0 to 1.8 times; 20 to
+45 MB of memory; a naive transformers script and mergekit five to eleven times as long, in memory as
+large as the model. Needs disk and memory for about five times the model (2.7 GB at 0.6B parameters
+in float32). Three rounds of everything take 30 minutes on two cores.
 
 Everything is a command of its own, timed from start to end, in turns within a round. The script
 prints the medians of each, of its ratio to cp in the same round, and its peak anonymous memory:
@@ -40,8 +40,10 @@ from safetensors.numpy import save_file
 
 from growkit.checkpoint.huggingface import read_header
 from growkit.checkpoint.location import write_output
+from growkit.checkpoint.optimizer import Group, Optimizer, Scalar, list_undecayed
 from growkit.checkpoint.tensor import BLOCK, Contents, Recipe
 from growkit.models.architecture import Architecture
+from growkit.models.definition import list_defined
 from growkit.models.gpt_neox import GPT_NEOX
 
 # Python programs run from compiled files, as installed ones do.
@@ -80,12 +82,35 @@ def build(path: Path, model: Architecture, kind: str, dtype: np.dtype, seed: int
         return path
     noise = np.random.default_rng(seed).normal(0, 0.02, BLOCK // dtype.itemsize).astype(dtype)
 
-    recipes = {}
+    signed, squares = {}, {}
     for name, row, _ in model.table.names(model.sizes):
-        recipes[name] = repeat_noise(row.shape(model.sizes), noise)
-    slots = ("params", "mu", "nu") if kind == "checkpoint" else ("params",)
-    write_output(path, kind, Contents(model.config(), dict.fromkeys(slots, recipes), []))
+        signed[name] = repeat_noise(row.shape(model.sizes), noise)
+        squares[name] = repeat_noise(row.shape(model.sizes), np.abs(noise))
+    slots = {"params": signed}
+    if kind != "huggingface":
+        # Negative second moments would be counted one by one, and told.
+        slots |= {"mu": signed, "nu": squares}
+    optimizer = make_optimizer(model) if kind == "hf_trainer" else None
+    contents = Contents(model.config(), slots, [], torch_optimizer=optimizer)
+    write_output(path, kind, contents)
     return path
+
+
+def make_optimizer(model: Architecture) -> Optimizer:
+    """The two groups of transformers' Trainer, after 1000 steps of AdamW."""
+    defined = list_defined(model)
+    undecayed = list_undecayed(defined)[0]
+    names = [name for name, _ in defined]
+    sides = (
+        [name for name in names if name not in undecayed],
+        [name for name in names if name in undecayed],
+    )
+    return Optimizer(
+        groups=tuple(Group(tuple(side), {"lr": 1e-4, "eps": 1e-8}) for side in sides),
+        entries={"mu": "exp_avg", "nu": "exp_avg_sq"},
+        locations={"mu": "cpu", "nu": "cpu"},
+        steps=dict.fromkeys(names, Scalar("float32", "cpu", 1000.0)),
+    )
 
 
 def repeat_noise(shape: tuple[int, ...], noise: np.ndarray) -> Recipe:
@@ -356,7 +381,7 @@ def parse_options() -> argparse.Namespace:
         "--mergekit", default=shutil.which("mergekit-yaml"), help="its mergekit-yaml program"
     )
     parser.add_argument("--alone", action="store_true", help="leave transformers and mergekit out")
-    parser.add_argument("--only", choices=("huggingface", "checkpoint", "scale"))
+    parser.add_argument("--only", choices=("huggingface", "checkpoint", "hf_trainer", "scale"))
     return parser.parse_args()
 
 
@@ -367,11 +392,12 @@ def main() -> None:
         bench = Bench(Path(name), options.rounds, options.mergekit, not options.alone)
         if options.only in (None, "huggingface"):
             compare_kind("huggingface", model, bench)
-        if options.only in (None, "checkpoint"):
-            # A checkpoint holds every parameter three times: a third of the layers, tied, makes
-            # about as many bytes.
-            third = model.change(layer=model.layer // 3, tied=True)
-            compare_kind("checkpoint", third, bench)
+        for kind in ("checkpoint", "hf_trainer"):
+            if options.only in (None, kind):
+                # A checkpoint holds every parameter three times: a third of the layers, tied, makes
+                # about as many bytes.
+                third = model.change(layer=model.layer // 3, tied=True)
+                compare_kind(kind, third, bench)
         if options.only in (None, "scale"):
             measure_scale(bench)
 

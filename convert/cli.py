@@ -40,9 +40,11 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     write_with_progress([source], contents, parse_path(out), "checkpoint", force, care=care)
     for note in source.notes:
         say(f"note: {note}")
+    moments = f"no moments in {hf_dir}"
+    if source.torch_optimizer is not None:
+        moments = f"the optimizer of {hf_dir} stays behind"
     say(
-        f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; no moments in "
-        f"{hf_dir}, count 0"
+        f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; {moments}, count 0"
     )
 
 

@@ -41,8 +41,7 @@ def convert_to_checkpoint(source: Source) -> Contents:
         config=source.config,
         recipes={"params": _convert_params(source, None)},
         lineage=[*source.lineage, entry.to_json()],
-        record=source.record,
-        files=source.files,
+        files=select_carried(source.files),
     )
 
 

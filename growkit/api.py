@@ -46,6 +46,7 @@ def write_grown(
     plan: Plan,
     out: str | os.PathLike[str],
     force: bool = False,
+    groups: str = "keep",
     *,
     sync: bool = True,
     verify: bool = True,
@@ -53,11 +54,13 @@ def write_grown(
 ) -> None:
     """Grow a model on disk into the directory `out`, of the same format, a megabyte at a time.
 
-    The directory appears whole or not at all. force: whether to replace one that exists. sync:
-    whether it is on the disk, and not only in the system's memory, when this returns. verify:
-    whether the source's bytes must have the hashes on record. strict: whether NaN, infinities and
-    negative second moments are refused; a UserWarning tells them otherwise. Raises UsageError for
-    an output that must not be written and for a plan made for another model.
+    The directory appears whole or not at all. force: whether to replace one that exists. groups:
+    'split' divides the parameter groups of a checkpoint of transformers' Trainer by what growth
+    asks for, see `growkit.torch`. sync: whether it is on the disk, and not only in the system's
+    memory, when this returns. verify: whether the source's bytes must have the hashes on record.
+    strict: whether NaN, infinities and negative second moments are refused; a UserWarning tells
+    them otherwise. Raises UsageError for an output that must not be written and for a plan made for
+    another model.
     """
     require_type("source", source, Source, "as growkit.open_source(path) returns")
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
@@ -66,7 +69,7 @@ def write_grown(
         raise UsageError(
             f"the plan was made for another model than {source.path}; make one for its .model"
         )
-    contents = prepare_growth(source, plan)
+    contents = prepare_growth(source, plan, groups)
     care = location.Care(sync=sync, verify=verify, strict=strict)
     path = parse_path(os.fspath(out))
     findings = location.write_output(path, source.kind, contents, [source], force, care=care)

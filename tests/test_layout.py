@@ -42,7 +42,7 @@ FLOORS = {
         ["entries"],
         ["lineage"],
         ["surgery", "evaluation"],
-        ["derive"],
+        ["derive", "torch"],
         ["api", "cli", "__init__"],
         ["__main__"],
     ],

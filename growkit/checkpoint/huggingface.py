@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,13 +35,14 @@ from growkit.checkpoint.hashes import (
 )
 from growkit.checkpoint.naming import MASKS, Named, name_tensors
 from growkit.checkpoint.numbers import Findings
+from growkit.checkpoint.raw import Passing
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import (
     Contents,
     Recipe,
     Source,
     Tensor,
-    hash_when_read,
+    open_raw,
     read_model,
 )
 from growkit.checkpoint.unsuited import refuse_config, refuse_file, refuse_packed
@@ -68,10 +70,11 @@ def is_directory(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def open_directory(path: Path) -> Source:
+def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
     """Open a Hugging Face directory; reads config.json and the headers of the weight files.
 
-    Raises GrowkitError naming the file at fault.
+    read: names of files beside the weights that the caller reads. Raises GrowkitError naming the
+    file at fault.
     """
     require_inside(path, path / "config.json")
     config = read_json(path / "config.json", JSON_LIMIT)
@@ -80,11 +83,11 @@ def open_directory(path: Path) -> Source:
     refuse_config(path, config)
     config, dropped = drop_code_keys(config)
     files = _list_weight_files(path)
-    lineage = _read_lineage(path)
+    lineage = read_lineage(path)
     entries = lineage if isinstance(lineage, list) else []
     named, around, stated = _read_tensors(path, config, entries, files)
-    hashed = _find_hashes(path, lineage, stated)
-    beside = list_beside(path, (*OWN, INDEX, pickled.INDEX, *(file.name for file in files)))
+    hashed = find_hashes(path, lineage, stated)
+    beside = list_beside(path, (*OWN, *read, INDEX, pickled.INDEX, *(file.name for file in files)))
     return Source(
         path=path,
         kind="huggingface",
@@ -166,7 +169,7 @@ def _note_optimizer(beside: Beside) -> tuple[str, ...]:
     )
 
 
-def _read_lineage(path: Path) -> list[Any]:
+def read_lineage(path: Path) -> list[Any]:
     """The lineage beside the weights, empty for none."""
     file = path / LINEAGE
     if not os.path.lexists(file):
@@ -176,7 +179,7 @@ def _read_lineage(path: Path) -> list[Any]:
     return lineage
 
 
-def _find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed | None:
+def find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed | None:
     """The hashes that the last entry of a lineage states of the tensors here, if it does.
 
     The tensors that have one are hashed from here on as they are read.
@@ -186,7 +189,7 @@ def _find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed
         return None
     algorithm, arrays = read_stated(last[KEY], list(tensors), path / LINEAGE)
     if algorithm in ALGORITHMS:
-        tensors |= {name: hash_when_read(tensors[name], algorithm) for name in arrays}
+        tensors |= {name: _hash_when_read(tensors[name], algorithm) for name in arrays}
     spans = {name: tensors[name].span for name in arrays}
     finish = {
         name: partial(span.passing.finish, span)
@@ -194,6 +197,17 @@ def _find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed
         if span and span.passing
     }
     return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes(), finish=finish)
+
+
+def _hash_when_read(tensor: Tensor, algorithm: str) -> Tensor:
+    """The tensor, hashed from here on as it is read; the same one where it is not raw bytes."""
+    span = tensor.span
+    if span is None:
+        return tensor
+    passing = Passing(span.offset, span.size, algorithm)
+    found = open_raw(span.path, span.offset, tensor.shape, tensor.dtype, span.stamp, passing)
+    assert found.span is not None
+    return replace(found, span=replace(found.span, checksum=span.checksum))
 
 
 def _list_weight_files(path: Path) -> list[Path]:
@@ -293,40 +307,64 @@ def write_directory(
     entry of the lineage gets the hashes of the tensors. Returns what was found in the numbers.
     """
     path.mkdir()
-    recipes = contents.recipes["params"]
-    config = contents.config
-    if contents.around is not None:
-        recipes = contents.around.write_recipes(recipes)
-        config = contents.around.write_config(config)
-    weight_map, filled = _write_shards(path, recipes, shard, progress)
-    for name, content in select_carried(contents.files).items():
-        (path / name).write_bytes(content)
-    hashes = {name: value for (_, name), value in filled.hashes.items()}
-    (path / "config.json").write_bytes(encode_json(drop_code_keys(config)[0]))
-    (path / LINEAGE).write_bytes(encode_json(state_in_lineage(contents.lineage, hashes)))
-    if len(set(weight_map.values())) > 1:
-        # The index comes last: a directory without it does not load as one of shards.
-        total = sum(recipe.size for recipe in recipes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / INDEX).write_bytes(encode_json(index))
+    contents = _put_back_around(contents)
+    with collect_jobs() as jobs:
+        weight_map = begin_shards(path, contents.recipes["params"], shard, jobs)
+        filled = fill(jobs, progress)
+    write_beside(path, contents, weight_map, filled)
     return filled.findings
 
 
-def _write_shards(
-    path: Path, recipes: dict[str, Recipe], limit: int, progress: Progress | None
-) -> tuple[dict[str, str], Filled]:
-    """Write all weight files; returns the file of each tensor, and what is known of them."""
+def _put_back_around(contents: Contents) -> Contents:
+    """The contents with what lies around a text decoder, under the names of its files."""
+    around = contents.around
+    if around is None:
+        return contents
+    params = around.write_recipes(contents.recipes["params"])
+    config = around.write_config(contents.config)
+    return replace(contents, config=config, recipes={**contents.recipes, "params": params})
+
+
+def write_beside(
+    path: Path,
+    contents: Contents,
+    weight_map: Mapping[str, str],
+    filled: Filled,
+    also: tuple[str, ...] = (),
+) -> None:
+    """Write all that is not weights: small files, configuration, lineage, index.
+
+    also: further names of small files. The hash of a moment stands under SLOT.NAME.
+    """
+    for name, content in select_carried(contents.files, also).items():
+        (path / name).write_bytes(content)
+    hashes = {
+        name if slot == "params" else f"{slot}.{name}": value
+        for (slot, name), value in filled.hashes.items()
+        if slot
+    }
+    (path / "config.json").write_bytes(encode_json(drop_code_keys(contents.config)[0]))
+    (path / LINEAGE).write_bytes(encode_json(state_in_lineage(contents.lineage, hashes)))
+    if len(set(weight_map.values())) > 1:
+        # The index comes last: a directory without it does not load as one of shards.
+        total = sum(recipe.size for recipe in contents.recipes["params"].values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / INDEX).write_bytes(encode_json(index))
+
+
+def begin_shards(
+    path: Path, recipes: dict[str, Recipe], limit: int, jobs: list[Job]
+) -> dict[str, str]:
+    """Reserve all weight files and add the jobs that fill them; returns the file of each tensor."""
     shards = _split_into_shards(recipes, limit)
     weight_map: dict[str, str] = {}
-    with collect_jobs() as jobs:
-        for number, names in enumerate(shards, 1):
-            file_name = WHOLE
-            if len(shards) > 1:
-                file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map |= dict.fromkeys(names, file_name)
-            jobs += _begin_shard(path / file_name, {name: recipes[name] for name in names})
-        filled = fill(jobs, progress)
-    return weight_map, filled
+    for number, names in enumerate(shards, 1):
+        file_name = WHOLE
+        if len(shards) > 1:
+            file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(names, file_name)
+        jobs += _begin_shard(path / file_name, {name: recipes[name] for name in names})
+    return weight_map
 
 
 def _split_into_shards(recipes: dict[str, Recipe], limit: int) -> list[list[str]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.fill import Progress
+from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, write_trained
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.orbax import (
@@ -49,6 +50,8 @@ def open_source(text: str) -> Source:
     here = download(path) if is_remote(path) else path
     if is_checkpoint(here):
         source = open_checkpoint(here)
+    elif is_trained_directory(here):
+        source = open_trained(here)
     elif is_directory(here):
         source = open_directory(here)
     else:
@@ -232,9 +235,10 @@ def write_output(
 ) -> Findings:
     """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
 
-    kind: 'huggingface' or 'checkpoint'. progress: told the number of bytes after each piece.
-    shard: the most bytes of tensors in one file of a Hugging Face directory. Returns what was found
-    in the numbers. Raises GrowkitError for a source whose bytes are not those that were written.
+    kind: 'huggingface', 'hf_trainer' or 'checkpoint'. progress: told the number of bytes after each
+    piece. shard: the most bytes of weights in one file of a Hugging Face directory. Returns what
+    was found in the numbers. Raises GrowkitError for a source whose bytes are not those that were
+    written.
     """
     care = care or Care()
     check_writable(out, sources, force)
@@ -248,10 +252,7 @@ def write_output(
             upload(here, out, force)
         return findings
     with commit_output(out, force, care.sync) as new:
-        if kind == "checkpoint":
-            findings = write_checkpoint(new, contents, progress)
-        else:
-            findings = write_directory(new, contents, progress, shard)
+        findings = _write_kind(new, kind, contents, progress, shard)
         # After the last byte was read and before the output has its name.
         for source in sources:
             source.check_unchanged()
@@ -260,3 +261,14 @@ def write_output(
         if care.strict and findings:
             raise GrowkitError(f"nothing is written, because of --strict: {findings.describe()}")
     return findings
+
+
+def _write_kind(
+    path: Path, kind: str, contents: Contents, progress: Progress | None, shard: int
+) -> Findings:
+    """Write a directory of one kind, which must not exist."""
+    if kind == "checkpoint":
+        return write_checkpoint(path, contents, progress)
+    if kind == "hf_trainer":
+        return write_trained(path, contents, progress, shard)
+    return write_directory(path, contents, progress, shard)

@@ -21,8 +21,13 @@ INFINITY = {
     "float64": 0x7FF0000000000000,
 }
 # Slots whose numbers are averages of squares.
-SQUARES = ("nu",)
-SLOT_WORDS = {"params": "weights", "mu": "first moments", "nu": "second moments"}
+SQUARES = ("nu", "nu_max")
+SLOT_WORDS = {
+    "params": "weights",
+    "mu": "first moments",
+    "nu": "second moments",
+    "nu_max": "largest second moments",
+}
 
 
 @dataclass

@@ -63,19 +63,21 @@ class Passing:
 class Span:
     """Raw bytes in C order: `size` bytes at `offset` of a file.
 
-    stamp: of the file when its header was read. Whoever reads the span compares it. passing: of the
-    array that it is of, or a part of; told what is read.
+    stamp: of the file when its header was read. Whoever reads the span compares it. checksum: the
+    CRC-32 of its bytes where the file states one. passing: of the array that it is of, or a part
+    of; told what is read.
     """
 
     path: Path
     offset: int
     size: int
     stamp: Stamp | None = None
+    checksum: int | None = None
     passing: Passing | None = field(default=None, compare=False, repr=False)
 
     def part(self, start: int, size: int) -> Span:
         """`size` bytes of it, from its byte `start`."""
-        return replace(self, offset=self.offset + start, size=size)
+        return replace(self, offset=self.offset + start, size=size, checksum=None)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """A model on disk: named tensors that are read on request, and recipes for new tensors.
 
 A Hugging Face directory and a trainer checkpoint look the same from here: a `Source` of named
-tensors, one for each layer, in up to three slots (params, mu, nu). A `Recipe` says how to make the
-bytes of a new tensor block by block, so that no model is ever whole in memory. `Contents` is
-everything an output holds.
+tensors, one for each layer, in up to four slots (params, mu, nu, nu_max). A `Recipe` says how to
+make the bytes of a new tensor block by block, so that no model is ever whole in memory. `Contents`
+is everything an output holds.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from growkit.models.notation import Row
 
 if TYPE_CHECKING:
     from growkit.checkpoint.around import Around
+    from growkit.checkpoint.optimizer import Optimizer
 
-SLOTS = ("params", "mu", "nu")
+SLOTS = ("params", "mu", "nu", "nu_max")
 # Bytes of each sample that the fingerprint reads.
 SAMPLE = 4096
 # Tensors of one kind that a configuration may ask for beyond what files hold, before it is refused
@@ -193,8 +194,9 @@ class Contents:
 
     config: the content of config.json. recipes: slot -> name in files -> recipe. lineage: one entry
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
-    files: small files beside the weights (tokenizer and the like), by name. around: what lies
-    around a text decoder.
+    files: small files beside the weights (tokenizer and the like), by name. torch_optimizer: the
+    groups and steps of an optimizer of PyTorch, whose moments are among the recipes. around: what
+    lies around a text decoder.
     """
 
     config: dict[str, Any]
@@ -202,6 +204,7 @@ class Contents:
     lineage: list[dict[str, Any]]
     record: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    torch_optimizer: Optimizer | None = None
     around: Around | None = None
 
     @property
@@ -220,9 +223,11 @@ class Source:
     holds its files. tensors: slot -> name in files -> tensor, one for each layer. weights: every
     file that holds tensor bytes. read_files: reads the small files beside the weights, by name.
     notes: what a user should know of how the files were read, a sentence each. optimizer: what is
-    there of an optimizer that growkit does not read. hashed: hashes on record, compared by
-    `require_whole`. around: what lies around a text decoder. stamps: of each weight file when its
-    header was read.
+    there of an optimizer that growkit does not read. refusal: why nothing grows from it, where a
+    file of an optimizer that growkit should read cannot grow. torch_optimizer: the groups and steps
+    of an optimizer of PyTorch whose moments are among the tensors. hashed: hashes on record,
+    compared by `require_whole`. around: what lies around a text decoder. stamps: of each weight
+    file when its header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -239,6 +244,8 @@ class Source:
     known_model: Architecture | None = None
     notes: tuple[str, ...] = ()
     optimizer: str = ""
+    refusal: str = ""
+    torch_optimizer: Optimizer | None = None
     hashed: Hashed | None = None
     around: Around | None = None
     stamps: dict[Path, Stamp] = field(init=False)
@@ -336,6 +343,11 @@ class Source:
 
         return self.model.table.tree(stack_row)
 
+    def require_readable(self) -> None:
+        """Raise GrowkitError where the source has an optimizer that would be lost or wrong."""
+        if self.refusal:
+            raise GrowkitError(self.refusal)
+
     def check_unchanged(self) -> None:
         """Raise GrowkitError if a weight file was written to since the source was opened."""
         for path, stamp in self.stamps.items():
@@ -396,7 +408,7 @@ def open_raw(
     passing: Passing | None = None,
 ) -> Tensor:
     """The tensor whose raw bytes begin at `offset` of a file."""
-    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp, passing)
+    span = Span(path, offset, math.prod(shape) * dtype.itemsize, stamp, passing=passing)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -405,12 +417,3 @@ def open_raw(
         return read_span(part, part_shape, dtype)
 
     return Tensor(tuple(shape), dtype, rows, span)
-
-
-def hash_when_read(tensor: Tensor, algorithm: str) -> Tensor:
-    """The tensor, hashed from here on as it is read; the same one where it is not raw bytes."""
-    span = tensor.span
-    if span is None:
-        return tensor
-    passing = Passing(span.offset, span.size, algorithm)
-    return open_raw(span.path, span.offset, tensor.shape, tensor.dtype, span.stamp, passing)

@@ -13,17 +13,30 @@ if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.growth.plan import Plan
 
-KINDS = {"checkpoint": "trainer checkpoint", "huggingface": "Hugging Face directory"}
+KINDS = {
+    "checkpoint": "trainer checkpoint",
+    "huggingface": "Hugging Face directory",
+    "hf_trainer": "checkpoint of transformers' Trainer",
+}
+# Source kinds that PyTorch trains on.
+TORCH = ("hf_trainer",)
 NOT_PRESERVED = (
     "not preserved: each copied layer adds its output once more, so the loss rises until training "
     "recovers it"
+)
+SPLIT = (
+    "split by learning rate, eps and new layers: build the optimizer from "
+    "growkit.torch.param_groups(model, OUT)"
 )
 # What new entries of the residual stream are filled with, by the model's norm.
 FILLS = {"layer": "the mean of their old entries", "rms": "zeros"}
 
 
-def describe(source: Source, plan: Plan, size: int, out: Path) -> str:
-    """What a plan will do, for a reader at a terminal. size: bytes of the output."""
+def describe(source: Source, plan: Plan, size: int, out: Path, groups: str = "keep") -> str:
+    """What a plan will do, for a reader at a terminal.
+
+    size: bytes of the output. groups: what becomes of parameter groups, 'keep' or 'split'.
+    """
     before = plan.model
     after = plan.grown
     ratio = after.parameters / before.parameters
@@ -38,8 +51,10 @@ def describe(source: Source, plan: Plan, size: int, out: Path) -> str:
         f"function    {_describe_function(source, plan)}",
         f"optimizer   {_describe_optimizer(source, plan)}",
     ]
+    if source.torch_optimizer is not None and groups == "split":
+        lines.append(f"groups      {SPLIT}")
     if plan.preserved:
-        lines.append(f"rate        {_describe_rates(source, plan)}")
+        lines.append(f"rate        {_describe_rates(source, plan, groups)}")
     if plan.tied_copies:
         lines.append(f"warning     {_warn_of_tied_copies(plan)}")
     lines.append(f"next        {_suggest_next(source, plan, out)}")
@@ -149,8 +164,9 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         if source.optimizer:
             where = f"{source.optimizer} in the source, which growkit does not read yet"
         return f"{where}: training starts its moments at zero"
+    both = "nu" in source.tensors
     if plan.moments == "reset":
-        return "mu, nu and count zero"
+        return "mu, nu and count zero" if both else "mu zero"
     mu = "zero"
     nu = "copied"
     if plan.preserved:
@@ -158,6 +174,9 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         nu = "grown by the rule"
         if "layer" in plan.maps:
             mu += " (zero in inserted layers)"
+    if not both:
+        # Lion, Muon, SGD: one buffer, which grows as mu does.
+        return {"map": f"mu {mu}", "copy": "mu copied as it is", "nu-only": "mu zero"}[plan.moments]
     words = {
         "map": f"mu {mu}, nu {nu}",
         "copy": "mu and nu copied as they are",
@@ -166,7 +185,7 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
     return f"{words}, count kept ({source.record.get('count', 0)})"
 
 
-def _describe_rates(source: Source, plan: Plan) -> str:
+def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
     """The learning-rate multipliers that preserve the training, if any do."""
     from growkit.growth.shares import share_scale
 
@@ -185,6 +204,9 @@ def _describe_rates(source: Source, plan: Plan) -> str:
     exact = ""
     if "mu" in source.tensors:
         exact = "training continues exactly as the source's would: "
+    if source.kind in TORCH:
+        how = "these groups multiply" if groups == "split" else "--groups split multiplies"
+        return f"{exact}{how} learning rates {factors}, eps, decay and clip weights to match"
     return (
         f"{exact}the trainer multiplies learning rates {factors} (optimizer.multipliers), eps and "
         "clip to match"
@@ -204,6 +226,8 @@ def _warn_of_tied_copies(plan: Plan) -> str:
 
 def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     """The command that trains the result."""
+    if source.kind in TORCH:
+        return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if not is_trained(source):
         return f"transformers loads {out}; growkit's trainer is for {', '.join(list_trained())}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"

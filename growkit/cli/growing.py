@@ -99,6 +99,13 @@ add_growing_options = combine_options(
         help=f"Run SRC and OUT on the same tokens (default {TOKENS}), on the CPU, and compare "
         "logits and loss.",
     ),
+    click.option(
+        "--groups",
+        default="keep",
+        metavar="keep|split",
+        help="Parameter groups of a checkpoint of transformers' Trainer: keep the source's, or "
+        "split them by the learning rates that growth asks for, and new layers from old ones.",
+    ),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
     add_shard_option,
@@ -230,7 +237,7 @@ def grow_like(like: str, src: str, out: str, **options: Any) -> None:
 class Output:
     """What to do with a plan. shard: bytes of a file, as text. tokens: of --check, or None.
 
-    care: how careful writing is, None for as careful as can be.
+    care: how careful writing is, None for as careful as can be. groups: 'keep' or 'split'.
     """
 
     dry_run: bool = False
@@ -239,6 +246,7 @@ class Output:
     shard: str | None = None
     tokens: int | None = None
     care: Care | None = None
+    groups: str = "keep"
 
 
 def _plan_and_grow(
@@ -271,6 +279,7 @@ def _plan_and_grow(
 
         plan = measure_row(source, plan)
     plan = set_options(plan, moments, noise, seed)
+    source.require_readable()
     check_writable(parse_path(out), [source], output.force)
     parse_shard_size(output.shard, source.kind)
     if output.tokens is not None:
@@ -375,9 +384,9 @@ def grow(source: Source, plan: Plan, out: Path, output: Output) -> None:
     """
     from growkit.surgery.grow import prepare_growth
 
-    contents = prepare_growth(source, plan)
+    contents = prepare_growth(source, plan, output.groups)
     if not output.as_json:
-        say(describe(source, plan, contents.size, out))
+        say(describe(source, plan, contents.size, out, output.groups))
     check = None
     if not output.dry_run:
         write_with_progress(

@@ -122,7 +122,7 @@ def parse_shard_size(text: str | None, kind: str) -> int:
     found = SIZE.fullmatch(text.strip().upper())
     if not found or float(found[1]) == 0:
         raise UsageError(f"--max-shard-size is a number with B, KB, MB or GB, as 5GB; got {text!r}")
-    if kind != "huggingface":
+    if kind == "checkpoint":
         raise UsageError(
             "--max-shard-size is for Hugging Face directories, and the output is a trainer "
             "checkpoint"

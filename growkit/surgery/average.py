@@ -32,6 +32,7 @@ def average_checkpoints(
     not fit.
     """
     check_alike(sources)
+    sources[-1].require_readable()
     shares = normalise_weights(weights or [1.0] * len(sources), len(sources))
     last = sources[-1]
     slots = {
@@ -49,6 +50,7 @@ def average_checkpoints(
         # A validation loss is that of the parameters it was measured with.
         record={key: value for key, value in last.record.items() if key != "validation_loss"},
         files=last.files,
+        torch_optimizer=last.torch_optimizer,
     )
 
 

@@ -149,7 +149,8 @@ def find_mismatch(
     source: Source, out: Source, plan: Plan, progress: Progress = lambda done: None
 ) -> str | None:
     """The first difference of `out` from what `plan` makes of `source`, in words, or None."""
-    contents = prepare_growth(source, plan)
+    groups = str(recorded_growth(out).more.get("groups", "keep"))
+    contents = prepare_growth(source, plan, groups)
     wrong = _find_config_mismatch(contents, out) or _find_slot_mismatch(contents, out)
     if wrong:
         return wrong
@@ -178,6 +179,9 @@ def _find_slot_mismatch(contents: Contents, out: Source) -> str | None:
     wanted, found = contents.record.get("count"), out.record.get("count")
     if "mu" in out.tensors and wanted != found:
         return f"Adam's count is {found}, growth makes it {wanted}"
+    made, stored = contents.torch_optimizer, out.torch_optimizer
+    if made is not None and stored is not None and made.groups != stored.groups:
+        return "its parameter groups are not those that growth makes"
     return None
 
 

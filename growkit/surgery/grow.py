@@ -7,23 +7,34 @@ whole in memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from growkit.checkpoint.hf_trainer import SCHEDULER
+from growkit.checkpoint.optimizer import Optimizer
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, zeros
 from growkit.entries import Growth, Origin
+from growkit.errors import UsageError
 from growkit.growth.padding import MU, NU, VALUE
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source, moment_fate, needs_work
 from growkit.models.layer_fields import follow_layers
 from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
+from growkit.surgery.groups import check_layout, grow_groups
 
 # What the tensors of each slot of a source are to growth.
-SLOT_MOMENTS = {"params": VALUE, "mu": MU, "nu": NU}
+SLOT_MOMENTS = {"params": VALUE, "mu": MU, "nu": NU, "nu_max": NU}
 
 
-def prepare_growth(source: Source, plan: Plan) -> Contents:
-    """Everything the grown output holds, nothing of it read yet."""
+def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents:
+    """Everything the grown output holds, nothing of it read yet.
+
+    groups: 'keep' or 'split', what becomes of the parameter groups of an optimizer of PyTorch; see
+    `growkit.surgery.groups`. Raises GrowkitError for a source whose optimizer cannot grow,
+    UsageError for groups that cannot be split.
+    """
+    source.require_readable()
     recipes = {
         slot: {
             name: _recipe(source, plan, slot, row, position)
@@ -32,6 +43,12 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
         for slot in source.tensors
     }
     entry = Growth.of(plan, Origin.of(source))
+    files = source.files
+    optimizer = _grow_optimizer(source, plan, groups)
+    if groups == "split":
+        entry = replace(entry, more={"groups": groups})
+        # Its rates are by group.
+        files = {name: content for name, content in files.items() if name != SCHEDULER}
     return Contents(
         config=_grown_config(source, plan),
         recipes=recipes,
@@ -39,9 +56,24 @@ def prepare_growth(source: Source, plan: Plan) -> Contents:
         # Adam's count corrects the bias of moments that began at zero: with new ones it begins
         # again.
         record=source.record | ({"count": 0} if plan.moments == "reset" else {}),
-        files=source.files,
+        files=files,
+        torch_optimizer=optimizer,
         around=source.around,
     )
+
+
+def _grow_optimizer(source: Source, plan: Plan, groups: str) -> Optimizer | None:
+    """The groups of the grown model, None for a source without an optimizer of PyTorch."""
+    check_layout(groups)
+    optimizer = source.torch_optimizer
+    if optimizer is not None:
+        return grow_groups(optimizer, plan, groups, int(source.record.get("step", 0)))
+    if groups != "keep":
+        raise UsageError(
+            f"--groups is for checkpoints of transformers' Trainer, and {source.path} holds no "
+            "optimizer.pt; leave it out"
+        )
+    return None
 
 
 def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:

@@ -366,7 +366,7 @@ def test_pointers_of_git_lfs(place, capsys):
     refused(capsys, depth(out="other"), "model.safetensors is a Git LFS pointer", "git lfs pull")
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "optimizer.bin", "global_step500/"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "global_step500/"])
 def test_what_belongs_to_another_training_stays_and_its_optimizer_is_named(place, capsys, name):
     for each in ("trainer_state.json", "scheduler.pt", "rng_state_0.pth", "training_args.bin"):
         (place / "model" / each).write_text("{}")

@@ -321,7 +321,7 @@ def test_weights_of_other_formats_are_never_carried(tmp_path):
         "flax_model.msgpack",
         "model.gguf",
         "rng_state.pth",
-        "optimizer.pt",
+        "optimizer.bin",
     )
     for name in (
         *weights,

@@ -20,6 +20,7 @@ from typing import Any
 
 from etils import epath
 
+from growkit.checkpoint.carried import is_carried_name
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
 from growkit.entries import Branch, Origin, Training
@@ -382,9 +383,8 @@ def _take_snapshot(
     """
     taken = open_grown(source, growth) if growth else source
     config = stage.config
-    model = stage.model
     before = Lineage.read(taken.lineage)
-    applied = select_multipliers(config.optimizer.multipliers, before, model) is not None
+    applied = select_multipliers(config.optimizer.multipliers, before, stage.model) is not None
     training = Training(
         source=Origin.of(source),
         multipliers=applied,
@@ -392,12 +392,12 @@ def _take_snapshot(
         branch=None if step else setup.branch,
     )
     check = partial(setup.trust.require_whole, source)
-    files = {name: content for name, content in taken.files.items() if name != EARLIER}
+    files = {name: content for name, content in taken.files.items() if is_carried_name(name)}
     # The source's own tokenizer goes with the model; the data's is for models that carry none.
     tokenizer = {} if "tokenizer.json" in files else setup.data.tokenizer
     return Snapshot(
         state=take_state(taken, stage.like, config.schedule.continued, step, check),
-        model_config=model.config(taken.config),
+        model_config=stage.model.config(taken.config),
         lineage=before.followed_by(training),
         record=taken.record,
         files=files | tokenizer,

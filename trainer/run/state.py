@@ -46,8 +46,8 @@ def from_source(
     """The state that begins with a model on disk: its parameters, moments and Adam's count.
 
     like: its shapes, dtypes and shardings. The schedule begins again unless it is `continued`. A
-    source without moments starts them at zero with count 0. step: the run's, 0 unless the model
-    was grown on the way. findings: told the numbers of this process's parts.
+    source without Adam's moments starts them at zero with count 0. step: the run's, 0 unless the
+    model was grown on the way. findings: told the numbers of this process's parts.
     """
 
     def counter(value: int) -> jax.Array:
@@ -57,11 +57,12 @@ def from_source(
     tree = jax.tree.map(_zeros, to_tree(like))
     # One that has found nothing is false.
     findings = Findings() if findings is None else findings
-    for slot, tensors in source.tensors.items():
-        read = partial(_read, tensors, partial(findings.look, slot))
+    adam = {"mu", "nu"} <= source.tensors.keys()
+    for slot in ("params", "mu", "nu") if adam else ("params",):
+        read = partial(_read, source.tensors[slot], partial(findings.look, slot))
         tree[slot] = jax.tree.map(read, rows, to_tree(like)[slot])
     # Adam's count belongs to the moments: without them it begins at 0.
-    if "nu" in source.tensors:
+    if adam:
         tree["count"] = counter(source.record.get("count", 0))
     if continued:
         tree["schedule_step"] = counter(source.record.get("schedule_step", 0))

@@ -1,0 +1,219 @@
+"""Checkpoints of transformers' Trainer: a Hugging Face directory with the state of its optimizer.
+
+    checkpoint-8000/model.safetensors      as in every Hugging Face directory
+    checkpoint-8000/optimizer.pt           the moments, which grow
+    checkpoint-8000/scheduler.pt           the place in the schedule
+    checkpoint-8000/trainer_state.json     the step
+    checkpoint-8000/rng_state.pth, training_args.bin, scaler.pt
+
+Neither torch nor transformers is needed, and no pickle is run. All files but optimizer.pt are
+carried along byte for byte; scheduler.pt is written anew only where the groups of parameters are
+split.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from growkit.checkpoint.carried import LIMIT, find_outside
+from growkit.checkpoint.files import read_json, read_regular
+from growkit.checkpoint.fill import Progress, collect_jobs, fill
+from growkit.checkpoint.huggingface import (
+    SHARD,
+    begin_shards,
+    find_hashes,
+    is_directory,
+    open_directory,
+    read_lineage,
+    write_beside,
+)
+from growkit.checkpoint.numbers import Findings
+from growkit.checkpoint.optimizer import STEP, Optimizer, ReadOptimizer, Scalar, read_optimizer
+from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_tensor, wrap_array
+from growkit.checkpoint.torch_pickle import Stored
+from growkit.checkpoint.torch_zip import TorchWriter, open_torch_file
+from growkit.errors import GrowkitError
+
+KIND = "hf_trainer"
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+STATE = "trainer_state.json"
+# What else the Trainer needs to go on, carried byte for byte.
+TRAINING = re.compile(
+    r"scheduler\.pt|trainer_state\.json|training_args\.bin|scaler\.pt|rng_state(_\d+)?\.pth"
+)
+
+
+def is_trained_directory(path: Path) -> bool:
+    """Whether this is a Hugging Face directory with an optimizer of PyTorch beside it."""
+    return is_directory(path) and (path / OPTIMIZER).is_file()
+
+
+def open_trained(path: Path) -> Source:
+    """Open a checkpoint of transformers' Trainer; reads headers and the optimizer's pickle.
+
+    Where the optimizer cannot be read, the model is opened without it, and `Source.refusal` says
+    why. Raises GrowkitError naming the file at fault.
+    """
+    files = tuple(sorted(file.name for file in path.iterdir() if _is_training(path, file)))
+    source = open_directory(path, (OPTIMIZER, *files))
+    try:
+        found = _read_state(path, source)
+        step = _read_step(path, found.optimizer)
+    except GrowkitError as problem:
+        return _open_without(path, str(problem))
+    slots = source.tensors | found.slots
+    named = {_stated_name(slot, name): each[name] for slot, each in slots.items() for name in each}
+    # The tensors that have a hash on record are others from here on: they are hashed as they are
+    # read.
+    hashed = find_hashes(path, read_lineage(path), named)
+    tensors = {
+        slot: {name: named[_stated_name(slot, name)] for name in each}
+        for slot, each in slots.items()
+    }
+    read_others = source.read_files
+    return replace(
+        source,
+        kind=KIND,
+        tensors=tensors,
+        weights=[*source.weights, path / OPTIMIZER],
+        record={"step": step, "schedule_step": step, "count": found.optimizer.count},
+        read_files=lambda: read_others() | {n: read_regular(path / n, LIMIT) for n in files},
+        torch_optimizer=found.optimizer,
+        hashed=hashed,
+    )
+
+
+def _stated_name(slot: str, name: str) -> str:
+    """What the lineage's hashes call a tensor."""
+    return name if slot == "params" else f"{slot}.{name}"
+
+
+def _is_training(path: Path, file: Path) -> bool:
+    """Whether a file belongs to the training that went on here, and lies here."""
+    return TRAINING.fullmatch(file.name) is not None and not find_outside(path, file)
+
+
+def _open_without(path: Path, problem: str) -> Source:
+    """The model alone, which knows why its optimizer is not read."""
+    source = open_directory(path)
+    refusal = f"{problem}; to grow the model without its optimizer, move {OPTIMIZER} elsewhere"
+    return replace(source, refusal=refusal, notes=(*source.notes, problem))
+
+
+def _read_state(path: Path, source: Source) -> ReadOptimizer:
+    """The optimizer, with the schedule that belongs to it."""
+    outside = find_outside(path, path / OPTIMIZER)
+    if outside:
+        raise GrowkitError(f"{path / OPTIMIZER} is not read: {outside}")
+    if source.around is not None:
+        raise GrowkitError(
+            f"{path / OPTIMIZER} is of a model around a text decoder, and growkit grows optimizers "
+            "of decoders alone"
+        )
+    found = read_optimizer(open_torch_file(path / OPTIMIZER), source.model)
+    schedule = _read_schedule(path)
+    rates = None if schedule is None else schedule.get("base_lrs")
+    groups = len(found.optimizer.groups)
+    if isinstance(rates, list) and len(rates) != groups:
+        raise GrowkitError(
+            f"{path / SCHEDULER} has learning rates for {len(rates)} groups of parameters, and "
+            f"{OPTIMIZER} has {groups}"
+        )
+    return replace(found, optimizer=replace(found.optimizer, schedule=schedule))
+
+
+def _read_schedule(path: Path) -> Mapping[str, Any] | None:
+    """What scheduler.pt holds; None where there is none, or it holds more than numbers."""
+    if not (path / SCHEDULER).is_file() or find_outside(path, path / SCHEDULER):
+        return None
+    try:
+        value = open_torch_file(path / SCHEDULER).value
+    except GrowkitError:
+        return None
+    return value if isinstance(value, Mapping) else None
+
+
+def _read_step(path: Path, optimizer: Optimizer) -> int:
+    """The Trainer's global step; the optimizer's where trainer_state.json has none."""
+    if not (path / STATE).is_file() or find_outside(path, path / STATE):
+        return optimizer.count
+    state = read_json(path / STATE, LIMIT)
+    step = state.get("global_step") if isinstance(state, dict) else None
+    return step if type(step) is int and step >= 0 else optimizer.count
+
+
+def write_trained(
+    path: Path, contents: Contents, progress: Progress | None = None, shard: int = SHARD
+) -> Findings:
+    """Write `contents` as a checkpoint of transformers' Trainer at `path`, which must not exist.
+
+    shard: the most bytes of weights in one file. Returns what was found in the numbers.
+    """
+    optimizer = contents.torch_optimizer
+    if optimizer is None:
+        raise GrowkitError(f"{path} is to hold an optimizer, and none was given")
+    path.mkdir()
+    writer = TorchWriter(path / OPTIMIZER)
+    value = _make_state_dict(writer, optimizer, contents.recipes)
+    with collect_jobs() as jobs:
+        weight_map = begin_shards(path, contents.recipes["params"], shard, jobs)
+        jobs += writer.begin(value)
+        filled = fill(jobs, progress)
+        writer.finish(filled)
+    training = tuple(name for name in contents.files if TRAINING.fullmatch(name))
+    write_beside(path, contents, weight_map, filled, training)
+    if optimizer.schedule is not None and SCHEDULER not in contents.files:
+        _write_schedule(path / SCHEDULER, optimizer.schedule)
+    return filled.findings
+
+
+def _make_state_dict(
+    writer: TorchWriter, optimizer: Optimizer, recipes: Mapping[str, Mapping[str, Recipe]]
+) -> dict[str, Any]:
+    """The state dict, its tensors added to the writer, parameter by parameter."""
+    state: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.groups:
+        first = len(state)
+        for name in group.names:
+            entry: dict[str, Any] = {}
+            if name in optimizer.steps:
+                entry[STEP] = _add_scalar(writer, f"{STEP} of {name}", optimizer.steps[name])
+            moments = {
+                key: writer.add(slot, name, recipes[slot][name], optimizer.locations[slot])
+                for slot, key in optimizer.entries.items()
+            }
+            wrapper = optimizer.wrapper
+            state[len(state)] = entry | ({wrapper: moments} if wrapper else moments)
+        options = {
+            key: _add_scalar(writer, f"{key} of group {len(groups)}", value)
+            for key, value in group.options.items()
+        }
+        groups.append(options | {"params": list(range(first, len(state)))})
+    return {"state": state, "param_groups": groups}
+
+
+def _add_scalar(writer: TorchWriter, name: str, value: Any) -> Any:
+    """A plain value as it is; one that was a tensor as one again."""
+    if not isinstance(value, Scalar):
+        return value
+    array = np.asarray(value.value, value.dtype)
+    stored: Stored = writer.add("", name, copy_tensor(wrap_array(array)), value.location)
+    return stored
+
+
+def _write_schedule(path: Path, schedule: Mapping[str, Any]) -> None:
+    writer = TorchWriter(path)
+    writer.begin(dict(schedule))
+    try:
+        writer.finish(fill([]))
+    finally:
+        os.close(writer.file)

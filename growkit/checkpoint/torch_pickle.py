@@ -1,0 +1,243 @@
+"""The pickles of torch.save, read and written without torch and without running anything.
+
+A state dict is made of dicts, lists, tuples, numbers, texts and tensors. A tensor is a view
+(offset, shape, strides) of a storage, and a storage is a member of the zip file around the pickle.
+The reader knows the few names that such a pickle uses and refuses every other by name: what it
+calls are functions of this file, which make records. The writer uses only operations that
+`torch.load(weights_only=True)` reads.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from growkit.errors import GrowkitError
+
+# The classes of storages that growkit reads numbers of, by the name that pickles use.
+STORAGES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+# Bytes of a pickle at most; one of 10,000 parameters has 3 MB.
+LIMIT = 100_000_000
+MALFORMED = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    UnicodeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Numbers in a member of the zip file. key: the member's name; location: the device's."""
+
+    dtype: np.dtype
+    key: str
+    location: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor: a view of a storage. offset and strides count numbers, not bytes."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.storage.dtype
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the numbers lie one after another in C order."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
+
+
+@dataclass(frozen=True)
+class _Dtype:
+    """The stand-in for a storage's class."""
+
+    dtype: np.dtype
+
+
+class Foreign(Exception):
+    """A pickle names what a state dict has no use for."""
+
+
+def read_pickle(data: bytes) -> Any:
+    """The value of a pickle, with `Stored` in the place of tensors.
+
+    Raises Foreign, with the name, for a class or function that no state dict needs, and
+    GrowkitError for what is no pickle.
+    """
+    try:
+        return _Reader(io.BytesIO(data)).load()
+    except Foreign:
+        raise
+    except MALFORMED as problem:
+        raise GrowkitError(f"its pickle cannot be read ({type(problem).__name__})") from None
+
+
+class _Reader(pickle.Unpickler):
+    """An unpickler that finds records in the place of classes, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGES:
+            return _Dtype(STORAGES[name])
+        known = KNOWN.get((module, name))
+        if known is None:
+            raise Foreign(f"{module}.{name}")
+        return known
+
+    def persistent_load(self, pid: Any) -> Storage:
+        word, kind, key, location, count = pid
+        texts = isinstance(key, str) and isinstance(location, str)
+        if word != "storage" or not isinstance(kind, _Dtype) or not texts or not _is_size(count):
+            raise ValueError(pid)
+        return Storage(kind.dtype, key, location, count)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Stored:
+    """What torch._utils._rebuild_tensor_v2 is given, as a record."""
+    sizes = (offset, *shape, *strides)
+    if not isinstance(storage, Storage) or not all(_is_size(size) for size in sizes):
+        raise ValueError("a tensor of no storage")
+    if len(shape) != len(strides):
+        raise ValueError("a tensor with other strides than dimensions")
+    return Stored(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(data: Any, *rest: Any) -> Stored:
+    if not isinstance(data, Stored):
+        raise ValueError("a parameter that is no tensor")
+    return data
+
+
+def _make_tuple(values: Any = ()) -> tuple[Any, ...]:
+    return tuple(values)
+
+
+KNOWN = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch", "Size"): _make_tuple,
+}
+
+
+def write_pickle(value: Any) -> bytes:
+    """The pickle of a value of dicts, lists, tuples, numbers, texts, None and `Stored`.
+
+    Raises GrowkitError for anything else.
+    """
+    parts = [b"\x80\x02"]
+    _write(value, parts)
+    parts.append(b".")
+    return b"".join(parts)
+
+
+def _write(value: Any, parts: list[bytes]) -> None:
+    """Append the operations that make a value."""
+    kind = type(value)
+    if kind in SCALARS:
+        parts.append(SCALARS[kind](value))
+    elif isinstance(value, Mapping):
+        parts.append(b"}(")
+        for key, each in value.items():
+            _write(key, parts)
+            _write(each, parts)
+        parts.append(b"u")
+    elif kind is list:
+        parts.append(b"](")
+        for each in value:
+            _write(each, parts)
+        parts.append(b"e")
+    elif kind is tuple:
+        parts.append(b"(")
+        for each in value:
+            _write(each, parts)
+        parts.append(b"t")
+    elif kind is Stored:
+        _write_tensor(value, parts)
+    else:
+        _refuse(value)
+
+
+def _refuse(value: Any) -> NoReturn:
+    raise GrowkitError(f"a state dict holds a {type(value).__name__}, which growkit does not write")
+
+
+def _write_tensor(tensor: Stored, parts: list[bytes]) -> None:
+    storage = tensor.storage
+    parts.append(b"ctorch._utils\n_rebuild_tensor_v2\n((")
+    _write("storage", parts)
+    parts.append(f"ctorch\n{STORAGE_NAMES[storage.dtype]}\n".encode())
+    named: list[Any] = [storage.key, storage.location, storage.count]
+    placed: list[Any] = [tensor.offset, tensor.shape, tensor.strides, False]
+    for each in named:
+        _write(each, parts)
+    parts.append(b"tQ")
+    for each in placed:
+        _write(each, parts)
+    # No hooks.
+    parts.append(b"ccollections\nOrderedDict\n)RtR")
+
+
+def _write_whole(number: int) -> bytes:
+    if 0 <= number < 256:
+        return b"K" + struct.pack("<B", number)
+    if -(1 << 31) <= number < 1 << 31:
+        return b"J" + struct.pack("<i", number)
+    data = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + struct.pack("<B", len(data)) + data
+
+
+def _write_text(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+SCALARS: dict[type, Any] = {
+    int: _write_whole,
+    float: lambda value: b"G" + struct.pack(">d", value),
+    str: _write_text,
+    bool: lambda value: b"\x88" if value else b"\x89",
+    type(None): lambda value: b"N",
+}
