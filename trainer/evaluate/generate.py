@@ -103,9 +103,7 @@ class Generator:
 
     def _read_prompt(self, params: Any, tokens_P: jax.Array, size: int) -> State:
         """Read a padded prompt in one pass. What the padding leaves in the cache is never read."""
-        _, kept = self.network.apply(
-            {"params": params}, tokens_P[None], head=False, mutable=[KEPT]
-        )
+        _, kept = self.network.apply({"params": params}, tokens_P[None], head=False, mutable=[KEPT])
         more = size - len(tokens_P)
         widths = [(0, 0)] * 3 + [(0, more), (0, 0)]
         keys, values = (jnp.pad(each, widths) for each in self.network.find_kept(kept))

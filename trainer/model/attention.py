@@ -49,7 +49,7 @@ PLAIN = Scores()
 
 
 class Past(NamedTuple):
-    """Keys and values [B, H, S, D] of the positions before a text; [layer, B, H, S, D] of all layers.
+    """Keys and values [B, H, S, D] before a text; the decoder takes [layer, B, H, S, D].
 
     length: how many of the S positions are filled; the text that follows begins there.
     """

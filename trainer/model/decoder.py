@@ -122,7 +122,7 @@ class Decoder(Parameters):
 
 def _list_positions(tokens_BxT: jax.Array, past: Past | None) -> jax.Array:
     """The position [T] of each token."""
-    positions_T = jnp.arange(tokens_BxT.shape[1])
+    positions_T = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)
     return positions_T if past is None else past.length + positions_T
 
 
