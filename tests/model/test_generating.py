@@ -92,6 +92,16 @@ def test_a_text_in_two_parts_is_the_text(saved, name):
     assert min(siblings) > 1e-3
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of a busy machine wait for each other at every small product."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def generate_theirs(path):
     """The likeliest tokens after each prompt by transformers' own generate."""
     torch = pytest.importorskip("torch")
