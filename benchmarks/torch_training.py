@@ -1,4 +1,4 @@
-"""PyTorch's side of the training benchmarks: transformers' GPTNeoXForCausalLM with PyTorch's AdamW.
+"""PyTorch's side of the training benchmarks: transformers' own class with PyTorch's AdamW.
 
 The model, its training step, and its parameters as the trainer's tree; the scripts do the timing.
 """
@@ -21,10 +21,10 @@ def make_network(model: Architecture, dropout: Dropout, seed: int = 0, device: s
     """A new model in float32 with PyTorch's own attention (scaled_dot_product_attention)."""
     torch.manual_seed(seed)
     dropouts = {"hidden_dropout": dropout.hidden, "attention_dropout": dropout.attention}
-    config = transformers.GPTNeoXConfig(
-        **model.config(), **dropouts, attn_implementation="sdpa", use_cache=False
-    )
-    return transformers.GPTNeoXForCausalLM(config).to(device).train()
+    fields = {name: value for name, value in model.config().items() if name != "model_type"}
+    config = transformers.AutoConfig.for_model(model.kind, **fields, **dropouts, use_cache=False)
+    network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return network.to(device).train()
 
 
 def convert_parameters(network: Any, model: Architecture) -> dict[str, Any]:

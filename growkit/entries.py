@@ -18,18 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from growkit import __version__
-from growkit.forms import (
-    check_record,
-    take_flag,
-    take_number,
-    take_numbers,
-    take_object,
-    take_sizes,
-    take_text,
-    take_whole,
-    take_wholes,
-)
+from growkit import __version__, forms
 from growkit.growth.axes import AxisMap
 from growkit.growth.multipliers import describe_multipliers
 from growkit.growth.plan import Plan, build_plan
@@ -74,8 +63,8 @@ class Origin:
         """An origin from its JSON object, which has the record's keys beside its own."""
         own = ("path", "kind", "fingerprint")
         record = {key: value for key, value in stored.items() if key not in own}
-        path, kind, fingerprint = (take_text(stored, key) for key in own)
-        return cls(path, kind, fingerprint, check_record(record))
+        path, kind, fingerprint = (forms.take_text(stored, key) for key in own)
+        return cls(path, kind, fingerprint, forms.check_record(record))
 
     def to_json(self) -> dict[str, Any]:
         own = {"path": self.path, "kind": self.kind, "fingerprint": self.fingerprint}
@@ -128,7 +117,7 @@ class Copies:
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Copies:
         """A map from its JSON object."""
-        return cls(take_wholes(stored, "index"), take_numbers(stored, "share"))
+        return cls(forms.take_wholes(stored, "index"), forms.take_numbers(stored, "share"))
 
     def axis_map(self, size: int) -> AxisMap:
         """The map as growth uses it, for an axis of `size` old units.
@@ -191,25 +180,25 @@ class Growth(Entry):
 
     @classmethod
     def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Growth:
-        maps = take_object(stored, "maps")
-        sizes = take_object(stored, "sizes")
-        before = take_sizes(sizes, "before")
-        after = take_sizes(sizes, "after")
+        maps = forms.take_object(stored, "maps")
+        sizes = forms.take_object(stored, "sizes")
+        before = forms.take_sizes(sizes, "before")
+        after = forms.take_sizes(sizes, "after")
         if before.keys() != after.keys():
             raise ValueError("the sizes before and after are of different axes")
         return cls(
             **common,
-            method=take_text(stored, "method"),
-            moments=take_text(stored, "moments"),
-            count=take_text(stored, "count"),
-            function=take_text(stored, "function"),
-            maps={axis: Copies.read(take_object(maps, axis)) for axis in maps},
-            pads=take_sizes(stored, "pads"),
-            noise=take_number(stored, "noise"),
-            seed=take_whole(stored, "seed"),
+            method=forms.take_text(stored, "method"),
+            moments=forms.take_text(stored, "moments"),
+            count=forms.take_text(stored, "count"),
+            function=forms.take_text(stored, "function"),
+            maps={axis: Copies.read(forms.take_object(maps, axis)) for axis in maps},
+            pads=forms.take_sizes(stored, "pads"),
+            noise=forms.take_number(stored, "noise"),
+            seed=forms.take_whole(stored, "seed"),
             before=before,
             after=after,
-            optimizer=take_object(stored, "optimizer") if "optimizer" in stored else None,
+            optimizer=forms.take_object(stored, "optimizer") if "optimizer" in stored else None,
             vocabulary=stored.get("vocabulary"),
         )
 
@@ -292,8 +281,8 @@ class Branch:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Branch:
-        rates = (take_number(stored, "from"), take_number(stored, "to"))
-        return cls(take_text(stored, "verb"), *rates, take_whole(stored, "tokens"))
+        rates = (forms.take_number(stored, "from"), forms.take_number(stored, "to"))
+        return cls(forms.take_text(stored, "verb"), *rates, forms.take_whole(stored, "tokens"))
 
     def to_json(self) -> dict[str, Any]:
         return {"verb": self.verb, "from": self.rate, "to": self.to, "tokens": self.tokens}
@@ -315,9 +304,9 @@ class Training(Entry):
     @classmethod
     def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Training:
         branch = Branch.read(stored["branch"]) if "branch" in stored else None
-        config = take_object(stored, "config")
-        take_object(config, "schedule")
-        multipliers = take_flag(stored, "multipliers")
+        config = forms.take_object(stored, "config")
+        forms.take_object(config, "schedule")
+        multipliers = forms.take_flag(stored, "multipliers")
         return cls(**common, multipliers=multipliers, config=config, branch=branch)
 
     def _facts(self) -> dict[str, Any]:
@@ -341,7 +330,7 @@ class Average(Entry):
     @classmethod
     def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Average:
         averaged = [Origin.read(origin) for origin in stored["averaged"]]
-        return cls(**common, averaged=averaged, weights=take_numbers(stored, "weights"))
+        return cls(**common, averaged=averaged, weights=forms.take_numbers(stored, "weights"))
 
     def _facts(self) -> dict[str, Any]:
         averaged = [origin.to_json() for origin in self.averaged]
@@ -359,7 +348,7 @@ class Conversion(Entry):
 
     @classmethod
     def read(cls, stored: Mapping[str, Any], common: dict[str, Any]) -> Conversion:
-        return cls(**common, dtype=take_text(stored, "dtype"))
+        return cls(**common, dtype=forms.take_text(stored, "dtype"))
 
     def _facts(self) -> dict[str, Any]:
         return {"dtype": self.dtype}
@@ -413,7 +402,7 @@ def read_entry(stored: Any) -> Entry:
         return Unknown.of(stored)
     try:
         common: dict[str, Any] = {
-            name: take_text(stored, name) for name in ("operation", "growkit")
+            name: forms.take_text(stored, name) for name in ("operation", "growkit")
         }
         if "source" in stored:
             common["source"] = Origin.read(stored["source"])

@@ -42,6 +42,11 @@ class Lineage:
         return Lineage((*self.entries, entry))
 
     @property
+    def trained(self) -> bool:
+        """Whether the trainer has trained the model."""
+        return self.last_as(Training) is not None
+
+    @property
     def before_last(self) -> Lineage:
         """This lineage without its last entry."""
         return Lineage(self.entries[:-1])

@@ -1,1 +1,1 @@
-"""A JAX/Flax trainer for GPT-NeoX models, grown or new."""
+"""A JAX/Flax trainer for language models, grown or new."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growkit.errors import UsageError
-from growkit.models import TRAINED, require_trained
+from growkit.models import list_trained, require_trained
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
@@ -229,7 +229,7 @@ def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     if source.kind in TORCH:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if not is_trained(source):
-        return f"transformers loads {out}; growkit's trainer is for {', '.join(TRAINED)}"
+        return f"transformers loads {out}; growkit's trainer is for {', '.join(list_trained())}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"
     if not plan.continues:
         return f"{command} schedule.warmup=200"

@@ -182,17 +182,19 @@ def _choose_window(models: list[Model]) -> int:
 
 def load_model(model: Model, window: int, batch: int) -> Any:
     """The model as the harness asks it: a checkpoint in JAX, a directory in transformers."""
-    from growkit.models import TRAINED
+    from growkit.lineage import Lineage
 
     source = model.source
+    # The trainer begins texts with end-of-text, as Pythia's; other models begin as they say.
+    ours = source.model.kind == "gpt_neox" or Lineage.read(source.lineage).trained
     if source.kind == "checkpoint":
         from trainer.evaluate.harness import load_jax_model
 
-        return load_jax_model(source, model.tokenizer, window, batch)
+        begin = None if ours else source.config.get("bos_token_id")
+        return load_jax_model(source, model.tokenizer, window, batch, begin)
     from convert.harness import load_hugging_face_model
 
-    # The trainer begins texts with end-of-text; other models begin as their tokenizer says.
-    prefix = model.tokenizer.end_of_text_id if source.model.kind in TRAINED else None
+    prefix = model.tokenizer.end_of_text_id if ours else None
     return load_hugging_face_model(source.here, prefix, window, batch)
 
 

@@ -40,7 +40,7 @@ def _read_section(text: str, model: Architecture) -> Architecture:
     Raises UsageError without a section, and for a source that such a section cannot describe.
     """
     from growkit.errors import UsageError
-    from growkit.models import TRAINED
+    from trainer.config.model import find_trained, name_values
     from trainer.config.sections import resolve, resolve_model
     from trainer.config.values import read_values
 
@@ -49,12 +49,12 @@ def _read_section(text: str, model: Architecture) -> Architecture:
     stated = resolve_model(values.get("model"))
     if not stated:
         raise UsageError("it has no section `model`, so there are no sizes to grow to")
-    if model.kind not in TRAINED:
-        known = " or ".join(TRAINED)
-        raise UsageError(f"it describes a {known} model, the source is a {model.kind} one")
-    if "layer_norm_eps" in stated:
-        stated["norm_eps"] = stated.pop("layer_norm_eps")
+    kind = stated.get("kind", "gpt_neox")
+    if model.kind != kind:
+        raise UsageError(f"it describes a {kind} model, the source is a {model.kind} one")
+    named = name_values(find_trained(kind), stated)
     # Sizes first: resizing keeps the number of rotated dimensions, unless the section states it.
-    sizes = {axis: stated.pop(axis) for axis in model.fields if axis in stated}
+    sizes = {axis: named.pop(axis) for axis in model.fields if axis in named}
     resized: Architecture = model.resize({**model.sizes, **sizes})
-    return resized.change(**stated)
+    changed = resized.change(**named)
+    return changed.family.read({**changed.config(), **stated.get("config", {})})

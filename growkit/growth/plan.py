@@ -168,7 +168,7 @@ def build_plan(
         eps = model.norm_eps * model.embed / padded["embed"]
     grown = model.resize(sizes, eps)
     if "layer" in maps:
-        grown = grown.follow_map(maps["layer"].index.tolist())
+        grown = replace(grown, layers=model.map_layers(maps["layer"].index.tolist()))
     return Plan(verb, method, model, grown, dict(maps), padded, **options)
 
 

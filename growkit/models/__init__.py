@@ -13,6 +13,8 @@ from typing import Any
 
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.architecture import Architecture
+from growkit.models.computation import ACTIVATIONS, ROTARY
+from growkit.models.computed import COMPUTED
 from growkit.models.family import Family
 from growkit.models.given import find_given
 from growkit.models.gpt_neox import GPT_NEOX
@@ -60,33 +62,38 @@ def read_config(config: Mapping[str, Any], lineage: Sequence[Any] = ()) -> Archi
     return family.read(config)
 
 
-# What the trainer computes; growth works for every family.
-TRAINED = {GPT_NEOX.kind: {"activation": "gelu", "attention_bias": True}}
+def list_trained() -> tuple[str, ...]:
+    """The model types that the trainer trains: those whose families say what they compute."""
+    by_hand = [kind for kind, family in FAMILIES.items() if family.computation]
+    return tuple([*by_hand, *(kind for kind in list_shipped() if kind in COMPUTED)])
 
 
 def require_trained(model: Architecture, origin: object) -> Architecture:
     """The model of `origin`, for what computes it in JAX.
 
-    Raises UsageError for a family that growkit grows and does not train, and for an option that the
-    trainer does not compute.
+    Raises UsageError for a family that growkit grows and does not train, and for a value of an
+    option or field that the trainer does not compute.
     """
-    if model.kind not in TRAINED:
-        known = ", ".join(repr(kind) for kind in TRAINED)
+    computation = model.family.computation
+    if computation is None:
+        known = ", ".join(repr(kind) for kind in list_trained())
         raise UsageError(
             f"{origin} is a {model.kind!r} model, which growkit grows but does not train: "
-            f"training, import, export and generate take {known} only"
+            f"training, import, export and generate take {known}"
         )
-    for name, value in TRAINED[model.kind].items():
-        if model.options[name] != value:
-            field = model.family.options[name]
-            raise UsageError(
-                f"{origin} has {field} {model.options[name]!r}, and the trainer computes {value!r} "
-                f"only; growth on disk takes it as it is"
-            )
-    rotary = model.rope["rope_type"]
-    if rotary != "default":
-        raise UsageError(
-            f"{origin} has rotary positions of the type {rotary!r}, and the trainer computes "
-            f"'default' only; growth on disk takes them as they are"
-        )
+    _require_value(origin, model.family.options["activation"], model.activation, ACTIVATIONS)
+    for rope in model.ropes.values():
+        _require_value(origin, "rotary positions of the type", rope["rope_type"], ROTARY)
+    for name, computed in computation.only.items():
+        _require_value(origin, name, model.facts[name], computed)
     return model
+
+
+def _require_value(origin: object, name: str, value: object, computed: tuple[object, ...]) -> None:
+    """Raise UsageError for a value that is none of those that the trainer computes."""
+    if value not in computed:
+        known = " or ".join(repr(each) for each in computed)
+        raise UsageError(
+            f"{origin} has {name} {value!r}, and the trainer computes {known} only; growth on disk "
+            f"takes it as it is"
+        )

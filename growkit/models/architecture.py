@@ -7,37 +7,37 @@ and counting are the same code for every family.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from growkit.errors import GrowkitError, UsageError
+from growkit.models.computation import LAYER_TYPES
 from growkit.models.fields import RATIO, Frozen
 from growkit.models.notation import Row
-from growkit.models.rotary import read_rotary, write_rotary
+from growkit.models.rotary import keep_rotated, read_ropes, read_rotary, write_rotary
+from growkit.models.scalars import compare_factors
 from growkit.models.table import Table
 
 if TYPE_CHECKING:
     from growkit.models.family import Family
-
-# What a factor of the model follows: axis, sqrt(axis), 1/axis or 1/sqrt(axis).
-POWER = re.compile(r"(1/)?(?:sqrt\((\w+)\)|(\w+))")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One model: its family, the size of every axis of the table, and the value of every option.
 
-    layers: the layers of each kind, where layers differ in their parameters. headless: whether the
-    output head is left out, as in the files of a base model.
+    layers: the layers of each kind, where layers differ. facts: the values of the fields that only
+    the family's computation reads. headless: whether the output head is left out, as in the files
+    of a base model.
     """
 
     family: Family
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
     layers: Mapping[str, tuple[int, ...]] = Frozen()
+    facts: Mapping[str, Any] = Frozen()
     headless: bool = False
 
     def __post_init__(self) -> None:
@@ -141,6 +141,11 @@ class Architecture:
         return float(self.options["norm_eps"])
 
     @property
+    def activation(self) -> str:
+        """The mlp's activation function, by transformers' name."""
+        return str(self.options["activation"])
+
+    @property
     def initializer_range(self) -> float:
         """The standard deviation of new weights; no unit. transformers' usual one where the
         configuration states none.
@@ -152,7 +157,33 @@ class Architecture:
         """All sizes and options by name, as `Family.model` takes them."""
         sizes = {axis: self.sizes[axis] for axis in self.fields}
         options = {name: self.options[name] for name in self.family.options}
-        return {**sizes, **options, "rope": dict(self.rope)}
+        kinds = {LAYER_TYPES: list(self.kinds)} if self.kinds else {}
+        return {**sizes, **self.facts, **kinds, **options, "rope": dict(self.rope)}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of attention of each layer; empty where all layers are of one kind."""
+        if self.family.computation is None or self.family.computation.windows != "list":
+            return ()
+        found = {n: kind for kind, layers in self.layers.items() for n in layers}
+        return tuple(found[n] for n in range(self.layer))
+
+    def number(self, name: str) -> float | None:
+        """One of `computation.NUMBERS`; None where the model has none."""
+        assert self.family.computation is not None
+        value = self.facts.get(self.family.computation.numbers.get(name, ""))
+        return None if value is None else float(value)
+
+    @property
+    def ropes(self) -> dict[str, Mapping[str, Any]]:
+        """The rotary parameters by kind of layer, by "" where all have the same; none at all where
+        positions are learned.
+        """
+        if self.family.computation is None or self.family.computation.positions:
+            return {}
+        if self.family.rotary:
+            return {"": self.rope}
+        return read_ropes(self.facts, self.family.computation.rotary_by_kind)
 
     @property
     def rope(self) -> Mapping[str, Any]:
@@ -216,18 +247,7 @@ class Architecture:
         text = scalars.get(" ".join((row.name, *row.conditions))) or scalars.get(row.name)
         if text is None:
             return 1.0
-        found = POWER.fullmatch(text)
-        if found is None:
-            raise GrowkitError(
-                f"the factor of {row.name} is axis, sqrt(axis), 1/axis or 1/sqrt(axis), got "
-                f"{text!r}"
-            )
-        axis = found[2] or found[3]
-        # f(old) / f(new) for f(x) = x; a root of it for sqrt(x), the inverse for 1 / f.
-        ratio = self.sizes[axis] / grown.sizes[axis]
-        if found[2]:
-            ratio = math.sqrt(ratio)
-        return 1.0 / ratio if found[1] else ratio
+        return compare_factors(text, row.name, self.sizes, grown.sizes)
 
     @property
     def measured(self) -> bool:
@@ -257,18 +277,19 @@ class Architecture:
                 sizes |= row.measure(shape, sizes)
             seen.add(row)
         kinds = {kind: tuple(sorted(of_kind)) for kind, of_kind in layers.items()}
-        return replace(self, sizes=Frozen(sizes), layers=Frozen(kinds))
+        return replace(self, sizes=Frozen(sizes), layers=Frozen({**self.layers, **kinds}))
 
-    def follow_map(self, index: Sequence[int]) -> Architecture:
-        """This model with each layer of the kind of the old layer that it copies."""
-        kinds = {
-            kind: tuple(new for new, old in enumerate(index) if old in of_kind)
-            for kind, of_kind in self.layers.items()
-        }
-        return replace(self, layers=Frozen(kinds))
+    def map_layers(self, index: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """`layers` of a model each of whose layers copies an old one: it is of its kind."""
+        return Frozen(
+            {
+                kind: tuple(new for new, old in enumerate(index) if old in of_kind)
+                for kind, of_kind in self.layers.items()
+            }
+        )
 
     def resize(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> Architecture:
-        """This model at other sizes; the number of rotated dimensions is kept.
+        """This model at other sizes; rotated dimensions stay as many, kinds of layers are spread.
 
         Raises UsageError for an axis of the family that cannot grow, and for sizes that
         transformers does not accept.
@@ -286,7 +307,11 @@ class Architecture:
             # As many dimensions stay rotated, so the part of a longer head is smaller.
             part = keep_rotated(self.rotary, resized["head_dim"])
             options["rope"] = {**self.rope, "partial_rotary_factor": part}
-        grown = replace(self, sizes=Frozen(resized), options=Frozen(options))
+        layers = self.layers
+        if layers and resized["layer"] != self.layer:
+            count = resized["layer"]
+            layers = self.map_layers([new * self.layer // count for new in range(count)])
+        grown = replace(self, sizes=Frozen(resized), options=Frozen(options), layers=layers)
         self._check_whole_heads(grown)
         return grown
 
@@ -305,6 +330,8 @@ class Architecture:
         mine = self.values
         if self.coupled:
             del mine["head_dim"]
+        if values.get("layer", self.layer) != self.layer:
+            mine.pop(LAYER_TYPES, None)
         if "rotary_base" in values:
             mine["rope"]["rope_theta"] = values.pop("rotary_base")
         if "rotary_pct" in values:
@@ -355,6 +382,9 @@ class Architecture:
             written[path] = self.options[name]
         if family.rotary:
             written |= write_rotary(self.rope, family.rotary, base or {})
+        written |= self.facts
+        if self.kinds and (LAYER_TYPES in written or family.layer_kinds(written) != [*self.kinds]):
+            written[LAYER_TYPES] = list(self.kinds)
         return written
 
     def update(self, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,12 +418,3 @@ class Architecture:
             ratio = RATIO.fullmatch(path)
             found.append(ratio[1] if ratio else path)
         return list(dict.fromkeys(found))
-
-
-def keep_rotated(rotary: int, head_dim: int) -> float:
-    """The part of a head for which transformers' int(head_dim x part) gives `rotary` dimensions."""
-    part = rotary / head_dim
-    if int(head_dim * part) == rotary:
-        return part
-    # Where rounding would miss the count (30 of 44: 29), half a dimension is added.
-    return (rotary + 0.5) / head_dim

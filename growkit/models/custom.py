@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from growkit.errors import GrowkitError, did_you_mean, require_type
-from growkit.models.architecture import POWER, Architecture
+from growkit.models.architecture import Architecture
 from growkit.models.family import NORMS, Family, bare_condition
 from growkit.models.fields import Frozen
 from growkit.models.notation import Row, parse_table
+from growkit.models.scalars import POWER
 
 HEAD_DIM_STAYS = (
     "a table does not say which of its dimensions rotary positions rotate; grow the heads instead"

@@ -9,6 +9,7 @@ from typing import Any
 
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
+from growkit.models.computation import LAYER_TYPES, Computation, select_kinds
 from growkit.models.fields import RATIO, Fields, Frozen
 from growkit.models.notation import Row, parse_table
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
@@ -107,6 +108,8 @@ class Family:
     # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
     unpadded: str = ""
     no_identity: str = ""
+    # What the trainer must know to compute it; None for a family that only grows.
+    computation: Computation | None = None
     # The text of the table file, where it is not one that growkit ships.
     given: str = ""
 
@@ -139,12 +142,13 @@ class Family:
     def model(self, **values: Any) -> Architecture:
         """A new model from sizes by axis and options by name; what is left out has its default.
 
-        rotary_base and rotary_pct stand for themselves, `rope` for all rotary parameters. Raises
-        GrowkitError for sizes that contradict each other, TypeError for unknown names.
+        rotary_base and rotary_pct stand for themselves, `rope` for all rotary parameters, and so do
+        the fields of the computation. Raises GrowkitError for sizes that contradict each other,
+        TypeError for unknown names.
         """
         given = {**self.fresh, **values}
         config: dict[str, Any] = {"rope_parameters": given.pop("rope", None)}
-        paths = {**self.fields, **self.options}
+        paths = {**{name: name for name in self.computed_fields}, **self.fields, **self.options}
         if self.rotary:
             paths["rotary_base"] = self.rotary.base
         if self.rotary and self.rotary.part:
@@ -173,11 +177,46 @@ class Family:
             sizes = {axis: values.size(path) for axis, path in self.fields.items()}
             options = {name: values.option(path) for name, path in self.options.items()}
             rope = read_rotary(values.given, self.rotary, values) if self.rotary else {}
+            facts = self._read_facts(config)
+            layers = self._read_kinds(config, sizes.get("layer", 0))
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
         return Architecture(
-            self, Frozen({**sizes, **self.constants}), Frozen(options | {"rope": rope})
+            self,
+            Frozen({**sizes, **self.constants}),
+            Frozen(options | {"rope": rope}),
+            Frozen(layers),
+            Frozen(facts),
         )
+
+    @property
+    def _facts(self) -> Mapping[str, Any]:
+        """The fields that the computation reads beside sizes and options, with their defaults."""
+        return self.computation.fields if self.computation else {}
+
+    def _read_facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of those fields; null counts as a value."""
+        facts = {name: config.get(name, default) for name, default in self._facts.items()}
+        needs = self.computation.needs if self.computation else {}
+        return facts | {name: None for name, needed in needs.items() if not facts[needed]}
+
+    @property
+    def computed_fields(self) -> tuple[str, ...]:
+        """The fields that only the computation reads."""
+        listed = self.computation is not None and self.computation.windows == "list"
+        return (*self._facts, LAYER_TYPES) if listed else tuple(self._facts)
+
+    def _read_kinds(self, config: Mapping[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
+        """The layers of each kind of attention, where they are of several kinds."""
+        if self.computation is None:
+            return {}
+        pattern = self.patterns.get(LAYER_TYPES, ())
+        rule = self.layer_kinds({**self.computation.fields, **config, "num_hidden_layers": layers})
+        kinds = select_kinds(self.computation, config, layers, rule, pattern) or []
+        return {
+            kind: tuple(n for n, each in enumerate(kinds) if each == kind)
+            for kind in sorted(set(kinds))
+        }
 
     def fields_of(self, config: Mapping[str, Any]) -> Fields:
         """The fields of a config.json, with the defaults of those that it leaves out."""

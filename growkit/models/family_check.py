@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 
 from growkit.errors import GrowkitError, did_you_mean
-from growkit.models.architecture import POWER
 from growkit.models.family import NORMS, Family
 from growkit.models.fields import RATIO
+from growkit.models.scalars import POWER
 from growkit.models.table_file import LISTS
 
 _FIELD = re.compile(r"\w+")

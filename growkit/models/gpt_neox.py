@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from growkit.models.computation import Computation
 from growkit.models.family import BUFFERS, Family
 from growkit.models.rotary import RotaryFields
 
@@ -76,4 +77,15 @@ GPT_NEOX = Family(
     new={"bos_token_id": 0, "eos_token_id": 0},
     fresh={"vocab": 50304, "context": 1024, "tied": True},
     buffers=(".attention.bias", *BUFFERS),
+    computation=Computation(
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+        head="embed_out",
+        attention="attention",
+        fused="query_key_value",
+        output="dense",
+        gate="",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+    ),
 )

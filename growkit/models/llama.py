@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from growkit.models.computation import Computation
 from growkit.models.family import Family
 from growkit.models.fields import Same
 
@@ -81,4 +82,5 @@ LLAMA = Family(
     norm="rms",
     heads="kv",
     frozen={"head_dim": ALL_ROTATED},
+    computation=Computation(),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from growkit.models.computation import Computation
 from growkit.models.family import Family
 from growkit.models.fields import Same
 from growkit.models.llama import ALL_ROTATED, FIELDS, OPTIONS
@@ -52,4 +53,7 @@ MISTRAL = Family(
     heads="kv",
     frozen={"head_dim": ALL_ROTATED},
     whole_heads=False,
+    computation=Computation(
+        windows="all", numbers={"window": "sliding_window"}, fields={"sliding_window": 4096}
+    ),
 )

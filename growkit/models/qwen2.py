@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from growkit.models.computation import Computation
 from growkit.models.family import Family
 from growkit.models.fields import Same
 from growkit.models.llama import ALL_ROTATED, FIELDS, OPTIONS
@@ -31,6 +32,9 @@ model.norm.weight                                     embed                     
 model.norm.weight                                     /embed                        ones    norm      tied
 lm_head.weight                                        vocab /embed                  normal  head      untied
 """  # noqa: E501
+
+# Fields of the sliding window, with transformers' defaults.
+WINDOW_FIELDS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 
 def window_kinds(config: Mapping[str, Any]) -> list[str]:
@@ -73,4 +77,10 @@ QWEN2 = Family(
     frozen={"head_dim": ALL_ROTATED},
     layer_kinds=window_kinds,
     whole_heads=False,
+    computation=Computation(
+        windows="list",
+        numbers={"window": "sliding_window"},
+        fields=WINDOW_FIELDS,
+        needs={"sliding_window": "use_sliding_window"},
+    ),
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from growkit.models.computation import Computation
 from growkit.models.family import Family
 from growkit.models.fields import Same
 from growkit.models.llama import FIELDS, OPTIONS
-from growkit.models.qwen2 import window_kinds
+from growkit.models.qwen2 import WINDOW_FIELDS, window_kinds
 
 TABLE = """
 # name                                                axes                          begins  role            when
@@ -61,4 +62,12 @@ QWEN3 = Family(
     frozen={"head_dim": "norms of queries and keys average over it; grow the heads instead"},
     layer_kinds=window_kinds,
     whole_heads=False,
+    computation=Computation(
+        query_norm="q_norm",
+        key_norm="k_norm",
+        windows="list",
+        numbers={"window": "sliding_window"},
+        fields=WINDOW_FIELDS,
+        needs={"sliding_window": "use_sliding_window"},
+    ),
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from growkit.models.computation import FULL, SLIDING
 from growkit.models.fields import read_number
 
 
@@ -57,6 +58,24 @@ def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) 
     return rope
 
 
+def read_ropes(facts: Mapping[str, Any], by_kind: bool) -> dict[str, Mapping[str, Any]]:
+    """The rotary parameters by kind of layer, by "" where all have the same.
+
+    facts: the configuration's fields, complete. by_kind: as Gemma 3 states them. Its version 4 has
+    `rope_theta` and `rope_scaling` for full attention, `rope_local_base_freq` for sliding windows.
+    Source: Gemma3TextConfig, transformers 5.
+    """
+    if not by_kind:
+        given = {name: value for name, value in facts.items() if value is not None}
+        return {"": read_rotary(given, FIELDS, facts)}
+    stated = facts["rope_parameters"] or {}
+    full = {"rope_type": "default", **(stated.get(FULL) or {}), **(facts["rope_scaling"] or {})}
+    sliding = {"rope_type": "default", **(stated.get(SLIDING) or {})}
+    full.setdefault("rope_theta", facts["rope_theta"])
+    sliding.setdefault("rope_theta", facts["rope_local_base_freq"])
+    return {FULL: full, SLIDING: sliding}
+
+
 def write_rotary(
     rope: Mapping[str, Any], fields: RotaryFields, base: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -69,3 +88,12 @@ def write_rotary(
         scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
         written["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     return written
+
+
+def keep_rotated(rotary: int, head_dim: int) -> float:
+    """The part of a head for which transformers' int(head_dim x part) gives `rotary` dimensions."""
+    part = rotary / head_dim
+    if int(head_dim * part) == rotary:
+        return part
+    # Where rounding would miss the count (30 of 44: 29), half a dimension is added.
+    return (rotary + 0.5) / head_dim

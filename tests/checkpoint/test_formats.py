@@ -199,8 +199,8 @@ BROKEN_HEADERS = {
         "cut off: the tensor 'embed_out.weight'",
     ),
     "unknown dtype": (
-        head(dtype="F8_E4M3"),
-        "has dtype F8_E4M3, and growkit reads F64, F32, F16, BF16",
+        head(dtype="C64"),
+        "has dtype C64, and growkit reads F64, F32, F16, BF16",
     ),
     "a dtype that is none": (head(dtype=["F32"]), r"has dtype \['F32'\], and growkit reads"),
     "a parameter of integers": (head(dtype="I32"), "'embed_out.weight' has dtype I32"),

@@ -258,29 +258,24 @@ def test_configurations_that_describe_no_model(change, said):
         read_config(SMALL.config() | change)
 
 
-LINEAR = {"type": "linear", "factor": 2.0}
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.25,
+    "short_factor": [1.0],
+    "long_factor": [2.0],
+}
 # (options, fields of config.json, what training and conversion say)
 ONLY_GROWN = {
     "activation": (
         {"activation": "gelu_fast"},
         {},
-        "has hidden_act 'gelu_fast', and the trainer computes 'gelu' only",
+        "has hidden_act 'gelu_fast', and the trainer computes 'gelu' or",
     ),
-    "no attention bias": (
-        {"attention_bias": False},
+    "longrope of transformers 5": (
         {},
-        "has attention_bias False, and the trainer computes True only",
-    ),
-    "linear rotary of transformers 4": (
-        {},
-        {"rope_scaling": LINEAR, "rope_parameters": None},
-        "has rotary positions of the type 'linear', and the trainer computes 'default' only",
-    ),
-    "yarn rotary of transformers 5": (
-        {},
-        {"rope_parameters": YARN},
-        "has rotary positions of the type 'yarn', and the trainer computes 'default' only",
+        {"rope_parameters": LONGROPE},
+        "has rotary positions of the type 'longrope', and the trainer computes 'default' or",
     ),
 }
 REFUSING = {
@@ -310,7 +305,7 @@ def test_what_the_trainer_does_not_compute_is_kept_by_growth_and_refused_elsewhe
     own = {"partial_rotary_factor"}
     for name in source.model.rope.keys() - own:
         assert grown.rope[name] == source.model.rope[name], name
-    assert grown.rope["rope_type"] in ("default", "linear", "yarn")
+    assert grown.rope["rope_type"] in ("default", "longrope")
 
 
 def test_what_the_trainer_computes_is_not_refused(tmp_path):

@@ -119,8 +119,8 @@ def count_collectives(compiled):
     return {name: len(re.findall(rf" {name}(?:-start)?\(", compiled.as_text())) for name in names}
 
 
-def run_emulated(*arguments):
-    """What this file prints in a process that has eight devices."""
+def run_emulated(*arguments, script=__file__):
+    """What this file, or another, prints in a process that has eight devices."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
@@ -128,7 +128,7 @@ def run_emulated(*arguments):
             [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         ),
     }
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -363,11 +363,11 @@ def compare_kernel(*over):
         return jax.jit(jax.grad(lambda *a: (attention(*a) ** 2).sum(), (0, 1, 2)))(q, k, v)
 
     def spread(*inputs):
-        return kernels.kernel_attention("splash", *inputs, layout)
+        return kernels.kernel_attention("splash", inputs, layout)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            kernels, "splash_attention", partial(kernels.splash_attention, interpret=True)
+        patch.setitem(
+            kernels.KERNEL_FUNCTIONS, "splash", partial(kernels.splash_attention, interpret=True)
         )
         patch.setitem(kernels.COMPUTE_RULES, "head", over)
         ours, theirs = gradients(spread), gradients(lambda *a: causal_attention(*a, None, 0.0))

@@ -14,7 +14,7 @@ from growkit.checkpoint.tensor import Source, wrap_array
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Precision
-from trainer.model.decoder import GPTNeoX
+from trainer.model.decoder import Decoder
 
 # For models with a vocabulary of at least 40.
 TOKENS = np.random.default_rng(1).integers(0, 40, (2, 9))
@@ -39,7 +39,7 @@ def made(recipe) -> np.ndarray:
 
 @cache
 def loss_and_gradient(model: Architecture):
-    network = GPTNeoX(model, Precision("float64", "float64"))
+    network = Decoder(model, Precision("float64", "float64"))
 
     def loss(params):
         logits = network.apply({"params": params}, TOKENS)

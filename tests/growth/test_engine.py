@@ -27,10 +27,10 @@ from growkit.growth import multipliers, padding, rule, shares
 from growkit.growth.axes import insert, make_map, tile
 from growkit.growth.plan import MOMENT_OPTIONS, Plan, build_plan
 from growkit.growth.rule import PartGrowth, find_source, grow_array, moment_fate
-from growkit.models.architecture import Architecture, keep_rotated
+from growkit.models.architecture import Architecture
 from growkit.models.family import Family
 from growkit.models.notation import ATTENTION, Row, parse_table
-from growkit.models.rotary import RotaryFields
+from growkit.models.rotary import RotaryFields, keep_rotated
 from growkit.surgery import blocks
 
 ROTATED = 2

@@ -32,7 +32,7 @@ from growkit.models import gpt_neox as neox
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.surgery import grow as surgery
 from trainer.config.sections import Precision
-from trainer.model.decoder import GPTNeoX
+from trainer.model.decoder import Decoder
 
 # The eps is large so that one that is not rescaled is seen.
 BASE = GPT_NEOX.model(
@@ -85,7 +85,7 @@ INEXACT = {
 
 @cache
 def logits_function(model):
-    network = GPTNeoX(model, Precision("float64", "float64"))
+    network = Decoder(model, Precision("float64", "float64"))
     # Models this small compile longer than they run.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from growkit.cli import run
 from growkit.errors import UsageError
 from growkit.growth.width import plan_like, plan_width
 from growkit.models.tables import read_shipped
@@ -62,3 +63,10 @@ def test_sizes_that_follow_keep_to_what_is_exact():
 def test_growth_to_another_model_takes_every_axis():
     like = EXPERTS.change(moe_intermediate_size=40, layer=5)
     assert plan_like(EXPERTS, like).grown.sizes == like.sizes
+
+
+@pytest.mark.parametrize("given", [["group"], ["=2x"], ["group=2", "group=4"]])
+def test_an_option_that_is_no_size_is_refused(given, tmp_path, capsys):
+    words = [word for text in given for word in ("--axis", text)]
+    assert run(["width", *words, str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "--axis takes NAME=SIZE, each name once" in capsys.readouterr().err

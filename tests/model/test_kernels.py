@@ -16,7 +16,7 @@ from trainer.config.sections import Mesh, build_architecture, resolve
 from trainer.config.values import read_values
 from trainer.devices.sharding import Layout, make_layout, make_mesh
 from trainer.model import kernels
-from trainer.model.attention import causal_attention
+from trainer.model.attention import Scores, causal_attention
 from trainer.model.kernels import cudnn_attention, kernel_attention, select_kernel, splash_attention
 from trainer.plan.compiler import abstract_batch
 from trainer.plan.topology import find_target
@@ -42,10 +42,11 @@ def splash(q, k, v):
     return splash_attention(q, k, v, interpret=True)
 
 
-def assert_same(ours, theirs, depth):
-    """Outputs and gradients (of a random projection of the output) agree."""
-    q, k, v = (random(1, 2, TIME, depth, seed=seed) for seed in range(3))
-    projection = random(1, 2, TIME, depth, seed=3)
+def assert_same(ours, theirs, depth, heads=2):
+    """Outputs and gradients (of a random projection of the output) agree. heads: of the queries."""
+    q = random(1, heads, TIME, depth)
+    k, v = (random(1, 2, TIME, depth, seed=seed) for seed in (1, 2))
+    projection = random(1, heads, TIME, depth, seed=3)
 
     @partial(jax.jit, static_argnums=0)
     def differentiate(attention, q, k, v):
@@ -60,6 +61,22 @@ def assert_same(ours, theirs, depth):
 @pytest.mark.parametrize("depth", [64, 80, 96, 128])
 def test_splash_attention_is_attention(depth):
     assert_same(splash, xla, depth)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_splash_attention_of_groups_with_windows_and_caps(window):
+    scores = Scores(divisor=10.0, cap=1.5)
+
+    def ours(q, k, v, width=window):
+        return splash_attention(q, k, v, interpret=True, scores=scores, window=width)
+
+    def plain(q, k, v):
+        width = None if window is None else jnp.int32(window)
+        return causal_attention(q, k, v, None, 0.0, "cpu", width, scores)
+
+    assert_same(ours, plain, 64, heads=4)
+    with pytest.raises(AssertionError):
+        assert_same(lambda *a: ours(*a, width=149), plain, 64, heads=4)
 
 
 def test_splash_attention_with_another_scale_or_mask_is_not(monkeypatch):
@@ -80,6 +97,14 @@ def test_cudnn_is_asked_for_attention(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", elsewhere)
     assert_same(cudnn_attention, xla, 80)
+    windowed = partial(cudnn_attention, scores=Scores(divisor=7.0), window=100)
+    scores = Scores(divisor=7.0)
+    assert_same(
+        windowed,
+        lambda *a: causal_attention(*a, None, 0.0, "cpu", jnp.int32(100), scores),
+        80,
+        heads=4,
+    )
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *a, is_causal, **options: elsewhere(*a, **options)
     )
@@ -163,6 +188,34 @@ def test_a_kernel_that_cannot_be_is_refused(layout, changes, words):
         choice(layout, *changes)
 
 
+def test_a_layer_takes_the_kernel_of_its_kind(monkeypatch):
+    """One of two windows, chosen by a number that the program is given."""
+    monkeypatch.setitem(
+        kernels.KERNEL_FUNCTIONS, "splash", partial(splash_attention, interpret=True)
+    )
+    arrays = tuple(random(1, 2, TIME, 64, seed=seed) for seed in range(3))
+    chosen = jax.jit(
+        lambda kind: kernel_attention("splash", arrays, None, windows=(100, None), kind=kind)
+    )
+    for kind, window in enumerate((jnp.int32(100), None)):
+        plain = causal_attention(*arrays, None, 0.0, "cpu", window)
+        np.testing.assert_allclose(chosen(kind), plain, rtol=0, atol=1e-5)
+        other = chosen(1 - kind)
+        assert np.abs(np.asarray(other) - plain).max() > 1e-3
+
+
+def test_capped_scores_are_not_cudnns():
+    changes = [
+        "model.kind=gemma2",
+        "model.rotary_pct=1",
+        "model.parallel_residual=false",
+        "model.config={sliding_window: 512}",
+    ]
+    found = choice(H100, *changes)
+    assert found.name == "xla" and "scores are capped at 50" in found.words
+    assert choice(TPU_V4, *changes).name == "splash"
+
+
 @libtpu
 @pytest.mark.parametrize("name", ["v4-16", "v5e-8", "v6e-8"])
 def test_splash_attention_is_compiled_for_a_slice(name):
@@ -170,7 +223,7 @@ def test_splash_attention_is_compiled_for_a_slice(name):
     layout = Layout(make_mesh(Mesh(tensor=2), find_target(name).devices))
 
     def summed(q, k, v):
-        return kernel_attention("splash", q, k, v, layout).astype(jnp.float32).sum()
+        return kernel_attention("splash", (q, k, v), layout).astype(jnp.float32).sum()
 
     like = jax.ShapeDtypeStruct((8, 4, 256, 80), jnp.bfloat16, sharding=layout.batch_sharding())
     compiled = jax.jit(jax.grad(summed, (0, 1, 2))).lower(like, like, like).compile()

@@ -10,7 +10,8 @@ from conftest import SMALL, save_transformers_model, transformers_logits
 
 from growkit.checkpoint.location import open_source
 from trainer.config.sections import Dropout, Precision
-from trainer.model.decoder import GPTNeoX, find_row, init_params
+from trainer.model.decoder import Decoder, init_params
+from trainer.model.parameters import find_row
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -24,7 +25,7 @@ VARIANTS = [
 
 def our_logits(source, tokens, dtype, rotary=None, **change):
     model = source.model.change(**change)
-    network = GPTNeoX(model, Precision(params=dtype, compute=dtype))
+    network = Decoder(model, Precision(params=dtype, compute=dtype))
     params = source.stack(dtype=dtype)
     return np.asarray(jax.jit(network.apply)({"params": params}, tokens, rotary=rotary))
 
@@ -69,7 +70,7 @@ def test_heads_split_any_other_way_have_other_logits(tmp_path, tokens):
     apart = fused.reshape(SMALL.layer, 3, SMALL.head_count, SMALL.head_dim, -1)
     wrong = apart.swapaxes(1, 2).reshape(fused.shape)
     params["layers"]["attention"]["query_key_value"]["weight"] = wrong
-    network = GPTNeoX(SMALL, Precision("float32", "float32"))
+    network = Decoder(SMALL, Precision("float32", "float32"))
     ours = np.asarray(jax.jit(network.apply)({"params": params}, tokens))
     assert np.abs(ours - theirs).max() > 1e-3
 
@@ -77,7 +78,7 @@ def test_heads_split_any_other_way_have_other_logits(tmp_path, tokens):
 def test_bfloat16_compute_keeps_logits_wide(tmp_path, tokens):
     source = open_source(save_transformers_model(tmp_path / "hf", SMALL).as_posix())
     theirs, _ = transformers_logits(tmp_path / "hf", tokens)
-    network = GPTNeoX(SMALL, Precision("float32", "bfloat16"))
+    network = Decoder(SMALL, Precision("float32", "bfloat16"))
     ours = np.asarray(jax.jit(network.apply)({"params": source.stack()}, tokens))
     assert ours.dtype == np.float32
     assert 1e-4 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
@@ -111,7 +112,7 @@ def test_layers_begin_different():
 def test_each_dropout_acts_and_only_when_training(where, tokens):
     params = init_params(SMALL, Precision("float32", "float32"), seed=0)
     rates = {"hidden": 0.0, "attention": 0.0, "embedding": 0.0} | {where: 0.5}
-    network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(**rates))
+    network = Decoder(SMALL, Precision("float32", "float32"), Dropout(**rates))
     apply = jax.jit(
         lambda key: network.apply({"params": params}, tokens, False, rngs={"dropout": key})
     )
@@ -127,7 +128,7 @@ def test_rematerialising_changes_no_gradient(remat, tokens):
     params = init_params(SMALL, Precision("float32", "float32"), seed=0)
 
     def gradient(policy):
-        network = GPTNeoX(SMALL, Precision("float32", "float32"), Dropout(0.1, 0.1, 0.0), policy)
+        network = Decoder(SMALL, Precision("float32", "float32"), Dropout(0.1, 0.1, 0.0), policy)
         keys = {"dropout": jax.random.key(0)}
 
         def spread(params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from trainer.model import attention
-from trainer.model.activation import gelu
-from trainer.model.attention import causal_attention, split_queries
+from trainer.model.activation import ACTIVATIONS
+from trainer.model.attention import Scores, causal_attention, split_queries
 from trainer.model.dropout import draw_mask
 from trainer.model.matmul import project
 from trainer.step import loss as loss_module
@@ -114,6 +115,73 @@ def test_attention_with_dropout(platform, monkeypatch):
         assert_same_gradients(ours, plain_attention, q, k, v)
 
 
+GROUPED = (2, 6, 12, 4)
+
+
+def group_plainly(q, k, v, mask=None, dropout=0.0, window=12, cap=None, divisor=2.0):
+    """Keys and values repeated for each query head of their group."""
+    k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k) / divisor
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    places = np.arange(q.shape[2])
+    distance = places[:, None] - places[None]
+    read = ((distance >= 0) & (distance < window))[None, None]
+    weights = jax.nn.softmax(jnp.where(read, scores, -jnp.inf), axis=-1)
+    if mask is not None:
+        weights = jnp.where(mask, weights / (1 - dropout), 0)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, v)
+
+
+def grouped_inputs():
+    return random(*GROUPED), random(*SHAPE, seed=1), random(*SHAPE, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes"),
+    [("cpu", {}), ("cpu", {"window": 5, "cap": 0.7, "divisor": 3.0}), ("tpu", {"window": 3})],
+)
+def test_grouped_attention(platform, changes, monkeypatch):
+    """Groups of two heads; windows, caps and other divisors, in blocks of queries too."""
+    monkeypatch.setattr(attention, "SHORTEST", 3)
+    scores = Scores(changes.get("divisor"), changes.get("cap"))
+    window = jnp.int32(changes["window"]) if "window" in changes else None
+
+    def ours(q, k, v):
+        return causal_attention(q, k, v, None, 0.0, platform, window, scores)
+
+    assert_same_gradients(ours, lambda *a: group_plainly(*a, **changes), *grouped_inputs())
+    for wrong in ({"window": 6}, {"cap": 0.6}, {"divisor": 2.1}):
+        with pytest.raises(AssertionError):
+            np.testing.assert_allclose(
+                ours(*grouped_inputs()),
+                group_plainly(*grouped_inputs(), **(changes | wrong)),
+                rtol=0,
+                atol=1e-12,
+            )
+
+
+def test_grouped_attention_with_dropout(monkeypatch):
+    monkeypatch.setattr(attention, "SHORTEST", 3)
+    key = jax.random.key(3)
+    mask = draw_mask(jax.random.key_data(key), 0.3, (*GROUPED[:3], GROUPED[2]))
+
+    def ours(q, k, v):
+        return causal_attention(q, k, v, key, 0.3, "cpu")
+
+    assert_same_gradients(ours, lambda *a: group_plainly(*a, mask, 0.3), *grouped_inputs())
+
+
+def test_groups_are_of_neighbours():
+    """A query head reads the key head of its own group, and not the next one's."""
+    q, k, v = grouped_inputs()
+    exchanged = q.reshape(2, 3, 2, 12, 4).swapaxes(1, 2).reshape(q.shape)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(
+            lambda q, k, v: causal_attention(exchanged, k, v, None, 0.0), group_plainly, q, k, v
+        )
+
+
 def test_attention_looks_at_the_past_only():
     q, k, v = (random(*SHAPE, seed=seed) for seed in range(3))
     later = v.at[:, :, 5:].add(1.0)
@@ -122,11 +190,22 @@ def test_attention_looks_at_the_past_only():
     assert not np.allclose(before[:, :, 5:], after[:, :, 5:])
 
 
-def test_gelu():
+PLAIN_ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
     x = random(5, 7) * 3
-    assert_same_gradients(gelu, lambda x: jax.nn.gelu(x, approximate=False), x)
+    assert_same_gradients(ACTIVATIONS[name], PLAIN_ACTIVATIONS[name], x)
+    other = PLAIN_ACTIVATIONS["gelu_new" if name == "gelu" else "gelu"]
     with pytest.raises(AssertionError):
-        assert_same_gradients(gelu, lambda x: jax.nn.gelu(x, approximate=True), x)
+        assert_same_gradients(ACTIVATIONS[name], other, x)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -142,7 +221,13 @@ def test_loss(monkeypatch, rows, platform):
     def plain(hidden, head):
         return (cross_entropy(hidden @ head.T, targets) * mask[:, None]).sum()
 
+    def plainly_capped(hidden, head):
+        logits = 0.8 * jnp.tanh(hidden @ head.T / 0.8)
+        return (cross_entropy(logits, targets) * mask[:, None]).sum()
+
     assert_same_gradients(lambda h, w: sum_token_losses(h, w, targets, mask), plain, hidden, head)
+    capped = partial(sum_token_losses, bound=0.8)
+    assert_same_gradients(lambda h, w: capped(h, w, targets, mask), plainly_capped, hidden, head)
     with pytest.raises(AssertionError):
         assert_same_gradients(
             lambda h, w: sum_token_losses(h, w, targets, jnp.ones(3)), plain, hidden, head

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from conftest import BESIDE, random_tensors, save_directory, save_tensors
 
-from convert.directory import convert_to_checkpoint, convert_to_directory
 from growkit.checkpoint.huggingface import INDEX
 from growkit.checkpoint.location import open_source, write_output
 from growkit.checkpoint.tensor import copy_tensor, wrap_array
@@ -593,15 +592,6 @@ def test_a_partial_rotary_is_not_computed_by_the_class():
 
 def test_a_source_that_breaks_the_rule_grows_in_depth():
     assert plan_depth(SMALL.change(embed=25), "3:4").grown == SMALL.change(embed=25, layer=4)
-
-
-@pytest.mark.parametrize("convert", [convert_to_checkpoint, convert_to_directory])
-def test_what_takes_gpt_neox_only(convert, tmp_path):
-    source = open_source(str(save(tmp_path / "hf")))
-    with pytest.raises(
-        UsageError, match="hf is a 'llama' model, which growkit grows but does not train"
-    ):
-        convert(source)
 
 
 def test_embed_alone_takes_the_heads_along_where_they_fill_it():

@@ -19,7 +19,7 @@ from growkit.growth.rule import grow_array
 from growkit.growth.shares import share_scale
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
-from trainer.model.decoder import find_row
+from trainer.model.parameters import find_row
 from trainer.run.state import from_tree, to_tree
 from trainer.step.optimizer import Multipliers, adamw, clip_by_norm, global_norm, select_decayed
 from trainer.step.update import init_state, make_train_step

@@ -14,7 +14,7 @@ import trainer.step.update
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.config.sections import Batch, Config, Dropout, Optimizer, Precision, Schedule
 from trainer.devices.sharding import make_single_device_layout
-from trainer.model.decoder import GPTNeoX, init_params
+from trainer.model.decoder import Decoder, init_params
 from trainer.step.update import accumulate_gradients, init_state, make_eval_step, make_train_step
 
 TINY = GPT_NEOX.model(layer=2, embed=16, head=2, mlp=32, vocab=64, context=16, rotary_pct=0.5)
@@ -107,7 +107,7 @@ def test_loss_and_gradient_name_every_promotion(numbers, drops, strict_promotion
     """They are traced only. optax's Adam mixes dtypes by itself, so the update is not traced."""
     dropout = Dropout(*[0.1 if drops else 0.0] * 3)
     layout = make_single_device_layout()
-    network = GPTNeoX(TINY, Precision(*numbers), dropout, "full", layout=layout)
+    network = Decoder(TINY, Precision(*numbers), dropout, "full", layout=layout)
     params = jax.eval_shape(lambda: init_params(TINY, network.precision, 0))
     tokens = jax.ShapeDtypeStruct((2, 4, TINY.context + 1), "int32")
     key = jax.random.key(0) if drops else None

@@ -61,6 +61,8 @@ def _convert_value(kind: Any, value: Any, key: str) -> Any:
         return build_dataclass(kind, value, f"{key}.")
     if kind in WEIGHTS:
         return None if value is None else _convert_weights(value, key)
+    if kind == dict[str, Any]:
+        return _require_fields(value, key)
     if kind is float:
         return _convert_number(value, key)
     if type(value) is kind:
@@ -68,6 +70,13 @@ def _convert_value(kind: Any, value: Any, key: str) -> Any:
     if kind is int and isinstance(value, str) and _is_plain_number(value):
         return parse_count(value, key)
     raise UsageError(f"{key} must be {WANTED[kind]}, got {_shorten(value)}")
+
+
+def _require_fields(value: Any, key: str) -> dict[str, Any]:
+    """Fields by name, with any values."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UsageError(f"{key} must be fields by name, as {{name: value}}, got {_shorten(value)}")
+    return value
 
 
 def _is_plain_number(text: str) -> bool:

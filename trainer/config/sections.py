@@ -12,39 +12,18 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from growkit.errors import GrowkitError, UsageError
+from growkit.errors import UsageError
 from growkit.evaluation.catalogue import parse_task_names
-from growkit.models.architecture import Architecture
-from growkit.models.gpt_neox import GPT_NEOX
 from growkit.quantity import parse_count
 from trainer.config.build import build_dataclass
+from trainer.config.model import Model as Model
+from trainer.config.model import build_architecture as build_architecture
+from trainer.config.model import build_section as build_section
 from trainer.config.rules import check_rules, choice, count, number, path, text_or_number
 
 DTYPES = ("float32", "bfloat16", "float64")
 LARGEST_SEED = 2**31 - 1
 MOST_STEPS = 10**9  # what is above was meant as tokens
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes and options of a new model.
-
-    With --from they are the source's, and those stated here must agree with it, except for context:
-    rotary positions have no parameters, so a model can go on with another one.
-    """
-
-    layer: int = 24  # blocks
-    embed: int = 1536  # width of the residual stream
-    head: int = 12  # attention heads; they divide embed
-    mlp: int = 6144  # hidden units of each block's feed-forward network
-    vocab: int = 50304  # token ids, so many rows of the embedding
-    context: int = number(1024, at_least=1)  # tokens in a sequence
-    rotary_pct: float = 0.25  # fraction of each head that is rotated by position
-    rotary_base: float = number(10000.0, above=0)  # base of the rotary frequencies
-    parallel_residual: bool = True  # attention and feed-forward read the same residual stream
-    tied: bool = True  # the output matrix is the embedding
-    layer_norm_eps: float = number(1e-5, above=0)  # added to the variance in each LayerNorm
-    initializer_range: float = number(0.02, above=0)  # standard deviation of new weights
 
 
 @dataclass(frozen=True)
@@ -325,34 +304,3 @@ def _read_growth_time(at: str, schedule: Schedule) -> str:
             f"grow.at must be a step from 1 to {schedule.steps - 1}, or plateau, got {at!r}"
         )
     return str(step)
-
-
-def build_architecture(model: Model) -> Architecture:
-    """The architecture that a model section describes.
-
-    Raises UsageError for sizes that contradict each other.
-    """
-    values = dataclasses.asdict(model)
-    values["norm_eps"] = values.pop("layer_norm_eps")
-    try:
-        return GPT_NEOX.model(**values)
-    except GrowkitError as problem:
-        raise UsageError(f"the model section contradicts itself: {problem}") from None
-
-
-def build_section(model: Architecture) -> Model:
-    """The model section that describes an architecture."""
-    return Model(
-        layer=model.layer,
-        embed=model.embed,
-        head=model.head_count,
-        mlp=model.mlp,
-        vocab=model.vocab,
-        context=model.context,
-        rotary_pct=model.rotary_pct,
-        rotary_base=model.rotary_base,
-        parallel_residual=bool(model.options["parallel_residual"]),
-        tied=model.tied,
-        layer_norm_eps=model.norm_eps,
-        initializer_range=model.initializer_range,
-    )

@@ -3,7 +3,8 @@
 A mesh has three axes. The sequences of a batch are split over data and fsdp; parameters and their
 moments over fsdp; heads, hidden units and the vocabulary over tensor; with ZeRO-1 the moments over
 data too. A dimension that fuses several logical axes is split by the first one, the outermost in
-memory: (head qkv head_dim) is split by heads.
+memory: (head qkv head_dim) is split by heads, (kv group head_dim) by key and value heads, so that a
+device has whole groups.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Rules = Mapping[str, tuple[str, ...]]
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # A parameter in use: whole, except for tensor parallelism (Megatron-LM, arXiv 1909.08053).
-COMPUTE_RULES = {"head": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
+COMPUTE_RULES = {axis: ("tensor",) for axis in ("head", "kv", "mlp", "vocab")}
 # A parameter at rest: split (fully sharded data parallelism; ZeRO-3, arXiv 1910.02054).
 PARAMETER_RULES = COMPUTE_RULES | {"embed": ("fsdp",)}
 # Moments, and the gradients that update them (ZeRO-1 and 2). fsdp comes first, so that a part of a
@@ -191,6 +192,8 @@ def _check_divides(
     model: Architecture, mesh: jax.sharding.Mesh, axis: str, mesh_axes: tuple[str, ...]
 ) -> None:
     """Refuse an axis of the model that some mesh axes do not split into equal parts."""
+    if axis not in model.sizes:
+        return
     size = model.sizes[axis]
     parts = math.prod(mesh.shape[name] for name in mesh_axes)
     if size % parts:

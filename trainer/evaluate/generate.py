@@ -23,7 +23,7 @@ from trainer.config.sections import LARGEST_SEED, Precision
 from trainer.data.panics import explain_panics
 from trainer.data.special import read_beside
 from trainer.data.tokenizer import parse_tokenizer
-from trainer.model.decoder import GPTNeoX
+from trainer.model.decoder import Decoder
 
 # Windows are multiples of this many tokens, so that few lengths are compiled.
 ROUND = 64
@@ -45,7 +45,7 @@ def generate_tokens(
     _check_request(prompt, temperature, seed)
     window = _select_window(source.model.context, len(prompt) + count)
     params = jax.device_put(source.stack(dtype="float32"))
-    network = GPTNeoX(source.model, Precision("float32", "float32"))
+    network = Decoder(source.model, Precision("float32", "float32"))
     draw_token = _make_sampler(network, temperature)
     text = list(prompt)
     for number in range(count):
@@ -74,7 +74,7 @@ def _select_window(context: int, length: int) -> int:
     return min(context, math.ceil(length / ROUND) * ROUND)
 
 
-def _make_sampler(network: GPTNeoX, temperature: float) -> Callable[..., jax.Array]:
+def _make_sampler(network: Decoder, temperature: float) -> Callable[..., jax.Array]:
     """The jitted (params, tokens [T], length, key) -> the token after the first `length`."""
 
     @jax.jit

@@ -21,18 +21,21 @@ from trainer.config.sections import Mesh, Precision
 from trainer.data.tokenizer import TextTokenizer
 from trainer.devices.sharding import Layout, make_mesh
 from trainer.evaluate.likelihood import Likelihood
-from trainer.model.decoder import GPTNeoX
+from trainer.model.decoder import Decoder
 
 
 class JaxModel(WindowedModel, TemplateLM):
     """A model that the harness can ask.
 
-    A text without a context is scored after the end-of-text token. The names and arguments of the
-    methods are the harness's.
+    A text without a context is scored after the token `begin`, end-of-text where there is none. The
+    names and arguments of the methods are the harness's.
     """
 
-    def __init__(self, likelihood: Likelihood, tokenizer: TextTokenizer, vocab: int):
+    def __init__(
+        self, likelihood: Likelihood, tokenizer: TextTokenizer, vocab: int, begin: int | None = None
+    ):
         super().__init__()
+        self.begin = begin
         self.likelihood = likelihood
         self.tokenizer = tokenizer
         self.vocab = vocab  # ids that the model has; the tokenizer may have more
@@ -42,6 +45,11 @@ class JaxModel(WindowedModel, TemplateLM):
     def eot_token_id(self) -> int:
         """The id of the end-of-text token."""
         return self.tokenizer.end_of_text_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id of the token before a text without context."""
+        return self.eot_token_id if self.begin is None else self.begin
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **options: Any
@@ -60,14 +68,14 @@ class JaxModel(WindowedModel, TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Score all of each text after end-of-text.
+        """Score all of each text after the token that begins one.
 
         A long text is scored in windows; each begins with the token before it.
         """
         whole = []
         for request in requests:
             text = request.args[0]
-            whole.append((("", text), [self.eot_token_id], self.tok_encode(text)))
+            whole.append((("", text), [self.prefix_token_id], self.tok_encode(text)))
         return [score for score, _ in self._score(whole)]
 
     def _loglikelihood_tokens(
@@ -87,15 +95,19 @@ class JaxModel(WindowedModel, TemplateLM):
         raise NotImplementedError("growkit's tasks score texts; none asks for generated text")
 
 
-def load_jax_model(source: Source, tokenizer: TextTokenizer, window: int, batch: int) -> JaxModel:
+def load_jax_model(
+    source: Source, tokenizer: TextTokenizer, window: int, batch: int, begin: Any = None
+) -> JaxModel:
     """Load a model from disk onto all of this machine's devices, a copy on each, in float32.
 
-    window: the longest text, in tokens. batch: texts at once. Raises UsageError for an architecture
+    window: the longest text, in tokens. batch: texts at once. begin: the id of the token before a
+    text without context; end-of-text where it is no number. Raises UsageError for an architecture
     that the trainer does not compute.
     """
     model = require_trained(source.model, source.path)
     layout = Layout(make_mesh(Mesh(), jax.local_devices()))
-    network = GPTNeoX(model, Precision("float32", "float32"), layout=layout)
+    network = Decoder(model, Precision("float32", "float32"), layout=layout)
     shardings = model.table.tree(layout.parameter_sharding)
     params = jax.device_put(source.stack(dtype="float32"), shardings)
-    return JaxModel(Likelihood(network, params, window, batch), tokenizer, model.vocab)
+    likelihood = Likelihood(network, params, window, batch)
+    return JaxModel(likelihood, tokenizer, model.vocab, begin if isinstance(begin, int) else None)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.devices.sharding import make_single_device_layout, place
-from trainer.model.decoder import GPTNeoX
-from trainer.model.precision import select_wide_dtype
+from trainer.model.decoder import Decoder
+from trainer.model.precision import cap, select_wide_dtype
 from trainer.step.loss import cross_entropy
 
 # How many positions' logits are held at once.
@@ -54,7 +54,7 @@ class Likelihood:
     of the shards of the network's layout.
     """
 
-    def __init__(self, network: GPTNeoX, params: Any, window: int, batch: int):
+    def __init__(self, network: Decoder, params: Any, window: int, batch: int):
         layout = network.layout or make_single_device_layout()
         self.params = params
         self.window = window
@@ -145,7 +145,7 @@ class Likelihood:
             )
 
 
-def _define_hidden(network: GPTNeoX) -> Callable[[Any, jax.Array], jax.Array]:
+def _define_hidden(network: Decoder) -> Callable[[Any, jax.Array], jax.Array]:
     def hidden(params: Any, tokens_BxT: jax.Array) -> jax.Array:
         hidden_BxTxE = network.apply({"params": params}, tokens_BxT, head=False)
         return hidden_BxTxE.reshape(-1, hidden_BxTxE.shape[-1])
@@ -153,7 +153,7 @@ def _define_hidden(network: GPTNeoX) -> Callable[[Any, jax.Array], jax.Array]:
     return hidden
 
 
-def _define_losses(network: GPTNeoX) -> Callable[..., Piece]:
+def _define_losses(network: Decoder) -> Callable[..., Piece]:
     wide = select_wide_dtype(network.precision.compute)
 
     def losses(
@@ -162,6 +162,7 @@ def _define_losses(network: GPTNeoX) -> Callable[..., Piece]:
         rows_RxE = hidden_NxE[positions_R]
         head_VxE = network.head_weight(params)
         logits_RxV = jnp.einsum("re,ve->rv", rows_RxE, head_VxE, preferred_element_type=wide)
+        logits_RxV = cap(logits_RxV, network.logit_cap)
         return cross_entropy(logits_RxV, targets_R), logits_RxV.argmax(-1) == targets_R
 
     return losses

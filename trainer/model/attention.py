@@ -1,16 +1,20 @@
 """Causal attention with a backward pass of its own.
 
-It takes q, k and v [B, H, T, D] and returns their mixture [B, H, T, D]. The backward pass keeps the
-attention weights and computes their gradient in closed form. Left to automatic differentiation, the
-same program spends more time around its matrix products than in them. On a CPU it takes one block
-of queries after another.
+It takes q [B, Q, T, D], k and v [B, H, T, D] and returns their mixture [B, Q, T, D]. Q is H or a
+multiple of it: then each key and value head is read by a group of query heads. Their queries are
+laid one after another, as more queries of the same head, so that no key is repeated. The backward
+pass keeps the attention weights and computes their gradient in closed form. Left to automatic
+differentiation, the same program spends more time around its matrix products than in them. On a CPU
+it takes one block of queries after another.
 
-Shapes in names: B batch, H head, T queries, S keys, D head_dim.
+Shapes in names: B batch, Q query head, H key and value head, T queries of all heads of a group, S
+keys, D head_dim.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +23,7 @@ import jax.numpy as jnp
 
 from trainer.model.dropout import apply_mask, draw_mask
 from trainer.model.matmul import matmul_transposed
-from trainer.model.precision import select_wide_dtype, widen
+from trainer.model.precision import cap, select_wide_dtype, widen
 
 # Number of blocks of queries by platform, 1 where none is named. A block is multiplied with the
 # keys of its past only, so N blocks do (N + 1) / 2N of the work: 62.5 % for 4.
@@ -28,23 +32,40 @@ BLOCKS = {"cpu": 4}
 SHORTEST = 64
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@dataclass(frozen=True)
+class Scores:
+    """How products of queries and keys become scores: divided, then bounded by cap tanh(x / cap).
+
+    divisor: None for sqrt(D). cap: None for no bound.
+    """
+
+    divisor: float | None = None
+    cap: float | None = None
+
+
+PLAIN = Scores()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 7))
 def causal_attention(
-    q_BxHxTxD: jax.Array,
+    q_BxQxTxD: jax.Array,
     k_BxHxSxD: jax.Array,
     v_BxHxSxD: jax.Array,
     key: jax.Array | None,
     dropout: float,
     platform: str = "cpu",
+    window: jax.Array | None = None,
+    scores: Scores = PLAIN,
 ) -> jax.Array:
-    """softmax(q k / sqrt(D)) v over the past.
+    """softmax(scores of q and k) v over the past.
 
     Scores and softmax are computed in at least float32; the weights are then rounded to q's dtype.
     With a key, each weight is dropped with probability `dropout` and the others are scaled by 1 /
     (1 - dropout). platform: what the program is compiled for; it changes how the result is
-    computed, not the result.
+    computed, not the result. window: how many positions a query reads, its own among them; None for
+    all of the past.
     """
-    return _forward(q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, key, dropout, platform)[0]
+    return _forward(q_BxQxTxD, k_BxHxSxD, v_BxHxSxD, key, dropout, platform, window, scores)[0]
 
 
 def split_queries(time: int, platform: str) -> list[tuple[int, int]]:
@@ -60,60 +81,105 @@ def split_queries(time: int, platform: str) -> list[tuple[int, int]]:
 
 
 def _forward(
-    q_BxHxTxD: jax.Array,
+    q_BxQxTxD: jax.Array,
     k_BxHxSxD: jax.Array,
     v_BxHxSxD: jax.Array,
     key: jax.Array | None,
     dropout: float,
     platform: str,
+    window: jax.Array | None,
+    scores: Scores,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    batch, heads, time, _ = q_BxHxTxD.shape
+    batch, heads, time, _ = q_BxQxTxD.shape
     mask = None
     if key is not None:
         mask = draw_mask(jax.random.key_data(key), dropout, (batch, heads, time, time))
+    kv = k_BxHxSxD.shape[1]
     mixed, weights = [], []
     for first, last in split_queries(time, platform):
-        weights_BxHxTxS = _weigh(q_BxHxTxD[:, :, first:last], k_BxHxSxD[:, :, :last])
-        dropped = _drop(weights_BxHxTxS, _slice_mask(mask, first, last), dropout, platform)
-        mixed.append(jnp.einsum("bhts,bhsd->bhtd", dropped, v_BxHxSxD[:, :, :last]))
+        q_BxHxTxD = _fold(q_BxQxTxD[:, :, first:last], kv)
+        scores_BxHxTxS = _score(q_BxHxTxD, k_BxHxSxD[:, :, :last], scores)
+        weights_BxHxTxS = _weigh(scores_BxHxTxS, last - first, window).astype(q_BxHxTxD.dtype)
+        part = _slice_mask(mask, first, last, kv)
+        dropped = _drop(weights_BxHxTxS, part, dropout, platform)
+        mixed_BxHxTxD = jnp.einsum("bhts,bhsd->bhtd", dropped, v_BxHxSxD[:, :, :last])
+        mixed.append(_unfold(mixed_BxHxTxD, heads))
         weights.append(weights_BxHxTxS)
-    return jnp.concatenate(mixed, 2), (q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask)
+    return jnp.concatenate(mixed, 2), (q_BxQxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask, window)
 
 
-def _weigh(q_BxHxTxD: jax.Array, k_BxHxSxD: jax.Array) -> jax.Array:
-    """The attention weights [B, H, T, S] of the last T of S positions."""
-    time, depth = q_BxHxTxD.shape[-2:]
-    keys = k_BxHxSxD.shape[-2]
+def _fold(x_BxQxTxN: jax.Array, kv: int) -> jax.Array:
+    """Lay the queries of each group of heads one after another: [B, H, Q / H * T, N]."""
+    batch, heads, time, size = x_BxQxTxN.shape
+    if heads == kv:
+        return x_BxQxTxN
+    return x_BxQxTxN.reshape(batch, kv, heads // kv * time, size)
+
+
+def _unfold(x_BxHxTxN: jax.Array, heads: int) -> jax.Array:
+    """The inverse of `_fold`."""
+    batch, kv, time, size = x_BxHxTxN.shape
+    if heads == kv:
+        return x_BxHxTxN
+    return x_BxHxTxN.reshape(batch, heads, kv * time // heads, size)
+
+
+def _score(q_BxHxTxD: jax.Array, k_BxHxSxD: jax.Array, scores: Scores) -> jax.Array:
+    """The scores [B, H, T, S] of all pairs, in at least float32."""
     wide = select_wide_dtype(q_BxHxTxD.dtype)
-    scores_BxHxTxS = jnp.einsum(
-        "bhtd,bhsd->bhts", q_BxHxTxD, k_BxHxSxD, preferred_element_type=wide
-    )
+    products = jnp.einsum("bhtd,bhsd->bhts", q_BxHxTxD, k_BxHxSxD, preferred_element_type=wide)
+    return cap(products / _find_divisor(q_BxHxTxD, scores), scores.cap)
+
+
+def _find_divisor(q_BxHxTxD: jax.Array, scores: Scores) -> float:
+    return scores.divisor or math.sqrt(q_BxHxTxD.shape[-1])
+
+
+def _weigh(scores_BxHxTxS: jax.Array, block: int, window: jax.Array | None) -> jax.Array:
+    """The attention weights [B, H, T, S] of the last `block` of S positions, of each head of a
+    group.
+    """
+    total, keys = scores_BxHxTxS.shape[-2:]
     # The queries are the last T of S positions, so the diagonal lies S - T to the right.
-    causal_TxS = jnp.tril(jnp.ones((time, keys), bool), keys - time)
-    scaled_BxHxTxS = scores_BxHxTxS / math.sqrt(depth)
+    read_TxS = jnp.tril(jnp.ones((block, keys), bool), keys - block)
+    if window is not None:
+        place_T = keys - block + jnp.arange(block, dtype=jnp.int32)
+        distance_TxS = place_T[:, None] - jnp.arange(keys, dtype=jnp.int32)[None]
+        read_TxS = read_TxS & (distance_TxS < window)
+    if total != block:
+        read_TxS = jnp.tile(read_TxS, (total // block, 1))
     # -inf and not a large number: its exponential is exactly 0, and so is its gradient.
-    scores_BxHxTxS = jnp.where(causal_TxS[None, None], scaled_BxHxTxS, -jnp.inf)
-    return jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(q_BxHxTxD.dtype)
+    return jax.nn.softmax(jnp.where(read_TxS[None, None], scores_BxHxTxS, -jnp.inf), axis=-1)
 
 
 def _backward(
-    dropout: float, platform: str, saved: tuple[Any, ...], gradient_BxHxTxD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask = saved
-    blocks = split_queries(q_BxHxTxD.shape[2], platform)
+    dropout: float,
+    platform: str,
+    scores: Scores,
+    saved: tuple[Any, ...],
+    gradient_BxQxTxD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    q_BxQxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask, _ = saved
+    heads, kv = q_BxQxTxD.shape[1], k_BxHxSxD.shape[1]
+    blocks = split_queries(q_BxQxTxD.shape[2], platform)
     to_q, to_k, to_v = [], [], []
     for (first, last), weights_BxHxTxS in zip(blocks, weights, strict=True):
-        drop = partial(
-            _drop, mask=_slice_mask(mask, first, last), dropout=dropout, platform=platform
-        )
-        gradient = gradient_BxHxTxD[:, :, first:last]
+        part = _slice_mask(mask, first, last, kv)
+        drop = partial(_drop, mask=part, dropout=dropout, platform=platform)
+        gradient = _fold(gradient_BxQxTxD[:, :, first:last], kv)
+        q_BxHxTxD = _fold(q_BxQxTxD[:, :, first:last], kv)
+        k_past = k_BxHxSxD[:, :, :last]
         to_v.append(matmul_transposed(drop(weights_BxHxTxS), gradient, platform))
         to_weights = drop(jnp.einsum("bhtd,bhsd->bhts", gradient, v_BxHxSxD[:, :, :last]))
         to_scores = _differentiate_softmax(weights_BxHxTxS, to_weights)
-        to_scores = (to_scores / math.sqrt(q_BxHxTxD.shape[-1])).astype(q_BxHxTxD.dtype)
-        to_q.append(jnp.einsum("bhts,bhsd->bhtd", to_scores, k_BxHxSxD[:, :, :last]))
-        to_k.append(matmul_transposed(to_scores, q_BxHxTxD[:, :, first:last], platform))
-    return jnp.concatenate(to_q, 2), _sum_prefixes(to_k), _sum_prefixes(to_v), None
+        if scores.cap is not None:
+            # The scores are computed again: keeping them would double what a layer keeps.
+            capped = _score(q_BxHxTxD, k_past, scores)
+            to_scores = to_scores * (1.0 - jnp.square(capped / scores.cap))
+        to_scores = (to_scores / _find_divisor(q_BxQxTxD, scores)).astype(q_BxQxTxD.dtype)
+        to_q.append(_unfold(jnp.einsum("bhts,bhsd->bhtd", to_scores, k_past), heads))
+        to_k.append(matmul_transposed(to_scores, q_BxHxTxD, platform))
+    return jnp.concatenate(to_q, 2), _sum_prefixes(to_k), _sum_prefixes(to_v), None, None
 
 
 def _differentiate_softmax(weights_BxHxTxS: jax.Array, to_weights: jax.Array) -> jax.Array:
@@ -125,8 +191,8 @@ def _differentiate_softmax(weights_BxHxTxS: jax.Array, to_weights: jax.Array) ->
     return wide_BxHxTxS * (to_weights - mean_BxHxTx1)
 
 
-def _slice_mask(mask: jax.Array | None, first: int, last: int) -> jax.Array | None:
-    return None if mask is None else mask[:, :, first:last, :last]
+def _slice_mask(mask: jax.Array | None, first: int, last: int, kv: int) -> jax.Array | None:
+    return None if mask is None else _fold(mask[:, :, first:last, :last], kv)
 
 
 def _sum_prefixes(parts: list[jax.Array]) -> jax.Array:

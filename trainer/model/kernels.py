@@ -4,14 +4,15 @@ The kernels are splash attention (Pallas) on TPUs and cuDNN's flash attention on
 never hold the weights of all pairs of positions. Where a rule forbids them,
 `trainer.model.attention` is used, compiled by XLA.
 
-Shapes in names: B batch, H head, T time, D head_dim.
+Shapes in names: B batch, Q query head, H key and value head, T time, D head_dim.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from growkit.models.architecture import Architecture
 from trainer.config.sections import Config
 from trainer.devices.accelerators import compute_capability, tpu_generation
 from trainer.devices.sharding import BATCH_AXES, COMPUTE_RULES, Layout
-from trainer.model.attention import split_queries
+from trainer.model.attention import PLAIN, Scores, split_queries
 from trainer.model.precision import widen
 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}
@@ -30,6 +31,8 @@ TITLES = {"splash": "Pallas splash attention", "cudnn": "cuDNN flash attention",
 # Block sizes of splash attention: the largest that divides the sequence. 128 is a row of registers
 # and the smallest that the kernel takes.
 BLOCKS = (512, 256, 128)
+Arrays = tuple[jax.Array, jax.Array, jax.Array]
+Attend = Callable[..., jax.Array]
 # The widest head, in dimensions, that each kernel takes.
 WIDEST_HEADS = {"splash": 256, "cudnn": 128}
 
@@ -118,6 +121,9 @@ def _list_rules(kernel: str, config: Config, model: Architecture, device: Any) -
             f"a multiple of 8 up to {widest}",
         ),
     ]
+    if kernel == "cudnn":
+        bound = model.number("score_cap")
+        rules.append(Rule(bound is None, f"scores are capped at {bound}", "scores without a cap"))
     if kernel == "splash":
         smallest = BLOCKS[-1]
         multiple = f"a multiple of {smallest}"
@@ -134,51 +140,66 @@ def _rule_on_device(kernel: str, device: Any) -> Rule:
 
 def kernel_attention(
     name: str,
-    q_BxHxTxD: jax.Array,
-    k_BxHxTxD: jax.Array,
-    v_BxHxTxD: jax.Array,
+    arrays: Arrays,
     layout: Layout | None,
+    scores: Scores = PLAIN,
+    windows: Sequence[int | None] = (None,),
+    kind: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k / sqrt(D)) v over the past by a kernel.
+    """Attention by a kernel: see `trainer.model.attention`.
 
-    Each device takes its own sequences and heads.
+    arrays: q [B, Q, T, D], k and v [B, H, T, D]. Each device takes its own sequences and heads.
+    windows: those of the model's kinds of layers, of which this layer is number `kind`.
     """
-    attention: Callable[..., jax.Array] = cudnn_attention
-    if name == "splash":
-        attention = splash_attention
-    if layout is not None and layout.mesh.size > 1:
-        spec = layout.make_sharding(BATCH_AXES, *COMPUTE_RULES["head"]).spec
-        # check_vma compares how values vary over the mesh, which a kernel does not tell.
-        attention = jax.shard_map(
-            attention,
-            mesh=layout.mesh,
-            in_specs=(spec, spec, spec),
-            out_specs=spec,
-            check_vma=False,
-        )
-    return attention(q_BxHxTxD, k_BxHxTxD, v_BxHxTxD)
+    kernel = KERNEL_FUNCTIONS[name]
+    attentions = [
+        _spread(partial(kernel, scores=scores, window=window), layout) for window in windows
+    ]
+    if kind is None:
+        return attentions[0](*arrays)
+    return jax.lax.switch(kind, attentions, *arrays)
+
+
+def _spread(attention: Attend, layout: Layout | None) -> Attend:
+    """Attention in which each device takes its own sequences and heads."""
+    if layout is None or layout.mesh.size == 1:
+        return attention
+    spec = layout.make_sharding(BATCH_AXES, *COMPUTE_RULES["head"]).spec
+    # check_vma compares how values vary over the mesh, which a kernel does not tell.
+    return jax.shard_map(
+        attention, mesh=layout.mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
+    )
 
 
 def splash_attention(
-    q_BxHxTxD: jax.Array, k_BxHxTxD: jax.Array, v_BxHxTxD: jax.Array, interpret: bool = False
+    q_BxQxTxD: jax.Array,
+    k_BxHxTxD: jax.Array,
+    v_BxHxTxD: jax.Array,
+    interpret: bool = False,
+    scores: Scores = PLAIN,
+    window: int | None = None,
 ) -> jax.Array:
     """Attention by the TPU's kernel on one device. T must be a multiple of 128.
 
     interpret: emulate the kernel, slowly, on any device.
     """
-    _, heads, time, depth = q_BxHxTxD.shape
-    mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
+    _, heads, time, depth = q_BxQxTxD.shape
+    shape = (time, time)
+    mask = splash.CausalMask(shape)
+    if window is not None:
+        mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     kernel = splash.make_splash_mha(
-        mask,
+        splash.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=_select_block_sizes(time),
+        attn_logits_soft_cap=scores.cap,
         interpret=interpret,
     )
     # The kernel does not scale. In bfloat16 the factor 1 / sqrt(D) alone would be wrong by up to 1
     # in 256.
-    scaled = widen(q_BxHxTxD) / math.sqrt(depth)
-    return jax.vmap(kernel)(scaled.astype(q_BxHxTxD.dtype), k_BxHxTxD, v_BxHxTxD)
+    scaled = widen(q_BxQxTxD) / (scores.divisor or math.sqrt(depth))
+    return jax.vmap(kernel)(scaled.astype(q_BxQxTxD.dtype), k_BxHxTxD, v_BxHxTxD)
 
 
 def _select_block_sizes(time: int) -> splash.BlockSizes:
@@ -196,12 +217,27 @@ def _select_block_sizes(time: int) -> splash.BlockSizes:
     )
 
 
-def cudnn_attention(q_BxHxTxD: jax.Array, k_BxHxTxD: jax.Array, v_BxHxTxD: jax.Array) -> jax.Array:
-    """Attention by the GPU's kernel on one device."""
-    q_BxTxHxD = q_BxHxTxD.swapaxes(1, 2)
+def cudnn_attention(
+    q_BxQxTxD: jax.Array,
+    k_BxHxTxD: jax.Array,
+    v_BxHxTxD: jax.Array,
+    scores: Scores = PLAIN,
+    window: int | None = None,
+) -> jax.Array:
+    """Attention by the GPU's kernel on one device. It bounds no scores."""
+    q_BxTxQxD = q_BxQxTxD.swapaxes(1, 2)
     k_BxTxHxD = k_BxHxTxD.swapaxes(1, 2)
     v_BxTxHxD = v_BxHxTxD.swapaxes(1, 2)
-    mixed_BxTxHxD = jax.nn.dot_product_attention(
-        q_BxTxHxD, k_BxTxHxD, v_BxTxHxD, is_causal=True, implementation="cudnn"
+    mixed_BxTxQxD = jax.nn.dot_product_attention(
+        q_BxTxQxD,
+        k_BxTxHxD,
+        v_BxTxHxD,
+        scale=1.0 / scores.divisor if scores.divisor else None,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
     )
-    return mixed_BxTxHxD.swapaxes(1, 2)
+    return mixed_BxTxQxD.swapaxes(1, 2)
+
+
+KERNEL_FUNCTIONS: dict[str, Attend] = {"splash": splash_attention, "cudnn": cudnn_attention}

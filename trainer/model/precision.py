@@ -20,3 +20,8 @@ def select_wide_dtype(dtype: DTypeLike) -> jnp.dtype:
 def widen(x: jax.Array) -> jax.Array:
     """Convert x to float32, or leave it in float64."""
     return x.astype(select_wide_dtype(x.dtype))
+
+
+def cap(x: jax.Array, bound: float | None) -> jax.Array:
+    """bound tanh(x / bound), which lies between -bound and bound; x itself without one."""
+    return x if bound is None else bound * jnp.tanh(x / bound)

@@ -30,6 +30,7 @@ from growkit.lineage import Lineage
 from growkit.models import require_trained
 from growkit.models.architecture import Architecture
 from growkit.surgery.grow import open_grown
+from trainer.config.model import check_context, describe_differences
 from trainer.config.rules import check_rules
 from trainer.config.sections import (
     Config,
@@ -210,22 +211,14 @@ def take_model(config: Config, values: Mapping[str, Any], model: Model, origin: 
     another model; the context alone may differ.
     """
     stated = values.get("model") or {}
-    different = [
-        key
-        for key in stated
-        if key != "context" and getattr(config.model, key) != getattr(model, key)
-    ]
-    if different:
-        words = ", ".join(
-            f"{key} is {getattr(config.model, key)} in the one and {getattr(model, key)} in the "
-            f"other"
-            for key in different
-        )
+    words = describe_differences(stated, config.model, model)
+    if words:
         raise UsageError(
             f"the configuration is for another model than {origin}: {words}; leave its model "
             f"section out to take the source's (the preset 'recipe' has none)"
         )
     if "context" in stated:
+        check_context(build_architecture(model), config.model.context, origin)
         model = replace(model, context=config.model.context)
     check_rules(model, "model.")
     return settle_length(replace(config, model=model))

@@ -20,7 +20,7 @@ from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Eval
 from trainer.data.tokenizer import load_model_tokenizer
 from trainer.devices.sharding import Layout
-from trainer.model.decoder import GPTNeoX
+from trainer.model.decoder import Decoder
 
 # The largest batch of texts: the logits of all of them are in memory at once, which training
 # avoids.
@@ -58,7 +58,7 @@ class TaskQuestions:
         from trainer.evaluate.harness import JaxModel
         from trainer.evaluate.likelihood import Likelihood
 
-        network = GPTNeoX(model, config.precision, layout=layout)
+        network = Decoder(model, config.precision, layout=layout)
         # No larger than a part of a training batch, which is known to fit.
         batch = min(BATCH, config.batch.sequences // config.batch.accumulation)
         likelihood = Likelihood(network, None, config.model.context, batch)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.devices.sharding import BATCH_AXES, COMPUTE_RULES, Layout, target_platform
-from trainer.model.precision import select_wide_dtype, widen
+from trainer.model.precision import cap, select_wide_dtype, widen
 
 # How many logits rows (sequences x time) are held at once. On a CPU a piece should stay in the
 # caches.
@@ -44,8 +44,12 @@ def sum_token_losses(
     targets_BxT: jax.Array,
     mask_B: jax.Array,
     layout: Layout | None = None,
+    bound: float | None = None,
 ) -> jax.Array:
-    """Sum the loss, nats, of all tokens of the sequences whose mask is 1; in at least float32."""
+    """Sum the loss, nats, of all tokens of the sequences whose mask is 1; in at least float32.
+
+    bound: c where logits are capped by c tanh(logits / c).
+    """
     groups = layout.batch_shards if layout else 1
 
     def group(array: jax.Array) -> jax.Array:
@@ -53,21 +57,22 @@ def sum_token_losses(
 
     wide_mask_B = mask_B.astype(select_wide_dtype(hidden_BxTxE.dtype))
     return _sum_groups(
-        group(hidden_BxTxE), head_VxE, group(targets_BxT), group(wide_mask_B), layout
+        group(hidden_BxTxE), head_VxE, group(targets_BxT), group(wide_mask_B), layout, bound
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _sum_groups(
     hidden_GxBxTxE: jax.Array,
     head_VxE: jax.Array,
     targets_GxBxT: jax.Array,
     mask_GxB: jax.Array,
     layout: Layout | None,
+    bound: float | None,
 ) -> jax.Array:
     def add(total_G: jax.Array, piece: Pair) -> tuple[jax.Array, None]:
         hidden, targets = piece
-        losses = cross_entropy(_logits(hidden, head_VxE), targets)
+        losses = cross_entropy(cap(_logits(hidden, head_VxE), bound), targets)
         return total_G + (losses * mask_GxB[..., None]).sum((1, 2)), None
 
     pieces = _cut_time(hidden_GxBxTxE, targets_GxBxT, layout)
@@ -81,6 +86,7 @@ def _forward(
     targets_GxBxT: jax.Array,
     mask_GxB: jax.Array,
     layout: Layout | None,
+    bound: float | None,
 ) -> tuple[jax.Array, Pair]:
     """The sum of losses, and its gradient for hidden states and head."""
     # How the head's gradient is summed: [E, V] or [V, E]. A CPU's compiler copies a product's left
@@ -90,7 +96,9 @@ def _forward(
 
     def add(carry: Pair, piece: Pair) -> tuple[Pair, jax.Array]:
         total_G, to_head = carry
-        losses, piece_to_head, to_hidden = _differentiate_piece(*piece, head_VxE, mask_GxB, as_ExV)
+        losses, piece_to_head, to_hidden = _differentiate_piece(
+            *piece, head_VxE, mask_GxB, as_ExV, bound
+        )
         total_G = total_G + (losses * mask_GxB[..., None]).sum((1, 2))
         return (total_G, to_head + piece_to_head), to_hidden
 
@@ -114,17 +122,20 @@ def _differentiate_piece(
     head_VxE: jax.Array,
     mask_GxB: jax.Array,
     as_ExV: bool,
+    bound: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The losses [G, B, T] of a piece, and the gradients of their masked sum.
 
     The gradients are for the head, [G, E, V] or [G, V, E], and for the hidden states.
     """
-    logits_GxBxTxV = _logits(hidden_GxBxTxE, head_VxE)
+    logits_GxBxTxV = cap(_logits(hidden_GxBxTxE, head_VxE), bound)
     losses_GxBxT = cross_entropy(logits_GxBxTxV, targets_GxBxT)
     wide = logits_GxBxTxV.dtype
     # The gradient of a token's loss for its logits: the probabilities, less 1 at the target.
     probability = jax.nn.softmax(logits_GxBxTxV, axis=-1)
     error = probability - jax.nn.one_hot(targets_GxBxT, head_VxE.shape[0], dtype=wide)
+    if bound is not None:
+        error = error * (1.0 - jnp.square(logits_GxBxTxV / bound))
     # Rounded to the hidden states' dtype: so both products below are the fast narrow ones.
     to_logits = (error * mask_GxB[..., None, None]).astype(hidden_GxBxTxE.dtype)
     if as_ExV:
@@ -153,7 +164,7 @@ def _start_head_gradient(
 
 
 def _backward(
-    layout: Layout | None, saved: Pair, gradient: jax.Array
+    layout: Layout | None, bound: float | None, saved: Pair, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     to_hidden, to_head = saved
     scaled_to_hidden = (widen(to_hidden) * gradient).astype(to_hidden.dtype)

@@ -23,7 +23,7 @@ from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config.sections import Config, Optimizer, Precision
 from trainer.devices.sharding import Layout, make_single_device_layout
-from trainer.model.decoder import GPTNeoX
+from trainer.model.decoder import Decoder
 from trainer.model.kernels import select_kernel
 from trainer.model.precision import select_wide_dtype
 from trainer.step.loss import sum_token_losses
@@ -59,7 +59,7 @@ def check_precision(config: Config) -> None:
 
 
 def sum_loss(
-    network: GPTNeoX,
+    network: Decoder,
     params: Any,
     tokens_BxT1: jax.Array,
     key: jax.Array | None,
@@ -80,11 +80,12 @@ def sum_loss(
     head_VxE = network.head_weight(params)
     if mask_B is None:
         mask_B = jnp.ones(len(tokens_BxT1))
-    return sum_token_losses(hidden_BxTxE, head_VxE, targets_BxT, mask_B, network.layout)
+    bound = network.logit_cap
+    return sum_token_losses(hidden_BxTxE, head_VxE, targets_BxT, mask_B, network.layout, bound)
 
 
 def accumulate_gradients(
-    network: GPTNeoX, params: Any, tokens_AxBxT1: jax.Array, key: jax.Array | None
+    network: Decoder, params: Any, tokens_AxBxT1: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     """The mean loss and its gradient over all A x B sequences.
 
@@ -111,17 +112,17 @@ def accumulate_gradients(
     return jax.tree.map(lambda leaf: leaf / tokens, total)
 
 
-def _shard_as_moments(network: GPTNeoX, tree: Any) -> Any:
+def _shard_as_moments(network: Decoder, tree: Any) -> Any:
     """Lay out a tree of the parameters' structure as the moments are."""
     layout = _layout_of(network)
     shardings = network.model.table.tree(layout.moment_sharding)
     return jax.tree.map(layout.constrain, tree, shardings)
 
 
-def _layout_of(network: GPTNeoX) -> Layout:
+def _layout_of(network: Decoder) -> Layout:
     """The layout of a step's network. Only a network that is in no step may have none."""
     if network.layout is None:
-        raise ValueError("the network of a step needs a layout: give GPTNeoX its `layout`")
+        raise ValueError("the network of a step needs a layout: give Decoder its `layout`")
     return network.layout
 
 
@@ -163,7 +164,7 @@ def make_train_step(
     """
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
-    network = GPTNeoX(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
+    network = Decoder(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
     # The learning rate is one of the numbers, and `multipliers` is an argument of its own: neither
     # is part of what identifies a program.
     settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto")
@@ -175,7 +176,7 @@ def make_train_step(
 
 
 def _make_program(
-    network: GPTNeoX, settings: Optimizer, kind: str, multipliers: Multipliers | None
+    network: Decoder, settings: Optimizer, kind: str, multipliers: Multipliers | None
 ) -> tuple[Any, dict[Any, Any]]:
     """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics).
 
@@ -199,7 +200,7 @@ _keep_program = lru_cache(maxsize=PROGRAMS)(_make_program)
 
 
 def _define_train_step(
-    network: GPTNeoX, settings: Optimizer, kind: str, multipliers: Multipliers | None
+    network: Decoder, settings: Optimizer, kind: str, multipliers: Multipliers | None
 ) -> Callable[[State, jax.Array, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     optimizer = adamw(settings, network.model, multipliers)
     dropout = network.dropout
@@ -239,11 +240,11 @@ def make_eval_step(config: Config, model: Architecture, layout: Layout | None = 
     """
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
-    return _keep_eval_step(GPTNeoX(model, config.precision, kernel=kernel, layout=layout))
+    return _keep_eval_step(Decoder(model, config.precision, kernel=kernel, layout=layout))
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _keep_eval_step(network: GPTNeoX) -> EvalStep:
+def _keep_eval_step(network: Decoder) -> EvalStep:
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
         return sum_loss(network, params, tokens_BxT1, None, mask_B)
 

@@ -33,7 +33,7 @@ NEW_SOURCE_KEYS = ("share", "model", "schedule", "optimizer", "dropout")
 GROWN_SOURCE_KEYS = ("from", "share", *CHANGEABLE)
 ARM_KEYS = ("from", "learning_rates", "against", *CHANGEABLE)
 # Sizes in which a source may be smaller than the model that scratch trains.
-SOURCE_SIZES = ("layer", "embed", "head", "mlp")
+SOURCE_SIZES = ("layer", "embed", "head", "kv", "head_dim", "mlp")
 # Keys of a schedule that follow from budgets and shares.
 FIXED_SCHEDULE = ("steps", "tokens", "continued")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 
+from growkit.models.computed import COMPUTED
 from growkit.models.family import Family
 from growkit.models.table_file import read_family
 
@@ -23,5 +25,5 @@ def read_text(kind: str) -> str:
 
 @cache
 def read_shipped(kind: str) -> Family:
-    """The family of a type that has a table here."""
-    return read_family(read_text(kind))
+    """The family of a type that has a table here, with how it is computed where that is stated."""
+    return replace(read_family(read_text(kind)), computation=COMPUTED.get(kind))
