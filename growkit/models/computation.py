@@ -104,7 +104,4 @@ def select_kinds(
         return list(listed)
     if by_rule is not None:
         return by_rule
-    period = config.get("sliding_window_pattern")
-    if period:
-        return [FULL if (layer + 1) % period == 0 else SLIDING for layer in range(layers)]
     return [pattern[layer % len(pattern)] for layer in range(layers)]

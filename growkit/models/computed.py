@@ -60,7 +60,6 @@ COMPUTED = {
             "rope_local_base_freq": 10_000.0,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
-            "sliding_window_pattern": None,
         },
         only={"use_bidirectional_attention": (None, False)},
     ),

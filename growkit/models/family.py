@@ -11,6 +11,7 @@ from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.computation import LAYER_TYPES, Computation, select_kinds
 from growkit.models.fields import RATIO, Fields, Frozen
+from growkit.models.layer_rules import apply_rule
 from growkit.models.notation import Row, parse_table
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_rotary
@@ -212,6 +213,9 @@ class Family:
             return {}
         pattern = self.patterns.get(LAYER_TYPES, ())
         rule = self.layer_kinds({**self.computation.fields, **config, "num_hidden_layers": layers})
+        listed = config.get(LAYER_TYPES) is not None
+        if LAYER_TYPES in self.rules and not listed and self.computation.windows == "list":
+            rule = apply_rule(self.rules[LAYER_TYPES], config, self)
         kinds = select_kinds(self.computation, config, layers, rule, pattern) or []
         return {
             kind: tuple(n for n, each in enumerate(kinds) if each == kind)
