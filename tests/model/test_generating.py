@@ -31,6 +31,8 @@ COUNT = 20
 FIRST, SIZE = 9, 20
 # transformers reads on beyond a context, growkit cuts the text.
 WITHIN = [name for name in MODELS if name != "llama-longer-than-dynamic"]
+# This one draws the same token always.
+VARIED = [name for name in WITHIN if name != "gpt2-untied"]
 
 
 def select(names, default):
@@ -84,7 +86,7 @@ def compare_parts_with_whole(path, shifts):
     return [np.abs(whole - parts).max() / np.abs(whole).max() for whole, parts in found]
 
 
-@pytest.mark.parametrize("name", select(MODELS, ("mistral", "gemma3", "gpt2")))
+@pytest.mark.parametrize("name", select(WITHIN, ("mistral", "gemma3", "gpt2")))
 def test_a_text_in_two_parts_is_the_text(saved, name):
     """The siblings are one position off."""
     exact, *siblings = compare_parts_with_whole(saved(name), [0, -1, 1])
@@ -122,7 +124,7 @@ def generate_ours(path):
     return [list(generator.draw(params, prompt.tolist(), COUNT, 0)) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("name", select(WITHIN, (*DEFAULT, "gpt_neox-linear")))
+@pytest.mark.parametrize("name", select(VARIED, (*DEFAULT, "gpt_neox-linear")))
 def test_the_likeliest_tokens_are_those_of_transformers(saved, name):
     theirs = generate_theirs(saved(name))
     assert {len(tokens) for tokens in theirs} == {COUNT}
