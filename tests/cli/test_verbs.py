@@ -468,7 +468,7 @@ def entry_changed(**change) -> None:
         (
             {"sizes": {"before": TINY.sizes | {"layer": 7}, "after": TINY.sizes}},
             2,
-            "grown from another model than hf: layer was 7",
+            "grown from another model than hf: layer 7 there, layer 2 here",
         ),
     ],
 )
