@@ -53,6 +53,8 @@ def describe(source: Source, plan: Plan, size: int, out: Path, groups: str = "ke
     ]
     if source.torch_optimizer is not None and groups == "split":
         lines.append(f"groups      {SPLIT}")
+    elif _has_split_groups(source):
+        lines.append(f"groups      kept as the source's, {SPLIT}")
     if plan.preserved:
         lines.append(f"rate        {_describe_rates(source, plan, groups)}")
     if plan.tied_copies:
@@ -183,6 +185,14 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         "nu-only": f"mu zero, nu {nu}",
     }[plan.moments]
     return f"{words}, count kept ({source.record.get('count', 0)})"
+
+
+def _has_split_groups(source: Source) -> bool:
+    """Whether an earlier growth split the groups of the source's optimizer."""
+    from growkit.surgery.groups import RATE
+
+    optimizer = source.torch_optimizer
+    return optimizer is not None and any(RATE in group.options for group in optimizer.groups)
 
 
 def _describe_rates(source: Source, plan: Plan, groups: str) -> str:

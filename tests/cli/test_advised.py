@@ -50,6 +50,15 @@ def test_kept_groups_do_not_promise_exact_training(tmp_path, capsys):
     assert "training continues exactly as the source's would: the split" in capsys.readouterr().out
 
 
+def test_groups_that_an_earlier_growth_split_are_named(tmp_path, capsys):
+    source = save_trained(tmp_path / "source")
+    split, out = tmp_path / "split", str(tmp_path / "out")
+    assert run(["width", "--embed", "2x", "--groups", "split", str(source), str(split)]) == 0
+    capsys.readouterr()
+    assert run(["depth", "--map", f"{SMALL.layer}:9", "--dry-run", str(split), out]) == 0
+    assert "groups      kept as the source's, split by learning rate" in capsys.readouterr().out
+
+
 def test_the_output_directory_of_the_trainer_names_its_last_checkpoint(tmp_path, capsys):
     for step in (5, 10):
         save_trained(tmp_path / f"checkpoint-{step}")
