@@ -30,7 +30,7 @@ ELSEWHERE = {
     "kv": "its size is --heads, which counts query heads",
     "head_dim": "its size is --head-dim",
     "mlp": "its size is --mlp",
-    "vocab": "the tokenizer states it",
+    "vocab": "its size is --vocab",
 }
 # Options in which a target may differ: padding sets norm_eps, training the others.
 LOOSE = ("context", "norm_eps", "initializer_range")
@@ -103,7 +103,8 @@ def plan_width(
     others = read_axes(model, axes or {})
     if not others and all(size is None for size in asked.values()):
         raise UsageError(
-            "growth in width needs at least one of --embed, --heads, --mlp and --head-dim"
+            "growth in width needs at least one of --embed, --heads, --mlp, --head-dim, --axis and "
+            "--vocab"
         )
     if "group" in others and asked["heads"] is None:
         # More query heads for each key; embed = heads x head_dim goes with them.
@@ -143,10 +144,10 @@ def read_axes(model: Architecture, axes: Mapping[str, str | int]) -> dict[str, i
             raise UsageError(f"--axis {axis} is not needed: {ELSEWHERE[axis]}")
         if axis not in model.sizes:
             free = list_others(model)
-            known = ", ".join(free) or "none beside those of the other options"
+            known = ", ".join(free) or "none of this model"
             raise UsageError(
-                f"{axis} is no axis of the model's table{did_you_mean(axis, free)}; those that "
-                f"grow are {known}"
+                f"{axis} is no axis of the model's table{did_you_mean(axis, free)}; --axis "
+                f"grows {known}"
             )
         found[axis] = parse_size(f"axis {axis}", text, model.sizes[axis]) or model.sizes[axis]
     return found

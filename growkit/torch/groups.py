@@ -129,6 +129,12 @@ def _name_parameters(
     """Name in files -> (name in the model, parameter). Raises GrowkitError for another model."""
     named = {_table_name(own, source): (own, each) for own, each in model.named_parameters()}
     tensors = source.tensors["params"]
+    several = next((row for row in source.model.table.rows if len(row.stacked) > 1), None)
+    if several is not None:
+        raise GrowkitError(
+            f"{several.name} is one parameter of many in transformers 5, so mixtures of experts "
+            "have no groups by growth yet"
+        )
     for name, tensor in tensors.items():
         if name not in named:
             raise GrowkitError(f"the model has no parameter {name!r}, and {source.path} has")

@@ -342,6 +342,7 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
         resumed=False,
         grows=setup.grown is not None,
         source_record=source.record if source else {},
+        notes=source.notes if source else (),
     )
 
 
