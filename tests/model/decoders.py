@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 TIME = 17
+# Models this small compile longer than they run.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from decoders import DEFAULT, MODELS, TIME, compute_theirs, save_model
+from decoders import DEFAULT, MODELS, QUICK, TIME, compute_theirs, save_model
 
 from growkit.checkpoint.location import open_source
 from growkit.models import FAMILIES, list_trained, require_trained
@@ -25,8 +25,6 @@ from trainer.model.kinds import compute_tables, list_kinds, number_kinds
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 TOKENS = np.random.default_rng(1).integers(0, 96, (2, TIME))
-# Models this small compile longer than they run.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def compute_ours(model, params, dtype):

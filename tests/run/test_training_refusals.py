@@ -296,8 +296,7 @@ def test_generating_ends_with_the_text(monkeypatch, stated, beside, shorter, tmp
     """The ids of the configuration end it, one or a list, and the token of the tokenizer's own."""
     from trainer.evaluate import generate
 
-    drawn = iter([2, 3, 1, 2])
-    monkeypatch.setattr(generate, "_make_sampler", lambda *given: lambda *given: next(drawn))
+    monkeypatch.setattr(generate.Generator, "draw", lambda *given: iter([2, 3, 1, 2]))
     files = {
         "tokenizer.json": json.dumps(TOKENIZER).encode(),
         "tokenizer_config.json": json.dumps(beside).encode(),

@@ -1,15 +1,18 @@
 """Continuing a text with a model, one token at a time.
 
-The model always reads a window of the same length, so that one program is compiled. Each new token
-runs the whole window again, without a cache of keys and values: cheap for a look at a model, slow
-for serving one.
+Keys and values of past positions are kept. The prompt is read in one pass; then a jitted loop reads
+one token and draws the next. Prompts and caches are padded to a few lengths, so that few programs
+are compiled. A text longer than the context is cut on the left. That changes the position of every
+token, so from there on each token costs a pass over the whole context.
+
+Shapes in names: L layer, B batch, K key and value head, S positions kept, D head_dim, P prompt.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +22,30 @@ from tokenizers import Tokenizer
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.models import require_trained
+from growkit.models.architecture import Architecture
 from trainer.config.sections import LARGEST_SEED, Precision
 from trainer.data.panics import explain_panics
 from trainer.data.special import read_beside
 from trainer.data.tokenizer import parse_tokenizer
+from trainer.model.attention import Past
+from trainer.model.block import KEPT
 from trainer.model.decoder import Decoder
 
-# Windows are multiples of this many tokens, so that few lengths are compiled.
-ROUND = 64
+# The shortest length of prompts and caches; longer ones are this times a power of two.
+SHORTEST = 64
+# The most tokens drawn by one call of the jitted loop; those after the end of a text are in vain.
+CHUNK = 32
+
+
+class State(NamedTuple):
+    """A text that is being continued.
+
+    text: its tokens [S + 1], zeros after the known ones. keys, values: [L, B, K, S, D].
+    """
+
+    text: jax.Array
+    keys: jax.Array
+    values: jax.Array
 
 
 def generate_tokens(
@@ -43,21 +62,95 @@ def generate_tokens(
     Raises UsageError for an empty prompt and for a temperature or a seed out of range.
     """
     _check_request(prompt, temperature, seed)
-    window = _select_window(source.model.context, len(prompt) + count)
     params = jax.device_put(source.stack(dtype="float32"))
-    network = Decoder(source.model, Precision("float32", "float32"))
-    draw_token = _make_sampler(network, temperature)
-    text = list(prompt)
-    for number in range(count):
-        last = text[-window:]
-        tokens_T = np.zeros(window, np.int32)
-        tokens_T[: len(last)] = last
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        token = int(draw_token(params, tokens_T, len(last), key))
+    for token in Generator(source.model, temperature).draw(params, prompt, count, seed):
         if token in ends:
             return
-        text.append(token)
         yield token
+
+
+class Generator:
+    """The compiled programs that continue texts with a model at one temperature."""
+
+    def __init__(self, model: Architecture, temperature: float) -> None:
+        self.context = model.context
+        self.temperature = temperature
+        self.network = Decoder(model, Precision("float32", "float32"))
+        self._read = jax.jit(self._read_prompt, static_argnames="size")
+        self._extend = jax.jit(self._extend_text, donate_argnames="state")
+
+    def draw(self, params: Any, prompt: list[int], count: int, seed: int) -> Iterator[int]:
+        """Yield `count` tokens that follow `prompt`. params: the parameter tree, on the device."""
+        key = jax.random.key(seed)
+        text, state, number = list(prompt), None, 0
+        size = select_length(len(prompt) + count, self.context)
+        while number < count:
+            if state is None or len(text) > self.context:
+                text = text[-self.context :]
+                state = self._read(params, self._pad(text), size=size)
+            known = len(text)
+            steps = min(CHUNK, count - number, size + 1 - known)
+            state = self._extend(params, state, known, known + steps, key, number)
+            drawn = np.asarray(state.text)[known : known + steps].tolist()
+            yield from drawn
+            text += drawn
+            number += steps
+
+    def _pad(self, text: list[int]) -> np.ndarray:
+        tokens_P = np.zeros(select_length(len(text), self.context), np.int32)
+        tokens_P[: len(text)] = text
+        return tokens_P
+
+    def _read_prompt(self, params: Any, tokens_P: jax.Array, size: int) -> State:
+        """Read a padded prompt in one pass. What the padding leaves in the cache is never read."""
+        _, kept = self.network.apply({"params": params}, tokens_P[None], head=False, mutable=[KEPT])
+        more = size - len(tokens_P)
+        widths = [(0, 0)] * 3 + [(0, more), (0, 0)]
+        keys, values = (jnp.pad(each, widths) for each in self.network.find_kept(kept))
+        return State(jnp.pad(tokens_P, (0, more + 1)), keys, values)
+
+    def _extend_text(
+        self,
+        params: Any,
+        state: State,
+        known: jax.Array,
+        end: jax.Array,
+        key: jax.Array,
+        number: jax.Array,
+    ) -> State:
+        """Draw the tokens at the places from `known` up to `end`, `number` being drawn already."""
+
+        def draw_next(place: jax.Array, state: State) -> State:
+            position = place - 1
+            past = Past(state.keys, state.values, position)
+            tokens_BxT = state.text[position][None, None]
+            logits_BxTxV, kept = self.network.apply(
+                {"params": params}, tokens_BxT, past=past, mutable=[KEPT]
+            )
+            token = self._draw_token(
+                logits_BxTxV[0, 0], jax.random.fold_in(key, number + place - known)
+            )
+            keys, values = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, position, 3)
+                for old, new in zip(past[:2], self.network.find_kept(kept), strict=True)
+            )
+            return State(state.text.at[place].set(token), keys, values)
+
+        return jax.lax.fori_loop(known, end, draw_next, state)
+
+    def _draw_token(self, logits_V: jax.Array, key: jax.Array) -> jax.Array:
+        if self.temperature == 0:
+            return logits_V.argmax().astype(jnp.int32)
+        drawn = jax.random.categorical(key, logits_V / max(self.temperature, 1e-6))
+        return drawn.astype(jnp.int32)
+
+
+def select_length(length: int, context: int) -> int:
+    """The length rounded up to SHORTEST times a power of two, at most the context."""
+    rounded = SHORTEST
+    while rounded < length:
+        rounded *= 2
+    return min(rounded, context)
 
 
 def _check_request(prompt: list[int], temperature: float, seed: int) -> None:
@@ -67,26 +160,6 @@ def _check_request(prompt: list[int], temperature: float, seed: int) -> None:
         raise UsageError(f"--temperature must be a number of at least 0, got {temperature}")
     if not 0 <= seed <= LARGEST_SEED:
         raise UsageError(f"--seed must lie between 0 and {LARGEST_SEED}, got {seed}")
-
-
-def _select_window(context: int, length: int) -> int:
-    """The length rounded up to a multiple of ROUND, at most the context."""
-    return min(context, math.ceil(length / ROUND) * ROUND)
-
-
-def _make_sampler(network: Decoder, temperature: float) -> Callable[..., jax.Array]:
-    """The jitted (params, tokens [T], length, key) -> the token after the first `length`."""
-
-    @jax.jit
-    def draw_token(
-        params: Any, tokens_T: jax.Array, length: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        logits_BxTxV = network.apply({"params": params}, tokens_T[None])
-        logits_V = logits_BxTxV[0, length - 1]
-        drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0, drawn, logits_V.argmax())
-
-    return draw_token
 
 
 def continue_prompt(source: Source, prompt: str, tokens: int, temperature: float, seed: int) -> str:

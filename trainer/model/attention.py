@@ -7,6 +7,8 @@ pass keeps the attention weights and computes their gradient in closed form. Lef
 differentiation, the same program spends more time around its matrix products than in them. On a CPU
 it takes one block of queries after another.
 
+`attend_to_past` is for generating text: its queries also read keys and values that were kept.
+
 Shapes in names: B batch, Q query head, H key and value head, T queries of all heads of a group, S
 keys, D head_dim.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,17 @@ class Scores:
 
 
 PLAIN = Scores()
+
+
+class Past(NamedTuple):
+    """Keys and values [B, H, S, D] before a text; the decoder takes [layer, B, H, S, D].
+
+    length: how many of the S positions are filled; the text that follows begins there.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 7))
@@ -139,13 +152,19 @@ def _weigh(scores_BxHxTxS: jax.Array, block: int, window: jax.Array | None) -> j
     """The attention weights [B, H, T, S] of the last `block` of S positions, of each head of a
     group.
     """
-    total, keys = scores_BxHxTxS.shape[-2:]
+    keys = scores_BxHxTxS.shape[-1]
     # The queries are the last T of S positions, so the diagonal lies S - T to the right.
     read_TxS = jnp.tril(jnp.ones((block, keys), bool), keys - block)
     if window is not None:
         place_T = keys - block + jnp.arange(block, dtype=jnp.int32)
         distance_TxS = place_T[:, None] - jnp.arange(keys, dtype=jnp.int32)[None]
         read_TxS = read_TxS & (distance_TxS < window)
+    return _soften(scores_BxHxTxS, read_TxS)
+
+
+def _soften(scores_BxHxTxS: jax.Array, read_TxS: jax.Array) -> jax.Array:
+    """The softmax over the positions that are read, the same for each head of a group."""
+    total, block = scores_BxHxTxS.shape[-2], read_TxS.shape[0]
     if total != block:
         read_TxS = jnp.tile(read_TxS, (total // block, 1))
     # -inf and not a large number: its exponential is exactly 0, and so is its gradient.
@@ -216,3 +235,39 @@ def _drop(weights: jax.Array, mask: jax.Array | None, dropout: float, platform: 
 
 
 causal_attention.defvjp(_forward, _backward)
+
+
+def attend_to_past(
+    q_BxQxTxD: jax.Array,
+    k_BxHxTxD: jax.Array,
+    v_BxHxTxD: jax.Array,
+    past: Past,
+    window: jax.Array | None = None,
+    scores: Scores = PLAIN,
+) -> jax.Array:
+    """`causal_attention` [B, Q, T, D] of T positions that follow those of `past`.
+
+    The keys of the past are not joined with the new ones: that would copy them.
+    """
+    heads, time = q_BxQxTxD.shape[1:3]
+    q_BxHxTxD = _fold(q_BxQxTxD, k_BxHxTxD.shape[1])
+    size = past.keys.shape[2]
+    to_past = _score(q_BxHxTxD, past.keys, scores)
+    to_own = _score(q_BxHxTxD, k_BxHxTxD, scores)
+    read_TxS = _list_read(size, time, past.length, window)
+    both = jnp.concatenate([to_past, to_own], -1)
+    weights = _soften(both, read_TxS).astype(q_BxHxTxD.dtype)
+    mixed_past = jnp.einsum("bhts,bhsd->bhtd", weights[..., :size], past.values)
+    mixed_own = jnp.einsum("bhts,bhsd->bhtd", weights[..., size:], v_BxHxTxD)
+    return _unfold(mixed_past + mixed_own, heads)
+
+
+def _list_read(size: int, time: int, length: jax.Array, window: jax.Array | None) -> jax.Array:
+    """Which of S kept and T own positions each of T queries reads: [T, S + T]."""
+    own_T = jnp.arange(time, dtype=jnp.int32)
+    kept_S = jnp.arange(size, dtype=jnp.int32)
+    place_K = jnp.concatenate([kept_S, length + own_T])
+    filled_K = jnp.concatenate([kept_S < length, jnp.ones(time, bool)])
+    distance_TxK = (length + own_T)[:, None] - place_K[None]
+    read_TxK = filled_K[None] & (distance_TxK >= 0)
+    return read_TxK if window is None else read_TxK & (distance_TxK < window)

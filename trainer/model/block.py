@@ -14,13 +14,15 @@ import jax.numpy as jnp
 
 from trainer.config.sections import Dropout
 from trainer.model.activation import ACTIVATIONS
-from trainer.model.attention import Scores, causal_attention
+from trainer.model.attention import Past, Scores, attend_to_past, causal_attention
 from trainer.model.dropout import HiddenDropout
 from trainer.model.kernels import kernel_attention
 from trainer.model.kinds import LayerKind
 from trainer.model.parameters import Linear, Norm, Parameters
 from trainer.model.rotary import rotate
 
+# The collection in which `apply(..., mutable=[KEPT])` returns each layer's keys and values.
+KEPT = "kept"
 Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -31,7 +33,12 @@ class Attention(Parameters):
 
     @nn.compact
     def __call__(
-        self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool, kind: jax.Array | None
+        self,
+        x_BxTxE: jax.Array,
+        rotary: Any,
+        deterministic: bool,
+        kind: jax.Array | None,
+        past: Past | None,
     ) -> jax.Array:
         computation = self.computation
         split = self.split_fused if computation.fused else self.split_apart
@@ -41,7 +48,10 @@ class Attention(Parameters):
                 rotary = tuple(table[kind] for table in rotary)
             q_BxHxTxD = rotate(q_BxHxTxD, rotary)
             k_BxKxTxD = rotate(k_BxKxTxD, rotary)
-        mixed_BxHxTxD = self.mix(q_BxHxTxD, k_BxKxTxD, v_BxKxTxD, deterministic, kind)
+        # Without effect unless the collection is asked for.
+        self.sow(KEPT, "keys", k_BxKxTxD, reduce_fn=_take_last)
+        self.sow(KEPT, "values", v_BxKxTxD, reduce_fn=_take_last)
+        mixed_BxHxTxD = self.mix((q_BxHxTxD, k_BxKxTxD, v_BxKxTxD), deterministic, kind, past)
         mixed_BxTxO = mixed_BxHxTxD.swapaxes(1, 2).reshape(*x_BxTxE.shape[:2], -1)
         return Linear(**self.common, name=computation.output)(mixed_BxTxO)
 
@@ -100,31 +110,38 @@ class Attention(Parameters):
 
     def mix(
         self,
-        q_BxHxTxD: jax.Array,
-        k_BxKxTxD: jax.Array,
-        v_BxKxTxD: jax.Array,
+        arrays: Three,
         deterministic: bool,
         kind: jax.Array | None,
+        past: Past | None,
     ) -> jax.Array:
-        """Attention by the kernel that was selected. Kernels other than xla drop no weights."""
+        """Attention by the kernel that was selected. Kernels other than xla drop no weights.
+
+        arrays: queries [B, H, T, D], keys and values [B, K, T, D].
+        """
         windows = [each.window for each in self.kinds]
+        if past is not None:
+            total = past.keys.shape[2] + arrays[0].shape[2]
+            window = _select_window(windows, kind, total)
+            return attend_to_past(*arrays, past, window, self.scores)
         if self.kernel != "xla":
-            arrays = (q_BxHxTxD, k_BxKxTxD, v_BxKxTxD)
             return kernel_attention(self.kernel, arrays, self.layout, self.scores, windows, kind)
         key = None
         if not deterministic and self.dropout.attention > 0:
             key = self.make_rng("dropout")
-        window = _select_window(windows, kind, q_BxHxTxD.shape[2])
+        window = _select_window(windows, kind, arrays[0].shape[2])
         return causal_attention(
-            q_BxHxTxD,
-            k_BxKxTxD,
-            v_BxKxTxD,
+            *arrays,
             key,
             self.dropout.attention,
             self.platform,
             window,
             self.scores,
         )
+
+
+def _take_last(_: Any, value: jax.Array) -> jax.Array:
+    return value
 
 
 def _select_window(
@@ -157,7 +174,12 @@ class Block(Parameters):
 
     @nn.compact
     def __call__(
-        self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool, kind: jax.Array | None
+        self,
+        x_BxTxE: jax.Array,
+        rotary: Any,
+        deterministic: bool,
+        kind: jax.Array | None,
+        past: Past | None,
     ) -> tuple[jax.Array, None]:
         names = self.computation
         factor = self.model.number("residual_factor") or 1.0
@@ -171,7 +193,7 @@ class Block(Parameters):
         mlp = MLP(**self.common, name=names.mlp)
         drop = HiddenDropout(self.dropout.hidden)
         read_BxTxE = self.normalise(names.before_attention, x_BxTxE)
-        attended_BxTxE = attention(read_BxTxE, rotary, deterministic, kind)
+        attended_BxTxE = attention(read_BxTxE, rotary, deterministic, kind, past)
         attended_BxTxE = self.normalise(names.after_attention, attended_BxTxE)
         attended_BxTxE = drop(multiply(attended_BxTxE, factor), deterministic)
         residual_BxTxE = x_BxTxE + attended_BxTxE

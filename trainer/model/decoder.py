@@ -23,7 +23,8 @@ from jax.ad_checkpoint import checkpoint_policies
 from growkit.checkpoint.tensor import Source
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Dropout, Precision
-from trainer.model.block import Block, multiply
+from trainer.model.attention import Past
+from trainer.model.block import KEPT, Block, multiply
 from trainer.model.dropout import HiddenDropout
 from trainer.model.kinds import compute_tables, list_kinds, number_kinds
 from trainer.model.parameters import Embedding, Norm, Parameters, find_row
@@ -45,6 +46,10 @@ class Decoder(Parameters):
     capped (`logit_cap`). rotary: the tables of `compute_tables`, made here unless given. kernel:
     xla, or a kernel, which reads sequences of the configured context and drops no attention
     weights.
+
+    past: the keys and values of all layers for the positions before `tokens`, which then continue
+    that text; at most S positions in all, `past`'s own S. `apply(..., mutable=[KEPT])` returns
+    those of `tokens` too: `find_kept`.
     """
 
     dropout: Dropout = Dropout(0.0, 0.0, 0.0)
@@ -58,9 +63,10 @@ class Decoder(Parameters):
         deterministic: bool = True,
         rotary: Any = None,
         head: bool = True,
+        past: Past | None = None,
     ) -> jax.Array:
         common, names = self.common, self.computation
-        time = tokens_BxT.shape[1]
+        time = tokens_BxT.shape[1] if past is None else past.keys.shape[-2]
         embed = Embedding(**common, name=names.embedding)
         kinds, numbers = number_kinds(list_kinds(self.model, time))
         if rotary is None:
@@ -68,15 +74,15 @@ class Decoder(Parameters):
         x_BxTxE = multiply(self.shard_batch(embed(tokens_BxT)), self.embedding_factor)
         if names.positions:
             positions = Embedding(**common, name=names.positions)
-            x_BxTxE = x_BxTxE + positions(jnp.arange(time))[None]
+            x_BxTxE = x_BxTxE + positions(_list_positions(tokens_BxT, past))[None]
         x_BxTxE = HiddenDropout(self.dropout.embedding)(x_BxTxE, deterministic)
-        scanned = _scan_block(self.remat, self.model.layer)
+        scanned = _scan_block(self.remat, self.model.layer, past)
         layers = scanned(
             **common, dropout=self.dropout, kernel=self.kernel, kinds=kinds, name=names.layers
         )
-        rotary = tuple(jnp.asarray(table) for table in rotary)
+        rotary = _select_rotary(rotary, tokens_BxT, past)
         number = jnp.asarray(numbers) if len(kinds) > 1 else None
-        x_BxTxE, _ = layers(x_BxTxE, rotary, deterministic, number)
+        x_BxTxE, _ = layers(x_BxTxE, rotary, deterministic, number, past)
         x_BxTxE = Norm(**common, name=names.final_norm)(x_BxTxE)
         # Dividing what the head reads divides the logits.
         x_BxTxE = multiply(x_BxTxE, 1.0 / (self.model.number("logit_divisor") or 1.0))
@@ -98,6 +104,12 @@ class Decoder(Parameters):
         """The bound c of logits, c tanh(logits / c); None for none."""
         return self.model.number("logit_cap")
 
+    def find_kept(self, collections: Any) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [layer, B, K, T, D] in what `apply(..., mutable=[KEPT])` returned."""
+        names = self.computation
+        kept = collections[KEPT][names.layers][names.attention]
+        return kept["keys"], kept["values"]
+
     def head_weight(self, params: Any) -> jax.Array:
         """The head's weight [V, E] of a parameter tree, to compute with.
 
@@ -108,8 +120,24 @@ class Decoder(Parameters):
         return self.lay_out(weight, find_row(self.model, (name, "weight")))
 
 
-def _scan_block(remat: str, layer: int) -> Any:
+def _list_positions(tokens_BxT: jax.Array, past: Past | None) -> jax.Array:
+    """The position [T] of each token."""
+    positions_T = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)
+    return positions_T if past is None else past.length + positions_T
+
+
+def _select_rotary(rotary: Any, tokens_BxT: jax.Array, past: Past | None) -> Any:
+    """The rotary tables [..., T, R/2] of the tokens' positions."""
+    tables = tuple(jnp.asarray(table) for table in rotary)
+    if past is None:
+        return tables
+    time = tokens_BxT.shape[1]
+    return tuple(jax.lax.dynamic_slice_in_dim(table, past.length, time, -2) for table in tables)
+
+
+def _scan_block(remat: str, layer: int, past: Past | None) -> Any:
     """The module of all layers: one block, scanned over parameters stacked by layer."""
+    past_axes = None if past is None else Past(0, 0, nn.broadcast)
     block: Any = Block
     if remat != "none":
         # Argument 3 of __call__ is deterministic. A scan needs no barrier against common
@@ -117,9 +145,9 @@ def _scan_block(remat: str, layer: int) -> Any:
         block = nn.remat(Block, policy=REMAT[remat], prevent_cse=False, static_argnums=(3,))
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, KEPT: 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast, 0),
+        in_axes=(nn.broadcast, nn.broadcast, 0, past_axes),
         length=layer,
     )
 
