@@ -119,6 +119,15 @@ add_growing_options = combine_options(
 )
 
 
+# Of the verbs that copy layers.
+add_scale_option = click.option(
+    "--scale",
+    metavar="layer=S",
+    help="What copied layers add to the residual stream is multiplied by S, as layer=0.5; or a "
+    "list of one share for each new layer, as layer=1,0.5,1.",
+)
+
+
 @click.command(cls=Growing)
 @click.option(
     "--map", "layers", required=True, metavar="MAP", help=f"{FORM.removeprefix('--map takes ')}."
@@ -128,8 +137,11 @@ add_growing_options = combine_options(
     metavar="|".join(DEPTH_METHODS),
     help="Which layers SOURCE:TARGET copies; default replicate.",
 )
+@add_scale_option
 @add_growing_options
-def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -> None:
+def depth(
+    layers: str, method: str | None, scale: str | None, src: str, out: str, **options: Any
+) -> None:
     """Grow SRC in depth into OUT: parameters, and optimizer moments if SRC has them.
 
     18:24 replicates whole layers in place: new layer i copies layer floor(i*18/24) (Gopher, arXiv
@@ -139,7 +151,10 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     """
     from growkit.growth.depth import plan_depth
 
-    _plan_and_grow("depth", src, out, lambda model: plan_depth(model, layers, method), options)
+    def plan(model: Architecture) -> Plan:
+        return plan_depth(model, layers, method, scale)
+
+    _plan_and_grow("depth", src, out, plan, options)
 
 
 @click.command(cls=Growing)
@@ -210,8 +225,9 @@ def width(
     metavar="TARGET",
     help="A preset, a trainer's YAML file, a config.json, or a model.",
 )
+@add_scale_option
 @add_growing_options
-def grow_like(like: str, src: str, out: str, **options: Any) -> None:
+def grow_like(like: str, scale: str | None, src: str, out: str, **options: Any) -> None:
     """Grow SRC into OUT with the sizes of another model: every axis that differs, in one pass.
 
     Layers are replicated; width is copied where copies are exact and padded elsewhere. What growth
@@ -225,10 +241,11 @@ def grow_like(like: str, src: str, out: str, **options: Any) -> None:
     def plan(model: Architecture) -> Plan | None:
         target = read_target(like, model)
         if vocab is None:
-            return plan_like(model, target)
+            return plan_like(model, target, scale)
         # The vocabulary is the option's.
         target = target.resize({**target.sizes, "vocab": model.vocab})
-        return None if target.sizes == model.sizes else plan_like(model, target)
+        same = target.sizes == model.sizes and scale is None
+        return None if same else plan_like(model, target, scale)
 
     _plan_and_grow("grow", src, out, plan, options)
 

@@ -128,6 +128,7 @@ class Grow:
     at: str = text_or_number()
     map: str = text_or_number()  # depth --map
     depth_method: str = "replicate"  # depth --method
+    scale: str = ""  # depth --scale
     embed: str = text_or_number()  # width --embed
     heads: str = text_or_number()  # width --heads
     mlp: str = text_or_number()  # width --mlp

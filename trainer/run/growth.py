@@ -36,7 +36,10 @@ def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
     """
     plans = []
     if settings.map:
-        plans.append(plan_depth(model, settings.map, settings.depth_method))
+        scale = settings.scale or None
+        plans.append(plan_depth(model, settings.map, settings.depth_method, scale))
+    elif settings.scale:
+        raise UsageError("grow.scale gives shares to copied layers: set grow.map too")
     sizes: dict[str, Any] = {
         "embed": settings.embed or None,
         "heads": settings.heads or None,
