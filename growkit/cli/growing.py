@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from growkit.cli.arguments import parse_axes, parse_number, parse_whole
 from growkit.cli.description import describe, summarize
 from growkit.cli.options import add_table_option, combine_options
 from growkit.cli.target import read_target
@@ -205,8 +206,8 @@ def width(
     """
     from growkit.growth.width import plan_width
 
-    share = _parse_number("spread", spread)
-    others = _parse_axes(axes)
+    share = parse_number("spread", spread)
+    others = parse_axes(axes)
 
     only_vocab = options["vocab"] is not None and not _are_given(WIDTHS)
 
@@ -282,8 +283,8 @@ def _plan_and_grow(
     from growkit.checkpoint.location import check_writable, open_source
     from growkit.growth.plan import set_options
 
-    noise = _parse_number("noise", options.pop("noise"))
-    seed = _parse_whole("seed", options.pop("seed"))
+    noise = parse_number("noise", options.pop("noise"))
+    seed = parse_whole("seed", options.pop("seed"))
     moments = options.pop("moments")
     vocab = options.pop("vocab")
     fill = options.pop("vocab_fill")
@@ -354,44 +355,11 @@ def _parse_output(options: dict[str, Any]) -> Output:
     from growkit.errors import UsageError
 
     check = options.pop("check")
-    tokens = None if check is None else _parse_whole("check", check)
+    tokens = None if check is None else parse_whole("check", check)
     if tokens is not None and options["dry_run"]:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     care = parse_care(options)
     return Output(tokens=tokens, care=care, **options)
-
-
-def _parse_axes(texts: tuple[str, ...]) -> dict[str, str]:
-    """NAME=SIZE, repeated, as sizes by name. Raises UsageError."""
-    from growkit.errors import UsageError
-
-    found: dict[str, str] = {}
-    for text in texts:
-        name, equals, size = text.partition("=")
-        if not equals or not name or name in found:
-            raise UsageError(f"--axis takes NAME=SIZE, each name once, as group=2x; got {text!r}")
-        found[name] = size
-    return found
-
-
-def _parse_number(option: str, text: str) -> float:
-    """The number that an option's text is. Raises UsageError."""
-    from growkit.errors import UsageError
-
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"--{option} takes a number, got {text!r}") from None
-
-
-def _parse_whole(option: str, text: str) -> int:
-    """The whole number that an option's text is. Raises UsageError."""
-    from growkit.errors import UsageError
-
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--{option} takes a whole number, got {text!r}") from None
 
 
 def grow(source: Source, plan: Plan, out: Path, output: Output) -> None:
