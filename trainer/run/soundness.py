@@ -41,7 +41,8 @@ def look_at(state: State) -> Findings:
     """What is wrong with the numbers of a state, of this process's parts of it."""
     findings = Findings()
     tree = to_tree(state)
-    for slot in SLOTS:
+    # The trainer's own slots: those of other optimizers are in no state.
+    for slot in [slot for slot in SLOTS if slot in tree]:
         for path, leaf in jax.tree.leaves_with_path(tree[slot]):
             name = ".".join((slot, *(str(key.key) for key in path)))
             for shard in leaf.addressable_shards:
