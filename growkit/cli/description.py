@@ -24,6 +24,10 @@ NOT_PRESERVED = (
     "not preserved: each copied layer adds its output once more, so the loss rises until training "
     "recovers it"
 )
+NOT_PRESERVED_BY_SHARES = (
+    "not preserved: each layer's output is multiplied by its share and added, so the loss changes "
+    "until training recovers it"
+)
 SPLIT = (
     "split by learning rate, eps and new layers: build the optimizer from "
     "growkit.torch.param_groups(model, OUT)"
@@ -98,11 +102,14 @@ def is_trained(source: Source) -> bool:
 def _describe_growth(plan: Plan) -> list[str]:
     """The lines of method, map, padding and noise."""
     from growkit.growth.depth import draw_map
+    from growkit.growth.layer_shares import has_own_shares
 
     lines = [f"growth      {words}" for words in plan.method.split("; ")]
     lines += [f"by rule     {note}" for note in plan.notes]
     if "layer" in plan.maps:
-        lines.append(draw_map(plan.maps["layer"].index.tolist()))
+        layers = plan.maps["layer"]
+        shares = layers.share.tolist() if has_own_shares(layers) else ()
+        lines.append(draw_map(layers.index.tolist(), shares))
     lines += [f"padding     {words}" for words in _describe_padding(plan)]
     if plan.noise:
         spread = plan.model.initializer_range
@@ -147,10 +154,12 @@ def _describe_tokens(plan: Plan) -> str:
 
 
 def _describe_function(source: Source, plan: Plan) -> str:
+    from growkit.growth.layer_shares import has_own_shares
     from growkit.growth.vocabulary import describe_shift
 
     if not plan.preserved:
-        return NOT_PRESERVED
+        own = "layer" in plan.maps and has_own_shares(plan.maps["layer"])
+        return NOT_PRESERVED_BY_SHARES if own else NOT_PRESERVED
     shift = describe_shift(plan)
     if shift:
         return f"logits of old tokens preserved; {shift} (--check measures it)"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap, replicate, spread_shares, tile
 from growkit.growth.completion import WIDTHS, complete_widths, find_problem, list_widths
+from growkit.growth.layer_shares import Scale, scale_layers
 from growkit.growth.plan import MODEL_HINT, Plan, build_plan, combine_plans
 from growkit.models.architecture import Architecture
 
@@ -264,10 +265,11 @@ def _count_head_units(heads: int, group: int) -> int:
     return heads // group
 
 
-def plan_like(model: Architecture, like: Architecture) -> Plan:
+def plan_like(model: Architecture, like: Architecture, scale: Scale | None = None) -> Plan:
     """The plan that gives `model` the sizes of `like`: every axis that differs, in one pass.
 
-    Layers are replicated. Raises UsageError where growth does not lead there.
+    Layers are replicated. scale: shares of copied layers, see `growkit.growth.layer_shares`. Raises
+    UsageError where growth does not lead there.
     """
     require_type("model", model, Architecture, MODEL_HINT)
     require_type("like", like, Architecture, MODEL_HINT)
@@ -285,7 +287,10 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
     if target.get("layer", 0) > sizes.get("layer", 0):
         words = f"replicate: floor(i*{sizes['layer']}/{target['layer']})"
         layers = replicate(sizes["layer"], target["layer"])
-        plans.append(build_plan("depth", words, model, {"layer": layers}))
+        deeper = build_plan("depth", words, model, {"layer": layers})
+        plans.append(deeper if scale is None else scale_layers(deeper, scale))
+    elif scale is not None:
+        raise UsageError("--scale gives shares to copied layers, and the target has no more layers")
     others = list_others(model)
     wanted = list_widths(like) | {axis: target[axis] for axis in others}
     if wanted != list_widths(model) | {axis: sizes[axis] for axis in others}:
