@@ -21,8 +21,9 @@ import numpy as np
 from growkit import __version__, forms
 from growkit.growth.axes import AxisMap
 from growkit.growth.multipliers import describe_multipliers
+from growkit.growth.new import describe_new, find_new_units
 from growkit.growth.plan import Plan, build_plan
-from growkit.growth.vocabulary import describe_shift, read_row, state_tokens
+from growkit.growth.vocabulary import read_row, state_function, state_tokens
 from growkit.models.architecture import Architecture
 from growkit.models.given import KEY as TABLE
 
@@ -137,7 +138,8 @@ class Growth(Entry):
     optimizer: the factors on learning rates, eps and clip with which training goes on exactly as
     the small model's would, in words; None where it does not. vocabulary: what new tokens' rows
     hold, and the most by which they raise the loss of old tokens (nats; None: unknown); None where
-    there are none.
+    there are none. new: {axis: its new units, as '1,3,8-11'}; all others are old; None in entries
+    of earlier versions.
     """
 
     method: str
@@ -152,6 +154,7 @@ class Growth(Entry):
     function: str
     optimizer: Mapping[str, Any] | None = None
     vocabulary: Mapping[str, Any] | None = None
+    new: Mapping[str, str] | None = None
 
     @classmethod
     def of(cls, plan: Plan, source: Origin | None = None) -> Growth:
@@ -172,8 +175,9 @@ class Growth(Entry):
             count="reset" if plan.moments == "reset" else "kept",
             noise=plan.noise,
             seed=plan.seed,
-            function=_state_function(plan),
+            function=state_function(plan),
             vocabulary=state_tokens(plan),
+            new=describe_new(find_new_units([plan])),
             optimizer=describe_multipliers(plan) if plan.continues else None,
             table=plan.model.family.given,
         )
@@ -200,6 +204,7 @@ class Growth(Entry):
             after=after,
             optimizer=forms.take_object(stored, "optimizer") if "optimizer" in stored else None,
             vocabulary=stored.get("vocabulary"),
+            new=forms.take_object(stored, "new") if "new" in stored else None,
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -221,6 +226,7 @@ class Growth(Entry):
             "seed": self.seed,
             "function": self.function,
             **({"vocabulary": dict(self.vocabulary)} if self.vocabulary else {}),
+            **({"new": dict(self.new)} if self.new is not None else {}),
         }
 
     @property
@@ -258,13 +264,6 @@ class Growth(Entry):
     def plan_within(self, model: Architecture) -> Plan:
         """The same plan, for a model of this lineage at whatever sizes it has now."""
         return self.plan(model.resize(self.before))
-
-
-def _state_function(plan: Plan) -> str:
-    """Whether a plan keeps the source's function, in the words of a lineage."""
-    if not plan.preserved:
-        return "not preserved"
-    return describe_shift(plan) or "preserved"
 
 
 @dataclass(frozen=True)
@@ -312,6 +311,11 @@ class Training(Entry):
     def _facts(self) -> dict[str, Any]:
         branch = {"branch": self.branch.to_json()} if self.branch else {}
         return {"multipliers": self.multipliers, "config": self.config} | branch
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all parameters were trained, and not only those that growth had made new."""
+        return bool(self.config.get("train", "all") == "all")
 
     @property
     def continued(self) -> bool:

@@ -89,6 +89,13 @@ class Lineage:
             lambda entry: isinstance(entry, Training) and not entry.multipliers
         )
 
+    def growths_new(self) -> list[Growth]:
+        """The growths whose new parameters are still new: no training of all has followed them.
+
+        A training of the new parameters alone leaves them new.
+        """
+        return self.growths_after(lambda entry: isinstance(entry, Training) and entry.trains_all)
+
     @property
     def continues(self) -> bool:
         """Whether there are growths owed, and all of them are exact for the training too."""

@@ -28,12 +28,16 @@ TOKENIZER = re.compile(
     r"\.(model|vocab)|[\w.-]+\.tiktoken"
 )
 GENERATION = re.compile(r"generation_config\.json|chat_template\.jinja|chat_template\.json")
+# How pictures and sound become numbers, for models around a text decoder.
+PROCESSORS = re.compile(
+    r"((image_|video_)?pre)?processor_config\.json|(feature_extractor|image_processor)_config\.json"
+)
 LICENCES = re.compile(
     r"(licen[cs]es?|copying|copyright|notice|third[-_]?party[-_]?notices?|use[-_]policy"
     r"|authors|citation)([-_.][\w.-]+)?(\.(txt|md|cff|rst))?"
 )
 CARDS = re.compile(r"(readme|model[-_]?card)([-_.]\w+)?\.md|readme(\.txt)?")
-CARRIED = (TOKENIZER, GENERATION, LICENCES, CARDS)
+CARRIED = (TOKENIZER, GENERATION, PROCESSORS, LICENCES, CARDS)
 # Endings that none of them has, whatever comes before.
 NEVER = re.compile(
     r"\.(safetensors|bin|pth?|ckpt|h5|msgpack|gguf|onnx|ot|np[yz]|pkl|pickle|joblib|tflite|py|pyc"
@@ -106,7 +110,7 @@ def list_beside(directory: Path, used: tuple[str, ...]) -> Beside:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         notes.append(
             f"{', '.join(left[:SHOWN])}{more} left behind: growkit carries tokenizers, generation "
-            "settings, chat templates, licences and cards"
+            "settings, chat templates, processors' settings, licences and cards"
         )
     return Beside(tuple(carried), tuple(notes), optimizer)
 

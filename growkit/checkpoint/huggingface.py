@@ -139,7 +139,10 @@ def _read_tensors(
         return replace(named, config=config | named.config), None, named.tensors
     own, around = split_tensors(tensors, model, config)
     named = name_tensors(own, keep_width(model, around), text, path)
-    note = f"a text decoder; {len(around.others)} tensors around it are carried along as they are"
+    note = (
+        f"the text decoder of a larger model: growth carries the {len(around.others)} tensors "
+        "around it along as they are; training, import and export take the decoder alone"
+    )
     named = replace(named, config=text | named.config, notes=(*named.notes, note))
     return named, around, tensors
 

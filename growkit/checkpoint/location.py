@@ -60,6 +60,7 @@ def open_source(text: str) -> Source:
         raise GrowkitError(
             f"{path} is not a model: it has neither config.json (a Hugging Face directory) nor "
             f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
+            f"{_suggest_trainer_checkpoint(here)}"
         )
     source.path = path
     return source
@@ -112,6 +113,17 @@ def _may_be_hub_id(text: str) -> bool:
     if is_directory(owner) or is_checkpoint(owner) or (owner / CHECKPOINTS).is_dir():
         return False
     return HUB_ID.fullmatch(name) is not None and "/" in text
+
+
+def _suggest_trainer_checkpoint(path: Any) -> str:
+    """A clause that names the last checkpoint in the output_dir of transformers' Trainer."""
+    if is_remote(path) or not path.is_dir():
+        return ""
+    found = [each for each in path.glob("checkpoint-*") if each.name[11:].isdecimal()]
+    if not found:
+        return ""
+    last = max(found, key=lambda each: int(each.name[11:]))
+    return f"; did you mean {str(last)!r}?"
 
 
 def _suggest_sibling(path: Path) -> str:

@@ -43,10 +43,9 @@ PACKED = (
     ".quant_map",
     "_proj_blocks",
 )
-# How classes of encoders end.
-ENCODERS = (
-    "ForMaskedLM",
-    "ForPreTraining",
+# How classes of encoders end, and classes whose head is for another task than the next token.
+ENCODERS = ("ForMaskedLM", "ForPreTraining")
+OTHER_TASKS = (
     "ForSequenceClassification",
     "ForTokenClassification",
     "ForQuestionAnswering",
@@ -89,9 +88,17 @@ def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
         )
     classes = config.get("architectures")
     named = classes if isinstance(classes, list) else []
-    encodes = bool(named) and all(str(name).endswith(ENCODERS) for name in named)
-    if encodes and not config.get("is_decoder"):
+    unsuited = (*ENCODERS, *OTHER_TASKS)
+    if not named or not all(str(name).endswith(unsuited) for name in named):
+        return
+    if config.get("is_decoder"):
+        return
+    if str(named[0]).endswith(ENCODERS):
         raise GrowkitError(f"{path} is an encoder ({named[0]}), and growkit grows decoders alone")
+    raise GrowkitError(
+        f"{path} has a head for another task than the next token ({named[0]}), and growkit grows "
+        "language models alone; grow the model that it was made from"
+    )
 
 
 def refuse_packed(path: Path, names: Iterable[str]) -> None:

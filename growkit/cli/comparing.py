@@ -30,20 +30,30 @@ MOST_ENTRIES = 100
     is_flag=True,
     help="Show the axes and the rows of the table too, and how growth would change each.",
 )
+@click.option(
+    "--new",
+    is_flag=True,
+    help="Show which parameters, and which parts of which, growth made new and no training of all "
+    "has followed.",
+)
 @add_table_option
-def inspect(src: str, as_json: bool, rows: bool) -> None:
+def inspect(src: str, as_json: bool, rows: bool, new: bool) -> None:
     """Describe SRC: sizes, parameters, optimizer state, tokenizer, lineage."""
     from growkit.checkpoint.location import open_source
+    from growkit.cli.news import collect_new, format_new
     from growkit.cli.rows import collect_rows, format_rows
 
     source = open_source(src)
     if as_json:
         table = collect_rows(source.model) if rows else {}
-        click.echo(json.dumps(_collect_facts(source) | table))
+        made = collect_new(source) if new else {}
+        click.echo(json.dumps(_collect_facts(source) | table | made))
         return
     say(_format_facts(source))
     if rows:
         say(format_rows(source.model))
+    if new:
+        say(format_new(source))
 
 
 def _collect_facts(source: Source) -> dict[str, Any]:

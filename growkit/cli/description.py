@@ -24,6 +24,10 @@ NOT_PRESERVED = (
     "not preserved: each copied layer adds its output once more, so the loss rises until training "
     "recovers it"
 )
+NOT_PRESERVED_BY_SHARES = (
+    "not preserved: each layer's output is multiplied by its share and added, so the loss changes "
+    "until training recovers it"
+)
 SPLIT = (
     "split by learning rate, eps and new layers: build the optimizer from "
     "growkit.torch.param_groups(model, OUT)"
@@ -53,6 +57,8 @@ def describe(source: Source, plan: Plan, size: int, out: Path, groups: str = "ke
     ]
     if source.torch_optimizer is not None and groups == "split":
         lines.append(f"groups      {SPLIT}")
+    elif _has_split_groups(source):
+        lines.append(f"groups      kept as the source's, {SPLIT}")
     if plan.preserved:
         lines.append(f"rate        {_describe_rates(source, plan, groups)}")
     if plan.tied_copies:
@@ -96,11 +102,14 @@ def is_trained(source: Source) -> bool:
 def _describe_growth(plan: Plan) -> list[str]:
     """The lines of method, map, padding and noise."""
     from growkit.growth.depth import draw_map
+    from growkit.growth.layer_shares import has_own_shares
 
     lines = [f"growth      {words}" for words in plan.method.split("; ")]
     lines += [f"by rule     {note}" for note in plan.notes]
     if "layer" in plan.maps:
-        lines.append(draw_map(plan.maps["layer"].index.tolist()))
+        layers = plan.maps["layer"]
+        shares = layers.share.tolist() if has_own_shares(layers) else ()
+        lines.append(draw_map(layers.index.tolist(), shares))
     lines += [f"padding     {words}" for words in _describe_padding(plan)]
     if plan.noise:
         spread = plan.model.initializer_range
@@ -145,10 +154,12 @@ def _describe_tokens(plan: Plan) -> str:
 
 
 def _describe_function(source: Source, plan: Plan) -> str:
+    from growkit.growth.layer_shares import has_own_shares
     from growkit.growth.vocabulary import describe_shift
 
     if not plan.preserved:
-        return NOT_PRESERVED
+        own = "layer" in plan.maps and has_own_shares(plan.maps["layer"])
+        return NOT_PRESERVED_BY_SHARES if own else NOT_PRESERVED
     shift = describe_shift(plan)
     if shift:
         return f"logits of old tokens preserved; {shift} (--check measures it)"
@@ -185,6 +196,14 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
     return f"{words}, count kept ({source.record.get('count', 0)})"
 
 
+def _has_split_groups(source: Source) -> bool:
+    """Whether an earlier growth split the groups of the source's optimizer."""
+    from growkit.surgery.groups import RATE
+
+    optimizer = source.torch_optimizer
+    return optimizer is not None and any(RATE in group.options for group in optimizer.groups)
+
+
 def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
     """The learning-rate multipliers that preserve the training, if any do."""
     from growkit.growth.shares import share_scale
@@ -201,16 +220,35 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
             name = ".".join(row.path).removeprefix("layers.")
             rows.setdefault(factor, []).append(name)
     factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in rows.items())
+    ungrouped = ""
+    if any(" to " in factor for factor in rows):
+        ungrouped = "they differ within a parameter"
+    elif any(len(row.stacked) > 1 for row in plan.grown.table.rows):
+        ungrouped = "the experts of a layer are one parameter there"
+    return _describe_factors(source, factors, groups, ungrouped)
+
+
+def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str) -> str:
+    """Who applies the factors on learning rates. ungrouped: why PyTorch's groups cannot, or ""."""
     exact = ""
     if "mu" in source.tensors:
         exact = "training continues exactly as the source's would: "
-    if source.kind in TORCH:
-        how = "these groups multiply" if groups == "split" else "--groups split multiplies"
-        return f"{exact}{how} learning rates {factors}, eps, decay and clip weights to match"
-    return (
-        f"{exact}the trainer multiplies learning rates {factors} (optimizer.multipliers), eps and "
-        "clip to match"
-    )
+    if source.kind not in TORCH and is_trained(source):
+        return (
+            f"{exact}the trainer multiplies learning rates {factors} (optimizer.multipliers), eps "
+            "and clip to match"
+        )
+    if ungrouped:
+        return (
+            f"training would continue exactly with learning rates {factors}, but parameter groups "
+            f"of PyTorch cannot hold them: {ungrouped}"
+        )
+    matched = f"multiplies learning rates {factors}, eps, decay and clip weights to match"
+    if source.kind not in TORCH:
+        return f"growkit.torch.param_groups {matched}"
+    if groups == "split":
+        return f"{exact}the split {matched}"
+    return f"training would continue exactly as the source's with --groups split, which {matched}"
 
 
 def _warn_of_tied_copies(plan: Plan) -> str:
@@ -228,6 +266,8 @@ def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     """The command that trains the result."""
     if source.kind in TORCH:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
+    if source.model.family.given:
+        return f"transformers loads {out}; growkit's trainer takes no given table"
     if not is_trained(source):
         return f"transformers loads {out}; growkit's trainer is for {', '.join(list_trained())}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from growkit.cli.arguments import parse_axes, parse_number, parse_whole
 from growkit.cli.description import describe, summarize
 from growkit.cli.options import add_table_option, combine_options
 from growkit.cli.target import read_target
@@ -119,6 +120,15 @@ add_growing_options = combine_options(
 )
 
 
+# Of the verbs that copy layers.
+add_scale_option = click.option(
+    "--scale",
+    metavar="layer=S",
+    help="What copied layers add to the residual stream is multiplied by S, as layer=0.5; or a "
+    "list of one share for each new layer, as layer=1,0.5,1.",
+)
+
+
 @click.command(cls=Growing)
 @click.option(
     "--map", "layers", required=True, metavar="MAP", help=f"{FORM.removeprefix('--map takes ')}."
@@ -128,8 +138,11 @@ add_growing_options = combine_options(
     metavar="|".join(DEPTH_METHODS),
     help="Which layers SOURCE:TARGET copies; default replicate.",
 )
+@add_scale_option
 @add_growing_options
-def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -> None:
+def depth(
+    layers: str, method: str | None, scale: str | None, src: str, out: str, **options: Any
+) -> None:
     """Grow SRC in depth into OUT: parameters, and optimizer moments if SRC has them.
 
     18:24 replicates whole layers in place: new layer i copies layer floor(i*18/24) (Gopher, arXiv
@@ -139,7 +152,10 @@ def depth(layers: str, method: str | None, src: str, out: str, **options: Any) -
     """
     from growkit.growth.depth import plan_depth
 
-    _plan_and_grow("depth", src, out, lambda model: plan_depth(model, layers, method), options)
+    def plan(model: Architecture) -> Plan:
+        return plan_depth(model, layers, method, scale)
+
+    _plan_and_grow("depth", src, out, plan, options)
 
 
 @click.command(cls=Growing)
@@ -190,8 +206,8 @@ def width(
     """
     from growkit.growth.width import plan_width
 
-    share = _parse_number("spread", spread)
-    others = _parse_axes(axes)
+    share = parse_number("spread", spread)
+    others = parse_axes(axes)
 
     only_vocab = options["vocab"] is not None and not _are_given(WIDTHS)
 
@@ -210,8 +226,9 @@ def width(
     metavar="TARGET",
     help="A preset, a trainer's YAML file, a config.json, or a model.",
 )
+@add_scale_option
 @add_growing_options
-def grow_like(like: str, src: str, out: str, **options: Any) -> None:
+def grow_like(like: str, scale: str | None, src: str, out: str, **options: Any) -> None:
     """Grow SRC into OUT with the sizes of another model: every axis that differs, in one pass.
 
     Layers are replicated; width is copied where copies are exact and padded elsewhere. What growth
@@ -225,10 +242,11 @@ def grow_like(like: str, src: str, out: str, **options: Any) -> None:
     def plan(model: Architecture) -> Plan | None:
         target = read_target(like, model)
         if vocab is None:
-            return plan_like(model, target)
+            return plan_like(model, target, scale)
         # The vocabulary is the option's.
         target = target.resize({**target.sizes, "vocab": model.vocab})
-        return None if target.sizes == model.sizes else plan_like(model, target)
+        same = target.sizes == model.sizes and scale is None
+        return None if same else plan_like(model, target, scale)
 
     _plan_and_grow("grow", src, out, plan, options)
 
@@ -265,8 +283,8 @@ def _plan_and_grow(
     from growkit.checkpoint.location import check_writable, open_source
     from growkit.growth.plan import set_options
 
-    noise = _parse_number("noise", options.pop("noise"))
-    seed = _parse_whole("seed", options.pop("seed"))
+    noise = parse_number("noise", options.pop("noise"))
+    seed = parse_whole("seed", options.pop("seed"))
     moments = options.pop("moments")
     vocab = options.pop("vocab")
     fill = options.pop("vocab_fill")
@@ -337,44 +355,11 @@ def _parse_output(options: dict[str, Any]) -> Output:
     from growkit.errors import UsageError
 
     check = options.pop("check")
-    tokens = None if check is None else _parse_whole("check", check)
+    tokens = None if check is None else parse_whole("check", check)
     if tokens is not None and options["dry_run"]:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     care = parse_care(options)
     return Output(tokens=tokens, care=care, **options)
-
-
-def _parse_axes(texts: tuple[str, ...]) -> dict[str, str]:
-    """NAME=SIZE, repeated, as sizes by name. Raises UsageError."""
-    from growkit.errors import UsageError
-
-    found: dict[str, str] = {}
-    for text in texts:
-        name, equals, size = text.partition("=")
-        if not equals or not name or name in found:
-            raise UsageError(f"--axis takes NAME=SIZE, each name once, as group=2x; got {text!r}")
-        found[name] = size
-    return found
-
-
-def _parse_number(option: str, text: str) -> float:
-    """The number that an option's text is. Raises UsageError."""
-    from growkit.errors import UsageError
-
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"--{option} takes a number, got {text!r}") from None
-
-
-def _parse_whole(option: str, text: str) -> int:
-    """The whole number that an option's text is. Raises UsageError."""
-    from growkit.errors import UsageError
-
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--{option} takes a whole number, got {text!r}") from None
 
 
 def grow(source: Source, plan: Plan, out: Path, output: Output) -> None:

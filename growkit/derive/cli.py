@@ -143,7 +143,10 @@ def describe(derivation: Any) -> list[str]:
         )
     known = derivation.gaps
     lines += [
-        f"  {axis:<24} frozen: {why}" for axis, why in family.frozen.items() if axis not in known
+        # Tables say so of vocab, which has an option and rules of its own.
+        f"  {axis:<24} {'grows by --vocab' if axis == 'vocab' else f'frozen: {why}'}"
+        for axis, why in family.frozen.items()
+        if axis not in known
     ]
     for name, value in family.proved.items():
         lines.append(f"  holds for {name} = {json.dumps(value)} alone")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap, insert, make_map, replicate, replicate_nearest, stack
+from growkit.growth.layer_shares import Scale, scale_layers
 from growkit.growth.plan import MODEL_HINT, Plan, build_plan
 from growkit.models.architecture import Architecture
 
@@ -25,11 +26,14 @@ _PAIR = re.compile(r"\s*(-?[0-9]{1,18})\s*:\s*(-?[0-9]{1,18})\s*")
 _ITEM = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
-def plan_depth(model: Architecture, text: str, method: str | None = None) -> Plan:
+def plan_depth(
+    model: Architecture, text: str, method: str | None = None, scale: Scale | None = None
+) -> Plan:
     """The plan of `--map text` for a model.
 
-    method: one of METHODS, for SOURCE:TARGET; a list of layers takes none. Raises UsageError for a
-    map that does not fit the model.
+    method: one of METHODS, for SOURCE:TARGET; a list of layers takes none. scale: shares of copied
+    layers, see `growkit.growth.layer_shares`. Raises UsageError for a map or shares that do not fit
+    the model.
 
     >>> from growkit.models.llama import LLAMA
     >>> model = LLAMA.model(layer=3, embed=16, kv=2, group=2, head_dim=4, mlp=32)
@@ -59,7 +63,8 @@ def plan_depth(model: Architecture, text: str, method: str | None = None) -> Pla
             f"--map {text} lists {len(layers)} layers, the source has {model.layer}, and growkit "
             f"only adds layers; a list of all of them is 0-{model.layer - 1}"
         )
-    return build_plan("depth", words, model, {"layer": layers})
+    plan = build_plan("depth", words, model, {"layer": layers})
+    return plan if scale is None else scale_layers(plan, scale)
 
 
 def _check_arguments(model: Architecture, text: str, method: str | None) -> None:
@@ -115,11 +120,13 @@ def _parse_list(text: str, layers: int) -> list[int]:
     return index
 
 
-def draw_map(layers: Sequence[int], width: int = 24) -> str:
+def draw_map(layers: Sequence[int], shares: Sequence[float] = (), width: int = 24) -> str:
     """The layer map in blocks of two lines: each new layer over the source layer it copies.
 
-    A plus marks every copy after the first.
+    A plus marks every copy after the first. shares: a third line, where they are given.
     """
+    carried = [f"{share:.4g}" for share in shares]
+    cell = max([4, *map(len, carried)])
     # Where each source layer stands first among the new ones.
     first: dict[int, int] = {}
     for place, layer in enumerate(layers):
@@ -128,6 +135,9 @@ def draw_map(layers: Sequence[int], width: int = 24) -> str:
     blocks = []
     for start in range(0, len(layers), width):
         new = range(start, min(start + width, len(layers)))
-        blocks.append("new   " + " ".join(f"{n:4}" for n in new))
-        blocks.append("from  " + " ".join(f"{marks[n]}{layers[n]:3}" for n in new))
+        blocks.append("new   " + " ".join(f"{n:{cell}}" for n in new))
+        copied = (f"{marks[n]}{layers[n]:3}" for n in new)
+        blocks.append("from  " + " ".join(f"{words:>{cell}}" for words in copied))
+        if carried:
+            blocks.append("share " + " ".join(f"{carried[n]:>{cell}}" for n in new))
     return "\n".join(blocks)

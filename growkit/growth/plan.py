@@ -189,8 +189,13 @@ def _check_possible(
     if family.unpadded and "embed" in pads:
         raise UsageError(
             f"embed of a {family.title} model grows by whole copies only, not to {pads['embed']}: "
-            f"{family.unpadded}; the nearest are {model.embed} and {2 * model.embed}"
+            f"{family.unpadded}; the nearest is {_nearest_multiple(model.embed, pads['embed'])}"
         )
+
+
+def _nearest_multiple(size: int, asked: int) -> int:
+    """The whole multiple of a size, two at least, that is nearest to what was asked."""
+    return size * max(2, (asked + size // 2) // size)
 
 
 def check_paddable(model: Architecture) -> None:

@@ -150,6 +150,13 @@ def bound_shift(plan: Plan) -> float | None:
     return math.log1p(added / plan.model.vocab)
 
 
+def state_function(plan: Plan) -> str:
+    """Whether a plan keeps the source's function, in the words of a lineage."""
+    if not plan.preserved:
+        return "not preserved"
+    return describe_shift(plan) or "preserved"
+
+
 def describe_shift(plan: Plan) -> str:
     """How far growth of the vocabulary is from exact, in words; empty where it is exact, or where
     it does not grow.

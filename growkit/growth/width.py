@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap, replicate, spread_shares, tile
 from growkit.growth.completion import WIDTHS, complete_widths, find_problem, list_widths
+from growkit.growth.layer_shares import Scale, scale_layers
 from growkit.growth.plan import MODEL_HINT, Plan, build_plan, combine_plans
 from growkit.models.architecture import Architecture
 
@@ -30,7 +31,7 @@ ELSEWHERE = {
     "kv": "its size is --heads, which counts query heads",
     "head_dim": "its size is --head-dim",
     "mlp": "its size is --mlp",
-    "vocab": "the tokenizer states it",
+    "vocab": "its size is --vocab",
 }
 # Options in which a target may differ: padding sets norm_eps, training the others.
 LOOSE = ("context", "norm_eps", "initializer_range")
@@ -103,7 +104,8 @@ def plan_width(
     others = read_axes(model, axes or {})
     if not others and all(size is None for size in asked.values()):
         raise UsageError(
-            "growth in width needs at least one of --embed, --heads, --mlp and --head-dim"
+            "growth in width needs at least one of --embed, --heads, --mlp, --head-dim, --axis and "
+            "--vocab"
         )
     if "group" in others and asked["heads"] is None:
         # More query heads for each key; embed = heads x head_dim goes with them.
@@ -143,10 +145,10 @@ def read_axes(model: Architecture, axes: Mapping[str, str | int]) -> dict[str, i
             raise UsageError(f"--axis {axis} is not needed: {ELSEWHERE[axis]}")
         if axis not in model.sizes:
             free = list_others(model)
-            known = ", ".join(free) or "none beside those of the other options"
+            known = ", ".join(free) or "none of this model"
             raise UsageError(
-                f"{axis} is no axis of the model's table{did_you_mean(axis, free)}; those that "
-                f"grow are {known}"
+                f"{axis} is no axis of the model's table{did_you_mean(axis, free)}; --axis "
+                f"grows {known}"
             )
         found[axis] = parse_size(f"axis {axis}", text, model.sizes[axis]) or model.sizes[axis]
     return found
@@ -263,10 +265,11 @@ def _count_head_units(heads: int, group: int) -> int:
     return heads // group
 
 
-def plan_like(model: Architecture, like: Architecture) -> Plan:
+def plan_like(model: Architecture, like: Architecture, scale: Scale | None = None) -> Plan:
     """The plan that gives `model` the sizes of `like`: every axis that differs, in one pass.
 
-    Layers are replicated. Raises UsageError where growth does not lead there.
+    Layers are replicated. scale: shares of copied layers, see `growkit.growth.layer_shares`. Raises
+    UsageError where growth does not lead there.
     """
     require_type("model", model, Architecture, MODEL_HINT)
     require_type("like", like, Architecture, MODEL_HINT)
@@ -284,7 +287,10 @@ def plan_like(model: Architecture, like: Architecture) -> Plan:
     if target.get("layer", 0) > sizes.get("layer", 0):
         words = f"replicate: floor(i*{sizes['layer']}/{target['layer']})"
         layers = replicate(sizes["layer"], target["layer"])
-        plans.append(build_plan("depth", words, model, {"layer": layers}))
+        deeper = build_plan("depth", words, model, {"layer": layers})
+        plans.append(deeper if scale is None else scale_layers(deeper, scale))
+    elif scale is not None:
+        raise UsageError("--scale gives shares to copied layers, and the target has no more layers")
     others = list_others(model)
     wanted = list_widths(like) | {axis: target[axis] for axis in others}
     if wanted != list_widths(model) | {axis: sizes[axis] for axis in others}:

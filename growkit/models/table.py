@@ -79,10 +79,17 @@ class Table:
         best = find_nearest(name, examples, likeness=0.4)
         return f"; the nearest row is {examples[best].name}" if best else ""
 
-    def tree(self, make: Callable[[Row], Any]) -> dict[str, Any]:
-        """What `make` makes of every row, nested as a parameter tree is."""
+    def tree(
+        self, make: Callable[[Row], Any], holds: Callable[[Row], bool] | None = None
+    ) -> dict[str, Any]:
+        """What `make` makes of every row, nested as a parameter tree is.
+
+        holds: which rows are in the tree; None for all.
+        """
         tree: dict[str, Any] = {}
         for row in self.rows:
+            if holds is not None and not holds(row):
+                continue
             node = tree
             for key in row.path[:-1]:
                 node = node.setdefault(key, {})

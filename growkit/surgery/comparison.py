@@ -127,9 +127,14 @@ def recorded_plan(source: Source, out: Source) -> Plan:
         raise GrowkitError(f"{out.path}: {unreadable_plan(repr(problem))}") from None
     axis, (ours, theirs) = next(iter(different.items()))
     raise UsageError(
-        f"{out.path} was grown from another model than {source.path}: {axis} was {theirs}, here it "
-        f"is {ours}"
+        f"{out.path} was grown from another model than {source.path}: "
+        f"{_describe_size(axis, theirs)} there, {_describe_size(axis, ours)} here"
     )
+
+
+def _describe_size(axis: str, size: int | None) -> str:
+    """'layer 18', or 'no axis head' for an axis that the model does not have."""
+    return f"no axis {axis}" if size is None else f"{axis} {size}"
 
 
 def _check_sizes(growth: Growth, out: Source) -> None:

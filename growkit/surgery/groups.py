@@ -17,6 +17,7 @@ from typing import Any
 from growkit.checkpoint.optimizer import NAMES, Group, Optimizer, Scalar
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.growth.multipliers import compute_multipliers
+from growkit.growth.new import find_new_layers
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source
 from growkit.models.definition import list_defined
@@ -88,25 +89,10 @@ def find_origin(plan: Plan, row: Row, name: str) -> str:
     return row.name_at(find_source(plan, row, position))
 
 
-def find_new_layers(plan: Plan) -> frozenset[int]:
-    """The layers that growth added: those with a share of 0, and copies after the first."""
-    layers = plan.maps.get("layer")
-    new: set[int] = set()
-    seen: set[int] = set()
-    if layers is None:
-        return frozenset()
-    for layer, (source, share) in enumerate(zip(layers.index, layers.share, strict=True)):
-        if share == 0.0 or int(source) in seen:
-            new.add(layer)
-        else:
-            seen.add(int(source))
-    return frozenset(new)
-
-
 def _find_factors(plan: Plan) -> dict[str, Factors]:
     """The factors of each new parameter. Raises GrowkitError where they differ within one."""
     trees = compute_multipliers(plan.grown, [plan])
-    new_layers = find_new_layers(plan)
+    new_layers = find_new_layers([plan])
     found: dict[str, Factors] = {}
     by_row: dict[tuple[str, ...], list[float]] = {}
     for name, row in list_defined(plan.grown):

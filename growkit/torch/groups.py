@@ -14,13 +14,13 @@ from growkit.checkpoint.optimizer import NAMES, Scalar, list_undecayed
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.multipliers import compute_multipliers
+from growkit.growth.new import find_new_layers
 from growkit.lineage import Lineage
 from growkit.models.notation import Row
 from growkit.surgery.groups import (
     CLIP,
     RATE,
     Factors,
-    find_new_layers,
     get_number,
     multiply_options,
 )
@@ -69,7 +69,7 @@ def freeze_old(model: torch.nn.Module, directory: str | os.PathLike[str]) -> lis
     """
     source = open_source(os.fspath(directory))
     growth = Lineage.read(source.lineage).last_growth(source.path)
-    new = find_new_layers(growth.plan_within(source.model))
+    new = find_new_layers([growth.plan_within(source.model)])
     if not new:
         raise UsageError(
             f"the last growth of {directory} added no layers, so there is nothing new to train "
@@ -129,6 +129,12 @@ def _name_parameters(
     """Name in files -> (name in the model, parameter). Raises GrowkitError for another model."""
     named = {_table_name(own, source): (own, each) for own, each in model.named_parameters()}
     tensors = source.tensors["params"]
+    several = next((row for row in source.model.table.rows if len(row.stacked) > 1), None)
+    if several is not None:
+        raise GrowkitError(
+            f"{several.name} is one parameter of many in transformers 5, so mixtures of experts "
+            "have no groups by growth yet"
+        )
     for name, tensor in tensors.items():
         if name not in named:
             raise GrowkitError(f"the model has no parameter {name!r}, and {source.path} has")
@@ -178,7 +184,7 @@ def _follow_lineage(
     growths = Lineage.read(source.lineage).growths_owed()
     plans = [growth.plan_within(source.model) for growth in growths]
     trees = compute_multipliers(source.model, plans) if plans else {}
-    new = find_new_layers(plans[-1]) if plans else frozenset()
+    new = find_new_layers(plans[-1:])
     rows = {name: source.model.table.match(name)[0] for name in named}
     undecayed = list_undecayed(list(rows.items()))[0]
     members: dict[tuple[bool, Factors], list[str]] = {}

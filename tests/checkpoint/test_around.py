@@ -128,8 +128,10 @@ def grow(path, name, *words):
 def check_carried(source, out):
     """What is not the decoder's is there with the same bits and the same configuration."""
     before, after = (load_file(path / "model.safetensors") for path in (source, out))
-    around = open_source(str(source)).around
+    opened = open_source(str(source))
+    around = opened.around
     assert around.others
+    assert "training, import and export take the decoder alone" in opened.notes[-1]
     assert all(torch.equal(before[name], after[name]) for name in around.others)
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, out))
     changed = {name for name in before if before[name] != after.get(name)}

@@ -104,3 +104,8 @@ def test_two_rows_of_one_name():
 def test_sizes_that_contradict_shapes(place, capsys):
     change(place, intermediate_size=48)
     refused(capsys, "model", "contradicts the parameter", "intermediate_size = 48")
+
+
+def test_a_head_of_another_task(place, capsys):
+    change(place, model_type="llama", architectures=["LlamaForSequenceClassification"])
+    refused(capsys, "model", "another task than the next token (LlamaForSequenceClassification)")

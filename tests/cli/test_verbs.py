@@ -468,7 +468,7 @@ def entry_changed(**change) -> None:
         (
             {"sizes": {"before": TINY.sizes | {"layer": 7}, "after": TINY.sizes}},
             2,
-            "grown from another model than hf: layer was 7",
+            "grown from another model than hf: layer 7 there, layer 2 here",
         ),
     ],
 )
@@ -487,7 +487,7 @@ def test_verify_of_a_lineage_that_is_broken(place, capsys, change, code, said):
 
 
 REFUSALS = {
-    "width": "at least one of --embed, --heads, --mlp and --head-dim",
+    "width": "at least one of --embed, --heads, --mlp, --head-dim, --axis and --vocab",
     "width --embed 0": "--embed 0 is below the source's 16; growkit only grows models",
     "width --embed -4": "--embed takes a size, as 32, or a factor, as 2x; got '-4'",
     "width --heads two": "--heads takes a size, as 4, or a factor, as 2x; got 'two'",

@@ -285,8 +285,13 @@ def list_combined(sweep: Sweep, words: list[str]) -> Case:
     if wide.is_dir():
         config = json.loads((wide / "config.json").read_text())
     count = sweep.layers + 1
-    target.write_text(json.dumps(config | {sweep.family.fields["layer"]: count}))
     index = replicate(sweep.layers, count).index.tolist()
+    longer = {
+        name: [config[name][layer] for layer in index]
+        for name in sweep.family.by_layer
+        if isinstance(config.get(name), list) and len(config[name]) == sweep.layers
+    }
+    target.write_text(json.dumps(config | longer | {sweep.family.fields["layer"]: count}))
     return Case("combined", ["grow", "--like", str(target)], index)
 
 

@@ -87,10 +87,9 @@ def test_parts_divided_by_their_own_size_are_not(params, monkeypatch):
     """The classic mistake: summing the means of the parts."""
     right = trainer.step.update.accumulate_gradients
 
-    def wrong(network, params, tokens, key):
-        return jax.tree.map(
-            lambda leaf: leaf * tokens.shape[0], right(network, params, tokens, key)
-        )
+    def wrong(network, params, tokens, *others):
+        found = right(network, params, tokens, *others)
+        return jax.tree.map(lambda leaf: leaf * tokens.shape[0], found)
 
     monkeypatch.setattr(trainer.step.update, "accumulate_gradients", wrong)
     whole = run(PLAIN, params)

@@ -316,9 +316,9 @@ def test_a_budget_too_small_for_the_law_gets_no_advice(capsys):
     assert "no advice: the law asks the source for" in out and "then grown to" not in out
 
 
-def test_the_readme_shows_what_is_said(capsys):
+def test_the_documentation_shows_what_is_said(capsys):
     command, _, shown = (
-        (ROOT / "README.md").read_text().partition("$ growkit advise ")[2].partition("\n")
+        (ROOT / "docs" / "when.md").read_text().partition("$ growkit advise ")[2].partition("\n")
     )
     assert run(["advise", *command.split()]) == 0
     out = capsys.readouterr().out

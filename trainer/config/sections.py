@@ -128,6 +128,7 @@ class Grow:
     at: str = text_or_number()
     map: str = text_or_number()  # depth --map
     depth_method: str = "replicate"  # depth --method
+    scale: str = ""  # depth --scale
     embed: str = text_or_number()  # width --embed
     heads: str = text_or_number()  # width --heads
     mlp: str = text_or_number()  # width --mlp
@@ -206,6 +207,8 @@ class Config:
     remat: str = choice("none", of=("auto", "none", "dots", "full"))
     # The attention kernel. auto: the devices' own where its rules allow; xla: no kernel.
     attention: str = choice("auto", of=("auto", "xla", "splash", "cudnn"))
+    # What is trained. new: only the layers that growth added since all was trained last.
+    train: str = choice("all", of=("all", "new"))
     seed: int = number(0, at_least=0, at_most=LARGEST_SEED)  # of weights, data order and dropout
 
     def to_dict(self) -> dict[str, Any]:

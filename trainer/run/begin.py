@@ -49,10 +49,17 @@ from trainer.plan.memory import require_state_fit
 from trainer.run.checkpoint import Snapshot, find_last_step
 from trainer.run.damage import DamagedError, Trust, go_back
 from trainer.run.directory import RunDirectory, open_run, read_run
-from trainer.run.growth import grow_config, is_growth_due, plan_growth, select_multipliers
+from trainer.run.growth import (
+    find_part,
+    grow_config,
+    is_growth_due,
+    plan_growth,
+    select_multipliers,
+)
 from trainer.run.soundness import take_state
 from trainer.run.state import new_state
 from trainer.run.tasks import TaskQuestions
+from trainer.step.part import ALL, Part
 from trainer.step.update import State, abstract_state, check_precision
 
 
@@ -63,11 +70,12 @@ class Stage:
     config: Config
     model: Architecture
     layout: Layout
+    part: Part = ALL  # the parameters that are trained
 
     @classmethod
-    def of(cls, config: Config, model: Architecture) -> Stage:
+    def of(cls, config: Config, model: Architecture, part: Part = ALL) -> Stage:
         """The stage of a model. Raises UsageError where the model does not fit on the mesh."""
-        return cls(config, model, make_layout(config, model))
+        return cls(config, model, make_layout(config, model), part)
 
     @classmethod
     def after(cls, growth: Plan, config: Config) -> Stage:
@@ -77,7 +85,7 @@ class Stage:
     @cached_property
     def like(self) -> State:
         """The shapes, dtypes and shardings of the training state."""
-        return abstract_state(self.config, self.model, self.layout)
+        return abstract_state(self.config, self.model, self.layout, self.part)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,8 @@ def prepare(
     config = resolve(values, takes_model=bool(start))
     config, source, growth = _choose_model(config, values, out, start)
     check_precision(config)
-    first = Stage.of(config, build_architecture(config.model))
+    model = build_architecture(config.model)
+    first = Stage.of(config, model, find_part(config, model, source, growth, out))
     later_growth = plan_growth(config.grow, first.model) if config.grow.at else None
     # Where the grown model does not fit on the mesh, it is refused now and not at its step.
     grown = Stage.after(later_growth, config) if later_growth else None
@@ -342,6 +351,7 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
         resumed=False,
         grows=setup.grown is not None,
         source_record=source.record if source else {},
+        notes=source.notes if source else (),
     )
 
 
@@ -396,7 +406,7 @@ def _take_snapshot(
     # The source's own tokenizer goes with the model; the data's is for models that carry none.
     tokenizer = {} if "tokenizer.json" in files else setup.data.tokenizer
     return Snapshot(
-        state=take_state(taken, stage.like, config.schedule.continued, step, check),
+        state=take_state(taken, stage.like, config.schedule.continued, step, check, stage.part),
         model_config=stage.model.config(taken.config),
         lineage=before.followed_by(training),
         record=taken.record,

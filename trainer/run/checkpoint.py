@@ -62,6 +62,18 @@ def find_last_step(run: str | os.PathLike[str]) -> int | None:
     return max([*steps, *_list_replaced(epath.Path(run))], default=None)
 
 
+def read_last_lineage(run: str | os.PathLike[str]) -> Lineage:
+    """The lineage in a run's last checkpoint that can be read; empty where there is none."""
+    directory = epath.Path(run) / CHECKPOINTS
+    for step in sorted(ocp.utils.checkpoint_steps(directory), reverse=True):
+        try:
+            return Lineage.read(read_item(directory / str(step), META)["lineage"])
+        # What is damaged is named when the run begins.
+        except (ValueError, KeyError, OSError):
+            continue
+    return Lineage()
+
+
 def _list_replaced(run: epath.Path) -> list[int]:
     """The checkpoints that were being saved again when the run was killed."""
     directory = run / REPLACED

@@ -7,21 +7,26 @@ validation, and notes for the log.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from growkit.checkpoint.tensor import Source
 from growkit.entries import Growth
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.growth.multipliers import compute_multipliers
+from growkit.growth.new import find_new_layers
 from growkit.growth.plan import Plan, combine_plans, set_options
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Dropout, Grow, build_section
 from trainer.log.history import GROWN, History
+from trainer.run.checkpoint import read_last_lineage
 from trainer.step.optimizer import Multipliers
+from trainer.step.part import ALL, Part
 from trainer.step.plateau import find_plateaus
 
 # By how much a validation loss, in nats a token, may differ after exact growth: what rounding
@@ -36,7 +41,10 @@ def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
     """
     plans = []
     if settings.map:
-        plans.append(plan_depth(model, settings.map, settings.depth_method))
+        scale = settings.scale or None
+        plans.append(plan_depth(model, settings.map, settings.depth_method, scale))
+    elif settings.scale:
+        raise UsageError("grow.scale gives shares to copied layers: set grow.map too")
     sizes: dict[str, Any] = {
         "embed": settings.embed or None,
         "heads": settings.heads or None,
@@ -89,6 +97,48 @@ def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> M
         return None
     plans = [growth.plan_within(model) for growth in growths]
     return Multipliers(**compute_multipliers(model, plans))
+
+
+def find_part(
+    config: Config,
+    model: Architecture,
+    source: Source | None,
+    growth: Plan | None,
+    out: str | os.PathLike[str],
+) -> Part:
+    """The parameters that are trained, by what was done to the model before. Raises UsageError."""
+    if config.train == "all":
+        return ALL
+    lineage = Lineage.read(source.lineage) if source else read_last_lineage(out)
+    if growth:
+        lineage = lineage.followed_by(Growth.of(growth))
+    return _select_new(config.grow.at, lineage, model)
+
+
+def _select_new(at: str, lineage: Lineage, model: Architecture) -> Part:
+    """The layers that growth added, which a run with train=new trains.
+
+    at: when the run itself grows; empty for not at all or at the start. lineage: with the growth at
+    the start. Raises UsageError where nothing is new.
+    """
+    if at:
+        raise UsageError(
+            f"train=new trains layers that growth has added, and with grow.at={at} a run grows "
+            "later; grow at the start, or on disk"
+        )
+    growths = [growth.plan_within(model) for growth in lineage.growths_new()]
+    layers = find_new_layers(growths)
+    if layers:
+        return Part(tuple(sorted(layers)))
+    what = "no growth came before this training"
+    if growths:
+        what = "the growths before this training added none (they grew width or vocabulary)"
+    elif any(isinstance(entry, Growth) for entry in lineage):
+        what = "all parameters were trained since the model was grown"
+    raise UsageError(
+        f"train=new trains the layers that growth added, and nothing is new: {what}; grow with "
+        "`growkit depth` or grow.map, or leave train=new out"
+    )
 
 
 def describe_beginning(lineage: Lineage, step: int) -> str:

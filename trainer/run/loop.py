@@ -82,10 +82,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def _take(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot.
-
-        Nothing else keeps the state: each step donates its memory to the next.
-        """
+        """Go on from a snapshot that nothing else keeps: each step donates its state's memory."""
         self.state = snapshot.state
         self.model_config = snapshot.model_config
         self.lineage = snapshot.lineage
@@ -107,10 +104,11 @@ class Run:
     def _select_step(self) -> TrainStep:
         """Make the program of a step at the present learning rate; `remat: auto` compiles some."""
         config = reduce_learning_rate(self.config, self.reduction)
-        others = (self.model, self.multipliers, self.layout, self.lineage.grown_at)
+        stage = self.stage
+        given = (self.model, self.multipliers, self.layout, self.lineage.grown_at, stage.part)
         self.compiled = False
         return select_step(
-            config, self.layout, self.stage.like, lambda each: make_train_step(each, *others)
+            config, self.layout, stage.like, lambda each: make_train_step(each, *given)
         )
 
     def go(self, show: Show = Report) -> Result:

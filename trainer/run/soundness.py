@@ -16,12 +16,18 @@ from jax.experimental import multihost_utils
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.tensor import SLOTS, Source
 from growkit.errors import GrowkitError
-from trainer.run.state import from_source, to_tree
+from trainer.run.state import PARTIAL, from_source, to_tree
+from trainer.step.part import ALL, Part
 from trainer.step.update import State
 
 
 def take_state(
-    source: Source, like: State, continued: bool, step: int, check: Callable[[], None]
+    source: Source,
+    like: State,
+    continued: bool,
+    step: int,
+    check: Callable[[], None],
+    part: Part = ALL,
 ) -> State:
     """The state that begins with a model on disk; see `from_source`.
 
@@ -29,7 +35,7 @@ def take_state(
     GrowkitError for numbers that no training can begin with.
     """
     findings = Findings()
-    state = from_source(source, like, continued, step, findings)
+    state = from_source(source, like, continued, step, findings, part)
     check()
     wrong = describe_findings(findings)
     if wrong:
@@ -41,8 +47,12 @@ def look_at(state: State) -> Findings:
     """What is wrong with the numbers of a state, of this process's parts of it."""
     findings = Findings()
     tree = to_tree(state)
-    for slot in [slot for slot in SLOTS if slot in tree]:
-        for path, leaf in jax.tree.leaves_with_path(tree[slot]):
+    # The trainer's own slots: those of other optimizers are in no state.
+    moments = {f"{PARTIAL}{slot}": slot for slot in SLOTS}
+    known = moments.keys() | set(SLOTS)
+    for key in [key for key in tree if key in known]:
+        slot = moments.get(key, key)
+        for path, leaf in jax.tree.leaves_with_path(tree[key]):
             name = ".".join((slot, *(str(key.key) for key in path)))
             for shard in leaf.addressable_shards:
                 # The others are copies.

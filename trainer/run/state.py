@@ -21,7 +21,11 @@ from growkit.models.notation import Row
 from trainer.config.sections import Config
 from trainer.devices.sharding import place
 from trainer.model.decoder import init_params
+from trainer.step.part import ALL, Part
 from trainer.step.update import State, init_state
+
+# Before the names of moments that only a part of the parameters has.
+PARTIAL = "new_"
 
 
 def new_state(config: Config, model: Architecture, like: State) -> State:
@@ -42,25 +46,30 @@ def from_source(
     continued: bool = False,
     step: int = 0,
     findings: Findings | None = None,
+    part: Part = ALL,
 ) -> State:
     """The state that begins with a model on disk: its parameters, moments and Adam's count.
 
     like: its shapes, dtypes and shardings. The schedule begins again unless it is `continued`. A
     source without Adam's moments starts them at zero with count 0. step: the run's, 0 unless the
-    model was grown on the way. findings: told the numbers of this process's parts.
+    model was grown on the way. findings: told the numbers of this process's parts. part: the
+    parameters that are trained, which alone have moments.
     """
 
     def counter(value: int) -> jax.Array:
         return place(np.asarray(value, np.int32), like.step.sharding)
 
-    rows = source.model.table.tree(lambda row: row)
+    table = source.model.table
     tree = jax.tree.map(_zeros, to_tree(like))
     # One that has found nothing is false.
     findings = Findings() if findings is None else findings
     adam = {"mu", "nu"} <= source.tensors.keys()
     for slot in ("params", "mu", "nu") if adam else ("params",):
-        read = partial(_read, source.tensors[slot], partial(findings.look, slot))
-        tree[slot] = jax.tree.map(read, rows, to_tree(like)[slot])
+        held = ALL if slot == "params" else part
+        key = slot if slot == "params" else _name_slot(slot, like)
+        read = partial(_read, source.tensors[slot], partial(findings.look, slot), held)
+        rows = held.tree(table, lambda row: row)
+        tree[key] = jax.tree.map(read, rows, tree[key])
     # Adam's count belongs to the moments: without them it begins at 0.
     if adam:
         tree["count"] = counter(source.record.get("count", 0))
@@ -78,13 +87,14 @@ def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
 def _read(
     tensors: Mapping[str, Tensor],
     look: Callable[[str, np.ndarray], None],
+    part: Part,
     row: Row,
     leaf: jax.ShapeDtypeStruct,
 ) -> jax.Array:
     """One row's parameter, in the dtype and sharding of `leaf`.
 
     Read one layer at a time. Only the shards of this process's devices are kept. look: told each
-    layer's name and its part.
+    layer's name and its part. part: whose layers the first dimension of `leaf` counts.
     """
     indices = {
         _key(index): index
@@ -96,7 +106,7 @@ def _read(
     stacked = len(row.stacked)
     # One layer at a time is in memory as a whole, whatever the size of the model.
     for position in np.ndindex(leaf.shape[:stacked]):
-        name = row.name_at(position)
+        name = row.name_at(part.find_unit(position))
         array = tensors[name].read()
         for key, index in indices.items():
             # Stacked dimensions, layers among them, are never sharded.
@@ -113,11 +123,14 @@ def _key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
 
 
 def to_tree(state: State) -> dict[str, Any]:
-    """The state as a checkpoint holds it: params, mu, nu and the counters."""
+    """The state as a checkpoint holds it: params, mu, nu and the counters.
+
+    Moments of a part of the parameters are no model's moments, and have names of their own.
+    """
     return {
         "params": state.params,
-        "mu": optax.tree.get(state.optimizer, "mu"),
-        "nu": optax.tree.get(state.optimizer, "nu"),
+        _name_slot("mu", state): optax.tree.get(state.optimizer, "mu"),
+        _name_slot("nu", state): optax.tree.get(state.optimizer, "nu"),
         "count": optax.tree.get(state.optimizer, "count"),
         "step": state.step,
         "schedule_step": state.schedule_step,
@@ -126,5 +139,13 @@ def to_tree(state: State) -> dict[str, Any]:
 
 def from_tree(tree: dict[str, Any], like: State) -> State:
     """The inverse of `to_tree`; the optimizer's state has the structure of `like`'s."""
-    optimizer = optax.tree.set(like.optimizer, mu=tree["mu"], nu=tree["nu"], count=tree["count"])
+    mu, nu = (tree[_name_slot(slot, like)] for slot in ("mu", "nu"))
+    optimizer = optax.tree.set(like.optimizer, mu=mu, nu=nu, count=tree["count"])
     return State(tree["params"], optimizer, tree["step"], tree["schedule_step"])
+
+
+def _name_slot(slot: str, state: State) -> str:
+    """The name of a moment in a checkpoint: 'mu', or 'new_mu' where only a part has one."""
+    moment = optax.tree.get(state.optimizer, slot)
+    whole = jax.tree.structure(moment) == jax.tree.structure(state.params)
+    return slot if whole else f"{PARTIAL}{slot}"

@@ -17,6 +17,7 @@ import optax
 
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Optimizer
+from trainer.step.part import ALL, Part
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,19 @@ class Multipliers:
     clip: Any = None
 
 
-def select_decayed(model: Architecture) -> dict[str, Any]:
+def select_decayed(model: Architecture, part: Part = ALL) -> dict[str, Any]:
     """A tree of booleans: whether weight decay acts on a parameter, a matrix or an embedding."""
-    return model.table.tree(lambda row: row.decays)
+    return part.tree(model.table, lambda row: row.decays)
+
+
+def select_multipliers_of(
+    multipliers: Multipliers | None, model: Architecture, part: Part
+) -> Multipliers | None:
+    """The multipliers of the parameters that are trained."""
+    if multipliers is None:
+        return None
+    trees = (multipliers.learning_rate, multipliers.eps, multipliers.clip)
+    return Multipliers(*(part.select_factors(model.table, tree) for tree in trees))
 
 
 def global_norm(gradients: Any, weights: Any = None) -> jax.Array:
@@ -91,11 +102,15 @@ def scale_each(multipliers: Any) -> optax.GradientTransformation:
 
 
 def adamw(
-    settings: Optimizer, model: Architecture, multipliers: Multipliers | None = None
+    settings: Optimizer,
+    model: Architecture,
+    multipliers: Multipliers | None = None,
+    part: Part = ALL,
 ) -> optax.GradientTransformation:
     """All of the update but the learning rate.
 
-    The step applies that: new = params - rate x update.
+    The step applies that: new = params - rate x update. part: the parameters that are trained;
+    multipliers are of these alone.
     """
     multipliers = multipliers or Multipliers()
     clip = optax.identity()
@@ -111,5 +126,5 @@ def adamw(
         clip,
         scale_by_adam(settings.beta1, settings.beta2, settings.eps, multipliers.eps),
         scale,
-        optax.add_decayed_weights(settings.weight_decay, mask=select_decayed(model)),
+        optax.add_decayed_weights(settings.weight_decay, mask=select_decayed(model, part)),
     )

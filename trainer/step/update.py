@@ -27,7 +27,8 @@ from trainer.model.decoder import Decoder
 from trainer.model.kernels import select_kernel
 from trainer.model.precision import select_wide_dtype
 from trainer.step.loss import sum_token_losses
-from trainer.step.optimizer import Multipliers, adamw, global_norm
+from trainer.step.optimizer import Multipliers, adamw, global_norm, select_multipliers_of
+from trainer.step.part import ALL, Part
 from trainer.step.schedule import encode_schedule, evaluate_schedule
 
 # How many programs a process keeps: for a study's sources and target, and for growth within a run.
@@ -85,26 +86,36 @@ def sum_loss(
 
 
 def accumulate_gradients(
-    network: Decoder, params: Any, tokens_AxBxT1: jax.Array, key: jax.Array | None
+    network: Decoder,
+    params: Any,
+    tokens_AxBxT1: jax.Array,
+    key: jax.Array | None,
+    part: Part = ALL,
 ) -> tuple[jax.Array, Any]:
     """The mean loss and its gradient over all A x B sequences.
 
     Both are summed over the A parts and divided once, so that parts give what the whole batch
-    would.
+    would. part: the parameters of which there is a gradient.
     """
-    differentiate = jax.value_and_grad(partial(sum_loss, network))
+    table = network.model.table
+    trained = part.select(table, params)
+
+    def sum_part_loss(trained: Any, *inputs: Any) -> jax.Array:
+        return sum_loss(network, part.merge(table, params, trained), *inputs)
+
+    differentiate = jax.value_and_grad(sum_part_loss)
     parts, batch, length = tokens_AxBxT1.shape
 
     def add(total: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         index, tokens_BxT1 = inputs
         # Each part draws masks of its own, as parts of one batch would.
         part_key = None if key is None else jax.random.fold_in(key, index)
-        part = differentiate(params, tokens_BxT1, part_key)
-        loss, gradient = jax.tree.map(jnp.add, total, part)
-        return (loss, _shard_as_moments(network, gradient)), None
+        added = differentiate(trained, tokens_BxT1, part_key)
+        loss, gradient = jax.tree.map(jnp.add, total, added)
+        return (loss, _shard_as_moments(network, gradient, part)), None
 
     zero_loss = jnp.zeros((), select_wide_dtype(network.precision.compute))
-    zero_gradient = _shard_as_moments(network, jax.tree.map(jnp.zeros_like, params))
+    zero_gradient = _shard_as_moments(network, jax.tree.map(jnp.zeros_like, trained), part)
     inputs = (jnp.arange(parts), tokens_AxBxT1)
     total, _ = jax.lax.scan(add, (zero_loss, zero_gradient), inputs)
     # All sequences are full, so that every token counts the same; validation has a mask instead.
@@ -112,10 +123,10 @@ def accumulate_gradients(
     return jax.tree.map(lambda leaf: leaf / tokens, total)
 
 
-def _shard_as_moments(network: Decoder, tree: Any) -> Any:
-    """Lay out a tree of the parameters' structure as the moments are."""
+def _shard_as_moments(network: Decoder, tree: Any, part: Part) -> Any:
+    """Lay out a tree of the trained parameters' structure as the moments are."""
     layout = _layout_of(network)
-    shardings = network.model.table.tree(layout.moment_sharding)
+    shardings = part.tree(network.model.table, layout.moment_sharding)
     return jax.tree.map(layout.constrain, tree, shardings)
 
 
@@ -157,10 +168,12 @@ def make_train_step(
     multipliers: Multipliers | None = None,
     layout: Layout | None = None,
     grown_at: int | None = None,
+    part: Part = ALL,
 ) -> TrainStep:
     """Make the step of a run whose remat policy is settled.
 
-    layout: None for the first device. grown_at: see `compute_learning_rate`.
+    layout: None for the first device. grown_at: see `compute_learning_rate`. part: the parameters
+    that are trained.
     """
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
@@ -170,23 +183,28 @@ def make_train_step(
     settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto")
     # Trees of multipliers cannot be hashed, so their programs are not kept.
     make = _keep_program if multipliers is None else _make_program
-    program, memory = make(network, settings, config.schedule.kind, multipliers)
+    multipliers = select_multipliers_of(multipliers, model, part)
+    program, memory = make(network, settings, config.schedule.kind, multipliers, part)
     numbers = encode_schedule(config.schedule, config.optimizer.learning_rate, grown_at)
     return TrainStep(program, memory, numbers | {"seed": config.seed}, config.remat)
 
 
 def _make_program(
-    network: Decoder, settings: Optimizer, kind: str, multipliers: Multipliers | None
+    network: Decoder,
+    settings: Optimizer,
+    kind: str,
+    multipliers: Multipliers | None,
+    part: Part,
 ) -> tuple[Any, dict[Any, Any]]:
     """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics).
 
     With it comes an empty dict, its `memory`.
     """
     layout = _layout_of(network)
-    state = _describe_state(network.precision, settings, network.model, layout)
+    state = _describe_state(network.precision, settings, network.model, layout, part)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     program = jax.jit(
-        _define_train_step(network, settings, kind, multipliers),
+        _define_train_step(network, settings, kind, multipliers, part),
         in_shardings=(shardings, layout.batch_sharding(1), layout.replicated),
         out_shardings=(shardings, layout.replicated),
         # Without donation old and new state would be in memory at once: 12 bytes more a parameter
@@ -200,9 +218,14 @@ _keep_program = lru_cache(maxsize=PROGRAMS)(_make_program)
 
 
 def _define_train_step(
-    network: Decoder, settings: Optimizer, kind: str, multipliers: Multipliers | None
+    network: Decoder,
+    settings: Optimizer,
+    kind: str,
+    multipliers: Multipliers | None,
+    part: Part,
 ) -> Callable[[State, jax.Array, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
-    optimizer = adamw(settings, network.model, multipliers)
+    optimizer = adamw(settings, network.model, multipliers, part)
+    table = network.model.table
     dropout = network.dropout
     drops = any((dropout.hidden, dropout.attention, dropout.embedding))
     clip_weights = multipliers.clip if multipliers else None
@@ -214,15 +237,16 @@ def _define_train_step(
         if drops:
             # A function of seed and step: a resumed run draws the masks of one that never stopped.
             key = jax.random.fold_in(jax.random.key(numbers["seed"]), state.step)
-        loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key)
+        loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key, part)
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
-        params = _shard_as_moments(network, state.params)
+        params = _shard_as_moments(network, part.select(table, state.params), part)
         direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
         rate = evaluate_schedule(kind, numbers, state.schedule_step)
         updates = jax.tree.map(partial(_scale_update, rate), direction, params)
         norm = global_norm(gradient, clip_weights)
         metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
-        params = _shard_as_moments(network, optax.apply_updates(params, updates))
+        params = _shard_as_moments(network, optax.apply_updates(params, updates), part)
+        params = part.merge(table, state.params, params)
         return State(params, optimizer_state, state.step + 1, state.schedule_step + 1), metrics
 
     return train_step
@@ -260,35 +284,35 @@ def forget_programs() -> None:
     _keep_eval_step.cache_clear()
 
 
-def init_state(config: Config, model: Architecture, params: Any) -> State:
-    """A state at step 0: these parameters, with moments of zero."""
-    optimizer = adamw(config.optimizer, model).init(params)
+def init_state(config: Config, model: Architecture, params: Any, part: Part = ALL) -> State:
+    """A state at step 0: these parameters, with moments of zero for the part that is trained."""
+    optimizer = adamw(config.optimizer, model, part=part).init(part.select(model.table, params))
     # Two arrays and not one twice, because a buffer can be donated only once.
     step = jnp.zeros((), jnp.int32)
     schedule_step = jnp.zeros((), jnp.int32)
     return State(params, optimizer, step, schedule_step)
 
 
-def abstract_state(config: Config, model: Architecture, layout: Layout) -> State:
+def abstract_state(config: Config, model: Architecture, layout: Layout, part: Part = ALL) -> State:
     """The shapes, dtypes and shardings of a state; nothing is computed."""
-    return _describe_state(config.precision, config.optimizer, model, layout)
+    return _describe_state(config.precision, config.optimizer, model, layout, part)
 
 
 def _describe_state(
-    precision: Precision, settings: Optimizer, model: Architecture, layout: Layout
+    precision: Precision, settings: Optimizer, model: Architecture, layout: Layout, part: Part
 ) -> State:
     dtype = jnp.dtype(precision.params)
 
-    def describe(shard: Callable[[Row], NamedSharding]) -> dict[str, Any]:
-        return model.table.tree(
-            lambda row: jax.ShapeDtypeStruct(
-                row.stacked_shape(model.sizes), dtype, sharding=shard(row)
-            )
-        )
+    def describe(shard: Callable[[Row], NamedSharding], part: Part) -> dict[str, Any]:
+        def make(row: Row) -> jax.ShapeDtypeStruct:
+            shape = part.shape(row, row.stacked_shape(model.sizes))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=shard(row))
 
-    params = describe(layout.parameter_sharding)
-    moments = describe(layout.moment_sharding)
+        return part.tree(model.table, make)
+
+    params = describe(layout.parameter_sharding, ALL)
+    moments = describe(layout.moment_sharding, part)
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    optimizer = jax.eval_shape(adamw(settings, model).init, params)
+    optimizer = jax.eval_shape(adamw(settings, model, part=part).init, moments)
     optimizer = optax.tree.set(optimizer, mu=moments, nu=moments, count=counter)
     return State(params, optimizer, counter, counter)
