@@ -79,7 +79,7 @@ def test_what_a_family_cannot_do_is_refused():
         build_plan("depth", "", silent, {"layer": insert(2, 4)})
     assert build_plan("depth", "", silent, {"layer": make_map([0, 0, 1], 2)}).grown.layer == 3
     unpadded = replace(LLAMA, unpadded="padding it is another function").model(**SIZES)
-    with pytest.raises(UsageError, match="whole copies only, not to 12: .* nearest are 8 and 16"):
+    with pytest.raises(UsageError, match="whole copies only, not to 12: .* nearest is 16"):
         build_plan("width", "", unpadded, {}, {"embed": 12})
 
 

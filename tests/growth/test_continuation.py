@@ -252,7 +252,7 @@ def test_with_a_moment_grown_by_the_others_rule_it_does_not(slot, other):
 
 def test_with_decay_of_everything_it_does_not(monkeypatch):
     everything = jax.tree.map(lambda _: True, grown(False).params)
-    monkeypatch.setattr("trainer.step.optimizer.select_decayed", lambda model: everything)
+    monkeypatch.setattr("trainer.step.optimizer.select_decayed", lambda *_: everything)
     assert error(step=compiled(CONFIG, plans(False)[-1].grown)) > 1e-5
 
 

@@ -130,7 +130,7 @@ def test_another_setting_is_not(change):
 
 def test_decay_of_everything_is_not(monkeypatch):
     everything = jax.tree.map(lambda _: True, parameters())
-    monkeypatch.setattr("trainer.step.optimizer.select_decayed", lambda model: everything)
+    monkeypatch.setattr("trainer.step.optimizer.select_decayed", lambda *_: everything)
     assert difference(updated(make=update_step.__wrapped__), optax_result()) > 1e-9
 
 
