@@ -204,7 +204,7 @@ def find_option_fields(variant: Variant) -> dict[str, str]:
 
 def _prefix(text: str) -> str:
     firsts = [line.split(".")[0] for line in text.splitlines() if line and "{" in line]
-    return max(set(firsts), key=firsts.count) if firsts else ""
+    return max(dict.fromkeys(firsts), key=firsts.count) if firsts else ""
 
 
 def title_of(variant: Variant) -> str:
@@ -227,7 +227,7 @@ def find_defaults(variant: Variant, paths: list[str]) -> dict[str, Any]:
             defaults[name] = _same_as(plain, name, value, follows)
         elif value is not None:
             defaults[name] = value
-        elif name == "head_dim" or value is None:
+        else:
             default = _shape_default(variant, name)
             if default is not None:
                 defaults[name] = default
