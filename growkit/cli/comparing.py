@@ -97,7 +97,8 @@ def _format_facts(source: Source) -> str:
     if earlier:
         lines.append(f"lineage      {earlier:,} earlier entries")
     for number, entry in enumerate(Lineage.read(source.lineage[earlier:]), earlier + 1):
-        lines.append(f"lineage {number:<4} {entry.operation}: {_format_entry(entry)}")
+        words = [entry.operation, _format_entry(entry)]
+        lines.append(f"lineage {number:<4} {': '.join(filter(None, words))}")
     return "\n".join(lines)
 
 
