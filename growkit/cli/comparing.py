@@ -104,9 +104,13 @@ def _format_facts(source: Source) -> str:
 
 def _format_model(model: Architecture) -> list[str]:
     """A line of sizes, then a line of options."""
-    heads = f"{model.head_count} heads of {model.head_dim}"
-    if "group" in model.sizes:
-        heads += f" in {model.sizes['kv']} groups"
+    sizes = [f"{model.layer} layers", f"embed {model.embed}"]
+    if model.head_count:
+        groups = f" in {model.sizes['kv']} groups" if "group" in model.sizes else ""
+        sizes.append(f"{model.head_count} heads of {model.head_dim}{groups}")
+    # What a model has none of, as a recurrent one of heads, or does not state, is 0.
+    stated = {"mlp": model.mlp, "vocab": model.vocab, "context": model.context}
+    sizes += [f"{name} {size}" for name, size in stated.items() if size]
     options = []
     if model.family.rotary and model.family.rotary.part:
         options.append(f"rotary {model.rotary_pct:g} of head_dim")
@@ -115,8 +119,7 @@ def _format_model(model: Architecture) -> list[str]:
         options.append("parallel residual" if parallel else "sequential residual")
     options.append("tied head" if model.tied else "untied head")
     return [
-        f"model        {model.family.title}: {model.layer} layers, embed {model.embed}, {heads}, "
-        f"mlp {model.mlp}, vocab {model.vocab}, context {model.context}",
+        f"model        {model.family.title}: {', '.join(sizes)}",
         f"             {', '.join(options)}",
     ]
 
