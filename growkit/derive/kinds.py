@@ -61,6 +61,11 @@ class Kinds:
     cycles: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the defaults, which a family has with others."""
+        return {name: value for name, value in vars(self).items() if name != "defaults"}
+
 
 @dataclass(frozen=True)
 class Lists:
