@@ -255,6 +255,12 @@ def _require_target(model: Architecture, target: Architecture, where: str) -> No
             f"{where} does not end in the model that is trained from scratch: "
             f"{', '.join(different)}"
         )
+    for layer, (kind, other) in enumerate(zip(model.kinds, target.kinds, strict=True)):
+        if kind != other:
+            raise UsageError(
+                f"{where} does not end in the model that is trained from scratch: layer {layer} is "
+                f"of the kind {kind} and not {other}, because copies keep the kind of their source"
+            )
 
 
 def _require_other_arms(arms: Mapping[str, Part]) -> None:
