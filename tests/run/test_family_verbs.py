@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import yaml
@@ -22,11 +18,10 @@ from growkit.errors import UsageError
 from growkit.lineage import Lineage
 from growkit.models.llama import LLAMA
 from trainer.config.model import Model, build_architecture
+from trainer.run.anneal import plan_annealing
+from trainer.run.begin import prepare
 from trainer.run.stages import train
 from trainer.study.section import read_design
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from decoders import QUICK  # noqa: E402
 
 COMMON = {"embed": 16, "head": 4, "kv": 2, "head_dim": 4, "mlp": 24, "vocab": 64, "context": 16}
 SECTIONS = {
@@ -37,16 +32,6 @@ SECTIONS = {
     "olmo2": Model(kind="olmo2", layer=2, **COMMON),
     "gpt2": Model(kind="gpt2", layer=2, embed=16, head=4, mlp=64, vocab=64, context=16),
 }
-ONE = [
-    "llama",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in SECTIONS if name != "llama"),
-]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Models this small compile longer than they run."""
-    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
 
 
 def settings(data, name, **sections):
@@ -63,23 +48,32 @@ def settings(data, name, **sections):
     )
 
 
-@pytest.mark.parametrize("name", ONE)
-def test_a_run_is_annealed_and_its_card_says_what_it_is(name, data, tmp_path):
+def test_a_run_can_be_annealed_and_its_card_says_what_it_is(data, tmp_path):
+    train(settings(data, "llama"), tmp_path / "run")
+    planned, branch = plan_annealing(str(tmp_path / "run"), 1e-4, 2 * 4 * 16, [])
+    setup = prepare(planned, tmp_path / "low", str(tmp_path / "run"), branch=branch)
+    assert setup.first.model == build_architecture(SECTIONS["llama"])
+    assert setup.first.config.schedule.steps == 2 and not (tmp_path / "low").exists()
+    assert run(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "tags: [llama, growkit]" in card and "1. train" in card and "2. export" in card
+    assert "# Llama, " in card and "| heads | 4 of 4 in 2 groups |" in card
+    assert "| residual | sequential |" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_run_is_annealed(name, data, tmp_path):
     train(settings(data, name), tmp_path / "run")
     words = ["--to", "1e-4", "--tokens", str(2 * 4 * 16), "--out", str(tmp_path / "low")]
     assert run(["anneal", str(tmp_path / "run"), *words]) == 0
     found = [float(row["learning_rate"]) for row in rows(tmp_path / "low") if row["learning_rate"]]
-    before = float(rows(tmp_path / "run")[-1]["learning_rate"] or 1e-3)
-    assert found == pytest.approx([(before + 1e-4) / 2, 1e-4], rel=1e-3)
+    assert found == pytest.approx([(1e-3 + 1e-4) / 2, 1e-4], rel=1e-3)
     source = open_source(str(tmp_path / "low"))
     assert source.model == build_architecture(SECTIONS[name]) and int(source.record["count"]) == 6
     last = Lineage.read(source.lineage).last_training
     assert last.branch is not None and last.branch.verb == "anneal"
-    assert run(["export", str(tmp_path / "low"), str(tmp_path / "hf")]) == 0
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert f"tags: [{name}, growkit]" in card and "1. train" in card and "3. export" in card
-    grouped = "" if name == "gpt2" else " in 2 groups"
-    assert f"| heads | 4 of 4{grouped} |" in card
+    assert run(["export", str(tmp_path / "low"), str(tmp_path / "hf"), "--check"]) == 0
 
 
 STUDY = {
