@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from growkit.cli.checking import RANDOM, select_tokens
+from growkit.cli.checking import RANDOM, require_checkable, select_tokens
 from growkit.entries import Training
 from growkit.errors import UsageError
 from growkit.lineage import Lineage
@@ -28,6 +28,14 @@ class CheckedText:
     tokens: np.ndarray
     words: str
     note: str = ""
+
+
+def prepare_check(source: Source, tokens: int, given: str | None) -> CheckedText:
+    """The text of a check. Raises UsageError or GrowkitError, before anything is written, where the
+    check could not run.
+    """
+    require_checkable(source, tokens)
+    return choose_text(source, tokens, given)
 
 
 def choose_text(source: Source, count: int, given: str | None = None) -> CheckedText:

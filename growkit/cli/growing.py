@@ -309,20 +309,12 @@ def _plan_and_grow(
     source.require_readable()
     check_writable(parse_path(out), [source], output.force)
     parse_shard_size(output.shard, source.kind)
-    grow(source, plan, parse_path(out), output, _choose_text(source, output))
+    text = None
+    if output.tokens is not None:
+        from growkit.cli.checked_text import prepare_check
 
-
-def _choose_text(source: Source, output: Output) -> CheckedText | None:
-    """The text of --check, None without it. Raises UsageError or GrowkitError, before anything is
-    written, where the check could not run.
-    """
-    if output.tokens is None:
-        return None
-    from growkit.cli.checked_text import choose_text
-    from growkit.cli.checking import require_checkable
-
-    require_checkable(source, output.tokens)
-    return choose_text(source, output.tokens, output.text)
+        text = prepare_check(source, output.tokens, output.text)
+    grow(source, plan, parse_path(out), output, text)
 
 
 def _parse_head(text: str) -> str:
