@@ -92,7 +92,7 @@ def test_the_loss_of_a_map_is_that_of_the_model_grown_by_it(name, tmp_path, monk
     assert run(words) == 0
     grown = evaluate(tmp_path / "out")
     assert views.score(index) == pytest.approx(grown, abs=1e-5)
-    assert abs(views.score((0, 1, 0, 3, 2, 3, 1)) - grown) > 1e-3
+    assert abs(views.score((3, 0, 1, 0, 2, 1, 3)) - grown) > 1e-3
     assert views._sum._cache_size() == 1
     right = view._take
     monkeypatch.setattr(view, "_take", lambda stacked, layer: right(stacked, layer + 1))
