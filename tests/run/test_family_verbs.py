@@ -127,6 +127,26 @@ def test_an_arm_whose_layers_are_of_other_kinds_is_refused(data):
         read_design(stated | {"study": study})
 
 
+def test_a_source_states_the_kinds_of_its_own_layers(data):
+    full, slides = "full_attention", "sliding_attention"
+    stated = settings(data, "gemma2")
+    stated["model"] |= {"layer": 4}
+    stated["model"]["config"] = {"sliding_window": 5, "layer_types": [full, full, slides, slides]}
+    model = {"layer": 2, "config": {"layer_types": [full, slides]}}
+    study = {
+        **STUDY,
+        "sources": {"half": {"share": 0.2, "model": model}},
+        "arms": {"replicated": {"from": "half", "grow": {"map": "2:4"}}},
+    }
+    design = read_design(stated | {"study": study})
+    assert design.sources["half"].model.kinds == (full, slides)
+    assert design.arms["replicated"].model == design.model
+    model["config"] = {"sliding_window": 4}
+    words = "unknown key study.sources.half.model.config.sliding_window; the keys here are layer_t"
+    with pytest.raises(UsageError, match=words):
+        read_design(stated | {"study": study})
+
+
 MODEL = LLAMA.model(layer=2, embed=32, kv=2, group=2, head_dim=8, mlp=48, vocab=272, context=32)
 TEXT = "the words that were made by them are not what he said, but how long they would be there. "
 
