@@ -151,6 +151,7 @@ MODEL = LLAMA.model(layer=2, embed=32, kv=2, group=2, head_dim=8, mlp=48, vocab=
 TEXT = "the words that were made by them are not what he said, but how long they would be there. "
 
 
+@pytest.mark.slow
 def test_evaluate_answers_in_jax_as_transformers_does(tmp_path):
     """The sibling is another model."""
     pytest.importorskip("lm_eval", reason="growkit[eval] is not installed")
