@@ -1,7 +1,7 @@
 """Find and open the model a user names, and write a model in either format.
 
 SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run
-directory (its last checkpoint), RUN@STEP or RUN@best.
+directory (its last checkpoint), RUN@STEP or RUN@best, or a checkpoint of gpt-neox.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.fill import Progress
 from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, write_trained
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
+from growkit.checkpoint.neox import is_neox_directory, open_neox
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.orbax import (
     FINISHED,
@@ -54,6 +55,8 @@ def open_source(text: str) -> Source:
         source = open_trained(here)
     elif is_directory(here):
         source = open_directory(here)
+    elif is_neox_directory(here):
+        source = open_neox(here)
     else:
         if not is_remote(here):
             refuse_file(here)

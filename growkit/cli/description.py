@@ -17,6 +17,7 @@ KINDS = {
     "checkpoint": "trainer checkpoint",
     "huggingface": "Hugging Face directory",
     "hf_trainer": "checkpoint of transformers' Trainer",
+    "neox": "checkpoint of gpt-neox",
 }
 # Source kinds that PyTorch trains on.
 TORCH = ("hf_trainer",)
