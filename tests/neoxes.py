@@ -111,7 +111,10 @@ def take_share(slot: str, name: str, tensor: Any, rank: int, ranks: int, paralle
 
 @dataclass
 class Layout:
-    """How a checkpoint is laid out. form: 'new' or 'elastic' of 0.8, 'old' of 0.3.15."""
+    """How a checkpoint is laid out.
+
+    form: 'new', 'elastic' or 'bf16' of DeepSpeed 0.8 and later, 'old' of 0.3.15.
+    """
 
     tp: int = 1
     dp: int = 1
@@ -208,7 +211,9 @@ def save_rank(path: Path, rank: int, held: Any, layout: Layout, classes: Any) ->
             saved["param_shapes"] = OrderedDict(
                 (name_of(key, layout), held["params"][key].shape) for key in keys
             )
-        torch.save(saved, path / f"zero_pp_rank_{number}_mp_rank_{rank:02d}_optim_states.pt")
+        prefix = "bf16_" if layout.form == "bf16" else ""
+        name = f"{prefix}zero_pp_rank_{number}_mp_rank_{rank:02d}_optim_states.pt"
+        torch.save(saved, path / name)
     shapes = [
         OrderedDict((name_of(key, layout), held["params"][key].shape) for key in group)
         for group in groups
@@ -254,7 +259,8 @@ def make_new(vectors: Any, layout: Layout, classes: Any) -> list[dict[str, Any]]
             for slot, vector in slots.items():
                 full = torch.cat([vector, torch.zeros(size * layout.dp - lean)])
                 parts[slot] = full[rank * size : (rank + 1) * size].clone()
-            masters.append(parts.pop("params")[: size - padding])
+            master = parts.pop("params")
+            masters.append(master if layout.form == "bf16" else master[: size - padding])
             if layout.form == "elastic":
                 parts = {slot: part[: size - padding] for slot, part in parts.items()}
             else:

@@ -3,6 +3,7 @@
     zero_pp_rank_0_mp_rank_00_optim_states.pt    rank 0 of data parallelism, 0 of tensor parallelism
     zero_pp_rank_1_mp_rank_00_optim_states.pt    ...
 
+With bfloat16 the names begin with bf16_, as do those of its BF16_Optimizer, which are read too.
 DeepSpeed lays the parameters of a group end to end, pads the vector so that the ranks share it
 evenly, and gives each rank one part: of the parameters in float32 and of both moments. Which
 numbers belong to which parameter is not stated; it follows from the order of the parameters.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -32,8 +33,7 @@ from growkit.checkpoint.torch_pickle import Inert, Stored
 from growkit.checkpoint.torch_zip import TorchFile, open_torch_file
 from growkit.errors import GrowkitError
 
-FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-BF16_FILE = re.compile(r"bf16_zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 STATE = "optimizer_state_dict"
 MASTERS = ("single_partition_of_fp32_groups", "local_sub_partitions_of_fp32_groups")
 # Of stage 3.
@@ -112,6 +112,11 @@ class Partition:
     paddings: list[Any] | None
     count: int | None
 
+    def find_padding(self, group: int) -> int:
+        """The padding that is stated of a group's part here; 0 where none is."""
+        stated = self.paddings[group] if self.paddings and group < len(self.paddings) else 0
+        return stated if type(stated) is int and stated > 0 else 0
+
 
 def open_partitions(path: Path, rank: int) -> list[Partition]:
     """The files of one rank of tensor parallelism, in the order of data parallelism.
@@ -124,7 +129,10 @@ def open_partitions(path: Path, rank: int) -> list[Partition]:
         if (found := FILE.fullmatch(file.name)) and int(found[2]) == rank
     }
     if not files:
-        raise _say_none(path, rank)
+        raise GrowkitError(
+            f"{path} has no zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt: it was saved "
+            "without its optimizer, or without ZeRO"
+        )
     partitions = {number: _read_partition(file) for number, file in sorted(files.items())}
     count = _read_rank_count(partitions[min(partitions)].file)
     for number in range(count or max(files) + 1):
@@ -141,18 +149,6 @@ def open_partitions(path: Path, rank: int) -> list[Partition]:
     return list(partitions.values())
 
 
-def _say_none(path: Path, rank: int) -> GrowkitError:
-    """Why there is no optimizer to read."""
-    if any(BF16_FILE.fullmatch(file.name) for file in path.iterdir()):
-        return GrowkitError(
-            f"{path} is of DeepSpeed's BF16_Optimizer (bf16_zero_*), and growkit reads ZeRO 1 and 2"
-        )
-    return GrowkitError(
-        f"{path} has no zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt: it was saved without "
-        "its optimizer, or without ZeRO"
-    )
-
-
 def _read_partition(path: Path) -> Partition:
     file = open_state(path)
     state = file.value.get(STATE)
@@ -164,6 +160,12 @@ def _read_partition(path: Path) -> Partition:
             f"{path} is of ZeRO stage 3, which cuts every parameter among the ranks; growkit reads "
             "stages 1 and 2"
         )
+    between = state.get("param_alignment_paddings")
+    if any(_list_numbers(between)):
+        raise GrowkitError(
+            f"{path} has padding between its parameters (param_alignment_paddings), and growkit "
+            "reads vectors that have it at their end alone"
+        )
     key = next((key for key in MASTERS if key in state), None)
     if key is None:
         raise GrowkitError(f"{path} has none of {', '.join(MASTERS)}: it is not of ZeRO 1 or 2")
@@ -173,6 +175,15 @@ def _read_partition(path: Path) -> Partition:
     paddings = state.get("group_paddings") if key == MASTERS[0] else None
     listed = paddings if isinstance(paddings, list) else None
     return Partition(file, masters, moments, listed, _find_count(file, state, moments))
+
+
+def _list_numbers(value: Any) -> Iterator[Any]:
+    """The numbers in nested lists."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _list_numbers(each)
+    elif value is not None:
+        yield value
 
 
 def _read_whole(value: Any) -> int | None:
@@ -275,9 +286,12 @@ def cut_parameters(
         )
     found = {}
     for number, shapes in enumerate(groups):
-        vectors = {"params": _join_masters(partitions, number)}
-        vectors |= {slot: _join_moments(partitions, number, key) for key, slot in ENTRIES.items()}
         wanted = sum(math.prod(shape) for shape in shapes.values())
+        lean = list(partitions)
+        if _count(partitions, number) != wanted:
+            lean = [_strip(each, number) for each in partitions]
+        vectors = {"params": _join_masters(lean, number)}
+        vectors |= {slot: _join_moments(lean, number, key) for key, slot in ENTRIES.items()}
         for slot, vector in vectors.items():
             if vector.size != wanted:
                 raise GrowkitError(
@@ -289,6 +303,21 @@ def cut_parameters(
             found[name] = Cut(vectors, start, shape)
             start += math.prod(shape)
     return found
+
+
+def _count(partitions: Sequence[Partition], group: int) -> int:
+    """How many numbers the parameters of a group have, with the padding that is saved."""
+    return sum(part.shape[0] for each in partitions for part in each.masters[group])
+
+
+def _strip(partition: Partition, group: int) -> Partition:
+    """The partition without the stated padding of a group's parameters: BF16_Optimizer saves it."""
+    padding = partition.find_padding(group)
+    parts = [
+        replace(part, shape=(max(0, part.shape[0] - padding),)) for part in partition.masters[group]
+    ]
+    masters = [parts if n == group else each for n, each in enumerate(partition.masters)]
+    return replace(partition, masters=masters)
 
 
 def _join_masters(partitions: Sequence[Partition], group: int) -> Vector:
@@ -327,8 +356,7 @@ def _check_intervals(partitions: Sequence[Partition], group: int) -> None:
 
 def _check_padding(partition: Partition, group: int, key: str, found: int) -> None:
     """Raise GrowkitError unless a moment is longer by nothing, or by the padding that is stated."""
-    paddings = partition.paddings
-    stated = paddings[group] if paddings and group < len(paddings) else 0
+    stated = partition.find_padding(group)
     if found and found != stated:
         raise GrowkitError(
             f"{partition.file.path}: {key} of group {group} is longer by {found} than the "
