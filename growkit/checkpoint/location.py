@@ -32,6 +32,8 @@ from growkit.checkpoint.orbax import (
 from growkit.checkpoint.output import check_output, commit_output, find_left
 from growkit.checkpoint.remote import check_free, download, explain_failures, upload
 from growkit.checkpoint.tensor import Contents, Source
+from growkit.checkpoint.universal import is_universal_directory, open_universal
+from growkit.checkpoint.universal_output import write_universal
 from growkit.checkpoint.unsuited import refuse_file
 from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
 
@@ -51,6 +53,8 @@ def open_source(text: str) -> Source:
     here = download(path) if is_remote(path) else path
     if is_checkpoint(here):
         source = open_checkpoint(here)
+    elif is_universal_directory(here):
+        source = open_universal(here)
     elif is_trained_directory(here):
         source = open_trained(here)
     elif is_directory(here):
@@ -250,10 +254,10 @@ def write_output(
 ) -> Findings:
     """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
 
-    kind: 'huggingface', 'hf_trainer' or 'checkpoint'. progress: told the number of bytes after each
-    piece. shard: the most bytes of weights in one file of a Hugging Face directory. Returns what
-    was found in the numbers. Raises GrowkitError for a source whose bytes are not those that were
-    written.
+    kind: 'huggingface', 'hf_trainer', 'universal' or 'checkpoint'. progress: told the number of
+    bytes after each piece. shard: the most bytes of weights in one file of a Hugging Face
+    directory. Returns what was found in the numbers. Raises GrowkitError for a source whose bytes
+    are not those that were written.
     """
     care = care or Care()
     check_writable(out, sources, force)
@@ -286,4 +290,6 @@ def _write_kind(
         return write_checkpoint(path, contents, progress)
     if kind == "hf_trainer":
         return write_trained(path, contents, progress, shard)
+    if kind == "universal":
+        return write_universal(path, contents, progress, shard)
     return write_directory(path, contents, progress, shard)

@@ -103,14 +103,7 @@ def open_neox(path: Path) -> Source:
     It cannot be grown as it is, and `Source.refusal` says what to do. Raises GrowkitError, naming
     the file, for what is missing, and for a model that transformers has no class for.
     """
-    files = sorted(file for file in path.iterdir() if file.suffix == ".pt")
-    for file in files:
-        require_inside(path, file)
-    if not any(LAYER_FILE.fullmatch(file.name) for file in files):
-        raise GrowkitError(
-            f"{path} is a checkpoint of DeepSpeed without layer_*-model_states.pt; growkit reads "
-            "those that gpt-neox saves with pipe_parallel_size 1"
-        )
+    files = _list_files(path)
     settings = read_settings(path)
     layers = _list_layers(path, settings)
     ranks = [_open_rank(path, rank, each) for rank, each in enumerate(layers)]
@@ -136,6 +129,24 @@ def open_neox(path: Path) -> Source:
         refusal=f"{path} is a checkpoint of gpt-neox: `growkit import {path} OUT` makes a trainer "
         "checkpoint of it, with its moments, and that grows",
     )
+
+
+def _list_files(path: Path) -> list[Path]:
+    """The files of torch.save. Raises GrowkitError for another checkpoint of DeepSpeed."""
+    if (path / "zero").is_dir():
+        raise GrowkitError(
+            f"{path} is within a universal checkpoint of DeepSpeed; name the directory above it, "
+            "which has latest_universal"
+        )
+    files = sorted(file for file in path.iterdir() if file.suffix == ".pt")
+    for file in files:
+        require_inside(path, file)
+    if not any(LAYER_FILE.fullmatch(file.name) for file in files):
+        raise GrowkitError(
+            f"{path} is a checkpoint of DeepSpeed without layer_*-model_states.pt; growkit reads "
+            "those that gpt-neox saves with pipe_parallel_size 1"
+        )
+    return files
 
 
 def _find_size(tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> int:
