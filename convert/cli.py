@@ -29,8 +29,8 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     """Turn the Hugging Face directory HF_DIR into the trainer checkpoint OUT, bit for bit.
 
     A directory has no moments: training from OUT starts Adam at count 0. HF_DIR may also be a
-    checkpoint of gpt-neox (global_step1000, or a branch of EleutherAI/neox-ckpt-pythia-*): its
-    parameters in float32, its moments and its step come along.
+    checkpoint of gpt-neox (global_step1000, or a branch of EleutherAI/neox-ckpt-pythia-*) or an
+    unsharded one of OLMo 2: its moments and its step come along.
     """
     from convert.directory import convert_to_checkpoint
     from growkit.checkpoint.files import parse_path

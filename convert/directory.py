@@ -15,6 +15,7 @@ from convert.privacy import strip_config, strip_paths, strip_settings
 from growkit.checkpoint.carried import select_carried
 from growkit.checkpoint.files import encode_json
 from growkit.checkpoint.neox import KIND as NEOX
+from growkit.checkpoint.olmo import KIND as OLMO
 from growkit.checkpoint.rounding import round_to_dtype
 from growkit.checkpoint.safetensors import DTYPES
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
@@ -28,11 +29,11 @@ OWN = ("README.md", "generation_config.json")
 
 
 def convert_to_checkpoint(source: Source) -> Contents:
-    """A trainer checkpoint of a Hugging Face directory or of a checkpoint of gpt-neox.
+    """A trainer checkpoint of a Hugging Face directory or of a checkpoint of gpt-neox or OLMo.
 
-    The parameters are the source's bit for bit. Of gpt-neox's come the moments and the position
-    as well; of a directory no moments. Raises UsageError for a trainer checkpoint, and for a model
-    that the trainer does not compute.
+    The parameters are the source's bit for bit. Of the latter two come the moments and the
+    position as well; of a directory no moments. Raises UsageError for a trainer checkpoint, and for
+    a model that the trainer does not compute.
     """
     if source.kind == "checkpoint":
         raise UsageError(
@@ -40,7 +41,7 @@ def convert_to_checkpoint(source: Source) -> Contents:
         )
     require_trained(source.model, source.path)
     entry = Conversion(operation="import", source=Origin.of(source), dtype=str(source.dtype))
-    trained = source.kind == NEOX
+    trained = source.kind in (NEOX, OLMO)
     slots = list(source.tensors) if trained else ["params"]
     return Contents(
         config=source.config,

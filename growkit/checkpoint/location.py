@@ -1,7 +1,7 @@
 """Find and open the model a user names, and write a model in either format.
 
 SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run
-directory (its last checkpoint), RUN@STEP or RUN@best, or a checkpoint of gpt-neox.
+directory (its last checkpoint), RUN@STEP or RUN@best, or a checkpoint of gpt-neox or OLMo.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, wr
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
 from growkit.checkpoint.neox import is_neox_directory, open_neox
 from growkit.checkpoint.numbers import Findings
+from growkit.checkpoint.olmo import is_olmo_directory, open_olmo
 from growkit.checkpoint.orbax import (
     FINISHED,
     META,
@@ -59,6 +60,8 @@ def open_source(text: str) -> Source:
         source = open_trained(here)
     elif is_directory(here):
         source = open_directory(here)
+    elif is_olmo_directory(here):
+        source = open_olmo(here)
     elif is_neox_directory(here):
         source = open_neox(here)
     else:

@@ -42,7 +42,7 @@ ENTRIES = {"exp_avg": "mu", "exp_avg_sq": "nu"}
 # Objects beside the tensors that are passed over, by module or by name: the loss scaler, addresses
 # of fragments, arguments, the states of random generators.
 SKIPPED = re.compile(
-    r"(deepspeed|deeperspeed|megatron)\..+|argparse\.Namespace|types\.SimpleNamespace"
+    r"(deepspeed|deeperspeed|megatron)\..+|argparse\.Namespace|types\.SimpleNamespace|pathlib\.\w+"
     r"|numpy\.(_?core\.multiarray\.(_reconstruct|scalar)|ndarray|dtype|random\..+)"
     r"|_codecs\.encode|(builtins|__builtin__)\.(set|bytearray)|collections\.(defaultdict|deque)"
     r"|torch\.(device|float16|bfloat16|float32|float64)"

@@ -18,6 +18,7 @@ KINDS = {
     "huggingface": "Hugging Face directory",
     "hf_trainer": "checkpoint of transformers' Trainer",
     "universal": "universal checkpoint of DeepSpeed",
+    "olmo": "checkpoint of OLMo",
     "neox": "checkpoint of gpt-neox",
 }
 # Source kinds that PyTorch trains on.
