@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from growkit.checkpoint.dcp import is_distributed, open_distributed
+from growkit.checkpoint.dcp_write import write_distributed
 from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.fill import Progress
 from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, write_trained
@@ -50,6 +52,8 @@ def open_source(text: str) -> Source:
     here = download(path) if is_remote(path) else path
     if is_checkpoint(here):
         source = open_checkpoint(here)
+    elif is_distributed(here):
+        source = open_distributed(here)
     elif is_trained_directory(here):
         source = open_trained(here)
     elif is_directory(here):
@@ -247,7 +251,7 @@ def write_output(
 ) -> Findings:
     """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
 
-    kind: 'huggingface', 'hf_trainer' or 'checkpoint'. progress: told the number of bytes after each
+    kind: 'huggingface', 'hf_trainer', 'dcp' or 'checkpoint'. progress: told the number of bytes after each
     piece. shard: the most bytes of weights in one file of a Hugging Face directory. Returns what
     was found in the numbers. Raises GrowkitError for a source whose bytes are not those that were
     written.
@@ -283,4 +287,6 @@ def _write_kind(
         return write_checkpoint(path, contents, progress)
     if kind == "hf_trainer":
         return write_trained(path, contents, progress, shard)
+    if kind == "dcp":
+        return write_distributed(path, contents, progress, shard)
     return write_directory(path, contents, progress, shard)

@@ -37,6 +37,7 @@ from growkit.models.notation import Row
 
 if TYPE_CHECKING:
     from growkit.checkpoint.around import Around
+    from growkit.checkpoint.dcp_layout import Distributed
     from growkit.checkpoint.optimizer import Optimizer
 
 SLOTS = ("params", "mu", "nu", "nu_max")
@@ -55,6 +56,7 @@ class Tensor:
 
     rows: reads the rows [start, stop). span: the raw bytes, or None if they are sharded, compressed
     or computed. stride: how many rows are stored together, so that reading fewer costs as much.
+    sampled: whether the fingerprint takes samples of it though it has no span.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +64,7 @@ class Tensor:
     rows: Callable[[int, int], np.ndarray]
     span: Span | None = None
     stride: int = 1
+    sampled: bool = False
 
     @property
     def size(self) -> int:
@@ -196,7 +199,7 @@ class Contents:
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
     files: small files beside the weights (tokenizer and the like), by name. torch_optimizer: the
     groups and steps of an optimizer of PyTorch, whose moments are among the recipes. around: what
-    lies around a text decoder.
+    lies around a text decoder. distributed: how a distributed checkpoint is laid out.
     """
 
     config: dict[str, Any]
@@ -206,6 +209,7 @@ class Contents:
     files: dict[str, bytes] = field(default_factory=dict)
     torch_optimizer: Optimizer | None = None
     around: Around | None = None
+    distributed: Distributed | None = None
 
     @property
     def size(self) -> int:
@@ -226,8 +230,8 @@ class Source:
     there of an optimizer that growkit does not read. refusal: why nothing grows from it, where a
     file of an optimizer that growkit should read cannot grow. torch_optimizer: the groups and steps
     of an optimizer of PyTorch whose moments are among the tensors. hashed: hashes on record,
-    compared by `require_whole`. around: what lies around a text decoder. stamps: of each weight
-    file when its header was read.
+    compared by `require_whole`. around: what lies around a text decoder. distributed: how a
+    distributed checkpoint is laid out. stamps: of each weight file when its header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -248,6 +252,7 @@ class Source:
     torch_optimizer: Optimizer | None = None
     hashed: Hashed | None = None
     around: Around | None = None
+    distributed: Distributed | None = None
     stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
 
@@ -388,15 +393,25 @@ def read_model(config: dict[str, Any], path: Path, lineage: Sequence[Any] = ()) 
 def read_sample(tensor: Tensor) -> bytes:
     """The first, middle and last 4 KiB of a raw tensor's bytes; all bytes of any other tensor."""
     span = tensor.span
-    if span is None:
+    if span is None and not tensor.sampled:
         return tensor.read().tobytes()
     # Three places, because one alone may be the same in two models: zeros, or a frozen part.
-    middle = max(0, span.size // 2 - SAMPLE // 2)
-    end = max(0, span.size - SAMPLE)
-    size = min(SAMPLE, span.size)
+    middle = max(0, tensor.size // 2 - SAMPLE // 2)
+    end = max(0, tensor.size - SAMPLE)
+    size = min(SAMPLE, tensor.size)
+    if span is None:
+        return b"".join(_read_part(tensor, at, size) for at in (0, middle, end))
     with open_span(span) as file:
         parts = [os.pread(file, size, span.offset + at) for at in (0, middle, end)]
     return b"".join(parts)
+
+
+def _read_part(tensor: Tensor, start: int, size: int) -> bytes:
+    """`size` bytes of a tensor, from its byte `start`."""
+    width = tensor.dtype.itemsize
+    first = start // width
+    numbers = tensor.read_numbers(first, -(-(start + size) // width))
+    return numbers.tobytes()[start - first * width :][:size]
 
 
 def open_raw(

@@ -93,7 +93,7 @@ class _Dtype:
     dtype: np.dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instance:
     """A class or a function of a module, or what it makes, for the writer.
 

@@ -144,9 +144,7 @@ def open_torch_file(path: Path, base: int = 0, size: int | None = None) -> Torch
             ) from None
 
 
-def _read_archive(
-    path: Path, archive: zipfile.ZipFile, window: _Window, stamp: Stamp
-) -> TorchFile:
+def _read_archive(path: Path, archive: zipfile.ZipFile, window: _Window, stamp: Stamp) -> TorchFile:
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1 or len(infos) != len(archive.infolist()):

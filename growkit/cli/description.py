@@ -17,9 +17,10 @@ KINDS = {
     "checkpoint": "trainer checkpoint",
     "huggingface": "Hugging Face directory",
     "hf_trainer": "checkpoint of transformers' Trainer",
+    "dcp": "distributed checkpoint of PyTorch",
 }
 # Source kinds that PyTorch trains on.
-TORCH = ("hf_trainer",)
+TORCH = ("hf_trainer", "dcp")
 NOT_PRESERVED = (
     "not preserved: each copied layer adds its output once more, so the loss rises until training "
     "recovers it"

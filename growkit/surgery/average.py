@@ -51,6 +51,7 @@ def average_checkpoints(
         record={key: value for key, value in last.record.items() if key != "validation_loss"},
         files=last.files,
         torch_optimizer=last.torch_optimizer,
+        distributed=last.distributed,
     )
 
 

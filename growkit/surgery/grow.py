@@ -59,6 +59,7 @@ def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents
         files=files,
         torch_optimizer=optimizer,
         around=source.around,
+        distributed=source.distributed,
     )
 
 
