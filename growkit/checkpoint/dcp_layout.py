@@ -140,8 +140,8 @@ def _refuse_flat(held: Mapping[str, Held], path: Path) -> None:
         names = [word for keys in each.entry.path for word in str(keys).split(".")]
         if any(word.startswith(FLAT) for word in names):
             raise GrowkitError(
-                f"{path} holds the flat parameters of FSDP in torch 1.x ({key}), in which no single "
-                "one can be told: save with use_orig_params=True and SHARDED_STATE_DICT, or FSDP2"
+                f"{path} holds flat parameters of FSDP in torch 1.x ({key}), in which no parameter "
+                "can be told: save with use_orig_params=True and SHARDED_STATE_DICT, or with FSDP2"
             )
 
 

@@ -6,7 +6,6 @@ sharded tensors. What the program keeps besides is written byte for byte as it w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -247,6 +247,8 @@ def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str)
     matched = f"multiplies learning rates {factors}, eps, decay and clip weights to match"
     if source.kind not in TORCH:
         return f"growkit.torch.param_groups {matched}"
+    if source.kind == "dcp":
+        return f"training would continue exactly as the source's if the optimizer {matched}"
     if groups == "split":
         return f"{exact}the split {matched}"
     return f"training would continue exactly as the source's with --groups split, which {matched}"
@@ -265,6 +267,8 @@ def _warn_of_tied_copies(plan: Plan) -> str:
 
 def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     """The command that trains the result."""
+    if source.kind == "dcp":
+        return f"load {out} where the source was loaded, into a model of {out}/config.json"
     if source.kind in TORCH:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if source.model.family.given:
