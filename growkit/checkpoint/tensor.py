@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,11 +24,11 @@ from growkit.checkpoint.raw import (
     Passing,
     Span,
     Stamp,
-    open_span,
     read_span,
     read_stamp,
     say_changed,
 )
+from growkit.checkpoint.sample import read_sample
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from growkit.checkpoint.optimizer import Optimizer
 
 SLOTS = ("params", "mu", "nu", "nu_max")
-# Bytes of each sample that the fingerprint reads.
-SAMPLE = 4096
 # Tensors of one kind that a configuration may ask for beyond what files hold, before it is refused
 # without counting which are missing.
 MOST_MISSING = 100_000
@@ -388,30 +385,6 @@ def read_model(config: dict[str, Any], path: Path, lineage: Sequence[Any] = ()) 
         return read_config(config, lineage)
     except GrowkitError as problem:
         raise type(problem)(f"{path}: {problem}") from None
-
-
-def read_sample(tensor: Tensor) -> bytes:
-    """The first, middle and last 4 KiB of a raw tensor's bytes; all bytes of any other tensor."""
-    span = tensor.span
-    if span is None and not tensor.sampled:
-        return tensor.read().tobytes()
-    # Three places, because one alone may be the same in two models: zeros, or a frozen part.
-    middle = max(0, tensor.size // 2 - SAMPLE // 2)
-    end = max(0, tensor.size - SAMPLE)
-    size = min(SAMPLE, tensor.size)
-    if span is None:
-        return b"".join(_read_part(tensor, at, size) for at in (0, middle, end))
-    with open_span(span) as file:
-        parts = [os.pread(file, size, span.offset + at) for at in (0, middle, end)]
-    return b"".join(parts)
-
-
-def _read_part(tensor: Tensor, start: int, size: int) -> bytes:
-    """`size` bytes of a tensor, from its byte `start`."""
-    width = tensor.dtype.itemsize
-    first = start // width
-    numbers = tensor.read_numbers(first, -(-(start + size) // width))
-    return numbers.tobytes()[start - first * width :][:size]
 
 
 def open_raw(
