@@ -484,6 +484,26 @@ def test_programs_with_names_of_their_own(
     assert all(torch.equal(state[key]["exp_avg"], each) for key, each in moments.items())
 
 
+def test_an_export_of_torchtitans_names_is_transformers_model(network, optimizer, tmp_path):
+    model, state = take_state(network, optimizer)
+    save_renamed(tmp_path / "source", model, state, "torchtitan", (4, 2))
+    save_config(tmp_path / "source", network)
+    assert run(["export", str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    exported = open_source(str(tmp_path / "out"))
+    assert exported.kind == "huggingface"
+    for name, parameter in network.named_parameters():
+        found = exported.tensors["params"][name].read()
+        assert np.array_equal(found, parameter.detach().numpy()), name
+
+
+def test_param_groups_are_the_checkpoints(saved, network, tmp_path):
+    from growkit.torch import param_groups
+
+    groups = param_groups(network, saved / "own")
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert sum(len(group["params"]) for group in groups) == 21
+
+
 def test_the_order_of_heads_matters(saved, network, optimizer, tmp_path, monkeypatch):
     """Without turning them the model is another one."""
     from growkit.checkpoint import dcp as module
