@@ -340,6 +340,30 @@ def test_moments_in_bfloat16_stay_so(tmp_path):
     assert torch.equal(grown.lm_head.weight, network.lm_head.weight)
 
 
+def test_names_in_memory_that_differ_from_those_in_files(tmp_path):
+    """GPT-NeoX's head is embed_out in files and lm_head in memory."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+
+    def make(layers):
+        config = transformers.GPTNeoXConfig(num_hidden_layers=layers, **sizes)
+        return transformers.GPTNeoXForCausalLM(config)
+
+    network = make(2)
+    optimizer = make_optimizer(network)
+    train(network, optimizer)
+    save_sharded(tmp_path / "neox", make_state(network, optimizer, False, True), 2)
+    save_config(tmp_path / "neox", network)
+    assert run(depth(tmp_path / "neox", tmp_path / "out", "--moments", "copy")) == 0
+    grown = make(3)
+    fresh = make_optimizer(grown)
+    load_into(grown, fresh, tmp_path / "out", bare=False, flattened=True)
+    head, old = grown.get_output_embeddings().weight, network.get_output_embeddings().weight
+    assert torch.equal(head, old)
+    assert torch.equal(fresh.state[head]["exp_avg"], optimizer.state[old]["exp_avg"])
+
+
 # accelerate.
 
 
