@@ -83,7 +83,7 @@ class Items:
 
     def _parse(self, held: Held, chunk: Chunk, key: str) -> Any:
         """Read a value for the first time."""
-        file = open_torch_file(held.directory / chunk.file, chunk.base, chunk.length)
+        file = open_torch_file(held.directory / chunk.file, base=chunk.base, size=chunk.length)
         value = file.value
         if not held.entry.dtype:
             return value
@@ -108,7 +108,7 @@ class Items:
 
     def _open_chunk(self, held: Held, chunk: Chunk, dtype: np.dtype, key: str) -> Tensor:
         path = self.find_file(held, chunk)
-        file = open_torch_file(path, chunk.base, chunk.length)
+        file = open_torch_file(path, base=chunk.base, size=chunk.length)
         value = file.value
         if not isinstance(value, Stored) or value.shape != chunk.sizes or value.dtype != dtype:
             what = (

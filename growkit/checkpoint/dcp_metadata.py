@@ -178,7 +178,7 @@ def read_metadata(directory: Path) -> dict[str, Entry]:
     path = directory / METADATA
     content = read_regular(path, LIMIT)
     try:
-        value = read_pickle(content, RECORDS)
+        value = read_pickle(content, known=RECORDS)
     except Foreign as problem:
         raise GrowkitError(
             f"{path} names {problem.args[0]}, which is no part of a distributed checkpoint's "

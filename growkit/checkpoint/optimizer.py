@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.checkpoint.torch_pickle import Stored
@@ -22,6 +22,9 @@ from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.definition import list_defined
 from growkit.models.notation import Row
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.universal import Universal
 
 # The entries of a parameter's state, and the slots that hold them: of Adam and AdamW, of AMSGrad,
 # of Lion, of SGD with momentum and Muon, and of bitsandbytes' Adam in 32 bits.
@@ -77,7 +80,8 @@ class Optimizer:
     steps: parameter -> its step, a number or a `Scalar`; empty for an optimizer that keeps none.
     wrapper: the entry that holds the moments, empty where they are entries themselves. schedule:
     the value of scheduler.pt where it is there and plain, else None. named: whether parameters are
-    keyed by name, so that their order says nothing.
+    keyed by name, so that their order says nothing. universal: what else DeepSpeed's universal
+    checkpoint holds, where the optimizer is of one.
     """
 
     groups: tuple[Group, ...]
@@ -87,6 +91,7 @@ class Optimizer:
     wrapper: str = ""
     schedule: Mapping[str, Any] | None = None
     named: bool = False
+    universal: Universal | None = None
 
     @property
     def count(self) -> int:

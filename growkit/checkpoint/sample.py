@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from growkit.checkpoint.raw import open_span
@@ -14,20 +15,19 @@ if TYPE_CHECKING:
 SAMPLE = 4096
 
 
-def read_sample(tensor: Tensor) -> bytes:
+def read_sample(tensor: Tensor) -> Iterable[bytes | memoryview]:
     """The first, middle and last 4 KiB of a raw tensor's bytes; all bytes of any other tensor."""
     span = tensor.span
     if span is None and not tensor.sampled:
-        return tensor.read().tobytes()
+        return tensor.read_bytes()
     # Three places, because one alone may be the same in two models: zeros, or a frozen part.
     middle = max(0, tensor.size // 2 - SAMPLE // 2)
     end = max(0, tensor.size - SAMPLE)
     size = min(SAMPLE, tensor.size)
     if span is None:
-        return b"".join(_read_part(tensor, at, size) for at in (0, middle, end))
+        return [_read_part(tensor, at, size) for at in (0, middle, end)]
     with open_span(span) as file:
-        parts = [os.pread(file, size, span.offset + at) for at in (0, middle, end)]
-    return b"".join(parts)
+        return [os.pread(file, size, span.offset + at) for at in (0, middle, end)]
 
 
 def _read_part(tensor: Tensor, start: int, size: int) -> bytes:

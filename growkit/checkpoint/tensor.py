@@ -324,7 +324,8 @@ class Source:
         for slot, tensors in sorted(self.tensors.items()):
             for name, tensor in sorted(tensors.items()):
                 digest.update(f"{slot} {name} {tensor.dtype} {tensor.shape}".encode())
-                digest.update(read_sample(tensor))
+                for part in read_sample(tensor):
+                    digest.update(part)
         return digest.hexdigest()
 
     def stack(self, slot: str = "params", dtype: Any = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -93,6 +93,32 @@ class _Dtype:
     dtype: np.dtype
 
 
+class Inert:
+    """The stand-in for an object that growkit has no use for: it keeps what it was made from, and
+    does nothing. `called` is the name that the pickle has for its class.
+    """
+
+    called = ""
+    arguments: tuple[Any, ...] = ()
+
+    def __new__(cls, *arguments: Any) -> Inert:
+        made = super().__new__(cls)
+        made.arguments = arguments
+        return made
+
+    def __init__(self, *arguments: Any) -> None:
+        """Nothing: `__new__` is all that a pickle calls of a class that it makes anew."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing: the state is left out."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Nothing: entries of what was a dict are left out."""
+
+    def append(self, value: Any) -> None:
+        """Nothing: entries of what was a list are left out."""
+
+
 @dataclass(frozen=True, eq=False)
 class Instance:
     """A class or a function of a module, or what it makes, for the writer.
@@ -111,14 +137,25 @@ class Foreign(Exception):
     """A pickle names what a state dict has no use for."""
 
 
-def read_pickle(data: bytes, known: Mapping[tuple[str, str], Any] | None = None) -> Any:
+def refuse_all(name: str) -> bool:
+    """Which classes a pickle may name beside those of a state dict: none."""
+    return False
+
+
+def read_pickle(
+    data: bytes,
+    skipped: Callable[[str], bool] = refuse_all,
+    known: Mapping[tuple[str, str], Any] | None = None,
+) -> Any:
     """The value of a pickle, with `Stored` in the place of tensors.
 
-    known: (module, name) -> what stands for it, where that is not what a state dict needs. Raises
-    Foreign, with the name, for any other class or function, and GrowkitError for what is no pickle.
+    skipped: whether objects of a class, called MODULE.NAME, are passed over; an `Inert` stands in
+    their place. known: (module, name) -> what stands for it, where that is not what a state dict
+    needs. Raises Foreign, with the name, for any other class or function, and GrowkitError for what
+    is no pickle.
     """
     try:
-        return _Reader(io.BytesIO(data), known).load()
+        return _Reader(io.BytesIO(data), skipped, KNOWN if known is None else known).load()
     except Foreign:
         raise
     except MALFORMED as problem:
@@ -128,15 +165,24 @@ def read_pickle(data: bytes, known: Mapping[tuple[str, str], Any] | None = None)
 class _Reader(pickle.Unpickler):
     """An unpickler that finds records in the place of classes, and nothing else."""
 
-    def __init__(self, file: io.BytesIO, known: Mapping[tuple[str, str], Any] | None = None):
+    def __init__(
+        self,
+        file: io.BytesIO,
+        skipped: Callable[[str], bool],
+        known: Mapping[tuple[str, str], Any],
+    ) -> None:
         super().__init__(file)
-        self.known = KNOWN if known is None else known
+        self.skipped = skipped
+        self.known = known
 
     def find_class(self, module: str, name: str) -> Any:
         known = self.known.get((module, name))
-        if known is None:
-            raise Foreign(f"{module}.{name}")
-        return known
+        if known is not None:
+            return known
+        called = f"{module}.{name}"
+        if self.skipped(called):
+            return type("Inert", (Inert,), {"called": called})
+        raise Foreign(called)
 
     def persistent_load(self, pid: Any) -> Storage:
         word, kind, key, location, count = pid

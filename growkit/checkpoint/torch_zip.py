@@ -14,7 +14,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from growkit.checkpoint.torch_pickle import (
     Storage,
     Stored,
     read_pickle,
+    refuse_all,
     write_pickle,
 )
 from growkit.errors import GrowkitError
@@ -117,10 +118,16 @@ class _Window(io.RawIOBase):
         return os.pread(self.file, size, self.base + offset)
 
 
-def open_torch_file(path: Path, base: int = 0, size: int | None = None) -> TorchFile:
+def open_torch_file(
+    path: Path,
+    skipped: Callable[[str], bool] = refuse_all,
+    base: int = 0,
+    size: int | None = None,
+) -> TorchFile:
     """Read the directory and the pickle of a file of torch.save; nothing of it is run.
 
-    base, size: where it lies in a file that holds others too, in bytes; the whole file by default.
+    skipped: see `read_pickle`. base, size: where it lies in a file that holds others too, in bytes;
+    the whole file by default.
     Raises GrowkitError, naming the class, for a pickle with other classes than tensors.
     """
     with open(open_regular(path), "rb") as file:
@@ -135,7 +142,7 @@ def open_torch_file(path: Path, base: int = 0, size: int | None = None) -> Torch
         window = _Window(file.fileno(), base, status.st_size if size is None else size)
         try:
             with zipfile.ZipFile(window) as archive:
-                return _read_archive(path, archive, window, stamp_of(status))
+                return _read_archive(path, archive, window, stamp_of(status), skipped)
         except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
             where = "" if size is None else f" at byte {base:,}"
             raise GrowkitError(
@@ -144,7 +151,13 @@ def open_torch_file(path: Path, base: int = 0, size: int | None = None) -> Torch
             ) from None
 
 
-def _read_archive(path: Path, archive: zipfile.ZipFile, window: _Window, stamp: Stamp) -> TorchFile:
+def _read_archive(
+    path: Path,
+    archive: zipfile.ZipFile,
+    window: _Window,
+    stamp: Stamp,
+    skipped: Callable[[str], bool],
+) -> TorchFile:
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1 or len(infos) != len(archive.infolist()):
@@ -160,7 +173,7 @@ def _read_archive(path: Path, archive: zipfile.ZipFile, window: _Window, stamp: 
     # torch can be told to leave the checksums out; then none of them is right.
     summed = zlib.crc32(content) == spans[pickles[0]].checksum
     try:
-        value = read_pickle(content)
+        value = read_pickle(content, skipped)
     except Foreign as problem:
         raise GrowkitError(
             f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; nothing "
