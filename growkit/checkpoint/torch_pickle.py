@@ -15,7 +15,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +54,7 @@ MALFORMED = (
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers in a member of the zip file. key: the member's name; location: the device's."""
+    """Numbers in one stretch of the file. key: its name there; location: the device's."""
 
     dtype: np.dtype
     key: str
@@ -103,8 +103,16 @@ def read_pickle(data: bytes) -> Any:
     Raises Foreign, with the name, for a class or function that no state dict needs, and
     GrowkitError for what is no pickle.
     """
+    return read_next(io.BytesIO(data))
+
+
+def read_next(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
+    """The value of the pickle that begins where an open file stands; see `read_pickle`.
+
+    storages: told every storage that the pickle names, by its key.
+    """
     try:
-        return _Reader(io.BytesIO(data)).load()
+        return _Reader(file, {} if storages is None else storages).load()
     except Foreign:
         raise
     except MALFORMED as problem:
@@ -113,6 +121,10 @@ def read_pickle(data: bytes) -> Any:
 
 class _Reader(pickle.Unpickler):
     """An unpickler that finds records in the place of classes, and nothing else."""
+
+    def __init__(self, file: BinaryIO, storages: dict[str, Storage]) -> None:
+        super().__init__(file)
+        self.storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
@@ -123,11 +135,17 @@ class _Reader(pickle.Unpickler):
         return known
 
     def persistent_load(self, pid: Any) -> Storage:
-        word, kind, key, location, count = pid
+        # Files of torch before 1.6 add a view of the storage, which torch has long left empty.
+        word, kind, key, location, count, *views = pid
         texts = isinstance(key, str) and isinstance(location, str)
         if word != "storage" or not isinstance(kind, _Dtype) or not texts or not _is_size(count):
             raise ValueError(pid)
-        return Storage(kind.dtype, key, location, count)
+        if any(views):
+            raise ValueError("a view of a storage")
+        found = Storage(kind.dtype, key, location, count)
+        if self.storages.setdefault(key, found) != found:
+            raise ValueError("one storage of two kinds")
+        return found
 
 
 def _is_size(value: Any) -> bool:

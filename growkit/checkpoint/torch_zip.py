@@ -4,7 +4,8 @@
 
 Members are not compressed, and their bytes begin at multiples of 64, so a storage is read at an
 offset of the file. Written files are laid out as torch lays them out, with records of 8-byte sizes
-(zip64), and have the checksums (CRC-32) that zip programs compare; torch itself does not.
+(zip64), and have the checksums (CRC-32) that zip programs compare; torch itself does not. Files of
+torch before 1.6 are no zip files; `torch_legacy` reads them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from growkit.checkpoint.files import LFS_POINTER, open_regular
 from growkit.checkpoint.fill import Filled, Job, create_file
 from growkit.checkpoint.raw import Span, Stamp, stamp_of
 from growkit.checkpoint.tensor import Recipe, Tensor, open_raw
+from growkit.checkpoint.torch_legacy import read_legacy
 from growkit.checkpoint.torch_pickle import (
     LIMIT,
     Foreign,
@@ -91,14 +93,29 @@ def open_torch_file(path: Path) -> TorchFile:
         stamp = stamp_of(os.fstat(file.fileno()))
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise GrowkitError(f"{path} is a Git LFS pointer; `git lfs pull` fetches the file")
+        file.seek(0)
         try:
+            if file.read(len(LOCAL)) != LOCAL:
+                return _read_old(path, file, stamp)
             with zipfile.ZipFile(file) as archive:
                 return _read_archive(path, archive, stamp)
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
+        except Foreign as problem:
             raise GrowkitError(
-                f"{path} is no zip file of torch.save, or is cut off; files of torch before 1.6 "
-                "are read after torch.save(torch.load(...)) with a newer one"
+                f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; "
+                "nothing of it was run"
             ) from None
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
+            raise GrowkitError(f"{path} is no file of torch.save, or is cut off") from None
+
+
+def _read_old(path: Path, file: BinaryIO, stamp: Stamp) -> TorchFile:
+    """A file of torch before 1.6."""
+    file.seek(0)
+    try:
+        value, spans = read_legacy(path, file, stamp)
+    except GrowkitError as problem:
+        raise GrowkitError(f"{path} is no file of torch.save, or is cut off: {problem}") from None
+    return TorchFile(path, value, spans, stamp)
 
 
 def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFile:
@@ -120,11 +137,6 @@ def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFi
     summed = zlib.crc32(content) == spans[pickles[0]].checksum
     try:
         value = read_pickle(content)
-    except Foreign as problem:
-        raise GrowkitError(
-            f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; nothing "
-            "of it was run"
-        ) from None
     except GrowkitError as problem:
         raise GrowkitError(f"{path}: {problem}") from None
     storages = f"{prefix}data/"
