@@ -14,8 +14,8 @@ import pytest
 from conftest import BESIDE, SMALL, contents_of
 from trained import ADAM, STEPS, in_groups, load_state, make_state, save_trained
 
-from growkit.checkpoint import optimizer as optimizer_module
 from growkit.checkpoint import fill, torch_zip
+from growkit.checkpoint import optimizer as optimizer_module
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.torch_pickle import Foreign, read_pickle, write_pickle
 from growkit.cli import run
@@ -236,7 +236,7 @@ def test_growth_without_room_leaves_nothing(trained, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(fill, "_reserve", no_room)
     assert run(depth(trained, tmp_path / "out")) == 1
-    assert "cannot write optimizer.pt of 0.3 MB: No space left" in capsys.readouterr().err
+    assert "cannot write optimizer.pt of 0.4 MB: No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
