@@ -30,10 +30,12 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     """Turn the Hugging Face directory HF_DIR into the trainer checkpoint OUT, bit for bit.
 
     A checkpoint of transformers' Trainer brings its optimizer: moments, count and step. Any other
-    directory has no moments, and training from OUT starts Adam at count 0.
+    directory has no moments, and training from OUT starts Adam at count 0. HF_DIR may also be a
+    checkpoint of gpt-neox (global_step1000, or a branch of EleutherAI/neox-ckpt-pythia-*) or an
+    unsharded one of OLMo 2: its moments and its step come along.
     """
     from convert.directory import convert_to_checkpoint
-    from convert.optimizer import describe_import
+    from convert.optimizer import carries_optimizer, describe_import
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
 
@@ -42,14 +44,16 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     care = parse_care(options)
     write_with_progress([source], contents, parse_path(out), "checkpoint", force, care=care)
     notes = list(source.notes)
-    moments = f"no moments in {hf_dir}, count 0"
-    if source.torch_optimizer is not None:
-        kept = " and ".join(slot for slot in source.tensors if slot != "params")
-        moments = f"{kept}, count {source.record['count']}, at step {source.record['step']}"
+    moments = f"; no moments in {hf_dir}, count 0"
+    if not carries_optimizer(source):
+        moments = f"; the optimizer of {hf_dir} stays behind, count 0"
+    elif len(contents.recipes) > 1:
+        record = source.record
+        moments = f", with moments; step {record['step']}, count {record['count']}"
         notes += describe_import(source)
     for note in notes:
         say(f"note: {note}")
-    say(f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; {moments}")
+    say(f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}{moments}")
 
 
 @click.command()

@@ -15,6 +15,7 @@ from convert.card import format_card
 from convert.optimizer import (
     KEY,
     Settings,
+    carries_optimizer,
     find_settings,
     make_optimizer,
     make_trainer_state,
@@ -37,11 +38,11 @@ OWN = ("README.md", "generation_config.json")
 
 
 def convert_to_checkpoint(source: Source) -> Contents:
-    """A trainer checkpoint of a Hugging Face directory, bit for bit.
+    """A trainer checkpoint of a Hugging Face directory or of a checkpoint of another trainer.
 
-    A checkpoint of transformers' Trainer brings its moments, count and step. Raises UsageError for
-    a trainer checkpoint and for a model that the trainer does not compute, GrowkitError for an
-    optimizer that cannot be carried.
+    The parameters are the source's bit for bit, and so are moments, count and step of checkpoints
+    of transformers' Trainer, gpt-neox and OLMo. Raises UsageError for a trainer checkpoint and for
+    a model that the trainer does not compute, GrowkitError for an optimizer that cannot be carried.
     """
     if source.kind == "checkpoint":
         raise UsageError(
@@ -49,15 +50,17 @@ def convert_to_checkpoint(source: Source) -> Contents:
         )
     require_trained(source.model, source.path)
     source.require_readable()
-    more = {} if source.torch_optimizer is None else {KEY: state_optimizer(source)}
+    carried = carries_optimizer(source)
+    stated = {KEY: state_optimizer(source)} if carried and source.torch_optimizer else {}
     entry = Conversion(
-        operation="import", source=Origin.of(source), dtype=str(source.dtype), more=more
+        operation="import", source=Origin.of(source), dtype=str(source.dtype), more=stated
     )
+    moments = _copy_moments(source) if carried else {}
     return Contents(
         config=source.config,
-        recipes={"params": _convert_params(source, None)} | _copy_moments(source),
+        recipes={"params": _convert_params(source, None)} | moments,
         lineage=[*source.lineage, entry.to_json()],
-        record=source.record,
+        record=source.record if carried else {},
         files=select_carried(source.files),
     )
 

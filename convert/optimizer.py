@@ -63,6 +63,12 @@ class Settings:
         return float(self.options.get("initial_lr", self.options["lr"]))
 
 
+def carries_optimizer(source: Source) -> bool:
+    """Whether an import carries the moments that a source has, if it has any."""
+    optimizer = source.torch_optimizer
+    return optimizer is None or optimizer.universal is None
+
+
 def state_optimizer(source: Source) -> dict[str, Any]:
     """What an import states of a source's optimizer, in JSON; the moments are copied beside it.
 
@@ -281,9 +287,10 @@ def make_trainer_state(source: Source, settings: Settings) -> bytes:
 
 
 def describe_import(source: Source) -> list[str]:
-    """What a user should know of an optimizer that was imported, a sentence each."""
+    """What a user should know of an optimizer of PyTorch that was imported, a sentence each."""
     optimizer = source.torch_optimizer
-    assert optimizer is not None
+    if optimizer is None:
+        return []
     options = optimizer.groups[0].options
     shown = ("lr", "initial_lr", "betas", "eps", "weight_decay", "momentum")
     stated = ", ".join(f"{key} {_plain(options[key])}" for key in shown if key in options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,10 +20,13 @@ from growkit.errors import GrowkitError
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
-def read_legacy(path: Path, file: BinaryIO, stamp: Stamp) -> tuple[Any, dict[str, Span]]:
+def read_legacy(
+    path: Path, file: BinaryIO, stamp: Stamp, skipped: Callable[[str], bool]
+) -> tuple[Any, dict[str, Span]]:
     """(value, the bytes of each storage by its key) of an open file.
 
-    Raises GrowkitError, without the path, for what is no such file, and Foreign as `read_pickle`.
+    skipped: see `read_pickle`. Raises GrowkitError, without the path, for what is no such file, and
+    Foreign as `read_pickle` does.
     """
     if (read_next(file), read_next(file)) != (MAGIC, VERSION):
         raise GrowkitError("another magic number")
@@ -30,7 +34,7 @@ def read_legacy(path: Path, file: BinaryIO, stamp: Stamp) -> tuple[Any, dict[str
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise GrowkitError("written by a machine of the other byte order")
     storages: dict[str, Storage] = {}
-    value = read_next(file, storages)
+    value = read_next(file, skipped, storages)
     keys = read_next(file)
     if not isinstance(keys, list) or set(keys) != storages.keys():
         raise GrowkitError("its storages are not those of its tensors")

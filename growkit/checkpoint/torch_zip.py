@@ -14,7 +14,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,7 @@ from growkit.checkpoint.torch_pickle import (
     Storage,
     Stored,
     read_pickle,
+    refuse_all,
     write_pickle,
 )
 from growkit.errors import GrowkitError
@@ -84,10 +85,11 @@ class TorchFile:
         return Tensor(tensor.shape, tensor.dtype, tensor.rows, span)
 
 
-def open_torch_file(path: Path) -> TorchFile:
+def open_torch_file(path: Path, skipped: Callable[[str], bool] = refuse_all) -> TorchFile:
     """Read the directory and the pickle of a file of torch.save; nothing of it is run.
 
-    Raises GrowkitError, naming the class, for a pickle with other classes than tensors.
+    skipped: see `read_pickle`. Raises GrowkitError, naming the class, for a pickle with other
+    classes than tensors.
     """
     with open(open_regular(path), "rb") as file:
         stamp = stamp_of(os.fstat(file.fileno()))
@@ -96,9 +98,9 @@ def open_torch_file(path: Path) -> TorchFile:
         file.seek(0)
         try:
             if file.read(len(LOCAL)) != LOCAL:
-                return _read_old(path, file, stamp)
+                return _read_old(path, file, stamp, skipped)
             with zipfile.ZipFile(file) as archive:
-                return _read_archive(path, archive, stamp)
+                return _read_archive(path, archive, stamp, skipped)
         except Foreign as problem:
             raise GrowkitError(
                 f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; "
@@ -108,17 +110,21 @@ def open_torch_file(path: Path) -> TorchFile:
             raise GrowkitError(f"{path} is no file of torch.save, or is cut off") from None
 
 
-def _read_old(path: Path, file: BinaryIO, stamp: Stamp) -> TorchFile:
+def _read_old(
+    path: Path, file: BinaryIO, stamp: Stamp, skipped: Callable[[str], bool]
+) -> TorchFile:
     """A file of torch before 1.6."""
     file.seek(0)
     try:
-        value, spans = read_legacy(path, file, stamp)
+        value, spans = read_legacy(path, file, stamp, skipped)
     except GrowkitError as problem:
         raise GrowkitError(f"{path} is no file of torch.save, or is cut off: {problem}") from None
     return TorchFile(path, value, spans, stamp)
 
 
-def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFile:
+def _read_archive(
+    path: Path, archive: zipfile.ZipFile, stamp: Stamp, skipped: Callable[[str], bool]
+) -> TorchFile:
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1 or len(infos) != len(archive.infolist()):
@@ -136,7 +142,7 @@ def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFi
     # torch can be told to leave the checksums out; then none of them is right.
     summed = zlib.crc32(content) == spans[pickles[0]].checksum
     try:
-        value = read_pickle(content)
+        value = read_pickle(content, skipped)
     except GrowkitError as problem:
         raise GrowkitError(f"{path}: {problem}") from None
     storages = f"{prefix}data/"

@@ -130,7 +130,7 @@ def test_from_transformers_and_back_is_bit_for_bit(tmp_path, capsys):
     hf = save_trained(tmp_path / "hf")
     assert run(["import", str(hf), str(tmp_path / "ck")]) == 0
     said = capsys.readouterr().out
-    assert "mu and nu, count 20, at step 20" in said and "schedule.continued=true goes on" in said
+    assert "with moments; step 20, count 20" in said and "schedule.continued=true goes on" in said
     assert "lr 0.001, initial_lr 0.002, betas (0.9, 0.999), eps 1e-08, weight_decay 0.1" in said
     assert export(tmp_path / "ck", tmp_path / "out") == 0
     assert all_of(hf) == all_of(tmp_path / "ck") == all_of(tmp_path / "out")
