@@ -49,7 +49,9 @@ def convert_to_checkpoint(source: Source) -> Contents:
             f"{source.path} is a trainer checkpoint already; import takes a Hugging Face directory"
         )
     require_trained(source.model, source.path)
-    source.require_readable()
+    if "mu" not in source.tensors:
+        # An optimizer that is there and cannot be read is not lost without a word.
+        source.require_readable()
     carried = carries_optimizer(source)
     stated = {KEY: state_optimizer(source)} if carried and source.torch_optimizer else {}
     entry = Conversion(
