@@ -77,7 +77,11 @@ def open_trained(path: Path) -> Source:
         kind=KIND,
         tensors=tensors,
         weights=[*source.weights, path / OPTIMIZER],
-        record={"step": step, "schedule_step": step, "count": found.optimizer.count},
+        record={
+            "step": step,
+            "schedule_step": _find_place(found.optimizer, step),
+            "count": found.optimizer.count,
+        },
         read_files=lambda: read_others() | {n: read_regular(path / n, LIMIT) for n in files},
         torch_optimizer=found.optimizer,
         hashed=hashed,
@@ -113,7 +117,7 @@ def _is_training(path: Path, file: Path) -> bool:
 def _open_without(path: Path, problem: str) -> Source:
     """The model alone, which knows why its optimizer is not read."""
     source = open_directory(path)
-    refusal = f"{problem}; to grow the model without its optimizer, move {OPTIMIZER} elsewhere"
+    refusal = f"{problem}; to take the model without its optimizer, move {OPTIMIZER} elsewhere"
     return replace(source, refusal=refusal, notes=(*source.notes, problem))
 
 
@@ -157,6 +161,20 @@ def _read_step(path: Path, optimizer: Optimizer) -> int:
     state = read_json(path / STATE, LIMIT)
     step = state.get("global_step") if isinstance(state, dict) else None
     return step if type(step) is int and step >= 0 else optimizer.count
+
+
+def _find_place(optimizer: Optimizer, step: int) -> int:
+    """How many updates of its schedule were taken, as growkit's trainer counts them.
+
+    That trainer's update after `step` others takes the rate of step + 1, transformers' that of
+    `last_epoch`, so that its first one stands still in a warm-up.
+    """
+    schedule = optimizer.schedule or {}
+    last = schedule.get("last_epoch")
+    # A schedule by plateaus counts evaluations, and has no base_lrs.
+    if type(last) is int and 0 < last < 1 << 31 and "base_lrs" in schedule:
+        return last - 1
+    return max(step - 1, 0)
 
 
 def write_trained(
