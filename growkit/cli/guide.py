@@ -15,7 +15,7 @@ import click
 GROUPS = {
     "Start": ("quickstart", "completion"),
     "Data": ("tokenize",),
-    "Grow": ("depth", "width", "grow", "average", "derive"),
+    "Grow": ("depth", "search", "width", "grow", "average", "derive"),
     "Train": ("train", "anneal", "plan", "advise", "study"),
     "Inspect and convert": ("inspect", "diff", "verify", "import", "export"),
     "Evaluate": ("evaluate", "generate"),
@@ -41,6 +41,7 @@ EXAMPLES = {
         "growkit depth --map 18:24 runs/580m grown",
         "growkit depth --map 28:36 --method identity --check Qwen/Qwen3-0.6B bigger",
     ),
+    "search": ("growkit search runs/580m --layers 24 --tokens text.txt",),
     "width": ("growkit width --embed 2x runs/580m wider",),
     "grow": ("growkit grow --like 1b runs/580m grown",),
     "derive": ("growkit derive olmo2 --out olmo2.txt",),

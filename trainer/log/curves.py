@@ -28,7 +28,7 @@ EVENT_COLOUR = "#777777"
 # The part of all that is on the axis in which training from nothing falls steeply.
 FIRST_FALL = 0.05
 MARGIN = 1.1  # factor between the values that are shown and the ends of the axis
-FEW_TICKS = 5.0  # a range up to this factor has ticks at even distances, a longer one at 1, 2 and 5
+FEW_TICKS = 8.0  # a range up to this factor has ticks at even distances, a longer one at 1, 2 and 5
 X_LABELS = {"tokens": "tokens seen", "flops": "training FLOPs"}
 SMOOTHED_ROWS = 20  # at most; a short line is smoothed over a tenth of its rows
 HIGHEST_LOSS = 30.0  # nats a token; exp(30) is drawn for anything above
