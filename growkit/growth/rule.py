@@ -36,7 +36,7 @@ from growkit.growth.padding import (
     sum_along,
 )
 from growkit.growth.precision import wide_dtype
-from growkit.growth.shares import keep_first, narrow, scale_of
+from growkit.growth.shares import is_added, keep_first, narrow, scale_of
 from growkit.growth.vocabulary import rule_of_tokens
 from growkit.models.notation import ATTENTION, Part, Position, Row
 
@@ -91,15 +91,6 @@ def moment_fate(plan: Plan, row: Row, moment: int, position: Position) -> str:
         for axis, unit in zip(row.stacked, position, strict=True)
     )
     return "zero" if inserted or not plan.preserved else "map"
-
-
-def is_added(plan: Plan, row: Row, position: Position) -> bool:
-    """Whether a unit of the stacked axes adds nothing, or is a copy after the first."""
-    return any(
-        bool(plan.maps[axis.name].added[unit])
-        for axis, unit in zip(row.stacked, position, strict=True)
-        if axis.name in plan.maps
-    )
 
 
 def needs_work(row: Row, plan: Plan, moment: int, position: Position) -> bool:

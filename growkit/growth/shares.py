@@ -94,6 +94,15 @@ def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
     return np.ones([1] * len(part.axes))
 
 
+def is_added(plan: Plan, row: Row, position: Position) -> bool:
+    """Whether a unit of the stacked axes adds nothing, or is a copy after the first."""
+    return any(
+        bool(plan.maps[axis.name].added[unit])
+        for axis, unit in zip(row.stacked, position, strict=True)
+        if axis.name in plan.maps
+    )
+
+
 def keep_first(
     axes: Product, maps: Mapping[str, AxisMap], scale: np.ndarray | None
 ) -> np.ndarray | None:

@@ -19,7 +19,8 @@ from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.new import find_new_layers
 from growkit.growth.plan import Plan
-from growkit.growth.rule import find_source, is_added
+from growkit.growth.rule import find_source
+from growkit.growth.shares import is_added
 from growkit.models.definition import list_defined
 from growkit.models.notation import Row
 
