@@ -36,14 +36,6 @@ NEW = (1, 3)
 
 
 @pytest.fixture(scope="module")
-def small(data, tmp_path_factory):
-    """A small model trained for a dozen steps."""
-    out = tmp_path_factory.mktemp("small") / "run"
-    train(values(data, **RECIPE), out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def deep(small, tmp_path_factory):
     """The same with two layers inserted, on disk."""
     source = open_source(str(small))
