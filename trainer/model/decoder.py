@@ -30,6 +30,7 @@ from trainer.model.dropout import HiddenDropout
 from trainer.model.kinds import LayerKind, compute_tables, list_kinds, number_kinds
 from trainer.model.parameters import Embedding, Norm, Parameters, find_row
 from trainer.model.precision import cap
+from trainer.model.view import scan_view
 
 # (stream [B, T, E], rotary tables, deterministic) -> the stream after all layers
 ApplyLayers = Callable[[jax.Array, Any, bool], jax.Array]
@@ -54,6 +55,9 @@ class Decoder(Parameters):
     that text; at most S positions in all, `past`'s own S. `apply(..., mutable=[KEPT])` returns
     those of `tokens` too: `find_kept`.
 
+    view: int32 [N], the layers to compute with instead of all in their order; see
+    `trainer.model.view`. Nothing is dropped or kept then.
+
     layers: what applies all layers, in the place of the scan over their stacked parameters.
     """
 
@@ -69,6 +73,7 @@ class Decoder(Parameters):
         rotary: Any = None,
         head: bool = True,
         past: Past | None = None,
+        view: jax.Array | None = None,
         layers: ApplyLayers | None = None,
     ) -> jax.Array:
         common, names = self.common, self.computation
@@ -82,15 +87,15 @@ class Decoder(Parameters):
             positions = Embedding(**common, name=names.positions)
             x_BxTxE = x_BxTxE + positions(_list_positions(tokens_BxT, past))[None]
         x_BxTxE = HiddenDropout(self.dropout.embedding)(x_BxTxE, deterministic)
+        own = {"dropout": self.dropout, "kernel": self.kernel, "kinds": kinds, "name": names.layers}
         rotary = _select_rotary(rotary, tokens_BxT, past)
+        number = jnp.asarray(numbers) if len(kinds) > 1 else None
         if layers is not None:
             x_BxTxE = layers(x_BxTxE, rotary, deterministic)
+        elif view is not None:
+            x_BxTxE = scan_view(Block(**common, **own), x_BxTxE, rotary, number, view)
         else:
-            scanned = _scan_block(self.remat, self.model.layer, past)
-            stack = scanned(
-                **common, dropout=self.dropout, kernel=self.kernel, kinds=kinds, name=names.layers
-            )
-            number = jnp.asarray(numbers) if len(kinds) > 1 else None
+            stack = _scan_block(self.remat, self.model.layer, past)(**common, **own)
             x_BxTxE, _ = stack(x_BxTxE, rotary, deterministic, number, past)
         x_BxTxE = Norm(**common, name=names.final_norm)(x_BxTxE)
         # Dividing what the head reads divides the logits.
