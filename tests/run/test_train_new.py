@@ -150,7 +150,7 @@ def test_the_step_is_optax_masked(model):
         "dropout": {"hidden": 0.0, "attention": 0.0},
         "schedule": {"kind": "constant", "warmup": 0, "steps": 9},
         # Decay has no multiplier, and the norm that is clipped is the trained layers' alone.
-        # Some biases of keys have no gradient but rounding: a large eps keeps Adam from following it.
+        # Biases of keys may have no gradient but rounding, which Adam follows at a small eps.
         "optimizer": {"clip": 0.0, "learning_rate": 1e-2, "weight_decay": 0.0, "eps": 1e-4},
     }
     config = resolve(settings, takes_model=True)
