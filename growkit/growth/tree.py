@@ -42,7 +42,7 @@ from growkit.growth.optimizers import (
     refuse_unknown,
 )
 from growkit.growth.padding import MU, NU, VALUE
-from growkit.growth.plan import Plan
+from growkit.growth.plan import FIRST_UNSCALED, Plan
 from growkit.growth.rule import find_source, grow_array
 from growkit.models.notation import Position, Row
 
@@ -109,8 +109,8 @@ class _Walk:
         if moment != STEPS:
             return grow_parameters(tree, self.layout, self.plan, moment)
         # Steps that were divided by their own size carry no power of the share: they are copied.
-        fate = "reset" if self.plan.moments == "reset" else "copy"
-        copied = dataclasses.replace(self.plan, moments=fate)
+        fates = {"reset": "reset", "first": FIRST_UNSCALED}
+        copied = dataclasses.replace(self.plan, moments=fates.get(self.plan.moments, "copy"))
         return grow_parameters(tree, self.layout, copied, MU)
 
     def _visit_children(
