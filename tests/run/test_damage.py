@@ -102,6 +102,14 @@ def test_a_pointer_of_git_lfs_is_named(data, out):
     assert refuse(data, out).startswith(f"{path} is a Git LFS pointer")
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml"])
+def test_a_pointer_in_the_place_of_a_runs_own_file_is_named(name, data, out):
+    (out / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    assert refuse(data, out) == (
+        f"{out / name} is a Git LFS pointer, not the file; `git lfs pull` fetches that"
+    )
+
+
 @pytest.mark.parametrize("content", ["[5]", "null", '{"validation_loss": "x"}', '"a"'])
 def test_a_small_file_of_another_form_is_named(content, data, out):
     for item in ("files/metadata", "meta/metadata", "metrics/metrics"):

@@ -40,14 +40,17 @@ class DamagedError(GrowkitError):
 
 @dataclass(frozen=True)
 class Trust:
-    """What is asked of the model or the checkpoint that a run goes on from.
+    """How careful a run is with what lies on disk.
 
-    verify: whether it must have the hashes on record. from_last_whole: whether to go back to the
-    last whole checkpoint where later ones are damaged.
+    verify: whether the model or the checkpoint that it goes on from must have the hashes on record.
+    from_last_whole: whether to go back to the last whole checkpoint where later ones are damaged.
+    sync: whether a checkpoint is on the disk, and not only in the system's memory, before it counts
+    as finished.
     """
 
     verify: bool = True
     from_last_whole: bool = False
+    sync: bool = True
 
     def require_whole(self, source: Source) -> None:
         """Raise GrowkitError for a source whose bytes are not those that were written."""
