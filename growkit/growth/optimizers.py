@@ -84,6 +84,8 @@ KEYS: dict[frozenset[str], str] = {
 # What the keys of a plain dict say where no class does, as in a restored checkpoint and in states
 # of one's own. optax's momentum (`trace`) grows as mu does, AMSGrad's `nu_max` as nu.
 KEY_MOMENTS = {"mu": MU, "nu": NU, "trace": MU, "nu_max": NU}
+# Under these keys the state of a wrapper has the state of what it wraps.
+INNER = ("inner_state", "inner_opt_state", "base_optimizer_state")
 # The counters of steps that belong to averages; `--moments reset` sets them to zero with those.
 COUNTERS = {
     "ScaleByAdanState": ("t",),
@@ -146,7 +148,8 @@ def normalises(node: Any) -> bool:
     if is_optimizer_state(node) or type(node) in (tuple, list):
         return any(normalises(part) for part in node)
     if isinstance(node, Mapping):
-        return any(KEY_MOMENTS.get(key) == NU for key in node if isinstance(key, str))
+        within = [node[key] for key in INNER if key in node]
+        return any(KEY_MOMENTS.get(key) == NU for key in node) or any(map(normalises, within))
     return False
 
 

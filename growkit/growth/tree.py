@@ -136,21 +136,21 @@ class _Walk:
             return moment
         self._check_moment(name, siblings)
         self._check_squares(siblings)
-        return KEY_MOMENTS[name]
+        rule = KEY_MOMENTS[name]
+        return STEPS if rule == MU and self.normalised else rule
 
     def _check_squares(self, siblings: Mapping[Any, Any]) -> None:
-        """Raise GrowkitError where `nu` is not one number for each of `mu`: of SM3, NovoGrad."""
+        """Raise GrowkitError where `mu` and `nu` are not of one form: of SM3 and NovoGrad."""
         first, second = siblings.get("mu"), siblings.get("nu")
         if not isinstance(first, Mapping) or not isinstance(second, Mapping):
             return
-        if not self.layout.holds(first):
-            return
-        shapes = [getattr(leaf, "shape", None) for _, leaf in iterate_leaves(second)]
-        if not self.layout.holds(second) or set(shapes) == {()}:
+        holds = [self.layout.holds(tree) for tree in (first, second)]
+        shapes = {getattr(leaf, "shape", None) for _, leaf in iterate_leaves(second)}
+        if any(holds) and (not all(holds) or shapes == {()}):
             raise GrowkitError(
-                "the tree has first moments under 'mu', and what is under 'nu' is not one number "
-                "for each of them, as of SM3 and NovoGrad, which cannot grow; start that optimizer "
-                "anew after growth"
+                "the tree has moments under 'mu' and 'nu' that are not both one number for each "
+                "parameter, as those of SM3 and NovoGrad: such a state cannot grow; start that "
+                "optimizer anew after growth"
             )
 
     def _check_moment(self, name: str, siblings: Mapping[Any, Any]) -> None:

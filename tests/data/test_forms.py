@@ -95,7 +95,7 @@ def test_a_broken_line_among_json_lines_is_named(tmp_path, line):
 @pytest.mark.parametrize("name", ["a.txt", "part-00000"])
 def test_json_lines_without_a_text_are_not_read_with_their_braces(tmp_path, name):
     content = b'{"body": "the cat"}\n{"body": "the dog"}\n'
-    refused(write(tmp_path / name, content), "of JSON objects, one a line", "rename the file to .md")
+    refused(write(tmp_path / name, content), "of JSON objects, one a line", "rename the file to")
     assert read(write(tmp_path / "a.md", content)) == [content.decode()]
 
 

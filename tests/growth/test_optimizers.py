@@ -177,15 +177,22 @@ def restore_plainly(node):
     return node
 
 
+def fill(state):
+    """The state with random numbers for its matrices."""
+    random = np.random.default_rng(4)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape)) if np.ndim(leaf) > 1 else leaf,
+        state,
+    )
+
+
 def list_matrices(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf) > 1]
 
 
 @pytest.mark.parametrize("name", sorted(GRADIENTS.keys() - {"ema"}))
 def test_a_state_restored_as_dicts_grows_as_its_class_does(name):
-    optimizer = GRADIENTS[name]
-    points = list_points()[:2]
-    state = feed(optimizer, points[0], [jax.grad(loss)(point) for point in points])
+    state = fill(GRADIENTS[name].init(make_params()))
     ours = list_matrices(restore_plainly(growkit.grow(state, PLAN)))
     theirs = list_matrices(growkit.grow(restore_plainly(state), PLAN))
     assert len(ours) == len(theirs) > 0
@@ -220,15 +227,12 @@ CHAINED = {
 
 @pytest.mark.parametrize("name", CHAINED)
 def test_momentum_after_a_normalisation_is_copied_whatever_is_around_it(name):
-    optimizer = CHAINED[name]
-    points = list_points()[:2]
-    state = feed(optimizer, points[0], [jax.grad(loss)(point) for point in points])
-    for before, after in (
-        (state, growkit.grow(state, PLAN)),
-        (restore_plainly(state), growkit.grow(restore_plainly(state), PLAN)),
-    ):
-        old = list_matrices(before)[-2:]
-        new = list_matrices(after)[-2:]
+    state = fill(CHAINED[name].init(make_params()))
+    # The names of a chain are gone with its class: a dict of dicts may be anything.
+    forms = [state] if name == "named" else [state, restore_plainly(state)]
+    for form in forms:
+        old = list_matrices(form)[-2:]
+        new = list_matrices(growkit.grow(form, PLAN))[-2:]
         assert np.array_equal(new[0][:4], old[0]) and np.array_equal(new[1][:, :4], old[1])
 
 
@@ -236,15 +240,17 @@ def test_optimizers_side_by_side_are_no_chain():
     labels = {"up": {"kernel": "b"}, "down": {"kernel": "a"}}
     both = optax.partition({"a": optax.scale_by_rms(), "b": optax.trace(0.9)}, labels)
     params = make_params()
-    state = feed(both, params, [jax.grad(loss)(params)])
+    state = fill(both.init(params))
     grown = growkit.grow(state, PLAN)
     before = state.inner_states["b"].inner_state.trace["up"]["kernel"]
     after = grown.inner_states["b"].inner_state.trace["up"]["kernel"]
     # What writes a unit has half of the gradient in each of two copies.
     assert np.allclose(np.asarray(after)[:, :4], np.asarray(before) / 2)
-    lists = [optax.adam(1e-2).init(params), feed(optax.sgd(1e-2, 0.9), params, [params])]
-    trace = growkit.grow(lists, PLAN)[1][0].trace["up"]["kernel"]
-    assert np.allclose(np.asarray(trace)[:, :4], np.asarray(params["up"]["kernel"]) / 2)
+    lists = [optax.adam(1e-2).init(params), fill(optax.sgd(1e-2, 0.9).init(params))]
+    before, after = (
+        each[1][0].trace["up"]["kernel"] for each in (lists, growkit.grow(lists, PLAN))
+    )
+    assert np.allclose(np.asarray(after)[:, :4], np.asarray(before) / 2)
 
 
 def test_averages_of_parameters_grow_as_parameters():

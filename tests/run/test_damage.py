@@ -1,12 +1,17 @@
-"""A checkpoint that is not what was saved is never trained on in silence: it is named, and kept."""
+"""A checkpoint that is not what was saved is never trained on in silence: it is named, and kept.
+
+A power cut leaves a checkpoint whole: its files are on the disk before it has its name.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
+from orbax.checkpoint.path import atomicity
 from runs import assert_as_if_uninterrupted, new_run, values
 
 from growkit.checkpoint.hashes import HASHES, hash_array
@@ -19,6 +24,8 @@ from trainer.run.loop import Run
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ARRAY = "state/mu.embed_in.weight/0.0"
 LAST = 12
+# Orbax writes these in the moment in which it renames.
+MARKERS = {"commit_success.txt", "_CHECKPOINT_METADATA"}
 
 
 @pytest.fixture
@@ -224,3 +231,43 @@ def test_a_checkpoint_without_hashes_is_resumed(data, out):
     del meta[HASHES]
     (checkpoint(out) / "meta" / "metadata").write_text(json.dumps(meta))
     new_run(data, out).close()
+
+
+def watch(data, out, **how):
+    """Train; returns what was brought to the disk, by inode, and the names given, in order."""
+    seen = []
+    fsync, finalize = os.fsync, atomicity.AtomicRenameTemporaryPath.finalize
+
+    def noted_fsync(file):
+        seen.append(os.fstat(file).st_ino)
+        fsync(file)
+
+    async def noted_finalize(self, *given, **options):
+        await finalize(self, *given, **options)
+        seen.append(self.get_final().name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noted_fsync)
+        patch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", noted_finalize)
+        Run(begin(prepare(values(data), out, trust=Trust(**how)))).go()
+    return seen
+
+
+def test_files_then_the_name_are_brought_to_the_disk(data, tmp_path):
+    seen = watch(data, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / str(LAST)
+    at = seen.index(str(LAST))
+    inodes = {path: path.stat().st_ino for path in last.rglob("*")}
+    markers = {path for path in inodes if path.parent == last and path.name in MARKERS}
+    assert len(inodes) > 20 and markers
+    assert {inodes[path] for path in inodes.keys() - markers} <= set(seen[:at])
+    after = set(seen[at:])
+    assert {inodes[path] for path in markers} <= after
+    assert {last.stat().st_ino, last.parent.stat().st_ino} <= after
+    assert (tmp_path / "run" / "metrics.csv").stat().st_ino in seen
+
+
+def test_without_it_nothing_of_a_checkpoint_is_waited_for(data, tmp_path):
+    seen = watch(data, tmp_path / "run", sync=False)
+    last = tmp_path / "run" / "checkpoints" / str(LAST)
+    assert not {path.stat().st_ino for path in last.rglob("*")} & set(seen)
