@@ -444,3 +444,10 @@ def test_a_plan_in_a_lineage_is_no_loop(place, capsys, change):
     path.write_text(json.dumps(lineage))
     capsys.readouterr()
     refused(capsys, ["verify", "model", "out"], "out", "plan")
+
+
+@pytest.mark.parametrize("chunks", [[1 << 31, 32], [1 << 40, 32], [96, 64]])
+def test_chunks_that_no_memory_holds_are_refused_before_they_are_read(place, capsys, chunks):
+    header = save_checkpoint(place / "ck") / "state" / "mu.embed_in.weight" / ".zarray"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"chunks": chunks}))
+    refused(capsys, depth("ck"), "'mu.embed_in.weight'", "its chunks of", "the shape [96, 32]")
