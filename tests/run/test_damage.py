@@ -142,6 +142,19 @@ def test_a_changed_number_in_the_meta_or_a_file_is_seen(data, out):
     assert refuse(data, out).startswith("the meta of ")
 
 
+@pytest.mark.parametrize("key", ["hashes", "mu.embed_in.weight", "history.csv"])
+def test_a_record_of_hashes_that_lost_a_name_is_seen(key, data, out):
+    path = checkpoint(out) / "meta" / "metadata"
+    content = path.read_text()
+    assert content.count(f'"{key}"') == 1
+    path.write_text(content.replace(f'"{key}"', f'"{key[:-1]}~"'))
+    said = refuse(data, out)
+    if key == "hashes":
+        assert said.startswith(f"{path} is damaged: it is not what a run writes there")
+    else:
+        assert said.startswith("the hash of the ") and repr(key) in said
+
+
 def test_the_run_goes_on_from_the_last_whole_checkpoint_when_told(data, out, whole):
     flip_bit(checkpoint(out) / ARRAY)
     run = resume(data, out, from_last_whole=True)
