@@ -21,7 +21,7 @@ tags: [{model.kind}, growkit]
 | --- | --- |
 | layers | {model.layer} |
 | hidden size | {model.embed} |
-| heads | {model.head_count} of {model.head_dim} |
+| heads | {model.head_count} of {model.head_dim}{groups} |
 | mlp | {model.mlp} |
 | vocabulary | {model.vocab} |
 | context | {model.context} tokens |
@@ -46,8 +46,10 @@ def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: 
     evaluation: tables and notes in Markdown, if it was measured.
     """
     parallel = model.options.get("parallel_residual", False)
+    grouped = model.sizes.get("group", 1) > 1
     head = HEAD.format(
         model=model,
+        groups=f" in {model.sizes['kv']} groups" if grouped else "",
         size=format_count(model.parameters),
         residual="parallel" if parallel else "sequential",
         head="tied to the embedding" if model.tied else "untied",

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     """Turn the Hugging Face directory HF_DIR into the trainer checkpoint OUT, bit for bit.
 
-    A directory has no moments: training from OUT starts Adam at count 0.
+    A directory has no moments: training from OUT starts Adam at count 0. HF_DIR may also be a
+    checkpoint of gpt-neox (global_step1000, or a branch of EleutherAI/neox-ckpt-pythia-*) or an
+    unsharded one of OLMo 2: its moments and its step come along.
     """
     from convert.directory import convert_to_checkpoint
     from growkit.checkpoint.files import parse_path
@@ -41,6 +43,12 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     for note in source.notes:
         say(f"note: {note}")
     moments = f"no moments in {hf_dir}"
+    if "mu" in contents.recipes:
+        say(
+            f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}, with moments; "
+            f"step {source.record['step']}, count {source.record['count']}"
+        )
+        return
     if source.torch_optimizer is not None:
         moments = f"the optimizer of {hf_dir} stays behind"
     say(

@@ -14,6 +14,8 @@ from convert.card import format_card
 from convert.privacy import strip_config, strip_paths, strip_settings
 from growkit.checkpoint.carried import select_carried
 from growkit.checkpoint.files import encode_json
+from growkit.checkpoint.neox import KIND as NEOX
+from growkit.checkpoint.olmo import KIND as OLMO
 from growkit.checkpoint.rounding import round_to_dtype
 from growkit.checkpoint.safetensors import DTYPES
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
@@ -27,9 +29,11 @@ OWN = ("README.md", "generation_config.json")
 
 
 def convert_to_checkpoint(source: Source) -> Contents:
-    """A trainer checkpoint of a Hugging Face directory: the parameters bit for bit, no moments.
+    """A trainer checkpoint of a Hugging Face directory or of a checkpoint of gpt-neox or OLMo.
 
-    Raises UsageError for a checkpoint, and for a model that the trainer does not compute.
+    The parameters are the source's bit for bit. Of the latter two come the moments and the
+    position as well; of a directory no moments. Raises UsageError for a trainer checkpoint, and for
+    a model that the trainer does not compute.
     """
     if source.kind == "checkpoint":
         raise UsageError(
@@ -37,10 +41,13 @@ def convert_to_checkpoint(source: Source) -> Contents:
         )
     require_trained(source.model, source.path)
     entry = Conversion(operation="import", source=Origin.of(source), dtype=str(source.dtype))
+    trained = source.kind in (NEOX, OLMO)
+    slots = list(source.tensors) if trained else ["params"]
     return Contents(
         config=source.config,
-        recipes={"params": _convert_params(source, None)},
+        recipes={slot: _convert_slot(source, slot, None) for slot in slots},
         lineage=[*source.lineage, entry.to_json()],
+        record=source.record if trained else {},
         files=select_carried(source.files),
     )
 
@@ -65,7 +72,7 @@ def convert_to_directory(
         # transformers 4 reads torch_dtype, 5 reads dtype.
         config=(config if paths else strip_config(config))
         | {"torch_dtype": str(written), "dtype": str(written)},
-        recipes={"params": _convert_params(source, written if dtype else None)},
+        recipes={"params": _convert_slot(source, "params", written if dtype else None)},
         lineage=lineage if paths else strip_paths(lineage),
         files=select_carried(files if paths else strip_settings(files)),
     )
@@ -88,9 +95,9 @@ def choose_dtype(source: Source, dtype: str | None) -> np.dtype:
     return DTYPE_NAMES[dtype]
 
 
-def _convert_params(source: Source, dtype: np.dtype | None) -> dict[str, Recipe]:
-    """The parameters in the table's order, in `dtype` or each in its own."""
-    tensors = source.tensors["params"]
+def _convert_slot(source: Source, slot: str, dtype: np.dtype | None) -> dict[str, Recipe]:
+    """A slot's tensors in the table's order, in `dtype` or each in its own."""
+    tensors = source.tensors[slot]
     names = [name for name, _, _ in source.model.table.names(source.model.sizes)]
     return {name: _convert(name, tensors[name], dtype or tensors[name].dtype) for name in names}
 

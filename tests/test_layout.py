@@ -51,7 +51,7 @@ FLOORS = {
         ["data", "devices"],
         ["model"],
         ["step"],
-        ["plan", "evaluate", "log"],
+        ["plan", "evaluate", "search", "log"],
         ["run"],
         ["study"],
         ["cli", "__init__"],

@@ -1,7 +1,7 @@
 """Find and open the model a user names, and write a model in either format.
 
 SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run
-directory (its last checkpoint), RUN@STEP or RUN@best.
+directory (its last checkpoint), RUN@STEP or RUN@best, or a checkpoint of gpt-neox or OLMo.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.fill import Progress
 from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, write_trained
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
+from growkit.checkpoint.neox import is_neox_directory, open_neox
 from growkit.checkpoint.numbers import Findings
+from growkit.checkpoint.olmo import is_olmo_directory, open_olmo
 from growkit.checkpoint.orbax import (
     FINISHED,
     META,
@@ -31,6 +33,8 @@ from growkit.checkpoint.orbax import (
 from growkit.checkpoint.output import check_output, commit_output, find_left
 from growkit.checkpoint.remote import check_free, download, explain_failures, upload
 from growkit.checkpoint.tensor import Contents, Source
+from growkit.checkpoint.universal import is_universal_directory, open_universal
+from growkit.checkpoint.universal_output import write_universal
 from growkit.checkpoint.unsuited import refuse_file
 from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
 
@@ -50,10 +54,16 @@ def open_source(text: str) -> Source:
     here = download(path) if is_remote(path) else path
     if is_checkpoint(here):
         source = open_checkpoint(here)
+    elif is_universal_directory(here):
+        source = open_universal(here)
     elif is_trained_directory(here):
         source = open_trained(here)
     elif is_directory(here):
         source = open_directory(here)
+    elif is_olmo_directory(here):
+        source = open_olmo(here)
+    elif is_neox_directory(here):
+        source = open_neox(here)
     else:
         if not is_remote(here):
             refuse_file(here)
@@ -247,10 +257,10 @@ def write_output(
 ) -> Findings:
     """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
 
-    kind: 'huggingface', 'hf_trainer' or 'checkpoint'. progress: told the number of bytes after each
-    piece. shard: the most bytes of weights in one file of a Hugging Face directory. Returns what
-    was found in the numbers. Raises GrowkitError for a source whose bytes are not those that were
-    written.
+    kind: 'huggingface', 'hf_trainer', 'universal' or 'checkpoint'. progress: told the number of
+    bytes after each piece. shard: the most bytes of weights in one file of a Hugging Face
+    directory. Returns what was found in the numbers. Raises GrowkitError for a source whose bytes
+    are not those that were written.
     """
     care = care or Care()
     check_writable(out, sources, force)
@@ -283,4 +293,6 @@ def _write_kind(
         return write_checkpoint(path, contents, progress)
     if kind == "hf_trainer":
         return write_trained(path, contents, progress, shard)
+    if kind == "universal":
+        return write_universal(path, contents, progress, shard)
     return write_directory(path, contents, progress, shard)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.checkpoint.torch_pickle import Stored
@@ -21,6 +21,9 @@ from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.definition import list_defined
 from growkit.models.notation import Row
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.universal import Universal
 
 # The entries of a parameter's state, and the slots that hold them: of Adam and AdamW, of AMSGrad,
 # of Lion, of SGD with momentum and Muon, and of bitsandbytes' Adam in 32 bits.
@@ -75,7 +78,8 @@ class Optimizer:
     entries: slot -> the name of its entry. locations: slot -> the device that it was saved from.
     steps: parameter -> its step, a number or a `Scalar`; empty for an optimizer that keeps none.
     wrapper: the entry that holds the moments, empty where they are entries themselves. schedule:
-    the value of scheduler.pt where it is there and plain, else None.
+    the value of scheduler.pt where it is there and plain, else None. universal: what else
+    DeepSpeed's universal checkpoint holds, where the optimizer is of one.
     """
 
     groups: tuple[Group, ...]
@@ -84,6 +88,7 @@ class Optimizer:
     steps: Mapping[str, Any]
     wrapper: str = ""
     schedule: Mapping[str, Any] | None = None
+    universal: Universal | None = None
 
     @property
     def count(self) -> int:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -322,7 +322,8 @@ class Source:
         for slot, tensors in sorted(self.tensors.items()):
             for name, tensor in sorted(tensors.items()):
                 digest.update(f"{slot} {name} {tensor.dtype} {tensor.shape}".encode())
-                digest.update(read_sample(tensor))
+                for part in read_sample(tensor):
+                    digest.update(part)
         return digest.hexdigest()
 
     def stack(self, slot: str = "params", dtype: Any = None) -> dict[str, Any]:
@@ -385,18 +386,17 @@ def read_model(config: dict[str, Any], path: Path, lineage: Sequence[Any] = ()) 
         raise type(problem)(f"{path}: {problem}") from None
 
 
-def read_sample(tensor: Tensor) -> bytes:
+def read_sample(tensor: Tensor) -> Iterable[bytes | memoryview]:
     """The first, middle and last 4 KiB of a raw tensor's bytes; all bytes of any other tensor."""
     span = tensor.span
     if span is None:
-        return tensor.read().tobytes()
+        return tensor.read_bytes()
     # Three places, because one alone may be the same in two models: zeros, or a frozen part.
     middle = max(0, span.size // 2 - SAMPLE // 2)
     end = max(0, span.size - SAMPLE)
     size = min(SAMPLE, span.size)
     with open_span(span) as file:
-        parts = [os.pread(file, size, span.offset + at) for at in (0, middle, end)]
-    return b"".join(parts)
+        return [os.pread(file, size, span.offset + at) for at in (0, middle, end)]
 
 
 def open_raw(

@@ -13,7 +13,7 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -93,18 +93,50 @@ class _Dtype:
     dtype: np.dtype
 
 
+class Inert:
+    """The stand-in for an object that growkit has no use for: it keeps what it was made from, and
+    does nothing. `called` is the name that the pickle has for its class.
+    """
+
+    called = ""
+    arguments: tuple[Any, ...] = ()
+
+    def __new__(cls, *arguments: Any) -> Inert:
+        made = super().__new__(cls)
+        made.arguments = arguments
+        return made
+
+    def __init__(self, *arguments: Any) -> None:
+        """Nothing: `__new__` is all that a pickle calls of a class that it makes anew."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing: the state is left out."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Nothing: entries of what was a dict are left out."""
+
+    def append(self, value: Any) -> None:
+        """Nothing: entries of what was a list are left out."""
+
+
 class Foreign(Exception):
     """A pickle names what a state dict has no use for."""
 
 
-def read_pickle(data: bytes) -> Any:
+def refuse_all(name: str) -> bool:
+    """Which classes a pickle may name beside those of a state dict: none."""
+    return False
+
+
+def read_pickle(data: bytes, skipped: Callable[[str], bool] = refuse_all) -> Any:
     """The value of a pickle, with `Stored` in the place of tensors.
 
-    Raises Foreign, with the name, for a class or function that no state dict needs, and
-    GrowkitError for what is no pickle.
+    skipped: whether objects of a class, called MODULE.NAME, are passed over; an `Inert` stands in
+    their place. Raises Foreign, with the name, for any other class or function that no state dict
+    needs, and GrowkitError for what is no pickle.
     """
     try:
-        return _Reader(io.BytesIO(data)).load()
+        return _Reader(io.BytesIO(data), skipped).load()
     except Foreign:
         raise
     except MALFORMED as problem:
@@ -114,13 +146,20 @@ def read_pickle(data: bytes) -> Any:
 class _Reader(pickle.Unpickler):
     """An unpickler that finds records in the place of classes, and nothing else."""
 
+    def __init__(self, file: io.BytesIO, skipped: Callable[[str], bool]) -> None:
+        super().__init__(file)
+        self.skipped = skipped
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return _Dtype(STORAGES[name])
         known = KNOWN.get((module, name))
-        if known is None:
-            raise Foreign(f"{module}.{name}")
-        return known
+        if known is not None:
+            return known
+        called = f"{module}.{name}"
+        if self.skipped(called):
+            return type("Inert", (Inert,), {"called": called})
+        raise Foreign(called)
 
     def persistent_load(self, pid: Any) -> Storage:
         word, kind, key, location, count = pid

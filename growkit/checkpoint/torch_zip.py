@@ -13,7 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from growkit.checkpoint.torch_pickle import (
     Storage,
     Stored,
     read_pickle,
+    refuse_all,
     write_pickle,
 )
 from growkit.errors import GrowkitError
@@ -82,10 +83,11 @@ class TorchFile:
         return Tensor(tensor.shape, tensor.dtype, tensor.rows, span)
 
 
-def open_torch_file(path: Path) -> TorchFile:
+def open_torch_file(path: Path, skipped: Callable[[str], bool] = refuse_all) -> TorchFile:
     """Read the directory and the pickle of a file of torch.save; nothing of it is run.
 
-    Raises GrowkitError, naming the class, for a pickle with other classes than tensors.
+    skipped: see `read_pickle`. Raises GrowkitError, naming the class, for a pickle with other
+    classes than tensors.
     """
     with open(open_regular(path), "rb") as file:
         stamp = stamp_of(os.fstat(file.fileno()))
@@ -93,7 +95,7 @@ def open_torch_file(path: Path) -> TorchFile:
             raise GrowkitError(f"{path} is a Git LFS pointer; `git lfs pull` fetches the file")
         try:
             with zipfile.ZipFile(file) as archive:
-                return _read_archive(path, archive, stamp)
+                return _read_archive(path, archive, stamp, skipped)
         except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
             raise GrowkitError(
                 f"{path} is no zip file of torch.save, or is cut off; files of torch before 1.6 "
@@ -101,7 +103,9 @@ def open_torch_file(path: Path) -> TorchFile:
             ) from None
 
 
-def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFile:
+def _read_archive(
+    path: Path, archive: zipfile.ZipFile, stamp: Stamp, skipped: Callable[[str], bool]
+) -> TorchFile:
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1 or len(infos) != len(archive.infolist()):
@@ -119,7 +123,7 @@ def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFi
     # torch can be told to leave the checksums out; then none of them is right.
     summed = zlib.crc32(content) == spans[pickles[0]].checksum
     try:
-        value = read_pickle(content)
+        value = read_pickle(content, skipped)
     except Foreign as problem:
         raise GrowkitError(
             f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; nothing "

@@ -24,6 +24,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.growth.vocabulary import EXACT, bound_shift
 
 if TYPE_CHECKING:
+    from growkit.cli.checked_text import CheckedText
     from growkit.growth.plan import Plan
 
 # Tokens [B, T] to logits [B, T, V].
@@ -36,6 +37,8 @@ TOKENS = 1024
 # The part by which a shift of the loss may be above its bound: new rows are rounded to the weights'
 # dtype. No shift below EXACT is refused.
 SLACK = 0.5
+# What tokens are called that are of no text.
+RANDOM = "random tokens"
 # The most tokens whose logits are in memory at once.
 CHUNK = 4096
 # How far logits may differ, as a part of the largest logit (of 1, if that is less), when weights
@@ -184,7 +187,7 @@ def select_tokens(source: Source, count: int) -> tuple[np.ndarray, str]:
     rows = count // length
     ids = _tokenize_documentation(source, rows * length)
     if ids is None or max(ids) >= vocab:
-        return np.random.default_rng(0).integers(0, vocab, (rows, length)), "random tokens"
+        return np.random.default_rng(0).integers(0, vocab, (rows, length)), RANDOM
     # np.resize repeats the text if it is too short.
     tokens_BxT = np.resize(np.asarray(ids, np.int64), (rows, length))
     return tokens_BxT, "tokens of Python's documentation"
@@ -215,9 +218,10 @@ def _tokenize_documentation(source: Source, count: int) -> list[int] | None:
 class GrowthCheck:
     """A grown model compared with its source.
 
-    text: what the tokens are. promised: whether the plan promised the source's function. dtype: of
-    the source's parameters, which the new ones are rounded to. added: how many tokens are new.
-    bound: the most by which they raise the loss of old ones, as the plan has it; None for unknown.
+    text: what the tokens are. note: what that says of the loss. promised: whether the plan
+    promised the source's function. dtype: of the source's parameters, which the new ones are
+    rounded to. added: how many tokens are new. bound: the most by which they raise the loss of old
+    ones, as the plan has it; None for unknown.
     """
 
     difference: Difference
@@ -226,6 +230,7 @@ class GrowthCheck:
     dtype: str
     added: int = 0
     bound: float | None = 0.0
+    note: str = ""
 
     @property
     def preserved(self) -> bool:
@@ -238,6 +243,7 @@ class GrowthCheck:
         return {
             "tokens": found.tokens,
             "text": self.text,
+            "note": self.note,
             "loss": {"before": found.loss_before, "after": found.loss_after},
             "largest_logit": found.largest_logit,
             "largest_difference": found.largest_difference,
@@ -250,7 +256,7 @@ class GrowthCheck:
         }
 
     def describe(self) -> str:
-        """One line for a reader at a terminal."""
+        """A line for a reader at a terminal, after one of the text where there is a note on it."""
         found = self.difference
         if not self.preserved:
             verdict = f"not preserved: {found.loss_after - found.loss_before:+.4f} nats a token"
@@ -261,8 +267,9 @@ class GrowthCheck:
         if self.added:
             verdict += f" for old tokens; {self.added:,} new ones raise their loss by "
             verdict += f"{found.shift:.1e} nats{self._compare_bound()}"
+        text = f"text        {self.note}\n" if self.note else ""
         return (
-            f"check       {verdict}; loss {found.loss_before:.4f} -> {found.loss_after:.4f}, "
+            f"{text}check       {verdict}; loss {found.loss_before:.4f} -> {found.loss_after:.4f}, "
             f"logits differ by at most {found.largest_difference:.2e} of {found.largest_logit:.2f} "
             f"({found.tokens:,} {self.text}, computed on the {DEVICE.upper()})"
         )
@@ -286,17 +293,17 @@ class GrowthCheck:
             )
 
 
-def check_growth(source: Source, out: Path, plan: Plan, tokens: int) -> GrowthCheck:
-    """Compare what was written to `out` by a plan with its source, on about `tokens` tokens."""
+def check_growth(source: Source, out: Path, plan: Plan, text: CheckedText) -> GrowthCheck:
+    """Compare what was written to `out` by a plan with its source, on a text."""
     result = open_source(str(out))
-    tokens_BxT, text = select_tokens(source, tokens)
     dtype = str(source.dtype)
     before = load_function(source)
     after = load_function(result)
-    difference = compare_functions(before, after, tokens_BxT, rounded_to=dtype)
+    difference = compare_functions(before, after, text.tokens, rounded_to=dtype)
     return GrowthCheck(
         difference=difference,
-        text=text,
+        text=text.words,
+        note=text.note,
         promised=plan.preserved,
         dtype=dtype,
         added=plan.grown.vocab - plan.model.vocab,

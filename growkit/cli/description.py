@@ -17,9 +17,12 @@ KINDS = {
     "checkpoint": "trainer checkpoint",
     "huggingface": "Hugging Face directory",
     "hf_trainer": "checkpoint of transformers' Trainer",
+    "universal": "universal checkpoint of DeepSpeed",
+    "olmo": "checkpoint of OLMo",
+    "neox": "checkpoint of gpt-neox",
 }
 # Source kinds that PyTorch trains on.
-TORCH = ("hf_trainer",)
+TORCH = ("hf_trainer", "universal")
 NOT_PRESERVED = (
     "not preserved: each copied layer adds its output once more, so the loss rises until training "
     "recovers it"
@@ -225,6 +228,8 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
         ungrouped = "they differ within a parameter"
     elif any(len(row.stacked) > 1 for row in plan.grown.table.rows):
         ungrouped = "the experts of a layer are one parameter there"
+    elif source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
+        ungrouped = "a universal checkpoint keeps the groups of its source"
     return _describe_factors(source, factors, groups, ungrouped)
 
 
@@ -264,6 +269,8 @@ def _warn_of_tied_copies(plan: Plan) -> str:
 
 def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     """The command that trains the result."""
+    if source.kind == "universal":
+        return f"DeepSpeed's load_checkpoint({str(out)!r}) with load_universal (docs/pytorch.md)"
     if source.kind in TORCH:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if source.model.family.given:

@@ -33,6 +33,7 @@ from growkit.growth.width import METHODS as WIDTH_METHODS
 if TYPE_CHECKING:
     from growkit.checkpoint.location import Care
     from growkit.checkpoint.tensor import Source
+    from growkit.cli.checked_text import CheckedText
     from growkit.cli.checking import GrowthCheck
     from growkit.models.architecture import Architecture
 
@@ -99,6 +100,12 @@ add_growing_options = combine_options(
         metavar="[TOKENS]",
         help=f"Run SRC and OUT on the same tokens (default {TOKENS}), on the CPU, and compare "
         "logits and loss.",
+    ),
+    click.option(
+        "--check-text",
+        metavar="FILE",
+        help="The text of --check, which it implies: a file of text, or token files. Without it "
+        "--check takes a text that comes with Python.",
     ),
     click.option(
         "--groups",
@@ -253,7 +260,8 @@ def grow_like(like: str, scale: str | None, src: str, out: str, **options: Any) 
 
 @dataclass(frozen=True)
 class Output:
-    """What to do with a plan. shard: bytes of a file, as text. tokens: of --check, or None.
+    """What to do with a plan. shard: bytes of a file, as text. tokens: of --check, or None; text:
+    the name of its text, None for the default.
 
     care: how careful writing is, None for as careful as can be. groups: 'keep' or 'split'.
     """
@@ -263,6 +271,7 @@ class Output:
     as_json: bool = False
     shard: str | None = None
     tokens: int | None = None
+    text: str | None = None
     care: Care | None = None
     groups: str = "keep"
 
@@ -300,11 +309,12 @@ def _plan_and_grow(
     source.require_readable()
     check_writable(parse_path(out), [source], output.force)
     parse_shard_size(output.shard, source.kind)
+    text = None
     if output.tokens is not None:
-        from growkit.cli.checking import require_checkable
+        from growkit.cli.checked_text import prepare_check
 
-        require_checkable(source, output.tokens)
-    grow(source, plan, parse_path(out), output)
+        text = prepare_check(source, output.tokens, output.text)
+    grow(source, plan, parse_path(out), output, text)
 
 
 def _parse_head(text: str) -> str:
@@ -355,15 +365,20 @@ def _parse_output(options: dict[str, Any]) -> Output:
     from growkit.errors import UsageError
 
     check = options.pop("check")
+    text = options.pop("check_text")
+    if text is not None and check is None:
+        check = TOKENS
     tokens = None if check is None else parse_whole("check", check)
     if tokens is not None and options["dry_run"]:
         raise UsageError("--check runs the output, and --dry-run writes none; give one of them")
     care = parse_care(options)
-    return Output(tokens=tokens, care=care, **options)
+    return Output(tokens=tokens, text=text, care=care, **options)
 
 
-def grow(source: Source, plan: Plan, out: Path, output: Output) -> None:
-    """Print what a plan will do, then do it, and check the result if asked to.
+def grow(
+    source: Source, plan: Plan, out: Path, output: Output, text: CheckedText | None = None
+) -> None:
+    """Print what a plan will do, then do it, and check the result on a text if there is one.
 
     Raises GrowkitError if the check finds another function than the plan promised.
     """
@@ -377,7 +392,7 @@ def grow(source: Source, plan: Plan, out: Path, output: Output) -> None:
         write_with_progress(
             [source], contents, out, source.kind, output.force, output.shard, output.care
         )
-        check = _check(source, plan, out, output)
+        check = _check(source, plan, out, text)
     if output.as_json:
         summary = summarize(source, plan, contents.size, out, output.dry_run)
         checked = {"check": check.to_json()} if check else {}
@@ -390,13 +405,13 @@ def grow(source: Source, plan: Plan, out: Path, output: Output) -> None:
         check.require_promise(out)
 
 
-def _check(source: Source, plan: Plan, out: Path, output: Output) -> GrowthCheck | None:
+def _check(source: Source, plan: Plan, out: Path, text: CheckedText | None) -> GrowthCheck | None:
     """The result of --check, None without it."""
-    if output.tokens is None:
+    if text is None:
         return None
     from growkit.cli.checking import check_growth
 
-    return check_growth(source, out, plan, output.tokens)
+    return check_growth(source, out, plan, text)
 
 
 COMMANDS = {"depth": depth, "width": width, "grow": grow_like}

@@ -34,6 +34,10 @@ VERBS = {
         "Continue a run with a falling learning rate, as a run of its own.",
     ),
     "depth": ("growkit.cli.growing", "Grow a model in depth, optimizer state included."),
+    "search": (
+        "trainer.cli.searching",
+        "Score maps of layers on a text before anything is written.",
+    ),
     "width": ("growkit.cli.growing", "Grow a model in width without changing its function."),
     "grow": ("growkit.cli.growing", "Grow a model to the sizes of another, in depth and width."),
     "derive": (

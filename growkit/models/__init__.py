@@ -79,7 +79,7 @@ def require_trained(model: Architecture, origin: object) -> Architecture:
         known = ", ".join(repr(kind) for kind in list_trained())
         raise UsageError(
             f"{origin} is a {model.kind!r} model, which growkit grows but does not train: "
-            f"training, import, export and generate take {known}"
+            f"training, import, export, generate and search take {known}"
         )
     _require_value(origin, model.family.options["activation"], model.activation, ACTIVATIONS)
     for rope in model.ropes.values():

@@ -126,6 +126,11 @@ def _require_splittable(optimizer: Optimizer, plan: Plan, factors: Mapping[str, 
             "--groups split divides groups by the factors of growth in width by copies, and by new "
             f"layers; {plan.method} has neither, so leave it out"
         )
+    if optimizer.universal is not None:
+        raise UsageError(
+            "--groups split is for checkpoints of transformers' Trainer; a universal checkpoint of "
+            "DeepSpeed keeps its groups"
+        )
     if not {"mu", "nu"} <= optimizer.entries.keys():
         raise GrowkitError("--groups split is for Adam and AdamW, which divide by sqrt(nu) + eps")
     for group in optimizer.groups:

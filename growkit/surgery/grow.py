@@ -50,7 +50,7 @@ def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents
         # Its rates are by group.
         files = {name: content for name, content in files.items() if name != SCHEDULER}
     return Contents(
-        config=_grown_config(source, plan),
+        config=grow_config(source, plan),
         recipes=recipes,
         lineage=[*source.lineage, entry.to_json()],
         # Adam's count corrects the bias of moments that began at zero: with new ones it begins
@@ -76,8 +76,11 @@ def _grow_optimizer(source: Source, plan: Plan, groups: str) -> Optimizer | None
     return None
 
 
-def _grown_config(source: Source, plan: Plan) -> dict[str, Any]:
-    """The grown model's config.json; fields with one entry for each layer follow the map."""
+def grow_config(source: Source, plan: Plan) -> dict[str, Any]:
+    """The grown model's config.json; fields with one entry for each layer follow the map.
+
+    Raises UsageError where the map would give a layer another kind than its source's.
+    """
     config = plan.grown.update(source.config)
     # Width changes sizes alone: fields about single layers stay.
     if "layer" not in plan.maps:

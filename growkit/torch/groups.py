@@ -53,7 +53,7 @@ def param_groups(
     source = open_source(os.fspath(directory))
     source.require_readable()
     named = _name_parameters(model, source)
-    if source.torch_optimizer is not None:
+    if source.torch_optimizer is not None and source.torch_optimizer.universal is None:
         return list(_follow_file(named, source, lr))
     if lr is None:
         raise UsageError(f"{directory} holds no optimizer.pt with learning rates: give lr")

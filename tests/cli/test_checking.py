@@ -9,11 +9,15 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from conftest import SMALL, save_checkpoint, save_directory
+from golden import words
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from growkit.checkpoint.location import open_source
 from growkit.cli import checking, run
+from growkit.cli.checked_text import choose_text
 from growkit.cli.checking import TOLERANCES, GrowthCheck, compare_functions
+from growkit.entries import Origin, Training
+from trainer.data.tokens import TokenWriter
 
 TOKENS = np.arange(12).reshape(3, 4) % 5
 
@@ -90,8 +94,8 @@ def test_what_is_computed_in_jax_is_computed_on_the_cpu(tmp_path, monkeypatch):
 
 def test_the_text_is_not_cut_by_what_is_saved_with_the_tokenizer(tmp_path):
     """With a truncation to 4 tokens, a check of 60 would be of the same 4, over and over."""
-    words = {"<unk>": 0, **{f"w{number}": number for number in range(1, 90)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    vocab = {"<unk>": 0, **{f"w{number}": number for number in range(1, 90)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     place = save_directory(tmp_path / "hf")
     tokenizer.save(str(place / "tokenizer.json"))
@@ -137,3 +141,103 @@ def test_json_names_the_device(tmp_path, capsys):
     words = ["width", "--mlp", "2x", "--check", "64", "--json", str(source), str(tmp_path / "out")]
     assert run(words) == 0
     assert json.loads(capsys.readouterr().out)["check"]["device"] == "cpu"
+
+
+@pytest.fixture
+def worded(tmp_path):
+    """A model with the tokenizer of `golden.words`, which begins no text with a token."""
+    place = save_directory(tmp_path / "hf", SMALL.change(vocab=272))
+    (place / "tokenizer.json").write_text(words.tokenizer())
+    return place
+
+
+def check_by_words(capsys, *arguments):
+    """The lines that a growth in width printed of its text and of its check, and the exit code."""
+    code = run(["width", "--mlp", "2x", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith(("text ", "check "))]
+    return code, lines, err
+
+
+def test_a_text_of_ones_own(worded, tmp_path, capsys):
+    """It implies --check; --check says of how many tokens, at most those that there are."""
+    file = tmp_path / "own.txt"
+    file.write_text("the people who were first " * 6)
+    ids = Tokenizer.from_str(words.tokenizer()).encode(file.read_text()).ids
+    code, lines, _ = check_by_words(capsys, "--check-text", file, worded, tmp_path / "out")
+    tokens = len(ids) // SMALL.context * SMALL.context
+    assert 64 < tokens < 1024 and code == 0 and len(lines) == 1 and "PRESERVED" in lines[0]
+    assert lines[0].endswith(f"({tokens} tokens of {file}, computed on the CPU)")
+    source = open_source(str(worded))
+    read = choose_text(source, 64, str(file))
+    assert read.tokens.tolist() == np.reshape(ids[:64], (2, 32)).tolist() and not read.note
+    assert choose_text(source, 20, str(file)).tokens.tolist() == [ids[:20]]
+
+
+def test_token_files_are_a_text_too(tmp_path, capsys):
+    """A model without a tokenizer can be given them."""
+    place = save_directory(tmp_path / "hf")
+    (tmp_path / "ids").mkdir()
+    with TokenWriter(tmp_path / "ids", SMALL.vocab) as writer:
+        writer.add(np.arange(70) % SMALL.vocab)
+    chosen = choose_text(open_source(str(place)), 1024, str(tmp_path / "ids"))
+    assert chosen.tokens.tolist() == (np.arange(64) % SMALL.vocab).reshape(2, 32).tolist()
+    assert chosen.words == f"tokens of {tmp_path / 'ids'}"
+
+
+def test_the_default_text_is_said_as_what_it_is(worded, tmp_path, capsys):
+    code, lines, _ = check_by_words(capsys, "--check", "64", worded, tmp_path / "out")
+    own = "--check-text takes a text of your own"
+    assert code == 0 and lines[0] == (
+        "text        tokens of Python's documentation come with Python, and the model may never "
+        f"have seen such text; {own}"
+    )
+    assert lines[1].endswith("(64 tokens of Python's documentation, computed on the CPU)")
+    (worded / "tokenizer.json").unlink()
+    chosen = choose_text(open_source(str(worded)), 64)
+    assert chosen.words == "random tokens"
+    assert chosen.note.startswith(
+        "no text, because no tokenizer of the model can be read: its loss"
+    )
+
+
+def test_the_data_of_a_model_that_the_trainer_made_are_named(worded):
+    source = open_source(str(worded))
+    config = {"schedule": {}, "data": {"train": {"/home/me/books": 1.0, "/home/me/code": 1.0}}}
+    training = Training(multipliers=False, config=config)
+    source.lineage.append(training.to_json())
+    note = choose_text(source, 64).note
+    assert "and the model was trained on other data: books, code; --check-text" in note
+    # What came before is not known.
+    origin = Origin("elsewhere", "huggingface", "0" * 64, {})
+    source.lineage[0] = Training(multipliers=False, config=config, source=origin).to_json()
+    assert "may never have seen such text" in choose_text(source, 64).note
+
+
+@pytest.mark.parametrize(
+    "content,code,said",
+    [
+        ("", 2, "own.txt has 0 tokens, and the loss of the next token takes at least 2"),
+        (None, 2, "no such file or directory: "),
+        ("\x00\x01", 1, "own.txt"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused_before_the_work(
+    content, code, said, worded, tmp_path, capsys
+):
+    file = tmp_path / "own.txt"
+    if content is not None:
+        file.write_text(content)
+    found, lines, err = check_by_words(capsys, "--check-text", file, worded, tmp_path / "out")
+    assert found == code and not lines and len(err.splitlines()) == 1 and said in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_tokenizer_takes_no_text(worded, tmp_path, capsys):
+    (worded / "tokenizer.json").unlink()
+    (tmp_path / "own.txt").write_text("the people")
+    arguments = ["--check-text", tmp_path / "own.txt", worded, tmp_path / "out"]
+    code, _, err = check_by_words(capsys, *arguments)
+    assert code == 1 and "carries no tokenizer.json" in err and len(err.splitlines()) == 1
+    code, _, err = check_by_words(capsys, "--dry-run", *arguments)
+    assert code == 2 and "--check runs the output, and --dry-run writes none" in err

@@ -11,6 +11,7 @@ import os
 import pytest
 
 from growkit.errors import UsageError
+from trainer.config.model import build_section, describe_differences
 from trainer.config.rules import Bounds, check_rules
 from trainer.config.sections import (
     Config,
@@ -359,3 +360,23 @@ def test_a_map_of_layers_is_not_read_as_a_number_to_the_base_of_60(tmp_path):
         resolve(read_values("recipe", ["grow.map=18:24", "optimizer.multipliers=off"])).grow.map
         == "18:24"
     )
+
+
+def test_sections_of_other_families_agree_in_what_they_state():
+    """A section with all keys is the source's, whichever defaults of GPT-NeoX it has."""
+    section = Model(kind="gemma2", layer=2, config={"sliding_window": 5}, **GEMMA)
+    theirs = build_section(build_architecture(section))
+    assert theirs != section
+    keys = [field.name for field in dataclasses.fields(Model)]
+    assert describe_differences(keys, section, theirs) == ""
+    other = dataclasses.replace(section, config={"sliding_window": 6})
+    found = describe_differences(keys, other, theirs)
+    assert "config.sliding_window is 6 in the one and 5 in the other" in found
+    neox = Model(layer=2, embed=16, head=4, mlp=24, vocab=64, rotary_pct=1.0)
+    stated = dataclasses.replace(neox, rotary_pct=0.25)
+    assert "rotary_pct is 0.25" in describe_differences(keys, stated, neox)
+    other = dataclasses.replace(section, rotary_pct=0.5)
+    assert "rotary_pct is 0.5" in describe_differences(keys, other, theirs)
+
+
+GEMMA = {"embed": 16, "head": 4, "kv": 2, "head_dim": 4, "mlp": 24, "vocab": 64, "context": 16}

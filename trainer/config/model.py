@@ -184,15 +184,39 @@ def _find_base(model: Architecture) -> float:
 
 
 def describe_differences(stated: Collection[str], mine: Model, theirs: Model) -> str:
-    """The stated keys in which two sections differ, in words. The context may differ, and a count
-    of 0 states nothing.
+    """The stated keys in which two sections differ, in words.
+
+    The context may differ. A count of 0 states nothing, and neither does the default of a key that
+    only GPT-NeoX has where the family is another.
     """
     words = []
     for key in stated:
         one, other = getattr(mine, key), getattr(theirs, key)
-        if key != "context" and one != other and not (key in ("kv", "head_dim") and one == 0):
+        if key == "config":
+            words += _describe_fields(mine, theirs)
+        elif key != "context" and one != other and not _states_nothing(key, one, theirs):
             words.append(f"{key} is {one} in the one and {other} in the other")
     return ", ".join(words)
+
+
+def _states_nothing(key: str, value: Any, theirs: Model) -> bool:
+    """Whether a value is the default of a key that says nothing of a model of this kind."""
+    if key in ("kv", "head_dim"):
+        return bool(value == 0)
+    return key in ELSEWHERE and theirs.kind != Model.kind and value == getattr(Model, key)
+
+
+def _describe_fields(mine: Model, theirs: Model) -> list[str]:
+    """The fields of `config` that one section states and the model of the other has otherwise."""
+    if mine.config == theirs.config:
+        return []
+    model = build_architecture(theirs)
+    whole = {**model.config(), **model.facts}
+    return [
+        f"config.{name} is {value!r} in the one and {whole.get(name)!r} in the other"
+        for name, value in mine.config.items()
+        if name not in whole or whole[name] != value
+    ]
 
 
 def check_context(model: Architecture, context: int, origin: str) -> None:

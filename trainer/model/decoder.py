@@ -29,6 +29,7 @@ from trainer.model.dropout import HiddenDropout
 from trainer.model.kinds import compute_tables, list_kinds, number_kinds
 from trainer.model.parameters import Embedding, Norm, Parameters, find_row
 from trainer.model.precision import cap
+from trainer.model.view import scan_view
 
 # What is kept of a block for the backward pass, which computes the rest again; None keeps all.
 REMAT = {
@@ -50,6 +51,9 @@ class Decoder(Parameters):
     past: the keys and values of all layers for the positions before `tokens`, which then continue
     that text; at most S positions in all, `past`'s own S. `apply(..., mutable=[KEPT])` returns
     those of `tokens` too: `find_kept`.
+
+    view: int32 [N], the layers to compute with instead of all in their order; see
+    `trainer.model.view`. Nothing is dropped or kept then.
     """
 
     dropout: Dropout = Dropout(0.0, 0.0, 0.0)
@@ -64,6 +68,7 @@ class Decoder(Parameters):
         rotary: Any = None,
         head: bool = True,
         past: Past | None = None,
+        view: jax.Array | None = None,
     ) -> jax.Array:
         common, names = self.common, self.computation
         time = tokens_BxT.shape[1] if past is None else past.keys.shape[-2]
@@ -76,13 +81,14 @@ class Decoder(Parameters):
             positions = Embedding(**common, name=names.positions)
             x_BxTxE = x_BxTxE + positions(_list_positions(tokens_BxT, past))[None]
         x_BxTxE = HiddenDropout(self.dropout.embedding)(x_BxTxE, deterministic)
-        scanned = _scan_block(self.remat, self.model.layer, past)
-        layers = scanned(
-            **common, dropout=self.dropout, kernel=self.kernel, kinds=kinds, name=names.layers
-        )
+        own = {"dropout": self.dropout, "kernel": self.kernel, "kinds": kinds, "name": names.layers}
         rotary = _select_rotary(rotary, tokens_BxT, past)
         number = jnp.asarray(numbers) if len(kinds) > 1 else None
-        x_BxTxE, _ = layers(x_BxTxE, rotary, deterministic, number, past)
+        if view is None:
+            layers = _scan_block(self.remat, self.model.layer, past)(**common, **own)
+            x_BxTxE, _ = layers(x_BxTxE, rotary, deterministic, number, past)
+        else:
+            x_BxTxE = scan_view(Block(**common, **own), x_BxTxE, rotary, number, view)
         x_BxTxE = Norm(**common, name=names.final_norm)(x_BxTxE)
         # Dividing what the head reads divides the logits.
         x_BxTxE = multiply(x_BxTxE, 1.0 / (self.model.number("logit_divisor") or 1.0))

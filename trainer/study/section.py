@@ -20,6 +20,7 @@ from typing import Any
 
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.models.architecture import Architecture
+from growkit.models.computation import LAYER_TYPES
 from trainer.config.sections import build_architecture, resolve
 from trainer.config.values import merge_values
 from trainer.run.growth import plan_growth
@@ -34,6 +35,8 @@ GROWN_SOURCE_KEYS = ("from", "share", *CHANGEABLE)
 ARM_KEYS = ("from", "learning_rates", "against", *CHANGEABLE)
 # Sizes in which a source may be smaller than the model that scratch trains.
 SOURCE_SIZES = ("layer", "embed", "head", "kv", "head_dim", "mlp")
+# Fields of config.json that a source of fewer layers states anew: they have an entry for each.
+SOURCE_FIELDS = (LAYER_TYPES,)
 # Keys of a schedule that follow from budgets and shares.
 FIXED_SCHEDULE = ("steps", "tokens", "continued")
 
@@ -156,7 +159,9 @@ def _read_source(name: str, stated: Values, base: Values, earlier: Mapping[str, 
         model = _grow_model(values, earlier[start].model, where)
         return Part(start, values, model, _read_share(stated, where))
     values = _read_own_values(stated, base, NEW_SOURCE_KEYS, where)
-    _require_section(values.get("model"), f"{where}.model", SOURCE_SIZES)
+    sizes = _require_section(values.get("model"), f"{where}.model", (*SOURCE_SIZES, "config"))
+    if "config" in sizes:
+        _require_section(sizes["config"], f"{where}.model.config", SOURCE_FIELDS)
     model = build_architecture(resolve(merge_values(base, values)).model)
     return Part(None, values, model, _read_share(stated, where))
 
@@ -255,6 +260,12 @@ def _require_target(model: Architecture, target: Architecture, where: str) -> No
             f"{where} does not end in the model that is trained from scratch: "
             f"{', '.join(different)}"
         )
+    for layer, (kind, other) in enumerate(zip(model.kinds, target.kinds, strict=True)):
+        if kind != other:
+            raise UsageError(
+                f"{where} does not end in the model that is trained from scratch: layer {layer} is "
+                f"of the kind {kind} and not {other}, because copies keep the kind of their source"
+            )
 
 
 def _require_other_arms(arms: Mapping[str, Part]) -> None:
