@@ -54,7 +54,8 @@ def _check_chunks(array: Any, what: str) -> None:
 
     A chunk is decoded as a whole, and tensorstore ends the process where there is no room for it.
     """
-    shape = array.chunk_layout.read_chunk.shape
+    # tensorstore says None for a number without dimensions.
+    shape = array.chunk_layout.read_chunk.shape or ()
     size = math.prod(shape) * array.dtype.numpy_dtype.itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fits = all(part <= max(whole, 1) for part, whole in zip(shape, array.shape, strict=True))

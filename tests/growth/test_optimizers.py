@@ -208,12 +208,16 @@ def test_what_has_no_rule_is_refused_as_dicts_too(name):
 
 
 def test_the_keys_of_plain_dicts_are_the_fields_of_optaxs_classes():
+    known = 0
     modules = [module for name, module in sys.modules.items() if name.startswith("optax.")]
     for keys, kind in optimizers.KEYS.items():
         name = "EmaState" if kind == optimizers.AVERAGE else kind
         found = {getattr(module, name)._fields for module in modules if hasattr(module, name)}
-        assert [set(fields) for fields in found] == [set(keys)], kind
+        # Older versions of optax lack some of them.
+        assert [set(fields) for fields in found] in ([set(keys)], []), kind
         assert kind in optimizers.FIELDS or kind in optimizers.REASONS
+        known += len(found)
+    assert known >= len(optimizers.KEYS) - 2
 
 
 CHAINED = {
