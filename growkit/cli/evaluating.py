@@ -173,7 +173,9 @@ def open_model(text: str) -> Model:
 
 def _choose_window(models: list[Model]) -> int:
     """The shortest context: all models read the same number of tokens, so figures compare."""
-    contexts = {model.source.model.context for model in models}
+    from growkit.cli.checking import choose_length
+
+    contexts = {choose_length(model.source.model) for model in models}
     window = min(contexts)
     if len(contexts) > 1:
         _say(f"note: contexts differ, so every model reads at most {window} tokens")

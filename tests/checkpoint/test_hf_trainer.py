@@ -62,6 +62,11 @@ def test_it_is_opened_with_its_moments(trained):
     assert set(source.files) == {*BESIDE, *TRAINING} and not source.notes
 
 
+def test_inspect_names_its_kind_in_words(trained, capsys):
+    assert run(["inspect", str(trained)]) == 0
+    assert f"{trained} (checkpoint of transformers' Trainer)" in capsys.readouterr().out
+
+
 def test_depth_writes_what_torch_reads(trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(depth(trained, out)) == 0
