@@ -25,6 +25,7 @@ import numpy as np
 from growkit.checkpoint.carried import LIMIT, find_outside
 from growkit.checkpoint.files import read_json, read_regular
 from growkit.checkpoint.fill import Progress, collect_jobs, fill
+from growkit.checkpoint.hashes import Hashed
 from growkit.checkpoint.huggingface import (
     SHARD,
     begin_shards,
@@ -36,7 +37,7 @@ from growkit.checkpoint.huggingface import (
 )
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.optimizer import STEP, Optimizer, ReadOptimizer, Scalar, read_optimizer
-from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_tensor, wrap_array
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, wrap_array
 from growkit.checkpoint.torch_pickle import Stored
 from growkit.checkpoint.torch_zip import TorchWriter, open_torch_file
 from growkit.errors import GrowkitError
@@ -69,15 +70,7 @@ def open_trained(path: Path) -> Source:
         step = _read_step(path, found.optimizer)
     except GrowkitError as problem:
         return _open_without(path, str(problem))
-    slots = source.tensors | found.slots
-    named = {_stated_name(slot, name): each[name] for slot, each in slots.items() for name in each}
-    # The tensors that have a hash on record are others from here on: they are hashed as they are
-    # read.
-    hashed = find_hashes(path, read_lineage(path), named)
-    tensors = {
-        slot: {name: named[_stated_name(slot, name)] for name in each}
-        for slot, each in slots.items()
-    }
+    hashed, tensors = find_slot_hashes(path, source.tensors | found.slots)
     read_others = source.read_files
     return replace(
         source,
@@ -89,6 +82,22 @@ def open_trained(path: Path) -> Source:
         torch_optimizer=found.optimizer,
         hashed=hashed,
     )
+
+
+def find_slot_hashes(
+    path: Path, slots: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[Hashed | None, dict[str, dict[str, Tensor]]]:
+    """The hashes on record of the tensors of all slots, and the tensors, now hashed as they are
+    read.
+    """
+    named = {_stated_name(slot, name): each[name] for slot, each in slots.items() for name in each}
+    # The tensors that have a hash on record are others from here on.
+    hashed = find_hashes(path, read_lineage(path), named)
+    tensors = {
+        slot: {name: named[_stated_name(slot, name)] for name in each}
+        for slot, each in slots.items()
+    }
+    return hashed, tensors
 
 
 def _stated_name(slot: str, name: str) -> str:

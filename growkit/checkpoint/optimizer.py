@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.tensor import Tensor
@@ -78,8 +79,9 @@ class Optimizer:
     entries: slot -> the name of its entry. locations: slot -> the device that it was saved from.
     steps: parameter -> its step, a number or a `Scalar`; empty for an optimizer that keeps none.
     wrapper: the entry that holds the moments, empty where they are entries themselves. schedule:
-    the value of scheduler.pt where it is there and plain, else None. universal: what else
-    DeepSpeed's universal checkpoint holds, where the optimizer is of one.
+    the value of scheduler.pt where it is there and plain, else None. named: whether parameters are
+    keyed by name, so that their order says nothing. universal: what else DeepSpeed's universal
+    checkpoint holds, where the optimizer is of one.
     """
 
     groups: tuple[Group, ...]
@@ -88,6 +90,7 @@ class Optimizer:
     steps: Mapping[str, Any]
     wrapper: str = ""
     schedule: Mapping[str, Any] | None = None
+    named: bool = False
     universal: Universal | None = None
 
     @property
@@ -118,7 +121,7 @@ def read_optimizer(file: TorchFile, model: Architecture) -> ReadOptimizer:
     packed, groups = _split(file)
     state = _unwrap(packed)
     wrapper = "" if state is packed else WRAPPER
-    entries = _find_entries(file, state)
+    entries = find_entries(file.path, state)
     numbers = [group["params"] for group in groups]
     shapes = _list_shapes(file, state, entries, numbers)
     names = _assign(file, model, groups, shapes)
@@ -195,8 +198,11 @@ def _split(file: TorchFile) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
     return state, groups
 
 
-def _find_entries(file: TorchFile, state: Mapping[Any, Any]) -> dict[str, str]:
-    """Entry -> slot, the same for all parameters. Raises GrowkitError for an unknown optimizer."""
+def find_entries(path: Path, state: Mapping[Any, Any]) -> dict[str, str]:
+    """Entry -> slot, the same for all parameters. Raises GrowkitError for an unknown optimizer.
+
+    state: parameter -> its entries.
+    """
     kinds = {
         tuple(sorted(key for key in entry if key != STEP)) if isinstance(entry, Mapping) else ()
         for entry in state.values()
@@ -204,14 +210,14 @@ def _find_entries(file: TorchFile, state: Mapping[Any, Any]) -> dict[str, str]:
     keys = {key for kind in kinds for key in kind}
     for key, reason in REASONS.items():
         if key in keys:
-            raise GrowkitError(f"{file.path} cannot grow: {reason}; growkit grows {SUPPORTED}")
+            raise GrowkitError(f"{path} cannot grow: {reason}; growkit grows {SUPPORTED}")
     if len(kinds) == 1:
         for entries in ENTRIES:
             if entries.keys() == keys:
                 return entries
     listed = ", ".join(sorted(map(str, keys))) or "nothing"
     raise GrowkitError(
-        f"{file.path} is of an optimizer that growkit does not know, which keeps {listed}; it grows"
+        f"{path} is of an optimizer that growkit does not know, which keeps {listed}; it grows"
         f" {SUPPORTED}"
     )
 

@@ -119,6 +119,20 @@ class Inert:
         """Nothing: entries of what was a list are left out."""
 
 
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A class or a function of a module, or what it makes, for the writer.
+
+    arguments: what it is called with; None where it is not called. state: what is given to an empty
+    instance of the class; None for none.
+    """
+
+    module: str
+    name: str
+    arguments: tuple[Any, ...] | None = None
+    state: Any = None
+
+
 class Foreign(Exception):
     """A pickle names what a state dict has no use for."""
 
@@ -128,15 +142,20 @@ def refuse_all(name: str) -> bool:
     return False
 
 
-def read_pickle(data: bytes, skipped: Callable[[str], bool] = refuse_all) -> Any:
+def read_pickle(
+    data: bytes,
+    skipped: Callable[[str], bool] = refuse_all,
+    known: Mapping[tuple[str, str], Any] | None = None,
+) -> Any:
     """The value of a pickle, with `Stored` in the place of tensors.
 
     skipped: whether objects of a class, called MODULE.NAME, are passed over; an `Inert` stands in
-    their place. Raises Foreign, with the name, for any other class or function that no state dict
-    needs, and GrowkitError for what is no pickle.
+    their place. known: (module, name) -> what stands for it, where that is not what a state dict
+    needs. Raises Foreign, with the name, for any other class or function, and GrowkitError for what
+    is no pickle.
     """
     try:
-        return _Reader(io.BytesIO(data), skipped).load()
+        return _Reader(io.BytesIO(data), skipped, KNOWN if known is None else known).load()
     except Foreign:
         raise
     except MALFORMED as problem:
@@ -146,14 +165,18 @@ def read_pickle(data: bytes, skipped: Callable[[str], bool] = refuse_all) -> Any
 class _Reader(pickle.Unpickler):
     """An unpickler that finds records in the place of classes, and nothing else."""
 
-    def __init__(self, file: io.BytesIO, skipped: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        file: io.BytesIO,
+        skipped: Callable[[str], bool],
+        known: Mapping[tuple[str, str], Any],
+    ) -> None:
         super().__init__(file)
         self.skipped = skipped
+        self.known = known
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return _Dtype(STORAGES[name])
-        known = KNOWN.get((module, name))
+        known = self.known.get((module, name))
         if known is not None:
             return known
         called = f"{module}.{name}"
@@ -189,20 +212,22 @@ def _rebuild_parameter(data: Any, *rest: Any) -> Stored:
     return data
 
 
-def _make_tuple(values: Any = ()) -> tuple[Any, ...]:
+def make_tuple(values: Any = ()) -> tuple[Any, ...]:
+    """What torch.Size is given, as a tuple."""
     return tuple(values)
 
 
-KNOWN = {
+KNOWN: Mapping[tuple[str, str], Any] = {
+    **{("torch", name): _Dtype(dtype) for name, dtype in STORAGES.items()},
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): _make_tuple,
+    ("torch", "Size"): make_tuple,
 }
 
 
 def write_pickle(value: Any) -> bytes:
-    """The pickle of a value of dicts, lists, tuples, numbers, texts, None and `Stored`.
+    """The pickle of a value of dicts, lists, tuples, numbers, texts, None, `Stored`, `Instance`.
 
     Raises GrowkitError for anything else.
     """
@@ -235,12 +260,26 @@ def _write(value: Any, parts: list[bytes]) -> None:
         parts.append(b"t")
     elif kind is Stored:
         _write_tensor(value, parts)
+    elif kind is Instance:
+        _write_instance(value, parts)
     else:
         _refuse(value)
 
 
 def _refuse(value: Any) -> NoReturn:
     raise GrowkitError(f"a state dict holds a {type(value).__name__}, which growkit does not write")
+
+
+def _write_instance(instance: Instance, parts: list[bytes]) -> None:
+    parts.append(f"c{instance.module}\n{instance.name}\n".encode())
+    if instance.arguments is not None:
+        _write(instance.arguments, parts)
+        parts.append(b"R")
+    elif instance.state is not None:
+        # An empty instance, then its state.
+        parts.append(b")\x81")
+        _write(instance.state, parts)
+        parts.append(b"b")
 
 
 def _write_tensor(tensor: Stored, parts: list[bytes]) -> None:

@@ -173,7 +173,7 @@ def require_checkable(source: Source, tokens: int = TOKENS) -> None:
     from convert.reference import require_transformers
 
     require_transformers()
-    if source.kind == "checkpoint":
+    if source.kind in ("checkpoint", "dcp"):
         raise UsageError(
             f"--check runs a {source.model.kind} model in transformers, which reads no "
             f"{KINDS[source.kind]}"

@@ -17,12 +17,13 @@ KINDS = {
     "checkpoint": "trainer checkpoint",
     "huggingface": "Hugging Face directory",
     "hf_trainer": "checkpoint of transformers' Trainer",
+    "dcp": "distributed checkpoint of PyTorch",
     "universal": "universal checkpoint of DeepSpeed",
     "olmo": "checkpoint of OLMo",
     "neox": "checkpoint of gpt-neox",
 }
 # Source kinds that PyTorch trains on.
-TORCH = ("hf_trainer", "universal")
+TORCH = ("hf_trainer", "universal", "dcp")
 NOT_PRESERVED = (
     "not preserved: each copied layer adds its output once more, so the loss rises until training "
     "recovers it"
@@ -251,6 +252,8 @@ def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str)
     matched = f"multiplies learning rates {factors}, eps, decay and clip weights to match"
     if source.kind not in TORCH:
         return f"growkit.torch.param_groups {matched}"
+    if source.kind == "dcp":
+        return f"training would continue exactly as the source's if the optimizer {matched}"
     if groups == "split":
         return f"{exact}the split {matched}"
     return f"training would continue exactly as the source's with --groups split, which {matched}"
@@ -271,6 +274,8 @@ def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     """The command that trains the result."""
     if source.kind == "universal":
         return f"DeepSpeed's load_checkpoint({str(out)!r}) with load_universal (docs/pytorch.md)"
+    if source.kind == "dcp":
+        return f"load {out} where the source was loaded, into a model of {out}/config.json"
     if source.kind in TORCH:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if source.model.family.given:

@@ -63,6 +63,7 @@ def average_checkpoints(
         files=last.files,
         torch_optimizer=last.torch_optimizer,
         around=_average_around(sources, shares),
+        distributed=last.distributed,
     )
 
 

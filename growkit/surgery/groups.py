@@ -56,7 +56,7 @@ def grow_groups(optimizer: Optimizer, plan: Plan, layout: str = "keep", step: in
     if factors is None:
         members = {(number, Factors()): [] for number in range(len(optimizer.groups))}
     steps = {}
-    for name, row in list_defined(plan.grown):
+    for name, row in _list_parameters(optimizer, plan):
         origin = find_origin(plan, row, name)
         key = (place[origin], factors[name] if factors else Factors())
         members.setdefault(key, []).append(name)
@@ -73,6 +73,13 @@ def grow_groups(optimizer: Optimizer, plan: Plan, layout: str = "keep", step: in
     if factors is not None:
         schedule = _split_schedule(optimizer, [key for key, _ in ordered])
     return replace(optimizer, groups=tuple(groups), steps=steps, schedule=schedule)
+
+
+def _list_parameters(optimizer: Optimizer, plan: Plan) -> list[tuple[str, Row]]:
+    """(name, row) of the grown model's parameters, in the order in which torch numbers them."""
+    if optimizer.named:
+        return [(name, row) for name, row, _ in plan.grown.table.names(plan.grown.sizes)]
+    return list_defined(plan.grown)
 
 
 def check_layout(layout: str) -> None:

@@ -39,7 +39,7 @@ def explain_panics(where: str) -> Iterator[None]:
 @cache
 def _open_held() -> IO[bytes]:
     """Where standard error goes while it is held back."""
-    held = tempfile.TemporaryFile()
+    held = tempfile.TemporaryFile()  # noqa: SIM115, because it stays open until the end
     atexit.register(held.close)
     return held
 
