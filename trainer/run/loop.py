@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import jax
 
-from growkit.checkpoint.files import is_remote
 from growkit.errors import GrowkitError
 from trainer.log.history import EARLIER
 from trainer.log.report import Report, Result, Show
@@ -381,8 +380,7 @@ class Run:
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
-        if is_remote(self.directory.path):
-            self.history.flush()
+        self.history.secure(self.setup.trust.sync)
         snapshot = self.snapshot()
         saved = self.checkpoints.save(self.step, snapshot)
         self.saved_at = time.monotonic()
