@@ -325,6 +325,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
         yield from _read_lines(path, file)
 
 
+# Its earlier name, which scripts of users import.
+rows_of = read_rows
+
+
 def _read_lines(path: Path, file: BufferedReader) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(file, 1):
         where = f"{path}, line {number}"
