@@ -1,7 +1,7 @@
 """Growth on disk compared with copying a file of the same size, and with other programs that grow.
 
     python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM]
-                                 [--alone] [--only huggingface|checkpoint|hf_trainer|scale]
+                                 [--alone] [--only huggingface|checkpoint|hf_trainer|dcp|scale]
 
 Expect, compared with `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy, on
 directories and on checkpoints of both trainers alike; an average of two in 1.0 to 1.8 times; 20 to
@@ -25,6 +25,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -39,6 +40,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from growkit.checkpoint.dcp_layout import Distributed
+from growkit.checkpoint.dcp_names import Spelling
 from growkit.checkpoint.huggingface import read_header
 from growkit.checkpoint.location import write_output
 from growkit.checkpoint.optimizer import Group, Optimizer, Scalar, list_undecayed
@@ -51,6 +54,7 @@ from growkit.models.gpt_neox import GPT_NEOX
 COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
 UNSYNCED = ("--no-sync",)
+KINDS = ("huggingface", "checkpoint", "hf_trainer", "dcp", "scale")
 # 18 layers of embed 1536, untied: 0.66B parameters. The other sizes keep the proportions.
 MODEL = GPT_NEOX.model(
     layer=18, embed=1536, head=12, mlp=6144, vocab=50304, context=1024, rotary_pct=0.25, tied=False
@@ -92,8 +96,9 @@ def build(path: Path, model: Architecture, kind: str, dtype: np.dtype, seed: int
     if kind != "huggingface":
         # Negative second moments would be counted one by one, and told.
         slots |= {"mu": signed, "nu": squares}
-    optimizer = make_optimizer(model) if kind == "hf_trainer" else None
-    contents = Contents(model.config(), slots, [], torch_optimizer=optimizer)
+    optimizer = make_optimizer(model) if kind in ("hf_trainer", "dcp") else None
+    layout = make_layout(model) if kind == "dcp" else None
+    contents = Contents(model.config(), slots, [], torch_optimizer=optimizer, distributed=layout)
     write_output(path, kind, contents)
     return path
 
@@ -113,6 +118,13 @@ def make_optimizer(model: Architecture) -> Optimizer:
         locations={"mu": "cpu", "nu": "cpu"},
         steps=dict.fromkeys(names, Scalar("float32", "cpu", 1000.0)),
     )
+
+
+def make_layout(model: Architecture) -> Distributed:
+    """Keys model.NAME and optimizer.state.NAME.exp_avg, the table's names as they are."""
+    templates = {row.name: re.sub(r"\{\w+\}", "{}", row.name) for row in model.table.rows}
+    spelling = Spelling({}, templates, {})
+    return Distributed(("", ""), ("model",), ("optimizer",), False, spelling, {})
 
 
 def repeat_noise(shape: tuple[int, ...], noise: np.ndarray) -> Recipe:
@@ -386,7 +398,7 @@ def parse_options() -> argparse.Namespace:
         "--mergekit", default=shutil.which("mergekit-yaml"), help="its mergekit-yaml program"
     )
     parser.add_argument("--alone", action="store_true", help="leave transformers and mergekit out")
-    parser.add_argument("--only", choices=("huggingface", "checkpoint", "hf_trainer", "scale"))
+    parser.add_argument("--only", choices=KINDS)
     return parser.parse_args()
 
 
@@ -397,7 +409,7 @@ def main() -> None:
         bench = Bench(Path(name), options.rounds, options.mergekit, not options.alone)
         if options.only in (None, "huggingface"):
             compare_kind("huggingface", model, bench)
-        for kind in ("checkpoint", "hf_trainer"):
+        for kind in ("checkpoint", "hf_trainer", "dcp"):
             if options.only in (None, kind):
                 # A checkpoint holds every parameter three times: a third of the layers, tied, makes
                 # about as many bytes.

@@ -39,13 +39,23 @@ class Around:
     """What lies around a text decoder.
 
     config: the whole config.json. family: of the decoder. places: row -> how its names begin in the
-    table and in files. others: every other tensor, by its name in files.
+    table and in files. others: every other tensor, by its name in files. made: recipes of those of
+    them that are not copied.
     """
 
     config: Mapping[str, Any]
     family: Family
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    made: Mapping[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """What a user should know of such a model."""
+        return (
+            f"the text decoder of a larger model: growth carries the {len(self.others)} tensors "
+            "around it along as they are; training, import and export take the decoder alone"
+        )
 
     def write_config(self, text: Mapping[str, Any]) -> dict[str, Any]:
         """The whole config.json around a decoder's."""
@@ -58,9 +68,10 @@ class Around:
         return outer | ({TIE: text[TIE]} if TIE in self.config and TIE in text else {})
 
     def write_recipes(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
-        """The decoder's tensors under their names in files, and copies of all others."""
+        """The decoder's tensors under their names in files, and all others, copied or made."""
         named = {self.name_in_files(name): recipe for name, recipe in recipes.items()}
-        return named | {name: copy_tensor(tensor) for name, tensor in self.others.items()}
+        copied = {name: copy_tensor(tensor) for name, tensor in self.others.items()}
+        return named | copied | dict(self.made)
 
     def name_in_files(self, name: str) -> str:
         """What files call a parameter of the table."""

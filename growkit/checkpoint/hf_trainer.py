@@ -25,6 +25,7 @@ import numpy as np
 from growkit.checkpoint.carried import LIMIT, find_outside
 from growkit.checkpoint.files import read_json, read_regular
 from growkit.checkpoint.fill import Progress, collect_jobs, fill
+from growkit.checkpoint.hashes import Hashed
 from growkit.checkpoint.huggingface import (
     SHARD,
     begin_shards,
@@ -36,7 +37,7 @@ from growkit.checkpoint.huggingface import (
 )
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.optimizer import STEP, Optimizer, ReadOptimizer, Scalar, read_optimizer
-from growkit.checkpoint.tensor import Contents, Recipe, Source, copy_tensor, wrap_array
+from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, wrap_array
 from growkit.checkpoint.torch_pickle import Stored
 from growkit.checkpoint.torch_zip import TorchWriter, open_torch_file
 from growkit.errors import GrowkitError
@@ -69,26 +70,38 @@ def open_trained(path: Path) -> Source:
         step = _read_step(path, found.optimizer)
     except GrowkitError as problem:
         return _open_without(path, str(problem))
-    slots = source.tensors | found.slots
-    named = {_stated_name(slot, name): each[name] for slot, each in slots.items() for name in each}
-    # The tensors that have a hash on record are others from here on: they are hashed as they are
-    # read.
-    hashed = find_hashes(path, read_lineage(path), named)
-    tensors = {
-        slot: {name: named[_stated_name(slot, name)] for name in each}
-        for slot, each in slots.items()
-    }
+    hashed, tensors = find_slot_hashes(path, source.tensors | found.slots)
     read_others = source.read_files
     return replace(
         source,
         kind=KIND,
         tensors=tensors,
         weights=[*source.weights, path / OPTIMIZER],
-        record={"step": step, "schedule_step": step, "count": found.optimizer.count},
+        record={
+            "step": step,
+            "schedule_step": _find_place(found.optimizer, step),
+            "count": found.optimizer.count,
+        },
         read_files=lambda: read_others() | {n: read_regular(path / n, LIMIT) for n in files},
         torch_optimizer=found.optimizer,
         hashed=hashed,
     )
+
+
+def find_slot_hashes(
+    path: Path, slots: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[Hashed | None, dict[str, dict[str, Tensor]]]:
+    """The hashes on record of the tensors of all slots, and the tensors, now hashed as they are
+    read.
+    """
+    named = {_stated_name(slot, name): each[name] for slot, each in slots.items() for name in each}
+    # The tensors that have a hash on record are others from here on.
+    hashed = find_hashes(path, read_lineage(path), named)
+    tensors = {
+        slot: {name: named[_stated_name(slot, name)] for name in each}
+        for slot, each in slots.items()
+    }
+    return hashed, tensors
 
 
 def _stated_name(slot: str, name: str) -> str:
@@ -104,7 +117,7 @@ def _is_training(path: Path, file: Path) -> bool:
 def _open_without(path: Path, problem: str) -> Source:
     """The model alone, which knows why its optimizer is not read."""
     source = open_directory(path)
-    refusal = f"{problem}; to grow the model without its optimizer, move {OPTIMIZER} elsewhere"
+    refusal = f"{problem}; to take the model without its optimizer, move {OPTIMIZER} elsewhere"
     return replace(source, refusal=refusal, notes=(*source.notes, problem))
 
 
@@ -148,6 +161,20 @@ def _read_step(path: Path, optimizer: Optimizer) -> int:
     state = read_json(path / STATE, LIMIT)
     step = state.get("global_step") if isinstance(state, dict) else None
     return step if type(step) is int and step >= 0 else optimizer.count
+
+
+def _find_place(optimizer: Optimizer, step: int) -> int:
+    """How many updates of its schedule were taken, as growkit's trainer counts them.
+
+    That trainer's update after `step` others takes the rate of step + 1, transformers' that of
+    `last_epoch`, so that its first one stands still in a warm-up.
+    """
+    schedule = optimizer.schedule or {}
+    last = schedule.get("last_epoch")
+    # A schedule by plateaus counts evaluations, and has no base_lrs.
+    if type(last) is int and 0 < last < 1 << 31 and "base_lrs" in schedule:
+        return last - 1
+    return max(step - 1, 0)
 
 
 def write_trained(

@@ -139,11 +139,7 @@ def _read_tensors(
         return replace(named, config=config | named.config), None, named.tensors
     own, around = split_tensors(tensors, model, config)
     named = name_tensors(own, keep_width(model, around), text, path)
-    note = (
-        f"the text decoder of a larger model: growth carries the {len(around.others)} tensors "
-        "around it along as they are; training, import and export take the decoder alone"
-    )
-    named = replace(named, config=text | named.config, notes=(*named.notes, note))
+    named = replace(named, config=text | named.config, notes=(*named.notes, around.note))
     return named, around, tensors
 
 

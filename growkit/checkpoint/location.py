@@ -1,7 +1,7 @@
 """Find and open the model a user names, and write a model in either format.
 
 SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run
-directory (its last checkpoint), RUN@STEP or RUN@best.
+directory (its last checkpoint), RUN@STEP or RUN@best, or a checkpoint of gpt-neox or OLMo.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from growkit.checkpoint.dcp import is_distributed, open_distributed
+from growkit.checkpoint.dcp_write import write_distributed
 from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.fill import Progress
 from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, write_trained
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
+from growkit.checkpoint.neox import is_neox_directory, open_neox
 from growkit.checkpoint.numbers import Findings
+from growkit.checkpoint.olmo import is_olmo_directory, open_olmo
 from growkit.checkpoint.orbax import (
     FINISHED,
     META,
@@ -31,11 +35,17 @@ from growkit.checkpoint.orbax import (
 from growkit.checkpoint.output import check_output, commit_output, find_left
 from growkit.checkpoint.remote import check_free, download, explain_failures, upload
 from growkit.checkpoint.tensor import Contents, Source
+from growkit.checkpoint.universal import is_universal_directory, open_universal
+from growkit.checkpoint.universal_output import write_universal
 from growkit.checkpoint.unsuited import refuse_file
 from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
 
 # The directory of a run that holds its checkpoints, one directory for each step.
 CHECKPOINTS = "checkpoints"
+# OLMo-core's directory of the model and the optimizer in a checkpoint.
+OLMO = "model_and_optim"
+# Names of checkpoints of other trainers: transformers' Trainer's, torchtitan's, OLMo-core's.
+NUMBERED = re.compile(r"(?:checkpoint-|step-?)(\d+)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights, and what `growkit.checkpoint.carried` carries.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICEN*", "NOTICE*"]
@@ -48,12 +58,21 @@ def open_source(text: str) -> Source:
     """
     path = locate(text)
     here = download(path) if is_remote(path) else path
+    _refuse_outer(here)
     if is_checkpoint(here):
         source = open_checkpoint(here)
+    elif is_distributed(here):
+        source = open_distributed(here)
+    elif is_universal_directory(here):
+        source = open_universal(here)
     elif is_trained_directory(here):
         source = open_trained(here)
     elif is_directory(here):
         source = open_directory(here)
+    elif is_olmo_directory(here):
+        source = open_olmo(here)
+    elif is_neox_directory(here):
+        source = open_neox(here)
     else:
         if not is_remote(here):
             refuse_file(here)
@@ -64,6 +83,16 @@ def open_source(text: str) -> Source:
         )
     source.path = path
     return source
+
+
+def _refuse_outer(path: Path) -> None:
+    """Raise GrowkitError for OLMo-core's directory around the checkpoint itself."""
+    inner = path / OLMO
+    if is_distributed(inner) and not is_distributed(path):
+        raise GrowkitError(
+            f"{path} is a checkpoint of OLMo-core, and what grows is within: did you mean "
+            f"{str(inner)!r}?"
+        )
 
 
 def locate(text: str) -> Any:
@@ -116,14 +145,12 @@ def _may_be_hub_id(text: str) -> bool:
 
 
 def _suggest_trainer_checkpoint(path: Any) -> str:
-    """A clause that names the last checkpoint in the output_dir of transformers' Trainer."""
+    """A clause that names the last checkpoint in the output directory of another trainer."""
     if is_remote(path) or not path.is_dir():
         return ""
-    found = [each for each in path.glob("checkpoint-*") if each.name[11:].isdecimal()]
-    if not found:
-        return ""
-    last = max(found, key=lambda each: int(each.name[11:]))
-    return f"; did you mean {str(last)!r}?"
+    matches = [(NUMBERED.fullmatch(each.name), each) for each in path.iterdir()]
+    found = [(int(match[1]), str(each)) for match, each in matches if match]
+    return f"; did you mean {max(found)[1]!r}?" if found else ""
 
 
 def _suggest_sibling(path: Path) -> str:
@@ -247,10 +274,10 @@ def write_output(
 ) -> Findings:
     """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
 
-    kind: 'huggingface', 'hf_trainer' or 'checkpoint'. progress: told the number of bytes after each
-    piece. shard: the most bytes of weights in one file of a Hugging Face directory. Returns what
-    was found in the numbers. Raises GrowkitError for a source whose bytes are not those that were
-    written.
+    kind: 'huggingface', 'hf_trainer', 'dcp', 'universal' or 'checkpoint'. progress: told the number
+    of bytes after each piece. shard: the most bytes of weights in one file of a Hugging Face
+    directory, of anything in one file of a distributed checkpoint. Returns what was found in the
+    numbers. Raises GrowkitError for a source whose bytes are not those that were written.
     """
     care = care or Care()
     check_writable(out, sources, force)
@@ -283,4 +310,8 @@ def _write_kind(
         return write_checkpoint(path, contents, progress)
     if kind == "hf_trainer":
         return write_trained(path, contents, progress, shard)
+    if kind == "dcp":
+        return write_distributed(path, contents, progress, shard)
+    if kind == "universal":
+        return write_universal(path, contents, progress, shard)
     return write_directory(path, contents, progress, shard)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.tensor import Tensor
 from growkit.checkpoint.torch_pickle import Stored
@@ -21,6 +22,9 @@ from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.definition import list_defined
 from growkit.models.notation import Row
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.universal import Universal
 
 # The entries of a parameter's state, and the slots that hold them: of Adam and AdamW, of AMSGrad,
 # of Lion, of SGD with momentum and Muon, and of bitsandbytes' Adam in 32 bits.
@@ -75,7 +79,9 @@ class Optimizer:
     entries: slot -> the name of its entry. locations: slot -> the device that it was saved from.
     steps: parameter -> its step, a number or a `Scalar`; empty for an optimizer that keeps none.
     wrapper: the entry that holds the moments, empty where they are entries themselves. schedule:
-    the value of scheduler.pt where it is there and plain, else None.
+    the value of scheduler.pt where it is there and plain, else None. named: whether parameters are
+    keyed by name, so that their order says nothing. universal: what else DeepSpeed's universal
+    checkpoint holds, where the optimizer is of one.
     """
 
     groups: tuple[Group, ...]
@@ -84,6 +90,8 @@ class Optimizer:
     steps: Mapping[str, Any]
     wrapper: str = ""
     schedule: Mapping[str, Any] | None = None
+    named: bool = False
+    universal: Universal | None = None
 
     @property
     def count(self) -> int:
@@ -113,7 +121,7 @@ def read_optimizer(file: TorchFile, model: Architecture) -> ReadOptimizer:
     packed, groups = _split(file)
     state = _unwrap(packed)
     wrapper = "" if state is packed else WRAPPER
-    entries = _find_entries(file, state)
+    entries = find_entries(file.path, state)
     numbers = [group["params"] for group in groups]
     shapes = _list_shapes(file, state, entries, numbers)
     names = _assign(file, model, groups, shapes)
@@ -174,6 +182,11 @@ def _split(file: TorchFile) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
         raise GrowkitError(wrong)
     for group in groups:
         numbers = group.get("params") if isinstance(group, Mapping) else None
+        if isinstance(numbers, list) and numbers and isinstance(numbers[0], str):
+            raise GrowkitError(
+                f"{file.path} keys parameters by name, as FSDP's full state dicts do; growkit reads"
+                " numbers: FSDP.rekey_optim_state_dict gives them"
+            )
         if not isinstance(numbers, list) or not all(type(each) is int for each in numbers):
             raise GrowkitError(f"{file.path}: a parameter group without the numbers of parameters")
     numbers = [number for group in groups for number in group["params"]]
@@ -190,8 +203,11 @@ def _split(file: TorchFile) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
     return state, groups
 
 
-def _find_entries(file: TorchFile, state: Mapping[Any, Any]) -> dict[str, str]:
-    """Entry -> slot, the same for all parameters. Raises GrowkitError for an unknown optimizer."""
+def find_entries(path: Path, state: Mapping[Any, Any]) -> dict[str, str]:
+    """Entry -> slot, the same for all parameters. Raises GrowkitError for an unknown optimizer.
+
+    state: parameter -> its entries.
+    """
     kinds = {
         tuple(sorted(key for key in entry if key != STEP)) if isinstance(entry, Mapping) else ()
         for entry in state.values()
@@ -199,14 +215,14 @@ def _find_entries(file: TorchFile, state: Mapping[Any, Any]) -> dict[str, str]:
     keys = {key for kind in kinds for key in kind}
     for key, reason in REASONS.items():
         if key in keys:
-            raise GrowkitError(f"{file.path} cannot grow: {reason}; growkit grows {SUPPORTED}")
+            raise GrowkitError(f"{path} cannot grow: {reason}; growkit grows {SUPPORTED}")
     if len(kinds) == 1:
         for entries in ENTRIES:
             if entries.keys() == keys:
                 return entries
     listed = ", ".join(sorted(map(str, keys))) or "nothing"
     raise GrowkitError(
-        f"{file.path} is of an optimizer that growkit does not know, which keeps {listed}; it grows"
+        f"{path} is of an optimizer that growkit does not know, which keeps {listed}; it grows"
         f" {SUPPORTED}"
     )
 
@@ -246,6 +262,12 @@ def _assign(
     defined = list_defined(model)
     wanted = {name: row.shape(model.sizes) for name, row in defined}
     numbers = [list(group["params"]) for group in groups]
+    longest = max(shape[0] for shape in wanted.values())
+    if all(len(shape) == 1 for shape in shapes.values()) and max(shapes.values())[0] > longest:
+        raise GrowkitError(
+            f"{file.path} has flat moments, one for all parameters of a module, as FSDP 1 keeps "
+            "them: save it by FSDP.optim_state_dict, or train with use_orig_params=True"
+        )
     if len(shapes) != len(defined):
         raise GrowkitError(
             f"{file.path} has the moments of {len(shapes)} parameters, and the model has "

@@ -21,7 +21,7 @@ from growkit.checkpoint.orbax import COMMITTED
 from growkit.errors import GrowkitError, UsageError, first_line
 
 # Without these a directory does not load in growkit, Orbax or transformers. Uploaded in this order.
-LAST = ("_METADATA", COMMITTED, "_CHECKPOINT_METADATA", INDEX, "config.json")
+LAST = ("_METADATA", COMMITTED, "_CHECKPOINT_METADATA", INDEX, "config.json", ".metadata")
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 # Bytes copied at once.
 PIECE = 16 << 20

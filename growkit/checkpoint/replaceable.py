@@ -22,6 +22,10 @@ MODEL_FILE = re.compile(
     re.IGNORECASE,
 )
 CHECKPOINT = "_CHECKPOINT_METADATA"
+# PyTorch's distributed checkpoints, and the directories of accelerate's.
+DISTRIBUTED = ".metadata"
+FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
+DISTRIBUTED_FILE = re.compile(r"\.metadata|__\d+_\d+\.distcp|.*\.pkl")
 # A few kilobytes of a run's configuration say what it is.
 HEAD = 65536
 
@@ -44,10 +48,22 @@ def _check_model(names: Mapping[str, Path]) -> str:
     config = _read(names["config.json"])
     if not isinstance(config, dict) or not {"model_type", "architectures"} & config.keys():
         return "has a config.json that describes no model"
+    if FOLDERS[0] in names and (names[FOLDERS[0]] / DISTRIBUTED).is_file():
+        return _check_distributed({n: path for n, path in names.items() if n not in FOLDERS})
     # A config.json alone could be any transformers project's.
     if not any(name.endswith(".safetensors") for name in names):
         return "holds no .safetensors file"
     return _find_other(names, lambda name: is_carried_name(name) or MODEL_FILE.fullmatch(name))
+
+
+def _check_distributed(names: Mapping[str, Path]) -> str:
+    def is_own(name: str) -> bool:
+        patterns = (MODEL_FILE, DISTRIBUTED_FILE)
+        return is_carried_name(name) or any(each.fullmatch(name) for each in patterns)
+
+    if DISTRIBUTED in names and not any(name.endswith(".distcp") for name in names):
+        return "holds no .distcp file"
+    return _find_other(names, is_own)
 
 
 def _check_checkpoint(names: Mapping[str, Path]) -> str:
@@ -71,6 +87,7 @@ def _check_run(names: Mapping[str, Path]) -> str:
 
 OUTPUTS: dict[str, Callable[[Mapping[str, Path]], str]] = {
     CHECKPOINT: _check_checkpoint,
+    DISTRIBUTED: _check_distributed,
     "config.json": _check_model,
     "manifest.json": _check_tokens,
     "config.yaml": _check_run,

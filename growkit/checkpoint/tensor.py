@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,11 +24,11 @@ from growkit.checkpoint.raw import (
     Passing,
     Span,
     Stamp,
-    open_span,
     read_span,
     read_stamp,
     say_changed,
 )
+from growkit.checkpoint.sample import read_sample
 from growkit.errors import GrowkitError
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
@@ -37,11 +36,10 @@ from growkit.models.notation import Row
 
 if TYPE_CHECKING:
     from growkit.checkpoint.around import Around
+    from growkit.checkpoint.dcp_layout import Distributed
     from growkit.checkpoint.optimizer import Optimizer
 
 SLOTS = ("params", "mu", "nu", "nu_max")
-# Bytes of each sample that the fingerprint reads.
-SAMPLE = 4096
 # Tensors of one kind that a configuration may ask for beyond what files hold, before it is refused
 # without counting which are missing.
 MOST_MISSING = 100_000
@@ -55,6 +53,7 @@ class Tensor:
 
     rows: reads the rows [start, stop). span: the raw bytes, or None if they are sharded, compressed
     or computed. stride: how many rows are stored together, so that reading fewer costs as much.
+    sampled: whether the fingerprint takes samples of it though it has no span.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +61,7 @@ class Tensor:
     rows: Callable[[int, int], np.ndarray]
     span: Span | None = None
     stride: int = 1
+    sampled: bool = False
 
     @property
     def size(self) -> int:
@@ -196,7 +196,7 @@ class Contents:
     for each operation so far. record: the trainer's position (step, tokens, ...), or empty.
     files: small files beside the weights (tokenizer and the like), by name. torch_optimizer: the
     groups and steps of an optimizer of PyTorch, whose moments are among the recipes. around: what
-    lies around a text decoder.
+    lies around a text decoder. distributed: how a distributed checkpoint is laid out.
     """
 
     config: dict[str, Any]
@@ -206,6 +206,7 @@ class Contents:
     files: dict[str, bytes] = field(default_factory=dict)
     torch_optimizer: Optimizer | None = None
     around: Around | None = None
+    distributed: Distributed | None = None
 
     @property
     def size(self) -> int:
@@ -226,8 +227,8 @@ class Source:
     there of an optimizer that growkit does not read. refusal: why nothing grows from it, where a
     file of an optimizer that growkit should read cannot grow. torch_optimizer: the groups and steps
     of an optimizer of PyTorch whose moments are among the tensors. hashed: hashes on record,
-    compared by `require_whole`. around: what lies around a text decoder. stamps: of each weight
-    file when its header was read.
+    compared by `require_whole`. around: what lies around a text decoder. distributed: how a
+    distributed checkpoint is laid out. stamps: of each weight file when its header was read.
 
     Raises GrowkitError if the tensors are not exactly those that the configuration asks for.
     """
@@ -248,6 +249,7 @@ class Source:
     torch_optimizer: Optimizer | None = None
     hashed: Hashed | None = None
     around: Around | None = None
+    distributed: Distributed | None = None
     stamps: dict[Path, Stamp] = field(init=False)
     here: Path = field(init=False)
 
@@ -322,7 +324,8 @@ class Source:
         for slot, tensors in sorted(self.tensors.items()):
             for name, tensor in sorted(tensors.items()):
                 digest.update(f"{slot} {name} {tensor.dtype} {tensor.shape}".encode())
-                digest.update(read_sample(tensor))
+                for part in read_sample(tensor):
+                    digest.update(part)
         return digest.hexdigest()
 
     def stack(self, slot: str = "params", dtype: Any = None) -> dict[str, Any]:
@@ -383,20 +386,6 @@ def read_model(config: dict[str, Any], path: Path, lineage: Sequence[Any] = ()) 
         return read_config(config, lineage)
     except GrowkitError as problem:
         raise type(problem)(f"{path}: {problem}") from None
-
-
-def read_sample(tensor: Tensor) -> bytes:
-    """The first, middle and last 4 KiB of a raw tensor's bytes; all bytes of any other tensor."""
-    span = tensor.span
-    if span is None:
-        return tensor.read().tobytes()
-    # Three places, because one alone may be the same in two models: zeros, or a frozen part.
-    middle = max(0, span.size // 2 - SAMPLE // 2)
-    end = max(0, span.size - SAMPLE)
-    size = min(SAMPLE, span.size)
-    with open_span(span) as file:
-        parts = [os.pread(file, size, span.offset + at) for at in (0, middle, end)]
-    return b"".join(parts)
 
 
 def open_raw(

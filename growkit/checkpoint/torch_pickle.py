@@ -13,9 +13,9 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +54,7 @@ MALFORMED = (
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers in a member of the zip file. key: the member's name; location: the device's."""
+    """Numbers in one stretch of the file. key: its name there; location: the device's."""
 
     dtype: np.dtype
     key: str
@@ -93,18 +93,83 @@ class _Dtype:
     dtype: np.dtype
 
 
+class Inert:
+    """The stand-in for an object that growkit has no use for: it keeps what it was made from, and
+    does nothing. `called` is the name that the pickle has for its class.
+    """
+
+    called = ""
+    arguments: tuple[Any, ...] = ()
+
+    def __new__(cls, *arguments: Any) -> Inert:
+        made = super().__new__(cls)
+        made.arguments = arguments
+        return made
+
+    def __init__(self, *arguments: Any) -> None:
+        """Nothing: `__new__` is all that a pickle calls of a class that it makes anew."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing: the state is left out."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Nothing: entries of what was a dict are left out."""
+
+    def append(self, value: Any) -> None:
+        """Nothing: entries of what was a list are left out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A class or a function of a module, or what it makes, for the writer.
+
+    arguments: what it is called with; None where it is not called. state: what is given to an empty
+    instance of the class; None for none.
+    """
+
+    module: str
+    name: str
+    arguments: tuple[Any, ...] | None = None
+    state: Any = None
+
+
 class Foreign(Exception):
     """A pickle names what a state dict has no use for."""
 
 
-def read_pickle(data: bytes) -> Any:
+def refuse_all(name: str) -> bool:
+    """Which classes a pickle may name beside those of a state dict: none."""
+    return False
+
+
+def read_pickle(
+    data: bytes,
+    skipped: Callable[[str], bool] = refuse_all,
+    known: Mapping[tuple[str, str], Any] | None = None,
+) -> Any:
     """The value of a pickle, with `Stored` in the place of tensors.
 
-    Raises Foreign, with the name, for a class or function that no state dict needs, and
-    GrowkitError for what is no pickle.
+    skipped: whether objects of a class, called MODULE.NAME, are passed over; an `Inert` stands in
+    their place. known: (module, name) -> what stands for it, where that is not what a state dict
+    needs. Raises Foreign, with the name, for any other class or function, and GrowkitError for what
+    is no pickle.
     """
+    return read_next(io.BytesIO(data), skipped, known)
+
+
+def read_next(
+    file: BinaryIO,
+    skipped: Callable[[str], bool] = refuse_all,
+    known: Mapping[tuple[str, str], Any] | None = None,
+    storages: dict[str, Storage] | None = None,
+) -> Any:
+    """The value of the pickle that begins where an open file stands; see `read_pickle`.
+
+    storages: told every storage that the pickle names, by its key.
+    """
+    named = {} if storages is None else storages
     try:
-        return _Reader(io.BytesIO(data)).load()
+        return _Reader(file, skipped, KNOWN if known is None else known, named).load()
     except Foreign:
         raise
     except MALFORMED as problem:
@@ -114,20 +179,39 @@ def read_pickle(data: bytes) -> Any:
 class _Reader(pickle.Unpickler):
     """An unpickler that finds records in the place of classes, and nothing else."""
 
+    def __init__(
+        self,
+        file: BinaryIO,
+        skipped: Callable[[str], bool],
+        known: Mapping[tuple[str, str], Any],
+        storages: dict[str, Storage],
+    ) -> None:
+        super().__init__(file)
+        self.skipped = skipped
+        self.known = known
+        self.storages = storages
+
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return _Dtype(STORAGES[name])
-        known = KNOWN.get((module, name))
-        if known is None:
-            raise Foreign(f"{module}.{name}")
-        return known
+        known = self.known.get((module, name))
+        if known is not None:
+            return known
+        called = f"{module}.{name}"
+        if self.skipped(called):
+            return type("Inert", (Inert,), {"called": called})
+        raise Foreign(called)
 
     def persistent_load(self, pid: Any) -> Storage:
-        word, kind, key, location, count = pid
+        # Files of torch before 1.6 add a view of the storage, which torch has long left empty.
+        word, kind, key, location, count, *views = pid
         texts = isinstance(key, str) and isinstance(location, str)
         if word != "storage" or not isinstance(kind, _Dtype) or not texts or not _is_size(count):
             raise ValueError(pid)
-        return Storage(kind.dtype, key, location, count)
+        if any(views):
+            raise ValueError("a view of a storage")
+        found = Storage(kind.dtype, key, location, count)
+        if self.storages.setdefault(key, found) != found:
+            raise ValueError("one storage of two kinds")
+        return found
 
 
 def _is_size(value: Any) -> bool:
@@ -150,20 +234,22 @@ def _rebuild_parameter(data: Any, *rest: Any) -> Stored:
     return data
 
 
-def _make_tuple(values: Any = ()) -> tuple[Any, ...]:
+def make_tuple(values: Any = ()) -> tuple[Any, ...]:
+    """What torch.Size is given, as a tuple."""
     return tuple(values)
 
 
-KNOWN = {
+KNOWN: Mapping[tuple[str, str], Any] = {
+    **{("torch", name): _Dtype(dtype) for name, dtype in STORAGES.items()},
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): _make_tuple,
+    ("torch", "Size"): make_tuple,
 }
 
 
 def write_pickle(value: Any) -> bytes:
-    """The pickle of a value of dicts, lists, tuples, numbers, texts, None and `Stored`.
+    """The pickle of a value of dicts, lists, tuples, numbers, texts, None, `Stored`, `Instance`.
 
     Raises GrowkitError for anything else.
     """
@@ -196,12 +282,26 @@ def _write(value: Any, parts: list[bytes]) -> None:
         parts.append(b"t")
     elif kind is Stored:
         _write_tensor(value, parts)
+    elif kind is Instance:
+        _write_instance(value, parts)
     else:
         _refuse(value)
 
 
 def _refuse(value: Any) -> NoReturn:
     raise GrowkitError(f"a state dict holds a {type(value).__name__}, which growkit does not write")
+
+
+def _write_instance(instance: Instance, parts: list[bytes]) -> None:
+    parts.append(f"c{instance.module}\n{instance.name}\n".encode())
+    if instance.arguments is not None:
+        _write(instance.arguments, parts)
+        parts.append(b"R")
+    elif instance.state is not None:
+        # An empty instance, then its state.
+        parts.append(b")\x81")
+        _write(instance.state, parts)
+        parts.append(b"b")
 
 
 def _write_tensor(tensor: Stored, parts: list[bytes]) -> None:

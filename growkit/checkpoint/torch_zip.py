@@ -4,19 +4,21 @@
 
 Members are not compressed, and their bytes begin at multiples of 64, so a storage is read at an
 offset of the file. Written files are laid out as torch lays them out, with records of 8-byte sizes
-(zip64), and have the checksums (CRC-32) that zip programs compare; torch itself does not.
+(zip64), and have the checksums (CRC-32) that zip programs compare; torch itself does not. Files of
+torch before 1.6 are no zip files; `torch_legacy` reads them.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,12 +26,14 @@ from growkit.checkpoint.files import LFS_POINTER, open_regular
 from growkit.checkpoint.fill import Filled, Job, create_file
 from growkit.checkpoint.raw import Span, Stamp, stamp_of
 from growkit.checkpoint.tensor import Recipe, Tensor, open_raw
+from growkit.checkpoint.torch_legacy import read_legacy
 from growkit.checkpoint.torch_pickle import (
     LIMIT,
     Foreign,
     Storage,
     Stored,
     read_pickle,
+    refuse_all,
     write_pickle,
 )
 from growkit.errors import GrowkitError
@@ -82,26 +86,97 @@ class TorchFile:
         return Tensor(tensor.shape, tensor.dtype, tensor.rows, span)
 
 
-def open_torch_file(path: Path) -> TorchFile:
+class _Window(io.RawIOBase):
+    """The bytes of a zip file that lies within a larger file."""
+
+    def __init__(self, file: int, base: int, size: int):
+        self.file = file
+        self.base = base
+        self.size = size
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        # zipfile seeks before the begin of what is too short, and expects this error then.
+        if begin + offset < 0:
+            raise OSError("before the begin of a zip file")
+        self.at = begin + offset
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read_at(min(len(buffer), max(0, self.size - self.at)), self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Up to `size` bytes at an offset within the zip file."""
+        return os.pread(self.file, size, self.base + offset)
+
+
+def open_torch_file(
+    path: Path,
+    skipped: Callable[[str], bool] = refuse_all,
+    base: int = 0,
+    size: int | None = None,
+) -> TorchFile:
     """Read the directory and the pickle of a file of torch.save; nothing of it is run.
 
+    skipped: see `read_pickle`. base, size: where it lies in a file that holds others too, in bytes;
+    the whole file by default.
     Raises GrowkitError, naming the class, for a pickle with other classes than tensors.
     """
     with open(open_regular(path), "rb") as file:
-        stamp = stamp_of(os.fstat(file.fileno()))
+        status = os.fstat(file.fileno())
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise GrowkitError(f"{path} is a Git LFS pointer; `git lfs pull` fetches the file")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                return _read_archive(path, archive, stamp)
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
+        if size is not None and base + size > status.st_size:
             raise GrowkitError(
-                f"{path} is no zip file of torch.save, or is cut off; files of torch before 1.6 "
-                "are read after torch.save(torch.load(...)) with a newer one"
+                f"{path} is cut off: it has {status.st_size:,} bytes, and what lies at byte "
+                f"{base:,} has {size:,}"
+            )
+        file.seek(0)
+        window = _Window(file.fileno(), base, status.st_size if size is None else size)
+        try:
+            if size is None and file.read(len(LOCAL)) != LOCAL:
+                return _read_old(path, file, stamp_of(status), skipped)
+            with zipfile.ZipFile(window) as archive:
+                return _read_archive(path, archive, window, stamp_of(status), skipped)
+        except Foreign as problem:
+            raise GrowkitError(
+                f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; "
+                "nothing of it was run"
             ) from None
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
+            where = "" if size is None else f" at byte {base:,}"
+            raise GrowkitError(f"{path} is no file of torch.save{where}, or is cut off") from None
 
 
-def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFile:
+def _read_old(
+    path: Path, file: BinaryIO, stamp: Stamp, skipped: Callable[[str], bool]
+) -> TorchFile:
+    """A file of torch before 1.6."""
+    file.seek(0)
+    try:
+        value, spans = read_legacy(path, file, stamp, skipped)
+    except GrowkitError as problem:
+        raise GrowkitError(f"{path} is no file of torch.save, or is cut off: {problem}") from None
+    return TorchFile(path, value, spans, stamp)
+
+
+def _read_archive(
+    path: Path,
+    archive: zipfile.ZipFile,
+    window: _Window,
+    stamp: Stamp,
+    skipped: Callable[[str], bool],
+) -> TorchFile:
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1 or len(infos) != len(archive.infolist()):
@@ -109,22 +184,15 @@ def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFi
     prefix = pickles[0].removesuffix("data.pkl")
     if infos[pickles[0]].file_size > LIMIT:
         raise GrowkitError(f"{path}: its pickle has more than {LIMIT:,} bytes")
-    assert archive.fp is not None
-    file = archive.fp.fileno()
-    spans = {name: _find_span(path, info, file, stamp) for name, info in infos.items()}
+    spans = {name: _find_span(path, info, window, stamp) for name, info in infos.items()}
     order = spans.get(f"{prefix}byteorder")
-    if order is not None and os.pread(file, min(order.size, 16), order.offset) != b"little":
+    if order is not None and _read_span(window, order, 16) != b"little":
         raise GrowkitError(f"{path} was written by a machine of the other byte order")
-    content = os.pread(file, spans[pickles[0]].size, spans[pickles[0]].offset)
+    content = _read_span(window, spans[pickles[0]], LIMIT)
     # torch can be told to leave the checksums out; then none of them is right.
     summed = zlib.crc32(content) == spans[pickles[0]].checksum
     try:
-        value = read_pickle(content)
-    except Foreign as problem:
-        raise GrowkitError(
-            f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; nothing "
-            "of it was run"
-        ) from None
+        value = read_pickle(content, skipped)
     except GrowkitError as problem:
         raise GrowkitError(f"{path}: {problem}") from None
     storages = f"{prefix}data/"
@@ -136,18 +204,23 @@ def _read_archive(path: Path, archive: zipfile.ZipFile, stamp: Stamp) -> TorchFi
     return TorchFile(path, value, members, stamp)
 
 
-def _find_span(path: Path, info: zipfile.ZipInfo, file: int, stamp: Stamp) -> Span:
+def _read_span(window: _Window, span: Span, limit: int) -> bytes:
+    """The bytes of a small member."""
+    return os.pread(window.file, min(span.size, limit), span.offset)
+
+
+def _find_span(path: Path, info: zipfile.ZipInfo, window: _Window, stamp: Stamp) -> Span:
     """Where the bytes of a member lie. Raises GrowkitError for one that is compressed."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise GrowkitError(f"{path}: {info.filename} is compressed, which torch.save never does")
-    header = os.pread(file, LOCAL_SIZE, info.header_offset)
+    header = window.read_at(LOCAL_SIZE, info.header_offset)
     if len(header) < LOCAL_SIZE or not header.startswith(LOCAL):
         raise GrowkitError(f"{path}: {info.filename} is not where the zip file says")
     name_size, extra_size = struct.unpack("<HH", header[26:30])
     offset = info.header_offset + LOCAL_SIZE + name_size + extra_size
-    if offset + info.file_size > os.fstat(file).st_size:
+    if offset + info.file_size > window.size:
         raise GrowkitError(f"{path} is cut off: {info.filename} ends behind its end")
-    return Span(path, offset, info.file_size, stamp, checksum=info.CRC)
+    return Span(path, window.base + offset, info.file_size, stamp, checksum=info.CRC)
 
 
 @dataclass
@@ -208,6 +281,8 @@ class TorchWriter:
     recipes: dict[str, tuple[str, str, Recipe]] = field(default_factory=dict)
     members: list[_Member] = field(default_factory=list)
     file: int = -1
+    # Where it begins in a file that holds others too.
+    base: int = 0
 
     def add(self, slot: str, name: str, recipe: Recipe, location: str) -> Stored:
         """A tensor of the file, made by a recipe. location: the device that it was saved from."""
@@ -223,19 +298,30 @@ class TorchWriter:
 
         Returns the jobs that make the bytes of the storages.
         """
+        return self.put(create_file(self.path, self.lay_out(value)))
+
+    def lay_out(self, value: Any) -> int:
+        """Decide where everything lies; returns the number of bytes. value: what the pickle
+        holds.
+        """
         small = {"data.pkl": write_pickle(value), **FIXED}
         for name, content in small.items():
             self._place(name, len(content), content)
-        storages = {}
         for key, (_, _, recipe) in self.recipes.items():
-            storages[key] = self._place(f"data/{key}", recipe.size, None)
+            self._place(f"data/{key}", recipe.size, None)
         self._place("version", 2, b"3\n")
         last = self.members[-1]
         ending = sum(len(member.pack_central()) for member in self.members) + 56 + 20 + 22
-        self.file = create_file(self.path, last.offset + last.size + ending)
+        return last.offset + last.size + ending
+
+    def put(self, file: int, base: int = 0) -> list[Job]:
+        """The jobs that make the bytes of the storages, in an open file from byte `base` on."""
+        self.file = file
+        self.base = base
+        storages = [member for member in self.members if member.content is None]
         return [
-            Job(slot, name, (recipe,), self.file, storages[key].offset, True)
-            for key, (slot, name, recipe) in self.recipes.items()
+            Job(slot, name, (recipe,), file, base + member.offset, True)
+            for member, (slot, name, recipe) in zip(storages, self.recipes.values(), strict=True)
         ]
 
     def _place(self, name: str, size: int, content: bytes | None) -> _Member:
@@ -256,9 +342,9 @@ class TorchWriter:
                 slot, name, _ = next(jobs)
                 member.checksum = filled.checksums[slot, name]
             header = member.pack_local()
-            os.pwrite(self.file, header + (member.content or b""), member.start)
+            os.pwrite(self.file, header + (member.content or b""), self.base + member.start)
         last = self.members[-1]
-        os.pwrite(self.file, self._pack_end(), last.offset + last.size)
+        os.pwrite(self.file, self._pack_end(), self.base + last.offset + last.size)
 
     def _pack_end(self) -> bytes:
         """The directory and the three records that end a zip64 file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from growkit.cli.terminal import (
     say,
     write_with_progress,
 )
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.tensor import Source
 
 
 @click.command()
@@ -56,8 +59,7 @@ def average(
     last = sources[-1]
     care = parse_care(options)
     write_with_progress(sources, contents, parse_path(out), last.kind, force, shard, care)
-    for note in dict.fromkeys(note for source in sources for note in source.notes):
-        say(f"note: {note}")
+    _say_notes(sources)
     entry = Lineage.read(contents.lineage).last_as(Average)
     assert entry is not None, "an average says so in its lineage"
     shares = ", ".join(f"{share:.4g}" for share in entry.weights)
@@ -66,6 +68,18 @@ def average(
         say(f"the optimizer's moments are those of {src[-1]}, unchanged")
     else:
         say(f"{src[-1]} has no optimizer's moments, and neither has {out}")
+
+
+def _say_notes(sources: list[Source]) -> None:
+    """The notes on all sources, each once; those on larger models are about growth."""
+    grown = {source.around.note for source in sources if source.around is not None}
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
+        if note not in grown:
+            say(f"note: {note}")
+    around = sources[-1].around
+    if around is not None:
+        count = len(around.others)
+        say(f"note: the {count} tensors around the text decoder are averaged too")
 
 
 def _parse_weights(text: str) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from growkit.cli.checking import RANDOM, require_checkable, select_tokens
+from growkit.cli.checking import RANDOM, choose_length, require_checkable, select_tokens
 from growkit.entries import Training
 from growkit.errors import UsageError
 from growkit.lineage import Lineage
@@ -66,7 +66,7 @@ def _read_given(source: Source, count: int, given: str) -> CheckedText:
             f"--check-text {given} has {len(ids)} tokens, and the loss of the next token takes at "
             f"least 2"
         )
-    length = min(len(ids), source.model.context)
+    length = min(len(ids), choose_length(source.model))
     rows = len(ids) // length
     tokens_BxT = ids[: rows * length].reshape(rows, length).astype(np.int64)
     return CheckedText(tokens_BxT, f"tokens of {given}")

@@ -26,6 +26,7 @@ from growkit.growth.vocabulary import EXACT, bound_shift
 if TYPE_CHECKING:
     from growkit.cli.checked_text import CheckedText
     from growkit.growth.plan import Plan
+    from growkit.models.architecture import Architecture
 
 # Tokens [B, T] to logits [B, T, V].
 Function = Callable[[np.ndarray], np.ndarray]
@@ -34,6 +35,8 @@ DEVICE = "cpu"
 COMPUTED_IN = "float32"
 # Tokens of a check, unless told otherwise.
 TOKENS = 1024
+# Tokens of a sequence for a model that states no context, as one with ALiBi or a recurrence.
+LENGTH = 1024
 # The part by which a shift of the loss may be above its bound: new rows are rounded to the weights'
 # dtype. No shift below EXACT is refused.
 SLACK = 0.5
@@ -170,7 +173,7 @@ def require_checkable(source: Source, tokens: int = TOKENS) -> None:
     from convert.reference import require_transformers
 
     require_transformers()
-    if source.kind == "checkpoint":
+    if source.kind in ("checkpoint", "dcp"):
         raise UsageError(
             f"--check runs a {source.model.kind} model in transformers, which reads no "
             f"{KINDS[source.kind]}"
@@ -183,7 +186,7 @@ def select_tokens(source: Source, count: int) -> tuple[np.ndarray, str]:
     Text that comes with Python, by the model's own tokenizer; random tokens without one.
     """
     vocab = source.model.vocab
-    length = min(count, source.model.context)
+    length = min(count, choose_length(source.model))
     rows = count // length
     ids = _tokenize_documentation(source, rows * length)
     if ids is None or max(ids) >= vocab:
@@ -191,6 +194,11 @@ def select_tokens(source: Source, count: int) -> tuple[np.ndarray, str]:
     # np.resize repeats the text if it is too short.
     tokens_BxT = np.resize(np.asarray(ids, np.int64), (rows, length))
     return tokens_BxT, "tokens of Python's documentation"
+
+
+def choose_length(model: Architecture) -> int:
+    """The tokens of a sequence that a model reads: its context, or LENGTH where it states none."""
+    return model.context or LENGTH
 
 
 def _tokenize_documentation(source: Source, count: int) -> list[int] | None:
@@ -318,7 +326,7 @@ def check_export(source: Source, out: Path, dtype: str) -> str:
     """
     from convert.reference import load_logits
 
-    length = min(128, source.model.context)
+    length = min(128, choose_length(source.model))
     tokens_BxT = np.random.default_rng(0).integers(0, source.model.vocab, (2, length))
     rounded_to = COMPUTED_IN if dtype == str(source.dtype) else dtype
     exported = load_logits(open_source(str(out)).here, COMPUTED_IN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,7 +84,7 @@ def _format_facts(source: Source) -> str:
     training = [f"{key} {value}" for key, value in record if not isinstance(value, dict)]
     slots = ", ".join(source.tensors)
     lines = [
-        f"path         {source.path} ({source.kind})",
+        f"path         {source.path} ({KINDS[source.kind]})",
         *_format_model(source.model),
         f"parameters   {source.model.parameters:,} in {source.dtype}; {source.size / 1e6:,.1f} MB "
         f"of {slots}",
@@ -96,15 +97,20 @@ def _format_facts(source: Source) -> str:
     if earlier:
         lines.append(f"lineage      {earlier:,} earlier entries")
     for number, entry in enumerate(Lineage.read(source.lineage[earlier:]), earlier + 1):
-        lines.append(f"lineage {number:<4} {entry.operation}: {_format_entry(entry)}")
+        words = [entry.operation, _format_entry(entry)]
+        lines.append(f"lineage {number:<4} {': '.join(filter(None, words))}")
     return "\n".join(lines)
 
 
 def _format_model(model: Architecture) -> list[str]:
     """A line of sizes, then a line of options."""
-    heads = f"{model.head_count} heads of {model.head_dim}"
-    if "group" in model.sizes:
-        heads += f" in {model.sizes['kv']} groups"
+    sizes = [f"{model.layer} layers", f"embed {model.embed}"]
+    if model.head_count:
+        groups = f" in {model.sizes['kv']} groups" if "group" in model.sizes else ""
+        sizes.append(f"{model.head_count} heads of {model.head_dim}{groups}")
+    # What a model has none of, as a recurrent one of heads, or does not state, is 0.
+    stated = {"mlp": model.mlp, "vocab": model.vocab, "context": model.context}
+    sizes += [f"{name} {size}" for name, size in stated.items() if size]
     options = []
     if model.family.rotary and model.family.rotary.part:
         options.append(f"rotary {model.rotary_pct:g} of head_dim")
@@ -113,8 +119,7 @@ def _format_model(model: Architecture) -> list[str]:
         options.append("parallel residual" if parallel else "sequential residual")
     options.append("tied head" if model.tied else "untied head")
     return [
-        f"model        {model.family.title}: {model.layer} layers, embed {model.embed}, {heads}, "
-        f"mlp {model.mlp}, vocab {model.vocab}, context {model.context}",
+        f"model        {model.family.title}: {', '.join(sizes)}",
         f"             {', '.join(options)}",
     ]
 
@@ -125,7 +130,10 @@ def _format_entry(entry: Entry) -> str:
 
     parts = []
     if isinstance(entry, Growth):
-        parts += [format_changes(entry.before, entry.after), entry.method]
+        # A method in width says the sizes itself.
+        changes = format_changes(entry.before, entry.after).split(", ")
+        parts += [words for words in changes if words and not _says(entry.method, words)]
+        parts.append(entry.method)
         parts.append(f"function {entry.function}")
     if entry.source:
         parts.append(f"from {entry.source.path}")
@@ -134,6 +142,11 @@ def _format_entry(entry: Entry) -> str:
         rates = f"learning rate {branch.rate:g} to {branch.to:g}"
         parts.append(f"{branch.verb}: {rates} over {branch.tokens:,} tokens")
     return ", ".join(parts)
+
+
+def _says(text: str, words: str) -> bool:
+    """Whether a text has these words, and not longer ones: 'mlp 4 -> 8' is not 'mlp 4 -> 80'."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 @click.command()
@@ -221,13 +234,18 @@ def _format_fields(fields: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _format_slot(slot: str, tensors: list[Comparison]) -> list[str]:
-    """How many tensors have each verdict, and a line for each tensor that is not equal."""
+    """How many tensors have each verdict, and a line for each tensor that is not equal.
+
+    A slot that one side alone has, as that of moments, is one line.
+    """
     verdicts = [tensor.verdict for tensor in tensors]
     counts = [
         f"{verdicts.count(verdict)} {verdict.replace('differs', 'differ')}"
         for verdict in dict.fromkeys(verdicts)
     ]
     lines = [f"{slot:<11} {', '.join(counts)}"]
+    if len(counts) == 1 and verdicts[0].startswith("only in"):
+        return lines
     for tensor in tensors:
         if tensor.verdict != "equal":
             by = "" if tensor.largest is None else f", by at most {tensor.largest:.3g}"

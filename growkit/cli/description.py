@@ -17,9 +17,13 @@ KINDS = {
     "checkpoint": "trainer checkpoint",
     "huggingface": "Hugging Face directory",
     "hf_trainer": "checkpoint of transformers' Trainer",
+    "dcp": "distributed checkpoint of PyTorch",
+    "universal": "universal checkpoint of DeepSpeed",
+    "olmo": "checkpoint of OLMo",
+    "neox": "checkpoint of gpt-neox",
 }
 # Source kinds that PyTorch trains on.
-TORCH = ("hf_trainer",)
+TORCH = ("hf_trainer", "universal", "dcp")
 NOT_PRESERVED = (
     "not preserved: each copied layer adds its output once more, so the loss rises until training "
     "recovers it"
@@ -231,6 +235,8 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
         ungrouped = "they differ within a parameter"
     elif any(len(row.stacked) > 1 for row in plan.grown.table.rows):
         ungrouped = "the experts of a layer are one parameter there"
+    elif source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
+        ungrouped = "a universal checkpoint keeps the groups of its source"
     return _describe_factors(source, factors, groups, ungrouped)
 
 
@@ -262,6 +268,8 @@ def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str)
     matched = f"multiplies learning rates {factors}, eps, decay and clip weights to match"
     if source.kind not in TORCH:
         return f"growkit.torch.param_groups {matched}"
+    if source.kind == "dcp":
+        return f"training would continue exactly as the source's if the optimizer {matched}"
     if groups == "split":
         return f"{exact}the split {matched}"
     return f"training would continue exactly as the source's with --groups split, which {matched}"
@@ -285,6 +293,10 @@ def _warn_of_tied_copies(plan: Plan) -> str:
 
 def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     """The command that trains the result."""
+    if source.kind == "universal":
+        return f"DeepSpeed's load_checkpoint({str(out)!r}) with load_universal (docs/pytorch.md)"
+    if source.kind == "dcp":
+        return f"load {out} where the source was loaded, into a model of {out}/config.json"
     if source.kind in TORCH:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if source.model.family.given:

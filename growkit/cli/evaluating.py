@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.evaluation.harness import Answer, Question
 
+# Kinds of sources that transformers does not load: growkit's own decoder computes them.
+IN_JAX = ("checkpoint", "dcp")
+
 
 @click.command()
 @click.argument("src", nargs=-1, required=True)
@@ -154,7 +157,7 @@ def open_model(text: str) -> Model:
     from trainer.data.tokenizer import load_model_tokenizer
 
     source = open_source(text)
-    if source.kind == "checkpoint":
+    if source.kind in IN_JAX:
         require_harness()
         require_trained(source.model, source.path)
     else:
@@ -173,7 +176,9 @@ def open_model(text: str) -> Model:
 
 def _choose_window(models: list[Model]) -> int:
     """The shortest context: all models read the same number of tokens, so figures compare."""
-    contexts = {model.source.model.context for model in models}
+    from growkit.cli.checking import choose_length
+
+    contexts = {choose_length(model.source.model) for model in models}
     window = min(contexts)
     if len(contexts) > 1:
         _say(f"note: contexts differ, so every model reads at most {window} tokens")
@@ -187,7 +192,7 @@ def load_model(model: Model, window: int, batch: int) -> Any:
     source = model.source
     # The trainer begins texts with end-of-text, as Pythia's; other models begin as they say.
     ours = source.model.kind == "gpt_neox" or Lineage.read(source.lineage).trained
-    if source.kind == "checkpoint":
+    if source.kind in IN_JAX:
         from trainer.evaluate.harness import load_jax_model
 
         begin = None if ours else source.config.get("bos_token_id")

@@ -341,11 +341,8 @@ def _add_vocabulary(
     fill: str,
 ) -> Plan:
     """The plan of a verb with that of --vocab, where it is given. Raises UsageError."""
-    from dataclasses import replace
-
     from growkit.errors import UsageError
-    from growkit.growth.plan import combine_plans
-    from growkit.growth.vocabulary import parse_vocabulary, plan_vocabulary
+    from growkit.growth.vocabulary import add_tokens
 
     if vocab is None and fill != "mean":
         raise UsageError("--vocab-fill says what new tokens hold, and goes with --vocab")
@@ -353,11 +350,7 @@ def _add_vocabulary(
     if vocab is None:
         assert plan is not None, "without --vocab a verb makes a plan or refuses"
         return plan
-    if plan is not None and parse_vocabulary(vocab, model.vocab) == model.vocab:
-        note = f"the vocabulary stays: --vocab {vocab} is the source's {model.vocab}"
-        return replace(plan, notes=(*plan.notes, note))
-    tokens = plan_vocabulary(model, vocab, fill)
-    return combine_plans(verb, [tokens] if plan is None else [plan, tokens], model)
+    return add_tokens(verb, plan, model, vocab, fill)
 
 
 def _parse_output(options: dict[str, Any]) -> Output:

@@ -96,10 +96,9 @@ def make_family(
     kinds = kinds_of(variant)
     fields = fields_of(variant)
     options = find_option_fields(variant) | dict(flags)
-    defaults = variant.once(
-        f"defaults {sorted(flags)}",
-        lambda: find_defaults(variant, [*fields.values(), *options.values(), *variant.leading]),
-    )
+    equal = variant.probe.equal
+    paths = [*fields.values(), *options.values(), *equal, *variant.leading]
+    defaults = variant.once(f"defaults {sorted(flags)}", lambda: find_defaults(variant, paths))
     # An option that the class has no value for is not an option (Youtu's initializer_range).
     options = {name: path for name, path in options.items() if path in defaults}
     constants = {"qkv": 3} if re.search(r"\bqkv\b", re.sub(r"\S+\s*$", "", text)) else {}
@@ -118,12 +117,12 @@ def make_family(
         rotary=None,
         constants=constants,
         frozen=dict(frozen),
+        equal=equal,
         by_layer=find_by_layer(variant),
         leading=tuple(name for name in variant.leading if name not in NO_LEADS),
         numbers=find_numbers(variant),
         other_lists=find_others(variant),
-        **{name: getattr(kinds, name) for name in ("rules", "settled", "checked")},
-        **{name: getattr(kinds, name) for name in ("last", "cycles")},
+        **kinds.facts,
         unread=tuple(class_of(variant.config)._keys_to_ignore_on_load_unexpected or ()),
         aliases=variant.once("aliases", lambda: find_aliases(variant)),
         **facts,

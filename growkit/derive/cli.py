@@ -77,7 +77,7 @@ def read_argument(model: str) -> tuple[str, dict[str, Any]]:
 def _derive(kind: str, config: dict[str, Any]) -> tuple[Any, str]:
     try:
         from growkit.derive.derive import derive
-        from growkit.derive.network import VERSION, model_types
+        from growkit.derive.network import VERSION, UnprovableError, model_types
         from growkit.derive.tiny import options_of, tiny_fields
     except ImportError as problem:
         raise UsageError(f"derive needs {problem.name}: pip install 'growkit[hf]'") from None
@@ -93,10 +93,13 @@ def _derive(kind: str, config: dict[str, Any]) -> tuple[Any, str]:
         return derive(kind, tiny_fields(kind, options_of(kind, config))), VERSION
     except GrowkitError:
         raise
+    except UnprovableError as problem:
+        raise GrowkitError(f"no table of {kind} can be proved: {problem}") from None
     except Exception as problem:
-        said = " ".join(str(problem).split())[:200].rstrip(".")
+        # What transformers and torch say of their own models is about their code, not about MODEL.
         raise GrowkitError(
-            f"no table of {kind} can be proved: {said or type(problem).__name__}"
+            f"no table of {kind} can be proved: transformers {VERSION} does not build or run the "
+            f"tiny model that a proof needs ({type(problem).__name__})"
         ) from None
 
 

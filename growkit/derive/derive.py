@@ -16,7 +16,15 @@ from growkit.checkpoint.location import open_source, write_output
 from growkit.derive import proof
 from growkit.derive.assemble import fields_of, kinds_of, make_family, row_lines
 from growkit.derive.lists import find_by_layer
-from growkit.derive.network import CONFIG_MAPPING, load, make_config, run, set_plain, wide
+from growkit.derive.network import (
+    CONFIG_MAPPING,
+    UnprovableError,
+    load,
+    make_config,
+    run,
+    set_plain,
+    wide,
+)
 from growkit.derive.options import Sample, find_options, merge
 from growkit.derive.proof import BOUND, depth_gap, identity_map, measure_gap, source_logits
 from growkit.derive.sizes import runs_with
@@ -61,13 +69,17 @@ class Derivation:
 
 
 def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
-    """Derive a type's family. Raises ValueError where not even depth can be derived."""
+    """Derive a type's family.
+
+    Raises UnprovableError where not even depth can be derived, and whatever transformers and torch
+    raise where they compute no tiny model.
+    """
     if getattr(CONFIG_MAPPING[kind](), "is_encoder_decoder", False):
-        raise ValueError(f"{kind} models are an encoder and a decoder")
+        raise UnprovableError(f"{kind} models are an encoder and a decoder")
     work = work_out(kind, fields)
     base = work.variant
     if base.config.model_type != kind:
-        raise ValueError(f"files of {kind} say {base.config.model_type}: derive that")
+        raise UnprovableError(f"files of {kind} say {base.config.model_type}: derive that")
     layout, function = find_options(base)
     proved: dict[str, Any] = {}
     variants = [base, *read_variants(work, layout, proved)]
@@ -84,7 +96,7 @@ def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
         family = replace(family, experts=shipped.experts, expert_defaults=shipped.expert_defaults)
     work.gaps["files"] = max(prove_files(family, variant, work) for variant in kept)
     if work.gaps["files"] > BOUND:
-        raise ValueError(f"growth through files is not exact: {work.gaps['files']:.1e}")
+        raise UnprovableError(f"growth through files is not exact: {work.gaps['files']:.1e}")
     return Derivation(family, work.gaps, [f"{n}: {p}" for n, p in work.problems.items()])
 
 
@@ -157,8 +169,9 @@ def with_fields(base: Variant, changed: Mapping[str, Any]) -> Variant | None:
 def assemble(
     work: Workings, variants: list[Variant], options: list[str], proved: Mapping[str, Any]
 ) -> Family:
-    """The family of all variants. Raises ValueError where their options do not tell their rows
-    apart.
+    """The family of all variants.
+
+    Raises UnprovableError where their options do not tell their rows apart.
     """
     samples = []
     for variant in variants:
@@ -350,5 +363,5 @@ def load_logits(path: Path) -> torch.Tensor:
             path, config=config, dtype=torch.float64, output_loading_info=True
         )
     if any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise ValueError(f"transformers does not find all parameters: {report}")
+        raise UnprovableError(f"transformers does not find all parameters: {report}")
     return run(network.eval(), TOKENS)

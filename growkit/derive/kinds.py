@@ -61,6 +61,11 @@ class Kinds:
     cycles: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the defaults, which a family has with others."""
+        return {name: value for name, value in vars(self).items() if name != "defaults"}
+
 
 @dataclass(frozen=True)
 class Lists:
@@ -128,8 +133,9 @@ def add_known(found: Kinds, stated: Mapping[str, Any]) -> None:
         found.defaults["mlp_only_layers"] = stated["mlp_only_layers"] or []
         found.defaults["decoder_sparse_step"] = stated["decoder_sparse_step"]
     for what, rule_text in CHECKED.items():
-        names = parse_rule(rule_text)[1]
-        if names <= stated.keys() and all(stated[name] is not None for name in names):
+        # As the rule states them: a set has no order that another process would repeat.
+        names = sorted(parse_rule(rule_text)[1], key=rule_text.index)
+        if all(stated.get(name) is not None for name in names):
             found.checked[what] = rule_text
             found.defaults |= {name: stated[name] for name in names}
 

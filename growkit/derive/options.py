@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from growkit.derive import proof
-from growkit.derive.network import load, make_config, run
+from growkit.derive.network import UnprovableError, load, make_config, run
 from growkit.derive.sizes import shapes_of
 from growkit.derive.stream import TOKENS
 from growkit.derive.variant import Variant
@@ -92,8 +92,9 @@ def write_literal(name: str, value: bool) -> str:
 
 
 def merge(samples: list[Sample]) -> str:
-    """One table for all samples. Raises ValueError where the options do not say when a row is
-    there.
+    """One table for all samples.
+
+    Raises UnprovableError where the options do not say when a row is there.
     """
     order: dict[Entity, None] = {}
     for sample in samples:
@@ -106,7 +107,7 @@ def merge(samples: list[Sample]) -> str:
     for entity in sort_like(list(order), samples):
         when = condition(entity, samples)
         if when is None:
-            raise ValueError(f"no options say when {entity[0]} is there")
+            raise UnprovableError(f"no options say when {entity[0]} is there")
         lines.append(" ".join([*entity, *when]))
     return "\n".join(lines)
 

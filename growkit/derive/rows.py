@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from growkit.derive.network import memory_names
+from growkit.derive.network import UnprovableError, memory_names
 from growkit.derive.sizes import Probe, Size, Terms, find_terms, size_of
 
 ATTENTION = re.compile(
@@ -121,7 +121,7 @@ def find_names(
     """Where layers and experts are counted: by what a longer and a larger model adds.
 
     layers: the field of the number of layers, and the fields of a model with one layer more. Raises
-    ValueError where the layers are not one list.
+    UnprovableError where the layers are not one list.
     """
     from growkit.derive.sizes import shapes_of
 
@@ -130,7 +130,7 @@ def find_names(
     added = [] if longer is None else [name for name in longer if name not in probe.base]
     found = {match[1] for name in added if (match := re.match(rf"(.*?)\.{count}\.", name))}
     if len(found) != 1 or not added:
-        raise ValueError(f"the layers are not one list: {sorted(found) or 'none grows'}")
+        raise UnprovableError(f"the layers are not one list: {sorted(found) or 'none grows'}")
     names = Names(found.pop(), count, {})
     for axis, size in sizes.items():
         grown = probe.grown([size]) or {}
@@ -156,7 +156,7 @@ def draft_rows(probe: Probe, sizes: Mapping[str, Size], names: Names, network: A
             terms = [find_terms(name, place, probe, sizes) for place in range(len(shape))]
             drafts[template] = Draft(template, name, shape, terms)
         if drafts[template].shape != shape:
-            raise ValueError(f"layers differ in the shape of {template}")
+            raise UnprovableError(f"layers differ in the shape of {template}")
         if "{layer}" in template:
             seen.setdefault(template, set()).add(numbers[0])
     label_kinds(drafts, seen, names.layers, probe.stated)

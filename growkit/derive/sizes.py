@@ -127,6 +127,26 @@ class Probe:
         return self.shapes(factors)
 
     @cached_property
+    def equal(self) -> dict[str, str]:
+        """Fields that have the hidden size unless stated, and with another one change which
+        parameters there are: a projection comes between the two.
+        """
+        hidden, heads = self.name(HIDDEN), self.name(HEADS)
+        if hidden is None:
+            return {}
+        factors = {name: 2 for name in (hidden, heads) if name is not None}
+        plain = CONFIG_MAPPING[self.kind]()
+        found = {}
+        for name, value in self.stated.items():
+            by_itself = getattr(plain, name, None) in (None, getattr(plain, hidden))
+            if name in factors or value != self.value(hidden) or not by_itself:
+                continue
+            alone, both = self.shapes(factors), self.shapes({**factors, name: 2})
+            if alone and both and alone.keys() != self.base.keys() == both.keys():
+                found[name] = hidden
+        return found
+
+    @cached_property
     def base(self) -> Shapes:
         shapes = self.shapes()
         assert shapes is not None
@@ -223,20 +243,21 @@ def _find_heads(probe: Probe, hidden: str | None, heads: str | None, kv: str | N
     """embed, heads and head_dim: independent sizes, or embed = heads x head_dim."""
     if hidden is None:
         return []
+    whole = (hidden, *probe.equal)
     if heads is None:
-        return [Size("embed", (hidden,), hidden)]
+        return [Size("embed", whole, hidden)]
     both = (heads,) if kv is None else (heads, kv)
     coupled = not _grows(probe, *both)
     explicit = not coupled
-    if not coupled and not runs_with(probe, _double(probe, hidden)):
+    if not coupled and not runs_with(probe, _double(probe, *whole)):
         # The model wants embed = heads x head_dim, although all three are stated (Helium).
-        coupled = runs_with(probe, _double(probe, hidden, *both))
-    follows = (hidden,) if coupled else ()
+        coupled = runs_with(probe, _double(probe, *whole, *both))
+    follows = whole if coupled else ()
     if kv is not None and not _reads_kv(probe, heads, kv, follows):
         kv = None
     head_dim = (*follows, probe.head_dim) if explicit else follows
     path = f"{hidden} / {heads}" if coupled else probe.head_dim
-    found = [] if coupled else [Size("embed", (hidden,), hidden)]
+    found = [] if coupled else [Size("embed", whole, hidden)]
     if kv is None:
         found.append(Size("head", (heads, *follows), heads))
     else:

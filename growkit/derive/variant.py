@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from growkit.derive import stream
-from growkit.derive.network import State, build, file_state, load, make_config, wide
+from growkit.derive.network import (
+    State,
+    UnprovableError,
+    build,
+    file_state,
+    load,
+    make_config,
+    wide,
+)
 from growkit.derive.rows import ATTENTION, Draft, Names, cut, draft_rows, find_names, link
 from growkit.derive.sizes import (
     HIDDEN,
@@ -70,9 +78,10 @@ class Variant:
 
 
 def read_variant(kind: str, fields: Mapping[str, Any], like: Variant | None = None) -> Variant:
-    """Everything about one configuration. Raises ValueError where its layers are not one list.
+    """Everything about one configuration.
 
-    like: the same type with other options, of whose rows the role in the stream is known.
+    like: the same type with other options, of whose rows the role in the stream is known. Raises
+    UnprovableError where its layers are not one list.
     """
     probe = make_probe(kind, fields)
     probe.unsaved = find_unsaved(kind, probe)
@@ -117,7 +126,7 @@ def lengthen(probe: Probe) -> tuple[str, dict[str, Any]]:
         shapes = shapes_of(probe.kind, probe.fields | changed)
         if shapes is not None and len(shapes) > len(probe.base):
             return name, changed
-    raise ValueError("no field counts its layers")
+    raise UnprovableError("no field counts its layers")
 
 
 def find_leading(probe: Probe, drafts: list[Draft], names: Names) -> tuple[str, ...]:

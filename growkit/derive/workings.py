@@ -84,8 +84,9 @@ def pooled(variant: Variant) -> bool:
 
 
 def work_out(kind: str, fields: Mapping[str, Any] | None = None) -> Workings:
-    """Read one configuration of a type and prove what grows. Raises ValueError where nothing can be
-    read.
+    """Read one configuration of a type and prove what grows.
+
+    Raises UnprovableError where nothing can be read.
     """
     work = Workings(read_variant(kind, fields or tiny_fields(kind)))
     prove_depth(work)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from growkit.errors import UsageError, require_type
@@ -87,6 +87,23 @@ def plan_vocabulary(model: Architecture, vocab: str | int, fill: str = "mean") -
         )
     words = f"vocab {model.vocab} -> {size}, {size - model.vocab} new tokens after the old ones"
     return build_plan("vocab", words, model, {}, {AXIS: size}, vocab_fill=fill)
+
+
+def add_tokens(
+    verb: str, plan: Plan | None, model: Architecture, vocab: str | int, fill: str = "mean"
+) -> Plan:
+    """A plan with the growth of the vocabulary in it; None for a plan of the vocabulary alone.
+
+    A plan whose model has so many tokens already is told so, and stays. Raises UsageError as
+    `plan_vocabulary` does.
+    """
+    from growkit.growth.plan import combine_plans
+
+    if plan is not None and parse_vocabulary(vocab, model.vocab) == model.vocab:
+        note = f"the vocabulary stays: --vocab {vocab} is the source's {model.vocab}"
+        return replace(plan, notes=(*plan.notes, note))
+    tokens = plan_vocabulary(model, vocab, fill)
+    return combine_plans(verb, [tokens] if plan is None else [plan, tokens], model)
 
 
 def check_vocabulary(model: Architecture) -> None:

@@ -377,6 +377,7 @@ class Architecture:
             ratio = RATIO.fullmatch(path)
             if ratio:
                 written[ratio[1]] = self.sizes[axis] * written[ratio[2]]
+        written |= {name: written[path] for name, path in family.equal.items()}
         for name, path in family.options.items():
             written[path] = self.options[name]
         if family.rotary:
@@ -395,7 +396,7 @@ class Architecture:
         written = dict(base)
         # What every field would be; below, only those are written that do not say so already.
         complete = self.config(base)
-        stated = [*self._size_fields(), *self.family.options.values()]
+        stated = [*self._size_fields(), *self.family.equal, *self.family.options.values()]
         # A size written changes the default of another that follows it: head_dim from the heads.
         for _ in range(2):
             fields = self.family.fields_of(written)
@@ -412,8 +413,4 @@ class Architecture:
 
     def _size_fields(self) -> list[str]:
         """The configuration fields of all sizes."""
-        found = []
-        for path in self.fields.values():
-            ratio = RATIO.fullmatch(path)
-            found.append(ratio[1] if ratio else path)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(RATIO.sub(r"\1", path) for path in self.fields.values()))

@@ -108,6 +108,9 @@ class Family:
     whole_heads: bool = True
     # field -> the one value that the table holds for.
     proved: Mapping[str, Any] = field(default_factory=dict)
+    # field -> the field whose value it has in the models that the table holds for: transformers
+    # puts a projection between the two where they differ.
+    equal: Mapping[str, str] = field(default_factory=dict)
     # Axes that are copied evenly, though no norm averages over them.
     uniform: tuple[str, ...] = ()
     # Why embed cannot be padded; why layers that add nothing cannot be inserted. Empty: they can.
@@ -248,13 +251,19 @@ class Family:
         return Fields(given, {**self.defaults, **null})
 
     def _check_proved(self, values: Fields) -> None:
-        """Raise GrowkitError for a field whose value the table was not proved for."""
+        """Raise GrowkitError for fields whose values the table was not proved for."""
         for name, proved in self.proved.items():
             value = values.get(name)
             if value != proved:
                 raise GrowkitError(
                     f"growth of {self.title} models is proved for {name} {proved!r} only, and this "
                     f"model has {value!r}"
+                )
+        for name, other in self.equal.items():
+            if values.get(name) != values.get(other):
+                raise GrowkitError(
+                    f"growth of {self.title} models is proved where {name} is {other}, and this "
+                    f"model has {values.get(name)} and {values.get(other)}"
                 )
 
 

@@ -41,7 +41,7 @@ def _check_texts(family: Family) -> None:
     for name in LISTS:
         if not all(isinstance(each, str) for each in getattr(family, name)):
             raise GrowkitError(f"{name} is a list of texts")
-    for name in ("fields", "options", "frozen", "scalars"):
+    for name in ("fields", "options", "frozen", "scalars", "equal"):
         for key, value in getattr(family, name).items():
             if not isinstance(value, str):
                 raise GrowkitError(f"[{name}] states a text for {key}, got {value!r}")
@@ -55,6 +55,11 @@ def _check_fields(family: Family) -> None:
     for axis, size in family.constants.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise GrowkitError(f"the constant {axis} is a whole number of at least 1, got {size!r}")
+    stated = {RATIO.sub(r"\1", path) for path in family.fields.values()}
+    for name, path in family.equal.items():
+        if path not in stated:
+            near = did_you_mean(path, stated)
+            raise GrowkitError(f"{name} is equal to {path!r}, which states no size{near}")
     if family.heads and family.heads not in family.fields:
         near = did_you_mean(family.heads, family.fields)
         raise GrowkitError(f"heads names the axis {family.heads!r}, which has no field{near}")

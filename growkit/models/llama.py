@@ -48,6 +48,23 @@ OPTIONS = {
     "initializer_range": "initializer_range",
     "activation": "hidden_act",
 }
+# What transformers 4 and 5 take for fields that a config.json of Llama leaves out; its relatives
+# have most of them in common.
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": Same("num_attention_heads"),
+    "head_dim": Same("hidden_size / num_attention_heads"),
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "hidden_act": "silu",
+}
 ALL_ROTATED = (
     "transformers rotates all of its heads, and growth needs new dimensions that are not rotated; "
     "grow the heads instead"
@@ -60,24 +77,7 @@ LLAMA = Family(
     text=TABLE,
     prefix="model",
     fields=FIELDS,
-    # LlamaConfig, transformers 4 and 5.
-    defaults={
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": Same("num_attention_heads"),
-        "head_dim": Same("hidden_size / num_attention_heads"),
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    },
+    defaults=DEFAULTS | {"attention_bias": False, "mlp_bias": False},
     options=OPTIONS | {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     norm="rms",
     heads="kv",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from growkit.models.computation import Computation
-from growkit.models.family import Family
 from growkit.models.fields import Same
-from growkit.models.llama import ALL_ROTATED, FIELDS, OPTIONS
+from growkit.models.llama import DEFAULTS, LLAMA, OPTIONS
 
 TABLE = """
 # name                                                axes                          begins  role      when
@@ -24,34 +25,20 @@ model.norm.weight                                     /embed                    
 lm_head.weight                                        vocab /embed                  normal  head      untied
 """  # noqa: E501
 
-MISTRAL = Family(
+MISTRAL = replace(
+    LLAMA,
     kind="mistral",
     class_name="MistralForCausalLM",
     title="Mistral",
     text=TABLE,
-    prefix="model",
-    fields=FIELDS,
-    # MistralConfig, transformers 4 and 5.
-    defaults={
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
+    defaults=DEFAULTS
+    | {
         "num_key_value_heads": 8,
-        "head_dim": Same("hidden_size / num_attention_heads"),
         "intermediate_size": 14336,
         "max_position_embeddings": 131072,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
-        "hidden_act": "silu",
     },
     nulls={"num_key_value_heads": Same("num_attention_heads")},
     options=OPTIONS,
-    norm="rms",
-    heads="kv",
-    frozen={"head_dim": ALL_ROTATED},
     whole_heads=False,
     computation=Computation(
         windows="all", numbers={"window": "sliding_window"}, fields={"sliding_window": 4096}

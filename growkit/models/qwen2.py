@@ -6,12 +6,12 @@ Llama with biases on queries, keys and values; the upper layers may have a windo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from growkit.models.computation import Computation
-from growkit.models.family import Family
 from growkit.models.fields import Same
-from growkit.models.llama import ALL_ROTATED, FIELDS, OPTIONS
+from growkit.models.llama import DEFAULTS, LLAMA, OPTIONS
 
 TABLE = """
 # name                                                axes                          begins  role      when
@@ -33,8 +33,13 @@ model.norm.weight                                     /embed                    
 lm_head.weight                                        vocab /embed                  normal  head      untied
 """  # noqa: E501
 
-# Fields of the sliding window, with transformers' defaults.
-WINDOW_FIELDS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+COMPUTATION = Computation(
+    windows="list",
+    numbers={"window": "sliding_window"},
+    # With transformers' defaults.
+    fields={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+    needs={"sliding_window": "use_sliding_window"},
+)
 
 
 def window_kinds(config: Mapping[str, Any]) -> list[str]:
@@ -47,40 +52,23 @@ def window_kinds(config: Mapping[str, Any]) -> list[str]:
     return ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
 
 
-QWEN2 = Family(
+QWEN2 = replace(
+    LLAMA,
     kind="qwen2",
     class_name="Qwen2ForCausalLM",
     title="Qwen2",
     text=TABLE,
-    prefix="model",
-    fields=FIELDS,
-    # Qwen2Config, transformers 4 and 5. It has no head_dim, but the model reads one that is there.
-    defaults={
+    # Qwen2Config has no head_dim, but the model reads one that is there.
+    defaults=DEFAULTS
+    | {
         "vocab_size": 151936,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
         "num_key_value_heads": 32,
-        "head_dim": Same("hidden_size / num_attention_heads"),
         "intermediate_size": 22016,
         "max_position_embeddings": 32768,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
-        "hidden_act": "silu",
     },
     nulls={"num_key_value_heads": Same("num_attention_heads")},
     options=OPTIONS,
-    norm="rms",
-    heads="kv",
-    frozen={"head_dim": ALL_ROTATED},
     layer_kinds=window_kinds,
     whole_heads=False,
-    computation=Computation(
-        windows="list",
-        numbers={"window": "sliding_window"},
-        fields=WINDOW_FIELDS,
-        needs={"sliding_window": "use_sliding_window"},
-    ),
+    computation=COMPUTATION,
 )

@@ -1,12 +1,11 @@
-"""Qwen3: Llama with norms over each head's queries and keys; the upper layers may have a window."""
+"""Qwen3: Qwen2 with norms over each head's queries and keys, and biases as an option."""
 
 from __future__ import annotations
 
-from growkit.models.computation import Computation
-from growkit.models.family import Family
-from growkit.models.fields import Same
-from growkit.models.llama import FIELDS, OPTIONS
-from growkit.models.qwen2 import WINDOW_FIELDS, window_kinds
+from dataclasses import replace
+
+from growkit.models.llama import OPTIONS
+from growkit.models.qwen2 import COMPUTATION, QWEN2
 
 TABLE = """
 # name                                                axes                          begins  role            when
@@ -31,43 +30,14 @@ model.norm.weight                                     /embed                    
 lm_head.weight                                        vocab /embed                  normal  head            untied
 """  # noqa: E501
 
-QWEN3 = Family(
+QWEN3 = replace(
+    QWEN2,
     kind="qwen3",
     class_name="Qwen3ForCausalLM",
     title="Qwen3",
     text=TABLE,
-    prefix="model",
-    fields=FIELDS,
-    # Qwen3Config, transformers 4 and 5.
-    defaults={
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "intermediate_size": 22016,
-        "max_position_embeddings": 32768,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
-        "hidden_act": "silu",
-        "attention_bias": False,
-    },
-    nulls={"num_key_value_heads": Same("num_attention_heads")},
+    defaults={**QWEN2.defaults, "head_dim": 128, "attention_bias": False},
     options=OPTIONS | {"attention_bias": "attention_bias"},
-    norm="rms",
-    heads="kv",
     frozen={"head_dim": "norms of queries and keys average over it; grow the heads instead"},
-    layer_kinds=window_kinds,
-    whole_heads=False,
-    computation=Computation(
-        query_norm="q_norm",
-        key_norm="k_norm",
-        windows="list",
-        numbers={"window": "sliding_window"},
-        fields=WINDOW_FIELDS,
-        needs={"sliding_window": "use_sliding_window"},
-    ),
+    computation=replace(COMPUTATION, query_norm="q_norm", key_norm="k_norm"),
 )

@@ -38,6 +38,7 @@ MAPS = (
     "new",
     "fresh",
     "proved",
+    "equal",
     "constants",
     "frozen",
     "scalars",

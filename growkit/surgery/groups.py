@@ -10,16 +10,17 @@ factor on the rate, because torch multiplies the two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from growkit.checkpoint.optimizer import NAMES, Group, Optimizer, Scalar
+from growkit.checkpoint.optimizer import NAMES, Group, Optimizer, Scalar, list_undecayed
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.new import find_new_layers
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source
+from growkit.models.architecture import Architecture
 from growkit.models.definition import list_defined
 from growkit.models.notation import Row
 
@@ -51,12 +52,13 @@ def grow_groups(optimizer: Optimizer, plan: Plan, layout: str = "keep", step: in
     """
     check_layout(layout)
     place = optimizer.place
-    factors = _find_factors(plan) if layout == "split" else None
+    defined = _list_parameters(optimizer, plan)
+    factors = find_factors(plan.grown, defined, [plan]) if layout == "split" else None
     members: dict[tuple[int, Factors], list[str]] = {}
     if factors is None:
         members = {(number, Factors()): [] for number in range(len(optimizer.groups))}
     steps = {}
-    for name, row in list_defined(plan.grown):
+    for name, row in defined:
         origin = find_origin(plan, row, name)
         key = (place[origin], factors[name] if factors else Factors())
         members.setdefault(key, []).append(name)
@@ -75,6 +77,13 @@ def grow_groups(optimizer: Optimizer, plan: Plan, layout: str = "keep", step: in
     return replace(optimizer, groups=tuple(groups), steps=steps, schedule=schedule)
 
 
+def _list_parameters(optimizer: Optimizer, plan: Plan) -> list[tuple[str, Row]]:
+    """(name, row) of the grown model's parameters, in the order in which torch numbers them."""
+    if optimizer.named:
+        return [(name, row) for name, row, _ in plan.grown.table.names(plan.grown.sizes)]
+    return list_defined(plan.grown)
+
+
 def check_layout(layout: str) -> None:
     """Raise UsageError for a layout that is none."""
     if layout not in LAYOUTS:
@@ -89,13 +98,20 @@ def find_origin(plan: Plan, row: Row, name: str) -> str:
     return row.name_at(find_source(plan, row, position))
 
 
-def _find_factors(plan: Plan) -> dict[str, Factors]:
-    """The factors of each new parameter. Raises GrowkitError where they differ within one."""
-    trees = compute_multipliers(plan.grown, [plan])
-    new_layers = find_new_layers([plan])
+def find_factors(
+    model: Architecture, defined: Sequence[tuple[str, Row]], plans: Sequence[Plan]
+) -> dict[str, Factors]:
+    """The factors of parameters, by name, after growths one after the other.
+
+    New are the layers of the last one. Raises GrowkitError where they differ within a parameter.
+    """
+    if not plans:
+        return {name: Factors() for name, _ in defined}
+    trees = compute_multipliers(model, plans)
+    new_layers = find_new_layers(plans[-1:])
     found: dict[str, Factors] = {}
     by_row: dict[tuple[str, ...], list[float]] = {}
-    for name, row in list_defined(plan.grown):
+    for name, row in defined:
         if row.path not in by_row:
             by_row[row.path] = [get_number(trees[kind], row) for kind in trees]
         rate, eps, clip = by_row[row.path]
@@ -104,6 +120,33 @@ def _find_factors(plan: Plan) -> dict[str, Factors]:
         new = bool(layered and position and position[0] in new_layers)
         found[name] = Factors(rate, eps, clip, new)
     return found
+
+
+def make_groups(
+    model: Architecture,
+    defined: Sequence[tuple[str, Row]],
+    plans: Sequence[Plan],
+    options: Mapping[str, Any],
+) -> list[Group]:
+    """The groups of parameters that have none yet: transformers' Trainer's two.
+
+    They are the parameters that decay, then norms and biases, each in the order of `defined`. After
+    growths each is split by what they ask for. options: of a group that decays and has no factors.
+    """
+    factors = find_factors(model, defined, plans)
+    exempt = list_undecayed(defined)[0]
+    members: dict[tuple[bool, Factors], list[str]] = {}
+    if not plans:
+        members = {(False, Factors()): [], (True, Factors()): []}
+    for name, _ in defined:
+        members.setdefault((name in exempt, factors[name]), []).append(name)
+    groups = []
+    for (without, each), names in sorted(members.items(), key=lambda item: item[0][0]):
+        stated = {**options, "weight_decay": 0.0} if without else dict(options)
+        if plans:
+            stated = {**multiply_options(stated, each, step=0), NAMES: list(names)}
+        groups.append(Group(tuple(names), stated))
+    return groups
 
 
 def get_number(tree: Mapping[str, Any], row: Row) -> float:
@@ -125,6 +168,11 @@ def _require_splittable(optimizer: Optimizer, plan: Plan, factors: Mapping[str, 
         raise UsageError(
             "--groups split divides groups by the factors of growth in width by copies, and by new "
             f"layers; {plan.method} has neither, so leave it out"
+        )
+    if optimizer.universal is not None:
+        raise UsageError(
+            "--groups split is for checkpoints of transformers' Trainer; a universal checkpoint of "
+            "DeepSpeed keeps its groups"
         )
     if not {"mu", "nu"} <= optimizer.entries.keys():
         raise GrowkitError("--groups split is for Adam and AdamW, which divide by sqrt(nu) + eps")

@@ -59,6 +59,7 @@ def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents
         files=files,
         torch_optimizer=optimizer,
         around=source.around,
+        distributed=source.distributed,
     )
 
 
@@ -66,6 +67,12 @@ def _grow_optimizer(source: Source, plan: Plan, groups: str) -> Optimizer | None
     """The groups of the grown model, None for a source without an optimizer of PyTorch."""
     check_layout(groups)
     optimizer = source.torch_optimizer
+    if groups != "keep" and source.distributed is not None:
+        raise UsageError(
+            f"--groups {groups} is for checkpoints of transformers' Trainer; the groups of a "
+            "distributed checkpoint are kept, because the schedule that lies with them is carried "
+            "as it is; leave it out"
+        )
     if optimizer is not None:
         return grow_groups(optimizer, plan, groups, int(source.record.get("step", 0)))
     if groups != "keep":

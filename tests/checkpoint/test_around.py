@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
@@ -157,3 +158,90 @@ def test_the_decoder_grows_and_the_rest_is_carried(kind, tmp_path, capsys):
     assert proof.gap(compute(load(twice), TEXT), compute(load(deep), TEXT)) < BOUND
     assert run(["width", "--embed", "2x", str(source), str(tmp_path / "no")]) == 2
     assert "embed of a" in capsys.readouterr().err
+
+
+def change(source, out, scale, skip=()):
+    """A copy of a directory whose numbers are others; whole numbers stay."""
+    shutil.copytree(source, out)
+    state = load_file(source / "model.safetensors")
+    changed = {
+        name: tensor * scale if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+        if name not in skip
+    }
+    save_file(changed, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_all_of_a_larger_model_is_averaged(tmp_path, capsys):
+    source = save("gemma3", tmp_path / "source")
+    other = change(source, tmp_path / "other", 2.0)
+    command = ["average", str(source), str(other), "--weights", "1,3"]
+    assert run([*command, "--out", str(tmp_path / "out")]) == 0
+    count = len(open_source(str(source)).around.others)
+    said = capsys.readouterr().out
+    assert f"note: the {count} tensors around the text decoder are averaged too" in said
+    assert "growth carries" not in said
+    state = load_file(source / "model.safetensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.allclose(found[name], tensor * 1.75, rtol=1e-12, atol=0.0), name
+    before, after = (
+        json.loads((path / "config.json").read_text()) for path in (other, tmp_path / "out")
+    )
+    assert after == before
+    load(tmp_path / "out")
+
+
+def save_text(source, path):
+    """The decoder of a larger model alone, as a directory of its own."""
+    opened = open_source(str(source))
+    path.mkdir()
+    state = {
+        name: torch.from_numpy(tensor.read()) for name, tensor in opened.tensors["params"].items()
+    }
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(opened.config))
+    return path
+
+
+def refuse_mean(capsys, one, other, said, code=2):
+    assert run(["average", str(one), str(other), "--out", str(one.parent / "no")]) == code
+    assert said in capsys.readouterr().err
+    assert not (one.parent / "no").exists()
+
+
+def test_what_lies_around_must_be_alike_for_a_mean(tmp_path, capsys):
+    source = save("gemma3", tmp_path / "source")
+    around = open_source(str(source)).around
+    name = next(iter(around.others))
+    fewer = change(source, tmp_path / "fewer", 1.0, (name,))
+    refuse_mean(capsys, source, fewer, f"only models of one shape have a mean: {name} is [")
+    other = change(source, tmp_path / "config", 1.0)
+    config = json.loads((other / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 1
+    (other / "config.json").write_text(json.dumps(config))
+    refuse_mean(capsys, source, other, "vision_config.num_attention_heads is 2 in")
+    config["vision_config"]["num_attention_heads"] = 2
+    config["transformers_version"] = "4.0.0"
+    (other / "config.json").write_text(json.dumps(config))
+    assert run(["average", str(source), str(other), "--out", str(tmp_path / "mean")]) == 0
+    plain = tmp_path / "plain"
+    save_text(source, plain)
+    refuse_mean(
+        capsys, source, plain, "source is a text decoder within a larger model, and", code=2
+    )
+
+
+def test_whole_numbers_have_no_mean(tmp_path, capsys):
+    source = save("gemma3", tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    for place, number in (("a", 3), ("b", 3), ("c", 4)):
+        shutil.copytree(source, tmp_path / place)
+        more = state | {"vision.count": torch.tensor([number])}
+        save_file(more, tmp_path / place / "model.safetensors", {"format": "pt"})
+    a, b, c = (tmp_path / name for name in "abc")
+    assert run(["average", str(a), str(b), "--out", str(tmp_path / "mean")]) == 0
+    assert load_file(tmp_path / "mean" / "model.safetensors")["vision.count"].tolist() == [3]
+    refuse_mean(capsys, a, c, "'vision.count' holds whole numbers, which have no mean", code=1)

@@ -69,6 +69,14 @@ def test_an_encoder(place, capsys):
     refused(capsys, "model", "is an encoder (BertForMaskedLM)")
 
 
+def test_an_encoder_that_config_does_not_name(place, capsys):
+    pytest.importorskip("transformers")
+    change(place, model_type="distilbert", architectures=None)
+    refused(
+        capsys, "model", "no causal language model of the type, as of encoders, so that no table"
+    )
+
+
 def test_an_adapter(place, capsys):
     (place / "lora").mkdir()
     stated = {"base_model_name_or_path": "some/base", "peft_type": "LORA"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from growkit.checkpoint.location import open_source
 from growkit.cli import checking, run
 from growkit.cli.checked_text import choose_text
 from growkit.cli.checking import TOLERANCES, GrowthCheck, compare_functions
+from growkit.cli.comparing import _format_model
 from growkit.entries import Origin, Training
+from growkit.models.tables import read_shipped
 from trainer.data.tokens import TokenWriter
 
 TOKENS = np.arange(12).reshape(3, 4) % 5
@@ -90,6 +93,18 @@ def test_what_is_computed_in_jax_is_computed_on_the_cpu(tmp_path, monkeypatch):
     logits = checking.load_function(source)(np.zeros((1, 3), np.int64))
     assert logits.shape == (1, 3, SMALL.vocab) and logits.dtype == np.float32
     assert [device.platform for device in chosen] == ["cpu"]
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba"])
+def test_a_model_that_states_no_context_reads_sequences_of_a_length(kind):
+    """ALiBi and recurrences have no limit; inspect leaves out what such a model has none of."""
+    model = read_shipped(kind).read({"vocab_size": 50, "time_step_rank": 4})
+    source = SimpleNamespace(model=model, files={})
+    assert model.context == 0
+    assert checking.select_tokens(source, 3000)[0].shape == (2, checking.LENGTH)
+    assert checking.select_tokens(source, 60)[0].shape == (1, 60)
+    words = _format_model(model)[0].split(", ")
+    assert "vocab 50" in words and not {"context 0", "mlp 0", "0 heads of 0"} & set(words)
 
 
 def test_the_text_is_not_cut_by_what_is_saved_with_the_tokenizer(tmp_path):

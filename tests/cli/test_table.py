@@ -55,7 +55,9 @@ def test_a_derived_table_grows_a_type_that_is_not_shipped(hidden, source, tmp_pa
     assert run(["depth", "--map", "3:4", str(source), str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     command = re.search(r"`growkit (derive olmo2 --out olmo2.txt)`", said)
-    assert command, said
+    assert command and "--table olmo2.txt takes it" in said, said
+    assert run(["inspect", str(source)]) == 1
+    assert capsys.readouterr().err == said
     table = tmp_path / "olmo2.txt"
     assert run([*command[1].split()[:-1], str(table)]) == 0
     grown = tmp_path / "grown"
@@ -169,6 +171,7 @@ def test_a_table_of_a_stranger_is_refused_or_read(source, table, tmp_path):
         ("llava", "its text decoder is of the type 'llama'; derive that"),
         ("llama4", "the text decoder of llama4 models is of the type 'llama4_text'; derive that"),
         ("bart", "bart models are an encoder and a decoder"),
+        ("dbrx", "does not build or run the tiny model that a proof needs ("),
         ("nowhere/llama", "there is no directory nowhere/llama"),
     ],
 )

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from growkit.checkpoint import tensor
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
+from growkit.cli.comparing import _says
 from growkit.growth.plan import Plan
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
@@ -354,7 +355,37 @@ def test_another_architecture_is_checked_in_transformers(place, capsys):
     assert "6 heads of 4 in 2 groups" in capsys.readouterr().out
 
 
+# inspect
+
+
+def test_inspect_says_each_growth_once(place, capsys):
+    assert run(["width", "--mlp", "2x", "hf", "wide"]) == 0
+    assert run(["depth", "--map", "2:3", "wide", "deep"]) == 0
+    capsys.readouterr()
+    assert run(["inspect", "deep"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "path         deep (Hugging Face directory)"
+    first, second = [line for line in said if line.startswith("lineage")]
+    assert first.count("mlp 12 -> 24") == 1 and "width: mlp 12 -> 24 by copies" in first
+    assert "depth: layer 2 -> 3, replicate: floor(i*2/3), function not preserved" in second
+    # One size's words are not in those of a longer one.
+    assert not _says("mlp 4 -> 80 by copies", "mlp 4 -> 8")
+    assert not _says("head_dim 4 -> 8 by padding", "dim 4 -> 8")
+
+
 # diff
+
+
+def test_diff_of_moments_that_one_side_has_is_a_line(place, capsys):
+    assert run(["export", "ck", "exported"]) == 0
+    capsys.readouterr()
+    assert run(["diff", "ck", "exported"]) == 1
+    said = capsys.readouterr().out
+    count = len(arrays("hf"))
+    assert f"mu          {count} only in A\n" in said and f"nu          {count} only in A\n" in said
+    assert said.endswith("different\n") and "  gpt_neox" not in said
+    assert run(["diff", "exported", "ck"]) == 1
+    assert f"nu          {count} only in B\n" in capsys.readouterr().out
 
 
 def test_diff_of_what_is_equal(place, capsys):

@@ -346,7 +346,7 @@ def test_a_long_value_is_shown_in_part():
 
 def test_a_map_of_layers_is_not_read_as_a_number_to_the_base_of_60(tmp_path):
     (tmp_path / "grow.yaml").write_text(
-        "grow: {map: 18:24, embed: 2x, mlp: 4096}\noptimizer: {multipliers: on}\n"
+        "grow: {map: 18:24, embed: 2x, mlp: 4096, vocab: +64}\noptimizer: {multipliers: on}\n"
     )
     config = resolve(read_values(str(tmp_path / "grow.yaml"), ["grow.heads=16"]))
     assert (config.grow.map, config.grow.embed, config.grow.mlp, config.grow.heads) == (
@@ -356,6 +356,10 @@ def test_a_map_of_layers_is_not_read_as_a_number_to_the_base_of_60(tmp_path):
         "16",
     )
     assert config.optimizer.multipliers == "on"
+    # A number with a plus is one of tokens to add, and a number elsewhere.
+    assert config.grow.vocab == "+64"
+    config = resolve(read_values("recipe", ["grow.vocab=+128", "seed=+7", "log.every=+5"]))
+    assert (config.grow.vocab, config.seed, config.log.every) == ("+128", 7, 5)
     assert (
         resolve(read_values("recipe", ["grow.map=18:24", "optimizer.multipliers=off"])).grow.map
         == "18:24"

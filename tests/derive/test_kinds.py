@@ -19,7 +19,7 @@ import transformers
 from sweeping import call, describe_kind, find_layers, list_differences, save_tiny
 
 from growkit.derive.derive import load_logits
-from growkit.derive.kinds import Lists, find_rule
+from growkit.derive.kinds import Kinds, Lists, add_known, find_rule
 from growkit.derive.network import CONFIG_MAPPING, set_plain
 from growkit.derive.tiny import tiny_fields
 from growkit.errors import GrowkitError, UsageError
@@ -152,6 +152,30 @@ def test_a_field_that_is_null_leaves_the_kinds_open():
 def test_a_rule_computes_nothing_else(text):
     with pytest.raises(GrowkitError, match="rule of layers"):
         parse_rule(text)
+
+
+def test_defaults_come_in_the_order_in_which_rules_state_them():
+    """Not in a set's, which another process has otherwise, nor in the configuration's."""
+    stated = {
+        "moe_layer_end_index": 27,
+        "moe_layer_start_index": 1,
+        "moe_layer_interval": 1,
+        "attn_layer_offset": 4,
+        "attn_layer_period": 8,
+    }
+    found = Kinds()
+    add_known(found, stated)
+    assert list(found.checked) == ["attention", "sparse"]
+    assert list(found.defaults) == [
+        "attn_layer_period",
+        "attn_layer_offset",
+        "moe_layer_interval",
+        "moe_layer_start_index",
+        "moe_layer_end_index",
+    ]
+    found = Kinds()
+    add_known(found, stated | {"moe_layer_interval": None, "attn_layer_period": None})
+    assert not found.checked and not found.defaults
 
 
 def test_a_wrong_rule_is_not_found():

@@ -14,7 +14,9 @@ from growkit.cli import run
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.axes import insert, make_map
 from growkit.growth.plan import build_plan
+from growkit.growth.width import plan_width
 from growkit.models import FAMILIES
+from growkit.models.family_check import check_family
 from growkit.models.notation import parse_table
 from growkit.models.table_file import read_family, write_family
 from growkit.models.tables import list_shipped, read_shipped, read_text
@@ -88,6 +90,25 @@ def test_axes_that_a_family_calls_uniform_are_copied_evenly():
     assert build_plan("width", "", LLAMA.model(**SIZES), {"mlp": uneven}).preserved
     uniform = replace(LLAMA, uniform=("mlp",)).model(**SIZES)
     assert not build_plan("width", "", uniform, {"mlp": uneven}).preserved
+
+
+def test_a_field_that_has_another_s_value_grows_with_it():
+    """OPT has a projection where its embedding is narrower than the stream: another table."""
+    family = read_shipped("opt")
+    config = {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 24, "vocab_size": 40}
+    stated = config | {"word_embed_proj_dim": 32}
+    for given in (config, stated):
+        model = family.read(given)
+        grown = plan_width(model, embed="2x").grown.update(given)
+        assert grown["hidden_size"] == 64
+        assert grown.get("word_embed_proj_dim", 64) == 64
+        assert grown.keys() - given.keys() <= {"ffn_dim", "num_attention_heads"}
+    assert family.model(embed=64, head=8, head_dim=8).config()["word_embed_proj_dim"] == 64
+    with pytest.raises(GrowkitError, match="word_embed_proj_dim is hidden_size, .* 16 and 32"):
+        family.read(config | {"word_embed_proj_dim": 16})
+    wrong = replace(family, equal={"word_embed_proj_dim": "hidden_sise"})
+    with pytest.raises(GrowkitError, match="'hidden_sise', which states no size; did you mean"):
+        check_family(wrong)
 
 
 def test_an_unknown_model_type_is_refused(capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from runs import RECIPE, recipe, rows, state_of, values
+from runs import RECIPE, TINY, recipe, rows, state_of, values
 
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import GrowkitError, UsageError
@@ -36,7 +36,12 @@ def wide(small, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "section", [{"map": "2:3"}, {"embed": "2x"}, {"map": "2:3", "embed": 40, "seed": 3}]
+    "section",
+    [
+        {"map": "2:3"},
+        {"embed": "2x"},
+        {"map": "2:3", "embed": 40, "seed": 3, "vocab": "x96"},
+    ],
 )
 def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):
     from trainer.config.sections import resolve
@@ -55,6 +60,20 @@ def test_growth_at_start_is_growth_on_disk(data, small, tmp_path, section):
     assert train(recipe(data, grow=section), tmp_path / "start", str(small)).signal is None
     with pytest.raises(UsageError, match=r"grow.map \(.* then, 2:4 now\)"):
         train(recipe(data, grow=section | {"map": "2:4"}), tmp_path / "start", str(small))
+
+
+def test_the_vocabulary_grows_alone_and_with_others():
+    from trainer.config.sections import resolve
+    from trainer.run.growth import plan_growth
+
+    def grow(**section):
+        return plan_growth(resolve({"grow": section}).grow, TINY)
+
+    alone = grow(vocab="+16")
+    assert (alone.grown.vocab, alone.pads, alone.maps) == (80, {"vocab": 80}, {})
+    deep = grow(vocab="x64", map="2:3")
+    assert (deep.grown.vocab, deep.grown.layer) == (64, 3)
+    assert deep.notes[-1] == "the vocabulary stays: --vocab x64 is the source's 64"
 
 
 def losses(out):
@@ -167,6 +186,9 @@ def test_noise_is_not_exact_continuation(small):
         ({"noise": 0.1}, "has options but no growth"),
         ({"map": "3:4"}, "the source has 2"),
         ({"embed": "1x"}, "nothing grows"),
+        ({"vocab": "x64"}, "nothing grows: --vocab x64 is the 64 tokens"),
+        ({"vocab": 60}, "--vocab 60 is below the source's 64"),
+        ({"vocab": "2x"}, "--vocab takes a number of tokens"),
         ({"depth_method": "stack"}, "has options but no growth"),
     ],
 )

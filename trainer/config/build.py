@@ -67,8 +67,8 @@ def _convert_value(kind: Any, value: Any, key: str) -> Any:
         return _convert_number(value, key)
     if type(value) is kind:
         return value
-    if kind is int and isinstance(value, str) and _is_plain_number(value):
-        return parse_count(value, key)
+    if kind is int and isinstance(value, str) and _is_plain_number(value.removeprefix("+")):
+        return parse_count(value.removeprefix("+"), key)
     raise UsageError(f"{key} must be {WANTED[kind]}, got {_shorten(value)}")
 
 
@@ -80,7 +80,7 @@ def _require_fields(value: Any, key: str) -> dict[str, Any]:
 
 
 def _is_plain_number(text: str) -> bool:
-    """Whether a text is a number that YAML does not read as one: 1e6, 50_304.
+    """Whether a text is a number that is not read as one: 1e6, 50_304.
 
     One with a unit is a count of something, and not 8k for a context of 8192.
     """

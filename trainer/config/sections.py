@@ -133,6 +133,7 @@ class Grow:
     heads: str = text_or_number()  # width --heads
     mlp: str = text_or_number()  # width --mlp
     head_dim: str = text_or_number()  # width --head-dim
+    vocab: str = text_or_number()  # --vocab of both
     width_method: str = ""  # width --method
     spread: float = 0.0  # width --spread
     moments: str = "map"  # --moments of both

@@ -25,9 +25,10 @@ PRESETS = files("trainer.config").joinpath("presets")
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 18:24 is text, as are on and off.
+    """YAML in which 18:24 is text, as are +64, on and off.
 
-    YAML 1.1 reads 18:24 as a number to the base of 60 (1104), and on and off as true and false.
+    YAML 1.1 reads 18:24 as a number to the base of 60 (1104), +64 as 64, and on and off as true and
+    false.
     """
 
 
@@ -38,7 +39,7 @@ Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (INT_TAG, BOOL_TAG)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(INT_TAG, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+Loader.add_implicit_resolver(INT_TAG, re.compile(r"-?[0-9]+$"), list("-0123456789"))
 Loader.add_implicit_resolver(
     BOOL_TAG, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )

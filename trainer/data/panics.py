@@ -6,6 +6,7 @@ is not an Exception. Here it becomes a GrowkitError, and the lines are dropped.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import tempfile
@@ -38,7 +39,9 @@ def explain_panics(where: str) -> Iterator[None]:
 @cache
 def _open_held() -> IO[bytes]:
     """Where standard error goes while it is held back."""
-    return tempfile.TemporaryFile()
+    held = tempfile.TemporaryFile()  # noqa: SIM115, because it stays open until the end
+    atexit.register(held.close)
+    return held
 
 
 def _divert_standard_error() -> int | None:

@@ -19,6 +19,7 @@ from growkit.growth.depth import plan_depth
 from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.new import find_new_layers
 from growkit.growth.plan import Plan, combine_plans, set_options
+from growkit.growth.vocabulary import add_tokens
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
@@ -39,6 +40,21 @@ def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
 
     Raises UsageError for a growth that cannot be, and for options without a growth.
     """
+    plan = _plan_sizes(settings, model)
+    if settings.vocab:
+        plan = add_tokens("grow", plan, model, settings.vocab)
+    if plan is not None:
+        return set_options(plan, settings.moments, settings.noise, settings.seed)
+    if settings == Grow():
+        return None
+    raise UsageError(
+        "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp, "
+        "head_dim or vocab"
+    )
+
+
+def _plan_sizes(settings: Grow, model: Architecture) -> Plan | None:
+    """The plan of depth and width, as one, so that every parameter is grown once."""
     plans = []
     if settings.map:
         scale = settings.scale or None
@@ -54,16 +70,9 @@ def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
     if any(sizes.values()):
         method = settings.width_method or None
         plans.append(plan_width(model, **sizes, method=method, spread=settings.spread))
-    if not plans and settings == Grow():
-        return None
-    if not plans:
-        raise UsageError(
-            "the grow section has options but no growth: set grow.map, or grow.embed, heads, mlp "
-            "or head_dim"
-        )
-    # One plan for depth and width, so that every parameter is grown once.
-    plan = plans[0] if len(plans) == 1 else combine_plans("grow", plans, model)
-    return set_options(plan, moments=settings.moments, noise=settings.noise, seed=settings.seed)
+    if len(plans) > 1:
+        return combine_plans("grow", plans, model)
+    return plans[0] if plans else None
 
 
 def grow_config(config: Config, plan: Plan) -> Config:
