@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from growkit.checkpoint.carried import LIMIT, find_outside
-from growkit.checkpoint.files import read_json, read_regular
+from growkit.checkpoint.files import LFS_POINTER, open_regular, read_json, read_regular
 from growkit.checkpoint.fill import Progress, collect_jobs, fill
 from growkit.checkpoint.hashes import Hashed
 from growkit.checkpoint.huggingface import (
@@ -61,8 +61,11 @@ def open_trained(path: Path) -> Source:
     """Open a checkpoint of transformers' Trainer; reads headers and the optimizer's pickle.
 
     Where the optimizer cannot be read, the model is opened without it, and `Source.refusal` says
-    why. Raises GrowkitError naming the file at fault.
+    why; where it is of another kind altogether, a note says so. Raises GrowkitError naming the file
+    at fault.
     """
+    if _is_of_another_kind(path / OPTIMIZER):
+        return _open_alone(path)
     files = tuple(sorted(file.name for file in path.iterdir() if _is_training(path, file)))
     source = open_directory(path, (OPTIMIZER, *files))
     try:
@@ -112,6 +115,25 @@ def _stated_name(slot: str, name: str) -> str:
 def _is_training(path: Path, file: Path) -> bool:
     """Whether a file belongs to the training that went on here, and lies here."""
     return TRAINING.fullmatch(file.name) is not None and not find_outside(path, file)
+
+
+def _is_of_another_kind(path: Path) -> bool:
+    """Whether a file begins as none of torch.save's does, nor as one that a disk has zeroed."""
+    if path.is_symlink():
+        return False
+    with open(open_regular(path), "rb") as file:
+        begin = file.read(len(LFS_POINTER))
+    return bool(begin.strip(b"\0")) and not begin.startswith((b"PK", b"\x80", LFS_POINTER))
+
+
+def _open_alone(path: Path) -> Source:
+    """The model, where what is called optimizer.pt is not torch's."""
+    source = open_directory(path)
+    note = (
+        f"{path / OPTIMIZER} is no file of torch.save: the model is taken without it, and what "
+        "belongs to its training is left behind"
+    )
+    return replace(source, notes=(*source.notes, note))
 
 
 def _open_without(path: Path, problem: str) -> Source:

@@ -186,6 +186,10 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
     both = "nu" in source.tensors
     if plan.moments == "reset":
         return "mu, nu and count zero" if both else "mu zero"
+    count = f"count kept ({source.record.get('count', 0)})"
+    if plan.moments == "first":
+        slots = "mu and nu" if both else "mu"
+        return f"{slots} kept for the first copy, zero for the others (approximate), {count}"
     mu = "zero"
     nu = "copied"
     if plan.preserved:
@@ -201,7 +205,7 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         "copy": "mu and nu copied as they are",
         "nu-only": f"mu zero, nu {nu}",
     }[plan.moments]
-    return f"{words}, count kept ({source.record.get('count', 0)})"
+    return f"{words}, {count}"
 
 
 def _has_split_groups(source: Source) -> bool:
@@ -304,6 +308,8 @@ def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     if not is_trained(source):
         return f"transformers loads {out}; growkit's trainer is for {', '.join(list_trained())}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"
+    if plan.keeps_first and "mu" in source.tensors:
+        return f"{command} schedule.continued=true optimizer.new.rewarmup=200"
     if not plan.continues:
         return f"{command} schedule.warmup=200"
     return f"{command} schedule.continued=true" if "mu" in source.tensors else command

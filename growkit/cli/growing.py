@@ -83,8 +83,9 @@ add_growing_options = combine_options(
         "--moments",
         default="map",
         metavar="|".join(MOMENT_OPTIONS),
-        help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, or "
-        "nu-only (mu zero).",
+        help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, "
+        "nu-only (mu zero), or first (by the rule for the first copy of each unit, zero for "
+        "other copies).",
     ),
     click.option(
         "--noise",

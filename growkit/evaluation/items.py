@@ -22,6 +22,7 @@ from growkit.textfiles import (
     HEAD,
     JSON_LINES,
     describe_foreign,
+    describe_other_objects,
     get_ending,
     holds_json_lines,
     open_text,
@@ -342,6 +343,9 @@ def _read_documents(path: Path) -> Iterator[str]:
     with _open(path) as file:
         are_lines = ending not in PROSE and holds_json_lines(file.peek(HEAD))
         if ending not in JSON_LINES and not are_lines:
+            foreign = None if ending in PROSE else describe_other_objects(file.peek(HEAD))
+            if foreign:
+                raise GrowkitError(f"{path} is {foreign}")
             yield _decode(file.read(), str(path))
             return
         for number, row in _read_lines(path, file):

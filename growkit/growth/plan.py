@@ -25,7 +25,10 @@ from growkit.models.architecture import Architecture
 # sum to 1 along vocab. Copies there are another function whatever their shares.
 UNCOPIED = ("head_dim", "vocab")
 # What --moments takes; Plan says what each does.
-MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only")
+MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only", "first")
+# 'first' without shares: for averages of normalised steps (see `growkit.growth.tree`), and no
+# option of a user's.
+FIRST_UNSCALED = "first, unscaled"
 # Where a model comes from, for messages about an argument that is none.
 MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
@@ -36,10 +39,11 @@ class Plan:
 
     maps: axis -> copies with shares. pads: axis -> new size, see `growkit.growth.padding`. moments:
     'map' (the rule), 'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only'
-    (mu zero). noise: its standard deviation in units of the model's initializer_range. notes: what
-    was completed by rule. vocab_fill: what new tokens' rows of the embedding hold, 'mean' or
-    'zero'; see `growkit.growth.vocabulary`. vocab_row: their row of the head, where it is not the
-    mean of the old ones. experts: what becomes of the gate's choice, where there are more experts.
+    (mu zero), 'first' (mu and nu by the rule for the first copy of every unit, zero for the other
+    copies: SPARKLING's asymmetric reset, arXiv 2602.02472). noise: its standard deviation in units
+    of the model's initializer_range. notes: what was completed by rule. vocab_fill: what new
+    tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
+    vocab_row: their row of the head, where it is not the mean of the old ones. experts: what becomes of the gate's choice, where there are more experts.
     """
 
     verb: str
@@ -57,7 +61,7 @@ class Plan:
     experts: Choice | None = None
 
     def __post_init__(self) -> None:
-        if self.moments not in MOMENT_OPTIONS:
+        if self.moments not in (*MOMENT_OPTIONS, FIRST_UNSCALED):
             near = did_you_mean(self.moments, MOMENT_OPTIONS)
             raise UsageError(
                 f"--moments is one of {', '.join(MOMENT_OPTIONS)}, got {self.moments!r}{near}"
@@ -111,6 +115,11 @@ class Plan:
         # A copy with a share of 0 would have an eps of 0: Adam divides 0 by 0.
         exact = exact and all((axis_map.share > 0.0).all() for axis_map in self.maps.values())
         return copied and exact and "layer" not in self.maps
+
+    @property
+    def keeps_first(self) -> bool:
+        """Whether moments are kept for the first copy of every unit alone."""
+        return self.moments in ("first", FIRST_UNSCALED)
 
     @property
     def copied_widths(self) -> dict[str, AxisMap]:

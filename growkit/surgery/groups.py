@@ -20,6 +20,7 @@ from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.new import find_new_layers
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source
+from growkit.growth.shares import is_added
 from growkit.models.architecture import Architecture
 from growkit.models.definition import list_defined
 from growkit.models.notation import Row
@@ -63,7 +64,7 @@ def grow_groups(optimizer: Optimizer, plan: Plan, layout: str = "keep", step: in
         key = (place[origin], factors[name] if factors else Factors())
         members.setdefault(key, []).append(name)
         if origin in optimizer.steps:
-            steps[name] = _reset(optimizer.steps[origin], plan)
+            steps[name] = _reset(optimizer.steps[origin], plan, row, name)
     ordered = sorted(members.items(), key=lambda item: item[0][0])
     if factors is not None:
         _require_splittable(optimizer, plan, factors)
@@ -185,9 +186,15 @@ def _require_splittable(optimizer: Optimizer, plan: Plan, factors: Mapping[str, 
             )
 
 
-def _reset(step: Any, plan: Plan) -> Any:
-    """A step after growth: zero where the moments begin again."""
-    if plan.moments != "reset":
+def _reset(step: Any, plan: Plan, row: Row, name: str) -> Any:
+    """A parameter's step after growth: zero where all of its moments begin again.
+
+    PyTorch's Adam corrects the bias of each parameter's moments by a step of its own.
+    """
+    position = row.match(name)
+    assert position is not None, "a row gives the names that it matches"
+    again = plan.moments == "reset" or (plan.keeps_first and is_added(plan, row, position))
+    if not again:
         return step
     return replace(step, value=0.0) if isinstance(step, Scalar) else 0
 

@@ -498,10 +498,20 @@ def test_plain_values_survive_a_pickle():
 def test_files_that_are_cut_off_or_of_another_kind(tmp_path, capsys):
     path = save_trained(tmp_path / "ck")
     whole = (path / "optimizer.pt").read_bytes()
-    for number, content in enumerate((b"x", whole[:-100], whole[: len(whole) // 2], b"")):
+    for number, content in enumerate((bytes(500), whole[:-100], whole[: len(whole) // 2], b"")):
         (path / "optimizer.pt").write_bytes(content)
         assert "is no file of torch.save, or is cut off" in open_source(str(path)).refusal, number
     refused(path, tmp_path, capsys, "is no file of torch.save")
+
+
+def test_a_file_that_is_not_of_torch_is_left_behind_with_its_training(tmp_path, capsys):
+    path = save_trained(tmp_path / "ck")
+    (path / "optimizer.pt").write_bytes(b"x")
+    assert run(depth(path, tmp_path / "out")) == 0
+    assert "optimizer.pt is no file of torch.save: the model is taken" in capsys.readouterr().out
+    assert open_source(str(tmp_path / "out")).kind == "huggingface"
+    for left in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
+        assert (path / left).exists() and not (tmp_path / "out" / left).exists()
 
 
 def test_files_of_torch_before_1_6_grow_too(trained, tmp_path):
