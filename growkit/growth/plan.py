@@ -43,7 +43,8 @@ class Plan:
     copies: SPARKLING's asymmetric reset, arXiv 2602.02472). noise: its standard deviation in units
     of the model's initializer_range. notes: what was completed by rule. vocab_fill: what new
     tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
-    vocab_row: their row of the head, where it is not the mean of the old ones. experts: what becomes of the gate's choice, where there are more experts.
+    vocab_row: their row of the head, where it is not the mean of the old ones.
+    experts: what becomes of the gate's choice, where there are more experts.
     """
 
     verb: str
