@@ -162,6 +162,10 @@ def _describe_function(source: Source, plan: Plan) -> str:
     from growkit.growth.vocabulary import describe_shift
 
     if not plan.preserved:
+        if plan.experts and not plan.experts.exact:
+            return plan.experts.describe_gap()
+        if plan.experts and plan.noise:
+            return "not preserved: noise sets the scores of copies of an expert apart"
         own = "layer" in plan.maps and has_own_shares(plan.maps["layer"])
         return NOT_PRESERVED_BY_SHARES if own else NOT_PRESERVED
     shift = describe_shift(plan)
@@ -227,6 +231,8 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
             factor = f"x{low:.3g}" if low == high else f"x{low:.3g} to x{high:.3g}"
             name = ".".join(row.path).removeprefix("layers.")
             rows.setdefault(factor, []).append(name)
+    if not rows:
+        return _describe_eps(source)
     factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in rows.items())
     ungrouped = ""
     if any(" to " in factor for factor in rows):
@@ -236,6 +242,16 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
     elif source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
         ungrouped = "a universal checkpoint keeps the groups of its source"
     return _describe_factors(source, factors, groups, ungrouped)
+
+
+def _describe_eps(source: Source) -> str:
+    """Who applies the factors where learning rates have none."""
+    exact = "training would continue exactly as the source's" if "mu" in source.tensors else ""
+    start = f"{exact}, with" if exact else "exact training has"
+    return (
+        f"learning rates stay; {start} the factors on eps and on weights of a clip that the "
+        "lineage states, and parameter groups of PyTorch do not hold them for experts"
+    )
 
 
 def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str) -> str:
@@ -264,6 +280,11 @@ def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str)
 
 
 def _warn_of_tied_copies(plan: Plan) -> str:
+    if plan.tied_copies == ("expert",):
+        return (
+            "copies of experts stay equal where they are chosen together, because equal copies get "
+            "equal gradients; --noise on their rows of the router separates them"
+        )
     if "embed" in plan.tied_copies:
         separate = "only --noise separates them"
     else:

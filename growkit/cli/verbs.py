@@ -41,6 +41,7 @@ VERBS = {
     ),
     "width": ("growkit.cli.growing", "Grow a model in width without changing its function."),
     "grow": ("growkit.cli.growing", "Grow a model to the sizes of another, in depth and width."),
+    "experts": ("growkit.cli.mixing", "Give a mixture of experts more of them."),
     "derive": (
         "growkit.derive.cli",
         "Derive and prove the table of a model type of transformers.",

@@ -16,6 +16,7 @@ import numpy as np
 
 from growkit.errors import UsageError, did_you_mean
 from growkit.growth.axes import AxisMap
+from growkit.growth.choice import Choice
 from growkit.growth.head_row import HeadRow
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
@@ -43,6 +44,7 @@ class Plan:
     of the model's initializer_range. notes: what was completed by rule. vocab_fill: what new
     tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
     vocab_row: their row of the head, where it is not the mean of the old ones.
+    experts: what becomes of the gate's choice, where there are more experts.
     """
 
     verb: str
@@ -57,6 +59,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     vocab_fill: str = "mean"
     vocab_row: HeadRow | None = None
+    experts: Choice | None = None
 
     def __post_init__(self) -> None:
         if self.moments not in (*MOMENT_OPTIONS, FIRST_UNSCALED):
@@ -84,9 +87,23 @@ class Plan:
         # Inserted layers add nothing only where something that writes the stream is silenced.
         if inserts and not any(row.writes_stream for row in self.model.table.rows):
             return False
+        if "expert" in self.maps and not self._keeps_choice():
+            return False
         return all(
             preserves(axis, axis_map, axis in uniform) for axis, axis_map in self.maps.items()
         )
+
+    def _keeps_choice(self) -> bool:
+        """Whether a gate chooses all copies of the experts that it chose."""
+        if not self.model.family.experts:
+            return True
+        experts = self.maps["expert"]
+        # Groups of experts are runs of neighbours: copies in other places would be other groups.
+        tiled = np.array_equal(experts.index, np.arange(len(experts)) % experts.source)
+        even = tiled and preserves("expert", experts, uniform=True)
+        chosen = self.experts is not None and self.experts.exact
+        # Noise sets the scores of copies apart.
+        return even and chosen and not self.noise
 
     @property
     def continues(self) -> bool:
@@ -265,4 +282,6 @@ def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
     method = "; ".join(plan.method for plan in plans)
     notes = tuple(note for plan in plans for note in plan.notes)
     fill = next((plan.vocab_fill for plan in plans if "vocab" in plan.pads), "mean")
-    return replace(build_plan(verb, method, model, maps, pads, vocab_fill=fill), notes=notes)
+    experts = next((plan.experts for plan in plans if plan.experts), None)
+    combined = build_plan(verb, method, model, maps, pads, vocab_fill=fill, experts=experts)
+    return replace(combined, notes=notes)

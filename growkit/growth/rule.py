@@ -209,12 +209,15 @@ class PartGrowth:
 
     @cached_property
     def noise_place(self) -> int | None:
-        """The axis along which the part gets noise: the first copied one that it reads, or None."""
+        """The axis along which the part gets noise: the first copied one that it reads, or that of
+        a router's experts; None for no noise.
+        """
         if self.moment != VALUE or not self.plan.noise:
             return None
         for place, axis in enumerate(self.part.axes):
             axis_map = self.plan.maps.get(axis.name)
-            if axis.read and axis_map is not None and (axis_map.copies > 1).any():
+            noisy = axis.read or (axis.name == "expert" and self.part.routes)
+            if noisy and axis_map is not None and (axis_map.copies > 1).any():
                 return place
         return None
 

@@ -102,6 +102,10 @@ class Family:
     last: tuple[str, ...] = ()
     # The kinds of all layers, where the configuration states them by a rule and not in a list.
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
+    # How a mixture's gate chooses experts, and the defaults of the fields that say so; see
+    # growkit.models.gates. Empty: not known, so the number of experts stays.
+    experts: Mapping[str, Any] = field(default_factory=dict)
+    expert_defaults: Mapping[str, Any] = field(default_factory=dict)
     # Whether transformers wants embed to be a multiple of the number of heads.
     whole_heads: bool = True
     # field -> the one value that the table holds for.
@@ -132,6 +136,16 @@ class Family:
     def head_name(self) -> str:
         """The parameter of the output head, which files may hold although it is tied."""
         return next((row.name for row in self.rows if row.role == "head"), "")
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """axis -> why it cannot grow, but for axes with rules of their own.
+
+        New tokens are no copies; `growkit.growth.vocabulary` rules on them. More experts are the
+        matter of `growkit.growth.experts`, where the table states the gate.
+        """
+        elsewhere = ("vocab", "expert") if self.experts else ("vocab",)
+        return {axis: why for axis, why in self.frozen.items() if axis not in elsewhere}
 
     @property
     def coupled(self) -> bool:
@@ -244,6 +258,10 @@ class Family:
         """The fields of a config.json, with the defaults of those that it leaves out."""
         # transformers takes null as left out, but for the fields of `nulls`.
         given = {key: value for key, value in config.items() if value is not None}
+        also = self.experts.get("also")
+        if also in given:
+            # transformers takes both names of the number of experts.
+            given.setdefault(self.fields["expert"], given[also])
         null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
         return Fields(given, {**self.defaults, **null})
 
