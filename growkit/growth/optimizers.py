@@ -65,6 +65,7 @@ KEYS: dict[frozenset[str], str] = {
         "SophiaState": "count mu nu hessian_fn_state",
         "ScheduleFreeState": "b1 weight_sum step_count max_lr base_optimizer_state z",
         "LookaheadParams": "fast slow",
+        "PartitionState": "inner_states",
         "FactoredState": "count v_row v_col v",
         "ScaleByRpropState": "step_sizes prev_updates",
         "ScaleByAdaDeltaState": "e_g e_x",
@@ -142,30 +143,73 @@ def normalises(node: Any) -> bool:
 
     A chain does so where one of its parts does, and what wraps a state where that does.
     """
+    return _keeps(node, NU)
+
+
+def _keeps(node: Any, rule: int) -> bool:
+    """Whether a state, or one in it, keeps moments of a rule: MU or NU."""
     kind = find_kind(node)
-    if kind in FIELDS and NU in FIELDS[kind].values():
+    if kind in FIELDS and rule in FIELDS[kind].values():
         return True
     if is_optimizer_state(node) or type(node) in (tuple, list):
-        return any(normalises(part) for part in node)
+        return any(_keeps(part, rule) for part in node)
     if isinstance(node, Mapping):
         within = [node[key] for key in INNER if key in node]
-        return any(KEY_MOMENTS.get(key) == NU for key in node) or any(map(normalises, within))
+        within += list(node.values()) if is_numbered(node) else []
+        found = any(KEY_MOMENTS.get(key) == rule for key in node)
+        return found or any(_keeps(part, rule) for part in within)
     return False
+
+
+def is_numbered(node: Any) -> bool:
+    """Whether a dict has the keys "0", "1" and so on: a tuple, as flax's to_state_dict saves it.
+
+    >>> is_numbered({"1": {}, "0": {}})
+    True
+    """
+    return isinstance(node, Mapping) and {*node} == {str(place) for place in range(len(node))}
 
 
 def is_chain(node: Any, within: str) -> bool:
     """Whether the parts of a container are states of transformations one after another.
 
-    A chain is a tuple, and a list once it was saved and restored. optax.named_chain makes a dict;
-    so does optax.partition, whose states go side by side. within: the class of the state around it.
+    A chain is a tuple, and a list or a numbered dict once it was saved and restored.
+    optax.named_chain makes a dict; so does optax.partition, whose states go side by side. within:
+    the class of the state around it.
     """
     if type(node) is tuple:
         return True
+    if within in SIDE_BY_SIDE and isinstance(node, Mapping):
+        return False
+    if is_numbered(node):
+        return not any(type(part) is tuple or is_optimizer_state(part) for part in node.values())
     if type(node) is list:
         # A list of somebody's own holds states as optax made them: those of several optimizers.
         return not any(type(part) is tuple or is_optimizer_state(part) for part in node)
-    named = isinstance(node, Mapping) and all(is_optimizer_state(part) for part in node.values())
-    return named and within not in SIDE_BY_SIDE
+    return isinstance(node, Mapping) and all(map(is_optimizer_state, node.values()))
+
+
+def refuse_unordered(node: Any, within: str) -> None:
+    """Raise GrowkitError for states under names of which it is not known which came first.
+
+    That is what optax.named_chain's state is once it was restored as plain dicts: with a dict's
+    order (saved ones are often sorted) it is lost whether the momentum of one part is of gradients
+    that another part had normalised. within: as in `is_chain`.
+    """
+    if not isinstance(node, Mapping) or find_kind(node) or within in SIDE_BY_SIDE:
+        return
+    if is_numbered(node) or all(map(is_optimizer_state, node.values())):
+        return
+    plain = {name: part for name, part in node.items() if isinstance(part, Mapping | list)}
+    squares = [name for name, part in plain.items() if normalises(part)]
+    others = [name for name, part in plain.items() if name not in squares and _keeps(part, MU)]
+    if squares and others:
+        raise GrowkitError(
+            f"the optimizer states {squares[0]!r} and {others[0]!r} lie in one plain dict, which "
+            f"does not tell which of them came first in a chain, and the momentum in {others[0]!r} "
+            f"grows by that: restore optax.named_chain's state into its own classes, or give the "
+            f"states as a list in the chain's order; states of two optimizers are grown one by one"
+        )
 
 
 def is_counter(kind: str, field: str) -> bool:

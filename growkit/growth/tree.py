@@ -40,8 +40,10 @@ from growkit.growth.optimizers import (
     find_rule,
     is_chain,
     is_counter,
+    is_numbered,
     normalises,
     refuse_unknown,
+    refuse_unordered,
 )
 from growkit.growth.padding import MU, VALUE
 from growkit.growth.plan import FIRST_UNSCALED, Plan
@@ -117,14 +119,19 @@ class _Walk:
         """The children of a container, grown; moment: what the container itself stands for."""
         grown = {}
         chained = is_chain(node, self.within[0])
+        if self.plan.moments != "reset":
+            refuse_unordered(node, self.within[0])
         before = self.normalised
-        for name, child in children.items():
+        # The keys of a numbered dict may be sorted as text: "10" before "2".
+        names = sorted(children, key=int) if is_numbered(node) else list(children)
+        for name in names:
+            child = children[name]
             rule = self._find_moment(node, name, children, moment)
             resets = self._resets(node, name, children)
             grown[name] = _zero(child) if resets else self.visit(child, rule)
             self.normalised = self.normalised or (chained and normalises(child))
         self.normalised = before
-        return grown
+        return {name: grown[name] for name in children}
 
     def _find_moment(self, node: Any, name: Any, siblings: Mapping[Any, Any], moment: int) -> int:
         """What the trees below a field hold: by the class of an optax state, else by its name."""

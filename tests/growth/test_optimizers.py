@@ -6,6 +6,7 @@ grown model would have. A state grown by a wrong rule is not.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import jax
@@ -215,7 +216,8 @@ def test_the_keys_of_plain_dicts_are_the_fields_of_optaxs_classes():
         found = {getattr(module, name)._fields for module in modules if hasattr(module, name)}
         # Older versions of optax lack some of them.
         assert [set(fields) for fields in found] in ([set(keys)], []), kind
-        assert kind in optimizers.FIELDS or kind in optimizers.REASONS
+        ruled = {*optimizers.FIELDS, *optimizers.REASONS, *optimizers.SIDE_BY_SIDE}
+        assert kind in ruled
         known += len(found)
     assert known >= len(optimizers.KEYS) - 2
 
@@ -232,12 +234,54 @@ CHAINED = {
 @pytest.mark.parametrize("name", CHAINED)
 def test_momentum_after_a_normalisation_is_copied_whatever_is_around_it(name):
     state = fill(CHAINED[name].init(make_params()))
-    # The names of a chain are gone with its class: a dict of dicts may be anything.
+    # A named chain's order is gone with its classes, which the test below is about.
     forms = [state] if name == "named" else [state, restore_plainly(state)]
     for form in forms:
         old = list_matrices(form)[-2:]
         new = list_matrices(growkit.grow(form, PLAN))[-2:]
         assert np.array_equal(new[0][:4], old[0]) and np.array_equal(new[1][:, :4], old[1])
+
+
+def number_plainly(node):
+    """A state as flax's to_state_dict saves it: dicts for classes, and "0", "1", ... for tuples."""
+    if isinstance(node, list):
+        return {str(place): number_plainly(part) for place, part in enumerate(node)}
+    if isinstance(node, dict):
+        return {name: number_plainly(part) for name, part in node.items()}
+    return node
+
+
+def test_a_numbered_dict_is_a_chain_whatever_its_order():
+    parts = [optax.identity()] * 9 + [optax.scale_by_rms(), optax.trace(0.9)]
+    state = fill(optax.chain(*parts).init(make_params()))
+    numbered = number_plainly(restore_plainly(state))
+    # Sorted as text, the momentum of "10" stands before the squares of "9".
+    numbered = dict(sorted(numbered.items()))
+    grown = growkit.grow(numbered, PLAN)
+    assert list(grown) == list(numbered)
+    new, old = grown["10"]["trace"], numbered["10"]["trace"]
+    assert np.array_equal(new["down"]["kernel"][:4], old["down"]["kernel"])
+
+
+ORDERS = {
+    "rms first": ("rms", "trace_of_it"),
+    "trace first": ("trace_of_it", "rms"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_named_chain_that_lost_its_classes_is_refused_by_name(order):
+    made = {"rms": optax.scale_by_rms(), "trace_of_it": optax.trace(0.9)}
+    chain = optax.named_chain(*((name, made[name]) for name in ORDERS[order]))
+    state = restore_plainly(chain.init(make_params()))
+    deeper = {"adam_like": [state["rms"]], "then": {"inner_state": [state["trace_of_it"]]}}
+    for form in (state, deeper, {"opt_state": [state], "params": make_params()}):
+        with pytest.raises(GrowkitError, match="which of them came first"):
+            growkit.grow(form, PLAN)
+    # Without a question there is no refusal: parts that all grow by one rule, and a new beginning.
+    alike = {"first": state["trace_of_it"], "second": {"trace": state["trace_of_it"]["trace"]}}
+    assert growkit.grow(alike, PLAN)
+    assert growkit.grow(state, dataclasses.replace(PLAN, moments="reset"))
 
 
 def test_optimizers_side_by_side_are_no_chain():
@@ -250,6 +294,13 @@ def test_optimizers_side_by_side_are_no_chain():
     after = grown.inner_states["b"].inner_state.trace["up"]["kernel"]
     # What writes a unit has half of the gradient in each of two copies.
     assert np.allclose(np.asarray(after)[:, :4], np.asarray(before) / 2)
+    parts = {
+        label: {"inner_state": masked.inner_state._asdict()}
+        for label, masked in state.inner_states.items()
+    }
+    plain = growkit.grow({"inner_states": parts}, PLAN)
+    plain_after = plain["inner_states"]["b"]["inner_state"]["trace"]["up"]["kernel"]
+    assert np.array_equal(plain_after, after)
     lists = [optax.adam(1e-2).init(params), fill(optax.sgd(1e-2, 0.9).init(params))]
     before, after = (
         each[1][0].trace["up"]["kernel"] for each in (lists, growkit.grow(lists, PLAN))
