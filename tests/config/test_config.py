@@ -270,6 +270,9 @@ def test_numbers_without_a_unit_are_read_in_every_field(text):
             {"data": {"train": {"~/a": 1, os.path.expanduser("~/a"): 2}}},
             ["data.train names", "twice"],
         ),
+        ({"data": {"train": ["/a", "/b", "/a"]}}, ["data.train names /a twice", "{path: weight}"]),
+        ({"steps": "82k"}, ["unknown key steps", "did you mean 'schedule.steps'?"]),
+        ({"tokens": "5B"}, ["unknown key tokens", "'schedule.tokens'"]),
     ],
 )
 def test_refusals_of_counts_and_paths(values, fragments):

@@ -35,13 +35,24 @@ def build_dataclass(kind: Any, values: Any, where: str = "") -> Any:
     converted = {}
     for key, value in values.items():
         if key not in types:
-            near = did_you_mean(str(key), types)
+            near = _name_section(str(key), types, where) or did_you_mean(str(key), types)
             raise UsageError(
                 f"unknown key {where}{key}; the keys here are {', '.join(types)}{near}"
             )
         value = _read_as_written(value, metadata[key], f"{where}{key}")
         converted[key] = _convert_value(types[key], value, f"{where}{key}")
     return kind(**converted)
+
+
+def _name_section(key: str, types: Mapping[str, Any], where: str) -> str:
+    """The clause that names the sections which have a key that was given without one."""
+    sections = {name: kind for name, kind in types.items() if dataclasses.is_dataclass(kind)}
+    found = [
+        f"{where}{name}.{key}"
+        for name, kind in sections.items()
+        if any(field.name == key for field in dataclasses.fields(kind))
+    ]
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def _read_as_written(value: Any, metadata: Mapping[str, Any], key: str) -> Any:
@@ -105,11 +116,22 @@ def _convert_number(value: Any, key: str) -> float:
     raise UsageError(f"{key} must be a number, got {_shorten(value)}")
 
 
+def _refuse_repeated(paths: list[Any], key: str) -> None:
+    """Raise UsageError for a path that a list names twice: a dict would keep it once in silence."""
+    written = [str(path) for path in paths]
+    for path in written:
+        if written.count(path) > 1:
+            raise UsageError(
+                f"{key} names {path} twice; give it once, or a weight to each as {{path: weight}}"
+            )
+
+
 def _convert_weights(value: Any, key: str) -> dict[str, float]:
     """{path: weight} of that form, of one path, or of a list of paths, which all weigh 1."""
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list):
+        _refuse_repeated(value, key)
         value = dict.fromkeys(value, 1.0)
     if not isinstance(value, dict):
         raise UsageError(
