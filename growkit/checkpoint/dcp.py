@@ -20,8 +20,8 @@ from growkit.checkpoint.carried import (
     LIMIT,
     Beside,
     drop_code_keys,
-    find_outside,
     list_beside,
+    list_inside,
     require_inside,
 )
 from growkit.checkpoint.dcp_items import Items
@@ -88,7 +88,7 @@ def open_distributed(path: Path) -> Source:
     hashed, tensors = find_slot_hashes(path, {"params": named.tensors} | slots)
     _turn_heads(tensors, spelling, named.model)
     layout = _lay_out(found, items, folders, spelling)
-    training = tuple(sorted(file.name for file in path.iterdir() if _is_training(path, file)))
+    training = list_inside(path, TRAINING)
     beside = _list_beside(path, items, training)
     count = 0 if optimizer is None else optimizer.count
     return Source(
@@ -148,11 +148,6 @@ def _read_held(path: Path, folders: tuple[str, str]) -> dict[str, Held]:
                 raise GrowkitError(f"{path} holds {key} in two directories")
             held[key] = Held(directory, entry)
     return held
-
-
-def _is_training(path: Path, file: Path) -> bool:
-    """Whether a file belongs to the training that went on here, and lies here."""
-    return TRAINING.fullmatch(file.name) is not None and not find_outside(path, file)
 
 
 def _list_beside(path: Path, items: Items, training: tuple[str, ...]) -> Beside:
@@ -232,6 +227,12 @@ def _read_optimizer(
     if not found.state:
         raise GrowkitError(f"{where} holds no state, as of SGD without momentum: nothing grows")
     names = spelling.names
+    if all(str(name).isdecimal() for name in found.state):
+        raise GrowkitError(
+            f"{where} has moments by number, as optimizer.state_dict() gives them, and which "
+            "parameter has which number is not stated; save what get_optimizer_state_dict of "
+            "torch.distributed.checkpoint.state_dict gives"
+        )
     missing = names.keys() ^ found.state.keys()
     if missing:
         raise GrowkitError(

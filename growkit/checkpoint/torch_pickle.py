@@ -52,8 +52,17 @@ MALFORMED = (
 )
 
 
+class Fixed:
+    """What no pickle changes: a pickle may give any object a state, and a frozen class does not
+    prevent that.
+    """
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a pickle gives a state to what has none")
+
+
 @dataclass(frozen=True)
-class Storage:
+class Storage(Fixed):
     """Numbers in a member of the zip file. key: the member's name; location: the device's."""
 
     dtype: np.dtype
@@ -63,7 +72,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Fixed):
     """A tensor: a view of a storage. offset and strides count numbers, not bytes."""
 
     storage: Storage
@@ -87,7 +96,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class _Dtype:
+class _Dtype(Fixed):
     """The stand-in for a storage's class."""
 
     dtype: np.dtype

@@ -24,16 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from growkit.checkpoint.carried import LIMIT, drop_code_keys, list_beside, require_inside
-from growkit.checkpoint.files import read_json, read_regular
-from growkit.checkpoint.hashes import Hashed
-from growkit.checkpoint.hf_trainer import TRAINING
-from growkit.checkpoint.huggingface import (
-    INDEX,
-    OWN,
-    find_hashes,
-    read_lineage,
+from growkit.checkpoint.carried import (
+    LIMIT,
+    drop_code_keys,
+    list_beside,
+    list_inside,
+    require_inside,
 )
+from growkit.checkpoint.files import read_json, read_regular
+from growkit.checkpoint.hf_trainer import TRAINING, find_slot_hashes
+from growkit.checkpoint.huggingface import INDEX, OWN, read_lineage
 from growkit.checkpoint.naming import find_name
 from growkit.checkpoint.optimizer import Group, Optimizer, read_scalar
 from growkit.checkpoint.tensor import Source, Tensor, read_model
@@ -99,9 +99,9 @@ def open_universal(path: Path) -> Source:
     reading.check_all_read()
     count = reading.find_count()
     universal, left = reading.describe(states, groups)
-    hashed, tensors = _hash(path, lineage, reading.tensors)
+    hashed, tensors = find_slot_hashes(path, reading.tensors)
     optimizer = _make_optimizer(groups, reading, universal)
-    training = tuple(file.name for file in path.iterdir() if TRAINING.fullmatch(file.name))
+    training = list_inside(path, TRAINING)
     safe = tuple(file.name for file in path.glob("*.safetensors"))
     beside = list_beside(path, (*OWN, *training, *safe, *UNUSED, universal.tag))
     return Source(
@@ -129,22 +129,6 @@ def _make_optimizer(
         reading.steps,
         universal=universal,
     )
-
-
-def _hash(
-    path: Path, lineage: Any, tensors: Mapping[str, Mapping[str, Tensor]]
-) -> tuple[Hashed | None, dict[str, dict[str, Tensor]]]:
-    """The hashes on record, and the tensors, hashed from here on as they are read."""
-    stated = {
-        (slot, name): name if slot == "params" else f"{slot}.{name}"
-        for slot, each in tensors.items()
-        for name in each
-    }
-    named = {called: tensors[slot][name] for (slot, name), called in stated.items()}
-    hashed = find_hashes(path, lineage, named)
-    return hashed, {
-        slot: {name: named[stated[slot, name]] for name in each} for slot, each in tensors.items()
-    }
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -211,6 +195,8 @@ class _Reading:
         """Open the files of a parameter. known: its name in the table."""
         if "/" in name or name.startswith("."):
             raise GrowkitError(f"{self.home / STATES} names the parameter {name!r}, which is none")
+        if known in self.tensors["params"]:
+            raise GrowkitError(f"{self.home / STATES} has {known} twice among its parameters")
         self.names.add(name)
         for slot, key in FILES.items():
             file = _open_inside(self.path, self.home / "zero" / name / f"{key}.pt")

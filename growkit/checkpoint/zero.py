@@ -123,11 +123,7 @@ def open_partitions(path: Path, rank: int) -> list[Partition]:
 
     Raises GrowkitError for a file that is missing, and for what is not of ZeRO 1 or 2.
     """
-    files = {
-        int(found[1]): file
-        for file in path.iterdir()
-        if (found := FILE.fullmatch(file.name)) and int(found[2]) == rank
-    }
+    files = _list_files(path, rank)
     if not files:
         raise GrowkitError(
             f"{path} has no zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt: it was saved "
@@ -147,6 +143,26 @@ def open_partitions(path: Path, rank: int) -> list[Partition]:
             "are of two saves"
         )
     return list(partitions.values())
+
+
+def _list_files(path: Path, rank: int) -> dict[int, Path]:
+    """The files of one rank of tensor parallelism, by rank of data parallelism."""
+    files: dict[int, Path] = {}
+    for file in sorted(path.iterdir()):
+        found = FILE.fullmatch(file.name)
+        if found and int(found[2]) == rank:
+            other = files.setdefault(int(found[1]), file)
+            require_single(other, file)
+    return files
+
+
+def require_single(one: Path, other: Path) -> None:
+    """Raise GrowkitError where two names mean one file of a checkpoint."""
+    if one != other:
+        raise GrowkitError(
+            f"{one} and {other.name} are the same part of two saves; move the one elsewhere that "
+            "is not of this save"
+        )
 
 
 def _read_partition(path: Path) -> Partition:

@@ -17,7 +17,7 @@ from trained import ADAM, STEPS, in_groups, load_state, make_state, save_trained
 from growkit.checkpoint import optimizer as optimizer_module
 from growkit.checkpoint import torch_zip
 from growkit.checkpoint.location import open_source
-from growkit.checkpoint.torch_pickle import Foreign, read_pickle, write_pickle
+from growkit.checkpoint.torch_pickle import KNOWN, Foreign, read_pickle, write_pickle
 from growkit.cli import run
 from growkit.errors import GrowkitError
 
@@ -421,6 +421,14 @@ def test_names_that_no_state_dict_has(data):
 def test_bytes_that_are_no_pickle(data):
     with pytest.raises(GrowkitError, match="cannot be read"):
         read_pickle(data)
+
+
+def test_a_pickle_changes_nothing_that_stays():
+    """What stands for a class is one object for all pickles that are read."""
+    data = b"\x80\x02ctorch\nFloatStorage\n}X\x05\x00\x00\x00dtypeX\x01\x00\x00\x00xsb."
+    with pytest.raises(GrowkitError, match="cannot be read"):
+        read_pickle(data)
+    assert KNOWN["torch", "FloatStorage"].dtype == np.float32
 
 
 def test_plain_values_survive_a_pickle():

@@ -270,6 +270,15 @@ def refused(path, tmp_path, capsys, *said, more=()):
     assert not (tmp_path / "no").exists() and contents_of(path) == before
 
 
+def test_a_file_of_the_training_that_leads_elsewhere_is_not_copied(tmp_path):
+    path = save_universal(tmp_path / "ck")
+    state = path / "trainer_state.json"
+    state.rename(tmp_path / "elsewhere.json")
+    state.symlink_to(tmp_path / "elsewhere.json")
+    source = open_source(str(path))
+    assert state.name not in source.files
+
+
 HEAD = f"{TAG}/zero/lm_head.weight"
 
 
@@ -351,6 +360,10 @@ def climb(states):
     states["param_shapes"][0]["../x"] = (2,)
 
 
+def name_twice(states):
+    states["param_shapes"][0]["embed_out.weight"] = states["param_shapes"][0]["lm_head.weight"]
+
+
 def drop_shapes(states):
     del states["param_shapes"]
 
@@ -364,6 +377,7 @@ def drop_shapes(states):
         (mix, "has parameters of several dtypes"),
         (shorten, "lm_head.weight has another shape"),
         (climb, "names the parameter '../x'"),
+        (name_twice, "has embed_out.weight twice"),
         (drop_shapes, "has no param_shapes"),
     ],
 )
