@@ -48,7 +48,7 @@ from growkit.checkpoint.hashes import drop_hashes
 from growkit.checkpoint.hf_trainer import find_slot_hashes
 from growkit.checkpoint.huggingface import JSON_LIMIT, OWN, read_lineage
 from growkit.checkpoint.naming import HEADS, Named, name_tensors
-from growkit.checkpoint.optimizer import STEP, Group, Optimizer, find_entries
+from growkit.checkpoint.optimizer import STEP, Group, Optimizer, find_entries, require_step
 from growkit.checkpoint.tensor import Source, Tensor, read_model
 from growkit.checkpoint.unsuited import refuse_config
 from growkit.errors import GrowkitError
@@ -248,17 +248,11 @@ def _read_optimizer(
         if STEP in state:
             steps[names[own]] = items.read_value(state[STEP], f"the step of {own}")
     for name, step in steps.items():
-        _require_number(where, name, step)
+        require_step(where, name, step)
     groups = _read_groups(where, found, items, names)
     slot_names = {slot: entry for entry, slot in entries.items()}
     locations = dict.fromkeys(slots, "cpu")
     return Optimizer(groups, slot_names, locations, steps, named=True), slots
-
-
-def _require_number(where: Path, name: str, step: Any) -> None:
-    number = getattr(step, "value", step)
-    if type(number) not in (int, float):
-        raise GrowkitError(f"{where}: the step of {name} is no number")
 
 
 def _read_groups(

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint.carried import list_beside, require_inside
 from growkit.checkpoint.files import read_regular
+from growkit.checkpoint.optimizer import require_step
 from growkit.checkpoint.safetensors import read_header
 from growkit.checkpoint.tensor import Source, Tensor
 from growkit.checkpoint.torch_pickle import Foreign, read_pickle
@@ -254,11 +254,11 @@ def _cut(tensor: Tensor, first: int, count: int) -> Tensor:
 
 def _read_step(path: Path, tensor: Tensor) -> int:
     """A parameter's step. Raises GrowkitError for what is no count."""
-    if tensor.shape in ((), (1,)):
-        step = float(tensor.read().reshape(-1)[0])
-        if 0 <= step < math.inf:
-            return int(step)
-    raise GrowkitError(f"{path / OPTIMIZER}: the step of a parameter is no number from 0")
+    if tensor.shape not in ((), (1,)):
+        raise GrowkitError(f"{path / OPTIMIZER}: the step of a parameter is no number")
+    step = float(tensor.read().reshape(-1)[0])
+    require_step(path / OPTIMIZER, "a parameter", step)
+    return int(step)
 
 
 def _read_record(path: Path, steps: list[Tensor]) -> dict[str, Any]:

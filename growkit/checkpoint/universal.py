@@ -35,7 +35,7 @@ from growkit.checkpoint.files import read_json, read_regular
 from growkit.checkpoint.hf_trainer import TRAINING, find_slot_hashes
 from growkit.checkpoint.huggingface import INDEX, OWN, read_lineage
 from growkit.checkpoint.naming import find_name
-from growkit.checkpoint.optimizer import Group, Optimizer, read_scalar
+from growkit.checkpoint.optimizer import Group, Optimizer, read_step
 from growkit.checkpoint.tensor import Source, Tensor, read_model
 from growkit.checkpoint.torch_pickle import Inert, Stored
 from growkit.checkpoint.torch_zip import TorchFile, open_torch_file
@@ -211,7 +211,8 @@ class _Reading:
         if os.path.lexists(step):
             require_inside(self.path, step)
             self.files.append(step)
-            self.steps[known] = _read_step(step)
+            file = open_torch_file(step)
+            self.steps[known] = read_step(file, file.value, name)
 
     def _keep_form(self, file: TorchFile, known: str) -> None:
         """Note what a file states beside its tensor. Raises GrowkitError where layers differ."""
@@ -315,16 +316,6 @@ def is_plain(value: Any) -> bool:
     return not isinstance(value, Inert | Stored) and isinstance(
         value, str | int | float | type(None)
     )
-
-
-def _read_step(path: Path) -> Any:
-    """A step as a number or a `Scalar`. Raises GrowkitError for anything else."""
-    file = open_torch_file(path)
-    if isinstance(file.value, Stored):
-        return read_scalar(file, file.value, STEP)
-    if type(file.value) not in (int, float):
-        raise GrowkitError(f"{path} holds no number")
-    return file.value
 
 
 def _read_record(states: TorchFile, optimizer: Optimizer, count: Any) -> dict[str, Any]:

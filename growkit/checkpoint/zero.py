@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from growkit.checkpoint.optimizer import STEP, read_scalar, require_step
 from growkit.checkpoint.tensor import Tensor
 from growkit.checkpoint.torch_pickle import Inert, Stored
 from growkit.checkpoint.torch_zip import TorchFile, open_torch_file
@@ -276,13 +277,14 @@ def _find_count(
     """Adam's step, which its versions keep in three places; None where none is saved."""
     base = state["base_optimizer_state"]
     groups = base.get("param_groups") if isinstance(base, Mapping) else None
-    entries = [entry.get("step") for group in moments for entry in group]
-    stated = [group.get("step") for group in groups or () if isinstance(group, Mapping)]
+    entries = [entry.get(STEP) for group in moments for entry in group]
+    stated = [group.get(STEP) for group in groups or () if isinstance(group, Mapping)]
     values: list[Any] = [*entries, state.get("base_optimizer_state_step"), *stated]
     for value in values:
         if isinstance(value, Stored) and value.shape in ((), (1,)):
-            return int(file.open_tensor(value, "step").read().reshape(-1)[0])
+            value = read_scalar(file, value, STEP).value
         if type(value) in (int, float):
+            require_step(file.path, "the optimizer", value)
             return int(value)
     return None
 

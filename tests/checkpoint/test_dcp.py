@@ -770,6 +770,11 @@ def to_words(state):
         entry["step"] = "three"
 
 
+def to_no_number(state):
+    for entry in state["optimizer"]["state"].values():
+        entry["step"] = torch.tensor(float("nan"))
+
+
 def to_eight_bits(state):
     entry = state["optimizer"]["state"]["lm_head.weight"]
     entry["exp_avg"] = entry["exp_avg"].to(torch.float8_e4m3fn)
@@ -806,6 +811,7 @@ def to_nothing(state):
         (to_object, "an object among the parameters, model.model.layers.0.self_attn._extra_state"),
         (to_halves, "do not hold every parameter once"),
         (to_words, "is no number"),
+        (to_no_number, "is no number from 0"),
         (to_eight_bits, "is float8_e4m3fn, and growkit reads float64"),
         (to_other_shape, "mu: "),
         (to_nothing, "a distributed checkpoint without a model"),
