@@ -22,8 +22,9 @@ from neoxes import deepspeed_classes
 
 from growkit.checkpoint import universal_output
 from growkit.checkpoint.location import open_source
-from growkit.cli import run
-from growkit.errors import GrowkitError
+from growkit.cli import checking, run
+from growkit.cli.description import is_loaded_by_transformers
+from growkit.errors import GrowkitError, UsageError
 
 torch = pytest.importorskip("torch")
 SLOTS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -277,6 +278,18 @@ def test_a_file_of_the_training_that_leads_elsewhere_is_not_copied(tmp_path):
     state.symlink_to(tmp_path / "elsewhere.json")
     source = open_source(str(path))
     assert state.name not in source.files
+
+
+def test_transformers_is_given_a_directory_with_weights_only(tmp_path, monkeypatch):
+    path = save_universal(tmp_path / "ck")
+    bare = open_source(str(path))
+    save_directory(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(path / "model.safetensors")
+    assert is_loaded_by_transformers(open_source(str(path)))
+    assert not is_loaded_by_transformers(bare)
+    monkeypatch.setattr(checking, "is_trained", lambda source: False)
+    with pytest.raises(UsageError, match="reads no universal checkpoint of DeepSpeed"):
+        checking.require_checkable(bare, 64)
 
 
 HEAD = f"{TAG}/zero/lm_head.weight"
