@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -429,6 +430,19 @@ def test_a_pickle_changes_nothing_that_stays():
     with pytest.raises(GrowkitError, match="cannot be read"):
         read_pickle(data)
     assert KNOWN["torch", "FloatStorage"].dtype == np.float32
+
+
+def test_values_that_hold_themselves_are_refused():
+    own = {"a": ({"b": []},)}
+    own["a"][0]["b"].append(own)
+    deep = []
+    for _ in range(200):
+        deep = [deep]
+    for value in (own, deep):
+        with pytest.raises(GrowkitError, match="cannot be read"):
+            read_pickle(pickle.dumps(value))
+    shared = [1]
+    assert read_pickle(pickle.dumps([shared] * 3)) == [[1]] * 3
 
 
 def test_plain_values_survive_a_pickle():
