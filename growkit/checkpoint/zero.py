@@ -260,12 +260,10 @@ def _list_moments(file: TorchFile, base: Any, groups: int) -> list[list[Mapping[
 
 def _number_moments(file: TorchFile, base: Mapping[str, Any]) -> list[list[Any]]:
     """The states that torch's own form keys by number, by group."""
-    state = base.get("state")
-    groups = base.get("param_groups")
     try:
-        assert isinstance(state, Mapping) and isinstance(groups, list)
-        return [[state[number] for number in group["params"]] for group in groups]
-    except (AssertionError, KeyError, TypeError):
+        state = base["state"]
+        return [[state[number] for number in group["params"]] for group in base["param_groups"]]
+    except (IndexError, KeyError, TypeError):
         raise GrowkitError(
             f"{file.path}: base_optimizer_state is no optimizer's state dict"
         ) from None
