@@ -15,9 +15,10 @@ from growkit.cli.terminal import (
     say,
     write_with_progress,
 )
+from growkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from growkit.checkpoint.tensor import Source
+    from growkit.checkpoint.tensor import Contents, Source
 
 
 @click.command("import")
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     """Turn the Hugging Face directory HF_DIR into the trainer checkpoint OUT, bit for bit.
 
-    A directory has no moments: training from OUT starts Adam at count 0. HF_DIR may also be a
+    A checkpoint of transformers' Trainer brings its optimizer: moments, count and step. Any other
+    directory has no moments, and training from OUT starts Adam at count 0. HF_DIR may also be a
     checkpoint of gpt-neox (global_step1000, or a branch of EleutherAI/neox-ckpt-pythia-*) or an
     unsharded one of OLMo 2: its moments and its step come along.
     """
     from convert.directory import convert_to_checkpoint
+    from convert.optimizer import carries_optimizer, describe_import
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
 
@@ -40,20 +43,17 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     contents = convert_to_checkpoint(source)
     care = parse_care(options)
     write_with_progress([source], contents, parse_path(out), "checkpoint", force, care=care)
-    for note in source.notes:
+    notes = list(source.notes)
+    moments = f"; no moments in {hf_dir}, count 0"
+    if not carries_optimizer(source):
+        moments = f"; the optimizer of {hf_dir} stays behind, count 0"
+    elif len(contents.recipes) > 1:
+        record = source.record
+        moments = f", with moments; step {record['step']}, count {record['count']}"
+        notes += describe_import(source)
+    for note in notes:
         say(f"note: {note}")
-    moments = f"no moments in {hf_dir}"
-    if "mu" in contents.recipes:
-        say(
-            f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}, with moments; "
-            f"step {source.record['step']}, count {source.record['count']}"
-        )
-        return
-    if source.torch_optimizer is not None:
-        moments = f"the optimizer of {hf_dir} stays behind"
-    say(
-        f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}; {moments}, count 0"
-    )
+    say(f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}{moments}")
 
 
 @click.command()
@@ -63,6 +63,12 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     "--dtype",
     metavar="DTYPE",
     help="float32, bfloat16, float16 or float64. Default: the source's own.",
+)
+@click.option(
+    "--optimizer",
+    "form",
+    metavar="hf",
+    help="Write the optimizer too: OUT is a checkpoint from which transformers' Trainer resumes.",
 )
 @click.option(
     "--check",
@@ -88,6 +94,7 @@ def export(
     src: str,
     out: str,
     dtype: str | None,
+    form: str | None,
     check: bool,
     force: bool,
     shard: str | None,
@@ -99,30 +106,60 @@ def export(
 
     Weights are safetensors files; the model card has the lineage.
     """
-    from convert.directory import choose_dtype, convert_to_directory
+    from convert.directory import choose_dtype
     from growkit.checkpoint.files import parse_path
     from growkit.checkpoint.location import open_source
 
+    _require_form(form, dtype)
     source = open_source(src)
     figures = "" if evaluation is None else read_evaluation(source, Path(evaluation))
-    contents = convert_to_directory(source, dtype, figures, private_lineage)
+    kind = "hf_trainer" if form else "huggingface"
+    contents, notes = _prepare_export(source, dtype, form, figures, private_lineage)
     care = parse_care(options)
     if check:
         _require_check(source)
-    write_with_progress([source], contents, parse_path(out), "huggingface", force, shard, care)
+    write_with_progress([source], contents, parse_path(out), kind, force, shard, care)
     written = str(choose_dtype(source, dtype))
-    _describe_export(source, src, out, written)
+    _describe_export(source, src, out, written, notes)
     if check:
         from growkit.cli.checking import check_export
 
         say(check_export(source, parse_path(out), written))
 
 
-def _describe_export(source: Source, src: str, out: str, dtype: str) -> None:
-    """Print what was written, and what the output lacks."""
+def _require_form(form: str | None, dtype: str | None) -> None:
+    """Raise UsageError for an --optimizer that is none, or that --dtype would leave behind."""
+    if form not in (None, "hf"):
+        raise UsageError(f"--optimizer is hf, a checkpoint of transformers' Trainer; got {form!r}")
+    if form and dtype:
+        raise UsageError(
+            "--dtype changes weights that the optimizer goes on with; leave one of --dtype and "
+            "--optimizer out"
+        )
+
+
+def _prepare_export(
+    source: Source, dtype: str | None, form: str | None, figures: str, paths: bool
+) -> tuple[Contents, list[str]]:
+    """The contents of an export, and what to tell of its optimizer."""
+    from convert.directory import convert_to_directory, convert_to_trained
+    from convert.optimizer import describe_export
+
+    if form is None:
+        return convert_to_directory(source, dtype, figures, paths), []
+    contents, settings = convert_to_trained(source, figures, paths)
+    assert contents.torch_optimizer is not None
+    return contents, describe_export(settings, contents.torch_optimizer)
+
+
+def _describe_export(source: Source, src: str, out: str, dtype: str, notes: list[str]) -> None:
+    """Print what was written, and what the output lacks. notes: of an optimizer that was."""
     left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
+    if notes:
+        record = source.record
+        left = f"; optimizer.pt at step {record.get('step', 0)}, count {record.get('count', 0)}"
     say(f"wrote {out}: {source.model.parameters:,} parameters in {dtype}{left}")
-    for note in source.notes:
+    for note in (*source.notes, *notes):
         say(f"note: {note}")
     if "tokenizer.json" not in source.files:
         say(

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from growkit import __version__, forms
-from growkit.growth.axes import AxisMap
+from growkit.growth.choice import Choice
+from growkit.growth.copies import Copies
 from growkit.growth.multipliers import describe_multipliers
 from growkit.growth.new import describe_new, find_new_units
 from growkit.growth.plan import Plan, build_plan
@@ -108,27 +107,6 @@ class Entry:
         return {}
 
 
-@dataclass(frozen=True)
-class Copies:
-    """The map of one axis: which old unit each new one copies, and which share of it it carries."""
-
-    index: list[int]
-    share: list[float]
-
-    @classmethod
-    def read(cls, stored: Mapping[str, Any]) -> Copies:
-        """A map from its JSON object."""
-        return cls(forms.take_wholes(stored, "index"), forms.take_numbers(stored, "share"))
-
-    def axis_map(self, size: int) -> AxisMap:
-        """The map as growth uses it, for an axis of `size` old units.
-
-        Raises ValueError where it does not fit.
-        """
-        index = np.asarray(self.index, np.int64)
-        return AxisMap(index, np.asarray(self.share, np.float64), size)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Growth(Entry):
     """A growth by a plan; operation is the verb.
@@ -139,7 +117,7 @@ class Growth(Entry):
     the small model's would, in words; None where it does not. vocabulary: what new tokens' rows
     hold, and the most by which they raise the loss of old tokens (nats; None: unknown); None where
     there are none. new: {axis: its new units, as '1,3,8-11'}; all others are old; None in entries
-    of earlier versions.
+    of earlier versions. experts: what became of the choice of experts; None where none were added.
     """
 
     method: str
@@ -155,6 +133,7 @@ class Growth(Entry):
     optimizer: Mapping[str, Any] | None = None
     vocabulary: Mapping[str, Any] | None = None
     new: Mapping[str, str] | None = None
+    experts: Choice | None = None
 
     @classmethod
     def of(cls, plan: Plan, source: Origin | None = None) -> Growth:
@@ -178,6 +157,7 @@ class Growth(Entry):
             function=state_function(plan),
             vocabulary=state_tokens(plan),
             new=describe_new(find_new_units([plan])),
+            experts=plan.experts,
             optimizer=describe_multipliers(plan) if plan.continues else None,
             table=plan.model.family.given,
         )
@@ -205,6 +185,7 @@ class Growth(Entry):
             optimizer=forms.take_object(stored, "optimizer") if "optimizer" in stored else None,
             vocabulary=stored.get("vocabulary"),
             new=forms.take_object(stored, "new") if "new" in stored else None,
+            experts=Choice.read(stored["experts"]) if "experts" in stored else None,
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -227,6 +208,7 @@ class Growth(Entry):
             "function": self.function,
             **({"vocabulary": dict(self.vocabulary)} if self.vocabulary else {}),
             **({"new": dict(self.new)} if self.new is not None else {}),
+            **({"experts": self.experts.to_json()} if self.experts else {}),
         }
 
     @property
@@ -255,7 +237,8 @@ class Growth(Entry):
         plan.
         """
         maps = {axis: copies.axis_map(model.sizes[axis]) for axis, copies in self.maps.items()}
-        options = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
+        options: dict[str, Any] = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
+        options["experts"] = self.experts
         if self.vocabulary:
             options["vocab_fill"] = self.vocabulary["embedding"]
             options["vocab_row"] = read_row(self.vocabulary.get("row"), model)

@@ -255,14 +255,40 @@ _DECODERS = {
 
 
 def holds_json_lines(head: bytes) -> bool:
-    """Whether a file is JSON lines with a "text" each, by its first HEAD bytes."""
+    """Whether a file is JSON lines with a "text" each, by its first HEAD bytes.
+
+    It is where most lines are: a broken one among them is then named, and not read as prose.
+    """
+    lines = _split_lines(head)
+    if not lines and head:
+        return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"', head) is not None and b'"text"' in head
+    return _are_most(lines, _is_document)
+
+
+def describe_other_objects(head: bytes) -> str | None:
+    """What a file is that holds JSON objects without a "text", one a line, and what to do about it.
+
+    None for any other file. One such line alone may be anything.
+    """
+    lines = _split_lines(head)
+    if len(lines) < 2 or not _are_most(lines, lambda line: isinstance(_parse_line(line), dict)):
+        return None
+    return (
+        'of JSON objects, one a line, without a text under "text"; give their texts that name, or '
+        "rename the file to .md to have it read as it stands"
+    )
+
+
+def _split_lines(head: bytes) -> list[bytes]:
+    """The whole lines at a file's beginning that are not blank."""
     lines = head.split(b"\n")
     if len(head) >= HEAD:
         lines.pop()  # cut off
-    if not lines:
-        return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"', head) is not None and b'"text"' in head
-    documents = [line for line in lines if line.strip()]
-    return bool(documents) and all(_is_document(line) for line in documents)
+    return [line for line in lines if line.strip()]
+
+
+def _are_most(lines: list[bytes], holds: Callable[[bytes], bool]) -> bool:
+    return sum(map(holds, lines)) * 2 > len(lines)
 
 
 def holds_json_documents(head: bytes) -> bool:
@@ -278,11 +304,16 @@ def holds_json_documents(head: bytes) -> bool:
 
 
 def _is_document(line: bytes) -> bool:
+    value = _parse_line(line)
+    return isinstance(value, dict) and isinstance(value.get("text", 0), str | None)
+
+
+def _parse_line(line: bytes) -> Any:
+    """The JSON object of a line; None for any other line."""
     line = line.removeprefix(b"\xef\xbb\xbf").strip()
     if not line.startswith(b"{"):
-        return False
+        return None
     try:
-        value = parse_json(line.decode(), "it")
+        return parse_json(line.decode(), "it")
     except (GrowkitError, UnicodeDecodeError):
-        return False
-    return isinstance(value, dict) and isinstance(value.get("text", 0), str | None)
+        return None

@@ -125,6 +125,18 @@ def whole(data, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def small(data, tmp_path_factory):
+    """A small model trained for a dozen steps without dropout, validated at the last."""
+    from runs import RECIPE, values
+
+    from trainer.run.stages import train
+
+    out = tmp_path_factory.mktemp("small") / "run"
+    train(values(data, **RECIPE), out)
+    return out
+
+
 @pytest.fixture
 def strict_promotion():
     """JAX mixes no dtypes and adds no dimensions that the code under test does not name."""

@@ -11,6 +11,7 @@ older torch brings CUDA libraries.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tomllib
@@ -66,6 +67,10 @@ def make_environment(place: Path) -> Path:
 def main(words: list[str]) -> int:
     """Run pytest on the words, and return its exit code."""
     python = make_environment(PLACE)
+    # A shell's background and nohup ignore them, and what is started inherits that: tests that
+    # send signals to growkit would wait in vain.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     run = subprocess.run([python, "-m", "pytest", *QUIET, *words], cwd=ROOT, check=False)
     return run.returncode
 

@@ -145,6 +145,15 @@ def write_atomically(path: Any, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def sync_file(path: str | os.PathLike[str]) -> None:
+    """Bring the bytes of a file to the disk."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def sync_directory(path: str | os.PathLike[str]) -> None:
     """Bring the names in a directory to the disk, where its file system can do that."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

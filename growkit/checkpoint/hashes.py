@@ -223,17 +223,19 @@ def find_changed(
     """What differs first from its stored hash, in words (`the array 'mu.x'`); None for nothing.
 
     arrays: hashes computed now, of as many arrays as were read. files, meta: None where they were
-    not read. What has no stored hash is not compared.
+    not read. Where some arrays, or files, have a hash, all must: a record that lacks one is damaged
+    itself.
     """
     algorithm = hashes["algorithm"]
     if meta is not None and "meta" in hashes and hash_meta(meta, algorithm) != hashes["meta"]:
         return "the meta"
     stored = hashes.get("arrays", {})
-    for name, found in arrays.items():
-        if name in stored and stored[name] != found:
-            return f"the array {name!r}"
+    # Of several processes none has a whole array: then no array has a hash.
+    for name, found in arrays.items() if stored else ():
+        if stored.get(name) != found:
+            return f"the array {name!r}" if name in stored else f"the hash of the array {name!r}"
     stored = hashes.get("files", {})
-    for name, content in (files or {}).items():
-        if name in stored and stored[name] != hash_bytes(content, algorithm):
-            return f"the file {name!r}"
+    for name, content in (files or {}).items() if stored else ():
+        if stored.get(name) != hash_bytes(content, algorithm):
+            return f"the file {name!r}" if name in stored else f"the hash of the file {name!r}"
     return None

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from growkit.checkpoint.carried import LIMIT, find_outside, list_inside
-from growkit.checkpoint.files import read_json, read_regular
+from growkit.checkpoint.files import LFS_POINTER, open_regular, read_json, read_regular
 from growkit.checkpoint.fill import Progress, collect_jobs, fill
 from growkit.checkpoint.hashes import Hashed
 from growkit.checkpoint.huggingface import (
@@ -61,8 +61,11 @@ def open_trained(path: Path) -> Source:
     """Open a checkpoint of transformers' Trainer; reads headers and the optimizer's pickle.
 
     Where the optimizer cannot be read, the model is opened without it, and `Source.refusal` says
-    why. Raises GrowkitError naming the file at fault.
+    why; where it is of another kind altogether, a note says so. Raises GrowkitError naming the file
+    at fault.
     """
+    if _is_of_another_kind(path / OPTIMIZER):
+        return _open_alone(path)
     files = list_inside(path, TRAINING)
     source = open_directory(path, (OPTIMIZER, *files))
     try:
@@ -77,7 +80,11 @@ def open_trained(path: Path) -> Source:
         kind=KIND,
         tensors=tensors,
         weights=[*source.weights, path / OPTIMIZER],
-        record={"step": step, "schedule_step": step, "count": found.optimizer.count},
+        record={
+            "step": step,
+            "schedule_step": _find_place(found.optimizer, step),
+            "count": found.optimizer.count,
+        },
         read_files=lambda: read_others() | {n: read_regular(path / n, LIMIT) for n in files},
         torch_optimizer=found.optimizer,
         hashed=hashed,
@@ -105,10 +112,29 @@ def _stated_name(slot: str, name: str) -> str:
     return name if slot == "params" else f"{slot}.{name}"
 
 
+def _is_of_another_kind(path: Path) -> bool:
+    """Whether a file begins as none of torch.save's does, nor as one that a disk has zeroed."""
+    if path.is_symlink():
+        return False
+    with open(open_regular(path), "rb") as file:
+        begin = file.read(len(LFS_POINTER))
+    return bool(begin.strip(b"\0")) and not begin.startswith((b"PK", b"\x80", LFS_POINTER))
+
+
+def _open_alone(path: Path) -> Source:
+    """The model, where what is called optimizer.pt is not torch's."""
+    source = open_directory(path)
+    note = (
+        f"{path / OPTIMIZER} is no file of torch.save: the model is taken without it, and what "
+        "belongs to its training is left behind"
+    )
+    return replace(source, notes=(*source.notes, note))
+
+
 def _open_without(path: Path, problem: str) -> Source:
     """The model alone, which knows why its optimizer is not read."""
     source = open_directory(path)
-    refusal = f"{problem}; to grow the model without its optimizer, move {OPTIMIZER} elsewhere"
+    refusal = f"{problem}; to take the model without its optimizer, move {OPTIMIZER} elsewhere"
     return replace(source, refusal=refusal, notes=(*source.notes, problem))
 
 
@@ -152,6 +178,20 @@ def _read_step(path: Path, optimizer: Optimizer) -> int:
     state = read_json(path / STATE, LIMIT)
     step = state.get("global_step") if isinstance(state, dict) else None
     return step if type(step) is int and step >= 0 else optimizer.count
+
+
+def _find_place(optimizer: Optimizer, step: int) -> int:
+    """How many updates of its schedule were taken, as growkit's trainer counts them.
+
+    That trainer's update after `step` others takes the rate of step + 1, transformers' that of
+    `last_epoch`, so that its first one stands still in a warm-up.
+    """
+    schedule = optimizer.schedule or {}
+    last = schedule.get("last_epoch")
+    # A schedule by plateaus counts evaluations, and has no base_lrs.
+    if type(last) is int and 0 < last < 1 << 31 and "base_lrs" in schedule:
+        return last - 1
+    return max(step - 1, 0)
 
 
 def write_trained(

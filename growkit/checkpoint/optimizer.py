@@ -199,6 +199,11 @@ def _split(file: TorchFile) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
         raise GrowkitError(wrong)
     for group in groups:
         numbers = group.get("params") if isinstance(group, Mapping) else None
+        if isinstance(numbers, list) and numbers and isinstance(numbers[0], str):
+            raise GrowkitError(
+                f"{file.path} keys parameters by name, as FSDP's full state dicts do; growkit reads"
+                " numbers: FSDP.rekey_optim_state_dict gives them"
+            )
         if not isinstance(numbers, list) or not all(type(each) is int for each in numbers):
             raise GrowkitError(f"{file.path}: a parameter group without the numbers of parameters")
     numbers = [number for group in groups for number in group["params"]]
@@ -274,6 +279,12 @@ def _assign(
     defined = list_defined(model)
     wanted = {name: row.shape(model.sizes) for name, row in defined}
     numbers = [list(group["params"]) for group in groups]
+    longest = max(shape[0] for shape in wanted.values())
+    if all(len(shape) == 1 for shape in shapes.values()) and max(shapes.values())[0] > longest:
+        raise GrowkitError(
+            f"{file.path} has flat moments, one for all parameters of a module, as FSDP 1 keeps "
+            "them: save it by FSDP.optim_state_dict, or train with use_orig_params=True"
+        )
     if len(shapes) != len(defined):
         raise GrowkitError(
             f"{file.path} has the moments of {len(shapes)} parameters, and the model has "

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from growkit.checkpoint.files import find_real, sync_directory
+from growkit.checkpoint.files import find_real, sync_directory, sync_file
 from growkit.checkpoint.lock import describe_self, find_trainer, may_run, try_lock
 from growkit.checkpoint.replaceable import find_foreign
 from growkit.errors import GrowkitError, UsageError
@@ -270,17 +270,9 @@ def sync_tree(path: Path) -> None:
         directories.append(directory)
         files += [os.path.join(directory, name) for name in names]
     with ThreadPoolExecutor(SYNC_THREADS) as pool:
-        list(pool.map(_sync_file, files))
+        list(pool.map(sync_file, files))
     for directory in reversed(directories):
         sync_directory(directory)
-
-
-def _sync_file(path: str) -> None:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _sync_names(out: Path, work: Path, new_parents: list[Path]) -> None:

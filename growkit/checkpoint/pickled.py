@@ -1,31 +1,26 @@
 """`pytorch_model.bin`: weights that torch pickled, of directories that have no safetensors files.
 
-torch reads them, mapped and with `weights_only=True`: a pickle from strangers may hold tensors and
-plain containers, and calls nothing else.
+They are read by offset, without torch, and nothing of a pickle is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from growkit.checkpoint.tensor import Tensor
-from growkit.errors import GrowkitError, UsageError, first_line
+from growkit.checkpoint.torch_pickle import Stored
+from growkit.checkpoint.torch_zip import TorchFile, open_torch_file
+from growkit.errors import GrowkitError
 
 WHOLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-DTYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPES = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 # Of buffers alone, which no model of today reads.
-BUFFER_DTYPES = {name: np.dtype(name) for name in ("bool", "uint8", "int32", "int64")}
+BUFFER_DTYPES = (np.bool_, np.uint8, np.int32, np.int64)
 
 
 def read_pickled(
@@ -34,60 +29,24 @@ def read_pickled(
     """The tensors of one file that torch wrote, by name.
 
     unread: names of tensors that may be integers or booleans, because no model reads them. Raises
-    UsageError where torch is not installed, GrowkitError for what torch does not read.
+    GrowkitError for a file that holds anything but tensors and plain containers.
     """
-    torch = _import_torch(path)
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:
-        # What torch wrote before 1.6 is no archive, and cannot be mapped.
-        held = _load_whole(torch, path)
-    except Exception as problem:
-        raise _refuse(path, problem) from None
-    if not isinstance(held, dict):
-        raise GrowkitError(f"{path} holds no tensors by name, but a {type(held).__name__}")
+    file = open_torch_file(path)
+    if not isinstance(file.value, Mapping):
+        kind = type(file.value).__name__
+        raise GrowkitError(f"{path} holds no tensors by name, but a {kind}")
     return {
-        name: _wrap(torch, tensor, path, name, unread(name))
-        for name, tensor in held.items()
-        if isinstance(tensor, torch.Tensor)
+        name: _open(file, name, stored, unread(name))
+        for name, stored in file.value.items()
+        if isinstance(name, str) and isinstance(stored, Stored)
     }
 
 
-def _import_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise UsageError(
-            f"{path} is read by torch, which is not installed; pip install 'growkit[hf]' brings it"
-        ) from None
-    return torch
-
-
-def _load_whole(torch: Any, path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:
-        raise _refuse(path, problem) from None
-
-
-def _refuse(path: Path, problem: Exception) -> GrowkitError:
-    return GrowkitError(f"torch does not read {path} as weights alone: {first_line(problem)}")
-
-
-def _wrap(torch: Any, tensor: Any, path: Path, name: str, unread: bool) -> Tensor:
-    """A tensor of torch as one that is read by rows."""
-    called = str(tensor.dtype).removeprefix("torch.")
-    dtype = DTYPES.get(called) or (BUFFER_DTYPES.get(called) if unread else None)
-    if dtype is None:
+def _open(file: TorchFile, name: str, stored: Stored, unread: bool) -> Tensor:
+    """A tensor of a dtype that growkit grows. Raises GrowkitError for another one."""
+    if stored.dtype not in (DTYPES + BUFFER_DTYPES if unread else DTYPES):
+        known = ", ".join(str(np.dtype(dtype)) for dtype in DTYPES)
         raise GrowkitError(
-            f"{path}: the tensor {name!r} has dtype {called}, and growkit reads {', '.join(DTYPES)}"
+            f"{file.path}: the tensor {name!r} has dtype {stored.dtype}, and growkit reads {known}"
         )
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        part = tensor[start:stop] if tensor.dim() else tensor
-        if tensor.dtype == torch.bfloat16:
-            # numpy knows no bfloat16: the same bytes, as integers first.
-            return np.array(part.contiguous().view(torch.int16).numpy()).view(dtype)
-        return np.array(part.contiguous().numpy())
-
-    return Tensor(tuple(tensor.shape), dtype, rows)
+    return file.open_tensor(stored, f"the tensor {name!r}")

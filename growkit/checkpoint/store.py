@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -38,11 +40,30 @@ def open_store(state: Path, name: str, tree: Mapping[str, Any]) -> Any:
     driver = "zarr3" if tree.get("use_zarr3") else "zarr"
     spec = {"driver": driver, "kvstore": store}
     try:
-        return tensorstore.open(spec, read=True, context=_share_cache()).result()
+        array = tensorstore.open(spec, read=True, context=_share_cache()).result()
     except ValueError as problem:
         raise GrowkitError(
             f"cannot read the array {name!r} of {state}: {first_line(problem)}"
         ) from None
+    _check_chunks(array, f"the array {name!r} of {state}")
+    return array
+
+
+def _check_chunks(array: Any, what: str) -> None:
+    """Raise GrowkitError for chunks that are larger than their array, or than the memory.
+
+    A chunk is decoded as a whole, and tensorstore ends the process where there is no room for it.
+    """
+    # tensorstore says None for a number without dimensions.
+    shape = array.chunk_layout.read_chunk.shape or ()
+    size = math.prod(shape) * array.dtype.numpy_dtype.itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = all(part <= max(whole, 1) for part, whole in zip(shape, array.shape, strict=True))
+    if not fits or size > memory:
+        raise GrowkitError(
+            f"cannot read {what}: its chunks of {list(shape)} take {size:,} bytes each, and the "
+            f"array has the shape {list(array.shape)}"
+        )
 
 
 @cache

@@ -15,7 +15,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -65,7 +65,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Storage(Fixed):
-    """Numbers in a member of the zip file. key: the member's name; location: the device's."""
+    """Numbers in one stretch of the file. key: its name there; location: the device's."""
 
     dtype: np.dtype
     key: str
@@ -165,8 +165,22 @@ def read_pickle(
     needs. Raises Foreign, with the name, for any other class or function, and GrowkitError for what
     is no pickle.
     """
+    return read_next(io.BytesIO(data), skipped, known)
+
+
+def read_next(
+    file: BinaryIO,
+    skipped: Callable[[str], bool] = refuse_all,
+    known: Mapping[tuple[str, str], Any] | None = None,
+    storages: dict[str, Storage] | None = None,
+) -> Any:
+    """The value of the pickle that begins where an open file stands; see `read_pickle`.
+
+    storages: told every storage that the pickle names, by its key.
+    """
+    named = {} if storages is None else storages
     try:
-        value = _Reader(io.BytesIO(data), skipped, KNOWN if known is None else known).load()
+        value = _Reader(file, skipped, KNOWN if known is None else known, named).load()
         _measure_depth(value, {})
         return value
     except Foreign:
@@ -202,13 +216,15 @@ class _Reader(pickle.Unpickler):
 
     def __init__(
         self,
-        file: io.BytesIO,
+        file: BinaryIO,
         skipped: Callable[[str], bool],
         known: Mapping[tuple[str, str], Any],
+        storages: dict[str, Storage],
     ) -> None:
         super().__init__(file)
         self.skipped = skipped
         self.known = known
+        self.storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
         known = self.known.get((module, name))
@@ -220,11 +236,17 @@ class _Reader(pickle.Unpickler):
         raise Foreign(called)
 
     def persistent_load(self, pid: Any) -> Storage:
-        word, kind, key, location, count = pid
+        # Files of torch before 1.6 add a view of the storage, which torch has long left empty.
+        word, kind, key, location, count, *views = pid
         texts = isinstance(key, str) and isinstance(location, str)
         if word != "storage" or not isinstance(kind, _Dtype) or not texts or not _is_size(count):
             raise ValueError(pid)
-        return Storage(kind.dtype, key, location, count)
+        if any(views):
+            raise ValueError("a view of a storage")
+        found = Storage(kind.dtype, key, location, count)
+        if self.storages.setdefault(key, found) != found:
+            raise ValueError("one storage of two kinds")
+        return found
 
 
 def _is_size(value: Any) -> bool:

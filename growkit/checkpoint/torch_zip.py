@@ -4,7 +4,8 @@
 
 Members are not compressed, and their bytes begin at multiples of 64, so a storage is read at an
 offset of the file. Written files are laid out as torch lays them out, with records of 8-byte sizes
-(zip64), and have the checksums (CRC-32) that zip programs compare; torch itself does not.
+(zip64), and have the checksums (CRC-32) that zip programs compare; torch itself does not. Files of
+torch before 1.6 are no zip files; `torch_legacy` reads them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from growkit.checkpoint.files import LFS_POINTER, open_regular
 from growkit.checkpoint.fill import Filled, Job, create_file
 from growkit.checkpoint.raw import Span, Stamp, stamp_of
 from growkit.checkpoint.tensor import Recipe, Tensor, open_raw
+from growkit.checkpoint.torch_legacy import read_legacy
 from growkit.checkpoint.torch_pickle import (
     LIMIT,
     Foreign,
@@ -139,16 +141,33 @@ def open_torch_file(
                 f"{path} is cut off: it has {status.st_size:,} bytes, and what lies at byte "
                 f"{base:,} has {size:,}"
             )
+        file.seek(0)
         window = _Window(file.fileno(), base, status.st_size if size is None else size)
         try:
+            if size is None and file.read(len(LOCAL)) != LOCAL:
+                return _read_old(path, file, stamp_of(status), skipped)
             with zipfile.ZipFile(window) as archive:
                 return _read_archive(path, archive, window, stamp_of(status), skipped)
+        except Foreign as problem:
+            raise GrowkitError(
+                f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; "
+                "nothing of it was run"
+            ) from None
         except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
             where = "" if size is None else f" at byte {base:,}"
-            raise GrowkitError(
-                f"{path} is no zip file of torch.save{where}, or is cut off; files of torch before "
-                "1.6 are read after torch.save(torch.load(...)) with a newer one"
-            ) from None
+            raise GrowkitError(f"{path} is no file of torch.save{where}, or is cut off") from None
+
+
+def _read_old(
+    path: Path, file: BinaryIO, stamp: Stamp, skipped: Callable[[str], bool]
+) -> TorchFile:
+    """A file of torch before 1.6."""
+    file.seek(0)
+    try:
+        value, spans = read_legacy(path, file, stamp, skipped)
+    except GrowkitError as problem:
+        raise GrowkitError(f"{path} is no file of torch.save, or is cut off: {problem}") from None
+    return TorchFile(path, value, spans, stamp)
 
 
 def _read_archive(
@@ -174,11 +193,6 @@ def _read_archive(
     summed = zlib.crc32(content) == spans[pickles[0]].checksum
     try:
         value = read_pickle(content, skipped)
-    except Foreign as problem:
-        raise GrowkitError(
-            f"{path} names {problem.args[0]}, which is no part of a state dict of tensors; nothing "
-            "of it was run"
-        ) from None
     except GrowkitError as problem:
         raise GrowkitError(f"{path}: {problem}") from None
     storages = f"{prefix}data/"

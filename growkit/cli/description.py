@@ -170,6 +170,10 @@ def _describe_function(source: Source, plan: Plan) -> str:
     from growkit.growth.vocabulary import describe_shift
 
     if not plan.preserved:
+        if plan.experts and not plan.experts.exact:
+            return plan.experts.describe_gap()
+        if plan.experts and plan.noise:
+            return "not preserved: noise sets the scores of copies of an expert apart"
         own = "layer" in plan.maps and has_own_shares(plan.maps["layer"])
         return NOT_PRESERVED_BY_SHARES if own else NOT_PRESERVED
     shift = describe_shift(plan)
@@ -190,6 +194,10 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
     both = "nu" in source.tensors
     if plan.moments == "reset":
         return "mu, nu and count zero" if both else "mu zero"
+    count = f"count kept ({source.record.get('count', 0)})"
+    if plan.moments == "first":
+        slots = "mu and nu" if both else "mu"
+        return f"{slots} kept for the first copy, zero for the others (approximate), {count}"
     mu = "zero"
     nu = "copied"
     if plan.preserved:
@@ -205,7 +213,7 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         "copy": "mu and nu copied as they are",
         "nu-only": f"mu zero, nu {nu}",
     }[plan.moments]
-    return f"{words}, count kept ({source.record.get('count', 0)})"
+    return f"{words}, {count}"
 
 
 def _has_split_groups(source: Source) -> bool:
@@ -231,6 +239,8 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
             factor = f"x{low:.3g}" if low == high else f"x{low:.3g} to x{high:.3g}"
             name = ".".join(row.path).removeprefix("layers.")
             rows.setdefault(factor, []).append(name)
+    if not rows:
+        return _describe_eps(source)
     factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in rows.items())
     ungrouped = ""
     if any(" to " in factor for factor in rows):
@@ -240,6 +250,16 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
     elif source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
         ungrouped = "a universal checkpoint keeps the groups of its source"
     return _describe_factors(source, factors, groups, ungrouped)
+
+
+def _describe_eps(source: Source) -> str:
+    """Who applies the factors where learning rates have none."""
+    exact = "training would continue exactly as the source's" if "mu" in source.tensors else ""
+    start = f"{exact}, with" if exact else "exact training has"
+    return (
+        f"learning rates stay; {start} the factors on eps and on weights of a clip that the "
+        "lineage states, and parameter groups of PyTorch do not hold them for experts"
+    )
 
 
 def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str) -> str:
@@ -268,6 +288,11 @@ def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str)
 
 
 def _warn_of_tied_copies(plan: Plan) -> str:
+    if plan.tied_copies == ("expert",):
+        return (
+            "copies of experts stay equal where they are chosen together, because equal copies get "
+            "equal gradients; --noise on their rows of the router separates them"
+        )
     if "embed" in plan.tied_copies:
         separate = "only --noise separates them"
     else:
@@ -291,6 +316,8 @@ def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
     if not is_trained(source):
         return f"transformers loads {out}; growkit's trainer is for {', '.join(list_trained())}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"
+    if plan.keeps_first and "mu" in source.tensors:
+        return f"{command} schedule.continued=true optimizer.new.rewarmup=200"
     if not plan.continues:
         return f"{command} schedule.warmup=200"
     return f"{command} schedule.continued=true" if "mu" in source.tensors else command

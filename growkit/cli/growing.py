@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.cli.checked_text import CheckedText
     from growkit.cli.checking import GrowthCheck
-    from growkit.models.architecture import Architecture
 
 # What `width` alone is told; without any of them --vocab grows the vocabulary alone.
 WIDTHS = ("embed", "heads", "mlp", "head_dim", "axes", "method", "spread")
@@ -84,8 +83,9 @@ add_growing_options = combine_options(
         "--moments",
         default="map",
         metavar="|".join(MOMENT_OPTIONS),
-        help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, or "
-        "nu-only (mu zero).",
+        help="Adam's moments: map by the rule, copy as they are, reset to zero with the count, "
+        "nu-only (mu zero), or first (by the rule for the first copy of each unit, zero for "
+        "other copies).",
     ),
     click.option(
         "--noise",
@@ -159,10 +159,10 @@ def depth(
     """
     from growkit.growth.depth import plan_depth
 
-    def plan(model: Architecture) -> Plan:
-        return plan_depth(model, layers, method, scale)
+    def plan(source: Source) -> Plan:
+        return plan_depth(source.model, layers, method, scale)
 
-    _plan_and_grow("depth", src, out, plan, options)
+    plan_and_grow("depth", src, out, plan, options)
 
 
 @click.command(cls=Growing)
@@ -218,12 +218,12 @@ def width(
 
     only_vocab = options["vocab"] is not None and not _are_given(WIDTHS)
 
-    def plan(model: Architecture) -> Plan | None:
+    def plan(source: Source) -> Plan | None:
         if only_vocab:
             return None
-        return plan_width(model, embed, heads, mlp, head_dim, method, share, others)
+        return plan_width(source.model, embed, heads, mlp, head_dim, method, share, others)
 
-    _plan_and_grow("width", src, out, plan, options)
+    plan_and_grow("width", src, out, plan, options)
 
 
 @click.command("grow", cls=Growing)
@@ -246,7 +246,8 @@ def grow_like(like: str, scale: str | None, src: str, out: str, **options: Any) 
 
     vocab = options["vocab"]
 
-    def plan(model: Architecture) -> Plan | None:
+    def plan(source: Source) -> Plan | None:
+        model = source.model
         target = read_target(like, model)
         if vocab is None:
             return plan_like(model, target, scale)
@@ -255,7 +256,7 @@ def grow_like(like: str, scale: str | None, src: str, out: str, **options: Any) 
         same = target.sizes == model.sizes and scale is None
         return None if same else plan_like(model, target, scale)
 
-    _plan_and_grow("grow", src, out, plan, options)
+    plan_and_grow("grow", src, out, plan, options)
 
 
 @dataclass(frozen=True)
@@ -276,11 +277,11 @@ class Output:
     groups: str = "keep"
 
 
-def _plan_and_grow(
+def plan_and_grow(
     verb: str,
     src: str,
     out: str,
-    plan_growth: Callable[[Architecture], Plan | None],
+    plan_growth: Callable[[Source], Plan | None],
     options: dict[str, Any],
 ) -> None:
     """Open the source and plan its growth; refuse what cannot work; then grow.
@@ -300,7 +301,7 @@ def _plan_and_grow(
     head = _parse_head(options.pop("vocab_head"))
     output = _parse_output(options)
     source = open_source(src)
-    plan = _add_vocabulary(verb, source.model, plan_growth, vocab, fill)
+    plan = _add_vocabulary(verb, source, plan_growth, vocab, fill)
     if head == "measured":
         from growkit.cli.measuring import measure_row
 
@@ -335,8 +336,8 @@ def _are_given(names: tuple[str, ...]) -> bool:
 
 def _add_vocabulary(
     verb: str,
-    model: Architecture,
-    plan_growth: Callable[[Architecture], Plan | None],
+    source: Source,
+    plan_growth: Callable[[Source], Plan | None],
     vocab: str | None,
     fill: str,
 ) -> Plan:
@@ -346,7 +347,7 @@ def _add_vocabulary(
 
     if vocab is None and fill != "mean":
         raise UsageError("--vocab-fill says what new tokens hold, and goes with --vocab")
-    plan = plan_growth(model)
+    plan, model = plan_growth(source), source.model
     if vocab is None:
         assert plan is not None, "without --vocab a verb makes a plan or refuses"
         return plan

@@ -73,7 +73,18 @@ def quickstart(out: str) -> int:
             return code
     _show_results(directory)
     click.echo(f"everything is in {directory}; it took {time.monotonic() - began:.0f} seconds")
+    click.echo(_describe_next(directory))
     return 0
+
+
+def _describe_next(directory: Path) -> str:
+    """The next three commands: look at the result, use it, do the same with texts of one's own."""
+    lines = (
+        f"growkit inspect {directory / 'trained'}",
+        f"growkit generate {directory / 'trained'}@best --prompt {PROMPT!r}",
+        "growkit tokenize MYTEXTS --train-bpe 4096 --out tokens",
+    )
+    return "\n".join(["next:", *(f"  {line}" for line in lines)])
 
 
 def _begin(directory: Path) -> None:
@@ -257,7 +268,8 @@ def _show_results(directory: Path) -> None:
     picture = epath.Path(directory / "curves.png")
     rows = histories["trained"].earlier + histories["trained"].rows
     others = {"small model, same compute": histories["control"].rows}
-    curves.draw_curves(picture, rows, "growkit quickstart", others)
+    # Over compute, because a step of the small model takes less of it: both end at the same place.
+    curves.draw_curves(picture, rows, "growkit quickstart", others, over="flops")
     further = float(grown[-1]["flops"]) - float(grown[0]["flops"])
     click.echo(f"\n{table}\n\nfurther training of both: {further:.2e} FLOPs; the curves: {picture}")
 

@@ -49,8 +49,8 @@ def find_obstacle(model: Architecture, axis: str) -> str:
         return _find_vocabulary_obstacle(model)
     if axis == "embed" and model.coupled:
         return find_obstacle(model, model.heads)
-    if axis in family.frozen:
-        return f"frozen: {family.frozen[axis]}"
+    if axis in family.fixed:
+        return f"frozen: {family.fixed[axis]}"
     if axis not in family.fields:
         return "frozen: every model of the type has it so, or only its files state it"
     return ""
@@ -77,6 +77,8 @@ def _describe_growth(model: Architecture, axis: str) -> str:
         return f"depth --map: copies of layers, another function; {identity}"
     if axis == "vocab":
         return f"--vocab: old tokens keep their logits; {_describe_tokens(model)}"
+    if axis == "expert":
+        return "experts FROM:TO: whole copies, exact with as many times more of them a token"
     if axis == "head_dim":
         return f"width --head-dim: exact; {model.rotary} dimensions stay rotated"
     option = OPTIONS.get(axis, f"--axis {axis}=SIZE")

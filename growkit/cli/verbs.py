@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from growkit import __version__
+from growkit.cli.guide import add_guidance, list_groups
 from growkit.errors import did_you_mean
 
 # verb: (module whose COMMANDS hold it, one line for the list of verbs)
@@ -40,6 +41,7 @@ VERBS = {
     ),
     "width": ("growkit.cli.growing", "Grow a model in width without changing its function."),
     "grow": ("growkit.cli.growing", "Grow a model to the sizes of another, in depth and width."),
+    "experts": ("growkit.cli.mixing", "Give a mixture of experts more of them."),
     "derive": (
         "growkit.derive.cli",
         "Derive and prove the table of a model type of transformers.",
@@ -62,6 +64,7 @@ VERBS = {
         "Measure what growth saves on your data, against training from scratch.",
     ),
     "generate": ("trainer.cli.training", "Continue a text with a model."),
+    "completion": ("growkit.cli.completion", "Print the completion of a shell: bash, zsh, fish."),
 }
 # Packages of the same project.
 SIBLINGS = ("trainer", "convert")
@@ -80,11 +83,13 @@ class Verbs(click.Group):
         _find_siblings()
         module = importlib.import_module(VERBS[name][0])
         command: click.Command = module.COMMANDS[name]
+        add_guidance(name, command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+        for group, names in list_groups(VERBS).items():
+            with formatter.section(group):
+                formatter.write_dl([(name, VERBS[name][1]) for name in names])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -99,7 +104,7 @@ class Verbs(click.Group):
 @click.command(
     cls=Verbs,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.version_option(__version__, prog_name="growkit")
 @click.pass_context

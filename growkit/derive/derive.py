@@ -35,6 +35,7 @@ from growkit.growth.axes import make_map, tile
 from growkit.growth.plan import build_plan
 from growkit.models.family import Family
 from growkit.models.given import use_family
+from growkit.models.tables import list_shipped, read_shipped
 from growkit.surgery.grow import prepare_growth
 
 INVERSE = {
@@ -89,6 +90,10 @@ def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
             proved[name] = base.probe.stated[name]
     family = replace(assemble(work, kept, options, proved), whole_heads=wants_whole_heads(base))
     family = prove_padding(family, kept, work)
+    if kind in list_shipped():
+        # How a gate chooses is stated by hand and proved by tests.
+        shipped = read_shipped(kind)
+        family = replace(family, experts=shipped.experts, expert_defaults=shipped.expert_defaults)
     work.gaps["files"] = max(prove_files(family, variant, work) for variant in kept)
     if work.gaps["files"] > BOUND:
         raise UnprovableError(f"growth through files is not exact: {work.gaps['files']:.1e}")

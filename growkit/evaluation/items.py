@@ -22,6 +22,7 @@ from growkit.textfiles import (
     HEAD,
     JSON_LINES,
     describe_foreign,
+    describe_other_objects,
     get_ending,
     holds_json_lines,
     open_text,
@@ -324,6 +325,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
         yield from _read_lines(path, file)
 
 
+# Its earlier name, which scripts of users import.
+rows_of = read_rows
+
+
 def _read_lines(path: Path, file: BufferedReader) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(file, 1):
         where = f"{path}, line {number}"
@@ -342,6 +347,9 @@ def _read_documents(path: Path) -> Iterator[str]:
     with _open(path) as file:
         are_lines = ending not in PROSE and holds_json_lines(file.peek(HEAD))
         if ending not in JSON_LINES and not are_lines:
+            foreign = None if ending in PROSE else describe_other_objects(file.peek(HEAD))
+            if foreign:
+                raise GrowkitError(f"{path} is {foreign}")
             yield _decode(file.read(), str(path))
             return
         for number, row in _read_lines(path, file):

@@ -6,13 +6,12 @@ types. Everything shown is made from it, so a record that was kept can be shown 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from growkit.checkpoint.files import encode_json, write_atomically
+from growkit.checkpoint.files import encode_json, read_json, write_atomically
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.evaluation.catalogue import BPB, SEED, find_title, is_full, select_published
@@ -63,7 +62,7 @@ def read_record(path: Path) -> Record:
     if not path.is_file():
         raise UsageError(f"there is no such file: {path}; growkit evaluate --output writes one")
     try:
-        record: Record = json.loads(path.read_text())
+        record: Record = read_json(path)
         figures = [
             figure
             for model in record["models"]
@@ -71,7 +70,7 @@ def read_record(path: Path) -> Record:
             for figure in result["figures"].values()
         ]
         complete = all({"value", "standard_error"} <= figure.keys() for figure in figures)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
         raise GrowkitError(f"{path} is not what growkit evaluate --output writes")

@@ -79,6 +79,21 @@ class AxisMap:
         result[order] = order[following]
         return result
 
+    @cached_property
+    def added(self) -> np.ndarray:
+        """bool [new]: the units that add nothing, and copies after the first that adds something.
+
+        All others keep what their old units were.
+        """
+        added: np.ndarray = np.equal(self.share, 0.0)
+        seen: set[int] = set()
+        for unit, source in enumerate(self.index.tolist()):
+            if source in seen:
+                added[unit] = True
+            elif not added[unit]:
+                seen.add(source)
+        return added
+
     def then(self, after: AxisMap) -> AxisMap:
         """This map followed by `after`: one map that does both."""
         if after.source != len(self):

@@ -16,8 +16,9 @@ import numpy as np
 
 from growkit.growth.axes import AxisMap
 from growkit.growth.plan import Plan
+from growkit.growth.shares import place_along
 from growkit.models.architecture import Architecture
-from growkit.models.notation import Part, Position, Row
+from growkit.models.notation import Part, Position, Product, Row
 
 # Axis -> bool [size]: which units are new. Axes without new units are left out.
 NewUnits = dict[str, np.ndarray]
@@ -53,22 +54,10 @@ def _grow_units(before: np.ndarray, axis_map: AxisMap | None, size: int) -> np.n
     """Which units of an axis are new after one growth."""
     if axis_map is not None:
         kept: np.ndarray = before[axis_map.index]
-        after: np.ndarray = kept | _find_added(axis_map)
+        after: np.ndarray = kept | axis_map.added
         return after
     # Padding puts new units after the old ones.
     return np.concatenate([before, np.ones(size - len(before), bool)])
-
-
-def _find_added(axis_map: AxisMap) -> np.ndarray:
-    """bool [new]: the units that add nothing, and copies after the first that adds something."""
-    added: np.ndarray = np.equal(axis_map.share, 0.0)
-    seen: set[int] = set()
-    for unit, source in enumerate(axis_map.index.tolist()):
-        if source in seen:
-            added[unit] = True
-        elif not added[unit]:
-            seen.add(source)
-    return added
 
 
 def find_new_layers(growths: Sequence[Plan]) -> frozenset[int]:
@@ -106,6 +95,31 @@ def _count_old(part: Part, model: Architecture, new: NewUnits) -> int:
         for name in part.names
     ]
     return math.prod(old)
+
+
+def mark_new(row: Row, model: Architecture, new: NewUnits) -> tuple[np.ndarray, ...]:
+    """What is new of a row's parameter, stacked axes first: bool arrays that broadcast to it.
+
+    Each goes along one dimension and has size 1 along the others. A number is new where any of them
+    is true. Dimensions without new units are left out.
+    """
+    dimensions = [((axis,),) for axis in row.stacked] + list(row.blocks)
+    marks = []
+    for place, terms in enumerate(dimensions):
+        along = np.concatenate([_mark_product(axes, model, new) for axes in terms])
+        if along.any():
+            marks.append(place_along(along, place, len(dimensions)))
+    return tuple(marks)
+
+
+def _mark_product(axes: Product, model: Architecture, new: NewUnits) -> np.ndarray:
+    """bool [product of the sizes]: where any of fused axes has a new unit."""
+    shape = [model.sizes[axis.name] for axis in axes]
+    marked = np.zeros(shape, bool)
+    for place, axis in enumerate(axes):
+        if axis.name in new:
+            marked = marked | place_along(new[axis.name], place, len(axes))
+    return marked.reshape(-1)
 
 
 def describe_new(new: NewUnits) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """What each part of an optax optimizer's state is, and so by which rule it grows.
 
 Averages and sums of gradients grow as Adam's mu does, of squared gradients as its nu, copies of the
-parameters as the parameters. A state is known by the name of its class. One that is not known here
-is refused if it holds arrays of the parameters' shapes: growing them by a wrong rule would go
-unnoticed.
+parameters as the parameters. A state is known by the name of its class, and one that was restored
+as a plain dict, as Orbax does, by its keys. One that is not known here is refused if it holds
+arrays of the parameters' shapes: growing them by a wrong rule would go unnoticed.
 
 optax.ema's EmaState is taken as an average of gradients, as in a chain. The class is the same where
 optax.ema averages parameters; such an average belongs in a tree of its own, which grows as they do.
@@ -11,6 +11,7 @@ optax.ema averages parameters; such an average belongs in a tree of its own, whi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from growkit.errors import GrowkitError
@@ -46,12 +47,53 @@ FIELDS: dict[str, dict[str, int]] = {
     "ScheduleFreeState": {"z": VALUE},
     "LookaheadParams": {"fast": VALUE, "slow": VALUE},
 }
+# What optax.ema's state is once it is a plain dict; an average of parameters looks the same.
+AVERAGE = "{count, ema}"
+# What a plain dict with exactly these keys was before it was saved: of all classes above and below
+# that have a field of another name than mu, nu, nu_max, trace and count.
+KEYS: dict[frozenset[str], str] = {
+    frozenset(keys.split()): kind
+    for kind, keys in {
+        "ScaleByAdanState": "m v n g t",
+        "ScaleByAdemamixState": "count count_m2 m1 m2 nu",
+        "ScaleBySimplifiedAdEMAMixState": "t m n",
+        "ScaleByRssState": "sum_of_squares",
+        AVERAGE: "count ema",
+        "ApplyEvery": "count grad_acc",
+        "MultiStepsState": "mini_step gradient_step inner_opt_state acc_grads skip_state",
+        "MuonState": "count mu ns_coeffs",
+        "SophiaState": "count mu nu hessian_fn_state",
+        "ScheduleFreeState": "b1 weight_sum step_count max_lr base_optimizer_state z",
+        "LookaheadParams": "fast slow",
+        "FactoredState": "count v_row v_col v",
+        "ScaleByRpropState": "step_sizes prev_updates",
+        "ScaleByAdaDeltaState": "e_g e_x",
+        "ProdigyState": "exp_avg exp_avg_sq grad_sum params0 estim_lr numerator_weighted count",
+        "DAdaptAdamWState": "exp_avg exp_avg_sq grad_sum estim_lr numerator_weighted count",
+        "MechanicState": "base_optimizer_state count r m v s x0",
+        "ScaleByLBFGSState": "count params updates diff_params_memory diff_updates_memory "
+        "weights_memory",
+        "MadgradState": "count grad_sum_sq s x0",
+        "COCOBState": "init_particles cumulative_gradients scale subgradients reward",
+        "DoGState": "is_init_step init_params max_dist sum_sq_norm_grads",
+        "DoWGState": "init_params weighted_sq_norm_grads estim_sq_dist",
+        "MomoState": "exp_avg barf gamma lb count",
+        "MomoAdamState": "exp_avg exp_avg_sq barf gamma lb count",
+    }.items()
+}
+# What the keys of a plain dict say where no class does, as in a restored checkpoint and in states
+# of one's own. optax's momentum (`trace`) grows as mu does, AMSGrad's `nu_max` as nu.
+KEY_MOMENTS = {"mu": MU, "nu": NU, "trace": MU, "nu_max": NU}
+# Under these keys the state of a wrapper has the state of what it wraps.
+INNER = ("inner_state", "inner_opt_state", "base_optimizer_state")
 # The counters of steps that belong to averages; `--moments reset` sets them to zero with those.
 COUNTERS = {
     "ScaleByAdanState": ("t",),
     "ScaleByAdemamixState": ("count", "count_m2"),
     "ScaleBySimplifiedAdEMAMixState": ("t",),
 }
+# The states of these hold the states of others by label, each for its part of the parameters.
+SIDE_BY_SIDE = ("PartitionState", "MultiTransformState")
 # Why some states cannot grow.
 REASONS = {
     "FactoredState": "Adafactor keeps sums over rows and columns, not a number for each parameter",
@@ -64,6 +106,14 @@ REASONS = {
     "MechanicState": "Mechanic's scale is a sum over all parameters",
     "ScaleByLBFGSState": "L-BFGS keeps past steps, whose products growth changes",
     "GaLoreState": "GaLore keeps projections of gradients",
+    AVERAGE: "it may be optax.ema's average of gradients or an average of parameters; give the "
+    "first in optax's own class, and the second under another name",
+    "COCOBState": "COCO-Betting keeps the largest gradients and bets, of no one order in them",
+    "DoGState": "DoG's rate is a distance over all parameters, which growth changes",
+    "DoWGState": "DoWG's rate is a distance over all parameters, which growth changes",
+    "MadgradState": "MADGRAD divides by cube roots, which change steps by no power of the share",
+    "MomoState": "MoMo's rate is of sums over all parameters",
+    "MomoAdamState": "MoMo's rate is of sums over all parameters",
 }
 
 
@@ -74,32 +124,65 @@ def is_optimizer_state(node: Any) -> bool:
     return named and type(node).__module__.split(".")[0] == "optax"
 
 
+def find_kind(node: Any) -> str:
+    """The name of the class of an optax state, also of one that is a plain dict now; "" for none.
+
+    >>> find_kind({"sum_of_squares": {}})
+    'ScaleByRssState'
+    """
+    if is_optimizer_state(node):
+        return type(node).__name__
+    if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
+        return KEYS.get(frozenset(node), "")
+    return ""
+
+
 def normalises(node: Any) -> bool:
     """Whether a state's transformation divides by the size of gradients: it keeps their squares.
 
-    A chain does so where one of its parts does.
+    A chain does so where one of its parts does, and what wraps a state where that does.
     """
-    if is_optimizer_state(node):
-        return NU in FIELDS.get(type(node).__name__, {}).values()
-    return type(node) is tuple and any(normalises(part) for part in node)
+    kind = find_kind(node)
+    if kind in FIELDS and NU in FIELDS[kind].values():
+        return True
+    if is_optimizer_state(node) or type(node) in (tuple, list):
+        return any(normalises(part) for part in node)
+    if isinstance(node, Mapping):
+        within = [node[key] for key in INNER if key in node]
+        return any(KEY_MOMENTS.get(key) == NU for key in node) or any(map(normalises, within))
+    return False
 
 
-def is_counter(node: Any, field: str) -> bool:
-    """Whether a field of an optax state counts the steps of averages that the state keeps."""
-    kind = type(node).__name__
-    if not is_optimizer_state(node) or kind not in FIELDS:
-        return False
-    return field in COUNTERS.get(kind, ("count",))
+def is_chain(node: Any, within: str) -> bool:
+    """Whether the parts of a container are states of transformations one after another.
+
+    A chain is a tuple, and a list once it was saved and restored. optax.named_chain makes a dict;
+    so does optax.partition, whose states go side by side. within: the class of the state around it.
+    """
+    if type(node) is tuple:
+        return True
+    if type(node) is list:
+        # A list of somebody's own holds states as optax made them: those of several optimizers.
+        return not any(type(part) is tuple or is_optimizer_state(part) for part in node)
+    named = isinstance(node, Mapping) and all(is_optimizer_state(part) for part in node.values())
+    return named and within not in SIDE_BY_SIDE
 
 
-def find_rule(node: Any, field: str, maximum: bool, normalised: bool) -> int:
+def is_counter(kind: str, field: str) -> bool:
+    """Whether a field of an optax state counts the steps of averages that the state keeps.
+
+    kind: the state's class, as `find_kind` gives it.
+    """
+    return kind in FIELDS and field in COUNTERS.get(kind, ("count",))
+
+
+def find_rule(kind: str, field: str, maximum: bool, normalised: bool) -> int:
     """The rule for a field of an optax state: VALUE, MU, NU, STEPS or UNKNOWN.
 
-    maximum: whether nu is Adamax's, the largest absolute gradient, which is of first order.
-    normalised: whether a transformation before this one in the chain divides by the size of
-    gradients, as RMSprop's does before its momentum.
+    kind: the state's class, as `find_kind` gives it. maximum: whether nu is Adamax's, the largest
+    absolute gradient, which is of first order. normalised: whether a transformation before this one
+    in the chain divides by the size of gradients, as RMSprop's does before its momentum.
     """
-    kind = type(node).__name__
     rule = FIELDS.get(kind, {}).get(field, UNKNOWN)
     if rule == MU and normalised:
         return STEPS

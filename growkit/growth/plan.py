@@ -16,6 +16,7 @@ import numpy as np
 
 from growkit.errors import UsageError, did_you_mean
 from growkit.growth.axes import AxisMap
+from growkit.growth.choice import Choice
 from growkit.growth.head_row import HeadRow
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
@@ -24,7 +25,10 @@ from growkit.models.architecture import Architecture
 # sum to 1 along vocab. Copies there are another function whatever their shares.
 UNCOPIED = ("head_dim", "vocab")
 # What --moments takes; Plan says what each does.
-MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only")
+MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only", "first")
+# 'first' without shares: for averages of normalised steps (see `growkit.growth.tree`), and no
+# option of a user's.
+FIRST_UNSCALED = "first, unscaled"
 # Where a model comes from, for messages about an argument that is none.
 MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
 
@@ -35,10 +39,12 @@ class Plan:
 
     maps: axis -> copies with shares. pads: axis -> new size, see `growkit.growth.padding`. moments:
     'map' (the rule), 'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only'
-    (mu zero). noise: its standard deviation in units of the model's initializer_range. notes: what
-    was completed by rule. vocab_fill: what new tokens' rows of the embedding hold, 'mean' or
-    'zero'; see `growkit.growth.vocabulary`. vocab_row: their row of the head, where it is not the
-    mean of the old ones.
+    (mu zero), 'first' (mu and nu by the rule for the first copy of every unit, zero for the other
+    copies: SPARKLING's asymmetric reset, arXiv 2602.02472). noise: its standard deviation in units
+    of the model's initializer_range. notes: what was completed by rule. vocab_fill: what new
+    tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
+    vocab_row: their row of the head, where it is not the mean of the old ones.
+    experts: what becomes of the gate's choice, where there are more experts.
     """
 
     verb: str
@@ -53,9 +59,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     vocab_fill: str = "mean"
     vocab_row: HeadRow | None = None
+    experts: Choice | None = None
 
     def __post_init__(self) -> None:
-        if self.moments not in MOMENT_OPTIONS:
+        if self.moments not in (*MOMENT_OPTIONS, FIRST_UNSCALED):
             near = did_you_mean(self.moments, MOMENT_OPTIONS)
             raise UsageError(
                 f"--moments is one of {', '.join(MOMENT_OPTIONS)}, got {self.moments!r}{near}"
@@ -80,9 +87,23 @@ class Plan:
         # Inserted layers add nothing only where something that writes the stream is silenced.
         if inserts and not any(row.writes_stream for row in self.model.table.rows):
             return False
+        if "expert" in self.maps and not self._keeps_choice():
+            return False
         return all(
             preserves(axis, axis_map, axis in uniform) for axis, axis_map in self.maps.items()
         )
+
+    def _keeps_choice(self) -> bool:
+        """Whether a gate chooses all copies of the experts that it chose."""
+        if not self.model.family.experts:
+            return True
+        experts = self.maps["expert"]
+        # Groups of experts are runs of neighbours: copies in other places would be other groups.
+        tiled = np.array_equal(experts.index, np.arange(len(experts)) % experts.source)
+        even = tiled and preserves("expert", experts, uniform=True)
+        chosen = self.experts is not None and self.experts.exact
+        # Noise sets the scores of copies apart.
+        return even and chosen and not self.noise
 
     @property
     def continues(self) -> bool:
@@ -95,6 +116,11 @@ class Plan:
         # A copy with a share of 0 would have an eps of 0: Adam divides 0 by 0.
         exact = exact and all((axis_map.share > 0.0).all() for axis_map in self.maps.values())
         return copied and exact and "layer" not in self.maps
+
+    @property
+    def keeps_first(self) -> bool:
+        """Whether moments are kept for the first copy of every unit alone."""
+        return self.moments in ("first", FIRST_UNSCALED)
 
     @property
     def copied_widths(self) -> dict[str, AxisMap]:
@@ -256,4 +282,6 @@ def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
     method = "; ".join(plan.method for plan in plans)
     notes = tuple(note for plan in plans for note in plan.notes)
     fill = next((plan.vocab_fill for plan in plans if "vocab" in plan.pads), "mean")
-    return replace(build_plan(verb, method, model, maps, pads, vocab_fill=fill), notes=notes)
+    experts = next((plan.experts for plan in plans if plan.experts), None)
+    combined = build_plan(verb, method, model, maps, pads, vocab_fill=fill, experts=experts)
+    return replace(combined, notes=notes)

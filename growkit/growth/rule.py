@@ -36,7 +36,7 @@ from growkit.growth.padding import (
     sum_along,
 )
 from growkit.growth.precision import wide_dtype
-from growkit.growth.shares import narrow, scale_of
+from growkit.growth.shares import is_added, keep_first, narrow, scale_of
 from growkit.growth.vocabulary import rule_of_tokens
 from growkit.models.notation import ATTENTION, Part, Position, Row
 
@@ -68,9 +68,17 @@ def grow_array(
 
 
 def moment_fate(plan: Plan, row: Row, moment: int, position: Position) -> str:
-    """What becomes of an array: 'zero', 'copy' (gathered, not scaled) or 'map' (the rule)."""
+    """What becomes of an array: 'zero', 'copy' (gathered, not scaled) or 'map' (the rule).
+
+    Moments of first copies alone are zero where all of the array is another copy's; where some
+    units of its own axes are, `PartGrowth` makes them zero.
+    """
     if moment == VALUE:
         return "map"
+    if plan.keeps_first and is_added(plan, row, position):
+        return "zero"
+    if plan.keeps_first:
+        return "map" if plan.moments == "first" else "copy"
     if plan.moments == "reset" or (plan.moments == "nu-only" and moment == MU):
         return "zero"
     if plan.moments == "copy":
@@ -192,6 +200,8 @@ class PartGrowth:
         # Moments that are copied as they are (--moments copy) take no shares.
         self.by_rule = moment_fate(plan, row, moment, position) == "map"
         scale = scale_of(part, row, plan, moment, position) if self.by_rule else None
+        if moment != VALUE and plan.keeps_first:
+            scale = keep_first(part.axes, plan.maps, scale)
         self.scale = None if scale is None else narrow(scale)
         self.offset = row.offset if moment == VALUE else 0.0
         # The sum of old units so far, where new ones are their mean.
@@ -199,12 +209,15 @@ class PartGrowth:
 
     @cached_property
     def noise_place(self) -> int | None:
-        """The axis along which the part gets noise: the first copied one that it reads, or None."""
+        """The axis along which the part gets noise: the first copied one that it reads, or that of
+        a router's experts; None for no noise.
+        """
         if self.moment != VALUE or not self.plan.noise:
             return None
         for place, axis in enumerate(self.part.axes):
             axis_map = self.plan.maps.get(axis.name)
-            if axis.read and axis_map is not None and (axis_map.copies > 1).any():
+            noisy = axis.read or (axis.name == "expert" and self.part.routes)
+            if noisy and axis_map is not None and (axis_map.copies > 1).any():
                 return place
         return None
 

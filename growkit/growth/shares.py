@@ -94,6 +94,30 @@ def _eps_scale(part: Part, plan: Plan, moment: int) -> np.ndarray:
     return np.ones([1] * len(part.axes))
 
 
+def is_added(plan: Plan, row: Row, position: Position) -> bool:
+    """Whether a unit of the stacked axes adds nothing, or is a copy after the first."""
+    return any(
+        bool(plan.maps[axis.name].added[unit])
+        for axis, unit in zip(row.stacked, position, strict=True)
+        if axis.name in plan.maps
+    )
+
+
+def keep_first(
+    axes: Product, maps: Mapping[str, AxisMap], scale: np.ndarray | None
+) -> np.ndarray | None:
+    """A scale of moments that is zero for all but the first copy of each unit.
+
+    An element is of a first copy where it is along all of the axes, read or written. scale: None
+    for ones. Returns None where no axis is copied and `scale` is None.
+    """
+    for place, axis in enumerate(axes):
+        if axis.name in maps:
+            first = place_along(~maps[axis.name].added * 1.0, place, len(axes))
+            scale = first if scale is None else scale * first
+    return scale
+
+
 def narrow(scale: np.ndarray) -> np.ndarray:
     """A scale with one entry along every dimension that it is the same along."""
     for place in range(scale.ndim):

@@ -33,23 +33,21 @@ from growkit.growth.layout import (
     path_at,
 )
 from growkit.growth.optimizers import (
+    KEY_MOMENTS,
     STEPS,
     UNKNOWN,
+    find_kind,
     find_rule,
+    is_chain,
     is_counter,
-    is_optimizer_state,
     normalises,
     refuse_unknown,
 )
-from growkit.growth.padding import MU, NU, VALUE
-from growkit.growth.plan import Plan
+from growkit.growth.padding import MU, VALUE
+from growkit.growth.plan import FIRST_UNSCALED, Plan
 from growkit.growth.rule import find_source, grow_array
 from growkit.models.notation import Position, Row
 
-# What a field or key says of the trees below it where no optax class does: in a restored
-# checkpoint, which is dicts and lists, and in states of one's own. optax's momentum (`trace`) grows
-# as mu does, AMSGrad's `nu_max` as nu.
-KEY_MOMENTS = {"mu": MU, "nu": NU, "trace": MU, "nu_max": NU}
 # What stands beside a moment. Without one of these, `mu` may be parameters: those of a
 # distribution, {"mu": tree, "sigma": tree}.
 BESIDE_MOMENTS = {"params", "count", *KEY_MOMENTS}
@@ -109,8 +107,8 @@ class _Walk:
         if moment != STEPS:
             return grow_parameters(tree, self.layout, self.plan, moment)
         # Steps that were divided by their own size carry no power of the share: they are copied.
-        fate = "reset" if self.plan.moments == "reset" else "copy"
-        copied = dataclasses.replace(self.plan, moments=fate)
+        fates = {"reset": "reset", "first": FIRST_UNSCALED}
+        copied = dataclasses.replace(self.plan, moments=fates.get(self.plan.moments, "copy"))
         return grow_parameters(tree, self.layout, copied, MU)
 
     def _visit_children(
@@ -118,25 +116,42 @@ class _Walk:
     ) -> dict[Any, Any]:
         """The children of a container, grown; moment: what the container itself stands for."""
         grown = {}
+        chained = is_chain(node, self.within[0])
         before = self.normalised
         for name, child in children.items():
             rule = self._find_moment(node, name, children, moment)
             resets = self._resets(node, name, children)
             grown[name] = _zero(child) if resets else self.visit(child, rule)
-            # The states of a chain stand one after another in a plain tuple.
-            self.normalised = self.normalised or (type(node) is tuple and normalises(child))
+            self.normalised = self.normalised or (chained and normalises(child))
         self.normalised = before
         return grown
 
     def _find_moment(self, node: Any, name: Any, siblings: Mapping[Any, Any], moment: int) -> int:
         """What the trees below a field hold: by the class of an optax state, else by its name."""
-        if is_optimizer_state(node):
-            self.within = (type(node).__name__, str(name))
-            return find_rule(node, name, self.maximum, self.normalised)
+        kind = find_kind(node)
+        if kind:
+            self.within = (kind, str(name))
+            return find_rule(kind, name, self.maximum, self.normalised)
         if name not in KEY_MOMENTS:
             return moment
         self._check_moment(name, siblings)
-        return KEY_MOMENTS[name]
+        self._check_squares(siblings)
+        rule = KEY_MOMENTS[name]
+        return STEPS if rule == MU and self.normalised else rule
+
+    def _check_squares(self, siblings: Mapping[Any, Any]) -> None:
+        """Raise GrowkitError where `mu` and `nu` are not of one form: of SM3 and NovoGrad."""
+        first, second = siblings.get("mu"), siblings.get("nu")
+        if not isinstance(first, Mapping) or not isinstance(second, Mapping):
+            return
+        holds = [self.layout.holds(tree) for tree in (first, second)]
+        shapes = {getattr(leaf, "shape", None) for _, leaf in iterate_leaves(second)}
+        if any(holds) and (not all(holds) or shapes == {()}):
+            raise GrowkitError(
+                "the tree has moments under 'mu' and 'nu' that are not both one number for each "
+                "parameter, as those of SM3 and NovoGrad: such a state cannot grow; start that "
+                "optimizer anew after growth"
+            )
 
     def _check_moment(self, name: str, siblings: Mapping[Any, Any]) -> None:
         """Raise GrowkitError where parameters called `mu` may be no moment, by what is beside."""
@@ -155,8 +170,9 @@ class _Walk:
         """Whether a field counts steps of moments that begin again; a schedule's own goes on."""
         if self.plan.moments != "reset":
             return False
-        if is_optimizer_state(node):
-            return is_counter(node, name)
+        kind = find_kind(node)
+        if kind:
+            return is_counter(kind, name)
         return name == "count" and bool(siblings.keys() & KEY_MOMENTS.keys())
 
 

@@ -143,6 +143,8 @@ def read_axes(model: Architecture, axes: Mapping[str, str | int]) -> dict[str, i
     for axis, text in axes.items():
         if axis in ELSEWHERE:
             raise UsageError(f"--axis {axis} is not needed: {ELSEWHERE[axis]}")
+        if axis == "expert" and model.family.experts:
+            raise UsageError("--axis expert is not needed: experts grow by `growkit experts`")
         if axis not in model.sizes:
             free = list_others(model)
             known = ", ".join(free) or "none of this model"

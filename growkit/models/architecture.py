@@ -341,9 +341,8 @@ class Architecture:
         return replace(changed, sizes=sizes, layers=self.layers, headless=self.headless)
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
-        for axis, reason in self.family.frozen.items():
-            # New tokens are no copies; `growkit.growth.vocabulary` rules on them.
-            if axis in self.sizes.keys() - {"vocab"} and sizes[axis] != self.sizes[axis]:
+        for axis, reason in self.family.fixed.items():
+            if axis in self.sizes and sizes[axis] != self.sizes[axis]:
                 raise UsageError(
                     f"{axis} of a {self.family.title} model stays {self.sizes[axis]}: {reason}"
                 )

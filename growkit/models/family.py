@@ -14,9 +14,11 @@ from growkit.models.fields import RATIO, Fields, Frozen
 from growkit.models.layer_rules import apply_rule
 from growkit.models.notation import Row, parse_table
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
-from growkit.models.rotary import RotaryFields, read_rotary
+from growkit.models.rotary import RotaryFields, read_ropes, read_rotary
 from growkit.models.table import Table
 
+# A number in a config.json must not say how long a loop runs.
+MOST_LAYERS = 1_000_000
 # Whether norms subtract the mean (LayerNorm) or not (RMSNorm).
 NORMS = ("layer", "rms")
 # Endings of the names of tensors that are buffers of transformers' decoders, in old files; no
@@ -100,6 +102,10 @@ class Family:
     last: tuple[str, ...] = ()
     # The kinds of all layers, where the configuration states them by a rule and not in a list.
     layer_kinds: Callable[[Mapping[str, Any]], list[str] | None] = lambda config: None
+    # How a mixture's gate chooses experts, and the defaults of the fields that say so; see
+    # growkit.models.gates. Empty: not known, so the number of experts stays.
+    experts: Mapping[str, Any] = field(default_factory=dict)
+    expert_defaults: Mapping[str, Any] = field(default_factory=dict)
     # Whether transformers wants embed to be a multiple of the number of heads.
     whole_heads: bool = True
     # field -> the one value that the table holds for.
@@ -130,6 +136,16 @@ class Family:
     def head_name(self) -> str:
         """The parameter of the output head, which files may hold although it is tied."""
         return next((row.name for row in self.rows if row.role == "head"), "")
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """axis -> why it cannot grow, but for axes with rules of their own.
+
+        New tokens are no copies; `growkit.growth.vocabulary` rules on them. More experts are the
+        matter of `growkit.growth.experts`, where the table states the gate.
+        """
+        elsewhere = ("vocab", "expert") if self.experts else ("vocab",)
+        return {axis: why for axis, why in self.frozen.items() if axis not in elsewhere}
 
     @property
     def coupled(self) -> bool:
@@ -182,6 +198,7 @@ class Family:
             options = {name: values.option(path) for name, path in self.options.items()}
             rope = read_rotary(values.given, self.rotary, values) if self.rotary else {}
             facts = self._read_facts(config)
+            self._check_computed(facts)
             layers = self._read_kinds(config, sizes.get("layer", 0))
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
@@ -204,6 +221,17 @@ class Family:
         needs = self.computation.needs if self.computation else {}
         return facts | {name: None for name, needed in needs.items() if not facts[needed]}
 
+    def _check_computed(self, facts: Mapping[str, Any]) -> None:
+        """Raise ValueError, TypeError or GrowkitError for what cannot be computed with."""
+        computation = self.computation
+        if computation is None:
+            return
+        if not computation.positions and not self.rotary:
+            read_ropes(facts, computation.rotary_by_kind)
+        for name in computation.numbers.values():
+            if facts.get(name) is not None:
+                float(facts[name])
+
     @property
     def computed_fields(self) -> tuple[str, ...]:
         """The fields that only the computation reads."""
@@ -212,12 +240,13 @@ class Family:
 
     def _read_kinds(self, config: Mapping[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
         """The layers of each kind of attention, where they are of several kinds."""
-        if self.computation is None:
+        if self.computation is None or self.computation.windows != "list":
             return {}
+        _bound_layers(layers)
         pattern = self.patterns.get(LAYER_TYPES, ())
         rule = self.layer_kinds({**self.computation.fields, **config, "num_hidden_layers": layers})
         listed = config.get(LAYER_TYPES) is not None
-        if LAYER_TYPES in self.rules and not listed and self.computation.windows == "list":
+        if LAYER_TYPES in self.rules and not listed:
             rule = apply_rule(self.rules[LAYER_TYPES], config, self)
         kinds = select_kinds(self.computation, config, layers, rule, pattern) or []
         return {
@@ -229,6 +258,10 @@ class Family:
         """The fields of a config.json, with the defaults of those that it leaves out."""
         # transformers takes null as left out, but for the fields of `nulls`.
         given = {key: value for key, value in config.items() if value is not None}
+        also = self.experts.get("also")
+        if also in given:
+            # transformers takes both names of the number of experts.
+            given.setdefault(self.fields["expert"], given[also])
         null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
         return Fields(given, {**self.defaults, **null})
 
@@ -247,6 +280,12 @@ class Family:
                     f"growth of {self.title} models is proved where {name} is {other}, and this "
                     f"model has {values.get(name)} and {values.get(other)}"
                 )
+
+
+def _bound_layers(count: int) -> None:
+    """Raise ValueError for a number of layers that no loop should run over."""
+    if count > MOST_LAYERS:
+        raise ValueError(f"{count:,} layers, and growkit takes at most {MOST_LAYERS:,}")
 
 
 def holds_for(row: Row, options: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from growkit.errors import GrowkitError, did_you_mean
 from growkit.models.family import NORMS, Family
 from growkit.models.fields import RATIO
+from growkit.models.gates import FIELDS, SCORES
 from growkit.models.scalars import POWER
 from growkit.models.table_file import LISTS
 
@@ -29,6 +30,7 @@ def check_family(family: Family) -> None:
         _check_options,
         _check_rows,
         _check_scalars,
+        _check_experts,
     )
     for check in checks:
         check(family)
@@ -97,4 +99,28 @@ def _check_scalars(family: Family) -> None:
         if found is None or (found[2] or found[3]) not in family.fields:
             raise GrowkitError(
                 f"a scalar is axis, sqrt(axis), 1/axis or 1/sqrt(axis) of an axis, got {text!r}"
+            )
+
+
+def _check_experts(family: Family) -> None:
+    """A gate is of a kind that is known, and its fields have defaults."""
+    stated = dict(family.experts)
+    if not stated:
+        return
+    if "expert" not in family.fields:
+        raise GrowkitError("[experts] states a gate, and the table has no axis expert")
+    if stated.get("gate") not in SCORES:
+        known = ", ".join(SCORES)
+        raise GrowkitError(f"[experts] gate is one of {known}, got {stated.get('gate')!r}")
+    for name in ("normalised", "top"):
+        if name not in stated:
+            raise GrowkitError(f"[experts] lacks {name}")
+    for name, field in stated.items():
+        if name not in ("gate", "normalised", "also", *FIELDS):
+            raise GrowkitError(f"[experts] has no {name!r}")
+        plain = isinstance(field, bool) and name == "normalised"
+        named = name in ("normalised", *FIELDS) and not plain
+        if named and (not isinstance(field, str) or field not in family.expert_defaults):
+            raise GrowkitError(
+                f"[expert_defaults] states no value of {field!r}, the field of {name}"
             )

@@ -125,7 +125,11 @@ def _count_leading(
     """How many layers copy one of those that a field counts; they must stay in front."""
     # Left out it has transformers' default, which counts layers all the same.
     counted = before.get(name, family.defaults.get(name))
-    leads = [layer < int(counted or 0) for layer in index]
+    if counted is not None and (type(counted) is not int or counted < 0):
+        raise UsageError(
+            f"{name} in config.json must be a whole number of layers, got {str(counted)[:80]!r}"
+        )
+    leads = [layer < (counted or 0) for layer in index]
     count = sum(leads)
     if not all(leads[:count]):
         raise UsageError(

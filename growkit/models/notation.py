@@ -85,6 +85,11 @@ class Part:
         """The names of the axes in order."""
         return tuple(axis.name for axis in self.axes)
 
+    @property
+    def routes(self) -> bool:
+        """Whether the part is a router: one row for each expert, which reads the stream."""
+        return set(self.axes) == {Axis("expert"), Axis("embed", read=True)}
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The stored shape, fused dimensions multiplied out."""
         return tuple(math.prod(sizes[a.name] for a in dimension) for dimension in self.dimensions)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from growkit.errors import GrowkitError
 from growkit.models.computation import FULL, SLIDING
 from growkit.models.fields import read_number
 
@@ -39,7 +40,8 @@ def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) 
     """The rotary parameters as transformers 5 takes them.
 
     rope_scaling of version 4 goes before rope_parameters. given: the fields that config.json
-    states; values: the same with defaults. Raises TypeError for what states no parameters.
+    states; values: the same with defaults. Raises TypeError for what states no parameters,
+    ValueError for a number that is out of its range.
     """
     name = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
     stated = given.get(name) or {}
@@ -55,6 +57,8 @@ def read_rotary(given: Mapping[str, Any], fields: RotaryFields, values: Values) 
     if fields.part:
         part = stated.get("partial_rotary_factor", values.get(fields.part))
         rope["partial_rotary_factor"] = read_number(fields.part, part)
+        if not 0 <= rope["partial_rotary_factor"] <= 1:
+            raise ValueError(f"{fields.part} must lie between 0 and 1, got {str(part)[:80]!r}")
     return rope
 
 
@@ -63,17 +67,28 @@ def read_ropes(facts: Mapping[str, Any], by_kind: bool) -> dict[str, Mapping[str
 
     facts: the configuration's fields, complete. by_kind: as Gemma 3 states them. Its version 4 has
     `rope_theta` and `rope_scaling` for full attention, `rope_local_base_freq` for sliding windows.
-    Source: Gemma3TextConfig, transformers 5.
+    Source: Gemma3TextConfig, transformers 5. Raises GrowkitError for values of another kind.
     """
     if not by_kind:
         given = {name: value for name, value in facts.items() if value is not None}
         return {"": read_rotary(given, FIELDS, facts)}
-    stated = facts["rope_parameters"] or {}
-    full = {"rope_type": "default", **(stated.get(FULL) or {}), **(facts["rope_scaling"] or {})}
-    sliding = {"rope_type": "default", **(stated.get(SLIDING) or {})}
+    stated = _take_mapping(facts, "rope_parameters")
+    scaling = _take_mapping(facts, "rope_scaling")
+    full = {"rope_type": "default", **_take_mapping(stated, FULL), **scaling}
+    sliding = {"rope_type": "default", **_take_mapping(stated, SLIDING)}
     full.setdefault("rope_theta", facts["rope_theta"])
     sliding.setdefault("rope_theta", facts["rope_local_base_freq"])
     return {FULL: full, SLIDING: sliding}
+
+
+def _take_mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Parameters by name; empty where there are none. Raises GrowkitError for anything else."""
+    stated = values.get(name) or {}
+    if not isinstance(stated, Mapping):
+        raise GrowkitError(
+            f"config.json holds a value of the wrong kind: {name} is {str(stated)[:80]!r}"
+        )
+    return stated
 
 
 def write_rotary(

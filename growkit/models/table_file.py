@@ -47,6 +47,8 @@ MAPS = (
     "rules",
     "settled",
     "checked",
+    "experts",
+    "expert_defaults",
 )
 LISTS = (
     "by_layer",

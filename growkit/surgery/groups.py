@@ -10,16 +10,18 @@ factor on the rate, because torch multiplies the two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from growkit.checkpoint.optimizer import NAMES, Group, Optimizer, Scalar
+from growkit.checkpoint.optimizer import NAMES, Group, Optimizer, Scalar, list_undecayed
 from growkit.errors import GrowkitError, UsageError, did_you_mean
 from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.new import find_new_layers
 from growkit.growth.plan import Plan
 from growkit.growth.rule import find_source
+from growkit.growth.shares import is_added
+from growkit.models.architecture import Architecture
 from growkit.models.definition import list_defined
 from growkit.models.notation import Row
 
@@ -51,17 +53,18 @@ def grow_groups(optimizer: Optimizer, plan: Plan, layout: str = "keep", step: in
     """
     check_layout(layout)
     place = optimizer.place
-    factors = _find_factors(plan) if layout == "split" else None
+    defined = _list_parameters(optimizer, plan)
+    factors = find_factors(plan.grown, defined, [plan]) if layout == "split" else None
     members: dict[tuple[int, Factors], list[str]] = {}
     if factors is None:
         members = {(number, Factors()): [] for number in range(len(optimizer.groups))}
     steps = {}
-    for name, row in _list_parameters(optimizer, plan):
+    for name, row in defined:
         origin = find_origin(plan, row, name)
         key = (place[origin], factors[name] if factors else Factors())
         members.setdefault(key, []).append(name)
         if origin in optimizer.steps:
-            steps[name] = _reset(optimizer.steps[origin], plan)
+            steps[name] = _reset(optimizer.steps[origin], plan, row, name)
     ordered = sorted(members.items(), key=lambda item: item[0][0])
     if factors is not None:
         _require_splittable(optimizer, plan, factors)
@@ -96,13 +99,20 @@ def find_origin(plan: Plan, row: Row, name: str) -> str:
     return row.name_at(find_source(plan, row, position))
 
 
-def _find_factors(plan: Plan) -> dict[str, Factors]:
-    """The factors of each new parameter. Raises GrowkitError where they differ within one."""
-    trees = compute_multipliers(plan.grown, [plan])
-    new_layers = find_new_layers([plan])
+def find_factors(
+    model: Architecture, defined: Sequence[tuple[str, Row]], plans: Sequence[Plan]
+) -> dict[str, Factors]:
+    """The factors of parameters, by name, after growths one after the other.
+
+    New are the layers of the last one. Raises GrowkitError where they differ within a parameter.
+    """
+    if not plans:
+        return {name: Factors() for name, _ in defined}
+    trees = compute_multipliers(model, plans)
+    new_layers = find_new_layers(plans[-1:])
     found: dict[str, Factors] = {}
     by_row: dict[tuple[str, ...], list[float]] = {}
-    for name, row in list_defined(plan.grown):
+    for name, row in defined:
         if row.path not in by_row:
             by_row[row.path] = [get_number(trees[kind], row) for kind in trees]
         rate, eps, clip = by_row[row.path]
@@ -111,6 +121,33 @@ def _find_factors(plan: Plan) -> dict[str, Factors]:
         new = bool(layered and position and position[0] in new_layers)
         found[name] = Factors(rate, eps, clip, new)
     return found
+
+
+def make_groups(
+    model: Architecture,
+    defined: Sequence[tuple[str, Row]],
+    plans: Sequence[Plan],
+    options: Mapping[str, Any],
+) -> list[Group]:
+    """The groups of parameters that have none yet: transformers' Trainer's two.
+
+    They are the parameters that decay, then norms and biases, each in the order of `defined`. After
+    growths each is split by what they ask for. options: of a group that decays and has no factors.
+    """
+    factors = find_factors(model, defined, plans)
+    exempt = list_undecayed(defined)[0]
+    members: dict[tuple[bool, Factors], list[str]] = {}
+    if not plans:
+        members = {(False, Factors()): [], (True, Factors()): []}
+    for name, _ in defined:
+        members.setdefault((name in exempt, factors[name]), []).append(name)
+    groups = []
+    for (without, each), names in sorted(members.items(), key=lambda item: item[0][0]):
+        stated = {**options, "weight_decay": 0.0} if without else dict(options)
+        if plans:
+            stated = {**multiply_options(stated, each, step=0), NAMES: list(names)}
+        groups.append(Group(tuple(names), stated))
+    return groups
 
 
 def get_number(tree: Mapping[str, Any], row: Row) -> float:
@@ -149,9 +186,15 @@ def _require_splittable(optimizer: Optimizer, plan: Plan, factors: Mapping[str, 
             )
 
 
-def _reset(step: Any, plan: Plan) -> Any:
-    """A step after growth: zero where the moments begin again."""
-    if plan.moments != "reset":
+def _reset(step: Any, plan: Plan, row: Row, name: str) -> Any:
+    """A parameter's step after growth: zero where all of its moments begin again.
+
+    PyTorch's Adam corrects the bias of each parameter's moments by a step of its own.
+    """
+    position = row.match(name)
+    assert position is not None, "a row gives the names that it matches"
+    again = plan.moments == "reset" or (plan.keeps_first and is_added(plan, row, position))
+    if not again:
         return step
     return replace(step, value=0.0) if isinstance(step, Scalar) else 0
 

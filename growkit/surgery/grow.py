@@ -89,6 +89,8 @@ def grow_config(source: Source, plan: Plan) -> dict[str, Any]:
     Raises UsageError where the map would give a layer another kind than its source's.
     """
     config = plan.grown.update(source.config)
+    if plan.experts:
+        config |= plan.experts.fields
     # Width changes sizes alone: fields about single layers stay.
     if "layer" not in plan.maps:
         return config

@@ -4,7 +4,8 @@
     growkit.torch.freeze_old(model, "GROWN")                train new layers alone
     growkit.torch.clip_grad_norm_(optimizer, 1.0)           clip as the small model would
 
-`growkit.torch.callbacks` does the last, and the warm-up of new layers, in transformers' Trainer.
+`growkit.torch.callbacks` does the last in transformers' Trainer; it also warms new layers up and
+keeps the lineage in later checkpoints.
 This folder imports torch; nothing else of growkit needs it. docs/pytorch.md has examples.
 """
 

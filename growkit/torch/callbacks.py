@@ -1,11 +1,16 @@
-"""Callbacks of transformers' Trainer for grown models: warm-up of new layers, clipping."""
+"""Callbacks of transformers' Trainer for grown models: warm-up of new layers, clipping, lineage."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from growkit.checkpoint.files import encode_json, write_atomically
+from growkit.checkpoint.hashes import drop_hashes
+from growkit.checkpoint.huggingface import LINEAGE, read_lineage
 from growkit.errors import UsageError
 from growkit.surgery.groups import GROWN_AT, NEW
 from growkit.torch.groups import clip_grad_norm_
@@ -73,3 +78,23 @@ class WeightedClip(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         clip_grad_norm_(kwargs["optimizer"], self.max_norm)
+
+
+class KeepLineage(TrainerCallback):  # type: ignore[misc]
+    """The lineage of a grown model, in every checkpoint that the Trainer saves of it.
+
+    Which layers are new, and by which factors groups are split, stands there alone. directory: the
+    grown model's, or a later checkpoint's that has a lineage. The hashes in it are left out: they
+    are of tensors before this training.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        lineage = read_lineage(Path(directory))
+        if not lineage:
+            raise UsageError(f"{directory} has no {LINEAGE} to keep; name the grown directory")
+        self.content = encode_json(drop_hashes(lineage))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and saved.is_dir():
+            write_atomically(saved / LINEAGE, self.content)

@@ -10,20 +10,12 @@ import torch
 
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.naming import find_name
-from growkit.checkpoint.optimizer import NAMES, Scalar, list_undecayed
+from growkit.checkpoint.optimizer import NAMES, Scalar
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.multipliers import compute_multipliers
 from growkit.growth.new import find_new_layers
 from growkit.lineage import Lineage
-from growkit.models.notation import Row
-from growkit.surgery.groups import (
-    CLIP,
-    RATE,
-    Factors,
-    get_number,
-    multiply_options,
-)
+from growkit.surgery.groups import CLIP, RATE, make_groups
 
 # What wrappers put before the names of a model's parameters.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -183,24 +175,11 @@ def _follow_lineage(
     """Groups by decay and by the factors of the growths that no training has followed."""
     growths = Lineage.read(source.lineage).growths_owed()
     plans = [growth.plan_within(source.model) for growth in growths]
-    trees = compute_multipliers(source.model, plans) if plans else {}
-    new = find_new_layers(plans[-1:])
     rows = {name: source.model.table.match(name)[0] for name in named}
-    undecayed = list_undecayed(list(rows.items()))[0]
-    members: dict[tuple[bool, Factors], list[str]] = {}
-    for name, (_, parameter) in named.items():
-        if parameter.requires_grad:
-            factors = _find_factors(trees, rows[name], _is_in(name, source, new))
-            members.setdefault((name in undecayed, factors), []).append(name)
-    for (exempt, factors), names in sorted(members.items(), key=lambda item: item[0][0]):
-        stated = options | ({"weight_decay": 0.0} if exempt else {})
-        if plans:
-            stated = multiply_options(stated, factors, step=0)
-            stated[NAMES] = [named[name][0] for name in names]
-        yield {"params": [named[name][1] for name in names], **stated}
-
-
-def _find_factors(trees: Mapping[str, Any], row: Row, new: bool) -> Factors:
-    """The factors of one parameter, 1 where there was no growth."""
-    rate, eps, clip = (get_number(tree, row) for tree in trees.values()) if trees else (1.0,) * 3
-    return Factors(rate, eps, clip, new)
+    trained = [(name, rows[name]) for name in named if named[name][1].requires_grad]
+    for group in make_groups(source.model, trained, plans, options):
+        stated = dict(group.options)
+        if NAMES in stated:
+            stated[NAMES] = [named[name][0] for name in group.names]
+        if group.names:
+            yield {"params": [named[name][1] for name in group.names], **stated}

@@ -572,7 +572,7 @@ def test_a_file_that_is_cut_off(copied, tmp_path, capsys):
 def test_bytes_that_are_others(copied, tmp_path, capsys):
     file = copied / "__0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))
-    refused(copied, tmp_path, capsys, "is no zip file of torch.save at byte")
+    refused(copied, tmp_path, capsys, "is no file of torch.save at byte")
 
 
 def test_a_link_that_leads_elsewhere(copied, tmp_path, capsys):

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, contents_of, save_checkpoint, save_directory
+from trained import save_trained
 
 from growkit.checkpoint import huggingface
 from growkit.cli import run
 
 KILLS = 30
+# A small default for a kind whose thirty kills take long.
+FEW = 6
 LARGER = SMALL.change(embed=256, mlp=1024, vocab=20000)
 # One process imports everything once. Each growth is a fork of it, killed after a random part of
 # the time that a growth takes.
@@ -73,20 +76,34 @@ print(json.dumps(found))
 """
 
 
-def killed(source: Path, out: Path, broken: str = "") -> dict[str, int]:
+def killed(source: Path, out: Path, broken: str = "", kills: int = KILLS) -> dict[str, int]:
     """How often a killed growth left no output, a whole or a half one, and a working directory."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(source), str(out), str(KILLS), broken],
+        [sys.executable, "-c", KILLER, str(source), str(out), str(kills), broken],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(params=["huggingface", "checkpoint"])
+@pytest.fixture(
+    params=["huggingface", "checkpoint", pytest.param("hf_trainer", marks=pytest.mark.slow)]
+)
 def source(tmp_path, request) -> Path:
-    save = save_directory if request.param == "huggingface" else save_checkpoint
-    return save(tmp_path / "source", LARGER)
+    kinds = {
+        "huggingface": save_directory,
+        "checkpoint": save_checkpoint,
+        "hf_trainer": save_trained,
+    }
+    return kinds[request.param](tmp_path / "source", LARGER)
+
+
+def test_a_killed_growth_of_an_optimizer_leaves_all_or_nothing(tmp_path):
+    source = save_trained(tmp_path / "source", SMALL.change(embed=128, mlp=512, vocab=5000))
+    found = killed(source, tmp_path / "out", kills=FEW)
+    assert found["half"] == 0 and found["absent"] + found["whole"] == FEW
+    assert run(["depth", "--map", "3:4", str(source), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_a_growth_killed_at_any_moment_leaves_all_or_nothing(tmp_path, source):

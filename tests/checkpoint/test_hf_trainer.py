@@ -15,8 +15,8 @@ import pytest
 from conftest import BESIDE, SMALL, contents_of
 from trained import ADAM, STEPS, in_groups, load_state, make_state, save_trained
 
+from growkit.checkpoint import fill, torch_zip
 from growkit.checkpoint import optimizer as optimizer_module
-from growkit.checkpoint import torch_zip
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.torch_pickle import KNOWN, Foreign, read_pickle, write_pickle
 from growkit.cli import run
@@ -55,7 +55,8 @@ def old_name(name):
 def test_it_is_opened_with_its_moments(trained):
     source = open_source(str(trained))
     assert source.kind == "hf_trainer" and list(source.tensors) == ["params", "mu", "nu"]
-    assert source.record == {"step": 20, "schedule_step": 20, "count": 20}
+    # The trainer's update after 19 others takes the rate of step 20, as transformers' next one.
+    assert source.record == {"step": 20, "schedule_step": 19, "count": 20}
     entries = by_name(load_state(trained), in_groups(SMALL))
     for name, entry in entries.items():
         assert np.array_equal(source.tensors["mu"][name].read(), entry["exp_avg"].numpy())
@@ -229,13 +230,40 @@ def test_damage_is_found_by_the_hashes(trained, tmp_path, capsys):
 
 
 def test_growth_without_room_leaves_nothing(trained, tmp_path, monkeypatch, capsys):
-    def no_room(file, size):
-        raise OSError(28, "No space left on device")
+    """Room for the model and none for the optimizer, whose file is made last."""
+    reserve = fill._reserve
+    sizes = []
 
-    monkeypatch.setattr("growkit.checkpoint.fill._reserve", no_room)
+    def no_room(file, size):
+        sizes.append(size)
+        if len(sizes) == 2:
+            raise OSError(28, "No space left on device")
+        reserve(file, size)
+
+    monkeypatch.setattr(fill, "_reserve", no_room)
     assert run(depth(trained, tmp_path / "out")) == 1
-    assert "No space left" in capsys.readouterr().err
+    assert "cannot write optimizer.pt of 0.4 MB: No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_on_the_way_leaves_nothing(trained, tmp_path, monkeypatch, capsys):
+    """Where blocks cannot be reserved, the disk may be full at any write."""
+    write = os.pwrite
+    for last in (1, 5, 60, 130):
+        count = 0
+
+        def pwrite(file, data, offset, last=last):
+            nonlocal count
+            count += 1
+            if count > last:
+                raise OSError(28, "No space left on device")
+            return write(file, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        assert run(depth(trained, tmp_path / "out")) == 1, count
+        monkeypatch.setattr(os, "pwrite", write)
+        assert "No space left" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layout", ["one", "named"])
@@ -382,6 +410,39 @@ def test_a_scheduler_of_another_count_of_groups(tmp_path, capsys):
     refused(path, tmp_path, capsys, "learning rates for 3 groups", "optimizer.pt has 2")
 
 
+def test_flat_moments_of_fsdp(tmp_path, capsys):
+    moments = {"exp_avg": torch.zeros(9000), "exp_avg_sq": torch.zeros(9000)}
+    state = {number: {"step": torch.tensor(2.0), **moments} for number in range(3)}
+    flat = {"state": state, "param_groups": [{"lr": 1e-3, "params": [0, 1, 2]}]}
+    path = save_trained(tmp_path / "ck")
+    torch.save(flat, path / "optimizer.pt")
+    (path / "scheduler.pt").unlink()
+    refused(path, tmp_path, capsys, "has flat moments", "as FSDP 1 keeps them")
+
+
+def test_parameters_by_name_of_fsdp(tmp_path, capsys):
+    names = [name for group in in_groups(SMALL) for name in group]
+    state = make_state()
+    named = {name: state["state"][number] for number, name in enumerate(names)}
+    full = {"state": named, "param_groups": [{"lr": 1e-3, "params": names}]}
+    path = save_trained(tmp_path / "ck")
+    torch.save(full, path / "optimizer.pt")
+    refused(path, tmp_path, capsys, "keys parameters by name", "rekey_optim_state_dict")
+
+
+def test_a_missing_shard_of_the_model(trained, tmp_path, capsys):
+    many = tmp_path / "many"
+    assert run(depth(trained, many, "--max-shard-size", "60KB")) == 0
+    shard = sorted(many.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    capsys.readouterr()
+    for words in (["depth", "--map", "4:5"], ["import"]):
+        assert run([*words, str(many), str(tmp_path / "out")]) == 1
+        err = capsys.readouterr().err
+        assert f"names the shard {shard.name!r}, which is not there" in err
+        assert len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
 class Opener:
     """Makes a file when it is unpickled."""
 
@@ -459,11 +520,27 @@ def test_plain_values_survive_a_pickle():
 def test_files_that_are_cut_off_or_of_another_kind(tmp_path, capsys):
     path = save_trained(tmp_path / "ck")
     whole = (path / "optimizer.pt").read_bytes()
-    for number, content in enumerate((b"x", whole[:-100], whole[: len(whole) // 2], b"")):
+    for number, content in enumerate((bytes(500), whole[:-100], whole[: len(whole) // 2], b"")):
         (path / "optimizer.pt").write_bytes(content)
-        assert "is no zip file of torch.save" in open_source(str(path)).refusal, number
-    torch.save(make_state(), path / "optimizer.pt", _use_new_zipfile_serialization=False)
-    refused(path, tmp_path, capsys, "is no zip file of torch.save", "torch before 1.6")
+        assert "is no file of torch.save, or is cut off" in open_source(str(path)).refusal, number
+    refused(path, tmp_path, capsys, "is no file of torch.save")
+
+
+def test_a_file_that_is_not_of_torch_is_left_behind_with_its_training(tmp_path, capsys):
+    path = save_trained(tmp_path / "ck")
+    (path / "optimizer.pt").write_bytes(b"x")
+    assert run(depth(path, tmp_path / "out")) == 0
+    assert "optimizer.pt is no file of torch.save: the model is taken" in capsys.readouterr().out
+    assert open_source(str(tmp_path / "out")).kind == "huggingface"
+    for left in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
+        assert (path / left).exists() and not (tmp_path / "out" / left).exists()
+
+
+def test_files_of_torch_before_1_6_grow_too(trained, tmp_path):
+    path = save_trained(tmp_path / "ck")
+    torch.save(load_state(path), path / "optimizer.pt", _use_new_zipfile_serialization=False)
+    assert run(depth(path, tmp_path / "out")) == run(depth(trained, tmp_path / "new")) == 0
+    assert str(load_state(tmp_path / "out")) == str(load_state(tmp_path / "new"))
 
 
 def rewrite(path, change, compression=zipfile.ZIP_STORED):

@@ -15,6 +15,9 @@ from growkit.checkpoint.carried import is_carried_name
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
 from growkit.cli.terminal import clean
+from growkit.errors import GrowkitError
+from growkit.models import read_config
+from growkit.models.layer_fields import follow_layers
 
 
 @pytest.fixture
@@ -444,3 +447,38 @@ def test_a_plan_in_a_lineage_is_no_loop(place, capsys, change):
     path.write_text(json.dumps(lineage))
     capsys.readouterr()
     refused(capsys, ["verify", "model", "out"], "out", "plan")
+
+
+@pytest.mark.parametrize("chunks", [[1 << 31, 32], [1 << 40, 32], [96, 64]])
+def test_chunks_that_no_memory_holds_are_refused_before_they_are_read(place, capsys, chunks):
+    header = save_checkpoint(place / "ck") / "state" / "mu.embed_in.weight" / ".zarray"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"chunks": chunks}))
+    refused(capsys, depth("ck"), "'mu.embed_in.weight'", "its chunks of", "the shape [96, 32]")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("gpt_neox", "rotary_pct", 1e308),
+        ("gpt_neox", "rope_parameters", {"partial_rotary_factor": -0.5}),
+        ("gemma3_text", "rope_parameters", 3),
+        ("gemma3_text", "rope_scaling", "x"),
+        ("gemma3_text", "rope_parameters", {"full_attention": 3}),
+        ("gemma2", "rope_scaling", True),
+        ("gemma2", "rope_theta", []),
+        ("gemma2", "sliding_window", "x"),
+        ("gemma2", "num_hidden_layers", 10**30),
+        ("qwen3", "num_hidden_layers", 10**9),
+    ],
+)
+def test_a_configuration_of_another_kind_is_refused_at_once(kind, field, value):
+    with pytest.raises(GrowkitError, match=r"^config\.json holds a value of the wrong kind"):
+        read_config({"model_type": kind, field: value})
+
+
+@pytest.mark.parametrize("value", [float("inf"), {"a": 1}, "3", -1, True])
+def test_a_count_of_leading_layers_is_a_whole_number(value):
+    config = {"model_type": "deepseek_v3", "first_k_dense_replace": value}
+    family = read_config({"model_type": "deepseek_v3"}).family
+    with pytest.raises(GrowkitError, match="first_k_dense_replace in config.json must be a whole"):
+        follow_layers(config, config, family, [0, 0, 1])

@@ -50,6 +50,7 @@ def test_the_whole_way_small(tmp_path, capsys, monkeypatch):
         "small model, trained on for the same compute" in first
         and "logits of transformers and of JAX" in first
     )
+    assert "next:\n  growkit inspect " in first
     assert (out / "curves.png").stat().st_size > 10_000 and (out / "table.md").exists()
     config = json.loads((out / "huggingface" / "config.json").read_text())
     assert config["num_hidden_layers"] == quickstart.GROWN_LAYERS

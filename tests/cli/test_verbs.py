@@ -537,7 +537,7 @@ REFUSALS = {
     "width --mlp 2x --spread much": "--spread takes a number, got 'much'",
     "width --head-dim 12 --mlp 12 --spread 0.5": "none are copied here",
     "depth --map 2:4 --moments mpa": (
-        "--moments is one of map, copy, reset, nu-only, got 'mpa'; did you mean 'map'?"
+        "--moments is one of map, copy, reset, nu-only, first, got 'mpa'; did you mean 'map'?"
     ),
     "depth --map 2:4 --noise 0.1": "--noise separates the copies of units in width",
     "width --mlp 2x --noise -0.1": "--noise is a number of at least 0, got -0.1",

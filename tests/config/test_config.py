@@ -98,7 +98,7 @@ def test_a_file_and_overrides(tmp_path):
         1.0,
         1e-9,
     )
-    numbers = dataclasses.asdict(config.optimizer) | {"multipliers": 0.0}
+    numbers = dataclasses.asdict(config.optimizer) | {"multipliers": 0.0, "new": 0.0}
     assert {type(value) for value in numbers.values()} == {float}
     assert (config.schedule.steps, config.schedule.warmup, config.eval.every) == (60, 5, 7)
     assert config.data.train == {"a": 1.0}

@@ -68,9 +68,10 @@ def test_json_lines_by_what_they_hold(tmp_path, name):
 @pytest.mark.parametrize(
     "content",
     [
-        b"the cat\n" + LINES,
-        LINES + b"the cat\n",
+        b"the cat\n" * 5 + LINES,
+        LINES + b"the cat\n" * 5,
         b'{"body": "the cat"}\n',
+        b'{"body": "the cat"}\nthe cat\n',
         b'{"text": 3}\n',
         b'["text"]\n',
         b"{oops\n",
@@ -81,6 +82,21 @@ def test_other_text_is_one_document(tmp_path, content):
     inputs = open_inputs([write(tmp_path / "a.txt", content)])
     assert list(inputs.read_documents()) == [content.decode()]
     assert not inputs.disguised
+
+
+@pytest.mark.parametrize("line", [b"the cat\n", b'{"text": "the c\n', b'{"text": 3}\n'])
+def test_a_broken_line_among_json_lines_is_named(tmp_path, line):
+    path = write(tmp_path / "a.txt", LINES + line + LINES)
+    number = LINES.count(b"\n") + 1
+    refused(path, f"line {number} ", "--errors skip")
+    assert read(path, "skip") == TEXTS * 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "part-00000"])
+def test_json_lines_without_a_text_are_not_read_with_their_braces(tmp_path, name):
+    content = b'{"body": "the cat"}\n{"body": "the dog"}\n'
+    refused(write(tmp_path / name, content), "of JSON objects, one a line", "rename the file to")
+    assert read(write(tmp_path / "a.md", content)) == [content.decode()]
 
 
 def test_source_code_is_never_json_lines(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -214,6 +215,29 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_resumes(root,
     ours, theirs = state_of(out), state_of(two[0])
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert losses(out) == losses(two[0])
+
+
+def spoil(path: Path, how: str) -> None:
+    """Cut a small file of a checkpoint short, or change a letter of what it carries."""
+    content = path.read_bytes()
+    assert b"tokens_per_second" in content
+    changed = content.replace(b"tokens_per_second", b"tokens_per_sekond")
+    path.write_bytes(content[:-3] if how == "cut" else changed)
+
+
+@pytest.mark.parametrize("how", ["changed", pytest.param("cut", marks=pytest.mark.slow)])
+def test_all_processes_refuse_a_damaged_checkpoint_and_none_waits(root, two, how):
+    out = shutil.copytree(two[0], root / f"damaged-{how}")
+    path = out / "checkpoints" / str(STEPS) / "files" / "metadata"
+    spoil(path, how)
+    words = "is damaged: it is not JSON" if how == "cut" else "the file 'history.csv' of"
+    codes, said = train(root, out, 2, devices=2)
+    assert codes == [1, 1], said
+    assert all(words in each and "Traceback" not in each for each in said)
+    assert f"whole is {out}@4, and --from-last-whole" in said[0]
+    codes, said = train(root, out, 2, devices=2, more=["--from-last-whole"])
+    assert codes == [2, 2], said
+    assert all("moves checkpoints, which one process must do alone" in each for each in said)
 
 
 def test_half_of_what_processes_need_to_meet_is_refused(monkeypatch):

@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -586,6 +587,27 @@ def refused(capsys, code: int, *words) -> str:
     lines = [line for line in err.splitlines() if line.startswith("growkit: ")]
     assert found == code and not out and len(lines) == 1 and "Traceback" not in err, err
     return lines[0]
+
+
+@pytest.fixture(params=["checkpoint", "directory"])
+def damaged(request, tmp_path):
+    """A model with one bit flipped in the middle of its largest file."""
+    copy = shutil.copytree(request.getfixturevalue(request.param), tmp_path / "damaged")
+    largest = max(copy.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    return copy
+
+
+def test_a_flipped_bit_is_refused_unless_it_is_told_not_to_look(damaged, data, capsys):
+    words = [damaged, "--tasks", "lambada", "--data", data, "--limit", "1"]
+    assert f"{damaged} is damaged: the bytes of " in refused(capsys, 1, *words)
+    assert evaluated(capsys, *words, "--no-verify")[0] == 0
+    words = ["generate", str(damaged), "--prompt", "a", "--tokens", "1"]
+    assert run(words) == 1
+    assert f"{damaged} is damaged: the bytes of " in capsys.readouterr().err
+    assert run([*words, "--no-verify"]) == 0
 
 
 def test_an_unknown_task_names_the_nearest(checkpoint, capsys):

@@ -17,6 +17,7 @@ from growkit.growth.new import (
     find_new_layers,
     find_new_units,
     list_new_parameters,
+    mark_new,
     parse_units,
 )
 from growkit.growth.plan import Plan, combine_plans
@@ -159,3 +160,28 @@ def test_a_training_of_all_ends_what_is_new(train, new):
     training = {"operation": "train", "growkit": "0", "multipliers": False, "config": config}
     growth = growkit.entries.Growth.of(plan_depth(NEOX, "2:3")).to_json()
     assert len(Lineage.read([growth, training]).growths_new()) == new
+
+
+@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["gpt_neox", "llama"])
+def test_marks_are_the_new_numbers(model):
+    plan = combine_plans("grow", [plan_depth(model, "2:3"), plan_width(model, mlp="1.5x")], model)
+    units = find_new_units([plan])
+    counted = {each.name: each.elements for each in list_new_parameters(plan.grown, units)}
+    assert any(counted.values())
+    for row in plan.grown.table.rows:
+        marks = mark_new(row, plan.grown, units)
+        whole = np.zeros(row.stacked_shape(plan.grown.sizes), bool)
+        for mark in marks:
+            assert sum(size > 1 for size in mark.shape) == 1
+            whole = whole | mark
+        for position in row.positions(plan.grown.sizes):
+            assert whole[position].sum() == counted.get(row.name_at(position), 0)
+
+
+def test_marks_of_fused_and_summed_axes():
+    table = "m.w  (head head_dim | kv head_dim) /mlp  normal  matrix"
+    model = growkit.describe_model(table, {"head": 2, "kv": 1, "head_dim": 2, "mlp": 3})
+    new = {"head": np.array([False, True]), "mlp": np.array([False, False, True])}
+    down, across = mark_new(model.table.rows[0], model, new)
+    assert down.tolist() == [[False], [False], [True], [True], [False], [False]]
+    assert across.tolist() == [[False, False, True]]

@@ -6,6 +6,8 @@ grown model would have. A state grown by a wrong rule is not.
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +164,97 @@ def test_what_has_no_rule_is_refused_by_name(name):
         growkit.grow(state, PLAN)
     said = str(refusal.value)
     assert kind in said and "cannot grow" in said and "Adam" in said and "\n" not in said
+
+
+def restore_plainly(node):
+    """A state as Orbax restores it without a template: dicts for classes, lists for chains."""
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return {name: restore_plainly(part) for name, part in node._asdict().items()}
+    if isinstance(node, tuple | list):
+        return [restore_plainly(part) for part in node]
+    if isinstance(node, dict):
+        return {name: restore_plainly(part) for name, part in node.items()}
+    return node
+
+
+def fill(state):
+    """The state with random numbers for its matrices."""
+    random = np.random.default_rng(4)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape)) if np.ndim(leaf) > 1 else leaf,
+        state,
+    )
+
+
+def list_matrices(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf) > 1]
+
+
+@pytest.mark.parametrize("name", sorted(GRADIENTS.keys() - {"ema"}))
+def test_a_state_restored_as_dicts_grows_as_its_class_does(name):
+    state = fill(GRADIENTS[name].init(make_params()))
+    ours = list_matrices(restore_plainly(growkit.grow(state, PLAN)))
+    theirs = list_matrices(growkit.grow(restore_plainly(state), PLAN))
+    assert len(ours) == len(theirs) > 0
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "ema"])
+def test_what_has_no_rule_is_refused_as_dicts_too(name):
+    optimizer = REFUSED[name][0] if name in REFUSED else GRADIENTS[name]
+    state = restore_plainly(optimizer.init(make_params()))
+    with pytest.raises(GrowkitError, match="cannot grow"):
+        growkit.grow({"opt_state": state, "params": make_params()}, PLAN)
+
+
+def test_the_keys_of_plain_dicts_are_the_fields_of_optaxs_classes():
+    known = 0
+    modules = [module for name, module in sys.modules.items() if name.startswith("optax.")]
+    for keys, kind in optimizers.KEYS.items():
+        name = "EmaState" if kind == optimizers.AVERAGE else kind
+        found = {getattr(module, name)._fields for module in modules if hasattr(module, name)}
+        # Older versions of optax lack some of them.
+        assert [set(fields) for fields in found] in ([set(keys)], []), kind
+        assert kind in optimizers.FIELDS or kind in optimizers.REASONS
+        known += len(found)
+    assert known >= len(optimizers.KEYS) - 2
+
+
+CHAINED = {
+    "named": optax.named_chain(("rms", optax.scale_by_rms()), ("trace_of_it", optax.trace(0.9))),
+    "wrapped": optax.chain(
+        optax.masked(optax.scale_by_rms(eps=1e-30), {"up": True, "down": True}), optax.trace(0.9)
+    ),
+    "finite": optax.chain(optax.apply_if_finite(optax.scale_by_rms(), 3), optax.trace(0.9)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_momentum_after_a_normalisation_is_copied_whatever_is_around_it(name):
+    state = fill(CHAINED[name].init(make_params()))
+    # The names of a chain are gone with its class: a dict of dicts may be anything.
+    forms = [state] if name == "named" else [state, restore_plainly(state)]
+    for form in forms:
+        old = list_matrices(form)[-2:]
+        new = list_matrices(growkit.grow(form, PLAN))[-2:]
+        assert np.array_equal(new[0][:4], old[0]) and np.array_equal(new[1][:, :4], old[1])
+
+
+def test_optimizers_side_by_side_are_no_chain():
+    labels = {"up": {"kernel": "b"}, "down": {"kernel": "a"}}
+    both = optax.partition({"a": optax.scale_by_rms(), "b": optax.trace(0.9)}, labels)
+    params = make_params()
+    state = fill(both.init(params))
+    grown = growkit.grow(state, PLAN)
+    before = state.inner_states["b"].inner_state.trace["up"]["kernel"]
+    after = grown.inner_states["b"].inner_state.trace["up"]["kernel"]
+    # What writes a unit has half of the gradient in each of two copies.
+    assert np.allclose(np.asarray(after)[:, :4], np.asarray(before) / 2)
+    lists = [optax.adam(1e-2).init(params), fill(optax.sgd(1e-2, 0.9).init(params))]
+    before, after = (
+        each[1][0].trace["up"]["kernel"] for each in (lists, growkit.grow(lists, PLAN))
+    )
+    assert np.allclose(np.asarray(after)[:, :4], np.asarray(before) / 2)
 
 
 def test_averages_of_parameters_grow_as_parameters():

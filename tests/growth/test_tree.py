@@ -50,6 +50,10 @@ EXACT = {
     "copied moments": dataclasses.replace(plan_width(TINY, embed="2x"), moments="copy"),
     "nu only": dataclasses.replace(plan_width(TINY, embed="2x"), moments="nu-only"),
     "reset": dataclasses.replace(plan_width(TINY, embed="2x"), moments="reset"),
+    "first": dataclasses.replace(
+        combine_plans("grow", [plan_depth(TINY, "2:3"), plan_width(TINY, embed="2x")], TINY),
+        moments="first",
+    ),
 }
 PADDED = {"mean-pad": plan_width(TINY, embed=24, mlp=16), "head_dim": plan_width(TINY, head_dim=12)}
 PLANS = EXACT | PADDED
@@ -109,7 +113,7 @@ def test_numpy_grows_in_memory_as_on_disk(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["gopher", "uneven", "both", "noise", "reset", "mean-pad", "head_dim"]
+    "name", ["gopher", "uneven", "both", "noise", "reset", "first", "mean-pad", "head_dim"]
 )
 def test_jax_grows_under_jit_as_on_disk(name):
     state = {slot: to_jax(small(slot)) for slot in SLOTS}

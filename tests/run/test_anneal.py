@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from runs import (
@@ -174,6 +176,18 @@ def test_what_is_no_runs_checkpoint_has_no_schedule(kind, source, tmp_path, caps
         "is not a run's checkpoint, so it has no schedule to come down from" in said
         and said.count("\n") == 1
     )
+
+
+def test_a_flipped_bit_is_refused_unless_it_is_told_not_to_look(source, tmp_path, capsys):
+    copy = shutil.copytree(source, tmp_path / "run")
+    file = copy / "checkpoints" / str(STEPS) / "state" / "mu.embed_in.weight" / "0.0"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    assert anneal(copy, tmp_path / "branch") == 1
+    said = capsys.readouterr().err
+    assert f"{copy}/checkpoints/{STEPS} is damaged: the bytes of 'mu.embed_in.weight' are" in said
+    assert anneal(copy, tmp_path / "branch", "--no-verify") == 0
 
 
 def test_a_run_that_annealing_did_not_begin(source, tmp_path, capsys):

@@ -1,12 +1,17 @@
-"""A checkpoint that is not what was saved is never trained on in silence: it is named, and kept."""
+"""A checkpoint that is not what was saved is never trained on in silence: it is named, and kept.
+
+A power cut leaves a checkpoint whole: its files are on the disk before it has its name.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
+from orbax.checkpoint.path import atomicity
 from runs import assert_as_if_uninterrupted, new_run, values
 
 from growkit.checkpoint.hashes import HASHES, hash_array
@@ -19,6 +24,8 @@ from trainer.run.loop import Run
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ARRAY = "state/mu.embed_in.weight/0.0"
 LAST = 12
+# Orbax writes these in the moment in which it renames.
+MARKERS = {"commit_success.txt", "_CHECKPOINT_METADATA"}
 
 
 @pytest.fixture
@@ -102,6 +109,14 @@ def test_a_pointer_of_git_lfs_is_named(data, out):
     assert refuse(data, out).startswith(f"{path} is a Git LFS pointer")
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml"])
+def test_a_pointer_in_the_place_of_a_runs_own_file_is_named(name, data, out):
+    (out / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    assert refuse(data, out) == (
+        f"{out / name} is a Git LFS pointer, not the file; `git lfs pull` fetches that"
+    )
+
+
 @pytest.mark.parametrize("content", ["[5]", "null", '{"validation_loss": "x"}', '"a"'])
 def test_a_small_file_of_another_form_is_named(content, data, out):
     for item in ("files/metadata", "meta/metadata", "metrics/metrics"):
@@ -125,6 +140,19 @@ def test_a_changed_number_in_the_meta_or_a_file_is_seen(data, out):
     meta["record"]["validation_loss"] += 1
     (checkpoint(out) / "meta" / "metadata").write_text(json.dumps(meta))
     assert refuse(data, out).startswith("the meta of ")
+
+
+@pytest.mark.parametrize("key", ["hashes", "mu.embed_in.weight", "history.csv"])
+def test_a_record_of_hashes_that_lost_a_name_is_seen(key, data, out):
+    path = checkpoint(out) / "meta" / "metadata"
+    content = path.read_text()
+    assert content.count(f'"{key}"') == 1
+    path.write_text(content.replace(f'"{key}"', f'"{key[:-1]}~"'))
+    said = refuse(data, out)
+    if key == "hashes":
+        assert said.startswith(f"{path} is damaged: it is not what a run writes there")
+    else:
+        assert said.startswith("the hash of the ") and repr(key) in said
 
 
 def test_the_run_goes_on_from_the_last_whole_checkpoint_when_told(data, out, whole):
@@ -216,3 +244,43 @@ def test_a_checkpoint_without_hashes_is_resumed(data, out):
     del meta[HASHES]
     (checkpoint(out) / "meta" / "metadata").write_text(json.dumps(meta))
     new_run(data, out).close()
+
+
+def watch(data, out, **how):
+    """Train; returns what was brought to the disk, by inode, and the names given, in order."""
+    seen = []
+    fsync, finalize = os.fsync, atomicity.AtomicRenameTemporaryPath.finalize
+
+    def noted_fsync(file):
+        seen.append(os.fstat(file).st_ino)
+        fsync(file)
+
+    async def noted_finalize(self, *given, **options):
+        await finalize(self, *given, **options)
+        seen.append(self.get_final().name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noted_fsync)
+        patch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", noted_finalize)
+        Run(begin(prepare(values(data), out, trust=Trust(**how)))).go()
+    return seen
+
+
+def test_files_then_the_name_are_brought_to_the_disk(data, tmp_path):
+    seen = watch(data, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / str(LAST)
+    at = seen.index(str(LAST))
+    inodes = {path: path.stat().st_ino for path in last.rglob("*")}
+    markers = {path for path in inodes if path.parent == last and path.name in MARKERS}
+    assert len(inodes) > 20 and markers
+    assert {inodes[path] for path in inodes.keys() - markers} <= set(seen[:at])
+    after = set(seen[at:])
+    assert {inodes[path] for path in markers} <= after
+    assert {last.stat().st_ino, last.parent.stat().st_ino} <= after
+    assert (tmp_path / "run" / "metrics.csv").stat().st_ino in seen
+
+
+def test_without_it_nothing_of_a_checkpoint_is_waited_for(data, tmp_path):
+    seen = watch(data, tmp_path / "run", sync=False)
+    last = tmp_path / "run" / "checkpoints" / str(LAST)
+    assert not {path.stat().st_ino for path in last.rglob("*")} & set(seen)

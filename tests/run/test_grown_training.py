@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from runs import RECIPE, TINY, recipe, rows, state_of, values
+from runs import TINY, recipe, rows, state_of, values
 
 from growkit.checkpoint.location import open_source, write_output
 from growkit.errors import GrowkitError, UsageError
@@ -14,14 +14,6 @@ from growkit.growth.width import plan_width
 from growkit.surgery.grow import prepare_growth
 from trainer.data.tokens import TokenWriter
 from trainer.run.stages import train
-
-
-@pytest.fixture(scope="module")
-def small(data, tmp_path_factory):
-    """A small model trained for a dozen steps, validated at the last."""
-    out = tmp_path_factory.mktemp("small") / "run"
-    train(values(data, **RECIPE), out)
-    return out
 
 
 @pytest.fixture(scope="module")

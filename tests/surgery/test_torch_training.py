@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 
+from growkit.checkpoint.location import open_source
 from growkit.cli import run
 
 torch = pytest.importorskip("torch")
@@ -18,7 +19,7 @@ pytest.importorskip("accelerate")
 
 from growkit.errors import GrowkitError, UsageError  # noqa: E402
 from growkit.torch import clip_grad_norm_, freeze_old, param_groups  # noqa: E402
-from growkit.torch.callbacks import Rewarm, WeightedClip  # noqa: E402
+from growkit.torch.callbacks import KeepLineage, Rewarm, WeightedClip  # noqa: E402
 
 SIZES = {
     "vocab_size": 64,
@@ -90,11 +91,10 @@ def train(model, out, source=None, groups=None, callbacks=(), **settings):
 
     source: the checkpoint to resume from.
     """
-    options = SETTINGS | settings
+    options = {"save_steps": HALF} | SETTINGS | settings
     arguments = transformers.TrainingArguments(
         output_dir=str(out),
         max_steps=WHOLE,
-        save_steps=HALF,
         per_device_train_batch_size=4,
         report_to=[],
         use_cpu=True,
@@ -271,6 +271,28 @@ def test_new_layers_warm_up(small, tmp_path):
         train(load(source), tmp_path / "x", source, callbacks=[Rewarm(8)])
     with pytest.raises(UsageError, match="at least 1, got 0"):
         Rewarm(0)
+
+
+def test_later_checkpoints_have_the_lineage(small, tmp_path, capsys):
+    """What is new, and by which factors groups are split, is known of them as of the grown one."""
+    _, source = small("llama")
+    words = ("depth", "--map", "2:3", "--groups", "split", "--method", "identity")
+    path = grow(source, tmp_path / "grown", *words)
+    model = load(path)
+    groups = param_groups(model, path)
+    train(model, tmp_path / "run", path, groups, [KeepLineage(path)], save_steps=WHOLE)
+    later = tmp_path / "run" / f"checkpoint-{WHOLE}"
+    # Hashes are of other tensors than the trained ones.
+    open_source(str(later)).require_whole()
+    assert freeze_old(load(later), later) == freeze_old(load(path), path)
+    model = load(later)
+    assert [len(group["params"]) for group in param_groups(model, later)] == [
+        len(group["params"]) for group in groups
+    ]
+    assert run(["inspect", "--new", str(later)]) == 0
+    assert "layer" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"has no lineage.json to keep"):
+        KeepLineage(source)
 
 
 def test_old_layers_are_frozen(small, tmp_path):

@@ -129,7 +129,12 @@ def _describe_tokens(manifest: dict[str, Any]) -> str:
 
 
 def offer_trust(command: Callable[..., int]) -> Callable[..., int]:
-    """The options that say what becomes of a damaged checkpoint when a run is resumed."""
+    """The options that say how careful a run is with what lies on disk."""
+    unsynced = click.option(
+        "--no-sync",
+        is_flag=True,
+        help="Do not wait until a checkpoint is on the disk: a power cut may damage it.",
+    )
     unverified = click.option(
         "--no-verify",
         is_flag=True,
@@ -141,7 +146,7 @@ def offer_trust(command: Callable[..., int]) -> Callable[..., int]:
         help="Where the last checkpoints are damaged, set them aside and go on from the last one "
         "that is whole.",
     )
-    return unverified(whole(command))
+    return unverified(whole(unsynced(command)))
 
 
 @click.command()
@@ -167,6 +172,7 @@ def train(
     allow_gap: bool,
     no_verify: bool,
     from_last_whole: bool,
+    no_sync: bool,
 ) -> int:
     """Train by CONFIG, a YAML file or a preset, into the run directory RUN.
 
@@ -180,7 +186,7 @@ def train(
 
     join_cluster()
     values = read_values(config, list(overrides))
-    trust = Trust(verify=not no_verify, from_last_whole=from_last_whole)
+    trust = Trust(not no_verify, from_last_whole, sync=not no_sync)
     return _report_end(out, stages.train(values, out, start, allow_gap, trust=trust))
 
 
@@ -239,6 +245,7 @@ def anneal(
     out: str,
     no_verify: bool,
     from_last_whole: bool,
+    no_sync: bool,
 ) -> int:
     """Bring the learning rate of RUN down to LR over N more tokens, in a new run RUN2.
 
@@ -260,7 +267,7 @@ def anneal(
     if is_writer():
         rates = f"learning rate {branch.rate:g} to {to:g}"
         click.echo(f"{out}: {rates}, linearly over {steps:,} steps", err=True)
-    trust = Trust(verify=not no_verify, from_last_whole=from_last_whole)
+    trust = Trust(not no_verify, from_last_whole, sync=not no_sync)
     return _report_end(out, stages.train(values, out, src, branch=branch, trust=trust))
 
 

@@ -68,6 +68,17 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class NewRate:
+    """The learning rate of what growth made new, beside the schedule's, which all else has.
+
+    Both multiply Adam's direction, as multipliers do, and not the decay.
+    """
+
+    rewarmup: int = count(0, at_least=0)  # steps of linear warm-up from 0, from the growth on
+    rate: float = number(1.0, above=0)  # factor
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW with decoupled decay of weight matrices, and gradient clipping."""
 
@@ -80,6 +91,7 @@ class Optimizer:
     # Whether to apply the learning rates, eps and clip weights that exact growth asks for.
     # auto: on after growth in width by copies only.
     multipliers: str = choice("auto", of=("auto", "on", "off"))
+    new: NewRate = field(default_factory=NewRate)
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ class Grow:
     vocab: str = text_or_number()  # --vocab of both
     width_method: str = ""  # width --method
     spread: float = 0.0  # width --spread
-    moments: str = "map"  # --moments of both
+    moments: str = "map"  # --moments of both: map, copy, reset, nu-only or first
     noise: float = 0.0  # --noise of both
     seed: int = 0  # --seed of both
 

@@ -28,6 +28,7 @@ from growkit.textfiles import (
     MARK,
     PARQUET,
     describe_foreign,
+    describe_other_objects,
     get_ending,
     holds_json_lines,
     import_optional,
@@ -228,10 +229,12 @@ class _Reading:
         with _open(path) as file:
             head = file.peek(HEAD)
             foreign = None if head.startswith(_PARQUET_MAGIC) else describe_foreign(head)
+            read = self._choose_reader(path, head)
+            if read is _read_plain_text and get_ending(path.name) not in _PROSE:
+                foreign = foreign or describe_other_objects(head)
             if foreign:
                 self.cleaner.refuse(GrowkitError(f"{path} is {foreign}"))
                 return
-            read = self._choose_reader(path, head)
             if read is _read_json_lines:
                 yield from group.flush()
                 yield from _read_json_lines(file, path, self.source)

@@ -1,4 +1,8 @@
-"""The picture of a run: perplexity over tokens, task scores over FLOPs, growth marked."""
+"""The picture of a run: perplexity over tokens, task scores over FLOPs, events marked.
+
+Growth, falls of the learning rate and changes of the data are marked. The fall at the beginning of
+training is cut off, so that what comes after it can be seen.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,69 @@ Row = Mapping[str, str]
 Points = list[tuple[float, float]]
 TRAIN_COLOUR = "#9fb8d9"
 VALIDATION_COLOUR = "#1b4f9c"
-OTHER_COLOUR = "#7d8a2e"
+# One for each further run.
+OTHER_COLOURS = "#7d8a2e", "#8e5ea2", "#d98c1f", "#3c9d8f"
 GROWTH_COLOUR = "#c0392b"
+EVENT_COLOUR = "#777777"
+# The part of all that is on the axis in which training from nothing falls steeply.
+FIRST_FALL = 0.05
+MARGIN = 1.1  # factor between the values that are shown and the ends of the axis
+FEW_TICKS = 8.0  # a range up to this factor has ticks at even distances, a longer one at 1, 2 and 5
+X_LABELS = {"tokens": "tokens seen", "flops": "training FLOPs"}
 SMOOTHED_ROWS = 20  # at most; a short line is smoothed over a tenth of its rows
 HIGHEST_LOSS = 30.0  # nats a token; exp(30) is drawn for anything above
 PANEL_WIDTHS = 9, 5  # inches: of the losses, and of each metric beside them
 
 
-def read_points(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]]:
-    """(tokens, perplexities) of the rows that have a loss in `column`."""
+def read_points(
+    rows: Sequence[Row], column: str, over: str = "tokens"
+) -> tuple[list[float], list[float]]:
+    """(tokens or FLOPs, perplexities) of the rows that have a loss in `column`."""
     found = [row for row in rows if row[column]]
-    tokens = [float(row["tokens"]) for row in found]
+    places = [float(row[over]) for row in found]
     perplexities = [math.exp(min(float(row[column]), HIGHEST_LOSS)) for row in found]
-    return tokens, perplexities
+    return places, perplexities
+
+
+def choose_range(rows: Sequence[Row], over: str = "tokens") -> tuple[float, float] | None:
+    """The perplexities to show: all validations but those of the first fall; None without any.
+
+    The jump where a model grew is no part of the fall. A run so short that nothing else is left is
+    shown whole.
+    """
+    places, perplexities = read_points(rows, "validation_loss", over)
+    points = list(zip(places, perplexities, strict=True))
+    if not points:
+        return None
+    end = FIRST_FALL * max(places)
+    later = [perplexity for place, perplexity in points if place > end] or perplexities
+    if len(later) < 2:
+        later = perplexities
+    return min(later) / MARGIN, max(later) * MARGIN
+
+
+def choose_ticks(low: float, high: float) -> list[float]:
+    """Perplexities for the ticks of a logarithmic axis, so few that their labels have room."""
+    if high / low <= FEW_TICKS:
+        from matplotlib.ticker import MaxNLocator
+
+        found = MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        return [float(tick) for tick in found if low <= tick <= high]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    # Over many decades, powers of ten alone.
+    digits = (1,) if len(decades) > 4 else (1, 2, 5)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+def name_best(ends: Mapping[str, float]) -> dict[str, str]:
+    """Labels by name, with the final perplexity; where there are several, the lowest is named."""
+    best = min(ends, key=lambda name: ends[name], default=None)
+    marked = best if len(ends) > 1 else None
+    return {
+        name: f"{name}: {end:.4g}" + (" (best)" if name == marked else "")
+        for name, end in ends.items()
+    }
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -68,10 +122,13 @@ def draw_curves(
     rows: Sequence[Row],
     title: str,
     others: Mapping[str, Sequence[Row]] | None = None,
+    over: str = "tokens",
 ) -> None:
     """Write a PNG of a run's rows.
 
-    others: rows of further runs by name, of which only the validation is drawn.
+    others: rows of further runs by name, of which only the validation is drawn. over: 'tokens' or
+    'flops'; over FLOPs, runs of models of different sizes end at the same place when they took the
+    same compute.
     """
     import matplotlib
 
@@ -85,7 +142,7 @@ def draw_curves(
         1, 1 + len(metrics), figsize=(width, 5), constrained_layout=True, squeeze=False
     )
     axes, *score_axes = panels[0]
-    _draw_losses(axes, rows, title, others or {})
+    _draw_losses(axes, rows, title, others or {}, over)
     for panel, metric in zip(score_axes, metrics, strict=True):
         _draw_scores(panel, rows, metric)
     picture = io.BytesIO()
@@ -95,34 +152,62 @@ def draw_curves(
 
 
 def _draw_losses(
-    axes: Any, rows: Sequence[Row], title: str, others: Mapping[str, Sequence[Row]]
+    axes: Any, rows: Sequence[Row], title: str, others: Mapping[str, Sequence[Row]], over: str
 ) -> None:
-    """Train and validation perplexity over tokens."""
+    """Train and validation perplexity over tokens or FLOPs, this run's and others'."""
     from matplotlib.ticker import EngFormatter
 
+    runs = {"validation": rows, **others}
+    points = {name: read_points(each, "validation_loss", over) for name, each in runs.items()}
+    labels = name_best({name: ends[-1] for name, (_, ends) in points.items() if ends})
     for number, segment in enumerate(split_segments(rows)):
-        _draw_segment(axes, segment, labelled=number == 0)
-    for name, other in others.items():
-        tokens, perplexities = read_points(other, "validation_loss")
-        axes.plot(tokens, perplexities, "s--", color=OTHER_COLOUR, markersize=4, label=name)
-    _mark_growth(axes, rows, "tokens")
-    axes.set(title=title, xlabel="tokens seen", ylabel="perplexity", yscale="log")
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_minor_formatter(EngFormatter(sep=""))
+        label = labels.get("validation") if number == 0 else None
+        _draw_segment(axes, segment, over, label)
+    for number, name in enumerate(others):
+        colour = OTHER_COLOURS[number % len(OTHER_COLOURS)]
+        axes.plot(*points[name], "s--", color=colour, markersize=4, label=labels.get(name))
+    _mark_events(axes, rows, over)
+    axes.set(title=title, xlabel=X_LABELS[over], ylabel="perplexity", yscale="log")
+    _limit_perplexity(axes, runs, over)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(True, which="both", alpha=0.25)
+    axes.grid(True, which="major", alpha=0.25)
     axes.legend()
 
 
-def _draw_segment(axes: Any, rows: Sequence[Row], labelled: bool) -> None:
-    tokens, perplexities = read_points(rows, "loss")
-    if tokens:
-        label = "train, smoothed" if labelled else None
-        axes.plot(tokens, smooth(perplexities), color=TRAIN_COLOUR, linewidth=1.5, label=label)
-    tokens, perplexities = read_points(rows, "validation_loss")
-    if tokens:
-        label = "validation" if labelled else None
-        axes.plot(tokens, perplexities, "o-", color=VALIDATION_COLOUR, markersize=4, label=label)
+def _draw_segment(axes: Any, rows: Sequence[Row], over: str, label: str | None) -> None:
+    """A run between two growths. label: of its validation, None for all segments but the first."""
+    places, perplexities = read_points(rows, "loss", over)
+    if places:
+        train_label = "train, smoothed" if label else None
+        axes.plot(
+            places, smooth(perplexities), color=TRAIN_COLOUR, linewidth=1.5, label=train_label
+        )
+    places, perplexities = read_points(rows, "validation_loss", over)
+    if places:
+        axes.plot(places, perplexities, "o-", color=VALIDATION_COLOUR, markersize=4, label=label)
+
+
+def _limit_perplexity(axes: Any, runs: Mapping[str, Sequence[Row]], over: str) -> None:
+    """Cut the axis to what `choose_range` shows, say what is left out, and set the ticks.
+
+    runs: all that are drawn, by name, the first with its training losses, which count below.
+    """
+    from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter
+
+    own = next(iter(runs.values()))
+    rows = [row for each in runs.values() for row in each]
+    shown = choose_range(rows, over)
+    if shown is not None:
+        trained = smooth(read_points(own, "loss", over)[1])
+        low = min([shown[0], *(perplexity / MARGIN for perplexity in trained)])
+        axes.set_ylim(low, shown[1])
+        highest = max(read_points(rows, "validation_loss", over)[1])
+        if highest > shown[1]:
+            words = f"starts at {highest:,.0f} (cut off)"
+            axes.annotate(words, (0.01, 0.98), xycoords="axes fraction", va="top", fontsize=9)
+    axes.yaxis.set_major_locator(FixedLocator(choose_ticks(*axes.get_ylim())))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_scores(axes: Any, rows: Sequence[Row], metric: str) -> None:
@@ -141,27 +226,32 @@ def _draw_scores(axes: Any, rows: Sequence[Row], metric: str) -> None:
                 markersize=4,
                 label=task if begins else None,
             )
-    _mark_growth(axes, rows, "flops")
+    _mark_events(axes, rows, "flops")
     axes.set(title=metric, xlabel="FLOPs", yscale="log" if metric == "perplexity" else "linear")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
 
 
-def _mark_growth(axes: Any, rows: Sequence[Row], column: str) -> None:
-    """A dotted line where the model grew, with the event's words beside it."""
+def _mark_events(axes: Any, rows: Sequence[Row], column: str) -> None:
+    """A dotted line where something happened to the run, with the event's words beside it.
+
+    The start of a run that nothing preceded is not marked: there is nothing to its left.
+    """
     for row in rows:
-        if GROWN not in row["event"]:
+        words = row["event"].removeprefix(START).removeprefix(", ")
+        if not words:
             continue
         place = float(row[column])
-        axes.axvline(place, color=GROWTH_COLOUR, linestyle=":", linewidth=1.5)
+        colour = GROWTH_COLOUR if GROWN in words else EVENT_COLOUR
+        axes.axvline(place, color=colour, linestyle=":", linewidth=1.5)
         axes.annotate(
-            row["event"].removeprefix(f"{START}, "),
+            words,
             (place, 0.98),
             xycoords=("data", "axes fraction"),
             rotation=90,
             ha="right",
             va="top",
-            color=GROWTH_COLOUR,
+            color=colour,
             fontsize=9,
         )

@@ -10,11 +10,12 @@ import csv
 import io
 import json
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 from etils import epath
 
-from growkit.checkpoint.files import is_remote
+from growkit.checkpoint.files import is_remote, refuse_pointer, sync_file
 from growkit.errors import GrowkitError
 from trainer.devices.hosts import is_writer, write_once
 
@@ -107,12 +108,14 @@ def render_rows(rows: list[Row]) -> str:
     return out.getvalue()
 
 
-def _read_rows(path: epath.Path) -> list[Row]:
+def read_rows(path: epath.Path) -> list[Row]:
     """The rows of a file, none where there is no file. Raises GrowkitError for a damaged one."""
     if not path.exists():
         return []
+    content = path.read_bytes()
+    refuse_pointer(content, path)
     try:
-        text = path.read_bytes().decode()
+        text = content.decode()
     except UnicodeDecodeError as problem:
         raise GrowkitError(
             f"{path} is damaged: byte {problem.start} is not text; {REMEDY}"
@@ -128,8 +131,8 @@ class History:
 
     def __init__(self, run: epath.Path):
         self.run = run
-        self.earlier = _read_rows(run / EARLIER)
-        self.rows = _read_rows(run / METRICS)
+        self.earlier = read_rows(run / EARLIER)
+        self.rows = read_rows(run / METRICS)
 
     def begin(self, earlier: bytes) -> None:
         """Start without rows. earlier: the CSV text that a source carried, which may be empty."""
@@ -193,6 +196,18 @@ class History:
     def flush(self) -> None:
         """Write the whole file."""
         write_once(self.run / METRICS, render_rows(self.rows).encode())
+
+    def secure(self, sync: bool) -> None:
+        """Have all rows where a power cut leaves them: in the bucket, or on the disk where `sync`.
+
+        Rows that are lost all the same are made again from the last checkpoint, but not all.
+        """
+        if is_remote(self.run):
+            self.flush()
+        elif sync and is_writer():
+            # Somebody may have removed it: the next row makes it anew.
+            with suppress(FileNotFoundError):
+                sync_file(self.run / METRICS)
 
     def list_validation_losses(self) -> list[float]:
         """The validation losses in order, since the last growth within the run."""

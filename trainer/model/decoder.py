@@ -12,6 +12,7 @@ Shapes in names: B batch, T time, E embed, V vocab.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,11 +27,13 @@ from trainer.config.sections import Dropout, Precision
 from trainer.model.attention import Past
 from trainer.model.block import KEPT, Block, multiply
 from trainer.model.dropout import HiddenDropout
-from trainer.model.kinds import compute_tables, list_kinds, number_kinds
+from trainer.model.kinds import LayerKind, compute_tables, list_kinds, number_kinds
 from trainer.model.parameters import Embedding, Norm, Parameters, find_row
 from trainer.model.precision import cap
 from trainer.model.view import scan_view
 
+# (stream [B, T, E], rotary tables, deterministic) -> the stream after all layers
+ApplyLayers = Callable[[jax.Array, Any, bool], jax.Array]
 # What is kept of a block for the backward pass, which computes the rest again; None keeps all.
 REMAT = {
     "none": None,
@@ -54,6 +57,8 @@ class Decoder(Parameters):
 
     view: int32 [N], the layers to compute with instead of all in their order; see
     `trainer.model.view`. Nothing is dropped or kept then.
+
+    layers: what applies all layers, in the place of the scan over their stacked parameters.
     """
 
     dropout: Dropout = Dropout(0.0, 0.0, 0.0)
@@ -69,6 +74,7 @@ class Decoder(Parameters):
         head: bool = True,
         past: Past | None = None,
         view: jax.Array | None = None,
+        layers: ApplyLayers | None = None,
     ) -> jax.Array:
         common, names = self.common, self.computation
         time = tokens_BxT.shape[1] if past is None else past.keys.shape[-2]
@@ -84,11 +90,13 @@ class Decoder(Parameters):
         own = {"dropout": self.dropout, "kernel": self.kernel, "kinds": kinds, "name": names.layers}
         rotary = _select_rotary(rotary, tokens_BxT, past)
         number = jnp.asarray(numbers) if len(kinds) > 1 else None
-        if view is None:
-            layers = _scan_block(self.remat, self.model.layer, past)(**common, **own)
-            x_BxTxE, _ = layers(x_BxTxE, rotary, deterministic, number, past)
-        else:
+        if layers is not None:
+            x_BxTxE = layers(x_BxTxE, rotary, deterministic)
+        elif view is not None:
             x_BxTxE = scan_view(Block(**common, **own), x_BxTxE, rotary, number, view)
+        else:
+            stack = _scan_block(self.remat, self.model.layer, past)(**common, **own)
+            x_BxTxE, _ = stack(x_BxTxE, rotary, deterministic, number, past)
         x_BxTxE = Norm(**common, name=names.final_norm)(x_BxTxE)
         # Dividing what the head reads divides the logits.
         x_BxTxE = multiply(x_BxTxE, 1.0 / (self.model.number("logit_divisor") or 1.0))
@@ -144,18 +152,49 @@ def _select_rotary(rotary: Any, tokens_BxT: jax.Array, past: Past | None) -> Any
 def _scan_block(remat: str, layer: int, past: Past | None) -> Any:
     """The module of all layers: one block, scanned over parameters stacked by layer."""
     past_axes = None if past is None else Past(0, 0, nn.broadcast)
-    block: Any = Block
-    if remat != "none":
-        # Argument 3 of __call__ is deterministic. A scan needs no barrier against common
-        # subexpressions.
-        block = nn.remat(Block, policy=REMAT[remat], prevent_cse=False, static_argnums=(3,))
     return nn.scan(
-        block,
+        _rematerialise_block(remat),
         variable_axes={"params": 0, KEPT: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast, nn.broadcast, 0, past_axes),
         length=layer,
     )
+
+
+def _rematerialise_block(remat: str) -> Any:
+    """The block by a remat policy."""
+    if remat == "none":
+        return Block
+    # Argument 3 of __call__ is deterministic. A scan needs no barrier against common
+    # subexpressions.
+    return nn.remat(Block, policy=REMAT[remat], prevent_cse=False, static_argnums=(3,))
+
+
+class Layer(Parameters):
+    """One layer by itself, for whoever scans layers otherwise than `Decoder` does.
+
+    `apply({"params": {name of the layers: one layer's parameters}}, x, rotary, deterministic,
+    kind)` gives the stream after it. The fields are the decoder's.
+    """
+
+    dropout: Dropout
+    remat: str
+    kernel: str
+    kinds: tuple[LayerKind, ...]
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool, kind: jax.Array | None
+    ) -> jax.Array:
+        block = _rematerialise_block(self.remat)(
+            **self.common,
+            dropout=self.dropout,
+            kernel=self.kernel,
+            kinds=self.kinds,
+            name=self.computation.layers,
+        )
+        x_BxTxE, _ = block(x_BxTxE, rotary, deterministic, kind, None)
+        return x_BxTxE
 
 
 def init_params(model: Architecture, precision: Precision, seed: int) -> Any:

@@ -50,8 +50,18 @@ def plan_annealing(
         )
     steps = _count_steps(resolve(values), tokens)
     schedule = {"kind": "linear", "steps": steps, "warmup": 0, "floor": to / rate}
-    optimizer = values["optimizer"] | {"learning_rate": rate}
+    optimizer = values["optimizer"] | {"learning_rate": rate, "new": _find_new_rate(values)}
     return values | {"schedule": schedule, "optimizer": optimizer}, Branch(VERB, rate, to, tokens)
+
+
+def _find_new_rate(values: dict[str, Any]) -> dict[str, float]:
+    """What stays of optimizer.new: the factor, where new parameters alone are trained.
+
+    After a training of all nothing is new, and no growth begins at an annealing.
+    """
+    stated = values["optimizer"].get("new") or {}
+    kept = values["train"] == "new" and "rate" in stated
+    return {"rate": stated["rate"]} if kept else {}
 
 
 def _count_steps(config: Config, tokens: int) -> int:

@@ -239,7 +239,7 @@ def begin(setup: Setup) -> Beginning:
     Raises UsageError where RUN was begun otherwise, GrowkitError where another process trains
     into it, or a checkpoint cannot be read.
     """
-    others = (setup.start, setup.source, setup.trust.from_last_whole)
+    others = (setup.start, setup.source, setup.trust)
     directory = open_run(setup.out, setup.first.config, *others)
     try:
         setup.writers.connect(directory.path)

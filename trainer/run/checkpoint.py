@@ -33,6 +33,7 @@ from trainer.config.sections import Checkpoint
 from trainer.devices.hosts import is_writer
 from trainer.run.damage import DamagedError, find_damage, read_item
 from trainer.run.hashed import HashedJson, copy_to_host, hash_arrays, hash_later
+from trainer.run.power import SyncedPath
 from trainer.run.soundness import describe_findings, look_at
 from trainer.run.state import from_tree, to_tree
 from trainer.step.update import State
@@ -123,7 +124,8 @@ def build_preservation_policy(settings: Checkpoint) -> Any:
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, run: epath.Path, settings: Checkpoint) -> None:
+    def __init__(self, run: epath.Path, settings: Checkpoint, sync: bool = True) -> None:
+        """sync: whether a checkpoint is on the disk before it counts as finished."""
         self.run = epath.Path(run)
         self.directory = self.run / CHECKPOINTS
         # A resumed run needs the validation losses of earlier checkpoints. Orbax writes them down
@@ -134,6 +136,8 @@ class Checkpoints:
             preservation_policy=build_preservation_policy(settings),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            # A bucket stores an object whole or not at all, and has no fsync.
+            temporary_path_class=SyncedPath if sync and not is_remote(self.run) else None,
             # Orbax's threads wait for a directory that cannot be made, and the process for them.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )

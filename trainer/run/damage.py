@@ -19,7 +19,7 @@ from etils import epath
 
 from growkit.checkpoint.carried import decode_files
 from growkit.checkpoint.files import is_remote, refuse_pointer
-from growkit.checkpoint.hashes import find_changed, read_hashes
+from growkit.checkpoint.hashes import HASHES, find_changed, read_hashes
 from growkit.checkpoint.location import CHECKPOINTS
 from growkit.checkpoint.orbax import FILES, FINISHED, META, STATE, open_checkpoint
 from growkit.checkpoint.tensor import Source
@@ -40,14 +40,17 @@ class DamagedError(GrowkitError):
 
 @dataclass(frozen=True)
 class Trust:
-    """What is asked of the model or the checkpoint that a run goes on from.
+    """How careful a run is with what lies on disk.
 
-    verify: whether it must have the hashes on record. from_last_whole: whether to go back to the
-    last whole checkpoint where later ones are damaged.
+    verify: whether the model or the checkpoint that it goes on from must have the hashes on record.
+    from_last_whole: whether to go back to the last whole checkpoint where later ones are damaged.
+    sync: whether a checkpoint is on the disk, and not only in the system's memory, before it counts
+    as finished.
     """
 
     verify: bool = True
     from_last_whole: bool = False
+    sync: bool = True
 
     def require_whole(self, source: Source) -> None:
         """Raise GrowkitError for a source whose bytes are not those that were written."""
@@ -87,7 +90,9 @@ def _has_form(content: Any, item: str) -> bool:
     if item == META:
         kinds = {"config": dict, "lineage": list, "record": dict}
         whole = all(isinstance(content.get(key), kind) for key, kind in kinds.items())
-        return whole and _is_record(content["record"])
+        # A key that no version writes, in the place of the one of hashes, is a damaged one.
+        lost = HASHES not in content and content.keys() - kinds.keys()
+        return whole and not lost and _is_record(content["record"])
     if item == METRICS:
         return isinstance(content.get("validation_loss"), int | float)
     try:

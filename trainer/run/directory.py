@@ -19,7 +19,7 @@ import yaml
 from etils import epath
 
 from growkit import __version__
-from growkit.checkpoint.files import is_remote
+from growkit.checkpoint.files import is_remote, refuse_pointer
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import Config, resolve
@@ -27,7 +27,7 @@ from trainer.config.values import load_yaml
 from trainer.devices.hosts import is_writer, write_once
 from trainer.log.history import History
 from trainer.run.checkpoint import Checkpoints, find_last_step, put_back_replaced
-from trainer.run.damage import find_broken_files, go_back
+from trainer.run.damage import Trust, find_broken_files, go_back
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -80,13 +80,15 @@ class RunDirectory:
 def read_run(out: str | os.PathLike[str]) -> StoredRun | None:
     """The run in the directory `out`, or None for a new one.
 
-    Raises UsageError when something other than a run is there.
+    Raises UsageError when something other than a run is there, GrowkitError for a Git LFS pointer.
     """
     directory = epath.Path(out)
     path = directory / CONFIG
     if path.exists():
+        content = path.read_bytes()
+        refuse_pointer(content, path)
         try:
-            stored = load_yaml(path.read_text())
+            stored = load_yaml(content.decode())
             # A key that this version of growkit added takes its default.
             return StoredRun(resolve(stored["config"]), stored["from"])
         except (yaml.YAMLError, ValueError, TypeError, KeyError, UsageError):
@@ -108,15 +110,16 @@ def open_run(
     config: Config,
     start: str | None,
     source: Source | None,
-    from_last_whole: bool = False,
+    trust: Trust | None = None,
 ) -> RunDirectory:
     """Make RUN and write its configuration, or check that RUN was begun with the same one.
 
     start: --from, as given. Where RUN has no checkpoint yet, the run begins anew, whatever the
-    configuration was before. from_last_whole: whether checkpoints whose small files are damaged are
-    set aside. Raises UsageError, or GrowkitError when another process trains into RUN, or a
-    checkpoint is damaged.
+    configuration was before. trust: whether checkpoints whose small files are damaged are set
+    aside, and new ones brought to the disk. Raises UsageError, or GrowkitError when another process
+    trains into RUN, or a checkpoint is damaged.
     """
+    trust = trust or Trust()
     path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as on_failure:
         lock = lock_run(path)
@@ -129,14 +132,14 @@ def open_run(
             require_same_run(stored, config, start, source, path)
             put_back_replaced(path)
         broken = find_broken_files(path)
-        notes = go_back(path, broken, from_last_whole) if broken else []
+        notes = go_back(path, broken, trust.from_last_whole) if broken else []
         origin = stored.origin if stored is not None and resumes else None
         if source is not None:
             origin = {"path": start, "fingerprint": source.fingerprint}
         content = {"growkit": __version__, "from": origin, "config": config.to_dict()}
         # On every start, so that the file has the keys of the version that trains now.
         write_once(path / CONFIG, yaml.safe_dump(content, sort_keys=False).encode())
-        checkpoints = Checkpoints(path, config.checkpoint)
+        checkpoints = Checkpoints(path, config.checkpoint, trust.sync)
         opened = RunDirectory(path, checkpoints, History(path), lock, tuple(notes))
         on_failure.pop_all()
     return opened

@@ -17,13 +17,13 @@ from growkit.entries import Growth
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.growth.multipliers import compute_multipliers
-from growkit.growth.new import find_new_layers
+from growkit.growth.new import find_new_layers, find_new_units, mark_new
 from growkit.growth.plan import Plan, combine_plans, set_options
 from growkit.growth.vocabulary import add_tokens
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
-from trainer.config.sections import Config, Dropout, Grow, build_section
+from trainer.config.sections import Config, Dropout, Grow, NewRate, Optimizer, build_section
 from trainer.log.history import GROWN, History
 from trainer.run.checkpoint import read_last_lineage
 from trainer.step.optimizer import Multipliers
@@ -108,6 +108,25 @@ def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> M
     return Multipliers(**compute_multipliers(model, plans))
 
 
+def find_multipliers(
+    settings: Optimizer, lineage: Lineage, model: Architecture
+) -> Multipliers | None:
+    """The multipliers that a training applies, and what is new where that has a rate of its own.
+
+    lineage: with the training as its last entry.
+    """
+    before = lineage.before_last
+    setting = "on" if lineage.last_training.multipliers else "off"
+    found = select_multipliers(setting, before, model)
+    if settings.new == NewRate():
+        return found
+    new = find_new_units([growth.plan_within(model) for growth in before.growths_new()])
+    if not new:
+        return found
+    marks = model.table.tree(lambda row: mark_new(row, model, new))
+    return replace(found or Multipliers(), new=marks)
+
+
 def find_part(
     config: Config,
     model: Architecture,
@@ -115,13 +134,44 @@ def find_part(
     growth: Plan | None,
     out: str | os.PathLike[str],
 ) -> Part:
-    """The parameters that are trained, by what was done to the model before. Raises UsageError."""
-    if config.train == "all":
+    """The parameters that are trained, by what was done to the model before.
+
+    source: None where RUN `out` has a checkpoint, or for a new model. growth: at the start. Raises
+    UsageError where train=new or optimizer.new finds nothing new.
+    """
+    # A run that grows on the way has new parameters from then on.
+    has_rate = config.optimizer.new != NewRate() and not config.grow.at
+    if config.train == "all" and not has_rate:
         return ALL
-    lineage = Lineage.read(source.lineage) if source else read_last_lineage(out)
+    # The last entry of a run's own checkpoint is its own training.
+    lineage = Lineage.read(source.lineage) if source else read_last_lineage(out).before_last
     if growth:
         lineage = lineage.followed_by(Growth.of(growth))
+    if config.train == "all":
+        _require_new(lineage, model)
+        return ALL
     return _select_new(config.grow.at, lineage, model)
+
+
+def _require_new(lineage: Lineage, model: Architecture) -> None:
+    """Raise UsageError where optimizer.new is for parameters that there are none of."""
+    growths = [growth.plan_within(model) for growth in lineage.growths_new()]
+    if find_new_units(growths):
+        return
+    raise UsageError(
+        f"optimizer.new sets the learning rate of what growth added, and nothing is new: "
+        f"{_explain_nothing_new(lineage)}; grow first (grow.map, grow.embed, or on disk), or leave "
+        "optimizer.new out"
+    )
+
+
+def _explain_nothing_new(lineage: Lineage) -> str:
+    """Why a model without new parameters has none."""
+    if lineage.growths_new():
+        return "the growths before this training added no units"
+    if any(isinstance(entry, Growth) for entry in lineage):
+        return "all parameters were trained since the model was grown"
+    return "no growth came before this training"
 
 
 def _select_new(at: str, lineage: Lineage, model: Architecture) -> Part:
@@ -139,11 +189,9 @@ def _select_new(at: str, lineage: Lineage, model: Architecture) -> Part:
     layers = find_new_layers(growths)
     if layers:
         return Part(tuple(sorted(layers)))
-    what = "no growth came before this training"
+    what = _explain_nothing_new(lineage)
     if growths:
         what = "the growths before this training added none (they grew width or vocabulary)"
-    elif any(isinstance(entry, Growth) for entry in lineage):
-        what = "all parameters were trained since the model was grown"
     raise UsageError(
         f"train=new trains the layers that growth added, and nothing is new: {what}; grow with "
         "`growkit depth` or grow.map, or leave train=new out"

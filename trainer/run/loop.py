@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import jax
 
-from growkit.checkpoint.files import is_remote
 from growkit.errors import GrowkitError
 from trainer.log.history import EARLIER
 from trainer.log.report import Report, Result, Show
@@ -32,7 +31,6 @@ from trainer.run.metrics import Metrics
 from trainer.run.position import Position
 from trainer.run.validation import compute_validation_loss
 from trainer.run.watch import Watch
-from trainer.step.optimizer import Multipliers
 from trainer.step.plateau import compute_reduction, reduce_learning_rate
 from trainer.step.update import State, TrainStep, make_eval_step, make_train_step
 
@@ -65,7 +63,7 @@ class Run:
         self._take(beginning.snapshot)
         self.metrics = Metrics(self.directory, self.setup.writers, self.position)
         self.utilization = self._measure_utilization()
-        self.multipliers = self._find_multipliers()
+        self.multipliers = growth.find_multipliers(self.config.optimizer, self.lineage, self.model)
         # The losses of before a growth say nothing of plateaus after it.
         losses = self.history.list_validation_losses() if self.resumed else []
         self.reduction = compute_reduction(losses, self.config.schedule, self.lineage)
@@ -95,11 +93,6 @@ class Run:
         devices = self.layout.mesh.devices
         flops = self.model.flops_per_token(self.config.model.context)
         return Utilization(devices.flat[0], devices.size, flops)
-
-    def _find_multipliers(self) -> Multipliers | None:
-        """What the growths before this training ask of the optimizer, where this run applies it."""
-        setting = "on" if self.lineage.last_training.multipliers else "off"
-        return growth.select_multipliers(setting, self.lineage.before_last, self.model)
 
     def _select_step(self) -> TrainStep:
         """Make the program of a step at the present learning rate; `remat: auto` compiles some."""
@@ -387,8 +380,7 @@ class Run:
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
-        if is_remote(self.directory.path):
-            self.history.flush()
+        self.history.secure(self.setup.trust.sync)
         snapshot = self.snapshot()
         saved = self.checkpoints.save(self.step, snapshot)
         self.saved_at = time.monotonic()

@@ -3,16 +3,18 @@
 optax gives the vocabulary and the state, which others find by structure, as in any optax state.
 Written here is what its adamw lacks: an eps, a learning-rate multiplier and a clip weight for each
 parameter, as one number or one for each unit. With them an exactly grown model trains on exactly as
-the small one would have.
+the small one would have. What growth made new may have a learning rate of its own beside.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from growkit.models.architecture import Architecture
@@ -25,12 +27,15 @@ class Multipliers:
     """Trees with the structure of the parameters; None for all ones.
 
     Each leaf is broadcastable to its parameter. learning_rate: multiplies Adam's direction, and not
-    the decay. eps: multiplies Adam's eps. clip: weighs squared gradients in the global norm.
+    the decay. eps: multiplies Adam's eps. clip: weighs squared gradients in the global norm. new:
+    for each parameter the arrays of `growkit.growth.new.mark_new`, which say what of it is new and
+    takes the factor of `optimizer.new`; None where the run has no such factor.
     """
 
     learning_rate: Any = None
     eps: Any = None
     clip: Any = None
+    new: Any = None
 
 
 def select_decayed(model: Architecture, part: Part = ALL) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def select_multipliers_of(
     """The multipliers of the parameters that are trained."""
     if multipliers is None:
         return None
-    trees = (multipliers.learning_rate, multipliers.eps, multipliers.clip)
+    trees = (multipliers.learning_rate, multipliers.eps, multipliers.clip, multipliers.new)
     return Multipliers(*(part.select_factors(model.table, tree) for tree in trees))
 
 
@@ -96,9 +101,33 @@ def scale_by_adam(
     return optax.GradientTransformation(optax.scale_by_adam(beta1, beta2, eps).init, update)
 
 
-def scale_each(multipliers: Any) -> optax.GradientTransformation:
-    """Multiply every update by its own factor."""
-    return optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, multipliers))
+def scale_each(multipliers: Any, marks: Any = None) -> optax.GradientTransformationExtraArgs:
+    """Multiply every update by its own factor, and what is new of it by the argument `new_factor`.
+
+    multipliers: None for ones. marks: what is new of each, as in `Multipliers`; None for nothing.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, new_factor: Any = None, **_: Any
+    ) -> tuple[Any, Any]:
+        if multipliers is not None:
+            updates = jax.tree.map(jnp.multiply, updates, multipliers)
+        if marks is not None:
+            updates = jax.tree.map(partial(_scale_new, new_factor), updates, marks)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _scale_new(factor: jax.Array, update: jax.Array, marks: tuple[np.ndarray, ...]) -> jax.Array:
+    """An update with its new numbers multiplied, in the factor's dtype, at least float32."""
+    if not marks:
+        return update
+    new = reduce(jnp.logical_or, [jnp.asarray(mark) for mark in marks])
+    scaled = (update.astype(factor.dtype) * factor).astype(update.dtype)
+    # Chosen and not multiplied by 1, which a compiler may take as one with what follows: old
+    # numbers keep their bits.
+    return jnp.where(new, scaled, update)
 
 
 def adamw(
@@ -106,25 +135,24 @@ def adamw(
     model: Architecture,
     multipliers: Multipliers | None = None,
     part: Part = ALL,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """All of the update but the learning rate.
 
     The step applies that: new = params - rate x update. part: the parameters that are trained;
-    multipliers are of these alone.
+    multipliers are of these alone. Where they mark what is new, `update` takes `new_factor`.
     """
     multipliers = multipliers or Multipliers()
     clip = optax.identity()
     if settings.clip:
         clip = clip_by_norm(settings.clip, multipliers.clip)
     # The decay is not multiplied: it acts on the value, which carries the share already.
-    scale = optax.identity()
-    if multipliers.learning_rate is not None:
-        scale = scale_each(multipliers.learning_rate)
+    scale = scale_each(multipliers.learning_rate, multipliers.new)
     # Always four parts, so that the state has one structure with and without clip and multipliers,
     # and can be handed from one to the other.
-    return optax.chain(
+    chain = optax.chain(
         clip,
         scale_by_adam(settings.beta1, settings.beta2, settings.eps, multipliers.eps),
         scale,
         optax.add_decayed_weights(settings.weight_decay, mask=select_decayed(model, part)),
     )
+    return optax.with_extra_args_support(chain)

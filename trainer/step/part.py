@@ -51,17 +51,21 @@ class Part:
         return self.tree(table, lambda row: _find(tree, row)[index])
 
     def select_factors(self, table: Table, tree: Any) -> Any:
-        """The part of a tree of numbers, or of arrays that broadcast to the parameters."""
+        """The part of a tree of numbers, or of arrays that broadcast to the parameters.
+
+        A parameter may have a tuple of them.
+        """
         if self.layers is None or tree is None:
             return tree
         index = np.array(self.layers)
 
-        def take(row: Row) -> Any:
-            factor = _find(tree, row)
+        def take(factor: Any) -> Any:
+            if isinstance(factor, tuple):
+                return tuple(take(each) for each in factor)
             # One entry for all layers stays one.
             return factor[index] if np.ndim(factor) and len(factor) > 1 else factor
 
-        return self.tree(table, take)
+        return self.tree(table, lambda row: take(_find(tree, row)))
 
     def merge(self, table: Table, tree: Any, part: Any) -> Any:
         """The tree with this part of it replaced."""

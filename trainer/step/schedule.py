@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.config.sections import Schedule
+from trainer.config.sections import NewRate, Schedule
 
 # From the part of the fall that is done, 0 to 1, to the height above the floor that is left, 1 to
 # 0.
@@ -65,6 +65,26 @@ def evaluate_schedule(kind: str, numbers: Mapping[str, Any], step: jax.Array | i
     # 1 long after growth, and 1 always where nothing grew (see `encode_schedule`).
     again = jnp.clip((done - numbers["grown_at"]) / numbers["rewarmup"], 0.0, 1.0)
     return numbers["peak"] * height * again
+
+
+def encode_new_rate(settings: NewRate, grown_at: int | None) -> dict[str, float]:
+    """The numbers that `evaluate_new_rate` reads.
+
+    grown_at: as in `compute_learning_rate`; None for a schedule that was begun since the growth,
+    whose first step then counts as the growth's.
+    """
+    grown, rewarmup = -1, 1
+    if settings.rewarmup:
+        grown, rewarmup = grown_at or 0, settings.rewarmup
+    return {"new_rate": settings.rate, "new_from": grown, "new_rewarmup": rewarmup}
+
+
+def evaluate_new_rate(numbers: Mapping[str, Any], step: jax.Array | int) -> jax.Array:
+    """The factor on the rate of new parameters, of the update after `step` updates."""
+    # Counted from 1, as in `evaluate_schedule`: the first update has a rate above 0.
+    done = jnp.asarray(step + 1, jnp.result_type(float))
+    warmed = jnp.clip((done - numbers["new_from"]) / numbers["new_rewarmup"], 0.0, 1.0)
+    return numbers["new_rate"] * warmed
 
 
 def compute_learning_rate(

@@ -21,15 +21,21 @@ from jax.sharding import NamedSharding
 from growkit.errors import UsageError
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
-from trainer.config.sections import Config, Optimizer, Precision
+from trainer.config.sections import Config, NewRate, Optimizer, Precision
 from trainer.devices.sharding import Layout, make_single_device_layout
-from trainer.model.decoder import Decoder
+from trainer.model.decoder import ApplyLayers, Decoder
 from trainer.model.kernels import select_kernel
+from trainer.model.part_scan import PartScan
 from trainer.model.precision import select_wide_dtype
 from trainer.step.loss import sum_token_losses
 from trainer.step.optimizer import Multipliers, adamw, global_norm, select_multipliers_of
 from trainer.step.part import ALL, Part
-from trainer.step.schedule import encode_schedule, evaluate_schedule
+from trainer.step.schedule import (
+    encode_new_rate,
+    encode_schedule,
+    evaluate_new_rate,
+    evaluate_schedule,
+)
 
 # How many programs a process keeps: for a study's sources and target, and for growth within a run.
 PROGRAMS = 16
@@ -65,10 +71,11 @@ def sum_loss(
     tokens_BxT1: jax.Array,
     key: jax.Array | None,
     mask_B: jax.Array | None = None,
+    layers: ApplyLayers | None = None,
 ) -> jax.Array:
     """Sum the loss, nats, of predicting each token from those before it. With a key, dropout is on.
 
-    mask: 1 for the sequences that count, None for all.
+    mask: 1 for the sequences that count, None for all. layers: as `Decoder` takes it.
     """
     rngs = {} if key is None else {"dropout": key}
     # T + 1 tokens give T predictions: each token but the last has a next one.
@@ -76,7 +83,7 @@ def sum_loss(
     targets_BxT = tokens_BxT1[:, 1:]
     deterministic = key is None
     hidden_BxTxE = network.apply(
-        {"params": params}, inputs_BxT, deterministic, rngs=rngs, head=False
+        {"params": params}, inputs_BxT, deterministic, rngs=rngs, head=False, layers=layers
     )
     head_VxE = network.head_weight(params)
     if mask_B is None:
@@ -100,8 +107,14 @@ def accumulate_gradients(
     table = network.model.table
     trained = part.select(table, params)
 
-    def sum_part_loss(trained: Any, *inputs: Any) -> jax.Array:
-        return sum_loss(network, part.merge(table, params, trained), *inputs)
+    def sum_part_loss(trained: Any, tokens_BxT1: jax.Array, key: jax.Array | None) -> jax.Array:
+        if part.layers is None:
+            return sum_loss(network, trained, tokens_BxT1, key)
+        # Only layers are trained, and no gradient is computed of what is frozen.
+        name = network.computation.layers
+        time = tokens_BxT1.shape[1] - 1
+        scan = PartScan(network, part.layers, trained[name], params[name], key, time)
+        return sum_loss(network, params, tokens_BxT1, key, layers=scan)
 
     differentiate = jax.value_and_grad(sum_part_loss)
     parts, batch, length = tokens_AxBxT1.shape
@@ -180,12 +193,14 @@ def make_train_step(
     network = Decoder(model, config.precision, config.dropout, config.remat, kernel, layout=layout)
     # The learning rate is one of the numbers, and `multipliers` is an argument of its own: neither
     # is part of what identifies a program.
-    settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto")
+    settings = replace(config.optimizer, learning_rate=1.0, multipliers="auto", new=NewRate())
     # Trees of multipliers cannot be hashed, so their programs are not kept.
     make = _keep_program if multipliers is None else _make_program
     multipliers = select_multipliers_of(multipliers, model, part)
     program, memory = make(network, settings, config.schedule.kind, multipliers, part)
     numbers = encode_schedule(config.schedule, config.optimizer.learning_rate, grown_at)
+    if multipliers is not None and multipliers.new is not None:
+        numbers |= encode_new_rate(config.optimizer.new, grown_at)
     return TrainStep(program, memory, numbers | {"seed": config.seed}, config.remat)
 
 
@@ -229,6 +244,7 @@ def _define_train_step(
     dropout = network.dropout
     drops = any((dropout.hidden, dropout.attention, dropout.embedding))
     clip_weights = multipliers.clip if multipliers else None
+    marked = multipliers is not None and multipliers.new is not None
 
     def train_step(
         state: State, tokens_AxBxT1: jax.Array, numbers: dict[str, jax.Array]
@@ -240,7 +256,10 @@ def _define_train_step(
         loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key, part)
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
         params = _shard_as_moments(network, part.select(table, state.params), part)
-        direction, optimizer_state = optimizer.update(gradient, state.optimizer, params)
+        factor = {}
+        if marked:
+            factor = {"new_factor": evaluate_new_rate(numbers, state.schedule_step)}
+        direction, optimizer_state = optimizer.update(gradient, state.optimizer, params, **factor)
         rate = evaluate_schedule(kind, numbers, state.schedule_step)
         updates = jax.tree.map(partial(_scale_update, rate), direction, params)
         norm = global_norm(gradient, clip_weights)

@@ -10,7 +10,6 @@ further seeds.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import shutil
 import time
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from growkit.checkpoint.files import encode_json
+from growkit.checkpoint.files import encode_json, read_json
 from growkit.errors import GrowkitError, UsageError
 from trainer.config.sections import resolve
 from trainer.devices.hosts import write_once
@@ -220,12 +219,23 @@ class Course:
     def _read_result(self, run: PlannedRun) -> FinishedRun | None:
         """The result of a run that is done; None for any other.
 
-        Raises UsageError when the run was trained with other values.
+        Raises UsageError when the run was trained with other values, GrowkitError for a file that
+        is damaged.
         """
         path = run.directory / RESULT
         if not path.exists():
             return None
-        kept = json.loads(path.read_text())
+        kept = read_json(path)
+        try:
+            return self._take_result(kept, run)
+        except (AttributeError, KeyError, TypeError):
+            raise GrowkitError(
+                f"{path} is damaged: it is not what a study writes there; remove it, and the study "
+                "takes the result from the run again"
+            ) from None
+
+    def _take_result(self, kept: Any, run: PlannedRun) -> FinishedRun:
+        """What a result's file says. Raises UsageError when the run had other values."""
         changed = find_changed_keys(kept["values"], run.values)
         # A run may be resumed with other validation windows, but losses of other windows cannot be
         # compared.

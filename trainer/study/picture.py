@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from trainer.devices.hosts import write_once
-from trainer.log.history import METRICS, parse_rows
+from trainer.log.history import METRICS, read_rows
 from trainer.study.design import SCRATCH
 from trainer.study.outcome import FinishedRun, Outcome
 
@@ -60,7 +60,7 @@ def _draw_panel(axes: Any, outcome: Outcome, out: Path, sources: bool) -> None:
 
 def _draw_scratch(axes: Any, run: FinishedRun, out: Path, labelled: bool) -> None:
     """A run from scratch: its losses on the way as a line, its end as a star on a dotted level."""
-    rows = parse_rows((out / "runs" / run.run / METRICS).read_text())
+    rows = read_rows(epath.Path(out) / "runs" / run.run / METRICS)
     validated = [row for row in rows if row["validation_loss"]]
     # The loss before the first step, at 0 FLOPs, has no place on a logarithmic axis.
     flops = [float(row["flops"]) for row in validated[1:]]

@@ -1,0 +1,48 @@
+"""The verb that gives a mixture more experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from growkit.cli.arguments import parse_number
+from growkit.cli.growing import Growing, add_growing_options, plan_and_grow
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.tensor import Source
+    from growkit.growth.plan import Plan
+
+
+@click.command(cls=Growing)
+@click.argument("count", metavar="FROM:TO")
+@click.option(
+    "--top",
+    metavar="FROM:TO",
+    help="Experts a token, as 2:4. Default: as many times more as there are experts, which keeps "
+    "the function.",
+)
+@click.option("--exact", is_flag=True, help="Refuse what would change the function.")
+@add_growing_options
+def experts(count: str, top: str | None, exact: bool, src: str, out: str, **options: Any) -> None:
+    """Give a mixture of experts SRC more of them: 8:16 copies each of 8 experts once.
+
+    Every expert and its row of the router get as many copies. A token goes through all copies of
+    the experts that it went through, so the function is preserved, and moments are grown with it.
+    --noise sets the copies of each router row apart: without it copies stay equal.
+    """
+    from growkit.errors import UsageError
+    from growkit.growth.experts import plan_experts
+
+    if exact and parse_number("noise", options["noise"]):
+        raise UsageError(
+            "--exact refuses --noise: it sets copies of a router row apart, so their scores differ"
+        )
+
+    def plan(source: Source) -> Plan:
+        return plan_experts(source.model, source.config, count, top, exact)
+
+    plan_and_grow("experts", src, out, plan, options)
+
+
+COMMANDS = {"experts": experts}
