@@ -394,6 +394,10 @@ def test_accelerates_directories(accelerated, saved, tmp_path):
     load_strictly({"optimizer": state}, out / "optimizer_0")
     assert run(["verify", str(accelerated), str(out)]) == 0
     assert run(depth(accelerated, out, "--force")) == 0
+    for name in ("optimizer_0/mine.txt", "mine.pkl"):
+        (out / name).write_text("x")
+        assert run(depth(accelerated, out, "--force")) == 2 and (out / name).exists()
+        (out / name).unlink()
 
 
 # Names of other programs.

@@ -292,6 +292,17 @@ def test_transformers_is_given_a_directory_with_weights_only(tmp_path, monkeypat
         checking.require_checkable(bare, 64)
 
 
+def test_force_replaces_an_output_and_nothing_else(plain, tmp_path, capsys):
+    again = depth(plain, tmp_path / "out", "--force")
+    assert run(again) == 0 and run(again) == 0
+    for name in ("mine.npy", f"{TAG}/mine.txt", f"{TAG}/zero/mine.pt"):
+        capsys.readouterr()
+        (tmp_path / "out" / name).write_text("x")
+        assert run(again) == 2 and "mine" in capsys.readouterr().err
+        assert (tmp_path / "out" / name).read_text() == "x"
+        (tmp_path / "out" / name).unlink()
+
+
 HEAD = f"{TAG}/zero/lm_head.weight"
 
 
