@@ -155,6 +155,17 @@ def find_outside(directory: Path, path: Path) -> str:
     return ""
 
 
+def list_inside(directory: Path, pattern: re.Pattern[str]) -> tuple[str, ...]:
+    """The names that fit a pattern, sorted, of plain files that lie in a directory themselves."""
+    return tuple(
+        sorted(
+            file.name
+            for file in directory.iterdir()
+            if pattern.fullmatch(file.name) and not find_outside(directory, file)
+        )
+    )
+
+
 def _find_blobs(home: Path) -> Path | None:
     """The blobs of the Hub's cache that a directory is a snapshot of.
 

@@ -20,8 +20,8 @@ from growkit.checkpoint.carried import (
     LIMIT,
     Beside,
     drop_code_keys,
-    find_outside,
     list_beside,
+    list_inside,
     require_inside,
 )
 from growkit.checkpoint.dcp_items import Items
@@ -48,7 +48,7 @@ from growkit.checkpoint.hashes import drop_hashes
 from growkit.checkpoint.hf_trainer import find_slot_hashes
 from growkit.checkpoint.huggingface import JSON_LIMIT, OWN, read_lineage
 from growkit.checkpoint.naming import HEADS, Named, name_tensors
-from growkit.checkpoint.optimizer import STEP, Group, Optimizer, find_entries
+from growkit.checkpoint.optimizer import STEP, Group, Optimizer, find_entries, require_step
 from growkit.checkpoint.tensor import Source, Tensor, read_model
 from growkit.checkpoint.unsuited import refuse_config
 from growkit.errors import GrowkitError
@@ -88,7 +88,7 @@ def open_distributed(path: Path) -> Source:
     hashed, tensors = find_slot_hashes(path, {"params": named.tensors} | slots)
     _turn_heads(tensors, spelling, named.model)
     layout = _lay_out(found, items, folders, spelling)
-    training = tuple(sorted(file.name for file in path.iterdir() if _is_training(path, file)))
+    training = list_inside(path, TRAINING)
     beside = _list_beside(path, items, training)
     count = 0 if optimizer is None else optimizer.count
     return Source(
@@ -148,11 +148,6 @@ def _read_held(path: Path, folders: tuple[str, str]) -> dict[str, Held]:
                 raise GrowkitError(f"{path} holds {key} in two directories")
             held[key] = Held(directory, entry)
     return held
-
-
-def _is_training(path: Path, file: Path) -> bool:
-    """Whether a file belongs to the training that went on here, and lies here."""
-    return TRAINING.fullmatch(file.name) is not None and not find_outside(path, file)
 
 
 def _list_beside(path: Path, items: Items, training: tuple[str, ...]) -> Beside:
@@ -232,6 +227,12 @@ def _read_optimizer(
     if not found.state:
         raise GrowkitError(f"{where} holds no state, as of SGD without momentum: nothing grows")
     names = spelling.names
+    if all(str(name).isdecimal() for name in found.state):
+        raise GrowkitError(
+            f"{where} has moments by number, as optimizer.state_dict() gives them, and which "
+            "parameter has which number is not stated; save what get_optimizer_state_dict of "
+            "torch.distributed.checkpoint.state_dict gives"
+        )
     missing = names.keys() ^ found.state.keys()
     if missing:
         raise GrowkitError(
@@ -247,17 +248,11 @@ def _read_optimizer(
         if STEP in state:
             steps[names[own]] = items.read_value(state[STEP], f"the step of {own}")
     for name, step in steps.items():
-        _require_number(where, name, step)
+        require_step(where, name, step)
     groups = _read_groups(where, found, items, names)
     slot_names = {slot: entry for entry, slot in entries.items()}
     locations = dict.fromkeys(slots, "cpu")
     return Optimizer(groups, slot_names, locations, steps, named=True), slots
-
-
-def _require_number(where: Path, name: str, step: Any) -> None:
-    number = getattr(step, "value", step)
-    if type(number) not in (int, float):
-        raise GrowkitError(f"{where}: the step of {name} is no number")
 
 
 def _read_groups(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from growkit.checkpoint.dcp_metadata import Entry
 from growkit.checkpoint.dcp_names import Spelling
+from growkit.checkpoint.optimizer import ENTRIES, REASONS
 from growkit.checkpoint.raw import Span
 from growkit.errors import GrowkitError
 
@@ -24,6 +25,8 @@ Keys = tuple[str | int, ...]
 MODEL = "model"
 OPTIMIZERS = ("optimizer", "optim")
 STATE, GROUPS, PARAMS = "state", "param_groups", "params"
+# How keys of moments end, wherever they lie.
+MOMENTS = frozenset(REASONS).union(*ENTRIES)
 # How FSDP of torch 1.x names a module's parameters after it made one of them.
 FLAT = ("_flat_param", "flat_param")
 
@@ -111,7 +114,7 @@ def sort_entries(held: Mapping[str, Held], path: Path) -> Sorted:
     found = Sorted()
     rest: dict[str, Held] = {}
     for key, each in held.items():
-        if not _take_optimizer(each, found):
+        if not _take_optimizer(each, found, path):
             rest[key] = each
     bases = [each.entry.path[:-1] for each in rest.values() if each.entry.path[-2:-1] == (MODEL,)]
     found.model = bases[0] if bases else ()
@@ -131,7 +134,7 @@ def sort_entries(held: Mapping[str, Held], path: Path) -> Sorted:
             f"{path} is a distributed checkpoint without a model: it has neither keys model.NAME "
             f"nor names of parameters, but {', '.join(list(held)[:3]) or 'nothing'}"
         )
-    _refuse_averages(found, path)
+    _refuse_further(found, path)
     return found
 
 
@@ -145,20 +148,35 @@ def _refuse_flat(held: Mapping[str, Held], path: Path) -> None:
             )
 
 
-def _refuse_averages(found: Sorted, path: Path) -> None:
-    """Raise GrowkitError for further tensors of the parameters, as running averages have."""
+def _refuse_further(found: Sorted, path: Path) -> None:
+    """Raise GrowkitError for further tensors of the parameters, as running averages and the moments
+    of another optimizer are.
+    """
     for key, each in found.others.items():
-        words = key.split(".")
-        names = (".".join(words[start:]) for start in range(1, len(words)))
-        if each.entry.dtype and each.entry.shape and any(n in found.parameters for n in names):
+        if each.entry.dtype and each.entry.shape and _is_of_parameter(key, found):
             raise GrowkitError(
                 f"{path} holds {key} beside the model and its optimizer, and growkit does not know "
-                "how it grows; save without it"
+                "how it grows; save without it (the one optimizer that grows is found under "
+                f"{' or '.join(OPTIMIZERS)})"
             )
 
 
-def _take_optimizer(held: Held, found: Sorted) -> bool:
-    """Take an entry that is of the optimizer; returns whether it is."""
+def _is_of_parameter(key: str, found: Sorted) -> bool:
+    """Whether a key has a parameter's name within it, or ends as an optimizer's moments do."""
+    words = key.split(".")
+    if words[-1] in MOMENTS:
+        return True
+    # Not the whole key: that is a parameter itself.
+    places = range(len(words) + 1)
+    names = (".".join(words[start:end]) for start in places[1:] for end in places[start + 1 :])
+    return any(name in found.parameters for name in names)
+
+
+def _take_optimizer(held: Held, found: Sorted, path: Path) -> bool:
+    """Take an entry that is of the optimizer; returns whether it is.
+
+    Raises GrowkitError for one of a second optimizer.
+    """
     keys = held.entry.path
     place = next((n for n, key in enumerate(keys) if key in OPTIMIZERS), None)
     if place is None:
@@ -172,9 +190,15 @@ def _take_optimizer(held: Held, found: Sorted) -> bool:
     kind, name, last = inner
     if kind == GROUPS and not flattened and type(name) is not int:
         return False
+    base = keys[: place + 1]
+    if found.optimizer not in (None, base):
+        raise GrowkitError(
+            f"{path} holds two optimizers, {join_keys(found.optimizer or ())} and "
+            f"{join_keys(base)}, and growkit grows one; save without the other"
+        )
     group = found.state if kind == STATE else found.options
     group.setdefault(name, {})[str(last)] = held  # type: ignore[arg-type]
-    found.optimizer = keys[: place + 1]
+    found.optimizer = base
     found.flattened = flattened
     return True
 

@@ -21,6 +21,7 @@ from growkit.checkpoint.torch_pickle import (
     KNOWN,
     LIMIT,
     MALFORMED,
+    Fixed,
     Foreign,
     Instance,
     make_tuple,
@@ -121,7 +122,7 @@ class _Storage(_Record):
 
 
 @dataclass(frozen=True)
-class _Name:
+class _Name(Fixed):
     """What stands for a dtype of torch."""
 
     name: str

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.checkpoint.carried import LIMIT, find_outside
+from growkit.checkpoint.carried import LIMIT, find_outside, list_inside
 from growkit.checkpoint.files import LFS_POINTER, open_regular, read_json, read_regular
 from growkit.checkpoint.fill import Progress, collect_jobs, fill
 from growkit.checkpoint.hashes import Hashed
@@ -66,7 +66,7 @@ def open_trained(path: Path) -> Source:
     """
     if _is_of_another_kind(path / OPTIMIZER):
         return _open_alone(path)
-    files = tuple(sorted(file.name for file in path.iterdir() if _is_training(path, file)))
+    files = list_inside(path, TRAINING)
     source = open_directory(path, (OPTIMIZER, *files))
     try:
         found = _read_state(path, source)
@@ -110,11 +110,6 @@ def find_slot_hashes(
 def _stated_name(slot: str, name: str) -> str:
     """What the lineage's hashes call a tensor."""
     return name if slot == "params" else f"{slot}.{name}"
-
-
-def _is_training(path: Path, file: Path) -> bool:
-    """Whether a file belongs to the training that went on here, and lies here."""
-    return TRAINING.fullmatch(file.name) is not None and not find_outside(path, file)
 
 
 def _is_of_another_kind(path: Path) -> bool:

@@ -1,7 +1,8 @@
 """Find and open the model a user names, and write a model in either format.
 
 SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a run
-directory (its last checkpoint), RUN@STEP or RUN@best, or a checkpoint of gpt-neox or OLMo.
+directory (its last checkpoint), RUN@STEP or RUN@best, or a checkpoint of another trainer:
+transformers' Trainer, PyTorch's distributed ones, DeepSpeed's universal ones, gpt-neox, OLMo 2.
 """
 
 from __future__ import annotations

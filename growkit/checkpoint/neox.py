@@ -33,6 +33,7 @@ from growkit.checkpoint.zero import (
     cut_parameters,
     open_partitions,
     open_state,
+    require_single,
 )
 from growkit.errors import GrowkitError
 
@@ -163,10 +164,11 @@ def _list_used(path: Path) -> list[str]:
 def _list_layers(path: Path, settings: Settings) -> list[dict[int, TorchFile]]:
     """The layer files of each rank of tensor parallelism, by number."""
     found: dict[int, dict[int, Path]] = {}
-    for file in path.iterdir():
+    for file in sorted(path.iterdir()):
         match = LAYER_FILE.fullmatch(file.name)
         if match:
-            found.setdefault(int(match[2] or 0), {})[int(match[1])] = file
+            of_rank = found.setdefault(int(match[2] or 0), {})
+            require_single(of_rank.setdefault(int(match[1]), file), file)
     count = settings.ranks or max(found) + 1
     wanted = [0, *(2 + n for n in range(settings.layers)), settings.layers + 3]
     wanted += [] if settings.tied else [settings.layers + 4]

@@ -31,6 +31,7 @@ FIXED: dict[str, tuple[Any, Any]] = {
     "use_mup": (False, False),
     "moe_num_experts": (1, 1),
     "rotary_interleaved": (False, False),
+    "sliding_window_width": (None, None),
 }
 ATTENTIONS = ("global", "flash", "ring")
 

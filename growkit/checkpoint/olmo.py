@@ -20,10 +20,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from growkit.checkpoint.carried import list_beside, require_inside
 from growkit.checkpoint.files import read_regular
+from growkit.checkpoint.optimizer import require_step
 from growkit.checkpoint.safetensors import read_header
 from growkit.checkpoint.tensor import Source, Tensor
 from growkit.checkpoint.torch_pickle import Foreign, read_pickle
@@ -197,9 +196,13 @@ def _decode(path: Path, name: str) -> tuple[tuple[Any, ...], bool]:
         ) from None
     except (GrowkitError, binascii.Error, UnicodeError, ValueError):
         value = None
-    if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], tuple):
+    if not isinstance(value, tuple) or len(value) != 2 or not _are_keys(value[0]):
         raise GrowkitError(f"{path}: {name[:40]!r} is no name of OLMo's")
     return value[0], bool(value[1])
+
+
+def _are_keys(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(key) in (str, int) for key in value)
 
 
 def _rename(
@@ -249,10 +252,18 @@ def _cut(tensor: Tensor, first: int, count: int) -> Tensor:
     return Tensor(shape, tensor.dtype, lambda a, b: tensor.rows(first + a, first + b), span)
 
 
+def _read_step(path: Path, tensor: Tensor) -> int:
+    """A parameter's step. Raises GrowkitError for what is no count."""
+    if tensor.shape not in ((), (1,)):
+        raise GrowkitError(f"{path / OPTIMIZER}: the step of a parameter is no number")
+    step = float(tensor.read().reshape(-1)[0])
+    require_step(path / OPTIMIZER, "a parameter", step)
+    return int(step)
+
+
 def _read_record(path: Path, steps: list[Tensor]) -> dict[str, Any]:
     """The step of the training, and how many steps AdamW took: of the parameter with most."""
-    taken = [float(np.max(tensor.read())) for tensor in steps]
-    count = int(max(taken, default=0))
+    count = max((_read_step(path, tensor) for tensor in steps), default=0)
     step = count
     if (path / STATE).is_file():
         require_inside(path, path / STATE)

@@ -9,6 +9,7 @@ none, the file is refused.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,6 +170,22 @@ def read_scalar(file: TorchFile, stored: Stored, what: str) -> Scalar:
         raise GrowkitError(f"{file.path}: {what} is no number")
     value = file.open_tensor(stored, what).read()
     return Scalar(str(stored.dtype), stored.storage.location, float(value.reshape(-1)[0]))
+
+
+def read_step(file: TorchFile, value: Any, name: str) -> Any:
+    """A parameter's step, a number or a `Scalar`. Raises GrowkitError for anything else."""
+    step = value
+    if isinstance(value, Stored):
+        step = read_scalar(file, value, f"the step of {name}")
+    require_step(file.path, name, step)
+    return step
+
+
+def require_step(where: Path, name: str, step: Any) -> None:
+    """Raise GrowkitError unless a parameter's step is a number from 0, plain or a `Scalar`."""
+    number = step.value if isinstance(step, Scalar) else step
+    if type(number) not in (int, float) or not 0 <= number < math.inf:
+        raise GrowkitError(f"{where}: the step of {name} is no number from 0")
 
 
 def _split(file: TorchFile) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:
@@ -343,12 +360,4 @@ class _Reading:
             self.slots.setdefault(slot, {})[name] = tensor
             self.locations.setdefault(slot, stored.storage.location)
         if STEP in self.state[number]:
-            self.steps[name] = self._read_step(self.state[number][STEP], name)
-
-    def _read_step(self, step: Any, name: str) -> Any:
-        """A step as a number or a `Scalar`. Raises GrowkitError for anything else."""
-        if type(step) in (int, float):
-            return step
-        if not isinstance(step, Stored):
-            raise GrowkitError(f"{self.file.path}: the step of {name} is no number")
-        return read_scalar(self.file, step, f"the step of {name}")
+            self.steps[name] = read_step(self.file, self.state[number][STEP], name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint.carried import is_carried_name
-from growkit.checkpoint.files import read_json
+from growkit.checkpoint.files import read_json, read_regular
 from growkit.errors import GrowkitError
 
 # What directories of models hold beside the files that growkit carries.
@@ -25,7 +25,13 @@ CHECKPOINT = "_CHECKPOINT_METADATA"
 # PyTorch's distributed checkpoints, and the directories of accelerate's.
 DISTRIBUTED = ".metadata"
 FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
-DISTRIBUTED_FILE = re.compile(r"\.metadata|__\d+_\d+\.distcp|.*\.pkl")
+DATA_FILE = re.compile(r"\.metadata|__\d+_\d+\.distcp")
+PROGRAM_FILE = re.compile(r"(random_states|custom_checkpoint)_\d+\.pkl")
+# DeepSpeed's universal checkpoints: what names the directory, and what lies in that.
+UNIVERSAL = "latest_universal"
+UNIVERSAL_FILE = re.compile(
+    r"mp_rank_00_model_states\.pt|zero/(optimizer_state\.pt|[^/]+/(fp32|exp_avg|exp_avg_sq|step)\.pt)"
+)
 # A few kilobytes of a run's configuration say what it is.
 HEAD = 65536
 
@@ -49,16 +55,39 @@ def _check_model(names: Mapping[str, Path]) -> str:
     if not isinstance(config, dict) or not {"model_type", "architectures"} & config.keys():
         return "has a config.json that describes no model"
     if FOLDERS[0] in names and (names[FOLDERS[0]] / DISTRIBUTED).is_file():
-        return _check_distributed({n: path for n, path in names.items() if n not in FOLDERS})
+        return _check_folders(names)
     # A config.json alone could be any transformers project's.
     if not any(name.endswith(".safetensors") for name in names):
         return "holds no .safetensors file"
     return _find_other(names, lambda name: is_carried_name(name) or MODEL_FILE.fullmatch(name))
 
 
+def _check_folders(names: Mapping[str, Path]) -> str:
+    """The directories of accelerate's, and what lies around them."""
+    for folder in FOLDERS:
+        inner = names[folder].iterdir() if folder in names else ()
+        other = _find_other({path.name: path for path in inner}, DATA_FILE.fullmatch)
+        if other:
+            return f"has a directory {folder!r} that {other}"
+    return _check_distributed({n: path for n, path in names.items() if n not in FOLDERS})
+
+
+def _check_universal(names: Mapping[str, Path]) -> str:
+    tag = read_regular(names[UNIVERSAL], HEAD).decode(errors="replace").strip()
+    home = names.get(tag)
+    if home is None or not (home / "zero").is_dir():
+        return f"has a {UNIVERSAL} that names no directory with zero/"
+    for path in sorted(home.rglob("*")):
+        name = path.relative_to(home).as_posix()
+        if not path.is_dir() and not UNIVERSAL_FILE.fullmatch(name):
+            return f"holds the file {f'{tag}/{name}'!r}, which no output of growkit's has"
+    around = {name: path for name, path in names.items() if name not in (tag, UNIVERSAL)}
+    return _find_other(around, lambda name: is_carried_name(name) or MODEL_FILE.fullmatch(name))
+
+
 def _check_distributed(names: Mapping[str, Path]) -> str:
     def is_own(name: str) -> bool:
-        patterns = (MODEL_FILE, DISTRIBUTED_FILE)
+        patterns = (MODEL_FILE, DATA_FILE, PROGRAM_FILE)
         return is_carried_name(name) or any(each.fullmatch(name) for each in patterns)
 
     if DISTRIBUTED in names and not any(name.endswith(".distcp") for name in names):
@@ -88,6 +117,7 @@ def _check_run(names: Mapping[str, Path]) -> str:
 OUTPUTS: dict[str, Callable[[Mapping[str, Path]], str]] = {
     CHECKPOINT: _check_checkpoint,
     DISTRIBUTED: _check_distributed,
+    UNIVERSAL: _check_universal,
     "config.json": _check_model,
     "manifest.json": _check_tokens,
     "config.yaml": _check_run,

@@ -38,6 +38,8 @@ STORAGES = {
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 # Bytes of a pickle at most; one of 10,000 parameters has 3 MB.
 LIMIT = 100_000_000
+# Dicts, lists and tuples in each other at most; a state of training has about 6.
+DEEPEST = 100
 MALFORMED = (
     pickle.UnpicklingError,
     AttributeError,
@@ -52,8 +54,17 @@ MALFORMED = (
 )
 
 
+class Fixed:
+    """What no pickle changes: a pickle may give any object a state, and a frozen class does not
+    prevent that.
+    """
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a pickle gives a state to what has none")
+
+
 @dataclass(frozen=True)
-class Storage:
+class Storage(Fixed):
     """Numbers in one stretch of the file. key: its name there; location: the device's."""
 
     dtype: np.dtype
@@ -63,7 +74,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Fixed):
     """A tensor: a view of a storage. offset and strides count numbers, not bytes."""
 
     storage: Storage
@@ -87,7 +98,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class _Dtype:
+class _Dtype(Fixed):
     """The stand-in for a storage's class."""
 
     dtype: np.dtype
@@ -169,11 +180,35 @@ def read_next(
     """
     named = {} if storages is None else storages
     try:
-        return _Reader(file, skipped, KNOWN if known is None else known, named).load()
+        value = _Reader(file, skipped, KNOWN if known is None else known, named).load()
+        _measure_depth(value, {})
+        return value
     except Foreign:
         raise
     except MALFORMED as problem:
         raise GrowkitError(f"its pickle cannot be read ({type(problem).__name__})") from None
+
+
+def _measure_depth(value: Any, measured: dict[int, int]) -> int:
+    """How deep dicts, lists and tuples lie in each other; 0 for anything else.
+
+    measured: the depth of each by its id. Raises RecursionError for more than DEEPEST, which is
+    also what one has that holds itself.
+    """
+    if isinstance(value, Mapping):
+        parts = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple):
+        parts = [*value]
+    else:
+        return 0
+    if id(value) not in measured:
+        # Stands until it is measured, and is what one that holds itself finds.
+        measured[id(value)] = DEEPEST
+        measured[id(value)] = 1 + max((_measure_depth(part, measured) for part in parts), default=0)
+    depth = measured[id(value)]
+    if depth > DEEPEST:
+        raise RecursionError
+    return depth
 
 
 class _Reader(pickle.Unpickler):

@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 
-from growkit.checkpoint.carried import LIMIT, drop_code_keys, list_beside, require_inside
-from growkit.checkpoint.files import read_json, read_regular
-from growkit.checkpoint.hashes import Hashed
-from growkit.checkpoint.hf_trainer import TRAINING
-from growkit.checkpoint.huggingface import (
-    INDEX,
-    OWN,
-    find_hashes,
-    read_lineage,
+from growkit.checkpoint.carried import (
+    LIMIT,
+    drop_code_keys,
+    list_beside,
+    list_inside,
+    require_inside,
 )
+from growkit.checkpoint.files import read_json, read_regular
+from growkit.checkpoint.hf_trainer import TRAINING, find_slot_hashes
+from growkit.checkpoint.huggingface import INDEX, OWN, read_lineage
 from growkit.checkpoint.naming import find_name
-from growkit.checkpoint.optimizer import Group, Optimizer, read_scalar
+from growkit.checkpoint.optimizer import Group, Optimizer, read_step
 from growkit.checkpoint.tensor import Source, Tensor, read_model
 from growkit.checkpoint.torch_pickle import Inert, Stored
 from growkit.checkpoint.torch_zip import TorchFile, open_torch_file
@@ -99,9 +99,9 @@ def open_universal(path: Path) -> Source:
     reading.check_all_read()
     count = reading.find_count()
     universal, left = reading.describe(states, groups)
-    hashed, tensors = _hash(path, lineage, reading.tensors)
+    hashed, tensors = find_slot_hashes(path, reading.tensors)
     optimizer = _make_optimizer(groups, reading, universal)
-    training = tuple(file.name for file in path.iterdir() if TRAINING.fullmatch(file.name))
+    training = list_inside(path, TRAINING)
     safe = tuple(file.name for file in path.glob("*.safetensors"))
     beside = list_beside(path, (*OWN, *training, *safe, *UNUSED, universal.tag))
     return Source(
@@ -129,22 +129,6 @@ def _make_optimizer(
         reading.steps,
         universal=universal,
     )
-
-
-def _hash(
-    path: Path, lineage: Any, tensors: Mapping[str, Mapping[str, Tensor]]
-) -> tuple[Hashed | None, dict[str, dict[str, Tensor]]]:
-    """The hashes on record, and the tensors, hashed from here on as they are read."""
-    stated = {
-        (slot, name): name if slot == "params" else f"{slot}.{name}"
-        for slot, each in tensors.items()
-        for name in each
-    }
-    named = {called: tensors[slot][name] for (slot, name), called in stated.items()}
-    hashed = find_hashes(path, lineage, named)
-    return hashed, {
-        slot: {name: named[stated[slot, name]] for name in each} for slot, each in tensors.items()
-    }
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -211,6 +195,8 @@ class _Reading:
         """Open the files of a parameter. known: its name in the table."""
         if "/" in name or name.startswith("."):
             raise GrowkitError(f"{self.home / STATES} names the parameter {name!r}, which is none")
+        if known in self.tensors["params"]:
+            raise GrowkitError(f"{self.home / STATES} has {known} twice among its parameters")
         self.names.add(name)
         for slot, key in FILES.items():
             file = _open_inside(self.path, self.home / "zero" / name / f"{key}.pt")
@@ -225,7 +211,8 @@ class _Reading:
         if os.path.lexists(step):
             require_inside(self.path, step)
             self.files.append(step)
-            self.steps[known] = _read_step(step)
+            file = open_torch_file(step)
+            self.steps[known] = read_step(file, file.value, name)
 
     def _keep_form(self, file: TorchFile, known: str) -> None:
         """Note what a file states beside its tensor. Raises GrowkitError where layers differ."""
@@ -329,16 +316,6 @@ def is_plain(value: Any) -> bool:
     return not isinstance(value, Inert | Stored) and isinstance(
         value, str | int | float | type(None)
     )
-
-
-def _read_step(path: Path) -> Any:
-    """A step as a number or a `Scalar`. Raises GrowkitError for anything else."""
-    file = open_torch_file(path)
-    if isinstance(file.value, Stored):
-        return read_scalar(file, file.value, STEP)
-    if type(file.value) not in (int, float):
-        raise GrowkitError(f"{path} holds no number")
-    return file.value
 
 
 def _read_record(states: TorchFile, optimizer: Optimizer, count: Any) -> dict[str, Any]:

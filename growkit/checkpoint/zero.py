@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from growkit.checkpoint.optimizer import STEP, read_scalar, require_step
 from growkit.checkpoint.tensor import Tensor
 from growkit.checkpoint.torch_pickle import Inert, Stored
 from growkit.checkpoint.torch_zip import TorchFile, open_torch_file
@@ -123,11 +124,7 @@ def open_partitions(path: Path, rank: int) -> list[Partition]:
 
     Raises GrowkitError for a file that is missing, and for what is not of ZeRO 1 or 2.
     """
-    files = {
-        int(found[1]): file
-        for file in path.iterdir()
-        if (found := FILE.fullmatch(file.name)) and int(found[2]) == rank
-    }
+    files = _list_files(path, rank)
     if not files:
         raise GrowkitError(
             f"{path} has no zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt: it was saved "
@@ -147,6 +144,26 @@ def open_partitions(path: Path, rank: int) -> list[Partition]:
             "are of two saves"
         )
     return list(partitions.values())
+
+
+def _list_files(path: Path, rank: int) -> dict[int, Path]:
+    """The files of one rank of tensor parallelism, by rank of data parallelism."""
+    files: dict[int, Path] = {}
+    for file in sorted(path.iterdir()):
+        found = FILE.fullmatch(file.name)
+        if found and int(found[2]) == rank:
+            other = files.setdefault(int(found[1]), file)
+            require_single(other, file)
+    return files
+
+
+def require_single(one: Path, other: Path) -> None:
+    """Raise GrowkitError where two names mean one file of a checkpoint."""
+    if one != other:
+        raise GrowkitError(
+            f"{one} and {other.name} are the same part of two saves; move the one elsewhere that "
+            "is not of this save"
+        )
 
 
 def _read_partition(path: Path) -> Partition:
@@ -243,12 +260,10 @@ def _list_moments(file: TorchFile, base: Any, groups: int) -> list[list[Mapping[
 
 def _number_moments(file: TorchFile, base: Mapping[str, Any]) -> list[list[Any]]:
     """The states that torch's own form keys by number, by group."""
-    state = base.get("state")
-    groups = base.get("param_groups")
     try:
-        assert isinstance(state, Mapping) and isinstance(groups, list)
-        return [[state[number] for number in group["params"]] for group in groups]
-    except (AssertionError, KeyError, TypeError):
+        state = base["state"]
+        return [[state[number] for number in group["params"]] for group in base["param_groups"]]
+    except (IndexError, KeyError, TypeError):
         raise GrowkitError(
             f"{file.path}: base_optimizer_state is no optimizer's state dict"
         ) from None
@@ -260,13 +275,14 @@ def _find_count(
     """Adam's step, which its versions keep in three places; None where none is saved."""
     base = state["base_optimizer_state"]
     groups = base.get("param_groups") if isinstance(base, Mapping) else None
-    entries = [entry.get("step") for group in moments for entry in group]
-    stated = [group.get("step") for group in groups or () if isinstance(group, Mapping)]
+    entries = [entry.get(STEP) for group in moments for entry in group]
+    stated = [group.get(STEP) for group in groups or () if isinstance(group, Mapping)]
     values: list[Any] = [*entries, state.get("base_optimizer_state_step"), *stated]
     for value in values:
         if isinstance(value, Stored) and value.shape in ((), (1,)):
-            return int(file.open_tensor(value, "step").read().reshape(-1)[0])
+            value = read_scalar(file, value, STEP).value
         if type(value) in (int, float):
+            require_step(file.path, "the optimizer", value)
             return int(value)
     return None
 

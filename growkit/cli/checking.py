@@ -19,7 +19,7 @@ import numpy as np
 
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
-from growkit.cli.description import KINDS, is_trained
+from growkit.cli.description import KINDS, is_loaded_by_transformers, is_trained
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.vocabulary import EXACT, bound_shift
 
@@ -173,7 +173,7 @@ def require_checkable(source: Source, tokens: int = TOKENS) -> None:
     from convert.reference import require_transformers
 
     require_transformers()
-    if source.kind in ("checkpoint", "dcp"):
+    if not is_loaded_by_transformers(source):
         raise UsageError(
             f"--check runs a {source.model.kind} model in transformers, which reads no "
             f"{KINDS[source.kind]}"

@@ -94,6 +94,14 @@ def format_changes(before: Mapping[str, int], after: Mapping[str, int]) -> str:
     return ", ".join(f"{axis} {before[axis]} -> {after[axis]}" for axis in grown)
 
 
+def is_loaded_by_transformers(source: Source) -> bool:
+    """Whether transformers loads the source's directory as it is."""
+    if source.kind in ("huggingface", "hf_trainer"):
+        return True
+    universal = source.torch_optimizer.universal if source.torch_optimizer else None
+    return universal is not None and universal.weights
+
+
 def is_trained(source: Source) -> bool:
     """Whether growkit's trainer computes this model."""
     try:

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.evaluation.harness import Answer, Question
 
-# Kinds of sources that transformers does not load: growkit's own decoder computes them.
-IN_JAX = ("checkpoint", "dcp")
-
 
 @click.command()
 @click.argument("src", nargs=-1, required=True)
@@ -65,8 +62,8 @@ def evaluate(
 ) -> None:
     """Measure each SRC on benchmarks: accuracies, perplexities, bits per byte of any text.
 
-    A Hugging Face directory is run by lm-evaluation-harness' own model, a trainer checkpoint in
-    JAX; both in float32. Bits per byte: one figure for each file or folder in DIR/bpb (.jsonl with
+    What transformers loads is run by lm-evaluation-harness' own model, any other SRC in JAX; both
+    in float32. Bits per byte: one figure for each file or folder in DIR/bpb (.jsonl with
     "text", .txt, source code; compressed too).
     """
     from growkit.evaluation import report
@@ -151,13 +148,14 @@ def open_model(text: str) -> Model:
     Raises UsageError or GrowkitError.
     """
     from growkit.checkpoint.location import open_source
+    from growkit.cli.description import is_loaded_by_transformers
     from growkit.errors import GrowkitError
     from growkit.evaluation.harness import require_harness
     from growkit.models import require_trained
     from trainer.data.tokenizer import load_model_tokenizer
 
     source = open_source(text)
-    if source.kind in IN_JAX:
+    if not is_loaded_by_transformers(source):
         require_harness()
         require_trained(source.model, source.path)
     else:
@@ -186,13 +184,14 @@ def _choose_window(models: list[Model]) -> int:
 
 
 def load_model(model: Model, window: int, batch: int) -> Any:
-    """The model as the harness asks it: a checkpoint in JAX, a directory in transformers."""
+    """The model as the harness asks it: in transformers where that loads it, else in JAX."""
+    from growkit.cli.description import is_loaded_by_transformers
     from growkit.lineage import Lineage
 
     source = model.source
     # The trainer begins texts with end-of-text, as Pythia's; other models begin as they say.
     ours = source.model.kind == "gpt_neox" or Lineage.read(source.lineage).trained
-    if source.kind in IN_JAX:
+    if not is_loaded_by_transformers(source):
         from trainer.evaluate.harness import load_jax_model
 
         begin = None if ours else source.config.get("bos_token_id")

@@ -53,7 +53,10 @@ VERBS = {
         "growkit.cli.comparing",
         "Recompute a grown model from its source and compare every byte.",
     ),
-    "import": ("convert.cli", "Turn a Hugging Face directory into a trainer checkpoint."),
+    "import": (
+        "convert.cli",
+        "Turn a Hugging Face directory, or one of gpt-neox or OLMo 2, into a trainer checkpoint.",
+    ),
     "export": ("convert.cli", "Turn a model into a Hugging Face directory."),
     "evaluate": ("growkit.cli.evaluating", "Measure models on benchmarks and on text."),
     "study": (
@@ -109,7 +112,8 @@ def growkit(ctx: click.Context) -> None:
     """Grow trained transformer models, optimizer state included, and train them further.
 
     SRC is a Hugging Face directory, a Hub id with an optional @revision, a trainer checkpoint, a
-    run directory (its last checkpoint), RUN@STEP or RUN@best.
+    run directory (its last checkpoint), RUN@STEP or RUN@best. Checkpoints of other trainers are
+    read too: transformers' Trainer, PyTorch's DCP, DeepSpeed's universal ones, gpt-neox, OLMo 2.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -394,6 +394,10 @@ def test_accelerates_directories(accelerated, saved, tmp_path):
     load_strictly({"optimizer": state}, out / "optimizer_0")
     assert run(["verify", str(accelerated), str(out)]) == 0
     assert run(depth(accelerated, out, "--force")) == 0
+    for name in ("optimizer_0/mine.txt", "mine.pkl"):
+        (out / name).write_text("x")
+        assert run(depth(accelerated, out, "--force")) == 2 and (out / name).exists()
+        (out / name).unlink()
 
 
 # Names of other programs.
@@ -736,6 +740,27 @@ def to_averages(state):
     state["ema"] = {name: tensor.clone() for name, tensor in state["model"].items()}
 
 
+def to_parts_of_averages(state):
+    state["ema"] = {f"{name}.average": t.clone() for name, t in state["model"].items()}
+
+
+def to_other_key(state):
+    state["opt"] = state.pop("optimizer")
+
+
+def to_other_key_by_number(state):
+    to_numbers(state)
+    to_other_key(state)
+
+
+def to_two_optimizers(state):
+    state["optim"] = state["optimizer"]
+
+
+def to_list_of_optimizers(state):
+    state["optimizer"] = [state["optimizer"]] * 2
+
+
 def to_object(state):
     state["model"]["model.layers.0.self_attn._extra_state"] = [1, 2]
 
@@ -747,6 +772,11 @@ def to_halves(state):
 def to_words(state):
     for entry in state["optimizer"]["state"].values():
         entry["step"] = "three"
+
+
+def to_no_number(state):
+    for entry in state["optimizer"]["state"].values():
+        entry["step"] = torch.tensor(float("nan"))
 
 
 def to_eight_bits(state):
@@ -773,13 +803,19 @@ def to_nothing(state):
     [
         (to_flat, "flat parameters of FSDP in torch 1.x"),
         (to_other_names, "head.weight"),
-        (to_numbers, "is on one side only"),
+        (to_numbers, "has moments by number"),
         (to_frozen, "has the moments of 20 parameters, and the model has 21"),
         (to_adafactor, "Adafactor keeps sums over rows and columns"),
         (to_averages, "does not know how it grows"),
+        (to_parts_of_averages, "does not know how it grows"),
+        (to_other_key, "is found under optimizer or optim"),
+        (to_other_key_by_number, "is found under optimizer or optim"),
+        (to_two_optimizers, "holds two optimizers, optimizer and optim"),
+        (to_list_of_optimizers, "does not know how it grows"),
         (to_object, "an object among the parameters, model.model.layers.0.self_attn._extra_state"),
         (to_halves, "do not hold every parameter once"),
         (to_words, "is no number"),
+        (to_no_number, "is no number from 0"),
         (to_eight_bits, "is float8_e4m3fn, and growkit reads float64"),
         (to_other_shape, "mu: "),
         (to_nothing, "a distributed checkpoint without a model"),

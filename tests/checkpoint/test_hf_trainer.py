@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,7 @@ from trained import ADAM, STEPS, in_groups, load_state, make_state, save_trained
 from growkit.checkpoint import fill, torch_zip
 from growkit.checkpoint import optimizer as optimizer_module
 from growkit.checkpoint.location import open_source
-from growkit.checkpoint.torch_pickle import Foreign, read_pickle, write_pickle
+from growkit.checkpoint.torch_pickle import KNOWN, Foreign, read_pickle, write_pickle
 from growkit.cli import run
 from growkit.errors import GrowkitError
 
@@ -482,6 +483,27 @@ def test_names_that_no_state_dict_has(data):
 def test_bytes_that_are_no_pickle(data):
     with pytest.raises(GrowkitError, match="cannot be read"):
         read_pickle(data)
+
+
+def test_a_pickle_changes_nothing_that_stays():
+    """What stands for a class is one object for all pickles that are read."""
+    data = b"\x80\x02ctorch\nFloatStorage\n}X\x05\x00\x00\x00dtypeX\x01\x00\x00\x00xsb."
+    with pytest.raises(GrowkitError, match="cannot be read"):
+        read_pickle(data)
+    assert KNOWN["torch", "FloatStorage"].dtype == np.float32
+
+
+def test_values_that_hold_themselves_are_refused():
+    own = {"a": ({"b": []},)}
+    own["a"][0]["b"].append(own)
+    deep = []
+    for _ in range(200):
+        deep = [deep]
+    for value in (own, deep):
+        with pytest.raises(GrowkitError, match="cannot be read"):
+            read_pickle(pickle.dumps(value))
+    shared = [1]
+    assert read_pickle(pickle.dumps([shared] * 3)) == [[1]] * 3
 
 
 def test_plain_values_survive_a_pickle():

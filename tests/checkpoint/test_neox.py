@@ -251,6 +251,19 @@ def test_a_missing_file_is_named(trained, tmp_path, capsys, name):
     refused(path, tmp_path, capsys, f"{path / name} is missing")
 
 
+@pytest.mark.parametrize(
+    "name,other",
+    [
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "bf16_{}"),
+        ("layer_02-model_00-model_states.pt", "layer_02-model_states.pt"),
+    ],
+)
+def test_two_files_of_one_part(trained, tmp_path, capsys, name, other):
+    path = save_neox(tmp_path / "ck", trained, Layout())
+    (path / other.format(name)).write_bytes((path / name).read_bytes())
+    refused(path, tmp_path, capsys, "are the same part of two saves")
+
+
 def test_files_of_two_saves(trained, tmp_path, capsys):
     path = save_neox(tmp_path / "ck", trained, Layout(dp=2))
     name = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
@@ -267,6 +280,7 @@ def test_files_of_two_saves(trained, tmp_path, capsys):
         ({"norm": "rmsnorm"}, "norm is 'rmsnorm'"),
         ({"pos-emb": "alibi"}, "pos_emb is 'alibi'"),
         ({"gpt_j_tied": True}, "gpt_j_tied is True"),
+        ({"sliding_window_width": 4}, "sliding_window_width is 4"),
         ({"pipe_parallel_size": 2}, "pipe_parallel_size is 2"),
         ({"num_layers": 3}, "layer_04-model_00-model_states.pt is missing"),
         ({"num_layers": "x"}, "num_layers must be a whole number"),

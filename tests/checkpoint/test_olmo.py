@@ -20,6 +20,8 @@ from growkit.cli import run
 from growkit.models import read_config
 
 torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 STEPS = 20
 CONFIG = {
     "model_type": "olmo2",
@@ -89,8 +91,6 @@ def to_olmo(tensors):
 
 def save_olmo(path, wrapped="", numbered=False, **settings):
     """Write a directory; returns the slots by transformers' names."""
-    from safetensors.torch import save_file
-
     path.mkdir()
     model = read_config(CONFIG)
     slots = {slot: random_tensors(model, "float32", n) for n, slot in enumerate(("p", "m", "v"))}
@@ -184,3 +184,22 @@ def test_names_that_are_pickles_of_more_are_refused(tmp_path, capsys):
 def test_parameters_by_number_are_not_read(tmp_path, capsys):
     save_olmo(tmp_path / "ck", numbered=True)
     refused(tmp_path / "ck", tmp_path, capsys, "keys parameters by number")
+
+
+@pytest.mark.parametrize("step", [torch.tensor(float("nan")), torch.zeros(0)])
+def test_a_step_that_is_none(tmp_path, capsys, step):
+    save_olmo(tmp_path / "ck")
+    file = tmp_path / "ck" / "optim.safetensors"
+    tensors = load_file(file)
+    tensors[encode("state", "transformer.wte.weight", "step")] = step
+    save_file(tensors, file)
+    assert run(["import", str(tmp_path / "ck"), str(tmp_path / "out")]) == 1
+    assert "the step of a parameter is no number" in capsys.readouterr().err
+
+
+def test_keys_that_are_none(tmp_path, capsys):
+    save_olmo(tmp_path / "ck")
+    file = tmp_path / "ck" / "optim.safetensors"
+    save_file(load_file(file) | {encode("state", ["x"], "exp_avg"): torch.zeros(1)}, file)
+    assert run(["import", str(tmp_path / "ck"), str(tmp_path / "out")]) == 1
+    assert "is no name of OLMo's" in capsys.readouterr().err

@@ -22,8 +22,9 @@ from neoxes import deepspeed_classes
 
 from growkit.checkpoint import universal_output
 from growkit.checkpoint.location import open_source
-from growkit.cli import run
-from growkit.errors import GrowkitError
+from growkit.cli import checking, run
+from growkit.cli.description import is_loaded_by_transformers
+from growkit.errors import GrowkitError, UsageError
 
 torch = pytest.importorskip("torch")
 SLOTS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -270,6 +271,38 @@ def refused(path, tmp_path, capsys, *said, more=()):
     assert not (tmp_path / "no").exists() and contents_of(path) == before
 
 
+def test_a_file_of_the_training_that_leads_elsewhere_is_not_copied(tmp_path):
+    path = save_universal(tmp_path / "ck")
+    state = path / "trainer_state.json"
+    state.rename(tmp_path / "elsewhere.json")
+    state.symlink_to(tmp_path / "elsewhere.json")
+    source = open_source(str(path))
+    assert state.name not in source.files
+
+
+def test_transformers_is_given_a_directory_with_weights_only(tmp_path, monkeypatch):
+    path = save_universal(tmp_path / "ck")
+    bare = open_source(str(path))
+    save_directory(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(path / "model.safetensors")
+    assert is_loaded_by_transformers(open_source(str(path)))
+    assert not is_loaded_by_transformers(bare)
+    monkeypatch.setattr(checking, "is_trained", lambda source: False)
+    with pytest.raises(UsageError, match="reads no universal checkpoint of DeepSpeed"):
+        checking.require_checkable(bare, 64)
+
+
+def test_force_replaces_an_output_and_nothing_else(plain, tmp_path, capsys):
+    again = depth(plain, tmp_path / "out", "--force")
+    assert run(again) == 0 and run(again) == 0
+    for name in ("mine.npy", f"{TAG}/mine.txt", f"{TAG}/zero/mine.pt"):
+        capsys.readouterr()
+        (tmp_path / "out" / name).write_text("x")
+        assert run(again) == 2 and "mine" in capsys.readouterr().err
+        assert (tmp_path / "out" / name).read_text() == "x"
+        (tmp_path / "out" / name).unlink()
+
+
 HEAD = f"{TAG}/zero/lm_head.weight"
 
 
@@ -351,6 +384,10 @@ def climb(states):
     states["param_shapes"][0]["../x"] = (2,)
 
 
+def name_twice(states):
+    states["param_shapes"][0]["embed_out.weight"] = states["param_shapes"][0]["lm_head.weight"]
+
+
 def drop_shapes(states):
     del states["param_shapes"]
 
@@ -364,6 +401,7 @@ def drop_shapes(states):
         (mix, "has parameters of several dtypes"),
         (shorten, "lm_head.weight has another shape"),
         (climb, "names the parameter '../x'"),
+        (name_twice, "has embed_out.weight twice"),
         (drop_shapes, "has no param_shapes"),
     ],
 )

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from growkit.checkpoint.location import open_source
 from growkit.cli import run
 from growkit.cli.checking import _mean_loss, load_function
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.models import read_config
 from growkit.models.llama import LLAMA
@@ -256,8 +256,10 @@ def test_the_search_finds_better_maps_within_its_budget(place):
 
 def test_a_loss_that_is_no_number_is_the_worst(place):
     source = open_source(str(place / "model"))
-    broken = search_maps(source, lambda index: np.nan if index[1] else 1.0, 6, 4)
+    broken = search_maps(source, lambda m: np.nan if len(m) == 6 and m[1] else 1.0, 6, 4)
     assert broken.best.loss == 1.0 and np.isnan(broken.ranked[-1].loss)
+    with pytest.raises(GrowkitError, match="itself is nan"):
+        search_maps(source, lambda index: np.nan, 6, 4)
 
 
 # Refusals
@@ -279,6 +281,7 @@ def refused(capsys, arguments: list[str], code: int, *said: str) -> None:
         "--layers 5000": "--layers 5000 is too many; growkit makes at most 4096",
         "--layers six": "--layers is a whole number above 0",
         "--layers 6 --candidates 0": "--candidates must be at least 1, got 0",
+        "--layers 6 --seed -1": "--seed must be at least 0, got -1",
         "--layers 6 --windows 0": "--windows must be at least 1, got 0",
         "--layers 6 --context 33": "--context must lie between 1 and the model's 32, got 33",
         "--layers 6 --tokens short.txt": "short.txt has 2 tokens, too few for one window of 32; "

@@ -85,7 +85,7 @@ def search(
     from trainer.search.search import check_target
     from trainer.search.views import Views
 
-    _check_counts({"candidates": candidates, "windows": windows, "batch": batch})
+    _check_numbers({"candidates": candidates, "windows": windows, "batch": batch}, seed)
     source = open_source(src)
     require_trained(source.model, source.path)
     check_target(source, layers)
@@ -100,9 +100,11 @@ def search(
         show_found(source, text, cut, found)
 
 
-def _check_counts(counts: dict[str, int]) -> None:
+def _check_numbers(counts: dict[str, int], seed: int) -> None:
     from growkit.errors import UsageError
 
+    if seed < 0:
+        raise UsageError(f"--seed must be at least 0, got {seed}")
     for option, value in counts.items():
         if value < 1:
             raise UsageError(f"--{option} must be at least 1, got {value}")

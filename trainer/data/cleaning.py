@@ -72,7 +72,7 @@ class Cleaner:
     def refuse(self, error: GrowkitError) -> None:
         """Count a document as left out. Raises the error unless that is the policy."""
         if self.policy != "skip":
-            advice = "--errors skip leaves such documents out and counts them"
+            advice = "growkit tokenize --errors skip leaves such documents out and counts them"
             raise GrowkitError(f"{error}; {advice}") from error
         self._faults += Faults(skipped=1)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from growkit.checkpoint.tensor import Source, read_model
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import MOST_LAYERS, plan_depth
 from growkit.surgery.grow import grow_config
 from trainer.search.maps import Index, draw_step, list_known, write_map
@@ -99,11 +99,17 @@ def search_maps(
     """Try up to so many maps to `target` layers; see the top of this file.
 
     score: the loss of a map, as `Views.score`. tell: told each map when it is scored. Raises
-    UsageError for a target that growth cannot reach, and where growth would refuse all known maps.
+    UsageError for a target that growth cannot reach, and where growth would refuse all known maps;
+    GrowkitError where the source's own loss is no number.
     """
     check_target(source, target)
     layers = source.model.layer
     found = Found(score(range(layers)))
+    if not math.isfinite(found.own):
+        raise GrowkitError(
+            f"the loss of {source.path} itself is {found.own} on this text, so its maps cannot be "
+            "compared; are its parameters numbers?"
+        )
     search = _Search(source, score, found, tell)
     for name, index in list_known(layers, target).items():
         if len(found.scored) < candidates:
