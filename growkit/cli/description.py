@@ -229,7 +229,7 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
     from growkit.growth.shares import share_scale
 
     if not plan.continues:
-        return "learning rates stay; the function is the source's, but training on will differ"
+        return "the function is the source's, but the training that follows will differ"
     rows: dict[str, list[str]] = {}
     for row in plan.grown.table.rows:
         scales = [share_scale(part.axes, plan.maps) for part in row.parts]
