@@ -77,6 +77,7 @@ def open_source(text: str) -> Source:
     else:
         if not is_remote(here):
             refuse_file(here)
+            _refuse_tokens(here)
         raise GrowkitError(
             f"{path} is not a model: it has neither config.json (a Hugging Face directory) nor "
             f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
@@ -84,6 +85,14 @@ def open_source(text: str) -> Source:
         )
     source.path = path
     return source
+
+
+def _refuse_tokens(path: Path) -> None:
+    """Raise GrowkitError for what `growkit tokenize` writes."""
+    if (path / "tokens.idx").is_file():
+        raise GrowkitError(
+            f"{path} holds token files and no model; a run trains on them by data.train={path}"
+        )
 
 
 def _refuse_outer(path: Path) -> None:

@@ -53,7 +53,7 @@ def choose_text(source: Source, count: int, given: str | None = None) -> Checked
         )
         return CheckedText(tokens_BxT, words, note)
     return CheckedText(
-        tokens_BxT, words, f"{words} come with Python, and {_say_seen(source)}; {OWN}"
+        tokens_BxT, words, f"{words}, which comes with Python; {_say_seen(source)}; {OWN}"
     )
 
 

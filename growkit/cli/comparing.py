@@ -34,8 +34,8 @@ MOST_ENTRIES = 100
 @click.option(
     "--new",
     is_flag=True,
-    help="Show which parameters, and which parts of which, growth made new and no training of all "
-    "has followed.",
+    help="Show which parameters, and which parts of others, growth added since all parameters "
+    "were trained last.",
 )
 @add_table_option
 def inspect(src: str, as_json: bool, rows: bool, new: bool) -> None:

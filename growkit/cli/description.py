@@ -229,7 +229,7 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
     from growkit.growth.shares import share_scale
 
     if not plan.continues:
-        return "the function is the source's now, the training that follows is not"
+        return "the function is the source's, but the training that follows will differ"
     rows: dict[str, list[str]] = {}
     for row in plan.grown.table.rows:
         scales = [share_scale(part.axes, plan.maps) for part in row.parts]
@@ -254,11 +254,11 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
 
 def _describe_eps(source: Source) -> str:
     """Who applies the factors where learning rates have none."""
-    exact = "training would continue exactly as the source's" if "mu" in source.tensors else ""
-    start = f"{exact}, with" if exact else "exact training has"
+    exact = "training continues exactly as the source's" if "mu" in source.tensors else ""
+    start = f"{exact} only with" if exact else "exact training needs"
     return (
-        f"learning rates stay; {start} the factors on eps and on weights of a clip that the "
-        "lineage states, and parameter groups of PyTorch do not hold them for experts"
+        f"learning rates stay; {start} the factors on eps and clip weights in the lineage, which "
+        "PyTorch's parameter groups cannot hold for experts"
     )
 
 

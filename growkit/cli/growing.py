@@ -91,8 +91,8 @@ add_growing_options = combine_options(
         "--noise",
         default="0",
         metavar="S",
-        help="Add noise of S initializer_ranges to weights that read copied units; it sums to "
-        "zero over the copies.",
+        help="Add noise to weights that read copied units, S times as large as the model's "
+        "initializer_range; it sums to zero over the copies of a unit.",
     ),
     click.option("--seed", default="0", metavar="N", help="Seed of noise and random fills."),
     click.option(

@@ -36,7 +36,7 @@ EXAMPLES = {
     ),
     "plan": ("growkit plan 760m --topology v3-32",),
     "advise": ("growkit advise --target 760m --source 580m --tokens 41B",),
-    "anneal": ("growkit anneal runs/760m --to 2e-5 --tokens 5B --out runs/annealed",),
+    "anneal": ("growkit anneal runs/760m --to 2e-6 --tokens 5B --out runs/annealed",),
     "depth": (
         "growkit depth --map 18:24 runs/580m grown",
         "growkit depth --map 28:36 --method identity --check Qwen/Qwen3-0.6B bigger",

@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 @click.option(
     "--top",
     metavar="FROM:TO",
-    help="Experts a token, as 2:4. Default: as many times more as there are experts, which keeps "
-    "the function.",
+    help="Experts that are chosen per token, as 2:4. Default: they grow as the experts do, which "
+    "preserves the function.",
 )
 @click.option("--exact", is_flag=True, help="Refuse what would change the function.")
 @add_growing_options
 def experts(count: str, top: str | None, exact: bool, src: str, out: str, **options: Any) -> None:
-    """Give a mixture of experts SRC more of them: 8:16 copies each of 8 experts once.
+    """Grow the mixture of experts SRC in its number of experts: 8:16 copies each of 8 once.
 
-    Every expert and its row of the router get as many copies. A token goes through all copies of
-    the experts that it went through, so the function is preserved, and moments are grown with it.
-    --noise sets the copies of each router row apart: without it copies stay equal.
+    Every expert gets as many copies, and so does its row of the router. A token goes through all
+    copies of the experts that it went through before, so the function is preserved; moments grow by
+    the same rule. Copies stay equal unless --noise makes their rows of the router differ. With
+    --top 2:2 a token goes through fewer different experts, so the function changes.
     """
     from growkit.errors import UsageError
     from growkit.growth.experts import plan_experts

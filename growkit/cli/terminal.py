@@ -93,7 +93,7 @@ add_care_options = combine_options(
     click.option(
         "--strict",
         is_flag=True,
-        help="Refuse NaN, infinities and negative second moments, which are told otherwise.",
+        help="Refuse NaN, infinities and negative second moments. Without it they are a warning.",
     ),
 )
 

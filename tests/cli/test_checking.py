@@ -204,8 +204,8 @@ def test_the_default_text_is_said_as_what_it_is(worded, tmp_path, capsys):
     code, lines, _ = check_by_words(capsys, "--check", "64", worded, tmp_path / "out")
     own = "--check-text takes a text of your own"
     assert code == 0 and lines[0] == (
-        "text        tokens of Python's documentation come with Python, and the model may never "
-        f"have seen such text; {own}"
+        "text        tokens of Python's documentation, which comes with Python; the model may "
+        f"never have seen such text; {own}"
     )
     assert lines[1].endswith("(64 tokens of Python's documentation, computed on the CPU)")
     (worded / "tokenizer.json").unlink()
@@ -222,7 +222,7 @@ def test_the_data_of_a_model_that_the_trainer_made_are_named(worded):
     training = Training(multipliers=False, config=config)
     source.lineage.append(training.to_json())
     note = choose_text(source, 64).note
-    assert "and the model was trained on other data: books, code; --check-text" in note
+    assert "Python; the model was trained on other data: books, code; --check-text" in note
     # What came before is not known.
     origin = Origin("elsewhere", "huggingface", "0" * 64, {})
     source.lineage[0] = Training(multipliers=False, config=config, source=origin).to_json()

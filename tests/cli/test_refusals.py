@@ -121,6 +121,13 @@ def test_a_directory_that_is_no_model(place, capsys):
     )
 
 
+def test_token_files_are_no_model(place, capsys):
+    (place / "tokens").mkdir()
+    (place / "tokens" / "tokens.idx").touch()
+    said = "tokens holds token files and no model; a run trains on them by data.train=tokens"
+    refused(capsys, place, ["inspect", "tokens"], 1, said)
+
+
 def write_config_field(place: Path, **fields) -> None:
     path = place / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

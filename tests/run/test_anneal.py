@@ -62,6 +62,12 @@ def test_the_rate_falls_linearly_from_where_the_run_stood(branch, source):
     np.testing.assert_allclose(rates(branch), np.linspace(last, 2e-4, 7)[1:], rtol=1e-5)
 
 
+def test_a_rate_that_cannot_fall_further_is_said_to_stay(source, tmp_path, capsys):
+    assert anneal(source, tmp_path / "run", to="1e-3", tokens=STEP) == 0
+    assert "the learning rate is 0.001 already and stays for 1 steps" in capsys.readouterr().err
+    assert rates(tmp_path / "run") == [pytest.approx(1e-3)]
+
+
 def test_it_is_a_training_from_the_checkpoint_at_that_rate(branch, source, data, tmp_path):
     fall = {"kind": "linear", "steps": 6, "warmup": 0, "floor": 0.2}
     sections = {"dropout": NO_DROPOUT, "batch": {"accumulation": 2}, "eval": {"every": 3}}

@@ -11,8 +11,10 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.growth.plan import set_options
 from growkit.growth.vocabulary import plan_vocabulary
 from growkit.growth.width import plan_width
+from growkit.lineage import Lineage
 from growkit.surgery.grow import prepare_growth
 from trainer.data.tokens import TokenWriter
+from trainer.run.growth import compare_with_source
 from trainer.run.stages import train
 
 
@@ -128,6 +130,9 @@ def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys
     train(recipe(data), tmp_path / "refused", str(tmp_path / "broken"), allow_gap=True)
     train(recipe(data, eval={"windows": 5}), tmp_path / "others", str(wide))
     assert "no validation loss on these windows" in capsys.readouterr().err
+    lineage = Lineage.read(open_source(str(wide)).lineage)
+    words = compare_with_source(lineage, 1.0, {}, "", 0.0)
+    assert words == "growth was exact; the source has no validation loss to compare with"
 
 
 def test_new_tokens_are_trained(small, tmp_path, capsys):

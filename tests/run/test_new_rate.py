@@ -24,9 +24,11 @@ from trainer.model.decoder import init_params
 from trainer.run.anneal import plan_annealing
 from trainer.run.begin import begin, prepare
 from trainer.run.checkpoint import find_last_step
+from trainer.run.growth import describe_new
 from trainer.run.loop import Run
 from trainer.run.stages import train
 from trainer.step.optimizer import Multipliers
+from trainer.step.part import ALL, Part
 from trainer.step.schedule import encode_new_rate, evaluate_new_rate
 from trainer.step.update import init_state, make_train_step
 
@@ -116,6 +118,15 @@ def test_old_numbers_keep_their_bits_and_new_ones_take_the_factor():
 def test_the_factor(settings, grown_at, factors):
     numbers = encode_new_rate(settings, grown_at)
     assert np.allclose([evaluate_new_rate(numbers, step) for step in range(6, 11)], factors)
+
+
+def test_the_factor_is_said_at_the_start():
+    config = resolve({"optimizer": {"new": NEW}, "train": "new"}, takes_model=True)
+    assert list(describe_new(config, Part((1, 3)), PLAN.grown, True)) == [
+        "train=new: 2 of 4 layers are trained",
+        "optimizer.new: learning rate x 2 for what growth added, from 0 over 3 steps",
+    ]
+    assert list(describe_new(config, ALL, PLAN.grown, False)) == []
 
 
 def with_new(root, make=values, **sections):

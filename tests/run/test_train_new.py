@@ -78,8 +78,9 @@ def read_state(run):
     }
 
 
-def test_moments_are_of_the_new_layers_alone(data, deep, tmp_path):
+def test_moments_are_of_the_new_layers_alone(data, deep, tmp_path, capsys):
     train(recipe(data, train="new"), tmp_path / "run", str(deep))
+    assert f"train=new: {len(NEW)} of 4 layers are trained" in capsys.readouterr().err
     shapes = {
         name.removesuffix("/.zarray"): json.loads(content)["shape"]
         for name, content in read_state(tmp_path / "run").items()

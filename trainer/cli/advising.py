@@ -43,7 +43,9 @@ MOST_FLOPS = 1e36  # of a budget
     metavar="M",
     help=f"The model FLOPs utilization to assume.  [default: {MFU}]",
 )
-@click.option("--price", type=float, metavar="P", help="Price of a chip and hour, to add the cost.")
+@click.option(
+    "--price", type=float, metavar="P", help="Price of a chip for an hour; adds the cost."
+)
 @click.option(
     "--study",
     "studies",

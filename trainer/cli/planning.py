@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     metavar="M",
     help="The model FLOPs utilization to assume.",
 )
-@click.option("--price", type=float, metavar="P", help="Price of a chip and hour, to add the cost.")
+@click.option(
+    "--price", type=float, metavar="P", help="Price of a chip for an hour; adds the cost."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 def plan(
     config: str,
@@ -43,8 +45,8 @@ def plan(
     """Compile the training step of CONFIG for --topology, and say what it needs.
 
     CONFIG is a YAML file or a preset. A plan for a TPU slice needs no TPU, only its compiler,
-    libtpu, which runs anywhere (pip install 'growkit[tpu]'). Exit code 1 when the step does not fit
-    in memory: then changes that could make it fit are tried, in the order of remat, ZeRO-1 and
+    libtpu, on any Linux machine (pip install 'growkit[tpu]'). Exit code 1 when the step does not
+    fit in memory: then changes that could make it fit are tried, in the order of remat, ZeRO-1 and
     FSDP, more accumulation, a shorter context; each alone, then together.
     """
     require_mfu(mfu)

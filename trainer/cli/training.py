@@ -265,8 +265,10 @@ def anneal(
     values, branch = read_annealing(out, *given) or plan_annealing(src, *given)
     steps = values["schedule"]["steps"]
     if is_writer():
-        rates = f"learning rate {branch.rate:g} to {to:g}"
-        click.echo(f"{out}: {rates}, linearly over {steps:,} steps", err=True)
+        rates = f"learning rate {branch.rate:g} to {to:g}, linearly over"
+        if branch.rate == to:
+            rates = f"the learning rate is {to:g} already and stays for"
+        click.echo(f"{out}: {rates} {steps:,} steps", err=True)
     trust = Trust(not no_verify, from_last_whole, sync=not no_sync)
     return _report_end(out, stages.train(values, out, src, branch=branch, trust=trust))
 

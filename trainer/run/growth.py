@@ -223,6 +223,19 @@ def describe_growths(lineage: Lineage, model: Architecture, dropout: Dropout) ->
         )
 
 
+def describe_new(config: Config, part: Part, model: Architecture, marked: bool) -> Iterator[str]:
+    """What a run trains of what growth added, and with which factor on the learning rate.
+
+    marked: whether new parameters have a factor of their own.
+    """
+    if part.layers is not None:
+        yield f"train=new: {len(part.layers)} of {model.layer} layers are trained"
+    if marked:
+        new = config.optimizer.new
+        warmed = f", from 0 over {new.rewarmup:,} steps" if new.rewarmup else ""
+        yield f"optimizer.new: learning rate x {new.rate:g} for what growth added{warmed}"
+
+
 def find_tied_axes(lineage: Lineage, model: Architecture, dropout: Dropout) -> tuple[str, ...]:
     """The axes whose copies, made by the last growth, will stay equal while there is no dropout."""
     growths = lineage.last_growths()
@@ -249,9 +262,12 @@ def compare_with_source(
     if not growths or not all(growth.preserved for growth in growths):
         return None
     before = source.get("validation_loss")
-    if before is None or source.get("validation_windows") != windows:
+    if before is None:
+        return "growth was exact; the source has no validation loss to compare with"
+    if source.get("validation_windows") != windows:
         return (
-            "growth was exact; the source has no validation loss on these windows to compare with"
+            "growth was exact; the source has no validation loss on these windows to compare with "
+            "(other data, model.context or eval.windows)"
         )
     if abs(loss - before) > allowed:
         raise GrowkitError(

@@ -144,7 +144,10 @@ class Run:
             event = growth.describe_beginning(self.lineage, self.step)
             self.metrics.add(self.step, event=event)
             self.report.say(event)
+        marked = self.multipliers is not None and self.multipliers.new is not None
         for line in growth.describe_growths(self.lineage, self.model, self.config.dropout):
+            self.report.say(line)
+        for line in growth.describe_new(self.config, self.stage.part, self.model, marked):
             self.report.say(line)
         if self.position.new:
             event = f"data stream {self.position.number} begins"
