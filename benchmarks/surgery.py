@@ -197,7 +197,8 @@ def warm_cache(directory: Path, read: list[Path]) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with open(hole, "wb") as file:
         file.truncate(memory * 9 // 10)
-    files = [path for each in read for path in each.rglob("*") if path.is_file()]
+    inside = [path for each in read for path in each.rglob("*") if path != hole]
+    files = [path for path in inside if path.is_file()]
     buffer = bytearray(4 * BLOCK)
     for path in [hole, *files]:
         with open(path, "rb", buffering=0) as file:

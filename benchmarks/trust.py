@@ -4,9 +4,10 @@
 
 Expect less than 3 % of a save and less than 10 % of a load for hashes. What waiting for the disk
 costs is the disk's affair. With and without are timed in turns within a round, in one process,
-after a round that does not count and a sync of the file system. The script prints the median of the
-seconds, with the best and the worst, and the same of the part that was added in each round. Needs
-memory and disk for about five times the checkpoint (1.9 GB at the default sizes).
+after a round that does not count, a sync of the file system, and with a full page cache, as in
+surgery.py. The script prints the median of the seconds, with the best and the worst, and the same
+of the part that was added in each round. Needs memory and disk for about five times the checkpoint
+(1.9 GB at the default sizes). Five rounds take eight minutes, nearly all of it to fill the cache.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from unittest import mock
 
 import numpy as np
 from etils import epath
+from surgery import warm_cache
 
 import growkit.checkpoint.fill
 import trainer.run.checkpoint
@@ -172,13 +174,19 @@ def list_pairs(saver: Saver, grower: Grower) -> Iterator[tuple[str, Contender, C
     )
 
 
-def time_in_turns(pair: tuple[Contender, Contender], rounds: int) -> list[tuple[float, float]]:
-    """Seconds with and without, by round; which comes first alternates."""
+def time_in_turns(
+    pair: tuple[Contender, Contender], rounds: int, directory: Path
+) -> list[tuple[float, float]]:
+    """Seconds with and without, by round; which comes first alternates.
+
+    directory: where they work; what is there is in the page cache each time.
+    """
     found = []
     for number in range(-1, rounds):
         seconds = [0.0, 0.0]
         for place in (0, 1) if number % 2 else (1, 0):
             os.sync()
+            warm_cache(directory, [directory])
             begun = time.perf_counter()
             pair[place]()
             seconds[place] = time.perf_counter() - begun
@@ -219,7 +227,7 @@ def main() -> None:
         saver = Saver(directory, replace(beginning, snapshot=snapshot))
         grower = Grower(saver.keep_source(directory), directory / "out", given.layers)
         for what, one, other in list_pairs(saver, grower):
-            show(what, time_in_turns((one, other), given.rounds))
+            show(what, time_in_turns((one, other), given.rounds, directory))
         blocked = describe(saver.blocked, "{:.3f} s")
         print(f"training waited {blocked} for a save to begin")
 
