@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from growkit.errors import GrowkitError, UsageError
+from growkit.errors import UsageError
 from growkit.models.vocabulary import check_ids
 from trainer.data.panics import explain_panics
-from trainer.data.special import read_beside
 from trainer.data.text import has_text, open_inputs
-from trainer.data.tokenizer import parse_tokenizer
+from trainer.data.tokenizer import find_own_end, parse_model_tokenizer
 from trainer.data.tokens import STEM, TokenFile
 
 # Characters of a text that are read for each token that is wanted. Few tokens are longer.
@@ -57,7 +56,7 @@ class Reader:
         """
         if _is_token_data(name):
             return Sample(name, self._read_tokens(name, count))
-        tokenizer = self._load_tokenizer()
+        tokenizer = parse_model_tokenizer(self.files, self.origin, ", or give token files")
         ids = self._encode(name, tokenizer, count)
         check_ids(ids, self.vocab, self.origin, tokenizer.id_to_token)
         return Sample(name, np.asarray(ids, np.int32), _find_begin(tokenizer))
@@ -72,18 +71,8 @@ class Reader:
             )
         return ids.astype(np.int32)
 
-    def _load_tokenizer(self) -> Tokenizer:
-        if "tokenizer.json" not in self.files:
-            raise GrowkitError(
-                f"{self.origin} carries no tokenizer.json, so text cannot be made into tokens; put "
-                f"the one it was trained with beside it, or give token files"
-            )
-        name = f"the tokenizer.json of {self.origin}"
-        return parse_tokenizer(self.files["tokenizer.json"], name)
-
     def _encode(self, name: str, tokenizer: Tokenizer, count: int) -> list[int]:
-        beside = read_beside(self.files, self.origin)
-        end = tokenizer.token_to_id(beside.stated[0]) if beside.stated else None
+        end = find_own_end(tokenizer, self.files, self.origin)
         ids: list[int] = []
         for document in filter(has_text, open_inputs([name]).read_documents()):
             if ids and end is not None:

@@ -34,6 +34,7 @@ from trainer.data.special import (
     read_beside,
 )
 
+FILE = "tokenizer.json"
 PADDING = "<|padding|>"
 SMALLEST_TRAINED_VOCABULARY = 256 + 2  # every byte, the end of text and the padding
 
@@ -98,14 +99,14 @@ def load_tokenizer(path: str | os.PathLike[str], end_of_text: str | None = None)
     """
     file = epath.Path(os.path.expanduser(path))
     if file.is_dir():
-        file = file / "tokenizer.json"
+        file = file / FILE
     if not (file.exists() if is_remote(file) else os.path.isfile(file)):
         raise UsageError(
             f"no tokenizer at {file}: give a tokenizer.json, or a directory holding one"
         )
     beside = {}
     # Another name is one of several tokenizers in a directory, and what lies there is of none.
-    if file.name == "tokenizer.json":
+    if file.name == FILE:
         others = [file.parent / name for name in (CONFIG, MAP)]
         beside = {other.name: other.read_bytes() for other in others if other.exists()}
     content = file.read_bytes()
@@ -123,18 +124,37 @@ def load_model_tokenizer(
     origin: the model, for messages. config: the model's configuration. Raises GrowkitError when
     there is no tokenizer or it is broken.
     """
-    if "tokenizer.json" not in files:
-        raise GrowkitError(
-            f"{origin} carries no tokenizer.json, so text cannot be made into tokens; put the one "
-            f"it was trained with beside it"
-        )
-    content = files["tokenizer.json"]
-    name = f"the tokenizer.json of {origin}"
-    tokenizer = parse_tokenizer(content, name)
+    tokenizer = parse_model_tokenizer(files, origin)
     beside = read_beside(files, str(origin))
     model_id = (config or {}).get("eos_token_id")
-    end = find_model_end_of_text(tokenizer, name, beside, model_id)
-    return _make_text_tokenizer(tokenizer, content, end, beside)
+    end = find_model_end_of_text(tokenizer, _name_model_tokenizer(origin), beside, model_id)
+    return _make_text_tokenizer(tokenizer, files[FILE], end, beside)
+
+
+def parse_model_tokenizer(
+    files: Mapping[str, bytes], origin: object, instead: str = ""
+) -> Tokenizer:
+    """The tokenizer among the files beside a model, whether it names an end of text or not.
+
+    origin: the model, for messages. instead: what else may be given where there is none. Raises
+    GrowkitError when there is no tokenizer or it is broken.
+    """
+    if FILE not in files:
+        raise GrowkitError(
+            f"{origin} carries no {FILE}, so text cannot be made into tokens; put the one it was "
+            f"trained with beside it{instead}"
+        )
+    return parse_tokenizer(files[FILE], _name_model_tokenizer(origin))
+
+
+def _name_model_tokenizer(origin: object) -> str:
+    return f"the {FILE} of {origin}"
+
+
+def find_own_end(tokenizer: Tokenizer, files: Mapping[str, bytes], origin: object) -> int | None:
+    """The id that ends a text by the files beside a model; None where they state none."""
+    beside = read_beside(files, str(origin))
+    return tokenizer.token_to_id(beside.stated[0]) if beside.stated else None
 
 
 def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
@@ -235,7 +255,7 @@ def _find_cut(document: str, start: int, can_cut: Callable[[str, str], bool]) ->
 
 def write_tokenizer(directory: Path, tokenizer: TextTokenizer) -> None:
     """Write the tokenizer, byte for byte, and the file by which `transformers` loads it."""
-    (directory / "tokenizer.json").write_bytes(tokenizer.json)
+    (directory / FILE).write_bytes(tokenizer.json)
     config: dict[str, Any] = {
         # The generic class reads tokenizer.json as it is; GPTNeoXTokenizer rebuilds parts of it.
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -20,13 +20,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from growkit.checkpoint.tensor import Source
-from growkit.errors import GrowkitError, UsageError
+from growkit.errors import UsageError
 from growkit.models import require_trained
 from growkit.models.architecture import Architecture
 from trainer.config.sections import LARGEST_SEED, Precision
 from trainer.data.panics import explain_panics
-from trainer.data.special import read_beside
-from trainer.data.tokenizer import parse_tokenizer
+from trainer.data.tokenizer import find_own_end, parse_model_tokenizer
 from trainer.model.attention import Past
 from trainer.model.block import KEPT
 from trainer.model.decoder import Decoder
@@ -171,7 +170,7 @@ def continue_prompt(source: Source, prompt: str, tokens: int, temperature: float
     require_trained(source.model, str(source.path))
     if tokens < 1:
         raise UsageError(f"--tokens must be at least 1, got {tokens}")
-    tokenizer = _read_tokenizer(source)
+    tokenizer = parse_model_tokenizer(source.files, source.path)
     with explain_panics("encoding the prompt"):
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if ids and max(ids) >= source.model.vocab:
@@ -190,17 +189,5 @@ def _list_ends(source: Source, tokenizer: Tokenizer) -> set[int]:
     stated = source.config.get("eos_token_id")
     listed = stated if isinstance(stated, list) else [stated]
     ends = {number for number in listed if isinstance(number, int)}
-    beside = read_beside(source.files, str(source.path))
-    own = tokenizer.token_to_id(beside.stated[0]) if beside.stated else None
+    own = find_own_end(tokenizer, source.files, source.path)
     return ends if own is None else ends | {own}
-
-
-def _read_tokenizer(source: Source) -> Tokenizer:
-    """The tokenizer beside a model, whether it names an end of text or not."""
-    if "tokenizer.json" not in source.files:
-        raise GrowkitError(
-            f"{source.path} carries no tokenizer.json, so text cannot be made into tokens; put one "
-            f"beside it"
-        )
-    name = f"the tokenizer.json of {source.path}"
-    return parse_tokenizer(source.files["tokenizer.json"], name)
