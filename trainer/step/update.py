@@ -27,7 +27,7 @@ from trainer.model.decoder import ApplyLayers, Decoder
 from trainer.model.kernels import select_kernel
 from trainer.model.part_scan import PartScan
 from trainer.model.precision import select_wide_dtype
-from trainer.step.loss import sum_token_losses
+from trainer.step.loss import read_rows, sum_token_losses
 from trainer.step.optimizer import Multipliers, adamw, global_norm, select_multipliers_of
 from trainer.step.part import ALL, Part
 from trainer.step.schedule import (
@@ -72,10 +72,12 @@ def sum_loss(
     key: jax.Array | None,
     mask_B: jax.Array | None = None,
     layers: ApplyLayers | None = None,
+    rows: int | None = None,
 ) -> jax.Array:
     """Sum the loss, nats, of predicting each token from those before it. With a key, dropout is on.
 
-    mask: 1 for the sequences that count, None for all. layers: as `Decoder` takes it.
+    mask: 1 for the sequences that count, None for all. layers: as `Decoder` takes it. rows: as
+    `sum_token_losses` takes it.
     """
     rngs = {} if key is None else {"dropout": key}
     # T + 1 tokens give T predictions: each token but the last has a next one.
@@ -89,7 +91,8 @@ def sum_loss(
     if mask_B is None:
         mask_B = jnp.ones(len(tokens_BxT1))
     bound = network.logit_cap
-    return sum_token_losses(hidden_BxTxE, head_VxE, targets_BxT, mask_B, network.layout, bound)
+    layout = network.layout
+    return sum_token_losses(hidden_BxTxE, head_VxE, targets_BxT, mask_B, layout, bound, rows)
 
 
 def accumulate_gradients(
@@ -98,23 +101,24 @@ def accumulate_gradients(
     tokens_AxBxT1: jax.Array,
     key: jax.Array | None,
     part: Part = ALL,
+    rows: int | None = None,
 ) -> tuple[jax.Array, Any]:
     """The mean loss and its gradient over all A x B sequences.
 
     Both are summed over the A parts and divided once, so that parts give what the whole batch
-    would. part: the parameters of which there is a gradient.
+    would. part: the parameters of which there is a gradient. rows: as `sum_token_losses` takes it.
     """
     table = network.model.table
     trained = part.select(table, params)
 
     def sum_part_loss(trained: Any, tokens_BxT1: jax.Array, key: jax.Array | None) -> jax.Array:
         if part.layers is None:
-            return sum_loss(network, trained, tokens_BxT1, key)
+            return sum_loss(network, trained, tokens_BxT1, key, rows=rows)
         # Only layers are trained, and no gradient is computed of what is frozen.
         name = network.computation.layers
         time = tokens_BxT1.shape[1] - 1
         scan = PartScan(network, part.layers, trained[name], params[name], key, time)
-        return sum_loss(network, params, tokens_BxT1, key, layers=scan)
+        return sum_loss(network, params, tokens_BxT1, key, layers=scan, rows=rows)
 
     differentiate = jax.value_and_grad(sum_part_loss)
     parts, batch, length = tokens_AxBxT1.shape
@@ -197,7 +201,8 @@ def make_train_step(
     # Trees of multipliers cannot be hashed, so their programs are not kept.
     make = _keep_program if multipliers is None else _make_program
     multipliers = select_multipliers_of(multipliers, model, part)
-    program, memory = make(network, settings, config.schedule.kind, multipliers, part)
+    rows = read_rows(config.loss_chunk)
+    program, memory = make(network, settings, config.schedule.kind, multipliers, part, rows)
     numbers = encode_schedule(config.schedule, config.optimizer.learning_rate, grown_at)
     if multipliers is not None and multipliers.new is not None:
         numbers |= encode_new_rate(config.optimizer.new, grown_at)
@@ -210,6 +215,7 @@ def _make_program(
     kind: str,
     multipliers: Multipliers | None,
     part: Part,
+    rows: int | None,
 ) -> tuple[Any, dict[Any, Any]]:
     """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics).
 
@@ -219,7 +225,7 @@ def _make_program(
     state = _describe_state(network.precision, settings, network.model, layout, part)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     program = jax.jit(
-        _define_train_step(network, settings, kind, multipliers, part),
+        _define_train_step(network, settings, kind, multipliers, part, rows),
         in_shardings=(shardings, layout.batch_sharding(1), layout.replicated),
         out_shardings=(shardings, layout.replicated),
         # Without donation old and new state would be in memory at once: 12 bytes more a parameter
@@ -238,6 +244,7 @@ def _define_train_step(
     kind: str,
     multipliers: Multipliers | None,
     part: Part,
+    rows: int | None,
 ) -> Callable[[State, jax.Array, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     optimizer = adamw(settings, network.model, multipliers, part)
     table = network.model.table
@@ -253,7 +260,7 @@ def _define_train_step(
         if drops:
             # A function of seed and step: a resumed run draws the masks of one that never stopped.
             key = jax.random.fold_in(jax.random.key(numbers["seed"]), state.step)
-        loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key, part)
+        loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key, part, rows)
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
         params = _shard_as_moments(network, part.select(table, state.params), part)
         factor = {}
@@ -283,13 +290,14 @@ def make_eval_step(config: Config, model: Architecture, layout: Layout | None = 
     """
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
-    return _keep_eval_step(Decoder(model, config.precision, kernel=kernel, layout=layout))
+    network = Decoder(model, config.precision, kernel=kernel, layout=layout)
+    return _keep_eval_step(network, read_rows(config.loss_chunk))
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _keep_eval_step(network: Decoder) -> EvalStep:
+def _keep_eval_step(network: Decoder, rows: int | None) -> EvalStep:
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
-        return sum_loss(network, params, tokens_BxT1, None, mask_B)
+        return sum_loss(network, params, tokens_BxT1, None, mask_B, rows=rows)
 
     layout = _layout_of(network)
     params = network.model.table.tree(layout.parameter_sharding)
