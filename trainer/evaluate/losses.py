@@ -23,7 +23,7 @@ from trainer.step.loss import cross_entropy
 # How many positions are scored at once, at most. On a CPU more are not faster (measured).
 ROWS = 512
 # The fewest; a call's positions are filled up to a power of two from here to ROWS.
-FEWEST_ROWS = 16
+FEWEST_ROWS = 64
 # Tokens of the vocabulary whose logits are held at once on a CPU: with 512 positions 2 MB.
 BLOCK = 1024
 
