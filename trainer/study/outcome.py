@@ -26,7 +26,7 @@ class FinishedRun:
 
     tried: whether it is one of several learning rates to choose from. flops: its own; flops_before:
     its sources'. loss: the last validation's, in nats a token, infinite for a run that diverged.
-    run: the name of its directory.
+    run: the name of its directory. way: how it was trained from scratch, where there are several.
     """
 
     name: str
@@ -41,6 +41,7 @@ class FinishedRun:
     loss: float
     seconds: float
     run: str
+    way: str = ""
 
     @property
     def spent(self) -> float:
@@ -96,22 +97,29 @@ class Outcome:
 
     def find_best_rate(self, name: str) -> float | None:
         """The learning rate with the lowest loss of those tried; None before any was tried."""
-        tried = [run for run in self.runs if run.name == name and run.tried]
-        if not tried:
-            return None
-        best = min(tried, key=lambda run: (run.loss, run.learning_rate))
-        return best.learning_rate
+        best = self._find_best_try(name)
+        return None if best is None else best.learning_rate
+
+    def _find_best_try(self, name: str) -> FinishedRun | None:
+        """The run with the lowest loss of those tried: for its learning rate and its way."""
+        only = self.study.takes_rate_of_source(name)
+        tried = [run for run in self.runs if run.name == name and (run.tried or only)]
+        return min(tried, key=lambda run: (run.loss, run.learning_rate), default=None)
 
     def select_runs(self, name: str, seed: int | None = None) -> list[FinishedRun]:
-        """The runs of scratch or an arm at its best learning rate, in order of compute.
+        """The runs of scratch or an arm at its best learning rate and way, in order of compute.
 
         seed: None for all of them.
         """
-        rate = self.find_best_rate(name)
+        best = self._find_best_try(name)
+        if best is None:
+            return []
         chosen = [
             run
             for run in self.runs
-            if run.name == name and run.learning_rate == rate and seed in (None, run.seed)
+            if run.name == name
+            and (run.learning_rate, run.way) == (best.learning_rate, best.way)
+            and seed in (None, run.seed)
         ]
         return sorted(chosen, key=lambda run: run.spent)
 
@@ -205,6 +213,7 @@ class Outcome:
             "share": self.study.sum_shares(name),
             "within_share": self._is_eligible(name),
             "rewarmup": self.study.find_warmup(name),
+            "grown_at": [self.study.find_growth_time(name, part) for part in self.study.budgets],
             "learning_rate": self.find_best_rate(name),
             **self._describe_savings(name),
             "against": arm.against,
@@ -251,6 +260,7 @@ class Outcome:
             },
             "seeds": list(study.seeds),
             "scratch": {
+                "way": scratch[-1].way,
                 "learning_rate": self.find_best_rate(SCRATCH),
                 "flops": scratch[-1].flops,
                 "loss": asdict(compute_spread([run.loss for run in scratch])),
