@@ -621,3 +621,33 @@ def test_a_late_study_that_cannot_be(data, changed, words):
         node[last] = value
     with pytest.raises(UsageError, match=words):
         read_design(settings)
+
+
+def test_a_control_is_its_source_trained_on_for_the_same_compute(data, tmp_path):
+    control = {"from": "half", "control": True, "learning_rates": [1e-3]}
+    study = read_design(nested(data, arms__small=control))
+    remembered = Remembered()
+    course = Course(study, tmp_path, remembered, lambda known: None)
+    assert course.go() is None
+    small = remembered.seen["small-seed1-lr0.001-budget1"]
+    assert small["model"]["layer"] == 1 and "grow" not in small
+    for name in ("small", "replicate"):
+        spent = study.count_flops(Task(name, 0, None, 1.0)) + study.count_flops(Task("half", 0))
+        assert abs(spent - study.flops_of_scratch) <= study.count_flops_per_step(SCRATCH)
+    # It takes all seeds, is not one of the `best` arms, and is no candidate for the headline.
+    assert course.outcome.choose_best_arms()[1:] == ["small"]
+    results = course.outcome.summarize()
+    assert "small, saves" not in describe_best_arm(results)
+    assert "| small | half, 20% | not grown |" in render_markdown(course.outcome, results)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"arms__replicate__control": True}, "replicate is a control, which does not grow"),
+        ({"arms__replicate__control": "yes"}, "control must be true or false, got 'yes'"),
+    ],
+)
+def test_a_control_that_cannot_be(data, changed, words):
+    with pytest.raises(UsageError, match=words):
+        read_design(nested(data, **changed))

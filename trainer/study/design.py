@@ -44,7 +44,8 @@ class Part:
 
     values: what it changes of the study's configuration. share: a source's share of scratch's
     FLOPs. learning_rates: those that an arm tries; none where its rate is its source's. against:
-    another arm, from which this one differs in one thing.
+    another arm, from which this one differs in one thing. control: an arm that does not grow: its
+    source, trained on for the same compute.
     """
 
     start: str | None
@@ -53,6 +54,7 @@ class Part:
     share: float = 0.0
     learning_rates: tuple[float, ...] = ()
     against: str | None = None
+    control: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Design:
 
     def count_flops_per_step(self, name: str) -> float:
         """FLOPs of a step, forward and backward, of scratch, a source or an arm."""
-        model = self.sources[name].model if name in self.sources else self.model
+        model = self.model if name == SCRATCH else self.parts[name].model
         context = self.config.model.context
         return self.config.batch.sequences * context * model.flops_per_token(context)
 
@@ -132,6 +134,11 @@ class Design:
             return self.learning_rates
         return self.arms[name].learning_rates
 
+    @property
+    def controls(self) -> list[str]:
+        """The arms that do not grow."""
+        return [name for name, arm in self.arms.items() if arm.control]
+
     def takes_rate_of_source(self, name: str) -> bool:
         """Whether an arm goes on at the learning rate that its source was trained with."""
         return name in self.arms and not self.arms[name].learning_rates
@@ -150,7 +157,7 @@ class Design:
             values = merge_values(values, self.ways[task.way or next(iter(self.ways))])
         else:
             part = self.parts[task.name]
-            if part.start:
+            if part.start and not part.control:
                 # Noise of growth differs between seeds, unless the part states a seed for it.
                 values = merge_values(values, {"grow": {"seed": task.seed}})
             values = merge_values(values, part.values)

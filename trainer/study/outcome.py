@@ -155,16 +155,23 @@ class Outcome:
         return 1 - flops / self._find_scratch(seed).flops
 
     def choose_best_arms(self) -> list[str]:
-        """The arms that take the further seeds: those that save most at the first seed."""
+        """The arms that take the further seeds: those that save most at the first seed.
+
+        Controls are not chosen among, and take all seeds.
+        """
         arms = list(self.study.arms)
         if not self.study.best:
             return arms
-        eligible = [name for name in arms if self._is_eligible(name)]
-        ranked = sorted(eligible or arms, key=self._rank)
-        return ranked[: self.study.best]
+        controls = self.study.controls
+        grown = [name for name in arms if name not in controls]
+        eligible = [name for name in grown if self._is_eligible(name)]
+        ranked = sorted(eligible or grown, key=self._rank)
+        return [*ranked[: self.study.best], *controls]
 
     def _is_eligible(self, name: str) -> bool:
-        """Whether an arm's sources are small enough for the headline."""
+        """Whether an arm grows, from sources that are small enough for the headline."""
+        if self.study.arms[name].control:
+            return False
         return self.study.sum_shares(name) <= HEADLINE_SHARE
 
     def _rank(self, name: str) -> tuple[float, float]:
@@ -211,15 +218,22 @@ class Outcome:
             "sources": sources,
             "source": describe_sizes(self.study.sources[sources[-1]].model),
             "share": self.study.sum_shares(name),
+            "control": arm.control,
             "within_share": self._is_eligible(name),
             "rewarmup": self.study.find_warmup(name),
-            "grown_at": [self.study.find_growth_time(name, part) for part in self.study.budgets],
+            "grown_at": self._list_growth_times(name),
             "learning_rate": self.find_best_rate(name),
             **self._describe_savings(name),
             "against": arm.against,
             "difference": None if difference is None else asdict(difference),
             "ahead": asdict(self._measure_lead(name)),
         }
+
+    def _list_growth_times(self, name: str) -> list[float]:
+        """After which part of its steps an arm grew, budget by budget; none for a control."""
+        if self.study.arms[name].control:
+            return []
+        return [self.study.find_growth_time(name, budget) for budget in self.study.budgets]
 
     def _describe_savings(self, name: str) -> dict[str, Any]:
         """Whether an arm reached the from-scratch loss, what it saved, and its own last loss."""

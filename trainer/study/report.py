@@ -77,12 +77,12 @@ def build_rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[Cells]:
 
 
 def _build_arm_row(outcome: Outcome, arm: dict[str, Any]) -> Cells:
-    mark = "" if arm["within_share"] else " *"
+    mark = "" if arm["within_share"] or arm["control"] else " *"
     more = "at least " if arm["at_least"] else ""
     return [
         arm["name"],
         f"{', '.join(arm['sources'])}, {arm['share']:.0%}{mark}",
-        f"{min(arm['grown_at']):.2f} to {max(arm['grown_at']):.2f}",
+        _format_range(arm["grown_at"]),
         _format_rates(outcome, arm["name"]),
         _format_figure(arm["loss"]),
         _format_figure(arm["ahead"], sign="+"),
@@ -126,7 +126,7 @@ def describe_study(outcome: Outcome, results: dict[str, Any]) -> list[str]:
         "in bold. Grown at: the part of all steps, sources included, after which the last growth "
         "came, over the budgets.",
     ]
-    if any(not arm["within_share"] for arm in results["arms"]):
+    if any(not arm["within_share"] and not arm["control"] for arm in results["arms"]):
         lines.append(
             f"* The sources take more than {HEADLINE_SHARE:.0%} of the from-scratch FLOPs: not in "
             "the headline."
@@ -220,6 +220,13 @@ def _mark_best(rates: Sequence[float], best: float | None) -> str:
     for rate in rates:
         shown.append(f"**{rate:g}**" if rate == best else f"{rate:g}")
     return ", ".join(shown)
+
+
+def _format_range(parts: Sequence[float]) -> str:
+    """From the least to the greatest of some parts of the steps; a control has none."""
+    if not parts:
+        return "not grown"
+    return f"{min(parts):.2f} to {max(parts):.2f}"
 
 
 def _format_figure(spread: dict[str, Any], sign: str = "") -> str:

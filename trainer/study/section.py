@@ -14,6 +14,7 @@ study:
   arms:
     replicate: {from: half, grow: {map: "3:6"}}
     reset: {from: half, grow: {map: "3:6", moments: reset}, against: replicate}
+    small: {from: half, control: true}          # the source, trained on for the same compute
     late: {from: one, learning_rates: source, grow: {map: "1:6"}, schedule: {kind: wsd, warmup: 0}}
 """
 
@@ -41,7 +42,7 @@ GROWN_SOURCE_KEYS = ("from", "share", "steps", *CHANGEABLE)
 WAY_KEYS = ("schedule", "optimizer", "dropout")
 ONE_WAY = ""  # the name of the only way to train from scratch, where none is stated
 FROM_SOURCE = "source"  # learning_rates of an arm that goes on at its source's
-ARM_KEYS = ("from", "learning_rates", "against", *CHANGEABLE)
+ARM_KEYS = ("from", "learning_rates", "against", "control", *CHANGEABLE)
 # Sizes in which a source may be smaller than the model that scratch trains.
 SOURCE_SIZES = ("layer", "embed", "head", "kv", "head_dim", "mlp")
 # Fields of config.json that a source of fewer layers states anew: they have an entry for each.
@@ -210,15 +211,30 @@ def _read_arm(
             f"{where}: an arm tries several learning rates; give them as {where}.learning_rates"
         )
     start = _read_start(stated, sources, where)
-    model = _grow_model(values, sources[start].model, where)
-    _require_target(model, build_architecture(resolve(base).model), where)
+    control = _read_control(stated, where)
+    if control:
+        model = sources[start].model
+    else:
+        model = _grow_model(values, sources[start].model, where)
+        _require_target(model, build_architecture(resolve(base).model), where)
     own = _read_arm_rates(stated, rates, where)
     if len(own) > len(rates):
         raise UsageError(
             f"{where} tries {len(own)} learning rates and scratch {len(rates)}: scratch must try "
             "at least as many"
         )
-    return Part(start, values, model, learning_rates=own, against=stated.get("against"))
+    against = stated.get("against")
+    return Part(start, values, model, learning_rates=own, against=against, control=control)
+
+
+def _read_control(stated: Values, where: str) -> bool:
+    """Whether an arm trains its source on, without growth."""
+    control = stated.get("control", False)
+    if not isinstance(control, bool):
+        raise UsageError(f"{where}.control must be true or false, got {control!r}")
+    if control and "grow" in stated:
+        raise UsageError(f"{where} is a control, which does not grow; leave its grow section out")
+    return control
 
 
 def _read_arm_rates(stated: Values, rates: tuple[float, ...], where: str) -> tuple[float, ...]:
