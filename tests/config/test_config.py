@@ -376,6 +376,17 @@ def test_a_map_of_layers_is_not_read_as_a_number_to_the_base_of_60(tmp_path):
     )
 
 
+def test_noise_is_a_number_or_has_a_unit():
+    def read(noise):
+        return resolve(read_values("recipe", [f"grow.noise={noise}"])).grow.noise
+
+    assert read("0.5") == 0.5 and type(read("1")) is float and read("1e-2") == 0.01
+    assert read("0.5rms") == "0.5rms"
+    refusal({"grow": {"noise": [0.5]}}, "grow.noise must be a number or text, got [0.5]")
+    refusal({"grow": {"noise": True}}, "grow.noise must be a number or text, got True")
+    refusal({"grow": {"noise": "nan"}}, "grow.noise must be a number, got 'nan'")
+
+
 def test_sections_of_other_families_agree_in_what_they_state():
     """A section with all keys is the source's, whichever defaults of GPT-NeoX it has."""
     section = Model(kind="gemma2", layer=2, config={"sliding_window": 5}, **GEMMA)

@@ -39,7 +39,7 @@ STUDY = {
         "replicate": {"from": "half", "grow": {"map": "1:2"}},
         "clone": {
             "from": "narrow",
-            "grow": {"embed": "2x", "noise": 0.1},
+            "grow": {"embed": "2x", "noise": "0.1rms"},
             "learning_rates": [1e-3],
         },
     },

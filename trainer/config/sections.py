@@ -151,7 +151,7 @@ class Grow:
     width_method: str = ""  # width --method
     spread: float = 0.0  # width --spread
     moments: str = "map"  # --moments of both: map, copy, reset, nu-only or first
-    noise: float = 0.0  # --noise of both
+    noise: float | str = 0.0  # --noise of both: a number, or as 0.5rms
     seed: int = 0  # --seed of both
 
 
