@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.errors import UsageError, did_you_mean
+from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap
 from growkit.growth.choice import Choice
 from growkit.growth.head_row import HeadRow
@@ -31,6 +31,7 @@ MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only", "first")
 FIRST_UNSCALED = "first, unscaled"
 # Where a model comes from, for messages about an argument that is none.
 MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
+PLAN_HINT = "as growkit.plan_depth or growkit.plan_width return"
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,10 @@ class Plan:
 def set_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
     """The plan with the options that all growing verbs have.
 
-    Raises UsageError for values that make no sense for it.
+    Raises UsageError for values that make no sense for it, TypeError for what is not a plan.
     """
+    require_type("plan", plan, Plan, PLAN_HINT)
+    require_type("noise", noise, (float, int), "as 0.5")
     plan = replace(plan, moments=moments, noise=noise, seed=seed)
     if noise and not plan.copied_widths:
         raise UsageError(
@@ -268,8 +271,13 @@ def _has_equal_shares(axis_map: AxisMap) -> bool:
 def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
     """One plan that does what several do, each on axes of its own.
 
-    Raises UsageError when two want the same axis.
+    Raises UsageError when two want the same axis, TypeError for what is not a list of plans.
     """
+    require_type("verb", verb, str, "as 'grow', which a lineage names it by")
+    require_type("plans", plans, (list, tuple), "of plans, each of axes of its own")
+    require_type("model", model, Architecture, MODEL_HINT)
+    for plan in plans:
+        require_type("a plan of plans", plan, Plan, PLAN_HINT)
     maps: dict[str, AxisMap] = {}
     pads: dict[str, int] = {}
     for plan in plans:
