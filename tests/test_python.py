@@ -101,7 +101,7 @@ WRONG_TYPES = {
         lambda: growkit.combine_plans("grow", PLANS["clone"], MODEL),
         "plans must be of type list or tuple",
     ),
-    "text for noise": (lambda: growkit.set_options(PLANS["clone"], noise="1"), "noise must be"),
+    "a list of noise": (lambda: growkit.set_options(PLANS["clone"], noise=[1]), "noise must be"),
     "a list of scalars": (
         lambda: growkit.describe_model(TABLE, SIZES, scalars=["embed"]),
         "scalars must be of type Mapping",
