@@ -558,6 +558,14 @@ def test_an_nnx_module_and_its_optimizer_stand_for_their_states():
     assert same(growkit.grow(network, plan), params)
     with pytest.raises(GrowkitError, match="'dropout.rngs.count' is of type RngCount and no par"):
         growkit.grow(nnx.state(network), plan)
+    # A mask has nothing in the place of a parameter, in each layer.
+    part_of_it = optax.masked(
+        optax.adam(1e-3),
+        lambda tree: jax.tree.map_with_path(lambda path, _: "up" in str(path), tree),
+    )
+    masked = growkit.grow(nnx.Optimizer(network, part_of_it, wrt=nnx.Param), plan)
+    wanted = nnx.state(nnx.Optimizer(bigger, part_of_it, wrt=nnx.Param))
+    assert jax.tree.structure(masked) == jax.tree.structure(wanted)
     # What the classes tell, and dicts would not.
     for refused, said in ((optax.lars(0.1), "optax.lars"), (optax.sm3(0.1), "SM3")):
         with pytest.raises(GrowkitError, match=said):

@@ -75,11 +75,11 @@ class Layout:
         """
         leaves = []
         unknown = []
-        for path, value in iterate_leaves(tree):
+        for path, value in iterate_leaves(tree, empty=True):
             found = self.find(path)
-            if found is None:
+            if found is None and list_children(value) != {}:
                 unknown.append((path, value))
-            else:
+            elif found is not None:
                 leaves.append(Leaf(path, value, *found))
         if unknown:
             path, value = min(unknown, key=lambda leaf: join(leaf[0]))
@@ -145,14 +145,18 @@ def path_at(row: Row, position: Position, like: Path) -> Path:
     return tuple(_make_key(word, key) for word, key in zip(words.split("."), like, strict=True))
 
 
-def iterate_leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, leaf) of all that is not a container, in order."""
+def iterate_leaves(node: Any, path: Path = (), empty: bool = False) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of all that is not a container, in order.
+
+    empty: whether empty containers are leaves. In the place of a parameter, one is what is left of
+    optax.MaskedNode in a state that was restored as plain dicts.
+    """
     children = list_children(node)
-    if children is None:
+    if children is None or (empty and not children):
         yield path, node
         return
     for key, child in children.items():
-        yield from iterate_leaves(child, (*path, key))
+        yield from iterate_leaves(child, (*path, key), empty)
 
 
 def list_children(node: Any) -> dict[Any, Any] | None:
@@ -179,7 +183,7 @@ def assemble(node: Any, leaves: Sequence[Leaf], depth: int = 0) -> Any:
     empty containers stay.
     """
     children = list_children(node)
-    if children is None:
+    if not children:
         return leaves[0].value
     groups: dict[Any, list[Leaf]] = {}
     for leaf in leaves:

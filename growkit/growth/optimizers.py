@@ -81,6 +81,11 @@ KEYS: dict[frozenset[str], str] = {
         "MuonState": "count mu ns_coeffs",
         "ScaleByOptimisticGradientState": "is_initial_step previous_gradient",
         "ZeroNansState": "found_nan",
+        "AccumulateAvgUpdatesState": "micro_step ready avg_grad",
+        "PerElementMeanAndSumSqDiffGradsState": "micro_step ready mean_grads sum_sq_diff_grads",
+        "PerElementMeanAndVarianceEMAState": "count ema_decay mean_grads_ema variance_grads_ema",
+        # Those of both line searches.
+        "ScaleByZoomLinesearchState": "learning_rate value grad info",
         "SophiaState": "count mu nu hessian_fn_state",
         "ScheduleFreeState": "b1 weight_sum step_count max_lr base_optimizer_state z",
         "LookaheadParams": "fast slow",
@@ -92,6 +97,9 @@ KEYS: dict[frozenset[str], str] = {
         "ScaleByAdaDeltaState": "e_g e_x",
         "ProdigyState": "exp_avg exp_avg_sq grad_sum params0 estim_lr numerator_weighted count",
         "DAdaptAdamWState": "exp_avg exp_avg_sq grad_sum estim_lr numerator_weighted count",
+        "SnapshotState": "measurement",
+        "MonitorState": "measurements measure_states",
+        "GaLoreState": "count base_optimizer_state projector",
         "MechanicState": "base_optimizer_state count r m v s x0",
         "ScaleByLBFGSState": "count params updates diff_params_memory diff_updates_memory "
         "weights_memory",
@@ -114,6 +122,8 @@ COUNTERS = {
     "ScaleByAdemamixState": ("count", "count_m2"),
     "ScaleBySimplifiedAdEMAMixState": ("t",),
 }
+# The fields of the last two parts of optax.lars's chain: a constant rate or a schedule, momentum.
+LARS = ([[], ["trace"]], [["count"], ["trace"]])
 # The states of these hold the states of others by label, each for its part of the parameters.
 SIDE_BY_SIDE = ("PartitionState", "MultiTransformState")
 # Why some states cannot grow.
@@ -310,13 +320,27 @@ def refuse_lars(node: Any) -> None:
     Its momentum is of steps that have the norm of their parameters, and stands after the learning
     rate. Such a chain of somebody's own, without a normalisation, is refused as well.
     """
-    if type(node) is not tuple or len(node) != 4:
+    dense = is_numbered(node) and {*map(int, node)} == set(range(len(node)))
+    chain = [node[key] for key in sorted(node, key=int)] if dense else node
+    if not isinstance(chain, tuple | list) or is_named_tuple(chain) or len(chain) != 4:
         return
-    names = [type(part).__name__ for part in node]
-    masked = names[1] == "MaskedState" and type(node[1].inner_state).__name__ == "EmptyState"
-    if masked and names[3] == "TraceState" and all(map(is_optimizer_state, node)):
+    names = [_list_fields(part) for part in chain]
+    # A mask around what keeps nothing, twice: weight decay and the trust ratio.
+    masked = names[0] in ([], ["inner_state"]) and names[1] == ["inner_state"]
+    if masked and not _list_fields(_get_inner(chain[1])) and names[2:] in LARS:
         raise GrowkitError(
             "the optimizer state cannot grow: it is optax.lars's, or has its parts in the same "
             "order, and LARS's momentum is of steps with the norm of their parameters; start that "
             "optimizer anew after growth, or put optax.trace before the learning rate"
         )
+
+
+def _list_fields(node: Any) -> list[str] | None:
+    """The fields of a state of optax or of a plain dict; None for anything else."""
+    if is_optimizer_state(node):
+        return list(node._fields)
+    return list(node) if isinstance(node, Mapping) else None
+
+
+def _get_inner(node: Any) -> Any:
+    return node["inner_state"] if isinstance(node, Mapping) else node.inner_state

@@ -221,8 +221,11 @@ class _Walk:
             return UNKNOWN
         self._check_moment(name, siblings)
         self._check_squares(siblings)
+        if self.maximum and name == "nu":
+            return MU
         rule = KEY_MOMENTS[name]
-        return STEPS if rule == MU and self.normalised else rule
+        steps = self.normalised or (self.steps and name == "mu")
+        return STEPS if rule == MU and steps else rule
 
     def _check_squares(self, siblings: Mapping[Any, Any]) -> None:
         """Raise GrowkitError where `mu` and `nu` are not of one form: of SM3 and NovoGrad."""
@@ -321,7 +324,7 @@ def _change_array(
 ) -> Any:
     """The leaf with its array changed by `change(array, numpy or jax.numpy)`.
 
-    A leaf without an array is returned as it is, and so is one without dimensions (a mask, a rate)
+    A leaf without an array stays as it is, and so does one without dimensions (a mask, a rate)
     unless the parameter itself has none.
     """
     if isinstance(leaf, NUMBERS):
@@ -337,7 +340,8 @@ def _change_array(
 
     arrays, box = jax.tree.flatten(leaf)
     if not arrays:
-        return leaf
+        # Anew, because nnx takes one box in two places for one variable.
+        return jax.tree.unflatten(box, [])
     if len(arrays) > 1 or not isinstance(arrays[0], jax.Array | np.ndarray):
         kind = type(arrays[0] if len(arrays) == 1 else leaf).__name__
         raise TypeError(f"growkit.grow takes numpy and jax arrays, but {name!r} is of type {kind}")

@@ -88,3 +88,18 @@ def gap(ours, theirs) -> float:
         for a, b in leaves
         if np.ndim(a) > 1
     )
+
+
+def restore_plainly(node):
+    """A state as Orbax restores it without a template: dicts for classes, lists for chains."""
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return {name: restore_plainly(part) for name, part in node._asdict().items()}
+    if isinstance(node, tuple | list):
+        return [restore_plainly(part) for part in node]
+    if isinstance(node, dict):
+        return {name: restore_plainly(part) for name, part in node.items()}
+    return node
+
+
+def list_matrices(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf) > 1]

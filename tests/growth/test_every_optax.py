@@ -17,8 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hidden_units import PLAN, compute, feed_both, gap, loss, make_params
+from hidden_units import (
+    PLAN,
+    compute,
+    feed_both,
+    gap,
+    list_matrices,
+    loss,
+    make_params,
+    restore_plainly,
+)
 from optax import contrib
+from optax.experimental import aggregating
 
 import growkit
 from growkit.errors import GrowkitError
@@ -119,6 +129,8 @@ GROWS = {
 OPTIONS = {name: {"nu": "maximum"} for name in ("adamax", "adamaxw", "scale_by_adamax")} | {
     name: {"mu": "step"} for name in ("contrib.adopt", "contrib.scale_by_adopt")
 }
+# A plain dict {count, ema} may be an average of parameters, and a dict of parts has lost its order.
+WITHOUT_CLASSES = ("ema", "signum", "named_chain")
 # Wrappers whose state is parameters, or asks for more than gradients; shown one by one below.
 APART = {
     "lookahead",
@@ -129,6 +141,12 @@ APART = {
     "contrib.sophia",
     "scale_by_backtracking_linesearch",
     "scale_by_zoom_linesearch",
+    "aggregating.accumulate_avg_updates",
+    "aggregating.average_incrementally_updates",
+    "aggregating.average_per_element_updates",
+    "aggregating.get_per_element_mean_and_sum_sq_diff_grads",
+    "aggregating.process",
+    "aggregating.track_per_element_mean_and_variance_with_ema",
 }
 NOTHING = {
     "noisy_sgd": lambda: optax.noisy_sgd(RATE),
@@ -223,12 +241,13 @@ def makes_transformation(thing) -> bool:
         returned = inspect.signature(thing).return_annotation
     except (TypeError, ValueError):
         return False
-    return "GradientTransformation" in str(returned)
+    return "GradientTransformation" in str(returned) or "Aggregator" in str(returned)
 
 
 def list_exported() -> set[str]:
     found = set()
-    for prefix, module in (("", optax), ("contrib.", contrib)):
+    modules = (("", optax), ("contrib.", contrib), ("aggregating.", aggregating))
+    for prefix, module in modules:
         names = [name for name in dir(module) if not name.startswith("_")]
         made = [name for name in names if makes_transformation(getattr(module, name))]
         found |= {f"{prefix}{name}" for name in made}
@@ -252,11 +271,23 @@ def make(name, lists):
     return (made[0] if isinstance(made, tuple) else made)()
 
 
+DOUBLES = (
+    "nadam",
+    "nadamw",
+    "lamb",
+    "adamaxw",
+    "radam",
+    "with_extra_args_support",
+    "inject_stateful_hyperparams",
+    "conditionally_mask",
+    "contrib.simplified_ademamix",
+)
+
+
 def mark_doubles(names):
-    """Names, those apart that only repeat the state of another name's."""
-    return [
-        pytest.param(name, marks=pytest.mark.slow if "scale_by_" in name else ()) for name in names
-    ]
+    """Names; slow are those whose state is of the same class as another name's."""
+    slow = [name for name in names if "scale_by_" in name or name in DOUBLES]
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 @pytest.mark.parametrize("name", mark_doubles(GROWS))
@@ -266,6 +297,11 @@ def test_the_grown_state_is_that_of_the_grown_model(name, monkeypatch):
     ours = growkit.grow(small, PLAN, **options)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert gap(ours, theirs) < 1e-9
+    # The same once it was saved and restored without its classes.
+    if name not in WITHOUT_CLASSES:
+        plain = growkit.grow(restore_plainly(small), PLAN, **options)
+        pairs = zip(list_matrices(plain), list_matrices(restore_plainly(ours)), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs)
     other = {MU: VALUE, NU: MU, VALUE: MU}
     wrong = {
         kind: {field: other[rule] for field, rule in fields.items()}
@@ -285,14 +321,18 @@ def test_what_holds_no_parameters_passes_through(name):
         assert old is new or np.array_equal(old, new)
 
 
+@pytest.mark.parametrize("form", ["classes", "plain dicts"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_grow_is_refused_by_name(name):
+def test_what_cannot_grow_is_refused_by_name(name, form):
     params = make_params()
     state = make(name, REFUSED).init(params)
+    state = state if form == "classes" else restore_plainly(state)
     with pytest.raises(GrowkitError) as refusal:
         growkit.grow({"params": params, "opt_state": state}, PLAN)
     said = str(refusal.value)
-    assert REFUSED[name][1] in said and "anew after growth" in said and "\n" not in said
+    # {mu, nu} of these two is told by its arrays.
+    known = REFUSED[name][1] if form == "classes" else REFUSED[name][1].replace("SM3", "SM3 and N")
+    assert known in said and "anew after growth" in said and "\n" not in said
 
 
 # ---------------------------------------------------------------- what stands apart
@@ -324,6 +364,26 @@ def test_what_a_line_search_keeps_grows_as_a_gradient(search):
     wide = growkit.grow(params, PLAN)
     grown = growkit.grow({"params": params, "opt_state": state}, PLAN)["opt_state"]
     assert gap(grown.grad, jax.grad(loss)(wide)) < 1e-12
+
+
+def test_what_optax_aggregates_grows_by_its_order():
+    params = make_params()
+    halves = {"mean_grads": 2, "sum_sq_diff_grads": 4, "avg_grad": 2}
+    halves |= {"mean_grads_ema": 2, "variance_grads_ema": 4}
+    for made in (
+        aggregating.accumulate_avg_updates(2),
+        aggregating.get_per_element_mean_and_sum_sq_diff_grads(0, 2),
+        aggregating.track_per_element_mean_and_variance_with_ema(),
+    ):
+        state = made.init(params)
+        kept = [name for name in state._fields if name in halves]
+        state = state._replace(**dict.fromkeys(kept, params))
+        for form in (state, restore_plainly(state)):
+            grown = growkit.grow(form, PLAN)
+            for name in kept:
+                part = grown[name] if isinstance(grown, dict) else getattr(grown, name)
+                half = params["up"]["kernel"] / halves[name]
+                assert np.array_equal(part["up"]["kernel"][:, :4], half)
 
 
 def test_sophias_hessian_is_of_second_order():

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hidden_units import PLAN, compute, gap, make_params, states
+from hidden_units import (
+    PLAN,
+    compute,
+    gap,
+    list_matrices,
+    make_params,
+    restore_plainly,
+    states,
+)
 
 import growkit
 from growkit.errors import GrowkitError, UsageError
@@ -87,17 +95,6 @@ def test_what_has_no_rule_is_refused_by_name(name):
     assert kind in said and "cannot grow" in said and "Adam" in said and "\n" not in said
 
 
-def restore_plainly(node):
-    """A state as Orbax restores it without a template: dicts for classes, lists for chains."""
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return {name: restore_plainly(part) for name, part in node._asdict().items()}
-    if isinstance(node, tuple | list):
-        return [restore_plainly(part) for part in node]
-    if isinstance(node, dict):
-        return {name: restore_plainly(part) for name, part in node.items()}
-    return node
-
-
 def fill(state):
     """The state with random numbers for its matrices."""
     random = np.random.default_rng(4)
@@ -105,19 +102,6 @@ def fill(state):
         lambda leaf: jnp.asarray(random.normal(size=leaf.shape)) if np.ndim(leaf) > 1 else leaf,
         state,
     )
-
-
-def list_matrices(tree):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf) > 1]
-
-
-@pytest.mark.parametrize("name", sorted(GRADIENTS.keys() - {"ema"}))
-def test_a_state_restored_as_dicts_grows_as_its_class_does(name):
-    state = fill(GRADIENTS[name].init(make_params()))
-    ours = list_matrices(restore_plainly(growkit.grow(state, PLAN)))
-    theirs = list_matrices(growkit.grow(restore_plainly(state), PLAN))
-    assert len(ours) == len(theirs) > 0
-    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "ema"])
