@@ -62,7 +62,7 @@ def _name_section(key: str, types: Mapping[str, Any], where: str) -> str:
 
 def _read_as_written(value: Any, metadata: Mapping[str, Any], key: str) -> Any:
     """The value that a text stands for, by what its field says of itself."""
-    if NUMBERS in metadata and type(value) is int:
+    if NUMBERS in metadata and type(value) in (int, float):
         return str(value)
     if PATH in metadata and isinstance(value, str):
         return os.path.expanduser(value)
