@@ -22,8 +22,10 @@ from growkit.growth.plan import MUP, combine_plans, set_options
 from growkit.growth.vocabulary import plan_vocabulary
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
+from growkit.models.definition import list_defined
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
+from growkit.surgery.groups import find_factors
 from trainer.run.growth import select_multipliers
 
 NEOX_SIZES = {"layer": 2, "embed": 16, "head": 2, "mlp": 12, "vocab": 24, "context": 16}
@@ -167,6 +169,14 @@ def test_every_row_has_the_factor_of_the_table(name):
     assert not plan.continues
     assert list_rates(plan) == pytest.approx(wanted)
     assert {shorten(row): rate for row, rate in describe_rates(plan).items()} == list_rates(plan)
+
+
+def test_groups_of_pytorch_hold_them():
+    plan = plan_by_mup(LLAMA_UNTIED, CASES["llama, padded"][1])
+    factors = find_factors(plan.grown, list_defined(plan.grown), [plan])
+    assert factors["model.layers.1.mlp.up_proj.weight"].rate == pytest.approx(24 / 36)
+    assert factors["model.layers.1.self_attn.o_proj.weight"].rate == 1.0
+    assert factors["model.embed_tokens.weight"].rate == 1.0
 
 
 def test_even_copies_have_the_rates_of_exact_growth():
