@@ -84,6 +84,16 @@ def read_gate(family: Family, config: Mapping[str, Any]) -> Gate:
     )
 
 
+def check_choice(family: Family, config: Mapping[str, Any], experts: int) -> None:
+    """Raise GrowkitError where a token would go through more experts than there are."""
+    top = read_gate(family, config).top
+    if not 0 < top <= experts:
+        raise GrowkitError(
+            f"{family.experts['top']} is {top}, and there are {experts} experts; between 1 and "
+            f"{experts} work"
+        )
+
+
 def _read(name: str, field: str, fields: Fields) -> Any:
     """The value of a field, None where it is null."""
     if fields.get(field) is None:

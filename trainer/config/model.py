@@ -65,7 +65,7 @@ def build_architecture(model: Model) -> Architecture:
             return base
         written = base.config()
         _check_config(family, model.config, values, written)
-        return family.read(written | model.config)
+        return family.read(written | family.name_experts(model.config))
     except GrowkitError as problem:
         raise UsageError(f"the model section contradicts itself: {problem}") from None
 
