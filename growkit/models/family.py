@@ -11,7 +11,6 @@ from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.computation import LAYER_TYPES, Computation, select_kinds
 from growkit.models.fields import RATIO, Fields, Frozen
-from growkit.models.gates import check_choice
 from growkit.models.layer_rules import apply_rule
 from growkit.models.notation import Row, parse_table
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
@@ -203,8 +202,6 @@ class Family:
             layers = self._read_kinds(config, facts, sizes.get("layer", 0))
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
-        if self.computation and self.computation.experts:
-            check_choice(self, facts, sizes["expert"])
         return Architecture(
             self,
             Frozen({**sizes, **self.constants}),

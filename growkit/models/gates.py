@@ -25,6 +25,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.models.fields import Fields, read_number
 
 if TYPE_CHECKING:
+    from growkit.models.architecture import Architecture
     from growkit.models.family import Family
 
 SCORES = ("softmax", "softmax-chosen", "sigmoid")
@@ -84,13 +85,16 @@ def read_gate(family: Family, config: Mapping[str, Any]) -> Gate:
     )
 
 
-def check_choice(family: Family, config: Mapping[str, Any], experts: int) -> None:
-    """Raise GrowkitError where a token would go through more experts than there are."""
-    top = read_gate(family, config).top
-    if not 0 < top <= experts:
+def check_choice(model: Architecture) -> None:
+    """Raise GrowkitError where a token of a mixture would pass more experts than there are."""
+    gate = model.gate
+    if gate is None:
+        return
+    experts = model.sizes["expert"]
+    if not 0 < gate.top <= experts:
         raise GrowkitError(
-            f"{family.experts['top']} is {top}, and there are {experts} experts; between 1 and "
-            f"{experts} work"
+            f"{model.family.experts['top']} is {gate.top}, and there are {experts} experts; "
+            f"between 1 and {experts} work"
         )
 
 
