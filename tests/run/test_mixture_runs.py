@@ -15,6 +15,8 @@ from trainer.run.begin import begin, prepare
 from trainer.run.loop import Run
 from trainer.run.stages import train
 
+pytestmark = pytest.mark.slow
+
 GATE = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
 MODEL = {
     "kind": "mixtral",
@@ -62,7 +64,6 @@ def test_the_log_says_how_busy_the_experts_are(trained):
         assert 2.0 <= float(row["balance_loss"]) < 4.0
 
 
-@pytest.mark.slow
 def test_a_mixture_is_exported_and_imported(trained, tmp_path, capsys):
     assert run(["export", str(trained), str(tmp_path / "hf"), "--check"]) == 0
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -86,7 +87,6 @@ GROWTHS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("verb", GROWTHS)
 def test_a_checkpoint_of_a_mixture_grows_and_trains_on(verb, trained, data, tmp_path, capsys):
     out = tmp_path / "grown"
@@ -105,7 +105,6 @@ def test_a_checkpoint_of_a_mixture_grows_and_trains_on(verb, trained, data, tmp_
     assert len(read_loads(tmp_path / "on")[-1]["load"]) == source.model.layer
 
 
-@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path):
     stated = values(data, **SECTIONS | {"schedule": {"steps": 4, "warmup": 1}})
     train(stated | {"model": MODEL}, tmp_path / "whole")
