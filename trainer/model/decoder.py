@@ -24,8 +24,8 @@ from jax.ad_checkpoint import checkpoint_policies
 from growkit.checkpoint.tensor import Source
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Dropout, Precision
-from trainer.model.attention import Past
-from trainer.model.block import KEPT, Block, multiply
+from trainer.model.attention import MIXED, Past
+from trainer.model.block import EXPANDED, KEPT, Block, multiply
 from trainer.model.dropout import HiddenDropout
 from trainer.model.experts import ROUTED, Routed, take_last
 from trainer.model.kinds import LayerKind, compute_tables, list_kinds, number_kinds
@@ -40,6 +40,9 @@ ApplyLayers = Callable[[jax.Array, Any, bool], tuple[jax.Array, Routed | None]]
 REMAT = {
     "none": None,
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # With an mlp of 4 E these are 5 E numbers per token and layer. They spare 4.7 of the 8.3 E^2
+    # multiplications that `full` repeats (E = 1536, 1024 tokens).
+    "half": checkpoint_policies.save_only_these_names(MIXED, EXPANDED),
     "full": checkpoint_policies.nothing_saveable,
 }
 

@@ -23,7 +23,7 @@ from trainer.step.update import State, abstract_state, make_train_step
 
 # Rematerialisation policies, mildest first: each recomputes more and keeps less than the one
 # before.
-POLICIES = ("none", "dots", "full")
+POLICIES = ("none", "dots", "half", "full")
 UNITS = "BKMGT"  # of the sizes in the compiler's messages, each 1024 times the one before
 
 

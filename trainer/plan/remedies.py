@@ -34,15 +34,20 @@ def apply_changes(config: Config, changes: Sequence[str]) -> Config:
 def list_remedies(config: Config, mesh: dict[str, int]) -> list[list[Changes]]:
     """Changes that lower the peak, in groups, each with its mildest change first.
 
-    The order is that in which they are tried: remat, sharding, accumulation, context. mesh: the
-    number of devices along each mesh axis.
+    The order is that in which they are tried: the loss, remat, sharding, accumulation, context.
+    mesh: the number of devices along each mesh axis.
     """
     return [
+        _list_loss_changes(config),
         _list_remat_changes(config),
         _list_sharding_changes(config, mesh),
         _list_accumulation_changes(config, mesh),
         _list_context_changes(config),
     ]
+
+
+def _list_loss_changes(config: Config) -> list[Changes]:
+    return [("loss_chunk=auto",)] if config.loss_chunk == "none" else []
 
 
 def _list_remat_changes(config: Config) -> list[Changes]:

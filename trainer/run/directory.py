@@ -36,7 +36,7 @@ LOCK = ".lock"
 SCHEDULES = ("schedule.", "optimizer.learning_rate")
 # Sections that may differ between a run and its resumption: they change what is kept and shown,
 # and which devices compute, but not what is trained.
-CHANGEABLE = ("mesh", "attention", "remat", "checkpoint", "eval", "log")
+CHANGEABLE = ("mesh", "attention", "remat", "loss_chunk", "checkpoint", "eval", "log")
 
 
 @dataclass(frozen=True)

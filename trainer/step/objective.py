@@ -28,12 +28,14 @@ def sum_loss(
     key: jax.Array | None,
     mask_B: jax.Array | None = None,
     layers: ApplyLayers | None = None,
+    rows: int | None = None,
 ) -> jax.Array:
     """Sum the loss, nats, of predicting each token from those before it. With a key, dropout is on.
 
-    mask: 1 for the sequences that count, None for all. layers: as `Decoder` takes it.
+    mask: 1 for the sequences that count, None for all. layers: as `Decoder` takes it. rows: as
+    `sum_token_losses` takes it.
     """
-    return sum_routed_loss(network, params, tokens_BxT1, key, mask_B, layers)[0]
+    return sum_routed_loss(network, params, tokens_BxT1, key, mask_B, layers, rows)[0]
 
 
 def sum_routed_loss(
@@ -43,6 +45,7 @@ def sum_routed_loss(
     key: jax.Array | None,
     mask_B: jax.Array | None = None,
     layers: ApplyLayers | None = None,
+    rows: int | None = None,
 ) -> tuple[jax.Array, Routed | None]:
     """`sum_loss`, and what each layer of a mixture routed; None for any other model."""
     rngs = {} if key is None else {"dropout": key}
@@ -64,7 +67,7 @@ def sum_routed_loss(
         mask_B = jnp.ones(len(tokens_BxT1))
     bound = network.logit_cap
     layout = network.layout
-    loss = sum_token_losses(hidden_BxTxE, head_VxE, targets_BxT, mask_B, layout, bound)
+    loss = sum_token_losses(hidden_BxTxE, head_VxE, targets_BxT, mask_B, layout, bound, rows)
     return loss, routed
 
 
@@ -74,13 +77,14 @@ def sum_objective(
     tokens_BxT1: jax.Array,
     key: jax.Array | None,
     layers: ApplyLayers | None = None,
+    rows: int | None = None,
 ) -> tuple[jax.Array, Sums]:
     """What a step lowers, summed over tokens, nats, and the sums that it is made of.
 
     That is the loss, and for a mixture its coefficient times the loss that balances experts, which
     counts once for each token.
     """
-    loss, routed = sum_routed_loss(network, params, tokens_BxT1, key, layers=layers)
+    loss, routed = sum_routed_loss(network, params, tokens_BxT1, key, layers=layers, rows=rows)
     gate = network.model.gate
     if gate is None or routed is None:
         return loss, {"loss": loss}

@@ -27,6 +27,7 @@ from trainer.model.decoder import Decoder
 from trainer.model.kernels import select_kernel
 from trainer.model.part_scan import PartScan
 from trainer.step.balance import compute_load
+from trainer.step.loss import read_rows
 from trainer.step.objective import Sums, start_sums, sum_loss, sum_objective
 from trainer.step.optimizer import Multipliers, adamw, global_norm, select_multipliers_of
 from trainer.step.part import ALL, Part
@@ -71,17 +72,20 @@ def accumulate_gradients(
     tokens_AxBxT1: jax.Array,
     key: jax.Array | None,
     part: Part = ALL,
+    rows: int | None = None,
 ) -> tuple[Sums, Any]:
     """The mean losses, and the gradient of what a step lowers, over all A x B sequences.
 
     Both are summed over the A parts and divided once, so that parts give what the whole batch
     would; but a loss that balances experts is that of each part, as in transformers. part: the
-    parameters of which there is a gradient.
+    parameters of which there is a gradient. rows: as `sum_token_losses` takes it.
     """
     table = network.model.table
     trained = part.select(table, params)
 
-    differentiate = jax.value_and_grad(partial(_sum_part, network, part, params), has_aux=True)
+    differentiate = jax.value_and_grad(
+        partial(_sum_part, network, part, rows, params), has_aux=True
+    )
     parts, batch, length = tokens_AxBxT1.shape
 
     def add(total: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
@@ -104,6 +108,7 @@ def accumulate_gradients(
 def _sum_part(
     network: Decoder,
     part: Part,
+    rows: int | None,
     params: Any,
     trained: Any,
     tokens_BxT1: jax.Array,
@@ -111,12 +116,12 @@ def _sum_part(
 ) -> tuple[jax.Array, Sums]:
     """What a step lowers, and its sums, as a function of the parameters that are trained."""
     if part.layers is None:
-        return sum_objective(network, trained, tokens_BxT1, key)
+        return sum_objective(network, trained, tokens_BxT1, key, rows=rows)
     # Only layers are trained, and no gradient is computed of what is frozen.
     name = network.computation.layers
     time = tokens_BxT1.shape[1] - 1
     scan = PartScan(network, part.layers, trained[name], params[name], key, time)
-    return sum_objective(network, params, tokens_BxT1, key, scan)
+    return sum_objective(network, params, tokens_BxT1, key, scan, rows)
 
 
 def _shard_as_moments(network: Decoder, tree: Any, part: Part) -> Any:
@@ -182,7 +187,8 @@ def make_train_step(
     # Trees of multipliers cannot be hashed, so their programs are not kept.
     make = _keep_program if multipliers is None else _make_program
     multipliers = select_multipliers_of(multipliers, model, part)
-    program, memory = make(network, settings, config.schedule.kind, multipliers, part)
+    rows = read_rows(config.loss_chunk)
+    program, memory = make(network, settings, config.schedule.kind, multipliers, part, rows)
     numbers = encode_schedule(config.schedule, config.optimizer.learning_rate, grown_at)
     if multipliers is not None and multipliers.new is not None:
         numbers |= encode_new_rate(config.optimizer.new, grown_at)
@@ -195,6 +201,7 @@ def _make_program(
     kind: str,
     multipliers: Multipliers | None,
     part: Part,
+    rows: int | None,
 ) -> tuple[Any, dict[Any, Any]]:
     """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics).
 
@@ -204,7 +211,7 @@ def _make_program(
     state = _describe_state(network.precision, settings, network.model, layout, part)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     program = jax.jit(
-        _define_train_step(network, settings, kind, multipliers, part),
+        _define_train_step(network, settings, kind, multipliers, part, rows),
         in_shardings=(shardings, layout.batch_sharding(1), layout.replicated),
         out_shardings=(shardings, layout.replicated),
         # Without donation old and new state would be in memory at once: 12 bytes more a parameter
@@ -223,6 +230,7 @@ def _define_train_step(
     kind: str,
     multipliers: Multipliers | None,
     part: Part,
+    rows: int | None,
 ) -> Callable[[State, jax.Array, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     optimizer = adamw(settings, network.model, multipliers, part)
     table = network.model.table
@@ -238,7 +246,9 @@ def _define_train_step(
         if drops:
             # A function of seed and step: a resumed run draws the masks of one that never stopped.
             key = jax.random.fold_in(jax.random.key(numbers["seed"]), state.step)
-        losses, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key, part)
+        losses, gradient = accumulate_gradients(
+            network, state.params, tokens_AxBxT1, key, part, rows
+        )
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
         params = _shard_as_moments(network, part.select(table, state.params), part)
         factor = {}
@@ -270,13 +280,14 @@ def make_eval_step(config: Config, model: Architecture, layout: Layout | None = 
     """
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
-    return _keep_eval_step(Decoder(model, config.precision, kernel=kernel, layout=layout))
+    network = Decoder(model, config.precision, kernel=kernel, layout=layout)
+    return _keep_eval_step(network, read_rows(config.loss_chunk))
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _keep_eval_step(network: Decoder) -> EvalStep:
+def _keep_eval_step(network: Decoder, rows: int | None) -> EvalStep:
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
-        return sum_loss(network, params, tokens_BxT1, None, mask_B)
+        return sum_loss(network, params, tokens_BxT1, None, mask_B, rows=rows)
 
     layout = _layout_of(network)
     params = network.model.table.tree(layout.parameter_sharding)
