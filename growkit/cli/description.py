@@ -278,6 +278,12 @@ def _describe_mup(source: Source, plan: Plan, groups: str) -> str:
 def _describe_eps(source: Source) -> str:
     """Who applies the factors where learning rates have none."""
     exact = "training continues exactly as the source's" if "mu" in source.tensors else ""
+    if source.kind not in TORCH and is_trained(source):
+        beginning = f"{exact}: the" if exact else "the"
+        return (
+            f"learning rates stay; {beginning} trainer multiplies eps and clip weights "
+            "(optimizer.multipliers)"
+        )
     start = f"{exact} only with" if exact else "exact training needs"
     return (
         f"learning rates stay; {start} the factors on eps and clip weights in the lineage, which "

@@ -21,6 +21,7 @@ from growkit.growth.head_row import HeadRow
 from growkit.growth.separation import RANGE, parse_noise
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
+from growkit.models.fields import Frozen
 
 # No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
 # sum to 1 along vocab. Copies there are another function whatever their shares.
@@ -232,6 +233,10 @@ def build_plan(
     grown = model.resize(sizes, eps)
     if "layer" in maps:
         grown = replace(grown, layers=model.map_layers(maps["layer"].index.tolist()))
+    choice = options.get("experts")
+    if choice is not None:
+        stated = {name: value for name, value in choice.fields.items() if name in grown.facts}
+        grown = replace(grown, facts=Frozen({**grown.facts, **stated}))
     return Plan(verb, method, model, grown, dict(maps), padded, **options)
 
 
