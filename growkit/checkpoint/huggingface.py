@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from growkit.checkpoint.hashes import (
 )
 from growkit.checkpoint.naming import MASKS, Named, name_tensors
 from growkit.checkpoint.numbers import Findings
-from growkit.checkpoint.raw import Passing
+from growkit.checkpoint.raw import Finish, Passing
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import (
     Contents,
@@ -191,9 +190,7 @@ def find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed 
         tensors |= {name: _hash_when_read(tensors[name], algorithm) for name in arrays}
     spans = {name: tensors[name].span for name in arrays}
     finish = {
-        name: partial(span.passing.finish, span)
-        for name, span in spans.items()
-        if span and span.passing
+        name: Finish(span.passing, span) for name, span in spans.items() if span and span.passing
     }
     return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes(), finish=finish)
 

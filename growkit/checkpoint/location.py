@@ -306,7 +306,7 @@ def write_output(
         for source in sources:
             source.check_unchanged()
             if care.verify:
-                source.require_whole()
+                source.require_whole(used=True)
         if care.strict and findings:
             raise GrowkitError(f"nothing is written, because of --strict: {findings.describe()}")
     return findings

@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from growkit.checkpoint.hashes import (
     state_hashes,
 )
 from growkit.checkpoint.numbers import Findings
-from growkit.checkpoint.raw import Passing, Stamp, read_stamp
+from growkit.checkpoint.raw import Finish, Passing, Stamp, read_stamp
 from growkit.checkpoint.safetensors import MOST_DIMENSIONS
 from growkit.checkpoint.store import open_store, read_store
 from growkit.checkpoint.tensor import (
@@ -195,7 +194,7 @@ def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: dict[str, Array]) 
         if name in known and span and algorithm in ALGORITHMS:
             passing = Passing(span.offset, span.size, algorithm)
             arrays[name] = replace(array, passing=passing)
-            finish[name] = partial(passing.finish, span)
+            finish[name] = Finish(passing, span)
     return Hashed(algorithm, known, read, find_other, finish)
 
 

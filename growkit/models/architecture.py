@@ -281,10 +281,11 @@ class Architecture:
 
     def map_layers(self, index: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """`layers` of a model each of whose layers copies an old one: it is of its kind."""
+        kinds = {kind: frozenset(of_kind) for kind, of_kind in self.layers.items()}
         return Frozen(
             {
                 kind: tuple(new for new, old in enumerate(index) if old in of_kind)
-                for kind, of_kind in self.layers.items()
+                for kind, of_kind in kinds.items()
             }
         )
 

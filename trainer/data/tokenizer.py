@@ -44,6 +44,9 @@ _CUT = re.compile(r"(?<=\S)(?=[ \n]\w)")
 _CUTS_TRIED = 16
 # Characters on each side of a cut that must encode the same with and without the cut.
 _CUT_CONTEXT = 1000
+# Words whose ids are remembered. The library keeps the first 10,000 that it meets and never another
+# one; of ordinary text those are a megabyte's. A million words take about 150 MB.
+_WORDS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,19 @@ class TextTokenizer:
     end_of_text_id: int
     vocab_size: int  # highest id + 1, which can be more than the tokenizer's own count
     beside: Beside = Beside({})  # what lies beside the tokenizer.json
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is sent to another process: the file, from which the tokenizer is made again."""
+        more = (self.end_of_text, self.end_of_text_id, self.vocab_size, self.beside)
+        return _restore, (self.json, *more)
+
+    def remember_words(self) -> None:
+        """Keep the ids of many more words than the library would, for a long text."""
+        # Of BPE and Unigram; the other models have no cache. The name is the library's own, and
+        # without it encoding is slower and no less right.
+        resize = getattr(self.tokenizer.model, "_resize_cache", None)
+        if resize is not None:
+            resize(_WORDS)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 [tokens], without added special tokens.
@@ -88,6 +104,14 @@ class TextTokenizer:
         """Whether two texts encode to the same ids apart as together."""
         whole, *parts = self.encode([left + right, left, right])
         return np.array_equal(whole, np.concatenate(parts))
+
+
+def _restore(
+    content: bytes, end_of_text: str, end_of_text_id: int, vocab_size: int, beside: Beside
+) -> TextTokenizer:
+    """A tokenizer that was sent from another process."""
+    tokenizer = parse_tokenizer(content, FILE)
+    return TextTokenizer(tokenizer, content, end_of_text, end_of_text_id, vocab_size, beside)
 
 
 def load_tokenizer(path: str | os.PathLike[str], end_of_text: str | None = None) -> TextTokenizer:
