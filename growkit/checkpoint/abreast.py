@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 THREADS = 2
 # Results that may wait for an earlier one. This bounds the memory: a future takes about a kilobyte.
@@ -23,6 +25,8 @@ def map_abreast(
     For work that lets go of Python's lock: reading, hashing, arithmetic on arrays. Raises what the
     work raises; of what was not begun by then, nothing is done.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -39,6 +43,8 @@ def map_abreast(
 
 def _take_first(waiting: deque[Future[R]]) -> R:
     """The result of the one that was begun first."""
+    from concurrent.futures import wait
+
     first = waiting.popleft()
     # The kernel may deliver a signal to another thread; this one handles it on waking up.
     while wait([first], timeout=0.1).not_done:

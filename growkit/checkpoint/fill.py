@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -96,6 +94,8 @@ def create_file(path: Path, size: int) -> int:
     try:
         _reserve(file, size)
     except OSError as problem:
+        import shutil
+
         os.close(file)
         free = shutil.disk_usage(path.parent).free
         raise GrowkitError(
@@ -124,6 +124,8 @@ def fill(jobs: list[Job], progress: Progress | None = None) -> Filled:
     threads end together. Jobs of one size alternate between files, because writes to one file wait
     for each other.
     """
+    from concurrent.futures import ThreadPoolExecutor, wait
+
     # popleft of a deque is atomic: the threads need no lock of their own.
     queue = deque(sorted(jobs, key=lambda job: (-job.size, job.offset)))
     stop = threading.Event()

@@ -43,6 +43,7 @@ from growkit.checkpoint.hashes import (
     read_stated,
     state_hashes,
 )
+from growkit.checkpoint.kinds import FINISHED, STATE
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.raw import Finish, Passing, Stamp, read_stamp
 from growkit.checkpoint.safetensors import MOST_DIMENSIONS
@@ -65,12 +66,9 @@ from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Position, Row
 
-# The items of the composite.
-STATE = "state"
+# The items of the composite, beside STATE.
 META = "meta"
 FILES = "files"
-# Orbax writes this file last: a directory that holds it is a finished checkpoint.
-FINISHED = "_CHECKPOINT_METADATA"
 # In buckets, which have no rename, Orbax takes a directory for finished if it holds this file.
 COMMITTED = "commit_success.txt"
 # Files of the trainer's own, which stay among its checkpoints.
@@ -81,11 +79,6 @@ HANDLERS = {
     META: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
     STATE: f"{ORBAX_HANDLERS}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
 }
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether this is one of the trainer's checkpoints, finished or not."""
-    return (path / FINISHED).is_file() or (path / STATE).is_dir()
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 from growkit.checkpoint.carried import decode_files, encode_files
 from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.hashes import HASHES, find_changed, read_hashes
+from growkit.checkpoint.kinds import STATE
 from growkit.checkpoint.location import CHECKPOINTS
-from growkit.checkpoint.orbax import FILES, META, STATE
+from growkit.checkpoint.orbax import FILES, META
 from growkit.errors import GrowkitError, first_line
 from growkit.lineage import Lineage
 from growkit.models import read_config

@@ -20,8 +20,9 @@ from etils import epath
 from growkit.checkpoint.carried import decode_files
 from growkit.checkpoint.files import is_remote, refuse_pointer
 from growkit.checkpoint.hashes import HASHES, find_changed, read_hashes
+from growkit.checkpoint.kinds import FINISHED, STATE
 from growkit.checkpoint.location import CHECKPOINTS
-from growkit.checkpoint.orbax import FILES, FINISHED, META, STATE, open_checkpoint
+from growkit.checkpoint.orbax import FILES, META, open_checkpoint
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError, first_line
 from growkit.forms import check_record
