@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from growkit.checkpoint.carried import decode_files
@@ -61,7 +60,13 @@ class Trust:
 
 def list_steps(run: epath.Path) -> list[int]:
     """The steps of the finished checkpoints, in order."""
-    return sorted(ocp.utils.checkpoint_steps(run / CHECKPOINTS))
+    directory = run / CHECKPOINTS
+    # A new run has none, and does without importing Orbax.
+    if not directory.exists() or not any(directory.iterdir()):
+        return []
+    import orbax.checkpoint as ocp
+
+    return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def read_item(checkpoint: Any, item: str) -> Any:
