@@ -44,9 +44,6 @@ _CUT = re.compile(r"(?<=\S)(?=[ \n]\w)")
 _CUTS_TRIED = 16
 # Characters on each side of a cut that must encode the same with and without the cut.
 _CUT_CONTEXT = 1000
-# Words whose ids are remembered. The library keeps the first 10,000 that it meets and never another
-# one; of ordinary text those are a megabyte's. A million words take about 150 MB.
-_WORDS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -64,14 +61,6 @@ class TextTokenizer:
         """What is sent to another process: the file, from which the tokenizer is made again."""
         more = (self.end_of_text, self.end_of_text_id, self.vocab_size, self.beside)
         return _restore, (self.json, *more)
-
-    def remember_words(self) -> None:
-        """Keep the ids of many more words than the library would, for a long text."""
-        # Of BPE and Unigram; the other models have no cache. The name is the library's own, and
-        # without it encoding is slower and no less right.
-        resize = getattr(self.tokenizer.model, "_resize_cache", None)
-        if resize is not None:
-            resize(_WORDS)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 [tokens], without added special tokens.
