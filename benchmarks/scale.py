@@ -22,17 +22,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 
 GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
-MODEL = GPT_NEOX.model(
-    layer=1, embed=8, head=2, mlp=16, vocab=16, context=16, rotary_pct=0.5, tied=False
+# 24 layers of as many experts as it takes, of three tensors each.
+MANY: dict[str, Any] = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 8,
+    "num_hidden_layers": 24,
+    "vocab_size": 16,
+    "tie_word_embeddings": False,
+}
+LAYERS = MANY["num_hidden_layers"]
+# A layer of embed 8192 in float32 takes 3.2 GB.
+WIDE = GPT_NEOX.model(
+    layer=1, embed=8192, head=64, mlp=32768, vocab=50304, context=16, rotary_pct=0.5, tied=False
 )
-# Bytes of a layer of embed 8192 in float32: 3.2 GB.
-WIDE = MODEL.change(embed=8192, head=64, mlp=32768, vocab=50304)
-TENSORS_A_LAYER = 12
 SHARD_TENSORS = 500
 WIDTH = 4  # bytes of float32
 
@@ -86,10 +99,10 @@ def show(what: str, verb: str, found: tuple[float, float]) -> None:
 
 def measure_tensors(directory: Path, tensors: int) -> None:
     """Everything on a source of so many tiny tensors."""
-    layers = max(1, tensors // TENSORS_A_LAYER)
-    source = str(write_sparse(directory / f"many{tensors}", MODEL.change(layer=layers)))
+    model = read_config(MANY | {"num_local_experts": max(1, tensors // (3 * LAYERS))})
+    source = str(write_sparse(directory / f"many{tensors}", model))
     grown = str(directory / f"grown{tensors}")
-    depth = ["depth", "--map", f"{layers}:{layers * 4 // 3}", source, grown, "--no-sync"]
+    depth = ["depth", "--map", f"{LAYERS}:{LAYERS * 4 // 3}", source, grown, "--no-sync"]
     what = f"{tensors:,} tensors"
     show(what, "inspect", measure(["inspect", source]))
     show(what, "depth --dry-run", measure([*depth, "--dry-run", "--json"]))

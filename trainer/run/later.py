@@ -16,7 +16,8 @@ LATER = ("grain", "trainer.run.saving")
 
 def import_later() -> None:
     """Import them in a thread. Whoever needs one sooner waits for that thread's import."""
-    threading.Thread(target=_import_all, daemon=True, name="imports").start()
+    # Not a daemon: Python's end would break off one that runs code of C++, and abort the process.
+    threading.Thread(target=_import_all, name="imports").start()
 
 
 def _import_all() -> None:
