@@ -12,6 +12,8 @@ from growkit.models import list_trained, require_trained
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.growth.plan import Plan
+    from growkit.growth.upcycling import Upcycling
+    from growkit.models.architecture import Architecture
 
 KINDS = {
     "checkpoint": "trainer checkpoint",
@@ -45,14 +47,14 @@ def describe(source: Source, plan: Plan, size: int, out: Path, groups: str = "ke
 
     size: bytes of the output. groups: what becomes of parameter groups, 'keep' or 'split'.
     """
-    before = plan.model
+    before = source.model
     after = plan.grown
     ratio = after.parameters / before.parameters
     lines = [
         f"source      {source.path} ({KINDS[source.kind]}, {source.dtype})",
         *(f"note        {note}" for note in source.notes),
         f"output      {out}",
-        f"sizes       {format_changes(before.sizes, after.sizes)}",
+        f"sizes       {format_changes(plan.model.sizes, after.sizes)}",
         *_describe_growth(plan),
         f"parameters  {before.parameters:,} -> {after.parameters:,} ({ratio:.2f}x)",
         f"on disk     {source.size / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
@@ -80,7 +82,7 @@ def summarize(source: Source, plan: Plan, size: int, out: Path, dry_run: bool) -
         "out": str(out),
         "kind": source.kind,
         "dry_run": dry_run,
-        "parameters": {"before": plan.model.parameters, "after": plan.grown.parameters},
+        "parameters": {"before": source.model.parameters, "after": plan.grown.parameters},
         "bytes": {"before": source.size, "after": size},
         "notes": plan.notes,
         "tied_copies": plan.tied_copies,
@@ -104,8 +106,13 @@ def is_loaded_by_transformers(source: Source) -> bool:
 
 def is_trained(source: Source) -> bool:
     """Whether growkit's trainer computes this model."""
+    return is_computed(source.model)
+
+
+def is_computed(model: Architecture) -> bool:
+    """Whether growkit's trainer computes models like this."""
     try:
-        require_trained(source.model, source.path)
+        require_trained(model, "the model")
     except UsageError:
         return False
     return True
@@ -172,6 +179,11 @@ def _describe_function(source: Source, plan: Plan) -> str:
     if not plan.preserved:
         if plan.experts and not plan.experts.exact:
             return plan.experts.describe_gap()
+        if plan.upcycling:
+            return (
+                "not preserved: noise sets apart rows of the router that must be equal for all "
+                "parts of the mlp to be chosen"
+            )
         if plan.experts and plan.noise:
             return "not preserved: noise sets the scores of copies of an expert apart"
         own = "layer" in plan.maps and has_own_shares(plan.maps["layer"])
@@ -205,6 +217,9 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         nu = "grown by the rule"
         if "layer" in plan.maps:
             mu += " (zero in inserted layers)"
+    if plan.upcycling:
+        mu = "copied (zero in experts)" if plan.preserved else "zero"
+        nu = f"copied ({_describe_experts(plan.upcycling)})"
     if not both:
         # Lion, Muon, SGD: one buffer, which grows as mu does.
         return {"map": f"mu {mu}", "copy": "mu copied as it is", "nu-only": "mu zero"}[plan.moments]
@@ -214,6 +229,12 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         "nu-only": f"mu zero, nu {nu}",
     }[plan.moments]
     return f"{words}, {count}"
+
+
+def _describe_experts(upcycling: Upcycling) -> str:
+    """What becomes of nu in experts, in words."""
+    factor = upcycling.part**2 / (upcycling.chosen * upcycling.copies)
+    return f"x {factor:.3g} in experts, by the noise of gradients: an approximation"
 
 
 def _has_split_groups(source: Source) -> bool:
@@ -288,6 +309,11 @@ def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str)
 
 
 def _warn_of_tied_copies(plan: Plan) -> str:
+    if plan.upcycling:
+        return (
+            "all rows of the router are zero, so every token goes to the same experts until the "
+            "auxiliary loss moves it; --noise or --router random separates them"
+        )
     if plan.tied_copies == ("expert",):
         return (
             "copies of experts stay equal where they are chosen together, because equal copies get "
@@ -313,7 +339,7 @@ def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if source.model.family.given:
         return f"transformers loads {out}; growkit's trainer takes no given table"
-    if not is_trained(source):
+    if not is_computed(plan.grown):
         return f"transformers loads {out}; growkit's trainer is for {', '.join(list_trained())}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"
     if plan.keeps_first and "mu" in source.tensors:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from growkit import forms
+from growkit.growth.upcycling import Upcycling
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,14 @@ class Choice:
     top: how many experts a token goes through, before and after. exact: whether the gate chooses
     all copies of what it chose, with weights of the same sum. alike: else with how many experts a
     token the source would be the same function, 0 for none. fields: the configuration's fields that
-    change beside sizes.
+    change beside sizes. upcycling: how a dense model became the mixture, where it was one.
     """
 
     top: tuple[int, int]
     exact: bool
     alike: int
     fields: Mapping[str, Any]
+    upcycling: Upcycling | None = None
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Choice:
@@ -33,6 +35,7 @@ class Choice:
             forms.take_flag(stored, "exact"),
             forms.take_whole(stored, "alike"),
             dict(forms.take_object(stored, "fields")),
+            Upcycling.read(stored["upcycling"]) if "upcycling" in stored else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -42,10 +45,13 @@ class Choice:
             "exact": self.exact,
             "alike": self.alike,
             "fields": dict(self.fields),
+            **({"upcycling": self.upcycling.to_json()} if self.upcycling else {}),
         }
 
     def describe_gap(self) -> str:
         """Why the function is another one, in words."""
+        if self.upcycling:
+            return self.upcycling.describe_gap()
         before, after = self.top
         if self.alike:
             noun = "expert" if self.alike == 1 else "experts"

@@ -18,6 +18,7 @@ from growkit.errors import UsageError, did_you_mean
 from growkit.growth.axes import AxisMap
 from growkit.growth.choice import Choice
 from growkit.growth.head_row import HeadRow
+from growkit.growth.upcycling import Upcycling
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
 
@@ -103,7 +104,13 @@ class Plan:
         even = tiled and preserves("expert", experts, uniform=True)
         chosen = self.experts is not None and self.experts.exact
         # Noise sets the scores of copies apart.
-        return even and chosen and not self.noise
+        upcycling = self.upcycling
+        return even and chosen and not (self.noise and not (upcycling and upcycling.noisy))
+
+    @property
+    def upcycling(self) -> Upcycling | None:
+        """How a dense model becomes a mixture, None for another growth."""
+        return self.experts.upcycling if self.experts else None
 
     @property
     def continues(self) -> bool:
@@ -111,6 +118,8 @@ class Plan:
 
         That is so for width by copies alone.
         """
+        if self.upcycling:
+            return False
         copied = any(len(axis_map) > axis_map.source for axis_map in self.maps.values())
         exact = self.preserved and not self.pads and self.moments == "map" and not self.noise
         # A copy with a share of 0 would have an eps of 0: Adam divides 0 by 0.
@@ -140,6 +149,8 @@ class Plan:
         """
         if self.noise or "embed" in self.pads:
             return ()
+        if self.upcycling and self.upcycling.router == "random":
+            return ()
         separated = set(self.maps) - {"mlp"} if self.pads.keys() - {"vocab"} else set()
         return tuple(
             axis
@@ -154,6 +165,11 @@ def set_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int 
     Raises UsageError for values that make no sense for it.
     """
     plan = replace(plan, moments=moments, noise=noise, seed=seed)
+    if plan.upcycling and plan.keeps_first:
+        raise UsageError(
+            "--moments first is for copies beside an original, and the experts made of a dense mlp "
+            "are all alike; leave it out, or give --moments reset"
+        )
     if noise and not plan.copied_widths:
         raise UsageError(
             "--noise separates the copies of units in width, and this growth makes none; leave it "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from growkit.growth.axes import AxisMap
+from growkit.growth.axes import gather
 from growkit.growth.noise import UNIT, centred, uniform
 from growkit.growth.padding import (
     MU,
@@ -36,15 +36,13 @@ from growkit.growth.padding import (
     sum_along,
 )
 from growkit.growth.precision import wide_dtype
+from growkit.growth.routers import draws_rows, draw_rows
 from growkit.growth.shares import is_added, keep_first, narrow, scale_of
 from growkit.growth.vocabulary import rule_of_tokens
 from growkit.models.notation import ATTENTION, Part, Position, Row
 
 if TYPE_CHECKING:
     from growkit.growth.plan import Plan
-
-# Up to so many stretches of neighbours are copied faster than as many single entries.
-MOST_STRETCHES = 16
 
 
 def grow_array(
@@ -108,16 +106,6 @@ def find_source(plan: Plan, row: Row, position: Position) -> Position:
         int(plan.maps[axis.name].index[unit]) if axis.name in plan.maps else unit
         for axis, unit in zip(row.stacked, position, strict=True)
     )
-
-
-def gather(array: Any, axis_map: AxisMap, place: int) -> Any:
-    """The entries of an array that a map copies, along dimension `place`."""
-    if not isinstance(array, np.ndarray) or len(axis_map.stretches) > MOST_STRETCHES:
-        return array.take(axis_map.index, axis=place)
-    # Slices copy each stretch at once; take goes entry by entry.
-    before = (slice(None),) * place
-    parts = [array[(*before, stretch)] for stretch in axis_map.stretches]
-    return np.concatenate(parts, axis=place)
 
 
 def multiply(array: Any, scale: np.ndarray | None, offset: float = 0.0, xp: Any = np) -> Any:
@@ -300,6 +288,8 @@ class PartGrowth:
                 array = gather(array, self.plan.maps[name], place)
         if not equal:
             array = multiply(array, factor, self.offset, xp)
+        if self.moment == VALUE and draws_rows(self.part, self.plan):
+            array = draw_rows(array, self.name, self.plan, units if self.lead else None, xp)
         return array if self.noise_place is None else self._add_noise(array, units, xp)
 
     def _add_noise(self, array: Any, units: np.ndarray, xp: Any) -> Any:
