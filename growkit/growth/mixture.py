@@ -97,13 +97,13 @@ def describe_mixture(
     where = "" if upcycling.every == 1 else f" in {layers} of {model.layer} layers"
     words = (
         f"{model.family.title} -> {family.title}: the mlp as {count} experts{size}, {top} of them "
-        f"a token{where}; router {upcycling.router}"
+        f"a token{where}, router {upcycling.router}"
     )
     if list_shared(family):
-        words += "; the shared expert is the mlp" if upcycling.shared else ""
-        words += "" if upcycling.shared else "; the shared expert adds nothing yet"
+        words += ", the shared expert is the mlp" if upcycling.shared else ""
+        words += "" if upcycling.shared else ", the shared expert adds nothing yet"
     if upcycling.scale != 1.0:
-        words += f"; down-projections x {upcycling.scale:.4g}"
+        words += f", down-projections x {upcycling.scale:.4g}"
     return words
 
 

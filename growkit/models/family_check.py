@@ -134,12 +134,14 @@ def _check_upcycling(family: Family) -> None:
         return
     if not family.experts:
         raise GrowkitError("[upcycling] needs [experts], which states the gate")
-    known = ("from", "windows", "window", "switch", "every", "fields")
-    for name in (*stated, *("from", "windows", "window")):
+    known = ("from", "windows", "window", "switch", "every", "fields", "why")
+    for name in (*stated, "from"):
         if name not in known or name not in stated:
             raise GrowkitError(
                 f"[upcycling] states {', '.join(known)}, and of these {name!r} is unknown or missing"
             )
+    if ("windows" in stated) != ("window" in stated):
+        raise GrowkitError("[upcycling] states which layers have a window, and its field, or none")
     names = {row.name for row in family.rows}
     for name in family.upcycled:
         if name not in names:

@@ -4,11 +4,12 @@ A mixture's table file states it:
 
     [upcycling]
     from = ["llama", "mistral"]        the dense model types that it was proved for
-    windows = all                      which layers a sliding window is for: all, or list
+    windows = all                      which layers may have a sliding window: all, or list
     window = sliding_window            the field of its size
     switch = use_sliding_window        and the one without which it counts as null
     every = decoder_sparse_step        the field by which every n-th layer alone has experts
     fields = {"output_router_logits": false}    what else a new configuration states
+    why = ...                          why no dense model becomes one, where none does
 
     [upcycled]
     row of the mixture = row of the dense model, or zeros
@@ -29,7 +30,7 @@ from growkit.models.architecture import Architecture
 from growkit.models.computation import FULL, LAYER_TYPES, SLIDING
 from growkit.models.family import Family, bare_condition
 from growkit.models.fields import Frozen
-from growkit.models.notation import Position, Row
+from growkit.models.notation import Axis, Position, Row
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import write_rotary
 
@@ -120,7 +121,7 @@ def express_dense(
     sizes = _find_sizes(dense, family, table.rows, layout)
     stated = {axis: size for axis, size in sizes.items() if axis in family.fields}
     written = family.model(**stated, **options).config(_carry(dense, config))
-    written |= write_rotary(dense.rope, ROTARY_FIELDS, config)
+    written |= write_rotary(dense.ropes[""], ROTARY_FIELDS, config)
     written |= _write_gate(family, layout)
     written |= _write_windows(dense, family)
     written |= family.upcycling.get("fields", {})
@@ -207,18 +208,24 @@ def _find_sizes(
             # The one output of a gate has no field: the files alone state its size.
             sizes |= {axis: 1 for axis in row.axes if axis not in sizes}
             continue
-        for place, axis in find_units(row):
-            units = ours[origin].shape(dense.sizes)[place]
-            sizes[axis] = _divide(units, layout.experts) if len(row.stacked) > 1 else units
+        place, axis = find_units(row)
+        units = ours[origin].shape(dense.sizes)[place]
+        sizes[axis.name] = _divide(units, layout.experts) if len(row.stacked) > 1 else units
     return sizes
 
 
-def find_units(row: Row) -> Iterator[tuple[int, str]]:
-    """(dimension, axis) of an expert's own units: of all axes but the stream's."""
-    for place, terms in enumerate(row.blocks):
-        for axis in terms[0]:
-            if axis.name != "embed":
-                yield place, axis.name
+def find_units(row: Row) -> tuple[int, Axis]:
+    """The dimension and the axis of an expert's own units: those beside the stream's."""
+    return next(
+        (place, terms[0][0])
+        for place, terms in enumerate(row.blocks)
+        if terms[0][0].name != "embed"
+    )
+
+
+def gives_back(row: Row) -> bool:
+    """Whether a row of an mlp is the down-projection, which sums over its units."""
+    return find_units(row)[1].read
 
 
 def _divide(units: int, parts: int) -> int:
@@ -282,14 +289,16 @@ def _write_windows(dense: Architecture, family: Family) -> dict[str, Any]:
     written: dict[str, Any] = {}
     if "switch" in stated:
         written[stated["switch"]] = any(layers)
-    if stated["windows"] == "list":
+    kinds = stated.get("windows", "none")
+    if kinds == "list":
         written[LAYER_TYPES] = [SLIDING if window else FULL for window in layers]
-    elif any(layers) and not all(layers):
+    elif any(layers) and not (kinds == "all" and all(layers)):
         raise UsageError(
-            f"a {family.title} model has the same window in all layers, and this "
-            f"{dense.family.title} model has one in {sum(layers)} of {len(layers)}"
+            f"this {dense.family.title} model has a sliding window in {sum(layers)} of "
+            f"{len(layers)} layers, and a {family.title} model has it in {kinds}"
         )
-    written[stated["window"]] = size if any(layers) else None
+    if "window" in stated:
+        written[stated["window"]] = size if any(layers) else None
     return written
 
 

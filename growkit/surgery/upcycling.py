@@ -20,14 +20,17 @@ from functools import cache
 
 import numpy as np
 
+from growkit.checkpoint.optimizer import Optimizer
 from growkit.checkpoint.tensor import BLOCK, Source, Tensor
 from growkit.errors import UsageError
 from growkit.growth.plan import Plan
 from growkit.growth.precision import wide_dtype
 from growkit.growth.upcycling import Upcycling
 from growkit.models.architecture import Architecture
+from growkit.models.definition import list_defined
+from growkit.models.fused import find_fused
 from growkit.models.notation import Row
-from growkit.models.upcycling import Origin, Upcycled, find_units, holds_experts
+from growkit.models.upcycling import Origin, Upcycled, find_units, gives_back, holds_experts
 
 # What is read of a model's files alone, and so can become another type's.
 KINDS = ("huggingface", "hf_trainer", "checkpoint")
@@ -51,6 +54,7 @@ def read_upcycled(source: Source, plan: Plan) -> Source:
         config=dict(upcycled.config),
         tensors=tensors,
         known_model=upcycled.model,
+        torch_optimizer=view.make_optimizer(),
         hashed=None,
     )
 
@@ -93,10 +97,45 @@ class _View:
             found[name] = self._cut(tensor, slot, row, origin) if origin.scaled else tensor
         return found
 
+    def make_optimizer(self) -> Optimizer | None:
+        """The optimizer of PyTorch, its groups and steps by the mixture's parameters.
+
+        Each is in the group of the one that it comes from, a router in that of the mlp.
+        """
+        optimizer = self.source.torch_optimizer
+        if optimizer is None:
+            return None
+        defined = [name for name, _ in list_defined(self.upcycled.model)]
+        origins = self._name_origins()
+        groups = tuple(
+            replace(group, names=tuple(name for name in defined if origins[name] in members))
+            for group, members in ((group, set(group.names)) for group in optimizer.groups)
+        )
+        steps = optimizer.steps
+        return replace(
+            optimizer,
+            groups=groups,
+            steps={name: steps[origins[name]] for name in defined if origins[name] in steps},
+        )
+
+    def _name_origins(self) -> dict[str, str]:
+        """Each parameter of the mixture, as memory has it -> the dense one that it follows."""
+        model = self.upcycled.model
+        found = {}
+        for name, _, position, origin in self.upcycled.list_origins():
+            row = origin.row
+            found[name] = row.name_at(position[:1]) if row else self._find_reader(position[0])
+        for fused in find_fused(model).values():
+            for position in fused.row.positions(model.sizes):
+                first = next(fused.list_names(position, 1))
+                if first in found:
+                    found[fused.row.name_at(position)] = found[first]
+        return found
+
     def _cut(self, tensor: Tensor, slot: str, row: Row, origin: Origin) -> Tensor:
         """The units of the mlp that a row has, times what the slot asks for."""
         if origin.expert is not None:
-            place, _ = next(find_units(row))
+            place, _ = find_units(row)
             size = row.shape(self.upcycled.model.sizes)[place]
             tensor = cut_units(tensor, place, origin.expert * size, size)
         return multiply_tensor(tensor, self._find_factor(slot, row))
@@ -105,7 +144,7 @@ class _View:
         """What a slot's numbers of an mlp's row are multiplied by."""
         routed, upcycling = holds_experts(row), self.upcycling
         scale = 1.0
-        if row.writes_stream:
+        if gives_back(row):
             scale = upcycling.scale if routed else self._scale_of_shared
         if slot == "params":
             return scale
@@ -114,11 +153,11 @@ class _View:
         if slot == "mu":
             return 0.0
         if not routed:
-            return GATED**2 if row.writes_stream else SHARED_PART**2
+            return GATED**2 if gives_back(row) else SHARED_PART**2
         # The rule of growth divides by copies^2: the share of each in the gradient, squared. That
         # holds where all are chosen.
         noise = upcycling.part**2 * upcycling.copies / upcycling.chosen
-        return noise / scale**2 if row.writes_stream else noise
+        return noise / scale**2 if gives_back(row) else noise
 
     @property
     def _scale_of_shared(self) -> float:
@@ -143,7 +182,7 @@ class _View:
         stated = self.upcycled.model.family.upcycled
         names = [stated[row.name] for row in rows if row.name in stated and len(row.stacked) > 1]
         dense = self.upcycled.dense.table.rows
-        row = next(row for row in dense if row.name in names and not row.writes_stream)
+        row = next(row for row in dense if row.name in names and not gives_back(row))
         return row.name_at((layer,))
 
 
