@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from growkit.errors import UsageError
 from growkit.models import list_trained, require_trained
+from growkit.models.fused import find_fused
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
@@ -260,52 +261,53 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
             factor = f"x{low:.3g}" if low == high else f"x{low:.3g} to x{high:.3g}"
             name = ".".join(row.path).removeprefix("layers.")
             rows.setdefault(factor, []).append(name)
-    if not rows:
-        return _describe_eps(source)
-    factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in rows.items())
-    ungrouped = ""
-    if any(" to " in factor for factor in rows):
-        ungrouped = "they differ within a parameter"
-    elif any(len(row.stacked) > 1 for row in plan.grown.table.rows):
-        ungrouped = "the experts of a layer are one parameter there"
-    elif source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
-        ungrouped = "a universal checkpoint keeps the groups of its source"
-    return _describe_factors(source, factors, groups, ungrouped)
+    changes = "eps and clip weights of experts"
+    if rows:
+        listed = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in rows.items())
+        changes = f"learning rates {listed}"
+    return _describe_factors(source, changes, groups, _find_ungrouped(source, plan, changes))
 
 
-def _describe_eps(source: Source) -> str:
-    """Who applies the factors where learning rates have none."""
-    exact = "training continues exactly as the source's" if "mu" in source.tensors else ""
-    start = f"{exact} only with" if exact else "exact training needs"
-    return (
-        f"learning rates stay; {start} the factors on eps and clip weights in the lineage, which "
-        "PyTorch's parameter groups cannot hold for experts"
-    )
+def _find_ungrouped(source: Source, plan: Plan, changes: str) -> str:
+    """Why parameter groups of PyTorch cannot hold the factors, empty where they can."""
+    inner = {part for fused in find_fused(plan.grown).values() for part in fused.parts}
+    if " to x" in changes:
+        return "they differ within a parameter"
+    if any(len(row.stacked) > 1 and row not in inner for row in plan.grown.table.rows):
+        return "the experts of a layer are one parameter there"
+    if source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
+        return "a universal checkpoint keeps the groups of its source"
+    return ""
 
 
-def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str) -> str:
-    """Who applies the factors on learning rates. ungrouped: why PyTorch's groups cannot, or ""."""
+def _describe_factors(source: Source, changes: str, groups: str, ungrouped: str) -> str:
+    """Who applies the factors. ungrouped: why PyTorch's groups cannot, or ""."""
+    rates = changes.startswith("learning rates")
+    stay = "" if rates else "learning rates stay; "
     exact = ""
     if "mu" in source.tensors:
         exact = "training continues exactly as the source's would: "
     if source.kind not in TORCH and is_trained(source):
-        return (
-            f"{exact}the trainer multiplies learning rates {factors} (optimizer.multipliers), eps "
-            "and clip to match"
-        )
+        more = ", eps and clip to match" if rates else ""
+        return f"{stay}{exact}the trainer multiplies {changes} (optimizer.multipliers){more}"
     if ungrouped:
+        needed = changes if rates else f"factors on {changes}"
         return (
-            f"training would continue exactly with learning rates {factors}, but parameter groups "
-            f"of PyTorch cannot hold them: {ungrouped}"
+            f"{stay}training would continue exactly with {needed}, but parameter groups of PyTorch "
+            f"cannot hold them: {ungrouped}"
         )
-    matched = f"multiplies learning rates {factors}, eps, decay and clip weights to match"
+    more = ", eps, decay and clip weights to match" if rates else ""
+    matched = f"multiplies {changes}{more}"
     if source.kind not in TORCH:
-        return f"growkit.torch.param_groups {matched}"
+        return f"{stay}growkit.torch.param_groups {matched}"
     if source.kind == "dcp":
-        return f"training would continue exactly as the source's if the optimizer {matched}"
+        return f"{stay}training would continue exactly as the source's if the optimizer {matched}"
     if groups == "split":
-        return f"{exact}the split {matched}"
-    return f"training would continue exactly as the source's with --groups split, which {matched}"
+        return f"{stay}{exact}the split {matched}"
+    return (
+        f"{stay}training would continue exactly as the source's with --groups split, which "
+        f"{matched}"
+    )
 
 
 def _warn_of_tied_copies(plan: Plan) -> str:

@@ -145,9 +145,7 @@ def _plan_dense(
 
     experts = parse_whole("from-dense", count)
     chosen = None if top is None else parse_whole("top", top)
-    whole = {
-        name: parse_whole(name, dense[name] or "1") for name in ("every", "granularity")
-    }
+    whole = {name: parse_whole(name, dense[name] or "1") for name in ("every", "granularity")}
     if dense["router"] == "copy":
         raise UsageError(
             "--router copy copies rows of a mixture's router, and a dense model has none; it takes "

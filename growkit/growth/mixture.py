@@ -87,9 +87,7 @@ def _build(
     return build_plan("experts", words, upcycled.model, maps, experts=choice)
 
 
-def describe_mixture(
-    model: Architecture, family: Family, upcycling: Upcycling, layers: int
-) -> str:
+def describe_mixture(model: Architecture, family: Family, upcycling: Upcycling, layers: int) -> str:
     """What becomes of the dense model, in words."""
     parts = upcycling.granularity
     count, top = upcycling.copies * parts, upcycling.chosen * parts
@@ -139,7 +137,7 @@ def _count_chosen(experts: int, top: int | None, granularity: int) -> int:
     if granularity < 1:
         raise UsageError(f"--granularity is at least 1, got {granularity}")
     count = experts * granularity
-    if not 2 <= experts or count > MOST:
+    if experts < 2 or count > MOST:
         raise UsageError(
             f"a mixture has from 2 to {MOST} experts, and this one would have {count}; "
             f"--from-dense 8 makes 8"

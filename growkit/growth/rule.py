@@ -36,7 +36,7 @@ from growkit.growth.padding import (
     sum_along,
 )
 from growkit.growth.precision import wide_dtype
-from growkit.growth.routers import draws_rows, draw_rows
+from growkit.growth.routers import draw_rows, draws_rows
 from growkit.growth.shares import is_added, keep_first, narrow, scale_of
 from growkit.growth.vocabulary import rule_of_tokens
 from growkit.models.notation import ATTENTION, Part, Position, Row

@@ -67,6 +67,10 @@ def grow(tree: Any, plan: Plan, nu: str = "square") -> Any:
     another shape, and TypeError for what is not a plan or not an array.
     """
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
+    if plan.upcycling:
+        raise UsageError(
+            "a dense model becomes a mixture on disk: growkit.write_grown(source, plan, out)"
+        )
     if nu not in ("square", "maximum"):
         raise UsageError(f"nu is 'square', or 'maximum' for Adamax; got {nu!r}")
     walk = _Walk(plan, nu == "maximum")

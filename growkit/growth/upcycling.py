@@ -23,6 +23,7 @@ from growkit.models.upcycling import Layout, Upcycled, express_dense
 
 ROUTERS = ("random", "zero")
 MOST = 1 << 16
+COUNTS = ("every", "granularity", "copies", "chosen")
 # A shared expert is weighted by a sigmoid, 1/2 at zero: with the experts it makes 3/2 of the mlp,
 # so down-projections take 2/3.
 SHARED = 2 / 3
@@ -53,13 +54,12 @@ class Upcycling:
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Upcycling:
         """From its JSON object. Raises KeyError and ValueError for what is none."""
-        counts = ("every", "granularity", "copies", "chosen")
-        return cls(
-            **{name: forms.take_text(stored, name) for name in ("dense", "mixture", "router")},
-            **{name: max(1, forms.take_whole(stored, name, MOST + 1)) for name in counts},
-            **{name: forms.take_flag(stored, name) for name in ("shared", "normalised")},
-            scale=forms.take_number(stored, "scale"),
-        )
+        known: dict[str, Any] = {name: forms.take_whole(stored, name, MOST + 1) for name in COUNTS}
+        if not all(known.values()):
+            raise ValueError(f"{', '.join(COUNTS)} are at least 1")
+        known |= {name: forms.take_flag(stored, name) for name in ("shared", "normalised")}
+        known |= {name: forms.take_text(stored, name) for name in ("dense", "mixture", "router")}
+        return cls(**known, scale=forms.take_number(stored, "scale"))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -44,7 +44,7 @@ MIXTURES = {
         *ATTENTION,
         "mlp.gate",
         *EXPERTS,
-        "mlp.shared_expert",
+        *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
         "mlp.shared_expert_gate",
         *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
         *NORMS,

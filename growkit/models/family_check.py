@@ -138,7 +138,7 @@ def _check_upcycling(family: Family) -> None:
     for name in (*stated, "from"):
         if name not in known or name not in stated:
             raise GrowkitError(
-                f"[upcycling] states {', '.join(known)}, and of these {name!r} is unknown or missing"
+                f"[upcycling] states {', '.join(known)}; {name!r} is missing, or none of these"
             )
     if ("windows" in stated) != ("window" in stated):
         raise GrowkitError("[upcycling] states which layers have a window, and its field, or none")

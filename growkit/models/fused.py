@@ -70,11 +70,7 @@ def list_parameters(model: Architecture) -> dict[str, Row]:
     """Name -> row of every parameter of memory: the table's, fused where memory has them so."""
     fused = find_fused(model)
     inner = {part.name for each in fused.values() for part in each.parts}
-    found = {
-        name: row
-        for name, row, _ in model.table.names(model.sizes)
-        if row.name not in inner
-    }
+    found = {name: row for name, row, _ in model.table.names(model.sizes) if row.name not in inner}
     for each in fused.values():
         for (layer,) in each.row.positions(model.sizes):
             if model.table.has(each.row, layer):

@@ -69,7 +69,9 @@ def express_source(source: Source, plan: Plan) -> Architecture:
 def _require_kind(source: Source) -> None:
     if source.kind in KINDS and source.around is None:
         return
-    what = "a text decoder within a larger model" if source.around else f"a {source.kind} checkpoint"
+    what = (
+        "a text decoder within a larger model" if source.around else f"a {source.kind} checkpoint"
+    )
     raise UsageError(
         f"--from-dense takes a model directory, a checkpoint of transformers' Trainer or one of "
         f"growkit's trainer, and {source.path} is {what}"
@@ -161,7 +163,7 @@ class _View:
 
     @property
     def _scale_of_shared(self) -> float:
-        """What the shared expert's down-projection is multiplied by; 0 where it adds nothing yet."""
+        """What the shared expert's down-projection is multiplied by: 0 to add nothing yet."""
         return SHARED_PART / GATED if self.upcycling.shared else 0.0
 
     def _make_gate(self, slot: str, row: Row, layer: int) -> Tensor:

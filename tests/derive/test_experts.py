@@ -19,7 +19,7 @@ from trained import save_trained
 from growkit.checkpoint.location import open_source
 from growkit.cli import run as run_command
 from growkit.derive import proof
-from growkit.derive.network import run
+from growkit.derive.network import run, wide
 from growkit.derive.stream import TOKENS
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import read_variant
@@ -277,6 +277,58 @@ def test_a_checkpoint_of_the_trainer_grows_with_its_moments(tmp_path):
         for slot, factor in (("params", 1), ("mu", times), ("nu", times**2)):
             before, after = (each.tensors[slot][name].read() for each in (old, new))
             assert (np.concatenate([before] * times) / factor == after).all(), (slot, name)
+
+
+EPS = 1e-3
+
+
+def train_by_pytorch(path, steps):
+    """Losses of a model on disk, trained on by the optimizer beside it, in float64."""
+    from growkit.torch import param_groups
+
+    network = load_network(path)
+    optimizer = torch.optim.AdamW(param_groups(network, path, lr=None))
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+    return step_by_pytorch(network, optimizer, steps)
+
+
+def step_by_pytorch(network, optimizer, steps):
+    losses = []
+    with wide(), torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            logits = network(TOKENS, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def test_an_optimizer_of_pytorch_goes_on_as_the_sources(tmp_path, capsys):
+    """Its parameters are those of memory, where the experts of a layer are one."""
+    source, split, kept = (tmp_path / name for name in ("source", "split", "kept"))
+    save_tiny("mixtral", tiny_fields("mixtral"), source)
+    network = load_network(source)
+    decayed, exempt = [], []
+    for name, parameter in network.named_parameters():
+        (exempt if "norm" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, eps=EPS)
+    step_by_pytorch(network, optimizer, 3)
+    network.save_pretrained(source)
+    torch.save(optimizer.state_dict(), source / "optimizer.pt")
+    words = ["experts", "4:8", "--exact", str(source)]
+    assert run_command([*words, str(split), "--groups", "split"]) == 0
+    said = capsys.readouterr().out
+    assert "learning rates stay; training continues exactly as the source's would" in said
+    assert run_command(["verify", str(source), str(split)]) == 0
+    assert run_command([*words, str(kept)]) == 0
+    before = train_by_pytorch(source, 5)
+    after, wrong = train_by_pytorch(split, 5), train_by_pytorch(kept, 5)
+    assert max(abs(one - other) for one, other in zip(before, after, strict=True)) < 1e-11
+    # With the source's eps the copies take other steps.
+    assert max(abs(one - other) for one, other in zip(before, wrong, strict=True)) > 1e-6
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -20,15 +19,13 @@ import growkit
 from growkit.checkpoint.location import open_source
 from growkit.cli import run as run_command
 from growkit.derive import proof
-from growkit.derive.network import memory_names, name_as_files, run, wide
+from growkit.derive.network import name_as_files, run, wide
 from growkit.derive.stream import TOKENS
 from growkit.derive.tiny import tiny_fields
-from growkit.errors import GrowkitError, UsageError
+from growkit.errors import UsageError
 from growkit.growth.mixture import plan_mixture
-from growkit.growth.plan import combine_plans, set_options
+from growkit.growth.plan import set_options
 from growkit.models.definition import list_defined
-from growkit.models.family_check import check_family
-from growkit.models.tables import list_mixtures, read_shipped
 from growkit.surgery.grow import prepare_growth
 
 torch.set_num_threads(1)
@@ -245,7 +242,9 @@ def with_moments(source, slots):
     """A source in memory that has moments."""
     from growkit.checkpoint.tensor import wrap_array
 
-    tensors = {slot: {n: wrap_array(a) for n, a in arrays.items()} for slot, arrays in slots.items()}
+    tensors = {
+        slot: {n: wrap_array(a) for n, a in arrays.items()} for slot, arrays in slots.items()
+    }
     return replace(source, tensors=source.tensors | tensors)
 
 
