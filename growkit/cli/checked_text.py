@@ -15,6 +15,7 @@ from growkit.lineage import Lineage
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
+    from growkit.models.architecture import Architecture
 
 # Token data that are named in a note, at most.
 MOST_NAMED = 3
@@ -30,11 +31,15 @@ class CheckedText:
     note: str = ""
 
 
-def prepare_check(source: Source, tokens: int, given: str | None) -> CheckedText:
+def prepare_check(
+    source: Source, tokens: int, given: str | None, grown: Architecture | None = None
+) -> CheckedText:
     """The text of a check. Raises UsageError or GrowkitError, before anything is written, where the
     check could not run.
+
+    grown: the model that is made.
     """
-    require_checkable(source, tokens)
+    require_checkable(source, tokens, grown)
     return choose_text(source, tokens, given)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +23,12 @@ from growkit.derive import proof
 from growkit.derive.network import name_as_files, run, wide
 from growkit.derive.stream import TOKENS
 from growkit.derive.tiny import tiny_fields
-from growkit.errors import UsageError
+from growkit.errors import GrowkitError, UsageError
 from growkit.growth.mixture import plan_mixture
 from growkit.growth.plan import set_options
 from growkit.models.definition import list_defined
+from growkit.models.family_check import check_family
+from growkit.models.tables import list_mixtures, read_shipped
 from growkit.surgery.grow import prepare_growth
 
 torch.set_num_threads(1)
@@ -304,3 +307,103 @@ def test_a_checkpoint_of_the_trainer_becomes_one_of_a_mixture(save, tmp_path, ca
             assert torch.equal(again.state[named[name]][key], optimizer.state[dense[name]][key])
     # The loss goes on from where it stood.
     assert abs(train(mixture, again, 3)[0] - train(network, optimizer, 1)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind,words,refusal",
+    [
+        ("qwen3", "1", "from 2 to 65536 experts, and this one would have 1"),
+        ("qwen3", "8x", "--from-dense takes a whole number"),
+        ("qwen3", "4 --top 5", "5 experts a token, and there are 4; between 1 and 4 work"),
+        ("qwen3", "4 --top 2:4", "--top takes a whole number"),
+        ("qwen3", "4 --granularity 5", "5 does not divide the mlp's 24 units; 4 and 6 do"),
+        ("qwen3", "4 --granularity 2 --top 3", "3 is not a multiple of --granularity 2.*--top 2"),
+        ("qwen3", "4 --granularity 0", "--granularity is at least 1"),
+        ("qwen3", "4 --every 9", "--every 9 gives no layer experts: the source has 3 layers"),
+        ("qwen3", "4 --shared", "types that have a shared expert, as qwen2_moe"),
+        ("qwen3", "4 --router copy", "a dense model has none; it takes random or zero"),
+        ("qwen3", "4 --router radom", "--router is one of random, zero.*did you mean 'random'"),
+        ("qwen3", "4 --gate sotfmax", "--gate is one of normalised, softmax"),
+        ("qwen3", "4 --gate softmax --router random --exact", "do not sum to 1"),
+        ("qwen3", "4 --granularity 2 --noise 0.1 --exact", "--exact refuses --noise here"),
+        ("qwen3", "4 --to qwen2_moe", "becomes qwen3_moe, and --to is 'qwen2_moe'"),
+        ("qwen3", "4 --to olmoe", "norms over the queries and keys of all heads"),
+        ("qwen3", "4 --to qwen3_mo", "did you mean 'qwen3_moe'"),
+        ("qwen3", "4 --moments first", "--moments first is for copies beside an original"),
+        ("qwen3", "4:8", "--from-dense takes a whole number"),
+        ("llama", "4 --every 2", "a Mixtral model has them in every layer"),
+        ("llama", "4 --gate softmax", "always sum to 1"),
+        ("qwen3_moe", "4", "a mixture of 4 experts already; `growkit experts 4:8`"),
+        ("gpt2", "4", "becomes no mixture that growkit knows: --from-dense takes olmo2, llama"),
+    ],
+)
+def test_what_makes_no_mixture_is_refused(kind, words, refusal, save, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["experts", "--from-dense", *words.split(), str(save(kind)), str(out)]
+    assert run_command(words) == 2 and not out.exists()
+    said = capsys.readouterr().err
+    assert re.search(refusal, said), said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_what_has_no_place_in_the_mixture_is_refused(save):
+    with pytest.raises(UsageError, match="no place for model.layers.{layer}.self_attn.q_proj.bias"):
+        plan_of(save("llama", {"attention_bias": True}))
+    with pytest.raises(UsageError, match="window in 2 of 3 layers, and a Qwen3Moe model has it in"):
+        plan_of(save("qwen3", WINDOW))
+    source, plan = plan_of(save("qwen3"))
+    with pytest.raises(UsageError, match="was made of a 'qwen3' model, and this is a 'llama'"):
+        growkit.write_grown(open_source(str(save("llama"))), plan, "out")
+    with pytest.raises(UsageError, match="on disk: growkit.write_grown"):
+        growkit.grow({}, plan)
+    for option in ("--every", "--to", "--shared"):
+        words = ["experts", "4:8", option, *(["2"] if option != "--shared" else [])]
+        assert run_command([*words, str(save("qwen3_moe")), "out"]) == 2
+
+
+def test_the_command_line_checks_and_adds_tokens(save, tmp_path, capsys):
+    source, out = save("qwen3"), tmp_path / "out"
+    words = ["experts", "--from-dense=4", "--router", "zero", "--vocab", "+3", "--check=16"]
+    assert run_command([*words, str(source), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "PRESERVED" in said and "every token goes to the same experts" in said
+    assert "router zero" in said and "vocab 40 -> 43" in said
+    assert run_command(["verify", str(source), str(out)]) == 0
+    assert run_command(["verify", str(save("llama")), str(out)]) == 2
+    assert "was made of a 'qwen3' model" in capsys.readouterr().err
+    # More experts of what was made, and layers of it.
+    for more in (["experts", "4:8"], ["depth", "--map", "3:4"]):
+        assert run_command([*more, str(out), str(tmp_path / more[0])]) == 0
+        assert run_command(["verify", str(out), str(tmp_path / more[0])]) == 0
+        assert run_command(["inspect", "--new", str(tmp_path / more[0])]) == 0
+
+
+def test_a_lineage_that_makes_no_mixture_is_told(save, tmp_path, capsys):
+    source, out = save("qwen3"), tmp_path / "out"
+    assert run_command(["experts", "--from-dense", "4", str(source), str(out)]) == 0
+    entries = json.loads((out / "lineage.json").read_text())
+    for wrong in ({"copies": 0}, {"scale": "x"}, {"granularity": 1 << 20}, {"router": 3}):
+        changed = json.loads(json.dumps(entries))
+        changed[-1]["experts"]["upcycling"] |= wrong
+        (out / "lineage.json").write_text(json.dumps(changed))
+        assert run_command(["verify", str(source), str(out)]) == 1
+        assert "not a plan that can be read" in capsys.readouterr().err
+    # A plan of another factor makes another model.
+    entries[-1]["experts"]["upcycling"]["scale"] = 2.0
+    (out / "lineage.json").write_text(json.dumps(entries))
+    assert run_command(["verify", str(source), str(out)]) == 1
+    assert "differs in" in capsys.readouterr().err
+
+
+def test_tables_that_state_mixtures_are_whole():
+    for kind in list_mixtures():
+        check_family(read_shipped(kind))
+    family = read_shipped("mixtral")
+    for wrong, words in (
+        ({"upcycling": {"form": []}}, "'form' is missing, or none of these"),
+        ({"upcycling": {"from": [], "window": "x"}}, "which layers have a window"),
+        ({"experts": {}}, "needs .experts."),
+        ({"upcycled": {"x": "zeros"}}, "which is no row of the table"),
+    ):
+        with pytest.raises(GrowkitError, match=words):
+            check_family(replace(family, **wrong))
