@@ -120,9 +120,11 @@ def express_dense(
     _check_rows(dense, family, table.rows)
     sizes = _find_sizes(dense, family, table.rows, layout)
     stated = {axis: size for axis, size in sizes.items() if axis in family.fields}
-    written = family.model(**stated, **options).config(_carry(dense, config))
+    gate = _write_gate(family, layout)
+    computed = {name: value for name, value in gate.items() if name in family.computed_fields}
+    written = family.model(**stated, **options, **computed).config(_carry(dense, config))
     written |= write_rotary(dense.ropes[""], ROTARY_FIELDS, config)
-    written |= _write_gate(family, layout)
+    written |= gate
     written |= _write_windows(dense, family)
     written |= family.upcycling.get("fields", {})
     written |= _write_every(dense, family, layout)
