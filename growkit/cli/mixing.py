@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from growkit.cli.arguments import parse_number, parse_whole
+from growkit.cli.arguments import parse_whole
 from growkit.cli.growing import Growing, add_growing_options, plan_and_grow
 from growkit.cli.options import combine_options
 
@@ -101,8 +101,10 @@ def experts(
     With --from-dense 8 and without FROM:TO, a dense SRC becomes a mixture whose 8 experts are
     copies of its mlp: the function is preserved where the weights of the chosen sum to 1.
     """
+    from growkit.growth.separation import parse_noise
+
     dense = {name: options.pop(name) for name in DENSE}
-    noise = parse_number("noise", options["noise"])
+    noise = parse_noise(options["noise"])[0]
     if from_dense is not None:
         plan = _plan_dense(from_dense, top, exact, noise, dense)
     else:

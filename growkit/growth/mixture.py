@@ -35,36 +35,25 @@ def plan_mixture(
     """The plan that makes a mixture of experts of a dense model.
 
     config: the model's config.json. experts: copies of the mlp. top: experts a token; None for two
-    copies. to: the mixture's model type; None for the first that is known for the model's. every:
-    each how many-th layer has experts. granularity: how many experts each copy is divided into.
-    shared: whether the shared expert is a copy too, for types that have one. router: 'random' or
-    'zero'; None for random where that is exact. gate: 'normalised' or 'softmax' (over all experts,
-    so that the weights of the chosen sum to less than 1). exact: refuse another function. Raises
-    UsageError.
+    copies. to: the mixture's model type; None for the first that is known for the model's. every,
+    granularity, shared, router: as `Upcycling` has them; a router of None is random
+    where that is exact, else zero. gate: 'normalised', or 'softmax' over all experts, so that the
+    weights of the chosen sum to less than 1. exact: refuse another function. Raises UsageError.
     """
     require_type("model", model, Architecture, MODEL_HINT)
     family = select_mixture(model, to)
     _check_word("--gate", gate, GATES)
     normalised = gate == "normalised"
-    chosen = _count_chosen(experts, top, granularity)
     router = router or ("random" if normalised else "zero")
     _check_word("--router", router, ROUTERS)
     _check_shared(family, shared)
+    chosen = _count_chosen(experts, top, granularity)
     part = SHARED if shared else 1.0
     # A softmax over all experts gives each chosen one 1/experts, and not 1/chosen.
-    weight = 1.0 if normalised else experts / chosen
-    upcycling = Upcycling(
-        dense=model.kind,
-        mixture=family.kind,
-        every=every,
-        granularity=granularity,
-        shared=shared,
-        normalised=normalised,
-        router=router,
-        scale=part * granularity * weight,
-        copies=experts,
-        chosen=chosen,
-    )
+    scale = part * granularity * (1.0 if normalised else experts / chosen)
+    kinds = (model.kind, family.kind)
+    layout = (every, granularity, shared, normalised)
+    upcycling = Upcycling(*kinds, *layout, router, scale, experts, chosen)
     if exact and not upcycling.exact:
         raise UsageError(f"--exact refuses this mixture: {upcycling.describe_gap()}")
     return _build(model, config, family, upcycling)
