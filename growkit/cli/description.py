@@ -344,6 +344,9 @@ def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if source.model.family.given:
         return f"transformers loads {out}; growkit's trainer takes no given table"
+    if not is_computed(plan.grown) and source.kind == "checkpoint":
+        known = ", ".join(list_trained())
+        return f"growkit's trainer is for {known}; a directory (growkit export) is for transformers"
     if not is_computed(plan.grown):
         return f"transformers loads {out}; growkit's trainer is for {', '.join(list_trained())}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"

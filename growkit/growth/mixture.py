@@ -9,7 +9,7 @@ from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import tile
 from growkit.growth.choice import Choice
 from growkit.growth.plan import MODEL_HINT, Plan, build_plan
-from growkit.growth.upcycling import MOST, ROUTERS, SHARED, Upcycling
+from growkit.growth.upcycling import MOST, ROUTERS, Upcycling
 from growkit.models import find_family, list_upcycled
 from growkit.models.architecture import Architecture
 from growkit.models.family import Family
@@ -44,25 +44,24 @@ def plan_mixture(
     family = select_mixture(model, to)
     _check_word("--gate", gate, GATES)
     normalised = gate == "normalised"
-    router = router or ("random" if normalised else "zero")
-    _check_word("--router", router, ROUTERS)
+    router = _choose_router(router, normalised)
     _check_shared(family, shared)
     chosen = _count_chosen(experts, top, granularity)
-    part = SHARED if shared else 1.0
-    # A softmax over all experts gives each chosen one 1/experts, and not 1/chosen.
-    scale = part * granularity * (1.0 if normalised else experts / chosen)
-    kinds = (model.kind, family.kind)
-    layout = (every, granularity, shared, normalised)
-    upcycling = Upcycling(*kinds, *layout, router, scale, experts, chosen)
-    if exact and not upcycling.exact:
-        raise UsageError(f"--exact refuses this mixture: {upcycling.describe_gap()}")
-    return _build(model, config, family, upcycling)
+    layout = (every, granularity, shared, normalised, router)
+    upcycling = Upcycling(model.kind, family.kind, *layout, copies=experts, chosen=chosen)
+    return _build(model, config, family, upcycling, exact)
 
 
 def _build(
-    model: Architecture, config: Mapping[str, Any], family: Family, upcycling: Upcycling
+    model: Architecture,
+    config: Mapping[str, Any],
+    family: Family,
+    upcycling: Upcycling,
+    exact: bool,
 ) -> Plan:
-    """The plan of a mixture that is settled."""
+    """The plan of a mixture that is settled. Raises UsageError for one that must be exact."""
+    if exact and not upcycling.exact:
+        raise UsageError(f"--exact refuses this mixture: {upcycling.describe_gap()}")
     upcycled = upcycling.express(model, config)
     parts = upcycling.granularity
     count, top = upcycling.copies * parts, upcycling.chosen * parts
@@ -144,6 +143,14 @@ def _count_chosen(experts: int, top: int | None, granularity: int) -> int:
             f"parts of the mlp; --top {low} works"
         )
     return top // granularity
+
+
+def _choose_router(router: str | None, normalised: bool) -> str:
+    """How the router's rows begin; random where that is exact, unless told. Raises UsageError."""
+    if router is None:
+        return "random" if normalised else "zero"
+    _check_word("--router", router, ROUTERS)
+    return router
 
 
 def _check_shared(family: Family, shared: bool) -> None:

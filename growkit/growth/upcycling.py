@@ -36,8 +36,7 @@ class Upcycling:
     dense, mixture: model types. every: each how many-th layer has experts. granularity: into how
     many experts the mlp is divided. shared: whether the shared expert is the mlp too; else it adds
     nothing yet. normalised: whether the weights of the chosen sum to 1. router: how its rows begin,
-    one of ROUTERS. scale: what the experts' down-projections are multiplied by. copies: experts for
-    each part of the mlp; chosen: of these a token.
+    one of ROUTERS. copies: experts for each part of the mlp; chosen: of these a token.
     """
 
     dense: str
@@ -47,7 +46,6 @@ class Upcycling:
     shared: bool
     normalised: bool
     router: str
-    scale: float
     copies: int
     chosen: int
 
@@ -59,10 +57,20 @@ class Upcycling:
             raise ValueError(f"{', '.join(COUNTS)} are at least 1")
         known |= {name: forms.take_flag(stored, name) for name in ("shared", "normalised")}
         known |= {name: forms.take_text(stored, name) for name in ("dense", "mixture", "router")}
-        return cls(**known, scale=forms.take_number(stored, "scale"))
+        made = cls(**known)
+        if forms.take_number(stored, "scale") != made.scale:
+            raise ValueError(f"scale is {made.scale} by all else that is stated")
+        return made
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"scale": self.scale}
+
+    @property
+    def scale(self) -> float:
+        """What the experts' down-projections are multiplied by."""
+        # A softmax over all experts gives each chosen one 1/copies, and not 1/chosen.
+        weight = 1.0 if self.normalised else self.copies / self.chosen
+        return self.part * self.granularity * weight
 
     def express(self, model: Architecture, config: Mapping[str, Any]) -> Upcycled:
         """The dense model as the mixture whose experts are copied.

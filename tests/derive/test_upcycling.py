@@ -382,17 +382,17 @@ def test_a_lineage_that_makes_no_mixture_is_told(save, tmp_path, capsys):
     source, out = save("qwen3"), tmp_path / "out"
     assert run_command(["experts", "--from-dense", "4", str(source), str(out)]) == 0
     entries = json.loads((out / "lineage.json").read_text())
-    for wrong in ({"copies": 0}, {"scale": "x"}, {"granularity": 1 << 20}, {"router": 3}):
+    for wrong in ({"copies": 0}, {"scale": 2.0}, {"granularity": 1 << 20}, {"router": 3}):
         changed = json.loads(json.dumps(entries))
         changed[-1]["experts"]["upcycling"] |= wrong
         (out / "lineage.json").write_text(json.dumps(changed))
         assert run_command(["verify", str(source), str(out)]) == 1
         assert "not a plan that can be read" in capsys.readouterr().err
-    # A plan of another factor makes another model.
-    entries[-1]["experts"]["upcycling"]["scale"] = 2.0
+    # A plan of another layout makes another model.
+    entries[-1]["experts"]["upcycling"]["router"] = "zero"
     (out / "lineage.json").write_text(json.dumps(entries))
     assert run_command(["verify", str(source), str(out)]) == 1
-    assert "differs in" in capsys.readouterr().err
+    assert "gate.weight' of params differs in" in capsys.readouterr().err
 
 
 def test_tables_that_state_mixtures_are_whole():
