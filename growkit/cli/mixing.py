@@ -13,9 +13,15 @@ from growkit.cli.options import combine_options
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+
     from growkit.checkpoint.tensor import Source
     from growkit.growth.plan import Plan
 
+    # The worth of each expert in each layer of a mixture.
+    Measure = Callable[[Source], np.ndarray]
+
+CHOICES = ("all", "use", "fisher")
 # What the growth of a dense model alone is told.
 DENSE = ("to", "every", "granularity", "shared", "router", "gate")
 
@@ -80,12 +86,26 @@ class Mixing(Growing):
     help="Experts that are chosen per token, as 2:4. Default: they grow as the experts do, which "
     "preserves the function. With --from-dense a number; default 2.",
 )
+@click.option(
+    "--choose",
+    default="all",
+    metavar="all|use|fisher",
+    help="Which experts of a mixture are copied more often: all as often (default), those that a "
+    "text uses most, or those of the largest sum of w^2 nu in a checkpoint with moments.",
+)
+@click.option(
+    "--choose-text",
+    metavar="FILE",
+    help="The text of --choose use. Without it a text that comes with Python.",
+)
 @click.option("--exact", is_flag=True, help="Refuse what would change the function.")
 @add_growing_options
 def experts(
     count: str,
     from_dense: str | None,
     top: str | None,
+    choose: str,
+    choose_text: str | None,
     exact: bool,
     src: str,
     out: str,
@@ -105,17 +125,42 @@ def experts(
 
     dense = {name: options.pop(name) for name in DENSE}
     noise = parse_noise(options["noise"])[0]
+    measure = _select_scores(choose, choose_text)
     if from_dense is not None:
-        plan = _plan_dense(from_dense, top, exact, noise, dense)
+        plan = _plan_dense(from_dense, top, exact, noise, dense, measure)
     else:
-        plan = _plan_more(count, top, exact, noise, dense)
+        plan = _plan_more(count, top, exact, noise, dense, measure)
     plan_and_grow("experts", src, out, plan, options)
 
 
+def _select_scores(choose: str, text: str | None) -> Measure | None:
+    """What finds the worth of experts, None for all alike. Raises UsageError."""
+    from growkit.errors import UsageError, did_you_mean
+    from growkit.surgery.scores import score_experts
+
+    if choose not in CHOICES:
+        near = did_you_mean(choose, CHOICES)
+        raise UsageError(f"--choose is one of {', '.join(CHOICES)}, got {choose!r}{near}")
+    if text is not None and choose != "use":
+        raise UsageError("--choose-text is the text of --choose use; give both, or neither")
+    if choose == "use":
+        from growkit.cli.measuring import measure_use
+
+        return lambda source: measure_use(source, text)
+    return score_experts if choose == "fisher" else None
+
+
 def _plan_more(
-    count: str, top: str | None, exact: bool, noise: float, dense: dict[str, Any]
+    count: str,
+    top: str | None,
+    exact: bool,
+    noise: float,
+    dense: dict[str, Any],
+    measure: Measure | None,
 ) -> Callable[[Source], Plan]:
     """What plans more experts of a mixture. Raises UsageError for options of a dense source."""
+    import numpy as np
+
     from growkit.errors import UsageError
     from growkit.growth.experts import plan_experts
 
@@ -133,18 +178,33 @@ def _plan_more(
         )
 
     def plan(source: Source) -> Plan:
-        return plan_experts(source.model, source.config, count, top, exact)
+        model, config = source.model, source.config
+        if measure is None:
+            return plan_experts(model, config, count, top, exact)
+        # What makes no plan is refused before anything is measured.
+        alike = np.ones((model.layer, model.sizes.get("expert", 1)))
+        plan_experts(model, config, count, top, exact, alike)
+        return plan_experts(model, config, count, top, exact, measure(source))
 
     return plan
 
 
 def _plan_dense(
-    count: str, top: str | None, exact: bool, noise: float, dense: dict[str, Any]
+    count: str,
+    top: str | None,
+    exact: bool,
+    noise: float,
+    dense: dict[str, Any],
+    measure: Measure | None,
 ) -> Callable[[Source], Plan]:
     """What plans a mixture of a dense model. Raises UsageError."""
     from growkit.errors import UsageError
     from growkit.growth.mixture import plan_mixture
 
+    if measure is not None:
+        raise UsageError(
+            "--choose is for a mixture, whose experts differ; those made of a dense model are alike"
+        )
     experts = parse_whole("from-dense", count)
     chosen = None if top is None else parse_whole("top", top)
     whole = {name: parse_whole(name, dense[name] or "1") for name in ("every", "granularity")}

@@ -22,6 +22,7 @@ from growkit.growth.separation import RANGE, RMS, parse_noise
 from growkit.growth.upcycling import Upcycling
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
+from growkit.models.notation import Position, Row
 
 # No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
 # sum to 1 along vocab. Copies there are another function whatever their shares.
@@ -115,6 +116,18 @@ class Plan:
         """How a dense model becomes a mixture, None for another growth."""
         return self.experts.upcycling if self.experts else None
 
+    def at(self, row: Row, position: Position) -> Plan:
+        """The plan for one new unit of a row's stacked axes: experts may be copied by layer."""
+        by_layer = self.experts is not None and bool(self.experts.by_layer)
+        if not by_layer or not position or row.stacked[0].name != "layer":
+            return self
+        assert self.experts is not None
+        layer = position[0]
+        if "layer" in self.maps:
+            layer = int(self.maps["layer"].index[layer])
+        experts = self.experts.find_map(layer, self.model.sizes["expert"])
+        return replace(self, maps={**self.maps, "expert": experts})
+
     @property
     def continues(self) -> bool:
         """Whether training goes on exactly as the small model's would, given the multipliers.
@@ -205,6 +218,8 @@ def build_plan(
     """
     padded = dict(pads or {})
     _check_possible(model, maps, padded)
+    if options.get("experts") and "expert" in maps:
+        options["experts"].check(model.layer, maps["expert"])
     # Axes that nobody named keep their size.
     sizes = dict(model.sizes)
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}

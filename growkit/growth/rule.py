@@ -59,6 +59,7 @@ def grow_array(
     if len(position) != len(row.stacked):
         stacked = ", ".join(axis.name for axis in row.stacked) or "nothing"
         raise ValueError(f"{row.name} is stacked by {stacked}: which new unit is {position}?")
+    plan = plan.at(row, position)
     if moment_fate(plan, row, moment, position) == "zero":
         return xp.zeros(row.shape(plan.grown.sizes), array.dtype)
     growth = UnitGrowth(row, plan, moment, position)
@@ -104,6 +105,7 @@ def needs_work(row: Row, plan: Plan, moment: int, position: Position) -> bool:
 
 def find_source(plan: Plan, row: Row, position: Position) -> Position:
     """The source unit of the stacked axes that a new unit copies."""
+    plan = plan.at(row, position)
     return tuple(
         int(plan.maps[axis.name].index[unit]) if axis.name in plan.maps else unit
         for axis, unit in zip(row.stacked, position, strict=True)

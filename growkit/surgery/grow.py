@@ -103,6 +103,7 @@ def grow_config(source: Source, plan: Plan) -> dict[str, Any]:
 def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position) -> Recipe:
     """The recipe of one new tensor: zeros, the source's bytes again, or a growth of them."""
     moment = SLOT_MOMENTS[slot]
+    plan = plan.at(row, position)
     tensor = source.tensors[slot][row.name_at(find_source(plan, row, position))]
     # Nothing is written for zeros: a new file holds them already.
     if moment_fate(plan, row, moment, position) == "zero":
