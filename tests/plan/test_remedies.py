@@ -14,8 +14,8 @@ from trainer.plan.remedies import (
     try_remedies,
 )
 
-FOUR_DEVICES = {"data": 4, "fsdp": 1, "tensor": 1}
-ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
+FOUR_DEVICES = {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1}
+ONE_DEVICE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 
 
 def tiny(*changes: str):

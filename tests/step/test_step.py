@@ -111,8 +111,8 @@ def test_loss_and_gradient_name_every_promotion(numbers, drops, strict_promotion
     tokens = jax.ShapeDtypeStruct((2, 4, TINY.context + 1), "int32")
     key = jax.random.key(0) if drops else None
     accumulate = partial(accumulate_gradients, network)
-    loss, gradient = jax.eval_shape(lambda *given: accumulate(*given, key), params, tokens)
-    assert loss.dtype == np.float32
+    losses, gradient = jax.eval_shape(lambda *given: accumulate(*given, key), params, tokens)
+    assert losses["loss"].dtype == np.float32
     assert gradient["embed_in"]["weight"].dtype == numbers[0]
 
 

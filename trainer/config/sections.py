@@ -193,10 +193,11 @@ class Log:
 
 @dataclass(frozen=True)
 class Mesh:
-    """How many devices share the work, in three directions."""
+    """How many devices share the work, in four directions."""
 
     data: int = number(0, at_least=0)  # parts of the batch; 0: all devices that are left
     fsdp: int = number(1, at_least=1)  # parts of the batch and of each parameter
+    expert: int = number(1, at_least=1)  # parts of the batch and of the experts of a mixture
     tensor: int = number(1, at_least=1)  # parts of the heads, the hidden units and the vocabulary
     zero1: bool = True  # split the optimizer state over data too (ZeRO-1)
 

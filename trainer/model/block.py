@@ -16,6 +16,7 @@ from trainer.config.sections import Dropout
 from trainer.model.activation import ACTIVATIONS
 from trainer.model.attention import Past, Scores, attend_to_past, causal_attention
 from trainer.model.dropout import HiddenDropout
+from trainer.model.experts import Mixture
 from trainer.model.kernels import kernel_attention
 from trainer.model.kinds import LayerKind
 from trainer.model.parameters import Linear, Norm, Parameters
@@ -190,7 +191,7 @@ class Block(Parameters):
             kinds=self.kinds,
             name=names.attention,
         )
-        mlp = MLP(**self.common, name=names.mlp)
+        mlp = (Mixture if names.experts else MLP)(**self.common, name=names.mlp)
         drop = HiddenDropout(self.dropout.hidden)
         read_BxTxE = self.normalise(names.before_attention, x_BxTxE)
         attended_BxTxE = attention(read_BxTxE, rotary, deterministic, kind, past)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from growkit.errors import UsageError
 from trainer.config.sections import Config, resolve
 from trainer.config.values import apply_overrides
 from trainer.devices.accelerators import GIB
+from trainer.devices.sharding import BATCH_AXES
 from trainer.plan.compiler import POLICIES, Memory
 
 SHORTEST_CONTEXT = 128  # tokens; no shorter context is proposed
@@ -50,6 +52,10 @@ def _list_remat_changes(config: Config) -> list[Changes]:
     return [(f"remat={policy}",) for policy in harsher]
 
 
+def _count_batch_shards(mesh: dict[str, int]) -> int:
+    return math.prod(mesh[axis] for axis in BATCH_AXES)
+
+
 def _list_sharding_changes(config: Config, mesh: dict[str, int]) -> list[Changes]:
     shards = mesh["data"] * mesh["fsdp"]
     changes: list[Changes] = []
@@ -62,7 +68,7 @@ def _list_sharding_changes(config: Config, mesh: dict[str, int]) -> list[Changes
 
 def _list_accumulation_changes(config: Config, mesh: dict[str, int]) -> list[Changes]:
     """2, 4, 8, ... times as many parts, where each of them still divides over the devices."""
-    shards = mesh["data"] * mesh["fsdp"]
+    shards = _count_batch_shards(mesh)
     parts = config.batch.accumulation
     sequences = config.batch.sequences // parts
     changes: list[Changes] = []

@@ -2,6 +2,7 @@
 
 RUN/config.yaml         the resolved configuration, and the source the run began with
 RUN/metrics.csv         a row every few steps
+RUN/experts.jsonl       the load of each expert of a mixture; see `trainer.log.load`
 RUN/checkpoints/STEP/   see `trainer.run.checkpoint`
 RUN/damaged/STEP/       see `trainer.run.damage`
 RUN/.lock               held while a process trains into RUN
