@@ -102,6 +102,10 @@ def grow(
     """
     sizes = {"embed": embed, "heads": heads, "mlp": mlp, "head_dim": head_dim}
     chosen = plan_short(plan, map, method, sizes)
+    if plan.upcycling:
+        raise UsageError(
+            "a dense model becomes a mixture on disk: growkit.write_grown(source, plan, out)"
+        )
     if nu not in ("square", "maximum"):
         raise UsageError(f"nu is 'square', or 'maximum' for Adamax; got {nu!r}")
     if mu not in ("gradient", "step"):

@@ -119,10 +119,11 @@ def recorded_plan(source: Source, out: Source) -> Plan:
     """
     growth = recorded_growth(out)
     try:
-        if growth.before == source.model.sizes:
+        model = growth.express(source.model, source.config)
+        if growth.before == model.sizes:
             _check_sizes(growth, out)
-            return growth.plan(source.model)
-        different = find_differences(source.model.sizes, dict(growth.before))
+            return growth.plan(model)
+        different = find_differences(model.sizes, dict(growth.before))
     except (*MALFORMED, OverflowError) as problem:
         raise GrowkitError(f"{out.path}: {unreadable_plan(repr(problem))}") from None
     axis, (ours, theirs) = next(iter(different.items()))
