@@ -66,7 +66,7 @@ def write_grown(
     require_type("source", source, Source, "as growkit.open_source(path) returns")
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
     require_type("out", out, PATH, "the directory to write")
-    if plan.model != express_source(source, plan):
+    if plan.model != express_source(source, plan.experts):
         raise UsageError(
             f"the plan was made for another model than {source.path}; make one for its .model"
         )

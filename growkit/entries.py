@@ -242,20 +242,6 @@ class Growth(Entry):
             if self.before[axis] != size
         }
 
-    @property
-    def changes_type(self) -> bool:
-        """Whether the model was of another type before: a dense one that became a mixture."""
-        return self.experts is not None and self.experts.upcycling is not None
-
-    def express(self, model: Architecture, config: Mapping[str, Any]) -> Architecture:
-        """The source's model as the plan takes it: itself, or a dense one as a mixture.
-
-        Raises UsageError for a model of another type than was grown.
-        """
-        if self.experts is None or self.experts.upcycling is None:
-            return model
-        return self.experts.upcycling.express(model, config).model
-
     def plan(self, model: Architecture) -> Plan:
         """The plan that was carried out, for a model of the sizes before it.
 

@@ -80,7 +80,7 @@ class Lineage:
             if isinstance(entry, Growth):
                 found.insert(0, entry)
                 # Plans before it are of a model of another type.
-                if entry.changes_type:
+                if entry.experts is not None and entry.experts.upcycling is not None:
                     break
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,8 +13,6 @@ from growkit.cli.growing import Growing, add_growing_options, plan_and_grow
 from growkit.cli.options import combine_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
 
     from growkit.checkpoint.tensor import Source
@@ -67,6 +67,19 @@ add_dense_options = combine_options(
         "softmax over all experts.",
     ),
 )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asks for. dense: the values of DENSE, None where not given. measure: what finds
+    the worth of experts, None for all alike.
+    """
+
+    top: str | None
+    exact: bool
+    noise: float
+    dense: Mapping[str, Any]
+    measure: Measure | None
 
 
 class Mixing(Growing):
@@ -125,11 +138,11 @@ def experts(
 
     dense = {name: options.pop(name) for name in DENSE}
     noise = parse_noise(options["noise"])[0]
-    measure = _select_scores(choose, choose_text)
-    if from_dense is not None:
-        plan = _plan_dense(from_dense, top, exact, noise, dense, measure)
+    asked = Asked(top, exact, noise, dense, _select_scores(choose, choose_text))
+    if from_dense is None:
+        plan = _plan_more(count, asked)
     else:
-        plan = _plan_more(count, top, exact, noise, dense, measure)
+        plan = _plan_dense(from_dense, asked)
     plan_and_grow("experts", src, out, plan, options)
 
 
@@ -150,90 +163,75 @@ def _select_scores(choose: str, text: str | None) -> Measure | None:
     return score_experts if choose == "fisher" else None
 
 
-def _plan_more(
-    count: str,
-    top: str | None,
-    exact: bool,
-    noise: float,
-    dense: dict[str, Any],
-    measure: Measure | None,
-) -> Callable[[Source], Plan]:
+def _plan_more(count: str, asked: Asked) -> Callable[[Source], Plan]:
     """What plans more experts of a mixture. Raises UsageError for options of a dense source."""
     import numpy as np
 
     from growkit.errors import UsageError
     from growkit.growth.experts import plan_experts
 
-    given = [name for name in DENSE if dense[name] is not None]
-    if given == ["router"] and dense["router"] == "copy":
-        given = []
-    if given:
+    given = [name for name in DENSE if asked.dense[name] is not None]
+    if given and not (given == ["router"] and asked.dense["router"] == "copy"):
         raise UsageError(
             f"--{given[0]} is for the growth of a dense model, with --from-dense; the experts of a "
             f"mixture are copied with their rows of the router"
         )
-    if exact and noise:
+    if asked.exact and asked.noise:
         raise UsageError(
             "--exact refuses --noise: it sets copies of a router row apart, so their scores differ"
         )
 
     def plan(source: Source) -> Plan:
         model, config = source.model, source.config
-        if measure is None:
-            return plan_experts(model, config, count, top, exact)
+        if asked.measure is None:
+            return plan_experts(model, config, count, asked.top, asked.exact)
         # What makes no plan is refused before anything is measured.
         alike = np.ones((model.layer, model.sizes.get("expert", 1)))
-        plan_experts(model, config, count, top, exact, alike)
-        return plan_experts(model, config, count, top, exact, measure(source))
+        plan_experts(model, config, count, asked.top, asked.exact, alike)
+        scores = asked.measure(source)
+        return plan_experts(model, config, count, asked.top, asked.exact, scores)
 
     return plan
 
 
-def _plan_dense(
-    count: str,
-    top: str | None,
-    exact: bool,
-    noise: float,
-    dense: dict[str, Any],
-    measure: Measure | None,
-) -> Callable[[Source], Plan]:
+def _plan_dense(count: str, asked: Asked) -> Callable[[Source], Plan]:
     """What plans a mixture of a dense model. Raises UsageError."""
     from growkit.errors import UsageError
-    from growkit.growth.mixture import plan_mixture
+    from growkit.growth.mixture import GATES, plan_mixture
 
-    if measure is not None:
-        raise UsageError(
-            "--choose is for a mixture, whose experts differ; those made of a dense model are alike"
-        )
+    _check_dense(asked)
+    dense = asked.dense
     experts = parse_whole("from-dense", count)
-    chosen = None if top is None else parse_whole("top", top)
-    whole = {name: parse_whole(name, dense[name] or "1") for name in ("every", "granularity")}
-    if dense["router"] == "copy":
-        raise UsageError(
-            "--router copy copies rows of a mixture's router, and a dense model has none; it takes "
-            "random or zero"
-        )
+    top = None if asked.top is None else parse_whole("top", asked.top)
+    options: dict[str, Any] = {name: dense[name] for name in ("to", "router")}
+    options |= {name: parse_whole(name, dense[name] or "1") for name in ("every", "granularity")}
+    options |= {"gate": dense["gate"] or GATES[0], "shared": bool(dense["shared"])}
 
     def plan(source: Source) -> Plan:
-        made = plan_mixture(
-            source.model,
-            source.config,
-            experts,
-            chosen,
-            dense["to"],
-            shared=bool(dense["shared"]),
-            router=dense["router"],
-            gate=dense["gate"] or "normalised",
-            exact=exact,
-            **whole,
-        )
-        if exact and noise and made.upcycling and not made.upcycling.noisy:
+        model, config = source.model, source.config
+        made = plan_mixture(model, config, experts, top, exact=asked.exact, **options)
+        if asked.exact and asked.noise and made.upcycling and not made.upcycling.noisy:
             raise UsageError(
                 "--exact refuses --noise here: it sets apart rows of the router that must be equal"
             )
         return made
 
     return plan
+
+
+def _check_dense(asked: Asked) -> None:
+    """Raise UsageError for options that are for mixtures alone."""
+    from growkit.errors import UsageError
+
+    if asked.measure is not None:
+        raise UsageError(
+            "--choose is for a mixture, whose experts differ; those made of a dense model are alike"
+        )
+    if asked.dense["router"] == "copy":
+        raise UsageError(
+            "--router copy copies rows of a mixture's router, and a dense model has none; it takes "
+            "random or zero"
+        )
 
 
 COMMANDS = {"experts": experts}

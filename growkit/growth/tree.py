@@ -102,10 +102,6 @@ def grow(
     """
     sizes = {"embed": embed, "heads": heads, "mlp": mlp, "head_dim": head_dim}
     chosen = plan_short(plan, map, method, sizes)
-    if plan.upcycling:
-        raise UsageError(
-            "a dense model becomes a mixture on disk: growkit.write_grown(source, plan, out)"
-        )
     if nu not in ("square", "maximum"):
         raise UsageError(f"nu is 'square', or 'maximum' for Adamax; got {nu!r}")
     if mu not in ("gradient", "step"):
@@ -121,6 +117,10 @@ class _Walk:
     """One passage through a state. found: how many parameter trees were met on it."""
 
     def __init__(self, plan: Plan, maximum: bool = False, steps: bool = False):
+        if plan.upcycling:
+            raise UsageError(
+                "a dense model becomes a mixture on disk: growkit.write_grown(source, plan, out)"
+            )
         self.plan = plan
         self.maximum = maximum
         self.steps = steps

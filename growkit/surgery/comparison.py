@@ -19,6 +19,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.growth.plan import Plan
 from growkit.lineage import Lineage, unreadable_plan
 from growkit.surgery.grow import prepare_growth
+from growkit.surgery.upcycling import express_source
 
 EQUAL, DIFFERS = "equal", "differs"
 
@@ -119,7 +120,7 @@ def recorded_plan(source: Source, out: Source) -> Plan:
     """
     growth = recorded_growth(out)
     try:
-        model = growth.express(source.model, source.config)
+        model = express_source(source, growth.experts)
         if growth.before == model.sizes:
             _check_sizes(growth, out)
             return growth.plan(model)

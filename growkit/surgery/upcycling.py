@@ -23,6 +23,7 @@ import numpy as np
 from growkit.checkpoint.optimizer import Optimizer
 from growkit.checkpoint.tensor import BLOCK, Source, Tensor
 from growkit.errors import UsageError
+from growkit.growth.choice import Choice
 from growkit.growth.plan import Plan
 from growkit.growth.precision import wide_dtype
 from growkit.growth.upcycling import Upcycling
@@ -59,11 +60,14 @@ def read_upcycled(source: Source, plan: Plan) -> Source:
     )
 
 
-def express_source(source: Source, plan: Plan) -> Architecture:
-    """The source's model as a plan takes it. Raises UsageError for one that it is not made for."""
-    if plan.upcycling is None:
+def express_source(source: Source, choice: Choice | None) -> Architecture:
+    """The source's model as a plan with this choice of experts takes it.
+
+    Raises UsageError for a model of another type than the plan is for.
+    """
+    if choice is None or choice.upcycling is None:
         return source.model
-    return plan.upcycling.express(source.model, source.config).model
+    return choice.upcycling.express(source.model, source.config).model
 
 
 def _require_kind(source: Source) -> None:
