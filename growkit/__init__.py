@@ -4,6 +4,7 @@
     plan = growkit.plan_depth(source.model, "18:24")        what growth will do
     growkit.write_grown(source, plan, "OUT")                growth on disk
     growkit.grow(tree, plan)                                growth in memory
+    growkit.grow(tree, model, map="18:24")                  the same without a plan
 
 `growkit.describe_model` describes a model of one's own by a table. docs/python.md has examples of
 everything named in `__all__`. Each name is imported when it is first used, so that `import growkit`
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.errors import GrowkitError, UsageError
     from growkit.growth.depth import plan_depth
+    from growkit.growth.experts import plan_experts
+    from growkit.growth.mixture import plan_mixture
     from growkit.growth.plan import Plan, combine_plans, set_options
     from growkit.growth.tree import grow
     from growkit.growth.vocabulary import plan_vocabulary
@@ -44,7 +47,9 @@ __all__ = [
     "grow",
     "open_source",
     "plan_depth",
+    "plan_experts",
     "plan_like",
+    "plan_mixture",
     "plan_vocabulary",
     "plan_width",
     "read_lineage",
@@ -58,6 +63,8 @@ _HOMES = {
     "growkit.checkpoint.tensor": ("Source",),
     "growkit.errors": ("GrowkitError", "UsageError"),
     "growkit.growth.depth": ("plan_depth",),
+    "growkit.growth.experts": ("plan_experts",),
+    "growkit.growth.mixture": ("plan_mixture",),
     "growkit.growth.plan": ("Plan", "combine_plans", "set_options"),
     "growkit.growth.tree": ("grow",),
     "growkit.growth.vocabulary": ("plan_vocabulary",),
@@ -80,4 +87,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # Without what this file imports for itself.
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

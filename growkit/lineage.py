@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from growkit.entries import Entry, Growth, Training, Unknown, read_entry
 from growkit.errors import GrowkitError, UsageError
+from growkit.growth.plan import MUP
 
 SomeEntry = TypeVar("SomeEntry", bound=Entry)
 
@@ -65,7 +66,8 @@ class Lineage:
         return last
 
     def growths_after(self, ends: Callable[[Entry], bool]) -> list[Growth]:
-        """The growths at the end, in order, down to the latest entry of which `ends` is true.
+        """The growths at the end, in order, down to the latest entry of which `ends` is true, or to
+        the latest one that made another type of the model.
 
         Raises GrowkitError for an entry among them that claims to be a growth or a training and
         cannot be read.
@@ -77,6 +79,9 @@ class Lineage:
                 break
             if isinstance(entry, Growth):
                 found.insert(0, entry)
+                # Plans before it are of a model of another type.
+                if entry.experts is not None and entry.experts.upcycling is not None:
+                    break
         return found
 
     def last_growths(self) -> list[Growth]:
@@ -101,6 +106,14 @@ class Lineage:
         """Whether there are growths owed, and all of them are exact for the training too."""
         owed = self.growths_owed()
         return bool(owed) and all(growth.continues for growth in owed)
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether there are growths owed whose multipliers are applied unless one says otherwise.
+
+        They are where all are exact for the training, or one was made with --rates mup.
+        """
+        return self.continues or any(growth.rates == MUP for growth in self.growths_owed())
 
     @property
     def grown_at(self) -> int | None:

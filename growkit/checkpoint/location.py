@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.files import is_remote, parse_path, read_json
+from growkit.checkpoint.hub import download_from_hub, is_hub_id, split_revision
 from growkit.checkpoint.kinds import (
     FINISHED,
     ROOM,
@@ -27,12 +28,13 @@ from growkit.checkpoint.kinds import (
     is_distributed,
 )
 from growkit.checkpoint.unsuited import refuse_file
-from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
+from growkit.errors import GrowkitError, UsageError, find_nearest
 
 if TYPE_CHECKING:
     from growkit.checkpoint.fill import Progress
     from growkit.checkpoint.numbers import Findings
     from growkit.checkpoint.tensor import Contents, Source
+
 
 # The directory of a run that holds its checkpoints, one directory for each step.
 CHECKPOINTS = "checkpoints"
@@ -40,7 +42,6 @@ CHECKPOINTS = "checkpoints"
 OLMO = "model_and_optim"
 # Names of checkpoints of other trainers: transformers' Trainer's, torchtitan's, OLMo-core's.
 NUMBERED = re.compile(r"(?:checkpoint-|step-?)(\d+)")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights, and what `growkit.checkpoint.carried` carries.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICEN*", "NOTICE*"]
 
@@ -124,7 +125,7 @@ def locate(text: str) -> Any:
             f"left the old one in {left}; move it back, or run that command again"
         )
     if _may_be_hub_id(text):
-        return _download_from_hub(name or text, at if name else None, _suggest_sibling(path))
+        return download_from_hub(text, HUB_FILES, _suggest_sibling(path))
     raise UsageError(f"there is no such directory: {text}{_suggest_sibling(path)}")
 
 
@@ -139,11 +140,10 @@ def _may_be_hub_id(text: str) -> bool:
     Nothing of this name is here. A directory of the owner's name may be, as for transformers, but
     not a model or a run: then this was meant to lie in it.
     """
-    name = text.rpartition("@")[0] or text
-    owner = Path(name.split("/")[0])
+    owner = Path(split_revision(text)[0].split("/")[0])
     if is_directory(owner) or is_checkpoint(owner) or (owner / CHECKPOINTS).is_dir():
         return False
-    return HUB_ID.fullmatch(name) is not None and "/" in text
+    return is_hub_id(text)
 
 
 def _suggest_trainer_checkpoint(path: Any) -> str:
@@ -218,20 +218,6 @@ def _read_validation_loss(checkpoint: Path) -> float:
     meta = read_json(checkpoint / META / "metadata")
     loss = read_record(checkpoint, meta).get("validation_loss")
     return float("inf") if loss is None or math.isnan(loss) else float(loss)
-
-
-def _download_from_hub(name: str, revision: str | None, hint: str = "") -> Path:
-    """The directory of a model of the Hub. hint: the clause to end a refusal with."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
-    except Exception as problem:  # the network, the Hub and its library raise many types
-        raise GrowkitError(
-            f"there is no directory {name!r}, and it could not be had from the Hugging Face Hub "
-            f"({type(problem).__name__}: {first_line(problem)}){hint}"
-        ) from None
-    return Path(found)
 
 
 def check_writable(out: Any, sources: Sequence[Source], force: bool) -> None:

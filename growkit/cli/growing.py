@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from growkit.cli.arguments import parse_axes, parse_number, parse_whole
 from growkit.cli.description import describe, summarize
-from growkit.cli.options import add_table_option, combine_options
+from growkit.cli.options import add_rates_option, add_table_option, combine_options
 from growkit.cli.target import read_target
 from growkit.cli.terminal import (
     add_care_options,
@@ -92,9 +92,11 @@ add_growing_options = combine_options(
         default="0",
         metavar="S",
         help="Add noise to weights that read copied units, S times as large as the model's "
-        "initializer_range; it sums to zero over the copies of a unit.",
+        "initializer_range, or, as 0.5rms, as the tensor's root mean square; it sums to zero over "
+        "the copies of a unit.",
     ),
     click.option("--seed", default="0", metavar="N", help="Seed of noise and random fills."),
+    add_rates_option,
     click.option(
         "--check",
         metavar="[TOKENS]",
@@ -293,9 +295,10 @@ def plan_and_grow(
     from growkit.checkpoint.location import check_writable, open_source
     from growkit.growth.plan import set_options
 
-    noise = parse_number("noise", options.pop("noise"))
+    noise = options.pop("noise")
     seed = parse_whole("seed", options.pop("seed"))
     moments = options.pop("moments")
+    rates = options.pop("rates")
     vocab = options.pop("vocab")
     fill = options.pop("vocab_fill")
     head = _parse_head(options.pop("vocab_head"))
@@ -306,7 +309,7 @@ def plan_and_grow(
         from growkit.cli.measuring import measure_row
 
         plan = measure_row(source, plan)
-    plan = set_options(plan, moments, noise, seed)
+    plan = set_options(plan, moments, noise, seed, rates)
     source.require_readable()
     check_writable(parse_path(out), [source], output.force)
     parse_shard_size(output.shard, source.kind)
@@ -314,7 +317,7 @@ def plan_and_grow(
     if output.tokens is not None:
         from growkit.cli.checked_text import prepare_check
 
-        text = prepare_check(source, output.tokens, output.text)
+        text = prepare_check(source, output.tokens, output.text, plan.grown)
     grow(source, plan, parse_path(out), output, text)
 
 
@@ -347,7 +350,8 @@ def _add_vocabulary(
 
     if vocab is None and fill != "mean":
         raise UsageError("--vocab-fill says what new tokens hold, and goes with --vocab")
-    plan, model = plan_growth(source), source.model
+    plan = plan_growth(source)
+    model = source.model if plan is None else plan.model
     if vocab is None:
         assert plan is not None, "without --vocab a verb makes a plan or refuses"
         return plan

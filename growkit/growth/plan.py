@@ -15,23 +15,32 @@ from typing import Any
 
 import numpy as np
 
-from growkit.errors import UsageError, did_you_mean
+from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap
 from growkit.growth.choice import Choice
 from growkit.growth.head_row import HeadRow
+from growkit.growth.separation import RANGE, RMS, parse_noise
+from growkit.growth.upcycling import Upcycling
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
+from growkit.models.fields import Frozen
+from growkit.models.notation import Position, Row
 
 # No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
 # sum to 1 along vocab. Copies there are another function whatever their shares.
 UNCOPIED = ("head_dim", "vocab")
 # What --moments takes; Plan says what each does.
 MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only", "first")
+# What --rates takes; MUP is explained in `growkit.growth.multipliers`.
+KEEP, MUP = RATES = ("keep", "mup")
+# Axes on which no fan-in depends.
+NO_WIDTH = ("layer", "vocab", "expert")
 # 'first' without shares: for averages of normalised steps (see `growkit.growth.tree`), and no
 # option of a user's.
 FIRST_UNSCALED = "first, unscaled"
 # Where a model comes from, for messages about an argument that is none.
 MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
+PLAN_HINT = "as growkit.plan_depth or growkit.plan_width return"
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,12 @@ class Plan:
     'map' (the rule), 'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only'
     (mu zero), 'first' (mu and nu by the rule for the first copy of every unit, zero for the other
     copies: SPARKLING's asymmetric reset, arXiv 2602.02472). noise: its standard deviation in units
-    of the model's initializer_range. notes: what was completed by rule. vocab_fill: what new
-    tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
+    of the model's initializer_range, or with the unit 'rms' of the root mean square of each tensor
+    that gets it, see `growkit.growth.separation`. notes: what was completed by rule. vocab_fill:
+    what new tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
     vocab_row: their row of the head, where it is not the mean of the old ones.
-    experts: what becomes of the gate's choice, where there are more experts.
+    experts: what becomes of the gate's choice, where there are more experts. rates: the learning
+    rates of the training after it: 'keep' (the factors of exact growth where it is exact) or 'mup'.
     """
 
     verb: str
@@ -56,11 +67,13 @@ class Plan:
     pads: dict[str, int] = field(default_factory=dict)
     moments: str = "map"
     noise: float = 0.0
+    noise_unit: str = RANGE
     seed: int = 0
     notes: tuple[str, ...] = ()
     vocab_fill: str = "mean"
     vocab_row: HeadRow | None = None
     experts: Choice | None = None
+    rates: str = KEEP
 
     def __post_init__(self) -> None:
         if self.moments not in (*MOMENT_OPTIONS, FIRST_UNSCALED):
@@ -73,6 +86,9 @@ class Plan:
             raise UsageError(
                 f"--vocab-fill is one of {', '.join(FILLS)}, got {self.vocab_fill!r}{near}"
             )
+        if self.rates not in RATES:
+            near = did_you_mean(self.rates, RATES)
+            raise UsageError(f"--rates is one of {', '.join(RATES)}, got {self.rates!r}{near}")
         if not 0 <= self.noise < float("inf"):
             raise UsageError(f"--noise is a number of at least 0, got {self.noise}")
 
@@ -104,7 +120,25 @@ class Plan:
         even = tiled and preserves("expert", experts, uniform=True)
         chosen = self.experts is not None and self.experts.exact
         # Noise sets the scores of copies apart.
-        return even and chosen and not self.noise
+        upcycling = self.upcycling
+        return even and chosen and not (self.noise and not (upcycling and upcycling.noisy))
+
+    @property
+    def upcycling(self) -> Upcycling | None:
+        """How a dense model becomes a mixture, None for another growth."""
+        return self.experts.upcycling if self.experts else None
+
+    def at(self, row: Row, position: Position) -> Plan:
+        """The plan for one new unit of a row's stacked axes: experts may be copied by layer."""
+        by_layer = self.experts is not None and bool(self.experts.by_layer)
+        if not by_layer or not position or row.stacked[0].name != "layer":
+            return self
+        assert self.experts is not None
+        layer = position[0]
+        if "layer" in self.maps:
+            layer = int(self.maps["layer"].index[layer])
+        experts = self.experts.find_map(layer, self.model.sizes["expert"])
+        return replace(self, maps={**self.maps, "expert": experts})
 
     @property
     def continues(self) -> bool:
@@ -112,6 +146,8 @@ class Plan:
 
         That is so for width by copies alone.
         """
+        if self.upcycling:
+            return False
         copied = any(len(axis_map) > axis_map.source for axis_map in self.maps.values())
         exact = self.preserved and not self.pads and self.moments == "map" and not self.noise
         # A copy with a share of 0 would have an eps of 0: Adam divides 0 by 0.
@@ -133,6 +169,16 @@ class Plan:
         }
 
     @property
+    def grown_widths(self) -> tuple[str, ...]:
+        """The axes that grow and that a fan-in may depend on."""
+        after = self.grown.sizes
+        return tuple(
+            axis
+            for axis, size in self.model.sizes.items()
+            if after[axis] != size and axis not in NO_WIDTH
+        )
+
+    @property
     def tied_copies(self) -> tuple[str, ...]:
         """The axes whose copies stay equal for ever: equal copies have equal gradients.
 
@@ -140,6 +186,8 @@ class Plan:
         they read: those of embed separate all, those of head_dim all but the units of mlp.
         """
         if self.noise or "embed" in self.pads:
+            return ()
+        if self.upcycling and self.upcycling.router == "random":
             return ()
         separated = set(self.maps) - {"mlp"} if self.pads.keys() - {"vocab"} else set()
         return tuple(
@@ -149,13 +197,37 @@ class Plan:
         )
 
 
-def set_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
+def set_options(
+    plan: Plan,
+    moments: str = "map",
+    noise: float | str = 0.0,
+    seed: int = 0,
+    rates: str = KEEP,
+) -> Plan:
     """The plan with the options that all growing verbs have.
 
-    Raises UsageError for values that make no sense for it.
+    noise: a number, or 0.5rms. Raises UsageError for values that make no sense for it, TypeError
+    for what is not a plan.
     """
-    plan = replace(plan, moments=moments, noise=noise, seed=seed)
-    if noise and not plan.copied_widths:
+    require_type("plan", plan, Plan, PLAN_HINT)
+    require_type("noise", noise, (float, int, str), "as 0.5 or '0.5rms'")
+    size, unit = parse_noise(noise)
+    plan = replace(plan, moments=moments, noise=size, noise_unit=unit, seed=seed, rates=rates)
+    if rates == MUP and not plan.grown_widths:
+        raise UsageError(
+            f"--rates {MUP} is for growth in width, and this growth makes none; leave it out"
+        )
+    if plan.upcycling and plan.noise and unit == RMS:
+        raise UsageError(
+            "the router of a new mixture has no size that noise could be measured by: give --noise "
+            "as a number, in units of initializer_range"
+        )
+    if plan.upcycling and plan.keeps_first:
+        raise UsageError(
+            "--moments first is for copies beside an original, and the experts made of a dense mlp "
+            "are all alike; leave it out, or give --moments reset"
+        )
+    if plan.noise and not plan.copied_widths:
         raise UsageError(
             "--noise separates the copies of units in width, and this growth makes none; leave it "
             "out"
@@ -181,6 +253,8 @@ def build_plan(
     """
     padded = dict(pads or {})
     _check_possible(model, maps, padded)
+    if options.get("experts") and "expert" in maps:
+        options["experts"].check(model.layer, maps["expert"])
     # Axes that nobody named keep their size.
     sizes = dict(model.sizes)
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
@@ -196,6 +270,10 @@ def build_plan(
     grown = model.resize(sizes, eps)
     if "layer" in maps:
         grown = replace(grown, layers=model.map_layers(maps["layer"].index.tolist()))
+    choice = options.get("experts")
+    if choice is not None:
+        stated = {name: value for name, value in choice.fields.items() if name in grown.facts}
+        grown = replace(grown, facts=Frozen({**grown.facts, **stated}))
     return Plan(verb, method, model, grown, dict(maps), padded, **options)
 
 
@@ -269,8 +347,13 @@ def _has_equal_shares(axis_map: AxisMap) -> bool:
 def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
     """One plan that does what several do, each on axes of its own.
 
-    Raises UsageError when two want the same axis.
+    Raises UsageError when two want the same axis, TypeError for what is not a list of plans.
     """
+    require_type("verb", verb, str, "as 'grow', which a lineage names it by")
+    require_type("plans", plans, (list, tuple), "of plans, each of axes of its own")
+    require_type("model", model, Architecture, MODEL_HINT)
+    for plan in plans:
+        require_type("a plan of plans", plan, Plan, PLAN_HINT)
     maps: dict[str, AxisMap] = {}
     pads: dict[str, int] = {}
     for plan in plans:

@@ -9,6 +9,7 @@ values.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,15 @@ from trainer.config.build import build_dataclass
 from trainer.config.model import Model as Model
 from trainer.config.model import build_architecture as build_architecture
 from trainer.config.model import build_section as build_section
-from trainer.config.rules import check_rules, choice, count, number, path, text_or_number
+from trainer.config.rules import (
+    check_rules,
+    choice,
+    choice_or_count,
+    count,
+    number,
+    path,
+    text_or_number,
+)
 
 DTYPES = ("float32", "bfloat16", "float64")
 LARGEST_SEED = 2**31 - 1
@@ -89,7 +98,7 @@ class Optimizer:
     weight_decay: float = number(0.1, at_least=0)  # of weight matrices
     clip: float = number(1.0, at_least=0)  # largest global norm of a gradient; 0: no clipping
     # Whether to apply the learning rates, eps and clip weights that exact growth asks for.
-    # auto: on after growth in width by copies only.
+    # auto: on after growth in width by copies only, and after growth with rates=mup.
     multipliers: str = choice("auto", of=("auto", "on", "off"))
     new: NewRate = field(default_factory=NewRate)
 
@@ -135,7 +144,8 @@ class Grow:
     The options are those of `growkit depth` and `growkit width`, which explain them.
     """
 
-    # When to grow. Empty: the --from model at the start. A number: at that step of this run.
+    # When to grow. Empty: the --from model at the start. A number: at that step of this run; below
+    # 1, such as 0.8: after that part of its steps.
     # plateau: at the first plateau that schedule.plateau finds; the learning rate then stays.
     at: str = text_or_number()
     map: str = text_or_number()  # depth --map
@@ -149,8 +159,9 @@ class Grow:
     width_method: str = ""  # width --method
     spread: float = 0.0  # width --spread
     moments: str = "map"  # --moments of both: map, copy, reset, nu-only or first
-    noise: float = 0.0  # --noise of both
+    noise: float | str = 0.0  # --noise of both: a number, or as 0.5rms
     seed: int = 0  # --seed of both
+    rates: str = choice("keep", of=("keep", "mup"))  # --rates of both
 
 
 @dataclass(frozen=True)
@@ -191,10 +202,11 @@ class Log:
 
 @dataclass(frozen=True)
 class Mesh:
-    """How many devices share the work, in three directions."""
+    """How many devices share the work, in four directions."""
 
     data: int = number(0, at_least=0)  # parts of the batch; 0: all devices that are left
     fsdp: int = number(1, at_least=1)  # parts of the batch and of each parameter
+    expert: int = number(1, at_least=1)  # parts of the batch and of the experts of a mixture
     tensor: int = number(1, at_least=1)  # parts of the heads, the hidden units and the vocabulary
     zero1: bool = True  # split the optimizer state over data too (ZeRO-1)
 
@@ -215,11 +227,14 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
-    # What the backward pass recomputes: nothing (none), all but matrix products (dots), or whole
-    # blocks (full). auto: the first of these whose step fits the devices' memory.
-    remat: str = choice("none", of=("auto", "none", "dots", "full"))
+    # What the backward pass recomputes: nothing (none), all but products with weights (dots), all
+    # but attention's result and the mlp's first product (half), or whole blocks (full). auto: the
+    # first of these whose step fits the devices' memory.
+    remat: str = choice("none", of=("auto", "none", "dots", "half", "full"))
     # The attention kernel. auto: the devices' own where its rules allow; xla: no kernel.
     attention: str = choice("auto", of=("auto", "xla", "splash", "cudnn"))
+    # The most tokens whose logits a device holds at once. auto: by the platform; none: no limit.
+    loss_chunk: str = choice_or_count("auto", of=("auto", "none"))
     # What is trained. new: only the layers that growth added since all was trained last.
     train: str = choice("all", of=("all", "new"))
     seed: int = number(0, at_least=0, at_most=LARGEST_SEED)  # of weights, data order and dropout
@@ -311,12 +326,24 @@ def _read_growth_time(at: str, schedule: Schedule) -> str:
                 "plateau"
             )
         return at
-    try:
-        step = parse_count(at, "grow.at")
-    except UsageError:
-        step = 0
+    step = _read_step(at, schedule.steps)
     if not 1 <= step < schedule.steps:
         raise UsageError(
-            f"grow.at must be a step from 1 to {schedule.steps - 1}, or plateau, got {at!r}"
+            f"grow.at must be a step from 1 to {schedule.steps - 1}, a part of the steps such as "
+            f"0.8, or plateau, got {at!r}"
         )
     return str(step)
+
+
+def _read_step(at: str, steps: int) -> int:
+    """A step by its number, or by the part of all steps before it; 0 for what is neither."""
+    try:
+        part = float(at)
+    except ValueError:
+        part = math.nan
+    if 0 < part < 1:
+        return round(part * steps)
+    try:
+        return parse_count(at, "grow.at")
+    except UsageError:
+        return 0
