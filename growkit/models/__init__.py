@@ -23,7 +23,7 @@ from growkit.models.llama import LLAMA
 from growkit.models.mistral import MISTRAL
 from growkit.models.qwen2 import QWEN2
 from growkit.models.qwen3 import QWEN3
-from growkit.models.tables import list_shipped, read_shipped
+from growkit.models.tables import list_mixtures, list_shipped, read_shipped
 from growkit.models.unknown import describe_unknown
 
 FAMILIES: dict[str, Family] = {
@@ -67,6 +67,18 @@ def list_trained() -> tuple[str, ...]:
     """The model types that the trainer trains: those whose families say what they compute."""
     by_hand = [kind for kind, family in FAMILIES.items() if family.computation]
     return tuple([*by_hand, *(kind for kind in list_shipped() if kind in COMPUTED)])
+
+
+def list_upcycled(dense: str | None = None) -> tuple[str, ...]:
+    """The mixtures that models of a dense type become; without one, the dense types.
+
+    The one with the fewest dense types comes first: it is the nearest relative.
+    """
+    stated = {kind: read_shipped(kind).upcycling.get("from", ()) for kind in list_mixtures()}
+    if dense is None:
+        return tuple(dict.fromkeys(each for types in stated.values() for each in types))
+    found = [kind for kind, types in stated.items() if dense in types]
+    return tuple(sorted(found, key=lambda kind: (len(stated[kind]), kind)))
 
 
 def require_trained(model: Architecture, origin: object) -> Architecture:

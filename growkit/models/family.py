@@ -106,6 +106,10 @@ class Family:
     # growkit.models.gates. Empty: not known, so the number of experts stays.
     experts: Mapping[str, Any] = field(default_factory=dict)
     expert_defaults: Mapping[str, Any] = field(default_factory=dict)
+    # How a dense model becomes a mixture of this type, and row -> the dense row that it comes from;
+    # see growkit.models.upcycling. Empty: not known.
+    upcycling: Mapping[str, Any] = field(default_factory=dict)
+    upcycled: Mapping[str, str] = field(default_factory=dict)
     # Whether transformers wants embed to be a multiple of the number of heads.
     whole_heads: bool = True
     # field -> the one value that the table holds for.
