@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.options import COUNT, PATH
+from growkit.cli.output import is_quiet, remark, show_result, tell
+from growkit.cli.signals import leave_on_signal
 from growkit.evaluation.catalogue import BPB, BPB_LIMIT, TASKS, parse_task_names
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare SRC with the hashes that were saved with it."
 )
+@leave_on_signal()
 def evaluate(
     src: tuple[str, ...],
     tasks: str | None,
@@ -82,10 +85,11 @@ def evaluate(
     window = _choose_window(models)
     settings = {"limit": limit, "data": data, "batch": batch, "max_length": window}
     record = _measure(models, questions, settings)
-    report.print_record(record)
     if files is not None:
         report.write_record(record, *files)
-        click.echo(f"wrote {files[0]} and {files[1]}")
+    show_result(lambda: report.print_record(record), record)
+    if files is not None:
+        tell(f"wrote {files[0]} and {files[1]}")
 
 
 def _measure(
@@ -104,7 +108,7 @@ def _measure(
 
 def _say(words: str) -> None:
     """Print a line that is not a result."""
-    click.echo(words, err=True)
+    remark(words)
 
 
 def _check_at_least_1(option: str, value: int | None) -> None:
@@ -219,7 +223,7 @@ def ask_questions(name: str, questions: list[Question], model: Any) -> list[Answ
 @contextmanager
 def show_progress(words: str, model: Any) -> Iterator[None]:
     """A bar of the texts that a model has scored, on a terminal."""
-    if not sys.stderr.isatty():
+    if is_quiet() or not sys.stderr.isatty():
         yield
         return
     from rich.console import Console
