@@ -21,6 +21,7 @@ from etils import epath
 from growkit.checkpoint.output import check_output, commit_output
 from growkit.errors import UsageError
 from trainer.data.cleaning import Cleaner, Faults, check_policy
+from trainer.data.fields import USUAL_FIELDS, Fields
 from trainer.data.listing import is_pipe
 from trainer.data.processes import count_cores, map_in_order
 from trainer.data.text import (
@@ -52,31 +53,31 @@ def tokenize(
     shard: Shard | None = None,
     end_of_text: str | None = None,
     errors: str = "strict",
+    fields: Fields = USUAL_FIELDS,
     say: Say = lambda words: None,
 ) -> dict[str, Any]:
     """Tokenize text files, or one shard of them, into the directory `out`; returns its manifest.
 
-    texts: files or directories; `trainer.data.listing` says what is read of a directory. A line of
-    JSON lines is an object whose "text" is a document; a row of a .parquet file is a document, in
-    the column "text"; any other file is one document. Each may be compressed, whatever its name.
-    tokenizer, train_bpe: give one of them, a tokenizer.json or a directory that holds one, or the
-    vocabulary size of a byte-level BPE to train on the text. progress: called with the documents,
-    tokens and bytes of text written so far. processes: more than one are spawned, so the calling
-    script needs `if __name__ == "__main__"`; the output is the same. end_of_text: the token that
-    ends a document; None for the tokenizer's own. errors: strict, replace or skip; see
+    texts: files or directories; `trainer.data.listing` says what is read of a directory, and
+    `trainer.data.text` what a document is. fields: where records have their text. tokenizer,
+    train_bpe: give one of them, what `trainer.data.tokenizer_files` finds, or the vocabulary size
+    of a byte-level BPE to train on the text. progress: called with the documents, tokens and bytes
+    of text written so far. processes: more than one are spawned, so the calling script needs
+    `if __name__ == "__main__"`; the output is the same. end_of_text: the token that ends a
+    document; None for the tokenizer's own. errors: strict, replace or skip; see
     `trainer.data.cleaning`. say: called with lines about what is read and what is passed over.
 
     Raises UsageError for arguments that cannot work and GrowkitError for broken files.
     """
     _check_arguments(tokenizer, train_bpe, shard, errors)
     check_output(_check_local(out), None, force)
-    inputs = open_inputs(texts, errors)
+    inputs = open_inputs(texts, errors, fields)
     say(inputs.listing.describe(inputs.select_files(shard)))
     loaded = _choose_tokenizer(inputs, tokenizer, train_bpe, end_of_text)
     encoded = _encode_blocks(inputs.read_blocks(shard), loaded, processes, errors)
     if shard is None:
         encoded = _refuse_empty_inputs(encoded, inputs.names)
-    origin = _describe_origin(texts, errors, shard)
+    origin = _describe_origin(texts, errors, shard) | fields.describe()
     manifest = _write_directory(encoded, out, loaded, origin, force, progress)
     if inputs.disguised:
         say(f"note: {_name_some(inputs.disguised)} held JSON lines and were read as such")
