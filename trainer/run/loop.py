@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from typing import Any, TypeVar
 
@@ -66,7 +66,7 @@ class Run:
         self.first = beginning.step
         self.step = beginning.step
         self._take(beginning.snapshot)
-        self.metrics = Metrics(self.directory, self.setup.writers, self.position)
+        self.metrics = Metrics(self.directory, self.setup.writers, self.position, self.first)
         self.utilization = self._measure_utilization()
         self.multipliers = growth.find_multipliers(self.config.optimizer, self.lineage, self.model)
         # The losses of before a growth say nothing of plateaus after it.
@@ -143,17 +143,14 @@ class Run:
     def _announce(self) -> None:
         """Say what is trained, on what, and where it begins."""
         given = (self.setup, self.stage, self.lineage, self.position, self.utilization)
-        for line in [*self.notes, *describe_run(*given)]:
-            self.report.say(line)
+        self._say_all([*self.notes, *describe_run(*given)])
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
         else:
             self._say_event(describe_start(self.lineage, self.step))
         marked = self.multipliers is not None and self.multipliers.new is not None
-        for line in growth.describe_growths(self.lineage, self.model, self.config.dropout):
-            self.report.say(line)
-        for line in growth.describe_new(self.config, self.stage.part, self.model, marked):
-            self.report.say(line)
+        self._say_all(growth.describe_growths(self.lineage, self.model, self.config.dropout))
+        self._say_all(growth.describe_new(self.config, self.stage.part, self.model, marked))
         if self.position.new:
             event = f"data stream {self.position.number} begins"
             self.report.say(f"the data differ from those drawn so far: {event}")
@@ -161,6 +158,10 @@ class Run:
         windows = self.data.validation_fingerprint(self.config.eval.windows)
         if validates_otherwise(self.record_before, windows):
             self._say_event(OTHER_WINDOWS)
+
+    def _say_all(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.report.say(line)
 
     def _say_event(self, event: str) -> None:
         """Keep an event, which the picture marks, and show it."""
@@ -231,15 +232,20 @@ class Run:
 
     def _note(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Read a step's metrics. Stop where they are not finite; keep and show every few."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        load_LxX = found.pop("load", None)
+        values = {name: float(value) for name, value in found.items()}
         if not all(math.isfinite(value) for value in values.values()):
             self._refuse_non_finite(step, values)
         if step % self.config.log.every and step != self.until:
             return
         speed = self.stopwatch.read(self.position.tokens(step))
         rounded = None if speed is None else round(speed, 1)
-        self.metrics.add(step, tokens_per_second=rounded, **values)
         words = self.utilization.describe(speed)
+        if load_LxX is not None:
+            values |= self.metrics.add_load(step, load_LxX)
+            words += f"  experts {values['idlest']:.1%} to {values['busiest']:.1%}"
+        self.metrics.add(step, tokens_per_second=rounded, **values)
         self.report.show_row(step, values["loss"], values["learning_rate"], words)
 
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
@@ -286,14 +292,11 @@ class Run:
         if found is None:
             return
         if not math.isfinite(found.loss):
-            good = self.checkpoints.describe_last_good()
-            raise DivergenceError(
-                f"the validation loss at step {self.step} is {found.loss}; {good}"
-            )
+            words = f"the validation loss at step {self.step} is {found.loss}"
+            raise DivergenceError(f"{words}; {self.checkpoints.describe_last_good()}")
         by_set = found.by_set or None
         self.metrics.add(self.step, validation_loss=found.loss, validation_losses=by_set)
-        for line in found.describe(self.step):
-            self.report.say(line)
+        self._say_all(found.describe(self.step))
         self._say_drawn()
         if self.step == self.first and not self.resumed:
             self._compare(found.loss)
@@ -386,6 +389,7 @@ class Run:
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
         self.history.secure(self.setup.trust.sync)
+        self.metrics.loads.flush()
         snapshot = self.snapshot()
         saved = self.checkpoints.save(self.step, snapshot)
         self.saved_at = time.monotonic()
