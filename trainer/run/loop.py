@@ -22,13 +22,7 @@ from trainer.log.history import EARLIER
 from trainer.log.report import Report, Result, Show
 from trainer.log.speed import Stopwatch, Utilization
 from trainer.plan.memory import require_fit, select_step
-from trainer.run import growth
-from trainer.run.announcement import (
-    OTHER_WINDOWS,
-    describe_run,
-    describe_start,
-    validates_otherwise,
-)
+from trainer.run import announcement, growth
 from trainer.run.begin import Beginning
 from trainer.run.checkpoint import Snapshot
 from trainer.run.interrupt import AbandonedError, Interrupt
@@ -144,11 +138,11 @@ class Run:
     def _announce(self) -> None:
         """Say what is trained, on what, and where it begins."""
         given = (self.setup, self.stage, self.lineage, self.position, self.utilization)
-        self._say_all([*self.notes, *describe_run(*given)])
+        self._say_all([*self.notes, *announcement.describe_run(*given)])
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
         else:
-            self._say_event(describe_start(self.lineage, self.step))
+            self._say_event(announcement.describe_start(self.lineage, self.step))
         marked = self.multipliers is not None and self.multipliers.new is not None
         self._say_all(growth.describe_growths(self.lineage, self.model, self.config.dropout))
         self._say_all(growth.describe_new(self.config, self.stage.part, self.model, marked))
@@ -157,8 +151,8 @@ class Run:
             self.report.say(f"the data differ from those drawn so far: {event}")
             self.metrics.add(self.step, event=event)
         windows = self.data.validation_fingerprint(self.config.eval.windows)
-        if validates_otherwise(self.record_before, windows):
-            self._say_event(OTHER_WINDOWS)
+        if announcement.validates_otherwise(self.record_before, windows):
+            self._say_event(announcement.OTHER_WINDOWS)
 
     def _say_all(self, lines: Iterable[str]) -> None:
         for line in lines:
