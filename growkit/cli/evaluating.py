@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.options import COUNT, PATH
+from growkit.cli.remaining import show_remaining
 from growkit.evaluation.catalogue import BPB, BPB_LIMIT, TASKS, parse_task_names
 
 if TYPE_CHECKING:
@@ -203,46 +201,17 @@ def load_model(model: Model, window: int, batch: int) -> Any:
 
 
 def ask_questions(name: str, questions: list[Question], model: Any) -> list[Answer]:
-    """A model's answers; shows a bar on a terminal for each question, and a line after it."""
+    """A model's answers; shows the time left of each question, and a line after it."""
     from growkit.evaluation.harness import ask
 
     answers = []
     for number, question in enumerate(questions, 1):
         began = time.monotonic()
-        with show_progress(f"{name}: {question.name} ({number} of {len(questions)})", model):
+        with show_remaining(f"{name}: {question.name} ({number} of {len(questions)})", model):
             answers.append(ask(model, question))
         seconds = time.monotonic() - began
         _say(f"{name}: {question.name}, {question.documents:,} documents in {seconds:.1f} s")
     return answers
-
-
-@contextmanager
-def show_progress(words: str, model: Any) -> Iterator[None]:
-    """A bar of the texts that a model has scored, on a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(words, total=None)
-        model.expect = lambda count: progress.update(task, total=count)
-        model.advance = lambda count: progress.advance(task, count)
-        yield
-    del model.expect, model.advance
 
 
 COMMANDS = {"evaluate": evaluate}

@@ -22,6 +22,7 @@ from growkit.growth.separation import RANGE, RMS, parse_noise
 from growkit.growth.upcycling import Upcycling
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
+from growkit.models.fields import Frozen
 from growkit.models.notation import Position, Row
 
 # No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
@@ -268,6 +269,10 @@ def build_plan(
     grown = model.resize(sizes, eps)
     if "layer" in maps:
         grown = replace(grown, layers=model.map_layers(maps["layer"].index.tolist()))
+    choice = options.get("experts")
+    if choice is not None:
+        stated = {name: value for name, value in choice.fields.items() if name in grown.facts}
+        grown = replace(grown, facts=Frozen({**grown.facts, **stated}))
     return Plan(verb, method, model, grown, dict(maps), padded, **options)
 
 

@@ -16,6 +16,7 @@ from growkit.models.architecture import Architecture
 from growkit.models.computation import ACTIVATIONS, ROTARY
 from growkit.models.computed import COMPUTED
 from growkit.models.family import Family
+from growkit.models.gates import check_choice
 from growkit.models.given import find_given
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
@@ -98,6 +99,10 @@ def require_trained(model: Architecture, origin: object) -> Architecture:
         _require_value(origin, "rotary positions of the type", rope["rope_type"], ROTARY)
     for name, computed in computation.only.items():
         _require_value(origin, name, model.facts[name], computed)
+    try:
+        check_choice(model)
+    except GrowkitError as problem:
+        raise UsageError(f"{origin}: {problem}") from None
     return model
 
 

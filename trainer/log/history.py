@@ -30,6 +30,10 @@ COLUMNS = (
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",
+    # Of a mixture: the loss that balances experts, the largest and the smallest load of one.
+    "balance_loss",
+    "busiest",
+    "idlest",
     "scores",
     "event",
 )
@@ -44,6 +48,9 @@ NUMBERS = (
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",
+    "balance_loss",
+    "busiest",
+    "idlest",
 )
 # The first words of the events that begin a run, and that mark a growth within it.
 START = "start"

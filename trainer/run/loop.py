@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import jax
 
 from growkit.errors import GrowkitError
+from growkit.models.counts import describe_sizes
 from trainer.log.history import EARLIER
 from trainer.log.report import Report, Result, Show
 from trainer.log.speed import Stopwatch, Utilization
@@ -61,7 +62,7 @@ class Run:
         self.first = beginning.step
         self.step = beginning.step
         self._take(beginning.snapshot)
-        self.metrics = Metrics(self.directory, self.setup.writers, self.position)
+        self.metrics = Metrics(self.directory, self.setup.writers, self.position, self.first)
         self.utilization = self._measure_utilization()
         self.multipliers = growth.find_multipliers(self.config.optimizer, self.lineage, self.model)
         # The losses of before a growth say nothing of plateaus after it.
@@ -159,10 +160,7 @@ class Run:
         model = self.model
         source = self.lineage.last_training.source
         origin = f"from {source.path}" if source else "new"
-        yield (
-            f"model: {model.layer} layers, embed {model.embed}, {model.head_count} heads, "
-            f"mlp {model.mlp}, {model.parameters:,} parameters, {origin}"
-        )
+        yield f"model: {describe_sizes(model)}, {origin}"
         yield from self.data.describe(self.position.drawn(self.config.schedule.steps))
         yield from self.setup.questions.notes
         yield select_kernel(self.config, model, self.layout).words
@@ -232,15 +230,20 @@ class Run:
 
     def _note(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Read a step's metrics. Stop where they are not finite; keep and show every few."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        load_LxX = found.pop("load", None)
+        values = {name: float(value) for name, value in found.items()}
         if not all(math.isfinite(value) for value in values.values()):
             self._refuse_non_finite(step, values)
         if step % self.config.log.every and step != self.until:
             return
         speed = self.stopwatch.read(self.position.tokens(step))
         rounded = None if speed is None else round(speed, 1)
-        self.metrics.add(step, tokens_per_second=rounded, **values)
         words = self.utilization.describe(speed)
+        if load_LxX is not None:
+            values |= self.metrics.add_load(step, load_LxX)
+            words += f"  experts {values['idlest']:.1%} to {values['busiest']:.1%}"
+        self.metrics.add(step, tokens_per_second=rounded, **values)
         self.report.show_row(step, values["loss"], values["learning_rate"], words)
 
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
@@ -384,6 +387,7 @@ class Run:
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
         self.history.secure(self.setup.trust.sync)
+        self.metrics.loads.flush()
         snapshot = self.snapshot()
         saved = self.checkpoints.save(self.step, snapshot)
         self.saved_at = time.monotonic()
