@@ -246,9 +246,7 @@ def test_a_growth_may_come_after_a_part_of_the_steps(at):
     schedule = {"steps": 1001, "warmup": 10}
     assert resolve({"schedule": schedule, "grow": {"at": at}}).grow.at == "801"
     # A run's record has the step, so a resumed run reads the same.
-    assert (
-        resolve({"schedule": schedule, "grow": {"at": "801"}}).grow.at == "801"
-    )
+    assert resolve({"schedule": schedule, "grow": {"at": "801"}}).grow.at == "801"
 
 
 @pytest.mark.parametrize("text", ["1e4", "10_000"])
