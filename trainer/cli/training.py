@@ -51,6 +51,14 @@ if TYPE_CHECKING:
     "place of the bytes, skip leaves the document out. Both are counted.",
 )
 @click.option(
+    "--documents",
+    default="file",
+    show_default=True,
+    metavar="HOW",
+    help="What is one document of plain text: file, blank-line (what is between blank lines) or "
+    "line. Source code, .md and .rst are one document a file.",
+)
+@click.option(
     "--processes",
     type=COUNT,
     metavar="N",
@@ -69,6 +77,7 @@ def tokenize(
     force: bool,
     end_of_text: str | None,
     errors: str,
+    documents: str,
     processes: int | None,
     shard: str | None,
 ) -> None:
@@ -91,6 +100,7 @@ def tokenize(
     number = count_cores() if processes is None else processes
     with show_counts("tokenizing") as progress:
         settings: dict[str, Any] = {"end_of_text": end_of_text, "errors": errors, "say": _say}
+        settings["documents"] = documents
         manifest = tokenize_files(
             text, out, tokenizer, train_bpe, force, progress, number, part, **settings
         )

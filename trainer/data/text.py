@@ -3,6 +3,10 @@
 Plain files, JSON lines and Parquet, compressed or not, on a disk or in a bucket. A block is what is
 sent to a process. JSON lines are parsed there, so that the one process that reads can keep many
 others busy. A shard is the part of the text that one of several machines takes.
+
+A document is the "text" of a line of JSON lines, or of a row of a Parquet file; plain text is one
+document a file, or is cut as `trainer.data.plain` says. Each file may be compressed, whatever its
+name.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from growkit.textfiles import (
 )
 from trainer.data.cleaning import Cleaner, Faults
 from trainer.data.listing import Listing, Numbered, list_inputs
+from trainer.data.plain import WHOLE, read_plain_text
 
 BLOCK_SIZE = 1 << 18  # bytes of JSON lines, characters of other text
 
@@ -121,13 +126,17 @@ class Shard:
 class Inputs:
     """Text files by the names they were given under. Made by `open_inputs`.
 
-    disguised: names of files that turned out to be JSON lines, filled in as they are read.
+    cut: how plain text is cut into documents, see `trainer.data.plain`; source code and markup stay
+    whole. disguised, plain: files that turned out to be JSON lines, and plain text, filled in as
+    they are read.
     """
 
     names: list[str]
     listing: Listing
     policy: str = "strict"  # see `trainer.data.cleaning`
+    cut: str = WHOLE
     disguised: set[str] = field(default_factory=set)
+    plain: set[epath.Path] = field(default_factory=set)
 
     @property
     def files(self) -> list[Numbered]:
@@ -155,16 +164,19 @@ class Inputs:
 
     def _read_files(self, files: Iterable[Numbered]) -> Iterator[Block]:
         for source, group in itertools.groupby(files, itemgetter(0)):
-            reading = _Reading(source, Cleaner(self.policy), self.disguised)
+            reading = _Reading(source, Cleaner(self.policy), self)
             yield from reading.read_files(path for _, path in group)
 
 
-def open_inputs(texts: Sequence[str | os.PathLike[str]], policy: str = "strict") -> Inputs:
+def open_inputs(
+    texts: Sequence[str | os.PathLike[str]], policy: str = "strict", cut: str = WHOLE
+) -> Inputs:
     """Files, and the text files under directories, sorted.
 
-    policy: what is done with bytes that are not text. Raises UsageError where there are no files.
+    policy: what is done with bytes that are not text. cut: how plain text is cut into documents.
+    Raises UsageError where there are no files.
     """
-    return Inputs([os.fspath(text) for text in texts], list_inputs(texts), policy)
+    return Inputs([os.fspath(text) for text in texts], list_inputs(texts), policy, cut)
 
 
 class _Group:
@@ -211,7 +223,7 @@ class _Reading:
 
     source: int
     cleaner: Cleaner
-    disguised: set[str]
+    inputs: Inputs
 
     def read_files(self, paths: Iterable[epath.Path]) -> Iterator[Block]:
         """The blocks of files; each says what its policy did since the one before."""
@@ -230,7 +242,7 @@ class _Reading:
             head = file.peek(HEAD)
             foreign = None if head.startswith(_PARQUET_MAGIC) else describe_foreign(head)
             read = self._choose_reader(path, head)
-            if read is _read_plain_text and get_ending(path.name) not in _PROSE:
+            if read == self._read_plain_text:
                 foreign = foreign or describe_other_objects(head)
             if foreign:
                 self.cleaner.refuse(GrowkitError(f"{path} is {foreign}"))
@@ -252,9 +264,16 @@ class _Reading:
         if ending in JSON_LINES:
             return _read_json_lines
         if ending not in _PROSE and holds_json_lines(head):
-            self.disguised.add(path.name)
+            self.inputs.disguised.add(path.name)
             return _read_json_lines
-        return _read_plain_text
+        return read_plain_text if ending in _PROSE else self._read_plain_text
+
+    def _read_plain_text(
+        self, file: BufferedReader, path: epath.Path, cleaner: Cleaner
+    ) -> Iterator[str]:
+        """The documents of a plain text file, cut as the user asked."""
+        self.inputs.plain.add(path)
+        return read_plain_text(file, path, cleaner, self.inputs.cut)
 
 
 @contextmanager
@@ -281,13 +300,6 @@ def _is_one_document(head: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return False
-
-
-def _read_plain_text(file: BufferedReader, path: epath.Path, cleaner: Cleaner) -> Iterator[str]:
-    """A file that is one document."""
-    text = cleaner.decode(file.read(), str(path), 0)
-    if text is not None:
-        yield text.removeprefix(MARK)
 
 
 def _read_json_lines(file: BufferedReader, path: epath.Path, source: int) -> Iterator[JsonLines]:

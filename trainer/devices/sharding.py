@@ -180,12 +180,20 @@ def make_layout(
         raise UsageError(
             f"batch.sequences / batch.accumulation = {part} sequences do not divide over mesh.data "
             f"x mesh.fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}; their product may be "
-            f"{_list_divisors(part)}"
+            f"{_list_divisors(part)}{_suggest_batch(settings, layout.batch_shards)}"
         )
     for rules in (COMPUTE_RULES, PARAMETER_RULES, layout.moment_rules):
         for axis, mesh_axes in rules.items():
             _check_divides(model, mesh, axis, mesh_axes)
     return layout
+
+
+def _suggest_batch(settings: config.Config, shards: int) -> str:
+    """The clause that names the nearest batch in tokens, where it was given so."""
+    if not settings.batch.tokens:
+        return ""
+    step = settings.batch.accumulation * shards * settings.model.context
+    return f", or batch.tokens={max(1, round(settings.batch.tokens / step)) * step}"
 
 
 def _check_divides(
