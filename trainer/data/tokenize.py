@@ -92,8 +92,8 @@ def _describe_reading(inputs: Inputs) -> Iterator[str]:
         names = {path.name for path in inputs.plain}
         plain = f"{_name_some(names)} was" if len(inputs.plain) == 1 else "each plain text file was"
         yield (
-            f"note: {plain} read as one document; --documents blank-line or --documents line ends "
-            "a document there"
+            f"note: {plain} read as one document; with --documents blank-line what is between "
+            "blank lines is one, with --documents line every line"
         )
 
 
