@@ -30,13 +30,10 @@ def build_notes(
     settings = [_describe_settings(record, model) for model in models]
     notes += _say_of_all(names, settings, "lm-evaluation-harness")
     notes += _describe_other_documents(models, names)
-    for name, model in zip(names, models, strict=True):
-        cut = [f"{find_title(r['name'])} {r['cut']}" for r in model["results"] if r["cut"]]
-        if cut:
-            notes.append(
-                f"Requests to {name} that are longer, their contexts cut on the left: "
-                f"{', '.join(cut)}."
-            )
+    cut = [_describe_cut(model) for model in models]
+    if any(cut):
+        words = [each or "none" for each in cut]
+        notes += _say_of_all(names, words, "Longer requests, their contexts cut on the left")
     return [*notes, *_describe_published(models, reference)]
 
 
@@ -52,6 +49,11 @@ def _say_of_all(names: Sequence[str], words: Sequence[str], what: str) -> Iterat
 def _describe_documents(model: Record) -> str:
     counts = [f"{find_title(r['name'])} {_format_count(r)}" for r in model["results"]]
     return ", ".join(counts)
+
+
+def _describe_cut(model: Record) -> str:
+    """How many requests of each task were longer than the window; empty for none."""
+    return ", ".join(f"{find_title(r['name'])} {r['cut']}" for r in model["results"] if r["cut"])
 
 
 def _format_count(result: Record) -> str:

@@ -163,8 +163,10 @@ def _build_table(
     else:
         published = reference.select([column.key[0] for column in columns])
     for title, figures in published.items():
-        cells = [_format_figure(c.key[1], figures.get(c.key), None) for c in columns]
-        rows.append((title if plain else f"{title}, published", cells))
+        if any(column.key in figures for column in columns):
+            cells = [_format_figure(c.key[1], figures.get(c.key), None) for c in columns]
+            alone = plain and title not in names
+            rows.append((title if alone else f"{title}, published", cells))
     return Table(columns, rows)
 
 

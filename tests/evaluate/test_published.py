@@ -88,7 +88,10 @@ def test_the_two_tables_of_the_760m_run(tmp_path, capsys):
     assert out.startswith(FORM)
     # What the two tables have no column for follows.
     rest = out.removeprefix(FORM)
-    assert "PIQA" in rest and "71.00 ± 1.00" in rest and "GPT2-Large, published" in rest
+    assert "PIQA" in rest and "71.00 ± 1.00" in rest and "GPT2" not in rest
+    # A measured row and a published one of the same name are told apart.
+    same = shown(capsys, f"GPT2-XL={mine}", "--reference", "760m")
+    assert same.count("\nGPT2-XL  ") == 3 and same.count("\nGPT2-XL, published ") == 2
     words = " ".join(out.split())
     assert "LAMBADA, PIQA and HellaSwag: https://github.com/EleutherAI/gpt-neo" in words
     assert "The Pile, https://arxiv.org/abs/2101.00027" in words
@@ -118,12 +121,13 @@ def test_what_is_not_alike_is_said_of_each(tmp_path, capsys):
     one = keep(tmp_path / "one.json", model("one"))
     part = [result("piqa", 500, acc=0.6)]
     other = keep(tmp_path / "other.json", model("other", part), max_length=64)
-    changed = [each | {"documents_sha256": "other"} for each in RESULTS[:1]]
+    changed = [each | {"documents_sha256": "other", "cut": 7} for each in RESULTS[:1]]
     third = keep(tmp_path / "third.json", model("third", changed))
     words = " ".join(shown(capsys, one, other, third, "--reference", "760m").split())
     assert "Documents, other: PIQA 500 of 1,838." in words
     assert "lm-evaluation-harness, other: version 0.4.13, zero-shot, in float32, windows" in words
     assert "windows of at most 64 tokens" in words and "at most 1024 tokens" in words
+    assert "cut on the left, third: LAMBADA 7." in words and "left, one: none." in words
     assert "third was asked other documents of LAMBADA than one" in words
     assert "Published figures are of full sets, and those measured here of PIQA are not." in words
     # Without --reference published rows stand beside full sets only.
