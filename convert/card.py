@@ -91,5 +91,6 @@ def _describe_growth(entry: Growth) -> str:
     if entry.moments != "map":
         words.append(f"moments {entry.moments}")
     if entry.noise:
-        words.append(f"noise {entry.noise:g}")
+        size = entry.noise if isinstance(entry.noise, str) else f"{entry.noise:g}"
+        words.append(f"noise {size}")
     return ", ".join(words)

@@ -22,6 +22,7 @@ from growkit.growth.copies import Copies
 from growkit.growth.multipliers import describe_multipliers
 from growkit.growth.new import describe_new, find_new_units
 from growkit.growth.plan import Plan, build_plan
+from growkit.growth.separation import parse_noise, state_noise, take_noise
 from growkit.growth.vocabulary import read_row, state_function, state_tokens
 from growkit.models.architecture import Architecture
 from growkit.models.given import KEY as TABLE
@@ -112,12 +113,13 @@ class Growth(Entry):
     """A growth by a plan; operation is the verb.
 
     before, after: the size of every axis. pads: {axis: new size}. count: what became of Adam's
-    count, 'kept' or 'reset'. function: 'preserved', 'not preserved', or how far from exact.
-    optimizer: the factors on learning rates, eps and clip with which training goes on exactly as
-    the small model's would, in words; None where it does not. vocabulary: what new tokens' rows
-    hold, and the most by which they raise the loss of old tokens (nats; None: unknown); None where
-    there are none. new: {axis: its new units, as '1,3,8-11'}; all others are old; None in entries
-    of earlier versions. experts: what became of the choice of experts; None where none were added.
+    count, 'kept' or 'reset'. noise: a number, or as 0.5rms. function: 'preserved', 'not preserved',
+    or how far from exact. optimizer: the factors on learning rates, eps and clip with which
+    training goes on exactly as the small model's would, in words; None where it does not.
+    vocabulary: what new tokens' rows hold, and the most by which they raise the loss of old tokens
+    (nats; None: unknown); None where there are none. new: {axis: its new units, as '1,3,8-11'}; all
+    others are old; None in entries of earlier versions. experts: what became of the choice of
+    experts; None where none were added.
     """
 
     method: str
@@ -127,7 +129,7 @@ class Growth(Entry):
     after: Mapping[str, int]
     moments: str
     count: str
-    noise: float
+    noise: float | str
     seed: int
     function: str
     optimizer: Mapping[str, Any] | None = None
@@ -152,7 +154,7 @@ class Growth(Entry):
             after=plan.grown.sizes,
             moments=plan.moments,
             count="reset" if plan.moments == "reset" else "kept",
-            noise=plan.noise,
+            noise=state_noise(plan.noise, plan.noise_unit),
             seed=plan.seed,
             function=state_function(plan),
             vocabulary=state_tokens(plan),
@@ -178,7 +180,7 @@ class Growth(Entry):
             function=forms.take_text(stored, "function"),
             maps={axis: Copies.read(forms.take_object(maps, axis)) for axis in maps},
             pads=forms.take_sizes(stored, "pads"),
-            noise=forms.take_number(stored, "noise"),
+            noise=take_noise(stored),
             seed=forms.take_whole(stored, "seed"),
             before=before,
             after=after,
@@ -237,7 +239,8 @@ class Growth(Entry):
         plan.
         """
         maps = {axis: copies.axis_map(model.sizes[axis]) for axis, copies in self.maps.items()}
-        options: dict[str, Any] = {"moments": self.moments, "noise": self.noise, "seed": self.seed}
+        options: dict[str, Any] = {"moments": self.moments, "seed": self.seed}
+        options["noise"], options["noise_unit"] = parse_noise(self.noise)
         options["experts"] = self.experts
         if self.vocabulary:
             options["vocab_fill"] = self.vocabulary["embedding"]

@@ -17,7 +17,7 @@ from growkit.entries import (
     read_entry,
 )
 from growkit.errors import GrowkitError, UsageError
-from growkit.growth.plan import build_plan
+from growkit.growth.plan import build_plan, set_options
 from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
 from growkit.models.gpt_neox import GPT_NEOX
@@ -61,6 +61,7 @@ KINDS = [
     (DEPTH, Growth),
     (DEPTH | {"optimizer": {"embed_out.weight": {"clip": 2.0}}}, Growth),
     (DEPTH | {"operation": "widen", "later": [1]}, Growth),
+    (DEPTH | {"noise": "0.5rms"}, Growth),
     (NEW, Training),
     (ANNEALED, Training),
     (MEAN, Average),
@@ -101,6 +102,9 @@ def test_a_plan_comes_back_from_its_entry():
     assert entry.changes == {"embed": (16, 32), "head": (2, 4), "mlp": (32, 64)}
     reset = Growth.of(build_plan("width", "test", MODEL, plan.maps, moments="reset"))
     assert (reset.count, reset.continues) == ("reset", False)
+    noisy = Growth.of(set_options(plan, noise="0.5rms", seed=3))
+    read = read_entry(json.loads(json.dumps(noisy.to_json()))).plan(MODEL)
+    assert (read.noise, read.noise_unit, read.seed) == (0.5, "rms", 3)
 
 
 def lineage(*entries):
@@ -141,6 +145,8 @@ BROKEN = [
     {key: value for key, value in DEPTH.items() if key != "pads"},
     {"operation": "train", "growkit": "0.1.0", "config": SCHEDULE},
     DEPTH | {"source": {"path": "run"}},
+    DEPTH | {"noise": "0.5"},
+    DEPTH | {"noise": "infrms"},
 ]
 
 

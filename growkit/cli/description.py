@@ -115,6 +115,7 @@ def _describe_growth(plan: Plan) -> list[str]:
     """The lines of method, map, padding and noise."""
     from growkit.growth.depth import draw_map
     from growkit.growth.layer_shares import has_own_shares
+    from growkit.growth.separation import RMS
 
     lines = [f"growth      {words}" for words in plan.method.split("; ")]
     lines += [f"by rule     {note}" for note in plan.notes]
@@ -124,10 +125,12 @@ def _describe_growth(plan: Plan) -> list[str]:
         lines.append(draw_map(layers.index.tolist(), shares))
     lines += [f"padding     {words}" for words in _describe_padding(plan)]
     if plan.noise:
-        spread = plan.model.initializer_range
+        unit = f"initializer_range {plan.model.initializer_range:g}"
+        if plan.noise_unit == RMS:
+            unit = "the root mean square of each tensor"
         lines.append(
-            f"noise       {plan.noise:g} x initializer_range {spread:g}, seed {plan.seed}, on "
-            "weights that read copied units; it sums to zero over the copies of each unit"
+            f"noise       {plan.noise:g} x {unit}, seed {plan.seed}, on weights that read copied "
+            "units; it sums to zero over the copies of each unit"
         )
     return lines
 

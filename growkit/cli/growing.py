@@ -92,7 +92,8 @@ add_growing_options = combine_options(
         default="0",
         metavar="S",
         help="Add noise to weights that read copied units, S times as large as the model's "
-        "initializer_range; it sums to zero over the copies of a unit.",
+        "initializer_range, or, as 0.5rms, as the tensor's root mean square; it sums to zero over "
+        "the copies of a unit.",
     ),
     click.option("--seed", default="0", metavar="N", help="Seed of noise and random fills."),
     click.option(
@@ -293,7 +294,7 @@ def plan_and_grow(
     from growkit.checkpoint.location import check_writable, open_source
     from growkit.growth.plan import set_options
 
-    noise = parse_number("noise", options.pop("noise"))
+    noise = options.pop("noise")
     seed = parse_whole("seed", options.pop("seed"))
     moments = options.pop("moments")
     vocab = options.pop("vocab")

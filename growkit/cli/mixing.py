@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from growkit.cli.arguments import parse_number
 from growkit.cli.growing import Growing, add_growing_options, plan_and_grow
 
 if TYPE_CHECKING:
@@ -34,8 +33,9 @@ def experts(count: str, top: str | None, exact: bool, src: str, out: str, **opti
     """
     from growkit.errors import UsageError
     from growkit.growth.experts import plan_experts
+    from growkit.growth.separation import parse_noise
 
-    if exact and parse_number("noise", options["noise"]):
+    if exact and parse_noise(options["noise"])[0]:
         raise UsageError(
             "--exact refuses --noise: it sets copies of a router row apart, so their scores differ"
         )

@@ -18,6 +18,7 @@ from growkit.errors import UsageError, did_you_mean
 from growkit.growth.axes import AxisMap
 from growkit.growth.choice import Choice
 from growkit.growth.head_row import HeadRow
+from growkit.growth.separation import RANGE, parse_noise
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
 
@@ -41,8 +42,9 @@ class Plan:
     'map' (the rule), 'copy' (gathered as they are), 'reset' (zero, and the count too), 'nu-only'
     (mu zero), 'first' (mu and nu by the rule for the first copy of every unit, zero for the other
     copies: SPARKLING's asymmetric reset, arXiv 2602.02472). noise: its standard deviation in units
-    of the model's initializer_range. notes: what was completed by rule. vocab_fill: what new
-    tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
+    of the model's initializer_range, or with the unit 'rms' of the root mean square of each tensor
+    that gets it, see `growkit.growth.separation`. notes: what was completed by rule. vocab_fill:
+    what new tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
     vocab_row: their row of the head, where it is not the mean of the old ones.
     experts: what becomes of the gate's choice, where there are more experts.
     """
@@ -55,6 +57,7 @@ class Plan:
     pads: dict[str, int] = field(default_factory=dict)
     moments: str = "map"
     noise: float = 0.0
+    noise_unit: str = RANGE
     seed: int = 0
     notes: tuple[str, ...] = ()
     vocab_fill: str = "mean"
@@ -148,13 +151,14 @@ class Plan:
         )
 
 
-def set_options(plan: Plan, moments: str = "map", noise: float = 0.0, seed: int = 0) -> Plan:
+def set_options(plan: Plan, moments: str = "map", noise: float | str = 0.0, seed: int = 0) -> Plan:
     """The plan with the options that all growing verbs have.
 
-    Raises UsageError for values that make no sense for it.
+    noise: a number, or 0.5rms. Raises UsageError for values that make no sense for it.
     """
-    plan = replace(plan, moments=moments, noise=noise, seed=seed)
-    if noise and not plan.copied_widths:
+    size, unit = parse_noise(noise)
+    plan = replace(plan, moments=moments, noise=size, noise_unit=unit, seed=seed)
+    if plan.noise and not plan.copied_widths:
         raise UsageError(
             "--noise separates the copies of units in width, and this growth makes none; leave it "
             "out"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from growkit.growth.axes import AxisMap
-from growkit.growth.noise import UNIT, centred, uniform
+from growkit.growth.noise import uniform
 from growkit.growth.padding import (
     MU,
     NU,
@@ -29,13 +29,13 @@ from growkit.growth.padding import (
     Rule,
     extend,
     fill_new,
-    round_here,
     rule_along,
     scale_old,
     scale_with_offset,
     sum_along,
 )
 from growkit.growth.precision import wide_dtype
+from growkit.growth.separation import Separation, find_place
 from growkit.growth.shares import is_added, keep_first, narrow, scale_of
 from growkit.growth.vocabulary import rule_of_tokens
 from growkit.models.notation import ATTENTION, Part, Position, Row
@@ -64,6 +64,8 @@ def grow_array(
     if moment_fate(plan, row, moment, position) == "zero":
         return xp.zeros(row.shape(plan.grown.sizes), array.dtype)
     growth = UnitGrowth(row, plan, moment, position)
+    if growth.measures:
+        growth.measure(array[None], xp)
     return growth.grow(array[None], np.zeros(1, np.int64), xp)[0, ...]
 
 
@@ -156,15 +158,31 @@ class UnitGrowth:
         array: [unit, rest of the first dimension, other stored dimensions] of the source. units:
         which new unit each is, in ascending order and one after another.
         """
-        if self.sum_axis is None:
-            return self.growths[0].grow_stored(array, units, xp)
-        lengths = [part.shape(self.sizes)[self.sum_axis - 1] for part in self.parts]
-        pieces = xp.split(array, np.cumsum(lengths)[:-1], axis=self.sum_axis)
+        pieces = self._split(array, xp)
         grown = [
             growth.grow_stored(piece, units, xp)
             for growth, piece in zip(self.growths, pieces, strict=True)
         ]
-        return xp.concatenate(grown, axis=self.sum_axis)
+        return grown[0] if self.sum_axis is None else xp.concatenate(grown, axis=self.sum_axis)
+
+    def _split(self, array: Any, xp: Any) -> Any:
+        """The pieces of an array that each growth is of."""
+        if self.sum_axis is None:
+            return [array]
+        lengths = [part.shape(self.sizes)[self.sum_axis - 1] for part in self.parts]
+        return xp.split(array, np.cumsum(lengths)[:-1], axis=self.sum_axis)
+
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` must see all of the source's units before any of them grows."""
+        found = [growth.separation for growth in self.growths]
+        return any(noise is not None and noise.measures for noise in found)
+
+    def measure(self, array: Any, xp: Any = np) -> None:
+        """Take in some of the source's units, as `grow` takes them, each once."""
+        for growth, piece in zip(self.growths, self._split(array, xp), strict=True):
+            if growth.separation is not None:
+                growth.separation.measure(piece, xp)
 
     def add(self, units: np.ndarray, dtype: Any) -> np.ndarray:
         """Units that padding of the first axis adds; after all old ones were grown, which give the
@@ -206,20 +224,11 @@ class PartGrowth:
         self.offset = row.offset if moment == VALUE else 0.0
         # The sum of old units so far, where new ones are their mean.
         self.sum: np.ndarray | None = None
-
-    @cached_property
-    def noise_place(self) -> int | None:
-        """The axis along which the part gets noise: the first copied one that it reads, or that of
-        a router's experts; None for no noise.
-        """
-        if self.moment != VALUE or not self.plan.noise:
-            return None
-        for place, axis in enumerate(self.part.axes):
-            axis_map = self.plan.maps.get(axis.name)
-            noisy = axis.read or (axis.name == "expert" and self.part.routes)
-            if noisy and axis_map is not None and (axis_map.copies > 1).any():
-                return place
-        return None
+        self.separation: Separation | None = None
+        place = find_place(part, plan, moment)
+        if place is not None:
+            separation = Separation(plan, part, place, self.name, self.copied, lead, self.scale)
+            self.separation = separation
 
     @cached_property
     def padded(self) -> list[int]:
@@ -237,7 +246,7 @@ class PartGrowth:
     @cached_property
     def depends_on_place(self) -> bool:
         """Whether equal copies differ by where they lie."""
-        return self.noise_place is not None or bool(self.padded)
+        return self.separation is not None or bool(self.padded)
 
     def factor_at(self, units: np.ndarray) -> np.ndarray | None:
         """The part of the scale that is these units', [units or 1, inner axes]."""
@@ -300,39 +309,7 @@ class PartGrowth:
                 array = gather(array, self.plan.maps[name], place)
         if not equal:
             array = multiply(array, factor, self.offset, xp)
-        return array if self.noise_place is None else self._add_noise(array, units, xp)
-
-    def _add_noise(self, array: Any, units: np.ndarray, xp: Any) -> Any:
-        """Add noise that sums to zero over the copies of each source unit.
-
-        Each copy gets its own number (see `growkit.growth.noise.centred`) less the next copy's,
-        exactly: what reads equal copies finds the old sum.
-        """
-        plan = self.plan
-        wide = wide_dtype(array.dtype)
-        spread = np.float32(plan.noise * plan.model.initializer_range * UNIT * math.sqrt(0.5))
-        difference = self._numbers(units, xp) - self._numbers_of_next(units, xp)
-        noise = difference.astype(wide) * xp.asarray(spread, wide)
-        exact = round_here(array.astype(wide), xp) + round_here(noise, xp)
-        return exact.astype(array.dtype)
-
-    def _numbers(self, units: np.ndarray, xp: Any) -> Any:
-        """The random numbers of consecutive units."""
-        shape = (len(units), *self.copied[self.lead :])
-        first = int(units[0]) * math.prod(shape[1:])
-        return centred(self.plan.seed, f"{self.name} noise", shape, xp, first=first)
-
-    def _numbers_of_next(self, units: np.ndarray, xp: Any) -> Any:
-        """The random numbers of the next copies along the axis that noise goes along."""
-        assert self.noise_place is not None
-        next_copy = self.plan.maps[self.part.names[self.noise_place]].next_copy
-        if self.noise_place >= self.lead:
-            numbers = self._numbers(units, xp)
-            return numbers.take(next_copy, axis=self.noise_place - self.lead + 1)
-        at = list(np.unravel_index(units, self.copied[: self.lead]))
-        at[self.noise_place] = next_copy[at[self.noise_place]]
-        following = np.ravel_multi_index(at, self.copied[: self.lead])
-        return xp.concatenate([self._numbers(following[i : i + 1], xp) for i in range(len(units))])
+        return array if self.separation is None else self.separation.add(array, units, xp)
 
     def _pad(self, array: Any, units: np.ndarray, xp: Any) -> Any:
         """Copied units, padded: old entries scaled, new ones added within the units."""

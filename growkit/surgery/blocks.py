@@ -134,6 +134,9 @@ class Blocks:
     def pieces(self) -> Iterator[Piece]:
         """(byte offset, array) of every block, once for each of its places."""
         reused = not any(growth.depends_on_place for growth in self.growth.growths)
+        if self.growth.measures:
+            for start, stop in self._cut_source():
+                self.growth.measure(self._read(start, stop))
         for start, stop in self._cut_source():
             block = self._read(start, stop)
             # Most stretches of a block are the same source units with the same factors, at another

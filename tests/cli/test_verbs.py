@@ -192,6 +192,22 @@ def test_noise_changes_readers_only_and_the_seed_matters(place, capsys):
     assert np.allclose(old.reshape(-1, 2, 16).sum(1), new.reshape(-1, 2, 16).sum(1), atol=1e-6)
 
 
+def test_noise_of_the_size_of_each_tensor(place, capsys):
+    assert grown_by([*GROWTHS["clone"], "--noise", "0.5rms"], "ck", "out") == 0
+    assert "0.5 x the root mean square of each tensor, seed 0" in capsys.readouterr().out
+    entry = open_source("out").lineage[-1]
+    assert entry["noise"] == "0.5rms" and entry["function"] == "preserved"
+    assert run(["verify", "ck", "out"]) == 0
+    assert grown_by([*GROWTHS["clone"], "--noise", "0.5"], "ck", "plain") == 0
+    assert grown_by(GROWTHS["clone"], "ck", "still") == 0
+    noise = arrays("out")[QKV] - arrays("still")[QKV]
+    size = np.sqrt(np.square(arrays("still")[QKV]).mean())
+    assert noise.std() == pytest.approx(0.5 * size, rel=0.1)
+    assert not np.array_equal(arrays("out")[QKV], arrays("plain")[QKV])
+    assert run(["export", "out", "exported"]) == 0
+    assert "noise 0.5rms, function preserved" in (place / "exported" / "README.md").read_text()
+
+
 def test_the_seed_of_random_fills(place):
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert grown_by(GROWTHS["pad"], "hf", out, "--seed", seed) == 0
@@ -542,6 +558,8 @@ REFUSALS = {
     "depth --map 2:4 --noise 0.1": "--noise separates the copies of units in width",
     "width --mlp 2x --noise -0.1": "--noise is a number of at least 0, got -0.1",
     "width --mlp 2x --noise nan": "--noise is a number of at least 0, got nan",
+    "width --mlp 2x --noise 0.5rsm": "as 0.5rms; got '0.5rsm'",
+    "width --mlp 2x --noise infrms": "--noise is a number of at least 0, got inf",
     "width --mlp 2x --seed 1.5": "--seed takes a whole number, got '1.5'",
     "depth --map 0,0,1 --method stack": "--method stack goes with --map SOURCE:TARGET",
     "depth --map 2:4 --method stak": (

@@ -246,6 +246,13 @@ def test_counts_are_read_as_they_are_written(text):
     assert config.grow.at == "82000"
 
 
+@pytest.mark.parametrize("at", [0.8, "0.8", ".8"])
+def test_a_growth_may_come_after_a_part_of_the_steps(at):
+    assert resolve({"schedule": {"steps": 1001, "warmup": 10}, "grow": {"at": at}}).grow.at == "801"
+    # A run's record has the step, so a resumed run reads the same.
+    assert resolve({"schedule": {"steps": 1001, "warmup": 10}, "grow": {"at": "801"}}).grow.at == "801"
+
+
 @pytest.mark.parametrize("text", ["1e4", "10_000"])
 def test_numbers_without_a_unit_are_read_in_every_field(text):
     assert resolve({"model": {"vocab": text}}).model.vocab == 10_000
@@ -418,6 +425,17 @@ def test_a_map_of_layers_is_not_read_as_a_number_to_the_base_of_60(tmp_path):
         resolve(read_values("recipe", ["grow.map=18:24", "optimizer.multipliers=off"])).grow.map
         == "18:24"
     )
+
+
+def test_noise_is_a_number_or_has_a_unit():
+    def read(noise):
+        return resolve(read_values("recipe", [f"grow.noise={noise}"])).grow.noise
+
+    assert read("0.5") == 0.5 and type(read("1")) is float and read("1e-2") == 0.01
+    assert read("0.5rms") == "0.5rms"
+    refusal({"grow": {"noise": [0.5]}}, "grow.noise must be a number or text, got [0.5]")
+    refusal({"grow": {"noise": True}}, "grow.noise must be a number or text, got True")
+    refusal({"grow": {"noise": "nan"}}, "grow.noise must be a number, got 'nan'")
 
 
 def test_sections_of_other_families_agree_in_what_they_state():

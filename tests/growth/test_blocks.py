@@ -14,8 +14,9 @@ from in_memory import held
 from growkit.checkpoint.tensor import Tensor
 from growkit.growth.axes import make_map, repeat
 from growkit.growth.head_row import HeadRow
-from growkit.growth.plan import build_plan, combine_plans
+from growkit.growth.plan import build_plan, combine_plans, set_options
 from growkit.growth.rule import PartGrowth
+from growkit.growth.separation import Separation
 from growkit.growth.vocabulary import plan_vocabulary
 from growkit.growth.width import plan_width
 from growkit.models.gpt_neox import GPT_NEOX
@@ -50,6 +51,7 @@ PLANS = {
     "head_dim and heads": plan_width(TINY, heads=4, head_dim=12, embed=48),
     "copied moments": dataclasses.replace(plan_width(TINY, embed="2x"), moments="copy"),
     "copied moments, padded": dataclasses.replace(plan_width(TINY, head_dim=12), moments="copy"),
+    "noise of its size": set_options(plan_width(TINY, embed="3x"), noise="0.3rms", seed=7),
     "llama": plan_width(SMALL_LLAMA, embed="2x"),
     "llama, padded": plan_width(SMALL_LLAMA, embed=24, mlp=40),
     "llama, noise": dataclasses.replace(
@@ -125,9 +127,11 @@ def test_every_byte_is_written_exactly_once(name, monkeypatch):
             assert (written == 1).all(), (slot, parameter)
 
 
-def test_source_rows_are_read_once_and_a_block_at_a_time(monkeypatch):
+@pytest.mark.parametrize("name,copies,times", [("clone", 2, 1), ("noise of its size", 3, 2)])
+def test_source_rows_are_read_a_block_at_a_time(name, copies, times, monkeypatch):
+    """Once, and once before where the size of the noise is that of the numbers."""
     monkeypatch.setattr(blocks, "BLOCK", 512)
-    plan = PLANS["clone"]
+    plan = PLANS[name]
     row = next(row for row in plan.model.table.rows if "dense_h_to_4h.weight" in row.name)
     array = np.ones(row.shape(plan.model.sizes), np.float32)
     read = []
@@ -137,8 +141,9 @@ def test_source_rows_are_read_once_and_a_block_at_a_time(monkeypatch):
         return array[start:stop]
 
     list(blocks.grown_recipe(Tensor(array.shape, array.dtype, rows), row, plan, 0, (0,)).pieces())
-    assert [row for start, stop in read for row in range(start, stop)] == list(range(len(array)))
-    assert max(stop - start for start, stop in read) * 2 * array[0].nbytes <= 512
+    rows_read = [row for start, stop in read for row in range(start, stop)]
+    assert rows_read == list(range(len(array))) * times
+    assert max(stop - start for start, stop in read) * copies * array[0].nbytes <= 512
 
 
 def first_units(call):
@@ -160,7 +165,7 @@ def one_block_late(call):
 
 BROKEN = {
     "the first units' shares for all": ("three", PartGrowth, "factor_at", first_units),
-    "noise numbered anew in each block": ("noise", PartGrowth, "_numbers", first_units),
+    "noise numbered anew in each block": ("noise", Separation, "_numbers", first_units),
     "the mean of the last block alone": ("mean-pad", PartGrowth, "_pad", forgetting_earlier_blocks),
     "rows of the block before": ("clone", blocks.Blocks, "_read", one_block_late),
 }

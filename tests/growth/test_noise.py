@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from growkit.errors import UsageError
 from growkit.growth.noise import centred, threefry, uniform
+from growkit.growth.plan import set_options
+from growkit.growth.separation import (
+    SquareSum,
+    find_root_mean_square,
+    parse_noise,
+    state_noise,
+)
 from growkit.growth.tree import grow
 from growkit.growth.width import plan_width
 from growkit.models.gpt_neox import GPT_NEOX
@@ -93,6 +101,96 @@ def test_differences_of_copies_are_exact():
 def test_tensors_too_large_for_the_counter_are_refused():
     with pytest.raises(ValueError, match="2\\*\\*32 - 1"):
         uniform(0, "a", (1 << 16, 1 << 16))
+
+
+# Noise in units of a tensor's own root mean square
+
+
+def measure(*pieces):
+    squares = SquareSum()
+    for piece in pieces:
+        squares.add(piece)
+    return squares.root_mean
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e3])
+def test_a_root_mean_square_is_the_same_in_any_pieces(dtype, size):
+    numbers = np.random.default_rng(0).normal(size=(37, 5)) * size
+    array = numbers.astype(jnp.dtype(dtype))
+    found = measure(array)
+    wanted = np.sqrt(np.square(array.astype(np.float64)).mean())
+    assert found == pytest.approx(wanted, rel=2**-8)
+    # At most 8 bits: a whole number of 256ths of its power of two.
+    assert np.frexp(found)[0] * 2**8 % 1 == 0
+    backwards = [array[row : row + 1, ::-1] for row in reversed(range(37))]
+    assert measure(*backwards) == measure(array[:20], array[20:]) == found
+    with jax.enable_x64(True):
+        jitted = jax.jit(lambda array: find_root_mean_square(array, jnp))(jnp.asarray(array))
+    assert float(jitted) == found
+
+
+def test_sums_of_squares_are_exact_where_those_of_floats_are_not():
+    """One large square, then many small ones: added one by one in float32 these would be lost."""
+    array = np.full(1 << 16, 1.0, np.float32)
+    array[0] = 2.0**13
+    # The mean square is (2**26 + 2**16 - 1) / 2**16: of 1024 and nearly 1.
+    assert measure(array) == measure(array[::-1]) == pytest.approx(np.sqrt(1025), rel=2**-8)
+    squares = SquareSum()
+    squares.add(array)
+    assert sum(squares.sums) == 2**30 + (2**16 - 1) * 2**30
+
+
+def test_numbers_that_have_no_size():
+    assert measure() == measure(np.zeros(3)) == measure(np.array([np.nan, np.inf])) == 0.0
+    assert measure(np.array([3.0, np.nan])) == pytest.approx(np.sqrt(4.5), rel=2**-8)
+    assert float(find_root_mean_square(jnp.zeros(3), jnp)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "stated,size,unit",
+    [
+        (0.5, 0.5, "initializer_range"),
+        ("2", 2.0, "initializer_range"),
+        ("0.5rms", 0.5, "rms"),
+        ("1e-3rms", 1e-3, "rms"),
+    ],
+)
+def test_noise_as_it_is_stated(stated, size, unit):
+    assert parse_noise(stated) == (size, unit)
+    assert parse_noise(state_noise(size, unit)) == (size, unit)
+    third = state_noise(1 / 3, "rms")
+    assert parse_noise(third) == (1 / 3, "rms") and state_noise(1.0, "rms") == "1rms"
+
+
+@pytest.mark.parametrize("wrong", ["rms", "0.5 rms units", "much", "rms0.5", ""])
+def test_noise_that_is_none(wrong):
+    with pytest.raises(UsageError, match="as 0.5rms; got"):
+        parse_noise(wrong)
+
+
+def test_noise_follows_the_size_of_each_tensor():
+    """On copies of half the value, noise of 0.5rms has half their root mean square."""
+    plan = set_options(plan_width(TINY, embed="2x"), noise="0.5rms")
+    params = jax.tree.map(np.asarray, init_params(TINY, Precision("float32", "float32"), 0))
+    weights = params["layers"]["mlp"]["dense_h_to_4h"]["weight"]
+    # Layers of other sizes, so that a tensor's own size shows.
+    larger = {**params["layers"]["mlp"]["dense_h_to_4h"], "weight": 16 * weights}
+    mlp = {**params["layers"]["mlp"], "dense_h_to_4h": larger}
+    params = {**params, "layers": {**params["layers"], "mlp": mlp}}
+    grown = grow(params, plan)
+    still = grow(params, replace(plan, noise=0.0))
+    double = grow(params, replace(plan, noise=1.0))
+    for path, rate in ((("mlp", "dense_h_to_4h"), 16), (("mlp", "dense_4h_to_h"), 1)):
+        ours, theirs, twice = (
+            tree["layers"][path[0]][path[1]]["weight"] for tree in (grown, still, double)
+        )
+        noise = ours - theirs
+        size = np.sqrt(np.square(theirs).mean())
+        assert noise.std() == pytest.approx(0.5 * size, rel=0.15), rate
+        assert np.allclose(twice - theirs, 2 * noise, rtol=1e-3, atol=1e-6 * size)
+        copies = noise.reshape(*noise.shape[:-1], 2, noise.shape[-1] // 2)
+        assert np.abs(copies.sum(-2)).max() < 1e-5 * size
 
 
 TINY = GPT_NEOX.model(

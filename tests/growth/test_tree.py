@@ -27,7 +27,7 @@ import growkit
 from growkit.checkpoint.tensor import Source, wrap_array
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
-from growkit.growth.plan import combine_plans
+from growkit.growth.plan import combine_plans, set_options
 from growkit.growth.tree import grow_leaf
 from growkit.growth.width import plan_width
 from growkit.models.gpt_neox import GPT_NEOX
@@ -47,6 +47,7 @@ EXACT = {
         "grow", [plan_depth(TINY, "2:3", "identity"), plan_width(TINY, embed="2x")], TINY
     ),
     "noise": dataclasses.replace(plan_width(TINY, embed="3x"), noise=0.3, seed=7),
+    "noise of its size": set_options(plan_width(TINY, embed="3x"), noise="0.3rms", seed=7),
     "copied moments": dataclasses.replace(plan_width(TINY, embed="2x"), moments="copy"),
     "nu only": dataclasses.replace(plan_width(TINY, embed="2x"), moments="nu-only"),
     "reset": dataclasses.replace(plan_width(TINY, embed="2x"), moments="reset"),
@@ -113,7 +114,18 @@ def test_numpy_grows_in_memory_as_on_disk(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["gopher", "uneven", "both", "noise", "reset", "first", "mean-pad", "head_dim"]
+    "name",
+    [
+        "gopher",
+        "uneven",
+        "both",
+        "noise",
+        "noise of its size",
+        "reset",
+        "first",
+        "mean-pad",
+        "head_dim",
+    ],
 )
 def test_jax_grows_under_jit_as_on_disk(name):
     state = {slot: to_jax(small(slot)) for slot in SLOTS}

@@ -167,7 +167,7 @@ def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys)
         in capsys.readouterr().err
     )
     train(recipe(data, dropout={"hidden": 0.1}), tmp_path / "dropout", str(wide))
-    train(recipe(data, grow={"embed": "2x", "noise": 0.1}), tmp_path / "noise", str(small))
+    train(recipe(data, grow={"embed": "2x", "noise": "0.1rms"}), tmp_path / "noise", str(small))
     assert "equal gradients" not in capsys.readouterr().err
 
 
@@ -181,6 +181,7 @@ def test_noise_is_not_exact_continuation(small):
     "section,said",
     [
         ({"noise": 0.1}, "has options but no growth"),
+        ({"embed": "2x", "noise": "0.5rsm"}, "as 0.5rms; got '0.5rsm'"),
         ({"map": "3:4"}, "the source has 2"),
         ({"embed": "1x"}, "nothing grows"),
         ({"vocab": "x64"}, "nothing grows: --vocab x64 is the 64 tokens"),

@@ -248,10 +248,14 @@ def test_growth_on_the_way_of_a_run_that_begins_with_a_source(data, small, tmp_p
     [
         (
             {"map": "2:3", "at": STEPS},
-            f"grow.at must be a step from 1 to {STEPS - 1}, or plateau, got '{STEPS}'",
+            f"grow.at must be a step from 1 to {STEPS - 1}, a part of the steps such as 0.8, or "
+            f"plateau, got '{STEPS}'",
         ),
         ({"map": "2:3", "at": 0}, "grow.at must be a step from 1"),
         ({"map": "2:3", "at": "platoo"}, "or plateau, got 'platoo'"),
+        # After 0.01 of the steps is before the first.
+        ({"map": "2:3", "at": 0.01}, "grow.at must be a step from 1"),
+        ({"map": "2:3", "at": "nan"}, "or plateau, got 'nan'"),
         ({"map": "2:3", "at": "plateau"}, "grow.at=plateau needs schedule.plateau.patience"),
         ({"at": 6}, "has options but no growth"),
         ({"map": "3:4", "at": 6}, "the source has 2"),

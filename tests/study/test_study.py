@@ -39,7 +39,7 @@ STUDY = {
         "replicate": {"from": "half", "grow": {"map": "1:2"}},
         "clone": {
             "from": "narrow",
-            "grow": {"embed": "2x", "noise": 0.1},
+            "grow": {"embed": "2x", "noise": "0.1rms"},
             "learning_rates": [1e-3],
         },
     },
@@ -530,3 +530,124 @@ def test_ties_at_the_shortest_run_are_broken_by_its_loss(outcome):
     ]
     assert outcome.compute_saving("replicate", 0) > outcome.compute_saving("clone", 0)
     assert outcome.choose_best_arms() == ["clone"]
+
+
+def late(data, **changed):
+    """A study whose only arm goes on at its source's rate, held against two ways from scratch."""
+    sources = {"one": {"steps": 0.5, "model": {"layer": 1}, "schedule": {"kind": "constant"}}}
+    arm = {
+        "from": "one",
+        "learning_rates": "source",
+        "grow": {"map": "1:2"},
+        "schedule": {"warmup": 0},
+    }
+    ways = {"cosine": None, "wsd": {"schedule": {"kind": "wsd", "decay": 0.5}}}
+    stated = {"scratch": ways, "sources": sources, "arms": {"late": arm}}
+    return nested(data, **stated, best=0, **changed)
+
+
+class Remembered(Pretended):
+    """train without training that remembers the configuration of every run."""
+
+    def __init__(self):
+        super().__init__(lambda name: False)
+        self.seen = {}
+
+    def __call__(self, values, out, start=None, show=None):
+        self.seen[out.name] = values
+        result = super().__call__(values, out, start, show)
+        # The other way at the higher rate is the best of four tries.
+        best = "wsd" in out.name and "lr0.004" in out.name
+        return replace(result, validation_loss=2.0) if best else result
+
+
+def test_growth_goes_on_at_the_sources_rate_against_the_best_way_from_scratch(data, tmp_path):
+    remembered = Remembered()
+    study = read_design(late(data))
+    course = Course(study, tmp_path, remembered, lambda known: None)
+    assert course.go() is None
+    names = list(remembered.seen)
+    assert names[:4] == [
+        f"scratch-{way}-seed0-lr{rate:g}" for way in ("cosine", "wsd") for rate in (1e-3, 4e-3)
+    ]
+    # Further seeds train the best way at its rate alone; a source takes the rate of that way.
+    assert [name for name in names if name.startswith("scratch") and "seed1" in name] == [
+        "scratch-wsd-seed1-lr0.004"
+    ]
+    for seed in (0, 1):
+        arm = remembered.seen[f"late-seed{seed}-lr0.004-budget1"]
+        assert arm["optimizer"]["learning_rate"] == 4e-3
+        assert remembered.seen[f"one-seed{seed}-lr0.004"]["schedule"]["steps"] == 6
+        wsd = remembered.seen["scratch-wsd-seed0-lr0.004"]["schedule"]
+        assert (wsd["kind"], wsd["decay"]) == ("wsd", 0.5)
+    assert remembered.seen["scratch-cosine-seed0-lr0.004"]["schedule"].get("kind") is None
+    outcome = course.outcome
+    assert outcome.select_runs(SCRATCH)[0].way == "wsd"
+    assert [outcome.compute_saving("late", seed) for seed in (0, 1)] == [None, None]
+    time = study.find_growth_time("late", 1.0)
+    assert time == 6 / (6 + study.count_steps(Task("late", 0, None, 1.0)))
+    report = render_markdown(outcome, outcome.summarize())
+    assert "cosine 0.001, 0.004; wsd 0.001, **0.004**" in report
+    assert "0.004, its source's" in report and f"to {time:.2f}" not in report
+    assert f"{time:.2f} to" in report
+
+
+def test_a_late_study_that_was_stopped_repeats_nothing(data, tmp_path):
+    study = read_design(late(data))
+    assert Course(study, tmp_path, Remembered(), lambda known: None).go() is None
+    again = Course(study, tmp_path, pytest.fail, lambda known: None)
+    assert again.go() is None and again.progress.left == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"sources__one__share": 0.2}, "one has a share and steps; give one of them"),
+        ({"sources__one__steps": 1.5}, "share of the from-scratch steps.*got 1.5"),
+        ({"scratch__wsd__schedule": {"steps": 3}}, "study.scratch.wsd.schedule.steps"),
+        ({"scratch__wsd__model": {"layer": 3}}, "unknown key study.scratch.wsd.model"),
+        ({"scratch__wsd__optimizer": {"learning_rate": 1.0}}, "every way tries the rates of"),
+        ({"scratch__a/b": {"schedule": {"kind": "wsd"}}}, "study.scratch: a name must be text"),
+        ({"arms__late__learning_rates": "sources"}, "learning_rates must be a list"),
+    ],
+)
+def test_a_late_study_that_cannot_be(data, changed, words):
+    settings = late(data)
+    for key, value in changed.items():
+        node = settings["study"]
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    with pytest.raises(UsageError, match=words):
+        read_design(settings)
+
+
+def test_a_control_is_its_source_trained_on_for_the_same_compute(data, tmp_path):
+    control = {"from": "half", "control": True, "learning_rates": [1e-3]}
+    study = read_design(nested(data, arms__small=control))
+    remembered = Remembered()
+    course = Course(study, tmp_path, remembered, lambda known: None)
+    assert course.go() is None
+    small = remembered.seen["small-seed1-lr0.001-budget1"]
+    assert small["model"]["layer"] == 1 and "grow" not in small
+    for name in ("small", "replicate"):
+        spent = study.count_flops(Task(name, 0, None, 1.0)) + study.count_flops(Task("half", 0))
+        assert abs(spent - study.flops_of_scratch) <= study.count_flops_per_step(SCRATCH)
+    # It takes all seeds, is not one of the `best` arms, and is no candidate for the headline.
+    assert course.outcome.choose_best_arms()[1:] == ["small"]
+    results = course.outcome.summarize()
+    assert "small, saves" not in describe_best_arm(results)
+    assert "| small | half, 20% | not grown |" in render_markdown(course.outcome, results)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"arms__replicate__control": True}, "replicate is a control, which does not grow"),
+        ({"arms__replicate__control": "yes"}, "control must be true or false, got 'yes'"),
+    ],
+)
+def test_a_control_that_cannot_be(data, changed, words):
+    with pytest.raises(UsageError, match=words):
+        read_design(nested(data, **changed))

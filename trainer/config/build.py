@@ -18,7 +18,12 @@ from growkit.quantity import parse_count
 from trainer.config.rules import COUNT, NUMBERS, PATH
 
 WEIGHTS = (dict[str, float], dict[str, float] | None)
-WANTED = {int: "a whole number", bool: "true or false", str: "text"}
+WANTED: dict[Any, str] = {
+    int: "a whole number",
+    bool: "true or false",
+    str: "text",
+    float | str: "a number or text",
+}
 
 
 def build_dataclass(kind: Any, values: Any, where: str = "") -> Any:
@@ -57,7 +62,7 @@ def _name_section(key: str, types: Mapping[str, Any], where: str) -> str:
 
 def _read_as_written(value: Any, metadata: Mapping[str, Any], key: str) -> Any:
     """The value that a text stands for, by what its field says of itself."""
-    if NUMBERS in metadata and type(value) is int:
+    if NUMBERS in metadata and type(value) in (int, float):
         return str(value)
     if PATH in metadata and isinstance(value, str):
         return os.path.expanduser(value)
@@ -74,13 +79,24 @@ def _convert_value(kind: Any, value: Any, key: str) -> Any:
         return None if value is None else _convert_weights(value, key)
     if kind == dict[str, Any]:
         return _require_fields(value, key)
-    if kind is float:
+    if kind is float or (kind == float | str and _is_number(value)):
         return _convert_number(value, key)
+    if kind == float | str and isinstance(value, str):
+        return value
     if type(value) is kind:
         return value
     if kind is int and isinstance(value, str) and _is_plain_number(value.removeprefix("+")):
         return parse_count(value.removeprefix("+"), key)
     raise UsageError(f"{key} must be {WANTED[kind]}, got {_shorten(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, or a text that is one."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
 
 
 def _require_fields(value: Any, key: str) -> dict[str, Any]:

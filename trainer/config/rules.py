@@ -108,7 +108,7 @@ def choice(default: str, of: Sequence[str]) -> str:
 
 
 def text_or_number(default: str = "") -> str:
-    """Declare a field of text that YAML may read as a whole number, such as a width or a step."""
+    """Declare a field of text that YAML may read as a number: a width, a step, a part of them."""
     return dataclasses.field(default=default, metadata={NUMBERS: True})
 
 

@@ -9,6 +9,7 @@ values.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,7 +138,8 @@ class Grow:
     The options are those of `growkit depth` and `growkit width`, which explain them.
     """
 
-    # When to grow. Empty: the --from model at the start. A number: at that step of this run.
+    # When to grow. Empty: the --from model at the start. A number: at that step of this run; below
+    # 1, such as 0.8: after that part of its steps.
     # plateau: at the first plateau that schedule.plateau finds; the learning rate then stays.
     at: str = text_or_number()
     map: str = text_or_number()  # depth --map
@@ -151,7 +153,7 @@ class Grow:
     width_method: str = ""  # width --method
     spread: float = 0.0  # width --spread
     moments: str = "map"  # --moments of both: map, copy, reset, nu-only or first
-    noise: float = 0.0  # --noise of both
+    noise: float | str = 0.0  # --noise of both: a number, or as 0.5rms
     seed: int = 0  # --seed of both
 
 
@@ -330,12 +332,24 @@ def _read_growth_time(at: str, schedule: Schedule) -> str:
                 "plateau"
             )
         return at
-    try:
-        step = parse_count(at, "grow.at")
-    except UsageError:
-        step = 0
+    step = _read_step(at, schedule.steps)
     if not 1 <= step < schedule.steps:
         raise UsageError(
-            f"grow.at must be a step from 1 to {schedule.steps - 1}, or plateau, got {at!r}"
+            f"grow.at must be a step from 1 to {schedule.steps - 1}, a part of the steps such as "
+            f"0.8, or plateau, got {at!r}"
         )
     return str(step)
+
+
+def _read_step(at: str, steps: int) -> int:
+    """A step by its number, or by the part of all steps before it; 0 for what is neither."""
+    try:
+        part = float(at)
+    except ValueError:
+        part = math.nan
+    if 0 < part < 1:
+        return round(part * steps)
+    try:
+        return parse_count(at, "grow.at")
+    except UsageError:
+        return 0

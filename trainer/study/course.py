@@ -115,18 +115,29 @@ class Course:
     def _is_done(self, task: Task) -> bool:
         """Whether there is a result of a task, even if its learning rate is not known yet."""
         rate = "*" if task.learning_rate is None else f"{task.learning_rate:g}"
+        if task.name == SCRATCH and task.way is None:
+            task = replace(task, way="*" if any(self.study.ways) else "")
         pattern = f"{self._name_run(task, rate)}/{RESULT}"
         return any((self.out / "runs").glob(pattern))
 
     def _plan_run(self, task: Task) -> PlannedRun:
-        values = self.study.build_values(task, task.learning_rate or self._find_rate(task.name))
+        if task.name == SCRATCH and task.way is None:
+            task = replace(task, way=self.outcome.select_runs(SCRATCH)[0].way)
+        source = self._find_source(task)
+        rate = task.learning_rate or self._find_rate(task.name, source)
+        values = self.study.build_values(task, rate)
         # Read back from the values: a source may state a learning rate of its own.
         rate = resolve(values).optimizer.learning_rate
         name = self._name_run(task, f"{rate:g}")
-        return PlannedRun(task, name, values, self.out / "runs" / name, self._find_source(task))
+        return PlannedRun(task, name, values, self.out / "runs" / name, source)
 
-    def _find_rate(self, name: str) -> float:
-        """The best learning rate of those tried; for a source, of those tried from scratch."""
+    def _find_rate(self, name: str, source: FinishedRun | None) -> float:
+        """The best learning rate of those tried; for a source, of those tried from scratch.
+
+        source: where a run begins; an arm may go on at its rate.
+        """
+        if source is not None and self.study.takes_rate_of_source(name):
+            return source.learning_rate
         tried = SCRATCH if name in self.study.sources else name
         best = self.outcome.select_runs(tried)[0]
         if tried == SCRATCH and math.isinf(best.loss):
@@ -138,7 +149,8 @@ class Course:
 
     def _name_run(self, task: Task, rate: str) -> str:
         budget = f"-budget{task.budget:g}" if task.name in self.study.arms else ""
-        return f"{task.name}-seed{task.seed}-lr{rate}{budget}"
+        way = f"-{task.way}" if task.way else ""
+        return f"{task.name}{way}-seed{task.seed}-lr{rate}{budget}"
 
     def _find_source(self, task: Task) -> FinishedRun | None:
         """The finished run that a task begins from; None for one that starts anew."""
@@ -206,6 +218,7 @@ class Course:
             seed=task.seed,
             learning_rate=resolve(run.values).optimizer.learning_rate,
             budget=task.budget,
+            way=task.way or "",
             tried=task.learning_rate is not None,
             steps=self.study.count_steps(task),
             tokens=self.study.count_tokens(task),
@@ -273,5 +286,5 @@ class Course:
         if run.name in self.study.sources:
             return True
         longest = 1.0 if run.name == SCRATCH else self.study.budgets[-1]
-        is_best = run.learning_rate == self.outcome.find_best_rate(run.name)
+        is_best = run in self.outcome.select_runs(run.name)
         return is_best and run.seed == self.study.seeds[0] and run.budget == longest

@@ -26,14 +26,16 @@ HEADLINE_SHARE = 0.25
 class Task:
     """One training run of a study. name: scratch, a source's or an arm's.
 
-    learning_rate: one of several to try; None for the best of those tried. budget: the share of the
-    from-scratch FLOPs at which an arm ends, 1 for scratch, None for a source.
+    learning_rate: one of several to try; None for the best of those tried, or a source's or its
+    source's. budget: the share of the from-scratch FLOPs at which an arm ends, 1 for scratch, None
+    for a source. way: which of the ways to train from scratch; None for the best of those tried.
     """
 
     name: str
     seed: int
     learning_rate: float | None = None
     budget: float | None = None
+    way: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Part:
     """A source or an arm. start: the source it begins from; None for a source that is trained anew.
 
     values: what it changes of the study's configuration. share: a source's share of scratch's
-    FLOPs. against: another arm, from which this one differs in one thing.
+    FLOPs. learning_rates: those that an arm tries; none where its rate is its source's. against:
+    another arm, from which this one differs in one thing. control: an arm that does not grow: its
+    source, trained on for the same compute.
     """
 
     start: str | None
@@ -50,17 +54,20 @@ class Part:
     share: float = 0.0
     learning_rates: tuple[float, ...] = ()
     against: str | None = None
+    control: bool = False
 
 
 @dataclass(frozen=True)
 class Design:
     """A study that was checked.
 
-    base: the configuration that scratch trains with. best: how many arms take the further seeds, 0
-    for all. budgets: shares of the from-scratch FLOPs, in increasing order.
+    base: the configuration that scratch trains with. ways: what each way to train from scratch
+    changes of it, by name; the best one is what arms are held against. best: how many arms take the
+    further seeds, 0 for all. budgets: shares of the from-scratch FLOPs, in increasing order.
     """
 
     base: Mapping[str, Any]
+    ways: Mapping[str, Mapping[str, Any]]
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     best: int
@@ -88,7 +95,7 @@ class Design:
 
     def count_flops_per_step(self, name: str) -> float:
         """FLOPs of a step, forward and backward, of scratch, a source or an arm."""
-        model = self.sources[name].model if name in self.sources else self.model
+        model = self.model if name == SCRATCH else self.parts[name].model
         context = self.config.model.context
         return self.config.batch.sequences * context * model.flops_per_token(context)
 
@@ -127,13 +134,30 @@ class Design:
             return self.learning_rates
         return self.arms[name].learning_rates
 
+    @property
+    def controls(self) -> list[str]:
+        """The arms that do not grow."""
+        return [name for name, arm in self.arms.items() if arm.control]
+
+    def takes_rate_of_source(self, name: str) -> bool:
+        """Whether an arm goes on at the learning rate that its source was trained with."""
+        return name in self.arms and not self.arms[name].learning_rates
+
+    def find_growth_time(self, arm: str, budget: float) -> float:
+        """The part of all steps, its sources' and its own, at which an arm becomes the target."""
+        seed = self.seeds[0]
+        before = sum(self.count_steps(Task(name, seed)) for name in self.list_sources(arm))
+        return before / (before + self.count_steps(Task(arm, seed, None, budget)))
+
     def build_values(self, task: Task, learning_rate: float) -> dict[str, Any]:
         """The configuration of a run. A source's own learning rate replaces `learning_rate`."""
         values = copy.deepcopy(dict(self.base))
         values = merge_values(values, {"optimizer": {"learning_rate": learning_rate}})
-        if task.name != SCRATCH:
+        if task.name == SCRATCH:
+            values = merge_values(values, self.ways[task.way or next(iter(self.ways))])
+        else:
             part = self.parts[task.name]
-            if part.start:
+            if part.start and not part.control:
                 # Noise of growth differs between seeds, unless the part states a seed for it.
                 values = merge_values(values, {"grow": {"seed": task.seed}})
             values = merge_values(values, part.values)
@@ -162,14 +186,15 @@ class Design:
 
     def _list_first_tasks(self, seed: int) -> Iterator[Task]:
         """The first seed: all learning rates at the smallest budget, the best one at the others."""
-        for rate in self.learning_rates:
-            yield Task(SCRATCH, seed, rate, 1.0)
+        for way in self.ways:
+            for rate in self.learning_rates:
+                yield Task(SCRATCH, seed, rate, 1.0, way)
         for name in self._list_needed_sources(self.arms):
             yield Task(name, seed)
         smallest, *larger = self.budgets
         for name, arm in self.arms.items():
-            for rate in arm.learning_rates:
-                yield Task(name, seed, rate, smallest)
+            tried: tuple[float | None, ...] = arm.learning_rates or (None,)
+            yield from (Task(name, seed, rate, smallest) for rate in tried)
             for budget in larger:
                 yield Task(name, seed, None, budget)
 

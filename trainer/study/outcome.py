@@ -26,7 +26,7 @@ class FinishedRun:
 
     tried: whether it is one of several learning rates to choose from. flops: its own; flops_before:
     its sources'. loss: the last validation's, in nats a token, infinite for a run that diverged.
-    run: the name of its directory.
+    run: the name of its directory. way: how it was trained from scratch, where there are several.
     """
 
     name: str
@@ -41,6 +41,7 @@ class FinishedRun:
     loss: float
     seconds: float
     run: str
+    way: str = ""
 
     @property
     def spent(self) -> float:
@@ -96,22 +97,29 @@ class Outcome:
 
     def find_best_rate(self, name: str) -> float | None:
         """The learning rate with the lowest loss of those tried; None before any was tried."""
-        tried = [run for run in self.runs if run.name == name and run.tried]
-        if not tried:
-            return None
-        best = min(tried, key=lambda run: (run.loss, run.learning_rate))
-        return best.learning_rate
+        best = self._find_best_try(name)
+        return None if best is None else best.learning_rate
+
+    def _find_best_try(self, name: str) -> FinishedRun | None:
+        """The run with the lowest loss of those tried: for its learning rate and its way."""
+        only = self.study.takes_rate_of_source(name)
+        tried = [run for run in self.runs if run.name == name and (run.tried or only)]
+        return min(tried, key=lambda run: (run.loss, run.learning_rate), default=None)
 
     def select_runs(self, name: str, seed: int | None = None) -> list[FinishedRun]:
-        """The runs of scratch or an arm at its best learning rate, in order of compute.
+        """The runs of scratch or an arm at its best learning rate and way, in order of compute.
 
         seed: None for all of them.
         """
-        rate = self.find_best_rate(name)
+        best = self._find_best_try(name)
+        if best is None:
+            return []
         chosen = [
             run
             for run in self.runs
-            if run.name == name and run.learning_rate == rate and seed in (None, run.seed)
+            if run.name == name
+            and (run.learning_rate, run.way) == (best.learning_rate, best.way)
+            and seed in (None, run.seed)
         ]
         return sorted(chosen, key=lambda run: run.spent)
 
@@ -147,16 +155,23 @@ class Outcome:
         return 1 - flops / self._find_scratch(seed).flops
 
     def choose_best_arms(self) -> list[str]:
-        """The arms that take the further seeds: those that save most at the first seed."""
+        """The arms that take the further seeds: those that save most at the first seed.
+
+        Controls are not chosen among, and take all seeds.
+        """
         arms = list(self.study.arms)
         if not self.study.best:
             return arms
-        eligible = [name for name in arms if self._is_eligible(name)]
-        ranked = sorted(eligible or arms, key=self._rank)
-        return ranked[: self.study.best]
+        controls = self.study.controls
+        grown = [name for name in arms if name not in controls]
+        eligible = [name for name in grown if self._is_eligible(name)]
+        ranked = sorted(eligible or grown, key=self._rank)
+        return [*ranked[: self.study.best], *controls]
 
     def _is_eligible(self, name: str) -> bool:
-        """Whether an arm's sources are small enough for the headline."""
+        """Whether an arm grows, from sources that are small enough for the headline."""
+        if self.study.arms[name].control:
+            return False
         return self.study.sum_shares(name) <= HEADLINE_SHARE
 
     def _rank(self, name: str) -> tuple[float, float]:
@@ -203,14 +218,22 @@ class Outcome:
             "sources": sources,
             "source": describe_sizes(self.study.sources[sources[-1]].model),
             "share": self.study.sum_shares(name),
+            "control": arm.control,
             "within_share": self._is_eligible(name),
             "rewarmup": self.study.find_warmup(name),
+            "grown_at": self._list_growth_times(name),
             "learning_rate": self.find_best_rate(name),
             **self._describe_savings(name),
             "against": arm.against,
             "difference": None if difference is None else asdict(difference),
             "ahead": asdict(self._measure_lead(name)),
         }
+
+    def _list_growth_times(self, name: str) -> list[float]:
+        """After which part of its steps an arm grew, budget by budget; none for a control."""
+        if self.study.arms[name].control:
+            return []
+        return [self.study.find_growth_time(name, budget) for budget in self.study.budgets]
 
     def _describe_savings(self, name: str) -> dict[str, Any]:
         """Whether an arm reached the from-scratch loss, what it saved, and its own last loss."""
@@ -251,6 +274,7 @@ class Outcome:
             },
             "seeds": list(study.seeds),
             "scratch": {
+                "way": scratch[-1].way,
                 "learning_rate": self.find_best_rate(SCRATCH),
                 "flops": scratch[-1].flops,
                 "loss": asdict(compute_spread([run.loss for run in scratch])),

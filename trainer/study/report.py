@@ -26,6 +26,7 @@ from trainer.study.picture import PICTURE, draw_study
 ARMS_HEAD = (
     "arm",
     "source, its share of FLOPs",
+    "grown at",
     "learning rates",
     "loss",
     "better by",
@@ -69,18 +70,19 @@ def render_runs(runs: list[FinishedRun]) -> str:
 def build_rows(outcome: Outcome, results: dict[str, Any]) -> Iterator[Cells]:
     """The table of arms, scratch first; arms without a finished run are left out."""
     loss = _format_figure(results["scratch"]["loss"])
-    yield [SCRATCH, "", _format_rates(outcome, SCRATCH), loss, "", "", ""]
+    yield [SCRATCH, "", "", _format_ways(outcome), loss, "", "", ""]
     for arm in results["arms"]:
         if arm["loss"]["runs"]:
             yield _build_arm_row(outcome, arm)
 
 
 def _build_arm_row(outcome: Outcome, arm: dict[str, Any]) -> Cells:
-    mark = "" if arm["within_share"] else " *"
+    mark = "" if arm["within_share"] or arm["control"] else " *"
     more = "at least " if arm["at_least"] else ""
     return [
         arm["name"],
         f"{', '.join(arm['sources'])}, {arm['share']:.0%}{mark}",
+        _format_range(arm["grown_at"]),
         _format_rates(outcome, arm["name"]),
         _format_figure(arm["loss"]),
         _format_figure(arm["ahead"], sign="+"),
@@ -121,9 +123,10 @@ def describe_study(outcome: Outcome, results: dict[str, Any]) -> list[str]:
         "scratch minus that, seed by seed. Saved: the share of the from-scratch FLOPs saved at the "
         "from-scratch loss; between runs the loss is linear in the logarithm of FLOPs.",
         "Mean ± one standard deviation over seeds (how many, in brackets); a best learning rate is "
-        "in bold.",
+        "in bold. Grown at: the part of all steps, sources included, after which the last growth "
+        "came, over the budgets.",
     ]
-    if any(not arm["within_share"] for arm in results["arms"]):
+    if any(not arm["within_share"] and not arm["control"] for arm in results["arms"]):
         lines.append(
             f"* The sources take more than {HEADLINE_SHARE:.0%} of the from-scratch FLOPs: not in "
             "the headline."
@@ -193,13 +196,37 @@ def show_report(outcome: Outcome) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _format_rates(outcome: Outcome, name: str) -> str:
-    """The learning rates tried, the best in bold."""
-    best = outcome.find_best_rate(name)
+def _format_ways(outcome: Outcome) -> str:
+    """The learning rates tried from scratch, way by way, the best of all in bold."""
+    best = outcome.select_runs(SCRATCH)[0]
+    rates = outcome.study.learning_rates
     shown = []
-    for rate in outcome.study.list_rates(name):
+    for way in outcome.study.ways:
+        name = f"{way} " if way else ""
+        shown.append(name + _mark_best(rates, best.learning_rate if way == best.way else None))
+    return "; ".join(shown)
+
+
+def _format_rates(outcome: Outcome, name: str) -> str:
+    """The learning rates that an arm tried, the best in bold."""
+    if outcome.study.takes_rate_of_source(name):
+        return f"{outcome.find_best_rate(name):g}, its source's"
+    return _mark_best(outcome.study.list_rates(name), outcome.find_best_rate(name))
+
+
+def _mark_best(rates: Sequence[float], best: float | None) -> str:
+    """Learning rates, the best in bold."""
+    shown = []
+    for rate in rates:
         shown.append(f"**{rate:g}**" if rate == best else f"{rate:g}")
     return ", ".join(shown)
+
+
+def _format_range(parts: Sequence[float]) -> str:
+    """From the least to the greatest of some parts of the steps; a control has none."""
+    if not parts:
+        return "not grown"
+    return f"{min(parts):.2f} to {max(parts):.2f}"
 
 
 def _format_figure(spread: dict[str, Any], sign: str = "") -> str:

@@ -2,13 +2,20 @@
 
 study:
   learning_rates: [2e-3, 4e-3]    tried from scratch, and by each arm that gives none of its own
+  scratch:                        ways to train from scratch; arms are held against the best
+    cosine: {}
+    wsd: {schedule: {kind: wsd, decay: 0.2}}
   seeds: [0, 1, 2]
   best: 2                         how many arms are run with every seed; 0 for all of them
   budgets: [0.5, 0.75, 1.0]       where arms end: shares of the from-scratch FLOPs, with sources
-  sources: {half: {share: 0.2, model: {layer: 3}}}
+  sources:
+    half: {share: 0.2, model: {layer: 3}}       # a share of the from-scratch FLOPs
+    one: {steps: 0.8, model: {layer: 1}, schedule: {kind: constant}}     # of its steps
   arms:
     replicate: {from: half, grow: {map: "3:6"}}
     reset: {from: half, grow: {map: "3:6", moments: reset}, against: replicate}
+    small: {from: half, control: true}          # the source, trained on for the same compute
+    late: {from: one, learning_rates: source, grow: {map: "1:6"}, schedule: {kind: wsd, warmup: 0}}
 """
 
 from __future__ import annotations
@@ -26,13 +33,16 @@ from trainer.config.values import merge_values
 from trainer.run.growth import plan_growth
 from trainer.study.design import SCRATCH, Design, Part
 
-KEYS = ("learning_rates", "seeds", "best", "budgets", "sources", "arms")
+KEYS = ("learning_rates", "scratch", "seeds", "best", "budgets", "sources", "arms")
 # Sections that a source or an arm may give values of its own. Any other would make losses or FLOPs
 # incomparable with those from scratch.
 CHANGEABLE = ("grow", "schedule", "optimizer", "dropout")
-NEW_SOURCE_KEYS = ("share", "model", "schedule", "optimizer", "dropout")
-GROWN_SOURCE_KEYS = ("from", "share", *CHANGEABLE)
-ARM_KEYS = ("from", "learning_rates", "against", *CHANGEABLE)
+NEW_SOURCE_KEYS = ("share", "steps", "model", "schedule", "optimizer", "dropout")
+GROWN_SOURCE_KEYS = ("from", "share", "steps", *CHANGEABLE)
+WAY_KEYS = ("schedule", "optimizer", "dropout")
+ONE_WAY = ""  # the name of the only way to train from scratch, where none is stated
+FROM_SOURCE = "source"  # learning_rates of an arm that goes on at its source's
+ARM_KEYS = ("from", "learning_rates", "against", "control", *CHANGEABLE)
 # Sizes in which a source may be smaller than the model that scratch trains.
 SOURCE_SIZES = ("layer", "embed", "head", "kv", "head_dim", "mlp")
 # Fields of config.json that a source of fewer layers states anew: they have an entry for each.
@@ -60,6 +70,7 @@ def read_design(values: Values) -> Design:
     seeds = _read_numbers(section, "seeds", [config.seed])
     design = Design(
         base=base,
+        ways=_read_ways(section, base),
         learning_rates=rates,
         seeds=tuple(int(seed) for seed in seeds),
         best=_read_best(section),
@@ -109,10 +120,7 @@ def _read_parts(section: Values, kind: str) -> dict[str, Values]:
     """The sources or arms by name. Names must be usable as file names."""
     parts = _require_section(section.get(kind), f"study.{kind}")
     for name, stated in parts.items():
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-            raise UsageError(
-                f"study.{kind}: a name must be text of letters, digits and . _ + -, got {name!r}"
-            )
+        _require_name(name, f"study.{kind}")
         _require_section(stated, f"study.{kind}.{name}")
     return parts
 
@@ -150,6 +158,28 @@ def _read_best(section: Values) -> int:
     return best
 
 
+def _read_ways(section: Values, base: Values) -> dict[str, Values]:
+    """What each way to train from scratch changes of the study's configuration."""
+    if section.get("scratch") is None:
+        return {ONE_WAY: {}}
+    ways = {}
+    for name, stated in _require_section(section["scratch"], "study.scratch").items():
+        where = f"study.scratch.{name}"
+        _require_name(name, "study.scratch")
+        ways[name] = _read_own_values(stated, base, WAY_KEYS, where) if stated else {}
+        if "learning_rate" in (ways[name].get("optimizer") or {}):
+            raise UsageError(f"{where}: every way tries the rates of study.learning_rates")
+    return ways
+
+
+def _require_name(name: Any, where: str) -> None:
+    """Raise UsageError for a name that cannot be a file's."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UsageError(
+            f"{where}: a name must be text of letters, digits and . _ + -, got {name!r}"
+        )
+
+
 def _read_source(name: str, stated: Values, base: Values, earlier: Mapping[str, Part]) -> Part:
     """A source: a smaller model that is trained anew, or one grown from an earlier source."""
     where = f"study.sources.{name}"
@@ -157,13 +187,13 @@ def _read_source(name: str, stated: Values, base: Values, earlier: Mapping[str, 
         values = _read_own_values(stated, base, GROWN_SOURCE_KEYS, where)
         start = _read_start(stated, earlier, where)
         model = _grow_model(values, earlier[start].model, where)
-        return Part(start, values, model, _read_share(stated, where))
+        return Part(start, values, model, _read_share(stated, base, model, where))
     values = _read_own_values(stated, base, NEW_SOURCE_KEYS, where)
     sizes = _require_section(values.get("model"), f"{where}.model", (*SOURCE_SIZES, "config"))
     if "config" in sizes:
         _require_section(sizes["config"], f"{where}.model.config", SOURCE_FIELDS)
     model = build_architecture(resolve(merge_values(base, values)).model)
-    return Part(None, values, model, _read_share(stated, where))
+    return Part(None, values, model, _read_share(stated, base, model, where))
 
 
 def _read_arm(
@@ -181,15 +211,37 @@ def _read_arm(
             f"{where}: an arm tries several learning rates; give them as {where}.learning_rates"
         )
     start = _read_start(stated, sources, where)
-    model = _grow_model(values, sources[start].model, where)
-    _require_target(model, build_architecture(resolve(base).model), where)
-    own = _read_numbers(stated, "learning_rates", list(rates), where)
+    control = _read_control(stated, where)
+    if control:
+        model = sources[start].model
+    else:
+        model = _grow_model(values, sources[start].model, where)
+        _require_target(model, build_architecture(resolve(base).model), where)
+    own = _read_arm_rates(stated, rates, where)
     if len(own) > len(rates):
         raise UsageError(
             f"{where} tries {len(own)} learning rates and scratch {len(rates)}: scratch must try "
             "at least as many"
         )
-    return Part(start, values, model, learning_rates=own, against=stated.get("against"))
+    against = stated.get("against")
+    return Part(start, values, model, learning_rates=own, against=against, control=control)
+
+
+def _read_control(stated: Values, where: str) -> bool:
+    """Whether an arm trains its source on, without growth."""
+    control = stated.get("control", False)
+    if not isinstance(control, bool):
+        raise UsageError(f"{where}.control must be true or false, got {control!r}")
+    if control and "grow" in stated:
+        raise UsageError(f"{where} is a control, which does not grow; leave its grow section out")
+    return control
+
+
+def _read_arm_rates(stated: Values, rates: tuple[float, ...], where: str) -> tuple[float, ...]:
+    """The learning rates that an arm tries; none where it goes on at its source's."""
+    if stated.get("learning_rates") == FROM_SOURCE:
+        return ()
+    return _read_numbers(stated, "learning_rates", list(rates), where)
 
 
 def _read_own_values(stated: Values, base: Values, keys: tuple[str, ...], where: str) -> Values:
@@ -211,17 +263,30 @@ def _read_own_values(stated: Values, base: Values, keys: tuple[str, ...], where:
     return values
 
 
-def _read_share(stated: Values, where: str) -> float:
+def _read_share(stated: Values, base: Values, model: Architecture, where: str) -> float:
+    """The share of the from-scratch FLOPs that a source is trained for, by `share` or `steps`."""
+    if "share" in stated and "steps" in stated:
+        raise UsageError(f"{where} has a share and steps; give one of them")
+    if "steps" not in stated:
+        return _read_part(stated, "share", "FLOPs", where)
+    target = resolve(base).model
+    whole = build_architecture(target).flops_per_token(target.context)
+    steps = _read_part(stated, "steps", "steps", where)
+    return steps * model.flops_per_token(target.context) / whole
+
+
+def _read_part(stated: Values, key: str, what: str, where: str) -> float:
+    """A number above 0 and below 1. Raises UsageError."""
     try:
-        share = float(stated["share"])
+        part = float(stated[key])
     except (KeyError, TypeError, ValueError):
-        share = math.nan
-    if not 0 < share < 1:
+        part = math.nan
+    if not 0 < part < 1:
         raise UsageError(
-            f"{where}.share must be the share of the from-scratch FLOPs that it is trained for, "
-            f"above 0 and below 1, got {stated.get('share')!r}"
+            f"{where}.{key} must be the share of the from-scratch {what} that it is trained for, "
+            f"above 0 and below 1, got {stated.get(key)!r}"
         )
-    return share
+    return part
 
 
 def _read_start(stated: Values, sources: Mapping[str, Part], where: str) -> str:
