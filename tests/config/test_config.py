@@ -250,7 +250,9 @@ def test_counts_are_read_as_they_are_written(text):
 def test_a_growth_may_come_after_a_part_of_the_steps(at):
     assert resolve({"schedule": {"steps": 1001, "warmup": 10}, "grow": {"at": at}}).grow.at == "801"
     # A run's record has the step, so a resumed run reads the same.
-    assert resolve({"schedule": {"steps": 1001, "warmup": 10}, "grow": {"at": "801"}}).grow.at == "801"
+    assert (
+        resolve({"schedule": {"steps": 1001, "warmup": 10}, "grow": {"at": "801"}}).grow.at == "801"
+    )
 
 
 @pytest.mark.parametrize("text", ["1e4", "10_000"])
