@@ -62,7 +62,9 @@ def test_the_command_says_what_a_document_is(tmp_path, capsys):
         return manifest["documents"], capsys.readouterr().err
 
     count, said = documents()
-    assert count == 1 and "note: a.txt was read as one document; with --documents blank-line" in said
+    assert (
+        count == 1 and "note: a.txt was read as one document; with --documents blank-line" in said
+    )
     for cut in ("line", "blank-line"):
         count, said = documents("--documents", cut)
         assert count == len(CUT[cut]) and "note:" not in said
