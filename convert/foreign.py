@@ -106,6 +106,8 @@ def open_foreign(text: str, label: str | None, problem: Exception) -> Foreign | 
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name, revision = _split_revision(text)
+    if not _is_here(name, revision):
+        return None
     with silence_libraries():
         try:
             config = AutoConfig.from_pretrained(name, revision=revision)
@@ -128,6 +130,19 @@ def _split_revision(text: str) -> tuple[str, str | None]:
         return str(Path(text).expanduser()), None
     name, _, revision = text.rpartition("@")
     return (name, revision) if name else (text, None)
+
+
+def _is_here(name: str, revision: str | None) -> bool:
+    """Whether there is a configuration: in a directory, or of a Hub id that was downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name).is_dir():
+        return (Path(name) / "config.json").is_file()
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    except HFValidationError:
+        return False
 
 
 def _describe(model: Any) -> dict[str, Any]:

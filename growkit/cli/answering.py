@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
 
 LONGEST_LABEL = 100
+# Models of the Hub that are known without their owner.
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 class Model(Protocol):
@@ -111,7 +113,9 @@ def open_model(text: str, label: str | None = None) -> Model:
 
     try:
         source = open_source(text)
-    except UsageError:
+    except UsageError as problem:
+        if text in GPT2:
+            raise UsageError(f"{problem}; on the Hub it is openai-community/{text}") from None
         raise
     except GrowkitError as problem:
         foreign = _open_foreign(text, label, problem)

@@ -172,7 +172,7 @@ def test_a_broken_file_of_published_rows_is_one_sentence(tmp_path, content, word
     assert "\n" not in str(caught.value)
 
 
-def test_names_of_models_and_of_references(tmp_path, capsys):
+def test_names_of_models_and_of_references(tmp_path, capsys, monkeypatch):
     (tmp_path / "a=b").mkdir()
     assert split_label("GPT2=openai-community/gpt2") == ("GPT2", "openai-community/gpt2")
     for word in (str(tmp_path / "a=b"), "runs/a=b", "plain"):
@@ -186,6 +186,9 @@ def test_names_of_models_and_of_references(tmp_path, capsys):
     assert run(["evaluate", f"x={two}"]) == 2
     assert "two.json has 2 models, so 'x' names none" in capsys.readouterr().err
     assert run(["evaluate", str(keep(tmp_path / "none.json"))]) == 1
+    monkeypatch.chdir(tmp_path)
+    assert run(["evaluate", "GPT2-Large=gpt2-large"]) == 2
+    assert "on the Hub it is openai-community/gpt2-large" in capsys.readouterr().err
     assert run(["evaluate", str(tmp_path / "missing.json")]) == 2
     assert "there is no such file" in capsys.readouterr().err
     record = report.read_record(two)
