@@ -133,7 +133,7 @@ def locate(text: str) -> Any:
         )
     if _may_be_hub_id(text):
         return _download_from_hub(name or text, at if name else None, _suggest_sibling(path))
-    raise UsageError(f"there is no such directory: {text}{_suggest_sibling(path)}")
+    raise UsageError(f"there is no such directory: {text}{_explain_missing(text, path)}")
 
 
 def _enter_run(path: Path) -> Path:
@@ -144,14 +144,22 @@ def _enter_run(path: Path) -> Path:
 def _may_be_hub_id(text: str) -> bool:
     """Whether this is OWNER/NAME, with an optional @revision.
 
-    Nothing of this name is here. A directory of the owner's name may be, as for transformers, but
-    not a model or a run: then this was meant to lie in it.
+    Nothing of this name is here. Where a directory of the owner's name is, this was meant to lie in
+    it: a mistyped path such as runs/smal must not be asked of the Hub.
     """
     name = text.rpartition("@")[0] or text
-    owner = Path(name.split("/")[0])
-    if is_directory(owner) or is_checkpoint(owner) or (owner / CHECKPOINTS).is_dir():
+    if Path(name.split("/")[0]).is_dir():
         return False
     return HUB_ID.fullmatch(name) is not None and "/" in text
+
+
+def _explain_missing(text: str, path: Path) -> str:
+    """A clause for a path that is not here: the nearest one, or why the Hub was not asked."""
+    near = _suggest_sibling(path)
+    owner = text.split("/")[0]
+    if near or not HUB_ID.fullmatch(text) or not Path(owner).is_dir():
+        return near
+    return f" ({owner}/ is a directory here, so the Hugging Face Hub was not asked)"
 
 
 def _suggest_trainer_checkpoint(path: Any) -> str:

@@ -13,6 +13,8 @@ import click
 
 from growkit.cli.answering import Model, open_model, split_label
 from growkit.cli.options import COUNT, PATH
+from growkit.cli.output import is_quiet, remark, show_result, tell
+from growkit.cli.signals import leave_on_signal
 from growkit.evaluation.catalogue import BPB, BPB_LIMIT, TASKS, parse_task_names
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare SRC with the hashes that were saved with it."
 )
+@leave_on_signal()
 def evaluate(
     src: tuple[str, ...],
     tasks: str | None,
@@ -84,10 +87,11 @@ def evaluate(
     words = [split_label(word) for word in src]
     settings = {"limit": limit, "data": data, "batch": batch}
     record = _make_record(words, names, settings, not no_verify)
-    report.print_record(record, published)
     if files is not None:
         report.write_record(record, *files, published)
-        click.echo(f"wrote {files[0]} and {files[1]}")
+    show_result(lambda: report.print_record(record, published), record)
+    if files is not None:
+        tell(f"wrote {files[0]} and {files[1]}")
 
 
 def _make_record(
@@ -141,7 +145,7 @@ def _measure(model: Model, questions: list[Question], settings: dict[str, Any]) 
 
 def _say(words: str) -> None:
     """Print a line that is not a result."""
-    click.echo(words, err=True)
+    remark(words)
 
 
 def _check_at_least_1(option: str, value: int | None) -> None:
@@ -196,7 +200,7 @@ def ask_questions(name: str, questions: list[Question], model: Any) -> list[Answ
 @contextmanager
 def show_progress(words: str, model: Any) -> Iterator[None]:
     """A bar of the texts that a model has scored, on a terminal."""
-    if not sys.stderr.isatty():
+    if is_quiet() or not sys.stderr.isatty():
         yield
         return
     from rich.console import Console

@@ -93,9 +93,9 @@ def read_record(path: Path) -> Record:
 
 
 def select_model(record: Record, source: Source, path: Path) -> Record:
-    """The record with the one model that `source` is. path: where the record was read from.
+    """The record with the model that `source` is first, and all others below it for comparison.
 
-    Raises UsageError if the record has no figures of that model.
+    path: where the record was read from. Raises UsageError if it has no figures of that model.
     """
     models = [model for model in record["models"] if model["fingerprint"] == source.fingerprint]
     if not models:
@@ -104,4 +104,6 @@ def select_model(record: Record, source: Source, path: Path) -> Record:
             f"{path} has figures of {names}, and none of {source.path} as it is; evaluate that "
             "first"
         )
-    return record | {"models": [models[-1] | {"source": "this model", "label": "this model"}]}
+    others = [model for model in record["models"] if model not in models]
+    mine = models[-1] | {"source": "this model", "label": "this model"}
+    return record | {"models": [mine, *others]}

@@ -248,11 +248,10 @@ def test_counts_are_read_as_they_are_written(text):
 
 @pytest.mark.parametrize("at", [0.8, "0.8", ".8"])
 def test_a_growth_may_come_after_a_part_of_the_steps(at):
-    assert resolve({"schedule": {"steps": 1001, "warmup": 10}, "grow": {"at": at}}).grow.at == "801"
+    schedule = {"steps": 1001, "warmup": 10}
+    assert resolve({"schedule": schedule, "grow": {"at": at}}).grow.at == "801"
     # A run's record has the step, so a resumed run reads the same.
-    assert (
-        resolve({"schedule": {"steps": 1001, "warmup": 10}, "grow": {"at": "801"}}).grow.at == "801"
-    )
+    assert resolve({"schedule": schedule, "grow": {"at": "801"}}).grow.at == "801"
 
 
 @pytest.mark.parametrize("text", ["1e4", "10_000"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from growkit.cli.options import PATH
+from growkit.cli.output import show_result
 from trainer.plan.cost import MFU
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ MOST_FLOPS = 1e36  # of a budget
     metavar="DIR",
     help="A study of your own; may be repeated.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
 def advise(
     target: str,
     source: str | None,
@@ -64,13 +64,11 @@ def advise(
     mfu: float | None,
     price: float | None,
     studies: tuple[str, ...],
-    as_json: bool,
 ) -> None:
     """Say what published laws and your own studies say about growing --source into --target.
 
     Nothing is trained or measured. Each figure names its source; extrapolations are marked.
     """
-    from growkit.cli.terminal import format_json
     from trainer.cli.advice_report import Advice, build_document, show_advice
     from trainer.study.evidence import read_study
 
@@ -81,10 +79,7 @@ def advise(
         devices=_read_devices(topology, mfu, price),
         studies=[read_study(path) for path in studies],
     )
-    if as_json:
-        click.echo(format_json(build_document(advice)))
-    else:
-        show_advice(advice)
+    show_result(lambda: show_advice(advice), lambda: build_document(advice))
 
 
 def _read_growth(target: str, source: str | None, tokens: str | None, flops: str | None) -> Growth:

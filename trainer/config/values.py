@@ -27,6 +27,9 @@ _MOST_NODES = 100_000  # values in it, with its aliases written out
 # holds beside it.
 OVERRULES = {"batch.sequences": "tokens", "schedule.steps": "tokens"}
 
+# The keys of the file that a run keeps of its configuration.
+OF_RUN = {"growkit", "from", "config"}
+
 PRESETS = files("trainer.config").joinpath("presets")
 
 
@@ -59,8 +62,34 @@ def list_presets() -> list[str]:
 def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
     """The nested values of a YAML file or preset with key=value overrides applied.
 
-    Raises UsageError for a file or an override that cannot be read.
+    The file may be the config.yaml of a run. Raises UsageError for a file or an override that
+    cannot be read.
     """
+    values = _read_yaml(name)
+    if _is_of_run(values):
+        values = values["config"]
+    return apply_overrides(values, overrides)
+
+
+def read_origin(name: str) -> dict[str, str] | None:
+    """{path, fingerprint} of the source that a run began with, where `name` is its config.yaml.
+
+    None for the config.yaml of a run that began with a new model, and for any other file.
+    """
+    values = _read_yaml(name)
+    origin = values["from"] if _is_of_run(values) else None
+    if not isinstance(origin, dict) or not {"path", "fingerprint"} <= origin.keys():
+        return None
+    return {key: str(value) for key, value in origin.items()}
+
+
+def _is_of_run(values: dict[str, Any]) -> bool:
+    """Whether a file is what a run writes as its config.yaml; see `trainer.run.directory`."""
+    return values.keys() == OF_RUN and isinstance(values["config"], dict)
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    """The values of a YAML file or preset. Raises UsageError."""
     text = _read_text(name)
     refuse_pointer(text.encode(), name)
     try:
@@ -69,7 +98,7 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
         raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{name} must hold `section: values`, got {type(values).__name__}")
-    return apply_overrides(values, overrides)
+    return values
 
 
 def load_yaml(text: str) -> Any:

@@ -31,6 +31,7 @@ COLUMNS = (
     "gradient_norm",
     "tokens_per_second",
     "scores",
+    "validation_losses",
     "event",
 )
 REMEDY = "remove the file, and the run makes it again from its last checkpoint"
@@ -45,6 +46,8 @@ NUMBERS = (
     "gradient_norm",
     "tokens_per_second",
 )
+# The columns that hold a JSON object or nothing.
+OBJECTS = ("scores", "validation_losses")
 # The first words of the events that begin a run, and that mark a growth within it.
 START = "start"
 GROWN = "grown"
@@ -94,8 +97,9 @@ def _parse_row(header: list[str], line: list[str]) -> Row:
     for column in NUMBERS:
         if row.get(column):
             float(row[column])
-    if not isinstance(json.loads(row.get("scores") or "{}"), dict):
-        raise ValueError("the scores are not an object")
+    for column in OBJECTS:
+        if not isinstance(json.loads(row.get(column) or "{}"), dict):
+            raise ValueError(f"the {column} are not an object")
     return row
 
 

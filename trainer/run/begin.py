@@ -35,6 +35,7 @@ from trainer.config.model import check_context, describe_differences
 from trainer.config.rules import check_rules
 from trainer.config.sections import (
     Config,
+    Grow,
     Model,
     build_architecture,
     build_section,
@@ -203,7 +204,7 @@ def _choose_model(
 
 def _require_model(values: Mapping[str, Any], config: Config) -> None:
     """Raise UsageError for a run without a source that has no model of its own, or grows none."""
-    if values.get("grow") and not config.grow.at:
+    if config.grow != Grow() and not config.grow.at:
         raise UsageError(
             "the grow section grows the model of --from; give one, or say when in this run "
             "(grow.at)"
