@@ -100,17 +100,15 @@ def tokenize(
 
     part = Shard.parse(shard) if shard else None
     number = count_cores() if processes is None else processes
+    settings: dict[str, Any] = {"end_of_text": end_of_text, "errors": errors, "say": remark}
+    settings["documents"] = documents
     with show_counts("tokenizing") as progress:
-        settings: dict[str, Any] = {"end_of_text": end_of_text, "errors": errors, "say": remark}
-        settings["documents"] = documents
         manifest = tokenize_files(
             text, out, tokenizer, train_bpe, force, progress, number, part, **settings
         )
-    if train_bpe and manifest["vocab_size"] < train_bpe:
-        tell(
-            f"note: {train_bpe} tokens were asked for, and the text supports "
-            f"{manifest['vocab_size']}"
-        )
+    found = manifest["vocab_size"]
+    if train_bpe and found < train_bpe:
+        tell(f"note: {train_bpe} tokens were asked for, and the text supports {found}")
     show_result(f"wrote {out}: {_describe_tokens(manifest)}", {"output": out} | manifest)
 
 
