@@ -6,6 +6,7 @@ from typing import Any
 
 from convert.training import format_curve, format_trainings
 from growkit.entries import Conversion, Entry, Growth, Origin, Training
+from growkit.growth.plan import KEEP
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
 from growkit.quantity import format_count
@@ -118,4 +119,6 @@ def _describe_growth(entry: Growth) -> str:
     if entry.noise:
         size = entry.noise if isinstance(entry.noise, str) else f"{entry.noise:g}"
         words.append(f"noise {size}")
+    if entry.rates != KEEP:
+        words.append(f"rates {entry.rates}")
     return ", ".join(words)

@@ -226,7 +226,7 @@ def _list_plans(source: Source) -> list[Plan]:
     """The growths whose factors the training had, or has from here on."""
     lineage = _read(source)
     training = lineage.last_as(Training)
-    if not lineage.continues and not (training and training.multipliers):
+    if not lineage.multiplied and not (training and training.multipliers):
         return []
     return [growth.plan_within(source.model) for growth in lineage.growths_owed()]
 

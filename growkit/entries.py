@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from growkit import __version__, forms
 from growkit.growth.choice import Choice
 from growkit.growth.copies import Copies
-from growkit.growth.multipliers import describe_multipliers
+from growkit.growth.multipliers import describe_multipliers, describe_rates
 from growkit.growth.new import describe_new, find_new_units
-from growkit.growth.plan import Plan, build_plan
+from growkit.growth.plan import KEEP, MUP, Plan, build_plan
 from growkit.growth.separation import parse_noise, state_noise, take_noise
 from growkit.growth.vocabulary import read_row, state_function, state_tokens
 from growkit.models.architecture import Architecture
@@ -119,7 +119,8 @@ class Growth(Entry):
     vocabulary: what new tokens' rows hold, and the most by which they raise the loss of old tokens
     (nats; None: unknown); None where there are none. new: {axis: its new units, as '1,3,8-11'}; all
     others are old; None in entries of earlier versions. experts: what became of the choice of
-    experts; None where none were added.
+    experts; None where none were added. rates: 'keep', or 'mup' with `by_row`, the factors on
+    learning rates.
     """
 
     method: str
@@ -136,6 +137,8 @@ class Growth(Entry):
     vocabulary: Mapping[str, Any] | None = None
     new: Mapping[str, str] | None = None
     experts: Choice | None = None
+    rates: str = KEEP
+    by_row: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan, source: Origin | None = None) -> Growth:
@@ -161,6 +164,8 @@ class Growth(Entry):
             new=describe_new(find_new_units([plan])),
             experts=plan.experts,
             optimizer=describe_multipliers(plan) if plan.continues else None,
+            rates=plan.rates,
+            by_row=describe_rates(plan) if plan.rates == MUP else {},
             table=plan.model.family.given,
         )
 
@@ -172,6 +177,7 @@ class Growth(Entry):
         after = forms.take_sizes(sizes, "after")
         if before.keys() != after.keys():
             raise ValueError("the sizes before and after are of different axes")
+        rates = forms.take_object(stored, "rates") if "rates" in stored else {"rule": KEEP}
         return cls(
             **common,
             method=forms.take_text(stored, "method"),
@@ -188,6 +194,8 @@ class Growth(Entry):
             vocabulary=stored.get("vocabulary"),
             new=forms.take_object(stored, "new") if "new" in stored else None,
             experts=Choice.read(stored["experts"]) if "experts" in stored else None,
+            rates=forms.take_text(rates, "rule"),
+            by_row=forms.take_object(rates, "learning_rate") if "rates" in stored else {},
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -197,6 +205,7 @@ class Growth(Entry):
     def resolved(self) -> dict[str, Any]:
         """Every value of the plan, as JSON."""
         maps = {axis: {"index": m.index, "share": m.share} for axis, m in self.maps.items()}
+        rates = {"rule": self.rates, "learning_rate": dict(self.by_row)}
         return {
             "operation": self.operation,
             "method": self.method,
@@ -211,6 +220,7 @@ class Growth(Entry):
             **({"vocabulary": dict(self.vocabulary)} if self.vocabulary else {}),
             **({"new": dict(self.new)} if self.new is not None else {}),
             **({"experts": self.experts.to_json()} if self.experts else {}),
+            **({"rates": rates} if self.rates != KEEP else {}),
         }
 
     @property
@@ -241,7 +251,7 @@ class Growth(Entry):
         maps = {axis: copies.axis_map(model.sizes[axis]) for axis, copies in self.maps.items()}
         options: dict[str, Any] = {"moments": self.moments, "seed": self.seed}
         options["noise"], options["noise_unit"] = parse_noise(self.noise)
-        options["experts"] = self.experts
+        options["experts"], options["rates"] = self.experts, self.rates
         if self.vocabulary:
             options["vocab_fill"] = self.vocabulary["embedding"]
             options["vocab_row"] = read_row(self.vocabulary.get("row"), model)

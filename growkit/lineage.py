@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from growkit.entries import Entry, Growth, Training, Unknown, read_entry
 from growkit.errors import GrowkitError, UsageError
+from growkit.growth.plan import MUP
 
 SomeEntry = TypeVar("SomeEntry", bound=Entry)
 
@@ -101,6 +102,14 @@ class Lineage:
         """Whether there are growths owed, and all of them are exact for the training too."""
         owed = self.growths_owed()
         return bool(owed) and all(growth.continues for growth in owed)
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether there are growths owed whose multipliers are applied unless one says otherwise.
+
+        They are where all are exact for the training, or one was made with --rates mup.
+        """
+        return self.continues or any(growth.rates == MUP for growth in self.growths_owed())
 
     @property
     def grown_at(self) -> int | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growkit.errors import UsageError
+from growkit.growth.plan import MUP
 from growkit.models import list_trained, require_trained
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def describe(source: Source, plan: Plan, size: int, out: Path, groups: str = "ke
         lines.append(f"groups      {SPLIT}")
     elif _has_split_groups(source):
         lines.append(f"groups      kept as the source's, {SPLIT}")
-    if plan.preserved:
+    if plan.preserved or plan.rates == MUP:
         lines.append(f"rate        {_describe_rates(source, plan, groups)}")
     if plan.tied_copies:
         lines.append(f"warning     {_warn_of_tied_copies(plan)}")
@@ -231,6 +232,8 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
     """The learning-rate multipliers that preserve the training, if any do."""
     from growkit.growth.shares import share_scale
 
+    if plan.rates == MUP and not plan.continues:
+        return _describe_mup(source, plan, groups)
     if not plan.continues:
         return "the function is the source's, but the training that follows will differ"
     rows: dict[str, list[str]] = {}
@@ -253,6 +256,23 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
     elif source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
         ungrouped = "a universal checkpoint keeps the groups of its source"
     return _describe_factors(source, factors, groups, ungrouped)
+
+
+def _describe_mup(source: Source, plan: Plan, groups: str) -> str:
+    """The learning rates by muP, and who multiplies them."""
+    from growkit.growth.multipliers import describe_rates
+
+    rows: dict[float | str, list[str]] = {}
+    for name, rate in describe_rates(plan).items():
+        row = next(row for row in plan.grown.table.rows if row.name == name)
+        rows.setdefault(rate, []).append(".".join(row.path).removeprefix("layers."))
+    factors = "; ".join(f"x{rate:.3g} for {', '.join(names)}" for rate, names in rows.items())
+    who = "growkit.torch.param_groups multiplies"
+    if source.kind not in TORCH and is_trained(source):
+        who = "the trainer multiplies (optimizer.multipliers)"
+    elif groups == "split":
+        who = "the split multiplies"
+    return f"by muP, approximate: {who} learning rates {factors}"
 
 
 def _describe_eps(source: Source) -> str:

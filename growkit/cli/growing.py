@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from growkit.cli.arguments import parse_axes, parse_number, parse_whole
 from growkit.cli.description import describe, summarize
-from growkit.cli.options import add_table_option, combine_options
+from growkit.cli.options import add_rates_option, add_table_option, combine_options
 from growkit.cli.output import show_result, tell
 from growkit.cli.target import read_target
 from growkit.cli.terminal import (
@@ -95,6 +95,7 @@ add_growing_options = combine_options(
         "the copies of a unit.",
     ),
     click.option("--seed", default="0", metavar="N", help="Seed of noise and random fills."),
+    add_rates_option,
     click.option(
         "--check",
         metavar="[TOKENS]",
@@ -289,6 +290,7 @@ def plan_and_grow(
     noise = options.pop("noise")
     seed = parse_whole("seed", options.pop("seed"))
     moments = options.pop("moments")
+    rates = options.pop("rates")
     vocab = options.pop("vocab")
     fill = options.pop("vocab_fill")
     head = _parse_head(options.pop("vocab_head"))
@@ -299,7 +301,7 @@ def plan_and_grow(
         from growkit.cli.measuring import measure_row
 
         plan = measure_row(source, plan)
-    plan = set_options(plan, moments, noise, seed)
+    plan = set_options(plan, moments, noise, seed, rates)
     source.require_readable()
     check_writable(parse_path(out), [source], output.force)
     parse_shard_size(output.shard, source.kind)

@@ -63,6 +63,15 @@ def _use_table(ctx: click.Context, param: click.Parameter, value: str | None) ->
         ctx.with_resource(use_family(read_table(Path(os.path.expanduser(value)))))
 
 
+# Of the verbs that grow.
+add_rates_option = click.option(
+    "--rates",
+    default="keep",
+    metavar="keep|mup",
+    help="Learning rates of the training after growth in width: keep (default; multiplied only "
+    "where training then goes on exactly), or mup, those of matrices times fan-in before over "
+    "fan-in after.",
+)
 # The option of verbs that open models. They need not know of it: it holds while they run.
 add_table_option = click.option(
     "--table",

@@ -5,10 +5,17 @@ value's scale); its gradients are smaller by the shares it writes (Adam's eps: m
 global norm must count every source's gradient once (clip: 1 / (mu's scale squared x copies)). Width
 by copies alone is exact, see `Plan.continues`. Which growths of a lineage ask for multipliers,
 `growkit.lineage` says.
+
+Where growth is not exact for the training (noise, padding), `--rates mup` takes learning rates by
+the rule of muP instead (Yang et al., Tensor Programs V, arXiv 2203.03466, table 3, Adam): those of
+matrices and of an untied head times fan-in before over fan-in after; those of embeddings, norms and
+biases as they are. For even copies that is the share, so the two rules agree. See
+docs/operators.md for what is approximate in it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +23,7 @@ import numpy as np
 
 from growkit.growth.axes import AxisMap
 from growkit.growth.padding import MU, VALUE
-from growkit.growth.plan import Plan
+from growkit.growth.plan import MUP, NO_WIDTH, Plan
 from growkit.growth.shares import narrow, place_along, share_scale
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Part, Product, Row
@@ -48,7 +55,8 @@ def compute_multipliers(model: Architecture, growths: Sequence[Plan]) -> dict[st
     """
     maps = compose_maps(growths)
     origin = growths[0].model if growths else model
-    found = {row: _factors(row, model, maps, origin) for row in model.table.rows}
+    mup = _is_mup(growths)
+    found = {row: _factors(row, model, maps, origin, mup) for row in model.table.rows}
 
     def collect(name: str) -> dict[str, Any]:
         return model.table.tree(lambda row: found[row][name])
@@ -73,10 +81,59 @@ def describe_multipliers(plan: Plan) -> dict[str, dict[str, float | str]]:
     return rows
 
 
+def describe_rates(plan: Plan) -> dict[str, float | str]:
+    """Row -> the factor on its learning rate with which training goes on after this growth.
+
+    Rows with a factor of 1 are left out; 'per element' where units differ.
+    """
+    grown = plan.grown
+    trees = {
+        row.name: _factors(row, grown, compose_maps([plan]), plan.model, _is_mup([plan]))
+        for row in grown.table.rows
+    }
+    rates = {name: factors["learning_rate"] for name, factors in trees.items()}
+    return {
+        name: rate if isinstance(rate, float) else "per element"
+        for name, rate in rates.items()
+        if not isinstance(rate, float) or rate != 1.0
+    }
+
+
+def _is_mup(growths: Sequence[Plan]) -> bool:
+    """Whether matrices take muP's rates: where it is asked for and training is not exact.
+
+    Only uneven copies would have other rates by muP where it is.
+    """
+    asked = any(plan.rates == MUP for plan in growths)
+    return asked and not all(plan.continues for plan in growths)
+
+
+def _mup_rate(row: Row, model: Architecture, origin: Architecture) -> float:
+    """The factor on a matrix's learning rate by muP, for a model that grew from `origin`.
+
+    Fan-in before over fan-in after. A factor of the model that follows a size is a multiplier of
+    the parameter's: the rate takes its inverse.
+    """
+    # All terms of a sum read the same activations.
+    read = [axis.name for axis in row.parts[0].axes if axis.read and axis.name not in NO_WIDTH]
+    before, after = (
+        math.prod(sizes[axis] for axis in read) for sizes in (origin.sizes, model.sizes)
+    )
+    return origin.scalar_growth(row, model) * before / after
+
+
 def _factors(
-    row: Row, model: Architecture, maps: Mapping[str, AxisMap], origin: Architecture
+    row: Row,
+    model: Architecture,
+    maps: Mapping[str, AxisMap],
+    origin: Architecture,
+    mup: bool = False,
 ) -> dict[str, float | np.ndarray]:
-    """The three factors of a row, each a number or an array as `compute_multipliers` has it."""
+    """The three factors of a row, each a number or an array as `compute_multipliers` has it.
+
+    mup: whether the learning rate of a matrix is muP's. What is no matrix and reads copies, a norm
+    before a tied head, carries their share, which is the multiplier that muP has for the output.
+    """
     ratio = origin.scalar_growth(row, model)
     rates, epsilons, clips = [], [], []
     for part in row.parts:
@@ -84,6 +141,8 @@ def _factors(
         # A copy that holds `share` of a value must move by `share` of its source's step; Adam's
         # direction does not follow the gradient's size, so the learning rate carries the share.
         rate = share_scale(axes, maps, VALUE) * ratio
+        if mup and row.multiplies:
+            rate = np.full([1] * len(axes), _mup_rate(row, model, origin))
         eps = share_scale(axes, maps, MU) / ratio
         rates.append(_expand_to_part(rate, row, part, model))
         epsilons.append(_expand_to_part(eps, row, part, model))

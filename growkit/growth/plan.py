@@ -27,6 +27,10 @@ from growkit.models.architecture import Architecture
 UNCOPIED = ("head_dim", "vocab")
 # What --moments takes; Plan says what each does.
 MOMENT_OPTIONS = ("map", "copy", "reset", "nu-only", "first")
+# What --rates takes; MUP is explained in `growkit.growth.multipliers`.
+KEEP, MUP = RATES = ("keep", "mup")
+# Axes on which no fan-in depends.
+NO_WIDTH = ("layer", "vocab", "expert")
 # 'first' without shares: for averages of normalised steps (see `growkit.growth.tree`), and no
 # option of a user's.
 FIRST_UNSCALED = "first, unscaled"
@@ -46,7 +50,8 @@ class Plan:
     that gets it, see `growkit.growth.separation`. notes: what was completed by rule. vocab_fill:
     what new tokens' rows of the embedding hold, 'mean' or 'zero'; see `growkit.growth.vocabulary`.
     vocab_row: their row of the head, where it is not the mean of the old ones.
-    experts: what becomes of the gate's choice, where there are more experts.
+    experts: what becomes of the gate's choice, where there are more experts. rates: the learning
+    rates of the training after it: 'keep' (the factors of exact growth where it is exact) or 'mup'.
     """
 
     verb: str
@@ -63,6 +68,7 @@ class Plan:
     vocab_fill: str = "mean"
     vocab_row: HeadRow | None = None
     experts: Choice | None = None
+    rates: str = KEEP
 
     def __post_init__(self) -> None:
         if self.moments not in (*MOMENT_OPTIONS, FIRST_UNSCALED):
@@ -75,6 +81,9 @@ class Plan:
             raise UsageError(
                 f"--vocab-fill is one of {', '.join(FILLS)}, got {self.vocab_fill!r}{near}"
             )
+        if self.rates not in RATES:
+            near = did_you_mean(self.rates, RATES)
+            raise UsageError(f"--rates is one of {', '.join(RATES)}, got {self.rates!r}{near}")
         if not 0 <= self.noise < float("inf"):
             raise UsageError(f"--noise is a number of at least 0, got {self.noise}")
 
@@ -135,6 +144,16 @@ class Plan:
         }
 
     @property
+    def grown_widths(self) -> tuple[str, ...]:
+        """The axes that grow and that a fan-in may depend on."""
+        after = self.grown.sizes
+        return tuple(
+            axis
+            for axis, size in self.model.sizes.items()
+            if after[axis] != size and axis not in NO_WIDTH
+        )
+
+    @property
     def tied_copies(self) -> tuple[str, ...]:
         """The axes whose copies stay equal for ever: equal copies have equal gradients.
 
@@ -151,13 +170,23 @@ class Plan:
         )
 
 
-def set_options(plan: Plan, moments: str = "map", noise: float | str = 0.0, seed: int = 0) -> Plan:
+def set_options(
+    plan: Plan,
+    moments: str = "map",
+    noise: float | str = 0.0,
+    seed: int = 0,
+    rates: str = KEEP,
+) -> Plan:
     """The plan with the options that all growing verbs have.
 
     noise: a number, or 0.5rms. Raises UsageError for values that make no sense for it.
     """
     size, unit = parse_noise(noise)
-    plan = replace(plan, moments=moments, noise=size, noise_unit=unit, seed=seed)
+    plan = replace(plan, moments=moments, noise=size, noise_unit=unit, seed=seed, rates=rates)
+    if rates == MUP and not plan.grown_widths:
+        raise UsageError(
+            f"--rates {MUP} is for growth in width, and this growth makes none; leave it out"
+        )
     if plan.noise and not plan.copied_widths:
         raise UsageError(
             "--noise separates the copies of units in width, and this growth makes none; leave it "

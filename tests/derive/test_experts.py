@@ -131,6 +131,11 @@ def test_noise_sets_copies_of_router_rows_apart():
             assert (tensor[:4] + tensor[4:] - 2 * old).abs().max() < 1e-12
         else:
             assert (tensor == old).all()
+    sized = set_options(even, noise="0.5rms", seed=1)
+    for name, tensor in grow(source, sized).state.items():
+        if name.endswith(".gate.weight"):
+            apart = (tensor[:4] - tensor[4:]) / 2
+            assert 0.35 < apart.std() / before[name].square().mean().sqrt() < 0.65
     mixed = Training(plan.grown, grow(source, plan))
     tied = Training(even.grown, grow(source, even))
     for _ in range(2):

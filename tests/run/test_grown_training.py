@@ -175,8 +175,11 @@ def test_copies_that_stay_equal_are_told_of(data, small, wide, tmp_path, capsys)
         in capsys.readouterr().err
     )
     train(recipe(data, dropout={"hidden": 0.1}), tmp_path / "dropout", str(wide))
-    train(recipe(data, grow={"embed": "2x", "noise": "0.1rms"}), tmp_path / "noise", str(small))
-    assert "equal gradients" not in capsys.readouterr().err
+    grow = {"embed": "2x", "noise": "0.1rms", "rates": "mup"}
+    train(recipe(data, grow=grow), tmp_path / "noise", str(small))
+    said = capsys.readouterr().err
+    assert "equal gradients" not in said
+    assert "growth with rates=mup, which is approximate: learning rates, eps and clip" in said
 
 
 def test_noise_is_not_exact_continuation(small):

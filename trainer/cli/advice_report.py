@@ -11,23 +11,29 @@ from rich.console import Console
 from rich.table import Table
 
 from growkit.quantity import format_count
+from trainer.cli.law_report import build_laws, show_laws, show_studies
 from trainer.plan.cost import Devices
 from trainer.study import advice as laws
 from trainer.study.advice import CLAIMS, Growth, Size
 from trainer.study.evidence import Arm, Measurement, Study
+from trainer.study.verdict import describe_study, format_saving
 
-WIDTH = 120  # columns of a table that is not shown on a terminal; rich's own default folds at 80
-SAVED_COLUMNS = ("saved", "without the source's", "FLOPs if so here")
+WIDTH = 80  # columns of what is not shown on a terminal
+SAVED_COLUMNS = ("saved", "source\nnot counted", "FLOPs\nhere")
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What is shown. recommended: whether the source is G_stack's. devices: None for no days."""
+    """What is shown. recommended: whether the source is G_stack's. devices: None for no days.
+
+    found: whether the studies were found and not named.
+    """
 
     growth: Growth
     recommended: bool
     devices: Devices | None
     studies: list[Study]
+    found: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,11 @@ class Section:
 def show_advice(advice: Advice) -> None:
     """Print the tables, and below them the notes."""
     console = Console(width=None if os.isatty(1) else WIDTH, markup=False, highlight=False)
-    for section in _list_sections(advice):
+    budget, *savings = _list_sections(advice)
+    console.print(_build_table(budget, advice.devices))
+    show_laws(console, advice.growth)
+    show_studies(console, advice.studies, advice.found)
+    for section in savings:
         console.print(_build_table(section, advice.devices))
     notes = Table.grid(padding=(0, 2))
     for label, words in _list_notes(advice):
@@ -64,13 +74,13 @@ def _list_sections(advice: Advice) -> Iterator[Section]:
     yield Section("At equal compute", ("", "tokens", "FLOPs"), _list_budgets(growth))
     yield Section(
         "To from-scratch's loss: published, not measured here",
-        ("", "", *SAVED_COLUMNS),
+        ("", *SAVED_COLUMNS),
         _list_claims(growth),
     )
     for study in advice.studies:
         yield Section(
             f"To from-scratch's loss: your study {study.path}, {_describe_study_sizes(study)}",
-            ("", "", "re-warm-up", *SAVED_COLUMNS),
+            ("", "re-\nwarm-up", *SAVED_COLUMNS),
             [_build_arm_row(growth, arm) for arm in study.arms],
         )
 
@@ -81,7 +91,11 @@ def _build_table(section: Section, devices: Devices | None) -> Table:
         columns.append("days")
     if devices is not None and devices.price is not None:
         columns.append("cost")
-    table = Table(*columns, title=section.title, title_justify="left")
+    table = Table(title=section.title, title_justify="left")
+    # The first column has the words, and the width that the numbers leave.
+    table.add_column(columns[0], overflow="fold")
+    for head in columns[1:]:
+        table.add_column(head, no_wrap=True)
     for row in section.rows:
         flops = f"{row.flops:.3g}" if row.flops else "-"
         table.add_row(*row.cells, flops, *_format_time(devices, row.flops))
@@ -129,7 +143,7 @@ def _list_claims(growth: Growth) -> list[Row]:
         saved = f"{claim.saved:.0%}"
         counted = (saved, "-") if claim.counts_source else ("-", saved)
         flops = growth.compute_flops_of_claim(claim)
-        rows.append(Row((claim.work, claim.where, *counted), flops))
+        rows.append(Row((f"{claim.work}: {claim.where}", *counted), flops))
     return rows
 
 
@@ -142,12 +156,11 @@ def _describe_study_sizes(study: Study) -> str:
 
 
 def _build_arm_row(growth: Growth, arm: Arm) -> Row:
-    words = arm.operator
+    words = arm.operator.replace("depth_method ", "")
     if arm.saved.mean is not None and not arm.reached:
         words += "; not every run reached the loss"
     cells = (
-        arm.name,
-        words,
+        f"{arm.name}\n{words}",
         "-" if arm.rewarmup is None else str(arm.rewarmup),
         _format_saving(arm.saved, arm.at_least),
         _format_saving(arm.saved_without_source, arm.at_least),
@@ -161,11 +174,10 @@ def _format_saving(saving: Measurement, at_least: bool) -> str:
     if saving.mean is None:
         if runs == 0:
             return "no run yet"
-        return "loss not reached" if runs == 1 else "loss not reached by every run"
+        return "loss not\nreached" if runs == 1 else "loss not\nreached by\nevery run"
     least = "at least " if at_least else ""
-    spread = "" if saving.std is None else f" ± {saving.std:.1%}"
-    noun = "run" if runs == 1 else "runs"
-    return f"{least}{saving.mean:.1%}{spread} ({runs} {noun})"
+    # Two short lines, so that a table has room for its names.
+    return f"{least}{format_saving(saving)}".replace(" (", "\n(")
 
 
 def _list_notes(advice: Advice) -> Iterator[tuple[str, str]]:
@@ -259,12 +271,14 @@ def build_document(advice: Advice) -> dict[str, Any]:
         "source": asdict(growth.source) | source,
         "scratch": {"tokens": growth.tokens, **_build_cost(devices, growth.flops)},
         "law": _build_law(growth, devices),
+        **build_laws(growth),
         "published": [
             asdict(claim)
             | {"if_so_here": _build_cost(devices, growth.compute_flops_of_claim(claim))}
             for claim in CLAIMS
         ],
         "studies": [_build_study(study, growth, devices) for study in advice.studies],
+        "studies_found": advice.found,
         "rewarmup": laws.REWARM,
         "topology": None if devices is None else asdict(devices),
     }
@@ -297,4 +311,4 @@ def _build_study(study: Study, growth: Growth, devices: Devices | None) -> dict[
         asdict(arm) | {"if_so_here": _build_cost(devices, growth.compute_flops_of_arm(arm))}
         for arm in study.arms
     ]
-    return asdict(study) | {"arms": arms}
+    return asdict(study) | {"arms": arms, "says": list(describe_study(study))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -30,6 +31,11 @@ MOST_FLOPS = 1e36  # of a budget
     "--source", metavar="SIZE", help="The model to grow.  [default: what G_stack recommends]"
 )
 @click.option(
+    "--source-tokens",
+    metavar="N",
+    help="Tokens that the source has seen.  [default: as its checkpoint says, else G_stack's]",
+)
+@click.option(
     "--tokens", metavar="N", help="Tokens to train the target on from scratch: 41B, 500M, ..."
 )
 @click.option("--flops", metavar="F", help="Or the training FLOPs available: 1.9e20, ...")
@@ -53,11 +59,12 @@ MOST_FLOPS = 1e36  # of a budget
     type=PATH,
     multiple=True,
     metavar="DIR",
-    help="A study of your own; may be repeated.",
+    help="A study of your own; may be repeated.  [default: those in this directory]",
 )
 def advise(
     target: str,
     source: str | None,
+    source_tokens: str | None,
     tokens: str | None,
     flops: str | None,
     topology: str | None,
@@ -67,24 +74,33 @@ def advise(
 ) -> None:
     """Say what published laws and your own studies say about growing --source into --target.
 
-    Nothing is trained or measured. Each figure names its source; extrapolations are marked.
+    Nothing is trained or measured. Each figure names its source; four laws stand side by side with
+    what they were measured on, extrapolations are marked, and so is where they disagree.
     """
     from trainer.cli.advice_report import Advice, build_document, show_advice
-    from trainer.study.evidence import read_study
+    from trainer.study.evidence import find_studies, read_study
 
-    growth = _read_growth(target, source, tokens, flops)
+    growth = _read_growth(target, source, source_tokens, tokens, flops)
     advice = Advice(
         growth=growth,
         recommended=source is None,
         devices=_read_devices(topology, mfu, price),
-        studies=[read_study(path) for path in studies],
+        studies=[read_study(path) for path in studies] or find_studies(),
+        found=not studies,
     )
     show_result(lambda: show_advice(advice), lambda: build_document(advice))
 
 
-def _read_growth(target: str, source: str | None, tokens: str | None, flops: str | None) -> Growth:
+def _read_growth(
+    target: str,
+    source: str | None,
+    source_tokens: str | None,
+    tokens: str | None,
+    flops: str | None,
+) -> Growth:
     """The growth that the options ask about. Raises UsageError."""
     from growkit.errors import UsageError
+    from growkit.quantity import parse_count
     from trainer.study.advice import Growth
 
     if (tokens is None) == (flops is None):
@@ -95,6 +111,8 @@ def _read_growth(target: str, source: str | None, tokens: str | None, flops: str
         small = recommend_source(large, model)
     else:
         small, _ = read_size(source, "--source")
+    if source_tokens is not None:
+        small = replace(small, tokens=parse_count(source_tokens, "--source-tokens"))
     if budget < large.flops_per_token:
         raise UsageError(
             f"{budget:.3g} FLOPs do not train {large.name} on one token; that takes "
@@ -135,13 +153,14 @@ def read_size(text: str, option: str) -> tuple[Size, Architecture | None]:
     try:
         if text[:1].isdigit() and "/" not in text and not os.path.exists(text):
             return Size.from_count(text, parse_count(text, "a count")), None
-        model = open_source(text).model
+        source = open_source(text)
     except UsageError as problem:
         known = ", ".join(list_presets())
         raise UsageError(
             f"{option} takes a count such as 760M, a preset ({known}) or a model; {problem}"
         ) from None
-    return Size.from_model(text, model), model
+    size = Size.from_model(text, source.model)
+    return replace(size, tokens=source.record.get("tokens")), source.model
 
 
 def _read_configured_model(name: str) -> Architecture:

@@ -92,7 +92,7 @@ class Optimizer:
     weight_decay: float = number(0.1, at_least=0)  # of weight matrices
     clip: float = number(1.0, at_least=0)  # largest global norm of a gradient; 0: no clipping
     # Whether to apply the learning rates, eps and clip weights that exact growth asks for.
-    # auto: on after growth in width by copies only.
+    # auto: on after growth in width by copies only, and after growth with rates=mup.
     multipliers: str = choice("auto", of=("auto", "on", "off"))
     new: NewRate = field(default_factory=NewRate)
 
@@ -155,6 +155,7 @@ class Grow:
     moments: str = "map"  # --moments of both: map, copy, reset, nu-only or first
     noise: float | str = 0.0  # --noise of both: a number, or as 0.5rms
     seed: int = 0  # --seed of both
+    rates: str = choice("keep", of=("keep", "mup"))  # --rates of both
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def plan_growth(settings: Grow, model: Architecture) -> Plan | None:
     if settings.vocab:
         plan = add_tokens("grow", plan, model, settings.vocab)
     if plan is not None:
-        return set_options(plan, settings.moments, settings.noise, settings.seed)
+        return set_options(plan, settings.moments, settings.noise, settings.seed, settings.rates)
     if settings == Grow():
         return None
     raise UsageError(
@@ -98,12 +98,13 @@ def is_growth_due(config: Config, step: int, history: History) -> bool:
 def select_multipliers(setting: str, lineage: Lineage, model: Architecture) -> Multipliers | None:
     """The multipliers to apply to a model that has this lineage behind it, None for none.
 
-    setting: on, off, or auto, which applies them where growth is exact for the training too.
+    setting: on, off, or auto, which applies them where growth is exact for the training too, or was
+    made with rates=mup.
     """
     growths = lineage.growths_owed()
     if setting == "off" or not growths:
         return None
-    if setting == "auto" and not lineage.continues:
+    if setting == "auto" and not lineage.multiplied:
         return None
     plans = [growth.plan_within(model) for growth in growths]
     return Multipliers(**compute_multipliers(model, plans))
@@ -212,10 +213,10 @@ def describe_beginning(lineage: Lineage, step: int) -> str:
 def describe_growths(lineage: Lineage, model: Architecture, dropout: Dropout) -> Iterator[str]:
     """What the growths before this training mean for it, one sentence each."""
     if lineage.last_training.multipliers:
-        yield (
-            "exact growth in width: learning rates, eps and clip weights are multiplied "
-            "for each parameter"
-        )
+        exact = "exact growth in width"
+        mup = "growth with rates=mup, which is approximate"
+        which = exact if lineage.before_last.continues else mup
+        yield f"{which}: learning rates, eps and clip weights are multiplied for each parameter"
     tied = find_tied_axes(lineage.before_last, model, dropout)
     if tied:
         yield (

@@ -38,7 +38,9 @@ FLOPS_PER_PARAMETER = 6.0  # of training on a token: 2 forward, 4 backward
 class Size:
     """A model as the laws see it.
 
-    flops_per_token: of training. embed: None where only the number of parameters is known.
+    flops_per_token: of training. embed, layers: None where only the number of parameters is known.
+    one_layer: FLOPs a token of the same model with one layer. tokens: that it was trained on; None
+    for a model that is not trained yet, or where that is not known.
     """
 
     name: str
@@ -46,6 +48,9 @@ class Size:
     without_embeddings: int
     flops_per_token: float
     embed: int | None = None
+    layers: int | None = None
+    one_layer: float | None = None
+    tokens: float | None = None
 
     @classmethod
     def from_count(cls, name: str, parameters: int) -> Size:
@@ -58,7 +63,9 @@ class Size:
         tables = 1 if model.tied else 2
         without_embeddings = model.parameters - tables * model.vocab * model.embed
         flops = model.flops_per_token()
-        return cls(name, model.parameters, without_embeddings, flops, model.embed)
+        shallow = model.resize({**model.sizes, "layer": 1}).flops_per_token()
+        count = model.parameters
+        return cls(name, count, without_embeddings, flops, model.embed, model.layer, shallow)
 
     @property
     def is_count(self) -> bool:
@@ -137,6 +144,11 @@ class Growth:
         return self.source.is_count or self.target.is_count
 
     @property
+    def widens(self) -> bool:
+        """Whether the growth is known to be one in width."""
+        return not self.has_count and self.source.embed != self.target.embed
+
+    @property
     def factor(self) -> float:
         """The target's parameters over the source's, without embeddings where both are known."""
         if self.has_count:
@@ -172,7 +184,7 @@ class Growth:
         found = self._list_range_deviations()
         if round(self.factor) != FACTOR:
             found.append(f"growth by a factor of {self.factor:.2f}, fitted at {FACTOR}")
-        if not self.has_count and self.source.embed != self.target.embed:
+        if self.widens:
             found.append(
                 f"growth in width (embed {self.source.embed} to {self.target.embed}), "
                 "fitted in depth alone"
