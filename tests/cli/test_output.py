@@ -78,6 +78,17 @@ def test_tables_have_colours_on_no_pipe(capsys):
     assert "760M" in said and "\x1b" not in said
 
 
+def test_no_color_is_obeyed_on_a_terminal(monkeypatch):
+    from trainer.log.report import _make_bar
+
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # as if standard error were a terminal
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert _make_bar().console.is_terminal and not _make_bar().console.no_color
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert _make_bar().console.no_color
+
+
 def test_a_record_in_words():
     record = {
         "step": 1200,

@@ -207,9 +207,7 @@ def _draw_losses(
     for number, segment in enumerate(split_segments(rows)):
         label = labels.get("validation") if number == 0 else None
         _draw_segment(axes, segment, over, label)
-    for number, (name, line) in enumerate(collect_sets(rows, over).items()):
-        colour = SET_COLOURS[number % len(SET_COLOURS)]
-        axes.plot(*line, "-", color=colour, linewidth=1, label=f"on {name}: {line[1][-1]:.4g}")
+    _draw_sets(axes, rows, over)
     for number, name in enumerate(others):
         colour = OTHER_COLOURS[number % len(OTHER_COLOURS)]
         axes.plot(*points[name], "s--", color=colour, markersize=4, label=labels.get(name))
@@ -234,13 +232,23 @@ def _draw_segment(axes: Any, rows: Sequence[Row], over: str, label: str | None) 
         axes.plot(places, perplexities, "o-", color=VALIDATION_COLOUR, markersize=4, label=label)
 
 
+def _draw_sets(axes: Any, rows: Sequence[Row], over: str) -> None:
+    """The perplexity on each data set, a thin line of its own colour between two growths."""
+    for number, (name, (_, perplexities)) in enumerate(collect_sets(rows, over).items()):
+        label: str | None = f"on {name}: {perplexities[-1]:.4g}"
+        colour = SET_COLOURS[number % len(SET_COLOURS)]
+        for segment in split_segments(rows):
+            line = collect_sets(segment, over).get(name)
+            if line is not None:
+                axes.plot(*line, "-", color=colour, linewidth=1, label=label)
+                label = None
+
+
 def _limit_perplexity(axes: Any, runs: Mapping[str, Sequence[Row]], over: str) -> None:
     """Cut the axis to what `choose_range` shows, say what is left out, and set the ticks.
 
     runs: all that are drawn, by name, the first with its training losses, which count below.
     """
-    from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter
-
     own = next(iter(runs.values()))
     rows = [row for each in runs.values() for row in each]
     shown = choose_range(rows, over)
@@ -252,6 +260,13 @@ def _limit_perplexity(axes: Any, runs: Mapping[str, Sequence[Row]], over: str) -
         if highest > shown[1]:
             words = f"starts at {highest:,.0f} (cut off)"
             axes.annotate(words, (0.01, 0.98), xycoords="axes fraction", va="top", fontsize=9)
+    _set_perplexity_ticks(axes)
+
+
+def _set_perplexity_ticks(axes: Any) -> None:
+    """Ticks of a logarithmic axis of perplexities, with the limits that it has now."""
+    from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter
+
     axes.yaxis.set_major_locator(FixedLocator(choose_ticks(*axes.get_ylim())))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -274,7 +289,10 @@ def _draw_scores(axes: Any, rows: Sequence[Row], metric: str) -> None:
                 label=task if begins else None,
             )
     _mark_events(axes, rows, "flops")
-    axes.set(title=metric, xlabel="FLOPs", yscale="log" if metric == "perplexity" else "linear")
+    axes.set(title=metric, xlabel="FLOPs", yscale="linear")
+    if metric == "perplexity":
+        axes.set_yscale("log")
+        _set_perplexity_ticks(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
@@ -283,13 +301,16 @@ def _draw_scores(axes: Any, rows: Sequence[Row], metric: str) -> None:
 def _mark_events(axes: Any, rows: Sequence[Row], column: str) -> None:
     """A dotted line where something happened to the run, with the event's words beside it.
 
-    The start of a run that nothing preceded is not marked: there is nothing to its left.
+    The start of a run that nothing preceded is not marked: there is nothing to its left. Events of
+    one place share a line.
     """
+    events: dict[float, list[str]] = {}
     for row in rows:
         words = row["event"].removeprefix(START).removeprefix(", ")
-        if not words:
-            continue
-        place = float(row[column])
+        if words:
+            events.setdefault(float(row[column]), []).append(words)
+    for place, several in events.items():
+        words = "; ".join(several)
         colour = GROWTH_COLOUR if GROWN in words else EVENT_COLOUR
         axes.axvline(place, color=colour, linestyle=":", linewidth=1.5)
         axes.annotate(

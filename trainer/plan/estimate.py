@@ -22,13 +22,19 @@ def count_kept_bytes(jaxpr: Any) -> int:
     used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
     used |= {id(variable) for variable in jaxpr.outvars}
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            collected = equation.outvars[equation.params["num_carry"] :]
-            kept = [variable for variable in collected if id(variable) in used]
-            most = max(most, sum(_count_bytes(variable.aval) for variable in kept))
         for inner in jaxprs_in_params(equation.params):
             most = max(most, count_kept_bytes(inner))
+            if equation.primitive.name == "scan":
+                pairs = zip(equation.outvars, inner.outvars, strict=True)
+                collected = [outer for outer, each in pairs if _is_collected(outer, each)]
+                kept = [variable for variable in collected if id(variable) in used]
+                most = max(most, sum(_count_bytes(variable.aval) for variable in kept))
     return most
+
+
+def _is_collected(outer: Any, each: Any) -> bool:
+    """Whether a loop's result has one value for each turn, and is not what the last turn left."""
+    return len(outer.aval.shape) > len(each.aval.shape)
 
 
 def _count_bytes(aval: Any) -> int:

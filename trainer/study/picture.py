@@ -38,7 +38,7 @@ def draw_study(outcome: Outcome, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True, constrained_layout=True)
+    figure, panels = pyplot.subplots(1, 2, figsize=(15, 5), sharey=True, constrained_layout=True)
     labels = label_arms(outcome)
     limits = choose_losses(outcome)
     for axes, sources in zip(panels, (True, False), strict=True):
@@ -46,7 +46,8 @@ def draw_study(outcome: Outcome, out: Path) -> None:
         if limits is not None:
             _limit_axes(axes, points, limits)
     panels[0].set_ylabel("validation loss, nats a token")
-    panels[1].legend()
+    # Beside the panels: with many arms it would cover their lines.
+    panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
@@ -138,7 +139,7 @@ def choose_losses(outcome: Outcome) -> tuple[float, float] | None:
 
 def _limit_axes(axes: Any, points: Points, limits: tuple[float, float]) -> None:
     """Show the losses between the limits and the FLOPs that have such losses; set the ticks."""
-    from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
     axes.set_ylim(*limits)
     shown = [flops for flops, loss in points if limits[0] <= loss <= limits[1]]
@@ -148,4 +149,4 @@ def _limit_axes(axes: Any, points: Points, limits: tuple[float, float]) -> None:
     ticks = drop_close(choose_ticks(low, high), low, high)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
