@@ -4,6 +4,7 @@
     plan = growkit.plan_depth(source.model, "18:24")        what growth will do
     growkit.write_grown(source, plan, "OUT")                growth on disk
     growkit.grow(tree, plan)                                growth in memory
+    growkit.grow(tree, model, map="18:24")                  the same without a plan
 
 `growkit.describe_model` describes a model of one's own by a table. docs/python.md has examples of
 everything named in `__all__`. Each name is imported when it is first used, so that `import growkit`
@@ -80,4 +81,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # Without what this file imports for itself.
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -25,6 +25,8 @@ HEAD = 1 << 16  # bytes at the beginning of a file that tell what it is
 MARK = "\ufeff"  # the byte order mark, as a character
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")  # one JSON document a line
 PARQUET = ".parquet"
+ARROW = ".arrow"
+TEXT = "text"  # the key of a document's text, and the column of a table's, where none is named
 
 # Endings of compressed files, and the name of the compression.
 _COMPRESSED = {".gz": "gzip", ".zst": "zst", ".zstd": "zst", ".bz2": "bz2", ".xz": "xz"}
@@ -38,6 +40,7 @@ _MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+ARROW_MAGIC = b"ARROW1"
 # Files that are not text, though their bytes may pass for it: (offset, first bytes, what to do).
 _FOREIGN = (
     (0, b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` brings the file itself"),
@@ -49,7 +52,7 @@ _FOREIGN = (
     (0, b"\x1f\x9d", "compressed with compress, which cannot be read; decompress it"),
     (0, b"%PDF-", "a PDF document; extract its text"),
     (0, b"{\\rtf", "an RTF document; extract its text"),
-    (0, b"ARROW1", "an Arrow file; write its table as Parquet"),
+    (0, ARROW_MAGIC, "an Arrow file; write its table as Parquet"),
     (0, b"SQLite format 3\x00", "an SQLite database; export its text"),
 )
 # A file with more zero bytes than this among its first ones is not text in UTF-8.
@@ -181,7 +184,7 @@ def import_optional(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        package = module.removesuffix(".parquet")
+        package = module.removesuffix(".parquet").removesuffix(".ipc")
         raise UsageError(
             f"reading {name} needs the package {package}: pip install {package}"
         ) from None
@@ -254,28 +257,29 @@ _DECODERS = {
 }
 
 
-def holds_json_lines(head: bytes) -> bool:
-    """Whether a file is JSON lines with a "text" each, by its first HEAD bytes.
+def holds_json_lines(head: bytes, key: str = TEXT) -> bool:
+    """Whether a file is JSON lines with a text each under `key`, by its first HEAD bytes.
 
     It is where most lines are: a broken one among them is then named, and not read as prose.
     """
     lines = _split_lines(head)
     if not lines and head:
-        return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"', head) is not None and b'"text"' in head
-    return _are_most(lines, _is_document)
+        return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"', head) is not None and _names(head, key)
+    return _are_most(lines, lambda line: _is_document(_parse_line(line), key))
 
 
-def describe_other_objects(head: bytes) -> str | None:
-    """What a file is that holds JSON objects without a "text", one a line, and what to do about it.
+def describe_other_objects(head: bytes, key: str = TEXT, advice: str = "") -> str | None:
+    """What a file is that holds JSON objects without a text, one a line, and what to do about it.
 
-    None for any other file. One such line alone may be anything.
+    None for any other file. One such line alone may be anything. advice: what else may be done.
     """
     lines = _split_lines(head)
     if len(lines) < 2 or not _are_most(lines, lambda line: isinstance(_parse_line(line), dict)):
         return None
     return (
-        'of JSON objects, one a line, without a text under "text"; give their texts that name, or '
-        "rename the file to .md to have it read as it stands"
+        f'of JSON objects, one a line, without a text under "{key}"; '
+        f"{advice or 'give their texts that name'}, or rename the file to .md to have it read as "
+        f"it stands"
     )
 
 
@@ -291,21 +295,25 @@ def _are_most(lines: list[bytes], holds: Callable[[bytes], bool]) -> bool:
     return sum(map(holds, lines)) * 2 > len(lines)
 
 
-def holds_json_documents(head: bytes) -> bool:
-    """Whether a file is JSON lines or a JSON array of objects with a "text", by its first bytes."""
+def holds_json_documents(head: bytes, key: str = TEXT) -> bool:
+    """Whether a file is JSON lines or a JSON array of objects with a text, by its first bytes."""
     if not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        return holds_json_lines(head)
+        return holds_json_lines(head, key)
     text = head.decode(errors="ignore").lstrip(MARK).lstrip()[1:].lstrip()
     try:
         first, _ = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return len(head) >= HEAD and b'"text"' in head
-    return isinstance(first, dict) and isinstance(first.get("text", 0), str | None)
+        return len(head) >= HEAD and _names(head, key)
+    return _is_document(first, key)
 
 
-def _is_document(line: bytes) -> bool:
-    value = _parse_line(line)
-    return isinstance(value, dict) and isinstance(value.get("text", 0), str | None)
+def _names(head: bytes, key: str) -> bool:
+    """Whether a key stands anywhere in the first bytes of a file."""
+    return json.dumps(key, ensure_ascii=False).encode() in head
+
+
+def _is_document(value: Any, key: str) -> bool:
+    return isinstance(value, dict) and isinstance(value.get(key, 0), str | None)
 
 
 def _parse_line(line: bytes) -> Any:

@@ -66,7 +66,7 @@ LIGHT = """
 import sys, growkit
 heavy = {"numpy", "jax", "flax", "growkit.growth", "growkit.checkpoint", "click"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
-assert set(growkit.__all__) <= set(dir(growkit))
+assert {name for name in dir(growkit) if not name.startswith("_")} == set(growkit.__all__)
 for name in growkit.__all__:
     assert getattr(growkit, name) is getattr(growkit, name)
     assert name in vars(growkit)
@@ -94,6 +94,18 @@ def test_the_names_are_those_that_type_checkers_see():
 
 WRONG_TYPES = {
     "a path for a plan": (lambda: growkit.grow({}, "18:24"), "plan must be of type Plan"),
+    "no text for a map": (lambda: growkit.grow({}, MODEL, map=4), "map must be of type str"),
+    "parameters for a model": (lambda: growkit.grow(MODEL, {}), "or a model with map='18:24'"),
+    "a model for a plan": (lambda: growkit.set_options(MODEL), "plan must be of type Plan"),
+    "a plan for plans": (
+        lambda: growkit.combine_plans("grow", PLANS["clone"], MODEL),
+        "plans must be of type list or tuple",
+    ),
+    "a list of noise": (lambda: growkit.set_options(PLANS["clone"], noise=[1]), "noise must be"),
+    "a list of scalars": (
+        lambda: growkit.describe_model(TABLE, SIZES, scalars=["embed"]),
+        "scalars must be of type Mapping",
+    ),
     "a number for a map": (lambda: growkit.plan_depth(MODEL, 24), "text must be of type str"),
     "a path for a model": (
         lambda: growkit.plan_depth("models/580m", "18:24"),
@@ -420,9 +432,51 @@ def test_a_leaf_that_is_no_array_is_refused():
             growkit.grow(tree, PLANS["clone"])
 
 
-def test_a_module_is_no_tree():
-    with pytest.raises(GrowkitError, match=r"nnx.state\(model, nnx.Param\)"):
-        growkit.grow(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), PLANS["clone"])
+def test_a_module_of_linen_is_no_tree():
+    with pytest.raises(GrowkitError, match="of a Flax model take the params dict"):
+        growkit.grow(nn.Dense(2), PLANS["clone"])
+
+
+# ---------------------------------------------------------------- the short form
+
+
+def test_a_model_with_sizes_stands_for_a_plan():
+    tree = part(make_tree())
+    both = growkit.grow(tree, MODEL, map="3:4", method="identity", embed="2x")
+    assert same(both, growkit.grow(tree, PLANS["both"]))
+    assert same(growkit.grow(tree, MODEL, map="3:5"), growkit.grow(tree, PLANS["replicate"]))
+    refused = {
+        "say what shall grow": lambda: growkit.grow(tree, MODEL),
+        "goes with map": lambda: growkit.grow(tree, MODEL, method="stack"),
+        "a plan says itself what grows": lambda: growkit.grow(tree, PLANS["both"], embed="2x"),
+        "mu is 'gradient', or 'step'": lambda: growkit.grow(tree, PLANS["both"], mu="steps"),
+    }
+    for said, call in refused.items():
+        with pytest.raises(UsageError, match=said):
+            call()
+
+
+LISTED = """
+{layer}.0   /embed mlp  normal  matrix
+{/layer}.1  /mlp embed  normal  matrix
+"""
+
+
+def test_a_tree_may_itself_be_a_list_of_layers():
+    """Parameters as [(in, out), ...], with no name before the layers; and the same stacked."""
+    model = growkit.describe_model(LISTED, {"layer": 2, "embed": 3, "mlp": 4}, norm="rms")
+    random = np.random.default_rng(0)
+    params = [(random.normal(size=(3, 4)), random.normal(size=(4, 3))) for _ in range(2)]
+    state = optax.sgd(0.1, momentum=0.9).init(params)
+    grown, moments = growkit.grow((params, state), model, map="2:3", mlp=8)
+    assert [[leaf.shape for leaf in layer] for layer in grown] == [[(3, 8), (8, 3)]] * 3
+    assert np.array_equal(grown[1][0], grown[0][0]) and type(grown[0]) is tuple
+    assert np.array_equal(grown[2][1][:4], params[1][1] / 2)
+    assert [layer[1].shape for layer in moments[0].trace] == [(8, 3)] * 3
+    # Two trees with stacked layers are no list of two layers.
+    stacked = {"0": np.stack([a for a, _ in params]), "1": np.stack([b for _, b in params])}
+    pair = growkit.grow((stacked, stacked), model, map="2:3")
+    assert [tree["0"].shape for tree in pair] == [(3, 3, 4)] * 2
 
 
 # ---------------------------------------------------------------- Flax
@@ -485,6 +539,41 @@ def test_an_nnx_model_and_its_optimizer_grow():
     step(bigger, continued, tokens)
     pure = growkit.grow(nnx.to_pure_dict(nnx.state(network, nnx.Param)), plan)
     assert same(pure, nnx.to_pure_dict(growkit.grow(nnx.state(network, nnx.Param), plan)))
+
+
+def test_an_nnx_module_and_its_optimizer_stand_for_their_states():
+    plan, network = PLANS["both"], Network(MODEL)
+    chain = optax.rmsprop(1e-3, momentum=0.9)
+    optimizer = nnx.Optimizer(network, chain, wrt=nnx.Param)
+    params, state = growkit.grow((network, optimizer), plan)
+    assert same(params, growkit.grow(nnx.state(network, nnx.Param), plan))
+    # nnx.state has dicts for optax's classes, and leaves out what is empty: {0: ..., 2: ...}.
+    assert same(state, growkit.grow(nnx.state(optimizer), plan))
+    bigger = Network(plan.grown, seed=1)
+    continued = nnx.Optimizer(bigger, chain, wrt=nnx.Param)
+    nnx.update(bigger, params)
+    nnx.update(continued, state)
+    step(bigger, continued, jnp.arange(9))
+    network.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+    assert same(growkit.grow(network, plan), params)
+    with pytest.raises(GrowkitError, match="'dropout.rngs.count' is of type RngCount and no par"):
+        growkit.grow(nnx.state(network), plan)
+    # A mask has nothing in the place of a parameter, in each layer.
+    part_of_it = optax.masked(
+        optax.adam(1e-3),
+        lambda tree: jax.tree.map_with_path(lambda path, _: "up" in str(path), tree),
+    )
+    masked = growkit.grow(nnx.Optimizer(network, part_of_it, wrt=nnx.Param), plan)
+    wanted = nnx.state(nnx.Optimizer(bigger, part_of_it, wrt=nnx.Param))
+    assert jax.tree.structure(masked) == jax.tree.structure(wanted)
+    # What the classes tell, and dicts would not.
+    for refused, said in ((optax.lars(0.1), "optax.lars"), (optax.sm3(0.1), "SM3")):
+        with pytest.raises(GrowkitError, match=said):
+            growkit.grow(nnx.Optimizer(network, refused, wrt=nnx.Param), plan)
+    flat = nnx.Optimizer(Network(MODEL), optax.flatten(optax.adam(1e-3)), wrt=nnx.Param)
+    for form in (flat, (nnx.state(network, nnx.Param), nnx.state(flat))):
+        with pytest.raises(GrowkitError, match="optax.flatten"):
+            growkit.grow(form, plan)
 
 
 def test_reset_moments_reset_the_count_in_a_box():

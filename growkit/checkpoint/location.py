@@ -21,6 +21,7 @@ from growkit.checkpoint.dcp_write import write_distributed
 from growkit.checkpoint.files import is_remote, parse_path, read_json
 from growkit.checkpoint.fill import Progress
 from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, write_trained
+from growkit.checkpoint.hub import download_from_hub, is_hub_id, split_revision
 from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
 from growkit.checkpoint.neox import is_neox_directory, open_neox
 from growkit.checkpoint.numbers import Findings
@@ -39,7 +40,7 @@ from growkit.checkpoint.tensor import Contents, Source
 from growkit.checkpoint.universal import is_universal_directory, open_universal
 from growkit.checkpoint.universal_output import write_universal
 from growkit.checkpoint.unsuited import refuse_file
-from growkit.errors import GrowkitError, UsageError, find_nearest, first_line
+from growkit.errors import GrowkitError, UsageError, find_nearest
 
 # The directory of a run that holds its checkpoints, one directory for each step.
 CHECKPOINTS = "checkpoints"
@@ -47,7 +48,6 @@ CHECKPOINTS = "checkpoints"
 OLMO = "model_and_optim"
 # Names of checkpoints of other trainers: transformers' Trainer's, torchtitan's, OLMo-core's.
 NUMBERED = re.compile(r"(?:checkpoint-|step-?)(\d+)")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights, and what `growkit.checkpoint.carried` carries.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICEN*", "NOTICE*"]
 
@@ -132,7 +132,7 @@ def locate(text: str) -> Any:
             f"left the old one in {left}; move it back, or run that command again"
         )
     if _may_be_hub_id(text):
-        return _download_from_hub(name or text, at if name else None, _suggest_sibling(path))
+        return download_from_hub(text, HUB_FILES, _suggest_sibling(path))
     raise UsageError(f"there is no such directory: {text}{_explain_missing(text, path)}")
 
 
@@ -147,17 +147,16 @@ def _may_be_hub_id(text: str) -> bool:
     Nothing of this name is here. Where a directory of the owner's name is, this was meant to lie in
     it: a mistyped path such as runs/smal must not be asked of the Hub.
     """
-    name = text.rpartition("@")[0] or text
-    if Path(name.split("/")[0]).is_dir():
+    if Path(split_revision(text)[0].split("/")[0]).is_dir():
         return False
-    return HUB_ID.fullmatch(name) is not None and "/" in text
+    return is_hub_id(text)
 
 
 def _explain_missing(text: str, path: Path) -> str:
     """A clause for a path that is not here: the nearest one, or why the Hub was not asked."""
     near = _suggest_sibling(path)
     owner = text.split("/")[0]
-    if near or not HUB_ID.fullmatch(text) or not Path(owner).is_dir():
+    if near or not is_hub_id(text) or not Path(owner).is_dir():
         return near
     return f" ({owner}/ is a directory here, so the Hugging Face Hub was not asked)"
 
@@ -230,20 +229,6 @@ def _read_validation_loss(checkpoint: Path) -> float:
     meta = read_json(checkpoint / META / "metadata")
     loss = read_record(checkpoint, meta).get("validation_loss")
     return float("inf") if loss is None or math.isnan(loss) else float(loss)
-
-
-def _download_from_hub(name: str, revision: str | None, hint: str = "") -> Path:
-    """The directory of a model of the Hub. hint: the clause to end a refusal with."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
-    except Exception as problem:  # the network, the Hub and its library raise many types
-        raise GrowkitError(
-            f"there is no directory {name!r}, and it could not be had from the Hugging Face Hub "
-            f"({type(problem).__name__}: {first_line(problem)}){hint}"
-        ) from None
-    return Path(found)
 
 
 def check_writable(out: Any, sources: Sequence[Source], force: bool) -> None:

@@ -52,6 +52,8 @@ class Layout:
         # A row of one kind of layers has no place in an array over all layers.
         self._stacked = {row.path: row for row in table.rows if not row.kind}
         self._by_unit = [(row, _compile(row)) for row in table.rows if row.stacked]
+        # Whether the tree itself may be a list of layers: `{layer}.up.kernel`.
+        self._rooted = any(STACKED.match(row.inner_name) for row in table.rows)
 
     def find(self, path: Path) -> tuple[Row, Position | None] | None:
         """The row at a path and the unit of its stacked axes (None: all); None for no row."""
@@ -66,21 +68,22 @@ class Layout:
                 return row, tuple(int(unit) for unit in found.groups())
         return None
 
-    def read(self, tree: Mapping[Any, Any], sizes: Mapping[str, int]) -> list[Leaf]:
+    def read(self, tree: Any, sizes: Mapping[str, int]) -> list[Leaf]:
         """All leaves of a parameter tree, in its order.
 
         Raises GrowkitError unless they are exactly the table's parameters at `sizes`, each once.
         """
         leaves = []
         unknown = []
-        for path, value in iterate_leaves(tree):
+        for path, value in iterate_leaves(tree, empty=True):
             found = self.find(path)
-            if found is None:
-                unknown.append(path)
-            else:
+            if found is None and list_children(value) != {}:
+                unknown.append((path, value))
+            elif found is not None:
                 leaves.append(Leaf(path, value, *found))
         if unknown:
-            raise GrowkitError(self.describe_unknown(min(unknown, key=join)))
+            path, value = min(unknown, key=lambda leaf: join(leaf[0]))
+            raise GrowkitError(self.describe_unknown(path, value))
         for row in self.rows:
             found_units = [leaf for leaf in leaves if leaf.row is row]
             _check_units(row, found_units, list_units(row, self.table, sizes), sizes)
@@ -90,9 +93,36 @@ class Layout:
         """Whether any leaf is a parameter of the table."""
         return any(self.find(path) for path, _ in iterate_leaves(tree))
 
-    def describe_unknown(self, path: Path) -> str:
-        """A sentence about a path that no row covers, with the nearest row."""
+    def holds_units(self, tree: Any) -> bool:
+        """Whether a list or tuple is a list of layers, by the paths and dimensions of its leaves.
+
+        By dimensions, because a tuple of two trees with stacked layers has the same paths.
+        """
+        if not self._rooted or type(tree) not in (list, tuple):
+            return False
+        leaves = list(iterate_leaves(tree))
+        return bool(leaves) and all(self._is_unit(path, value) for path, value in leaves)
+
+    def _is_unit(self, path: Path, value: Any) -> bool:
+        """Whether a leaf is one unit of a row's stacked axes."""
+        found = self.find(path)
+        if found is None or found[1] is None:
+            return False
+        shape = getattr(value, "shape", None)
+        return shape is None or len(shape) == len(found[0].blocks)
+
+    def describe_unknown(self, path: Path, value: Any = None) -> str:
+        """A sentence about a path that no row covers, with the nearest row.
+
+        value: what lies there, which may be a variable of an nnx module that is no parameter.
+        """
         name = join(path)
+        kinds = {base.__name__ for base in type(value).__mro__}
+        if "Variable" in kinds and not kinds & {"Param", "OptVariable", "OptState"}:
+            return (
+                f"{name!r} is of type {type(value).__name__} and no parameter; give the module "
+                f"itself, or nnx.state(model, nnx.Param)"
+            )
         known = {".".join(row.path): row for row in self.rows}
         # Numbers of layers are taken out, because rows' paths have none.
         best = find_nearest(re.sub(r"\.\d+(?=\.)", "", name), known, likeness=0.4)
@@ -115,14 +145,18 @@ def path_at(row: Row, position: Position, like: Path) -> Path:
     return tuple(_make_key(word, key) for word, key in zip(words.split("."), like, strict=True))
 
 
-def iterate_leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, leaf) of all that is not a container, in order."""
+def iterate_leaves(node: Any, path: Path = (), empty: bool = False) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of all that is not a container, in order.
+
+    empty: whether empty containers are leaves. In the place of a parameter, one is what is left of
+    optax.MaskedNode in a state that was restored as plain dicts.
+    """
     children = list_children(node)
-    if children is None:
+    if children is None or (empty and not children):
         yield path, node
         return
     for key, child in children.items():
-        yield from iterate_leaves(child, (*path, key))
+        yield from iterate_leaves(child, (*path, key), empty)
 
 
 def list_children(node: Any) -> dict[Any, Any] | None:
@@ -149,7 +183,7 @@ def assemble(node: Any, leaves: Sequence[Leaf], depth: int = 0) -> Any:
     empty containers stay.
     """
     children = list_children(node)
-    if children is None:
+    if not children:
         return leaves[0].value
     groups: dict[Any, list[Leaf]] = {}
     for leaf in leaves:

@@ -11,6 +11,7 @@ optax.ema averages parameters; such an average belongs in a tree of its own, whi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,9 +45,25 @@ FIELDS: dict[str, dict[str, int]] = {
     "MuonState": {"mu": MU},
     # The Hessian's diagonal is, as a squared gradient, of second order in the parameter's share.
     "SophiaState": {"mu": MU, "nu": NU},
+    # What a line search keeps for the next step is the gradient itself.
+    "ScaleByBacktrackingLinesearchState": {"grad": MU},
+    "ScaleByZoomLinesearchState": {"grad": MU},
+    "ScaleByOptimisticGradientState": {"previous_gradient": MU},
+    "PerElementMeanAndSumSqDiffGradsState": {"mean_grads": MU, "sum_sq_diff_grads": NU},
+    "PerElementMeanAndVarianceEMAState": {"mean_grads_ema": MU, "variance_grads_ema": NU},
     "ScheduleFreeState": {"z": VALUE},
     "LookaheadParams": {"fast": VALUE, "slow": VALUE},
+    "SAMState": {"cache": VALUE},
+    # One truth for each array.
+    "ZeroNansState": {"found_nan": VALUE},
 }
+# Arrays that are of no parameter, and pass through: keys of random numbers, settings.
+PASSED = ("rng_key", "key", "ns_coeffs", "hyperparams")
+# For messages: what people use of these.
+KNOWN = (
+    "Adam (AdamW, NAdam, LAMB), Lion, SGD with momentum, RMSprop, Adagrad, AMSGrad, AdaBelief, "
+    "Adan, AdEMAMix, Muon and Sophia"
+)
 # What optax.ema's state is once it is a plain dict; an average of parameters looks the same.
 AVERAGE = "{count, ema}"
 # What a plain dict with exactly these keys was before it was saved: of all classes above and below
@@ -62,15 +79,27 @@ KEYS: dict[frozenset[str], str] = {
         "ApplyEvery": "count grad_acc",
         "MultiStepsState": "mini_step gradient_step inner_opt_state acc_grads skip_state",
         "MuonState": "count mu ns_coeffs",
+        "ScaleByOptimisticGradientState": "is_initial_step previous_gradient",
+        "ZeroNansState": "found_nan",
+        "AccumulateAvgUpdatesState": "micro_step ready avg_grad",
+        "PerElementMeanAndSumSqDiffGradsState": "micro_step ready mean_grads sum_sq_diff_grads",
+        "PerElementMeanAndVarianceEMAState": "count ema_decay mean_grads_ema variance_grads_ema",
+        # Those of both line searches.
+        "ScaleByZoomLinesearchState": "learning_rate value grad info",
         "SophiaState": "count mu nu hessian_fn_state",
         "ScheduleFreeState": "b1 weight_sum step_count max_lr base_optimizer_state z",
         "LookaheadParams": "fast slow",
+        "SAMState": "steps_since_sync opt_state adv_state cache",
+        "ScaleByDistanceOverGradientsState": "max_dist grad_sum_of_squares init_params",
         "PartitionState": "inner_states",
         "FactoredState": "count v_row v_col v",
         "ScaleByRpropState": "step_sizes prev_updates",
         "ScaleByAdaDeltaState": "e_g e_x",
         "ProdigyState": "exp_avg exp_avg_sq grad_sum params0 estim_lr numerator_weighted count",
         "DAdaptAdamWState": "exp_avg exp_avg_sq grad_sum estim_lr numerator_weighted count",
+        "SnapshotState": "measurement",
+        "MonitorState": "measurements measure_states",
+        "GaLoreState": "count base_optimizer_state projector",
         "MechanicState": "base_optimizer_state count r m v s x0",
         "ScaleByLBFGSState": "count params updates diff_params_memory diff_updates_memory "
         "weights_memory",
@@ -93,6 +122,8 @@ COUNTERS = {
     "ScaleByAdemamixState": ("count", "count_m2"),
     "ScaleBySimplifiedAdEMAMixState": ("t",),
 }
+# The fields of the last two parts of optax.lars's chain: a constant rate or a schedule, momentum.
+LARS = ([[], ["trace"]], [["count"], ["trace"]])
 # The states of these hold the states of others by label, each for its part of the parameters.
 SIDE_BY_SIDE = ("PartitionState", "MultiTransformState")
 # Why some states cannot grow.
@@ -113,16 +144,36 @@ REASONS = {
     "DoGState": "DoG's rate is a distance over all parameters, which growth changes",
     "DoWGState": "DoWG's rate is a distance over all parameters, which growth changes",
     "MadgradState": "MADGRAD divides by cube roots, which change steps by no power of the share",
+    "ScaleByDistanceOverGradientsState": "its rate is a distance, which growth changes",
+    "SnapshotState": "of which order in the gradients a measurement is, is not known",
+    "MonitorState": "of which order in the gradients a measurement is, is not known",
     "MomoState": "MoMo's rate is of sums over all parameters",
     "MomoAdamState": "MoMo's rate is of sums over all parameters",
 }
+# Optimizers of other packages than optax that have many implementations, by their class's name.
+PRECONDITIONERS = re.compile("shampoo|soap|psgd|kron", re.IGNORECASE)
 
 
 def is_optimizer_state(node: Any) -> bool:
     """Whether a node is one of optax's own states."""
     # By name and module, so that optax need not be installed, nor a class of one version be there.
-    named = isinstance(node, tuple) and hasattr(node, "_fields")
-    return named and type(node).__module__.split(".")[0] == "optax"
+    return is_named_tuple(node) and type(node).__module__.split(".")[0] == "optax"
+
+
+def is_named_tuple(node: Any) -> bool:
+    """Whether a node is of the kind that optax and other packages make states of."""
+    return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def is_foreign_state(node: Any, in_optimizer: bool) -> bool:
+    """Whether a node is the state of a transformation that is not optax's own.
+
+    in_optimizer: whether it stands in or beside states of optax. Elsewhere a named tuple may be a
+    training state of somebody's own, with parameters in it.
+    """
+    if not is_named_tuple(node) or is_optimizer_state(node):
+        return False
+    return in_optimizer or PRECONDITIONERS.search(type(node).__name__) is not None
 
 
 def find_kind(node: Any) -> str:
@@ -164,10 +215,15 @@ def _keeps(node: Any, rule: int) -> bool:
 def is_numbered(node: Any) -> bool:
     """Whether a dict has the keys "0", "1" and so on: a tuple, as flax's to_state_dict saves it.
 
-    >>> is_numbered({"1": {}, "0": {}})
-    True
+    nnx.state has a tuple with whole numbers for keys, and leaves out what holds nothing.
+
+    >>> is_numbered({"1": {}, "0": {}}), is_numbered({0: {}, 2: {}})
+    (True, True)
     """
-    return isinstance(node, Mapping) and {*node} == {str(place) for place in range(len(node))}
+    if not isinstance(node, Mapping) or not node:
+        return False
+    numbers = all(type(key) is int for key in node)
+    return numbers or {*node} == {str(place) for place in range(len(node))}
 
 
 def is_chain(node: Any, within: str) -> bool:
@@ -238,9 +294,53 @@ def find_rule(kind: str, field: str, maximum: bool, normalised: bool) -> int:
 def refuse_unknown(kind: str, field: str) -> GrowkitError:
     """The refusal of a state that holds arrays of parameters under a field that is not known."""
     reason = REASONS.get(kind)
+    if PRECONDITIONERS.search(kind):
+        reason = "it keeps preconditioners, which growth changes"
     why = f": {reason}" if reason else ", and what it holds there is not known"
-    known = ", ".join(sorted(name.removeprefix("ScaleBy").removesuffix("State") for name in FIELDS))
     return GrowkitError(
         f"the optimizer state {kind} cannot grow (field {field!r}){why}; start that optimizer "
-        f"anew after growth, or use one of {known}"
+        f"anew after growth, or use one of {KNOWN}"
     )
+
+
+def refuse_array(kind: str, field: str) -> GrowkitError:
+    """The refusal of a state that holds an array where it should hold a tree of parameters."""
+    if kind and kind not in FIELDS:
+        return refuse_unknown(kind, field)
+    return GrowkitError(
+        f"the optimizer state {kind or 'in a plain dict'} holds one array under {field!r}, and not "
+        f"one for each parameter, as under optax.flatten: which number is whose is not known; "
+        f"start that optimizer anew after growth, without optax.flatten"
+    )
+
+
+def refuse_lars(node: Any) -> None:
+    """Raise GrowkitError for the state of optax.lars, which is told by the order of its parts.
+
+    Its momentum is of steps that have the norm of their parameters, and stands after the learning
+    rate. Such a chain of somebody's own, without a normalisation, is refused as well.
+    """
+    dense = is_numbered(node) and {*map(int, node)} == set(range(len(node)))
+    chain = [node[key] for key in sorted(node, key=int)] if dense else node
+    if not isinstance(chain, tuple | list) or is_named_tuple(chain) or len(chain) != 4:
+        return
+    names = [_list_fields(part) for part in chain]
+    # A mask around what keeps nothing, twice: weight decay and the trust ratio.
+    masked = names[0] in ([], ["inner_state"]) and names[1] == ["inner_state"]
+    if masked and not _list_fields(_get_inner(chain[1])) and names[2:] in LARS:
+        raise GrowkitError(
+            "the optimizer state cannot grow: it is optax.lars's, or has its parts in the same "
+            "order, and LARS's momentum is of steps with the norm of their parameters; start that "
+            "optimizer anew after growth, or put optax.trace before the learning rate"
+        )
+
+
+def _list_fields(node: Any) -> list[str] | None:
+    """The fields of a state of optax or of a plain dict; None for anything else."""
+    if is_optimizer_state(node):
+        return list(node._fields)
+    return list(node) if isinstance(node, Mapping) else None
+
+
+def _get_inner(node: Any) -> Any:
+    return node["inner_state"] if isinstance(node, Mapping) else node.inner_state

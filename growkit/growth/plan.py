@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.errors import UsageError, did_you_mean
+from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap
 from growkit.growth.choice import Choice
 from growkit.growth.head_row import HeadRow
@@ -36,6 +36,7 @@ NO_WIDTH = ("layer", "vocab", "expert")
 FIRST_UNSCALED = "first, unscaled"
 # Where a model comes from, for messages about an argument that is none.
 MODEL_HINT = "as open_source(path).model or describe_model(table, sizes)"
+PLAN_HINT = "as growkit.plan_depth or growkit.plan_width return"
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,11 @@ def set_options(
 ) -> Plan:
     """The plan with the options that all growing verbs have.
 
-    noise: a number, or 0.5rms. Raises UsageError for values that make no sense for it.
+    noise: a number, or 0.5rms. Raises UsageError for values that make no sense for it, TypeError
+    for what is not a plan.
     """
+    require_type("plan", plan, Plan, PLAN_HINT)
+    require_type("noise", noise, (float, int, str), "as 0.5 or '0.5rms'")
     size, unit = parse_noise(noise)
     plan = replace(plan, moments=moments, noise=size, noise_unit=unit, seed=seed, rates=rates)
     if rates == MUP and not plan.grown_widths:
@@ -301,8 +305,13 @@ def _has_equal_shares(axis_map: AxisMap) -> bool:
 def combine_plans(verb: str, plans: list[Plan], model: Architecture) -> Plan:
     """One plan that does what several do, each on axes of its own.
 
-    Raises UsageError when two want the same axis.
+    Raises UsageError when two want the same axis, TypeError for what is not a list of plans.
     """
+    require_type("verb", verb, str, "as 'grow', which a lineage names it by")
+    require_type("plans", plans, (list, tuple), "of plans, each of axes of its own")
+    require_type("model", model, Architecture, MODEL_HINT)
+    for plan in plans:
+        require_type("a plan of plans", plan, Plan, PLAN_HINT)
     maps: dict[str, AxisMap] = {}
     pads: dict[str, int] = {}
     for plan in plans:

@@ -9,7 +9,7 @@ else (counts, schedules, masks) passes through.
 
 Arrays keep their kind. numpy stays numpy; jax arrays, traced or sharded, are grown by jax
 operations. A box with one array in it (an nnx Variable, linen's Partitioned) is opened, and closed
-again.
+again. An nnx module stands for its parameters, an nnx optimizer for its state.
 """
 
 from __future__ import annotations
@@ -20,34 +20,50 @@ from typing import Any
 
 import numpy as np
 
-from growkit.errors import GrowkitError, UsageError, require_type
+from growkit.errors import GrowkitError, UsageError
+from growkit.growth.containers import (
+    is_array,
+    is_nnx_optimizer,
+    list_parts,
+    open_module,
+    put_in_optimizer,
+    rebuild,
+    set_to_zero,
+)
 from growkit.growth.layout import (
     Layout,
     Leaf,
     assemble,
-    fill_container,
     iterate_leaves,
     join,
     list_units,
-    open_mapping,
     path_at,
 )
 from growkit.growth.optimizers import (
+    AVERAGE,
     KEY_MOMENTS,
+    PASSED,
+    REASONS,
     STEPS,
     UNKNOWN,
     find_kind,
     find_rule,
     is_chain,
     is_counter,
+    is_foreign_state,
     is_numbered,
+    is_optimizer_state,
     normalises,
+    refuse_array,
+    refuse_lars,
     refuse_unknown,
     refuse_unordered,
 )
 from growkit.growth.padding import MU, VALUE
 from growkit.growth.plan import FIRST_UNSCALED, Plan
 from growkit.growth.rule import find_source, grow_array
+from growkit.growth.short import plan_short
+from growkit.models.architecture import Architecture
 from growkit.models.notation import Position, Row
 
 # What stands beside a moment. Without one of these, `mu` may be parameters: those of a
@@ -56,20 +72,41 @@ BESIDE_MOMENTS = {"params", "count", *KEY_MOMENTS}
 NUMBERS = (bool, int, float, complex, str, np.generic, type(None))
 
 
-def grow(tree: Any, plan: Plan, nu: str = "square") -> Any:
+def grow(
+    tree: Any,
+    plan: Plan | Architecture,
+    nu: str = "square",
+    mu: str = "gradient",
+    *,
+    map: str | None = None,
+    method: str | None = None,
+    embed: str | int | None = None,
+    heads: str | int | None = None,
+    mlp: str | int | None = None,
+    head_dim: str | int | None = None,
+) -> Any:
     """The tree grown by a plan; the tree given is left as it was.
 
-    tree: parameters, or a state that holds them, or both. nu: "maximum" for a state of Adamax,
-    whose nu is the largest absolute gradient and has the class of Adam's state; else "square".
+    tree: parameters, or a state that holds them, or both; an nnx module stands for
+    `nnx.state(module, nnx.Param)` and an nnx optimizer for its `nnx.state`. plan: or a model, with
+    what shall grow: map and method as `plan_depth` takes them ("18:24", "identity"), sizes as
+    `plan_width` does. Two optimizers have states that look like Adam's. nu: "maximum" for Adamax's,
+    whose nu is the largest absolute gradient. mu: "step" for ADOPT's, whose mu averages normalised
+    steps.
+
     Returns the same containers with the same kinds of arrays, at the sizes of `plan.grown`. Copies
     have the bits that growth on disk writes; means (mean-pad) agree to the last digits. Raises
     GrowkitError when the tree holds no parameters, when a parameter is missing, unknown or of
-    another shape, and TypeError for what is not a plan or not an array.
+    another shape, and for an optimizer that cannot grow; TypeError for what is not a plan or not an
+    array.
     """
-    require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
+    sizes = {"embed": embed, "heads": heads, "mlp": mlp, "head_dim": head_dim}
+    chosen = plan_short(plan, map, method, sizes)
     if nu not in ("square", "maximum"):
         raise UsageError(f"nu is 'square', or 'maximum' for Adamax; got {nu!r}")
-    walk = _Walk(plan, nu == "maximum")
+    if mu not in ("gradient", "step"):
+        raise UsageError(f"mu is 'gradient', or 'step' for ADOPT; got {mu!r}")
+    walk = _Walk(chosen, nu == "maximum", mu == "step")
     grown = walk.visit(tree, VALUE)
     if not walk.found:
         raise GrowkitError(_describe_nothing_found(tree, walk.layout))
@@ -79,29 +116,41 @@ def grow(tree: Any, plan: Plan, nu: str = "square") -> Any:
 class _Walk:
     """One passage through a state. found: how many parameter trees were met on it."""
 
-    def __init__(self, plan: Plan, maximum: bool = False):
+    def __init__(self, plan: Plan, maximum: bool = False, steps: bool = False):
         self.plan = plan
         self.maximum = maximum
+        self.steps = steps
         self.layout = Layout(plan.model.table)
         self.found = 0
         # The class and field of the optimizer's state that was entered last.
         self.within = ("", "")
+        # Whether the node that is being visited lies in a state of optax.
+        self.in_optimizer = False
         # Whether the chain normalised its gradients before the state that is being visited.
         self.normalised = False
 
     def visit(self, node: Any, moment: int) -> Any:
         """A node of the state: grown if it is a parameter tree, else with its children grown."""
-        if isinstance(node, Mapping) and self.layout.holds(node):
+        if is_nnx_optimizer(node):
+            return put_in_optimizer(node, self.visit(node.opt_state, VALUE))
+        node = open_module(node)
+        if self._is_parameters(node):
             return self._grow_tree(node, moment)
-        children = _children(node)
+        children = list_parts(node)
         if children is None:
             return node
         grown = self._visit_children(node, children, moment)
         if all(grown[name] is child for name, child in children.items()):
             return node
-        return _rebuild(node, grown)
+        return rebuild(node, grown)
 
-    def _grow_tree(self, tree: Mapping[Any, Any], moment: int) -> Mapping[Any, Any]:
+    def _is_parameters(self, node: Any) -> bool:
+        """Whether a node is a parameter tree."""
+        if isinstance(node, Mapping):
+            return self.layout.holds(node)
+        return self.layout.holds_units(node)
+
+    def _grow_tree(self, tree: Any, moment: int) -> Any:
         """A parameter tree, grown by the rule of what it holds."""
         if moment == UNKNOWN:
             raise refuse_unknown(*self.within)
@@ -119,32 +168,64 @@ class _Walk:
         """The children of a container, grown; moment: what the container itself stands for."""
         grown = {}
         chained = is_chain(node, self.within[0])
-        if self.plan.moments != "reset":
-            refuse_unordered(node, self.within[0])
-        before = self.normalised
+        self._check_state(node, children)
+        before, outside = self.normalised, self.in_optimizer
+        parts = [node, *children.values()] if chained else [node]
+        self.in_optimizer = outside or any(map(is_optimizer_state, parts))
         # The keys of a numbered dict may be sorted as text: "10" before "2".
         names = sorted(children, key=int) if is_numbered(node) else list(children)
         for name in names:
             child = children[name]
             rule = self._find_moment(node, name, children, moment)
             resets = self._resets(node, name, children)
-            grown[name] = _zero(child) if resets else self.visit(child, rule)
+            grown[name] = set_to_zero(child) if resets else self.visit(child, rule)
             self.normalised = self.normalised or (chained and normalises(child))
-        self.normalised = before
+        self.normalised, self.in_optimizer = before, outside
         return {name: grown[name] for name in children}
+
+    def _check_state(self, node: Any, children: Mapping[Any, Any]) -> None:
+        """Raise GrowkitError for a state of an optimizer that cannot grow."""
+        if self.plan.moments != "reset":
+            refuse_unordered(node, self.within[0])
+            refuse_lars(node)
+        kind = find_kind(node)
+        # What a plain dict {count, ema} is, what it holds decides.
+        if kind in REASONS and kind != AVERAGE and self._holds_parameters(node):
+            raise refuse_unknown(kind, str(next(iter(children))))
+        # A moment that is one array, in a state that is a plain dict: {count, mu, nu}.
+        plain = {} if kind else KEY_MOMENTS
+        beside = children.keys() & {"count", *KEY_MOMENTS}
+        for name, child in children.items():
+            moment = name in plain and len(beside) > 1
+            if ((kind and name not in PASSED) or moment) and is_array(child):
+                raise refuse_array(kind or "", str(name))
+
+    def _holds_parameters(self, node: Any) -> bool:
+        """Whether there is a parameter tree anywhere in a node."""
+        if self._is_parameters(node):
+            return True
+        return any(map(self._holds_parameters, (list_parts(node) or {}).values()))
 
     def _find_moment(self, node: Any, name: Any, siblings: Mapping[Any, Any], moment: int) -> int:
         """What the trees below a field hold: by the class of an optax state, else by its name."""
         kind = find_kind(node)
         if kind:
             self.within = (kind, str(name))
-            return find_rule(kind, name, self.maximum, self.normalised)
+            rule = find_rule(kind, name, self.maximum, self.normalised)
+            looks_like_adam = kind == "ScaleByAdamState" and rule == MU
+            return STEPS if self.steps and looks_like_adam and name == "mu" else rule
         if name not in KEY_MOMENTS:
-            return moment
+            if not is_foreign_state(node, self.in_optimizer):
+                return moment
+            self.within = (type(node).__name__, str(name))
+            return UNKNOWN
         self._check_moment(name, siblings)
         self._check_squares(siblings)
+        if self.maximum and name == "nu":
+            return MU
         rule = KEY_MOMENTS[name]
-        return STEPS if rule == MU and self.normalised else rule
+        steps = self.normalised or (self.steps and name == "mu")
+        return STEPS if rule == MU and steps else rule
 
     def _check_squares(self, siblings: Mapping[Any, Any]) -> None:
         """Raise GrowkitError where `mu` and `nu` are not of one form: of SM3 and NovoGrad."""
@@ -165,8 +246,7 @@ class _Walk:
         if BESIDE_MOMENTS & siblings.keys() - {name}:
             return
         for other, child in siblings.items():
-            parameters = isinstance(child, Mapping) and self.layout.holds(child)
-            if other != name and parameters:
+            if other != name and self._is_parameters(child):
                 raise GrowkitError(
                     f"the tree has parameters under {name!r} and under {other!r}: it is not clear "
                     f"that {name!r} is an optimizer's moment, which grows by another rule; put "
@@ -183,9 +263,7 @@ class _Walk:
         return name == "count" and bool(siblings.keys() & KEY_MOMENTS.keys())
 
 
-def grow_parameters(
-    tree: Mapping[Any, Any], layout: Layout, plan: Plan, moment: int
-) -> Mapping[Any, Any]:
+def grow_parameters(tree: Any, layout: Layout, plan: Plan, moment: int) -> Any:
     """A parameter tree, or the tree of one moment, grown."""
     leaves = layout.read(tree, plan.model.sizes)
     # A tree may hold layers one by one; a new layer then takes the leaf of the one it copies.
@@ -202,8 +280,7 @@ def grow_parameters(
             for position in list_units(row, plan.grown.table, plan.grown.sizes):
                 origin = units[row.name, find_source(plan, row, position)]
                 grown.append(_grow_unit(origin, plan, moment, position))
-    grown_tree: Mapping[Any, Any] = assemble(tree, grown)
-    return grown_tree
+    return assemble(tree, grown)
 
 
 def _grow_unit(origin: Leaf, plan: Plan, moment: int, position: Position) -> Leaf:
@@ -247,7 +324,7 @@ def _change_array(
 ) -> Any:
     """The leaf with its array changed by `change(array, numpy or jax.numpy)`.
 
-    A leaf without an array is returned as it is, and so is one without dimensions (a mask, a rate)
+    A leaf without an array stays as it is, and so does one without dimensions (a mask, a rate)
     unless the parameter itself has none.
     """
     if isinstance(leaf, NUMBERS):
@@ -263,7 +340,8 @@ def _change_array(
 
     arrays, box = jax.tree.flatten(leaf)
     if not arrays:
-        return leaf
+        # Anew, because nnx takes one box in two places for one variable.
+        return jax.tree.unflatten(box, [])
     if len(arrays) > 1 or not isinstance(arrays[0], jax.Array | np.ndarray):
         kind = type(arrays[0] if len(arrays) == 1 else leaf).__name__
         raise TypeError(f"growkit.grow takes numpy and jax arrays, but {name!r} is of type {kind}")
@@ -280,42 +358,6 @@ def _check_shape(array: Any, wanted: tuple[int, ...], name: str) -> None:
         )
 
 
-def _zero(child: Any) -> Any:
-    """A count set to zero, in the kind of number or box that it is."""
-    if isinstance(child, int | np.ndarray | np.generic):
-        number: Any = child
-        return number * 0
-    import jax
-
-    return jax.tree.map(lambda count: count * 0, child)
-
-
-def _children(node: Any) -> dict[Any, Any] | None:
-    """The children of a container of a state by field, key or place; None for a leaf."""
-    if isinstance(node, Mapping):
-        return open_mapping(node)
-    if isinstance(node, tuple) and hasattr(node, "_asdict"):
-        return dict(node._asdict())
-    if isinstance(node, tuple | list):
-        return dict(enumerate(node))
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        # flax marks the fields that are not part of the tree.
-        fields = [
-            field for field in dataclasses.fields(node) if field.metadata.get("pytree_node", True)
-        ]
-        return {field.name: getattr(node, field.name) for field in fields}
-    return None
-
-
-def _rebuild(node: Any, children: dict[Any, Any]) -> Any:
-    """A container like `node` of other children."""
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return type(node)(**children)
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return dataclasses.replace(node, **children)
-    return fill_container(node, children)
-
-
 def _describe_nothing_found(tree: Any, layout: Layout) -> str:
     path = next(_find_paths(tree), None)
     if path is not None:
@@ -328,9 +370,10 @@ def _describe_nothing_found(tree: Any, layout: Layout) -> str:
 
 def _find_paths(node: Any) -> Iterator[tuple[Any, ...]]:
     """The paths of leaves below mappings, wherever the mappings stand in a state."""
+    node = open_module(node)
     if isinstance(node, Mapping):
         for path, _ in iterate_leaves(node):
             yield path
         return
-    for child in (_children(node) or {}).values():
+    for child in (list_parts(node) or {}).values():
         yield from _find_paths(child)

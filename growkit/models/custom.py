@@ -55,6 +55,8 @@ def describe_model(
     """
     require_type("table", table, str, "one line for each parameter")
     require_type("sizes", sizes, Mapping, "from axes to sizes")
+    require_type("norm", norm, str, "'layer' or 'rms'")
+    require_type("scalars", scalars or {}, Mapping, "from rows to factors, as 'sqrt(embed)'")
     if norm not in NORMS:
         raise GrowkitError(f"norm is 'layer' or 'rms', got {norm!r}{did_you_mean(norm, NORMS)}")
     rows = parse_table(table)

@@ -39,7 +39,7 @@ def test_a_fault_is_placed_in_its_file_and_costs_its_document_alone(tmp_path):
     for cut, rest in (("line", ["one", "more", "three"]), ("blank-line", ["one", "three"])):
         with pytest.raises(GrowkitError, match="byte 8 is 0xff"):
             list(open_inputs([path], cut=cut).read_documents())
-        assert list(open_inputs([path], "skip", cut).read_documents()) == rest
+        assert list(open_inputs([path], "skip", cut=cut).read_documents()) == rest
 
 
 def test_code_and_json_lines_are_not_cut(tmp_path):

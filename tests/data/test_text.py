@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 
 import trainer.data.text as module
+from growkit import textfiles
 from growkit.errors import GrowkitError, UsageError
 from trainer.data.cleaning import Cleaner
 from trainer.data.text import Shard, group_documents, open_inputs
@@ -175,12 +176,13 @@ def test_a_null_is_an_empty_document(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("a.txt.zst", "backports.zstd"), ("a.parquet", "pyarrow")]
+    ("name", "package"),
+    [("a.txt.zst", "backports.zstd"), ("a.parquet", "pyarrow"), ("a.arrow", "pyarrow")],
 )
 def test_a_package_that_is_missing_is_named_with_its_command(tmp_path, monkeypatch, name, package):
     def missing(module):
         raise ImportError(module)
 
-    monkeypatch.setattr(module.importlib, "import_module", missing)
+    monkeypatch.setattr(textfiles.importlib, "import_module", missing)
     (tmp_path / name).write_bytes(zstd.compress(b"x") if name.endswith("zst") else b"x")
     refused(UsageError, tmp_path / name, f"needs the package {package}: pip install {package}")

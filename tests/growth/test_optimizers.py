@@ -1,7 +1,7 @@
 """Optimizer states of optax grow by the rule of what they hold, or are refused by name.
 
-For every transformation that growkit knows, the grown state of a small model is the state that the
-grown model would have. A state grown by a wrong rule is not.
+As classes, as the plain dicts that they are once saved and restored, and in containers of others.
+That the rules are right, of every transformation of optax, is in test_every_optax.
 """
 
 from __future__ import annotations
@@ -14,38 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hidden_units import (
+    PLAN,
+    compute,
+    gap,
+    list_matrices,
+    make_params,
+    restore_plainly,
+    states,
+)
 
 import growkit
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth import optimizers
-from growkit.growth.padding import MU, NU, VALUE
-
-TABLE = """
-up.kernel    /inputs mlp  normal  matrix
-down.kernel  /mlp outputs  normal  matrix
-"""
-SMALL = growkit.describe_model(TABLE, {"inputs": 3, "mlp": 4, "outputs": 2})
-# Every hidden unit twice: what reads the units (down) carries half of each.
-PLAN = growkit.plan_width(SMALL, mlp=8)
-INPUTS = np.random.default_rng(0).normal(size=(5, 3))
-TARGETS = np.random.default_rng(1).normal(size=(5, 2))
-
-
-def make_params():
-    random = np.random.default_rng(2)
-    return {
-        "up": {"kernel": jnp.asarray(random.normal(size=(3, 4)))},
-        "down": {"kernel": jnp.asarray(random.normal(size=(4, 2)))},
-    }
-
-
-def compute(params, inputs=INPUTS):
-    return jnp.tanh(inputs @ params["up"]["kernel"]) @ params["down"]["kernel"]
-
-
-def loss(params):
-    return jnp.square(compute(params) - TARGETS).mean()
-
 
 # Steps need the learning rates of a clone; what is compared here is the state alone.
 GRADIENTS = {
@@ -87,64 +68,11 @@ def wide():
         yield
 
 
-def feed(optimizer, params, gradients):
-    """The state after gradients of fixed parameters, so that only the state is at stake."""
-    state = optimizer.init(params)
-    for gradient in gradients:
-        _, state = optimizer.update(gradient, state, params)
-    return state
-
-
-def list_points():
-    """Parameters at which gradients are taken, the same functions small and grown."""
-    params = make_params()
-    moves = np.random.default_rng(3).normal(scale=0.1, size=(5,))
-    return [jax.tree.map(lambda leaf, move=move: leaf * (1 + move), params) for move in moves]
-
-
-def states(optimizer, nu="square"):
-    """(the grown state, the state of the grown model) after the same functions' gradients."""
-    points = list_points()
-    small = feed(optimizer, points[0], [jax.grad(loss)(point) for point in points])
-    grown_points = [growkit.grow(point, PLAN) for point in points]
-    wide = feed(optimizer, grown_points[0], [jax.grad(loss)(point) for point in grown_points])
-    return growkit.grow(small, PLAN, nu=nu), wide
-
-
-def gap(ours, theirs) -> float:
-    leaves = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return max(
-        float(np.abs(np.asarray(a, float) - np.asarray(b, float)).max(initial=0.0))
-        / max(float(np.abs(np.asarray(b, float)).max(initial=0.0)), 1e-9)
-        for a, b in leaves
-        if np.ndim(a) > 1
-    )
-
-
 def test_the_clone_is_the_same_function():
     params = make_params()
     grown = growkit.grow(params, PLAN)
     assert np.abs(compute(grown) - compute(params)).max() < 1e-12
     assert grown["up"]["kernel"].shape == (3, 8)
-
-
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_the_grown_state_is_the_grown_models_state(name):
-    ours, theirs = states(GRADIENTS[name])
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    assert gap(ours, theirs) < 1e-9
-
-
-@pytest.mark.parametrize("name", ["adam", "adagrad", "adan", "ema", "accumulated", "lion"])
-def test_a_state_by_another_rule_is_not(name, monkeypatch):
-    other = {MU: VALUE, NU: MU, VALUE: MU}
-    wrong = {
-        kind: {field: other[rule] for field, rule in fields.items()}
-        for kind, fields in optimizers.FIELDS.items()
-    }
-    monkeypatch.setattr(optimizers, "FIELDS", wrong)
-    ours, theirs = states(GRADIENTS[name])
-    assert gap(ours, theirs) > 1e-2
 
 
 def test_the_maximum_of_adamax_is_of_first_order():
@@ -167,17 +95,6 @@ def test_what_has_no_rule_is_refused_by_name(name):
     assert kind in said and "cannot grow" in said and "Adam" in said and "\n" not in said
 
 
-def restore_plainly(node):
-    """A state as Orbax restores it without a template: dicts for classes, lists for chains."""
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return {name: restore_plainly(part) for name, part in node._asdict().items()}
-    if isinstance(node, tuple | list):
-        return [restore_plainly(part) for part in node]
-    if isinstance(node, dict):
-        return {name: restore_plainly(part) for name, part in node.items()}
-    return node
-
-
 def fill(state):
     """The state with random numbers for its matrices."""
     random = np.random.default_rng(4)
@@ -185,19 +102,6 @@ def fill(state):
         lambda leaf: jnp.asarray(random.normal(size=leaf.shape)) if np.ndim(leaf) > 1 else leaf,
         state,
     )
-
-
-def list_matrices(tree):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf) > 1]
-
-
-@pytest.mark.parametrize("name", sorted(GRADIENTS.keys() - {"ema"}))
-def test_a_state_restored_as_dicts_grows_as_its_class_does(name):
-    state = fill(GRADIENTS[name].init(make_params()))
-    ours = list_matrices(restore_plainly(growkit.grow(state, PLAN)))
-    theirs = list_matrices(growkit.grow(restore_plainly(state), PLAN))
-    assert len(ours) == len(theirs) > 0
-    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "ema"])

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 @click.argument("text", nargs=-1, required=True)
 @click.option(
     "--tokenizer",
-    metavar="FILE",
-    help="A tokenizer.json such as GPT-NeoX-20B's, or a directory with one.",
+    metavar="TOKENIZER",
+    help="A tokenizer.json such as GPT-NeoX-20B's, a vocab.json with merges.txt beside it, a "
+    "SentencePiece .model, a directory with one of them, or a Hub id.",
 )
 @click.option(
     "--train-bpe",
@@ -43,6 +44,18 @@ if TYPE_CHECKING:
     "--end-of-text",
     metavar="TOKEN",
     help="The token that ends a document.  [default: the one that the tokenizer's files state]",
+)
+@click.option(
+    "--text-key",
+    default="text",
+    metavar="KEY",
+    help="Under which key JSON objects have their text.",
+)
+@click.option(
+    "--column",
+    default="text",
+    metavar="NAME",
+    help="In which column Parquet and Arrow tables have their text.",
 )
 @click.option(
     "--errors",
@@ -77,31 +90,31 @@ def tokenize(
     train_bpe: int | None,
     out: str,
     force: bool,
-    end_of_text: str | None,
-    errors: str,
-    documents: str,
+    text_key: str,
+    column: str,
     processes: int | None,
     shard: str | None,
+    **settings: Any,
 ) -> None:
     """Turn TEXT into token files OUT.
 
-    TEXT is files or directories of text, source code, JSON lines or Parquet (the field "text").
-    Each file may be compressed (.gz, .zst, .bz2, .xz). What is read and what is passed over of a
-    directory is printed by ending. OUT is the same for any number of processes. --shard I/N takes
+    TEXT is files or directories of text, source code, JSON lines, Parquet or Arrow, and directories
+    that Hugging Face's `datasets` saved, compressed or not (.gz, .zst, .bz2, .xz). What is read and
+    passed over is printed by ending. OUT is the same for any number of processes. --shard I/N takes
     every N-th file, or every N-th block of text where there are fewer files than parts.
 
     OUT has Megatron's indexed format (tokens.bin, tokens.idx) and a manifest; an end-of-text
     token ends each document.
     """
     from growkit.cli.terminal import show_counts
+    from trainer.data.fields import Fields
     from trainer.data.processes import count_cores
     from trainer.data.text import Shard
     from trainer.data.tokenize import tokenize as tokenize_files
 
     part = Shard.parse(shard) if shard else None
     number = count_cores() if processes is None else processes
-    settings: dict[str, Any] = {"end_of_text": end_of_text, "errors": errors, "say": remark}
-    settings["documents"] = documents
+    settings |= {"fields": Fields(text_key, column), "say": remark}
     with show_counts("tokenizing") as progress:
         manifest = tokenize_files(
             text, out, tokenizer, train_bpe, force, progress, number, part, **settings

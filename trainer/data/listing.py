@@ -18,16 +18,19 @@ from etils import epath
 from growkit.checkpoint.files import is_remote
 from growkit.errors import GrowkitError, UsageError
 from growkit.textfiles import (
+    ARROW,
     HEAD,
     JSON_LINES,
     PARQUET,
+    TEXT,
     get_ending,
     holds_json_documents,
     open_text,
 )
+from trainer.data.saved_datasets import NOT_OF_DATASET, SavedDatasets
 
 # What is read of a directory; a .json file where it holds documents.
-READ = (".txt", ".md", ".rst", ".py", *JSON_LINES, PARQUET)
+READ = (".txt", ".md", ".rst", ".py", *JSON_LINES, PARQUET, ARROW)
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 # Tables, which would pass for text.
 TABLES = (".csv", ".tsv")
@@ -39,8 +42,12 @@ Numbered = tuple[int, epath.Path]  # number of the input that a file is from, an
 
 @dataclass
 class Listing:
-    """Files in order, and the names of those that a directory holds besides, by ending."""
+    """Files in order, and the names of those that a directory holds besides, by ending.
 
+    key: that a .json file has its texts under.
+    """
+
+    key: str = TEXT
     files: list[Numbered] = field(default_factory=list)
     passed: dict[str, list[str]] = field(default_factory=dict)
 
@@ -53,10 +60,13 @@ class Listing:
             self.files.append((number, path))
             return
         before = len(self.files)
+        saved = SavedDatasets()
         for file in self._walk(path):
             if not _is_file(file):
                 self._pass_over("broken links, pipes or devices", file.name)
-            elif _is_read(file):
+            elif saved.passes_over(file):
+                self._pass_over(NOT_OF_DATASET, file.name)
+            elif _is_read(file, self.key):
                 self.files.append((number, file))
             else:
                 self._pass_over(_name_ending(file.name), file.name)
@@ -102,11 +112,14 @@ class Listing:
         return begin + ", ".join(words)
 
 
-def list_inputs(texts: Sequence[str | os.PathLike[str]]) -> Listing:
-    """The files of all inputs, sorted within each. Raises UsageError where there are none."""
+def list_inputs(texts: Sequence[str | os.PathLike[str]], key: str = TEXT) -> Listing:
+    """The files of all inputs, sorted within each. Raises UsageError where there are none.
+
+    key: that a .json file has its texts under.
+    """
     if not texts:
         raise UsageError("name at least one text file or directory to tokenize")
-    listing = Listing()
+    listing = Listing(key)
     for number, text in enumerate(texts):
         listing.add_input(number, epath.Path(os.path.expanduser(text)))
     return listing
@@ -138,19 +151,19 @@ def _refuse_unread(error: OSError) -> None:
     raise GrowkitError(f"cannot read the directory {error.filename}: {error.strerror}") from error
 
 
-def _is_read(path: epath.Path) -> bool:
+def _is_read(path: epath.Path, key: str) -> bool:
     """Whether a file of a directory holds text, by its ending."""
     ending = get_ending(path.name)
     if ending not in READ:
         return False
-    return ending != ".json" or _holds_documents(path)
+    return ending != ".json" or _holds_documents(path, key)
 
 
-def _holds_documents(path: epath.Path) -> bool:
+def _holds_documents(path: epath.Path, key: str) -> bool:
     """Whether a .json file is JSON lines or an array of documents, and no settings or the like."""
     try:
         with path.open("rb") as raw, open_text(cast(BinaryIO, raw), str(path)) as file:
-            return holds_json_documents(file.peek(HEAD))
+            return holds_json_documents(file.peek(HEAD), key)
     except UsageError:
         raise
     except GrowkitError:

@@ -1,17 +1,14 @@
 """Text files of many forms, read in blocks of whole documents.
 
-Plain files, JSON lines and Parquet, compressed or not, on a disk or in a bucket. A block is what is
-sent to a process. JSON lines are parsed there, so that the one process that reads can keep many
-others busy. A shard is the part of the text that one of several machines takes.
-
-A document is the "text" of a line of JSON lines, or of a row of a Parquet file; plain text is one
-document a file, or is cut as `trainer.data.plain` says. Each file may be compressed, whatever its
-name.
+Plain files, JSON lines, Parquet and Arrow, compressed or not, on a disk or in a bucket. An object
+of JSON lines and a row of a table is a document; any other file is one, or is cut as
+`trainer.data.plain` says. A block is what is sent to a process. JSON lines are parsed there, so
+that the one process that reads can keep many others busy. A shard is the part of the text that one
+of several machines takes.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import os
@@ -30,24 +27,23 @@ from growkit.textfiles import (
     HEAD,
     JSON_LINES,
     MARK,
-    PARQUET,
     describe_foreign,
     describe_other_objects,
     get_ending,
     holds_json_lines,
-    import_optional,
     open_text,
     parse_json,
 )
 from trainer.data.cleaning import Cleaner, Faults
+from trainer.data.fields import USUAL_FIELDS, Fields
 from trainer.data.listing import Listing, Numbered, list_inputs
-from trainer.data.plain import WHOLE, read_plain_text
+from trainer.data.plain import WHOLE, check_cut, read_plain_text
+from trainer.data.tables import begins_as_table, choose_table_reader
 
+ADVICE = "name the key of its text with --text-key"
 BLOCK_SIZE = 1 << 18  # bytes of JSON lines, characters of other text
 
 _PROSE = (".md", ".rst", ".py")  # never JSON lines, whatever they begin with
-_PARQUET_MAGIC = b"PAR1"
-_PARQUET_ROWS = 100  # read at once
 
 T = TypeVar("T")
 
@@ -80,13 +76,14 @@ class JsonLines:
     offset: int  # of the first byte in the file
     source: int = 0  # number of the input that they are from
     faults: Faults = Faults()  # those of its lines are found when they are read
+    key: str = "text"  # of the text in an object
 
     def read_documents(self, cleaner: Cleaner) -> Iterator[tuple[str, str]]:
         """Each document, and where it stands in words. Raises GrowkitError for a broken line."""
         offset = self.offset
         for number, line in enumerate(self.data.split(b"\n"), self.number):
             where = f"{self.path}, line {number}"
-            document = _read_json_line(line, self.path, offset, where, cleaner)
+            document = _read_json_line(line, self, offset, where, cleaner)
             offset += len(line) + 1
             if document is not None:
                 yield document, where
@@ -134,6 +131,7 @@ class Inputs:
     names: list[str]
     listing: Listing
     policy: str = "strict"  # see `trainer.data.cleaning`
+    fields: Fields = USUAL_FIELDS  # where records have their text
     cut: str = WHOLE
     disguised: set[str] = field(default_factory=set)
     plain: set[epath.Path] = field(default_factory=set)
@@ -169,14 +167,20 @@ class Inputs:
 
 
 def open_inputs(
-    texts: Sequence[str | os.PathLike[str]], policy: str = "strict", cut: str = WHOLE
+    texts: Sequence[str | os.PathLike[str]],
+    policy: str = "strict",
+    fields: Fields = USUAL_FIELDS,
+    cut: str = WHOLE,
 ) -> Inputs:
     """Files, and the text files under directories, sorted.
 
-    policy: what is done with bytes that are not text. cut: how plain text is cut into documents.
-    Raises UsageError where there are no files.
+    policy: what is done with bytes that are not text. fields: where JSON objects and tables have
+    their text. cut: how plain text is cut into documents. Raises UsageError where there are no
+    files, and for an unknown cut.
     """
-    return Inputs([os.fspath(text) for text in texts], list_inputs(texts), policy, cut)
+    check_cut(cut)
+    names = [os.fspath(text) for text in texts]
+    return Inputs(names, list_inputs(texts, fields.key), policy, fields, cut)
 
 
 class _Group:
@@ -240,36 +244,36 @@ class _Reading:
     def _read_file(self, path: epath.Path, group: _Group) -> Iterator[Block]:
         with _open(path) as file:
             head = file.peek(HEAD)
-            foreign = None if head.startswith(_PARQUET_MAGIC) else describe_foreign(head)
-            read = self._choose_reader(path, head)
+            table = choose_table_reader(path, head)
+            read = table or self._choose_reader(path, head)
+            foreign = None if table and begins_as_table(head) else describe_foreign(head)
+            fields = self.inputs.fields
             if read == self._read_plain_text:
-                foreign = foreign or describe_other_objects(head)
+                foreign = foreign or describe_other_objects(head, fields.key, ADVICE)
             if foreign:
                 self.cleaner.refuse(GrowkitError(f"{path} is {foreign}"))
                 return
             if read is _read_json_lines:
                 yield from group.flush()
-                yield from _read_json_lines(file, path, self.source)
+                yield from _read_json_lines(file, path, self.source, fields.key)
                 return
-            for text in read(file, path, self.cleaner):
+            for text in read(file, path, self.cleaner, fields):
                 yield from group.add(text)
 
     def _choose_reader(self, path: epath.Path, head: bytes) -> Callable[..., Iterator[Any]]:
         """The function that reads a file, by its ending and by what it holds."""
         ending = get_ending(path.name)
-        if ending == PARQUET or head.startswith(_PARQUET_MAGIC):
-            return _read_parquet
         if ending == ".json" and _is_one_document(head):
             return _read_json_documents
         if ending in JSON_LINES:
             return _read_json_lines
-        if ending not in _PROSE and holds_json_lines(head):
+        if ending not in _PROSE and holds_json_lines(head, self.inputs.fields.key):
             self.inputs.disguised.add(path.name)
             return _read_json_lines
-        return read_plain_text if ending in _PROSE else self._read_plain_text
+        return _read_prose if ending in _PROSE else self._read_plain_text
 
     def _read_plain_text(
-        self, file: BufferedReader, path: epath.Path, cleaner: Cleaner
+        self, file: BufferedReader, path: epath.Path, cleaner: Cleaner, fields: Fields
     ) -> Iterator[str]:
         """The documents of a plain text file, cut as the user asked."""
         self.inputs.plain.add(path)
@@ -302,23 +306,32 @@ def _is_one_document(head: bytes) -> bool:
     return False
 
 
-def _read_json_lines(file: BufferedReader, path: epath.Path, source: int) -> Iterator[JsonLines]:
+def _read_prose(
+    file: BufferedReader, path: epath.Path, cleaner: Cleaner, fields: Fields
+) -> Iterator[str]:
+    """A file that is one document, whatever plain text is cut into."""
+    return read_plain_text(file, path, cleaner)
+
+
+def _read_json_lines(
+    file: BufferedReader, path: epath.Path, source: int, key: str
+) -> Iterator[JsonLines]:
     number = 1
     offset = 0
     while data := file.read(BLOCK_SIZE):
         # The rest of the last line, so that no line is in two blocks.
         if not data.endswith(b"\n"):
             data += file.readline()
-        yield JsonLines(data, str(path), number, offset, source)
+        yield JsonLines(data, str(path), number, offset, source, key=key)
         number += data.count(b"\n")
         offset += len(data)
 
 
 def _read_json_line(
-    line: bytes, path: str, offset: int, where: str, cleaner: Cleaner
+    line: bytes, block: JsonLines, offset: int, where: str, cleaner: Cleaner
 ) -> str | None:
     """The document of one line; None for a blank line, and where the policy leaves it out."""
-    text = cleaner.decode(line, path, offset)
+    text = cleaner.decode(line, block.path, offset)
     if text is None:
         return None
     # Files joined by `cat` have marks at the beginning of lines.
@@ -330,26 +343,30 @@ def _read_json_line(
     except GrowkitError as error:
         cleaner.refuse(error)
         return None
-    return _clean_text(value, where, cleaner)
+    return _clean_text(value, where, cleaner, block.key)
 
 
-def _get_text(value: Any, where: str) -> str:
-    """The "text" of a JSON object; a null is an empty document. Raises GrowkitError."""
+def _get_text(value: Any, where: str, key: str) -> str:
+    """The text of a JSON object; a null is an empty document. Raises GrowkitError."""
+    rule = f'{where} must be an object with a string under "{key}"'
     if not isinstance(value, dict):
-        raise GrowkitError(
-            f'{where} must be an object with a string under "text", and is not an object'
-        )
-    text = value.get("text", value)
+        raise GrowkitError(f"{rule}, and is not an object")
+    text = value.get(key, value)
     if text is None:
         return ""
     if isinstance(text, str):
         return text
-    keys = ", ".join(repr(key) for key in list(value)[:10]) or "no key"
-    what = f"has {keys}" if text is value else "has something else there"
-    raise GrowkitError(f'{where} must be an object with a string under "text", and {what}')
+    if text is not value:
+        raise GrowkitError(f"{rule}, and has something else there")
+    keys = ", ".join(repr(other) for other in list(value)[:10])
+    if not keys:
+        raise GrowkitError(f"{rule}, and has no key")
+    raise GrowkitError(f"{rule}, and has {keys}; {ADVICE}")
 
 
-def _read_json_documents(file: BufferedReader, path: epath.Path, cleaner: Cleaner) -> Iterator[str]:
+def _read_json_documents(
+    file: BufferedReader, path: epath.Path, cleaner: Cleaner, fields: Fields
+) -> Iterator[str]:
     """The documents of a .json file that is one array of objects, or one object."""
     text = cleaner.decode(file.read(), str(path), 0)
     if text is None:
@@ -362,40 +379,16 @@ def _read_json_documents(file: BufferedReader, path: epath.Path, cleaner: Cleane
     items = value if isinstance(value, list) else [value]
     for number, item in enumerate(items, 1):
         where = f"{path}, item {number}" if isinstance(value, list) else str(path)
-        document = _clean_text(item, where, cleaner)
+        document = _clean_text(item, where, cleaner, fields.key)
         if document is not None:
             yield document
 
 
-def _clean_text(value: Any, where: str, cleaner: Cleaner) -> str | None:
-    """The "text" of a JSON object; None where the policy leaves it out."""
+def _clean_text(value: Any, where: str, cleaner: Cleaner, key: str) -> str | None:
+    """The text of a JSON object; None where the policy leaves it out."""
     try:
-        document = _get_text(value, where)
+        document = _get_text(value, where, key)
     except GrowkitError as error:
         cleaner.refuse(error)
         return None
     return cleaner.clean(document, where)
-
-
-def _read_parquet(file: BufferedReader, path: epath.Path, cleaner: Cleaner) -> Iterator[str]:
-    """The column "text" of a Parquet file, row by row; a null is an empty document."""
-    parquet = import_optional("pyarrow.parquet", str(path))
-    arrow = importlib.import_module("pyarrow")
-    try:
-        table = parquet.ParquetFile(file)
-        types = {field.name: field.type for field in table.schema_arrow}
-        if types.get("text") not in (arrow.string(), arrow.large_string()):
-            present = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-            raise GrowkitError(f'{path} must have a column "text" of strings; it has {present}')
-        row = 0
-        for rows in table.iter_batches(_PARQUET_ROWS, columns=["text"]):
-            # As bytes: Parquet files exist whose strings are not UTF-8.
-            for data in rows.column(0).cast(arrow.large_binary()).to_pylist():
-                text = cleaner.decode(data or b"", f"row {row} of {path}", 0)
-                row += 1
-                if text is not None:
-                    yield text
-    except arrow.ArrowException as error:
-        raise GrowkitError(
-            f"{path} is not a whole Parquet file of text: {' '.join(str(error).split())}"
-        ) from error

@@ -21,8 +21,9 @@ from etils import epath
 from growkit.checkpoint.output import check_output, commit_output
 from growkit.errors import UsageError
 from trainer.data.cleaning import Cleaner, Faults, check_policy
+from trainer.data.fields import USUAL_FIELDS, Fields
 from trainer.data.listing import is_pipe
-from trainer.data.plain import WHOLE, check_cut
+from trainer.data.plain import WHOLE
 from trainer.data.processes import count_cores, map_in_order
 from trainer.data.text import (
     BLOCK_SIZE,
@@ -53,31 +54,31 @@ def tokenize(
     shard: Shard | None = None,
     end_of_text: str | None = None,
     errors: str = "strict",
+    fields: Fields = USUAL_FIELDS,
     say: Say = lambda words: None,
     documents: str = WHOLE,
 ) -> dict[str, Any]:
     """Tokenize text files, or one shard of them, into the directory `out`; returns its manifest.
 
-    texts: files or directories; `trainer.data.text` says what a document is. tokenizer, train_bpe:
-    give one of them, a tokenizer.json or a directory that holds one, or the vocabulary size of a
-    byte-level BPE to train on the text. progress: called with the documents, tokens and bytes of
-    text written so far. processes: more than one are spawned, so the calling script needs `if
-    __name__ == "__main__"`; the output is the same. end_of_text: the token that ends a document;
-    None for the tokenizer's own. errors: strict, replace or skip; see `trainer.data.cleaning`. say:
-    called with lines about what is read and what is passed over. documents: file, blank-line or
-    line, what is one document of plain text.
+    texts: files or directories; `trainer.data.text` says what a document is, and `documents` (file,
+    blank-line or line) what is one of plain text. fields: where records have their text. tokenizer,
+    train_bpe: give one of them, what `trainer.data.tokenizer_files` finds, or the vocabulary size
+    of a byte-level BPE to train on the text. progress: called with the documents, tokens and bytes
+    of text so far. processes: more than one are spawned, so the script needs `if __name__ ==
+    "__main__"`; the output is the same. end_of_text: the token that ends a document; None for the
+    tokenizer's own. errors: see `trainer.data.cleaning`. say: called with lines about what is read.
 
     Raises UsageError for arguments that cannot work and GrowkitError for broken files.
     """
-    _check_arguments(tokenizer, train_bpe, shard, errors, documents)
+    _check_arguments(tokenizer, train_bpe, shard, errors)
     check_output(_check_local(out), None, force)
-    inputs = open_inputs(texts, errors, documents)
+    inputs = open_inputs(texts, errors, fields, documents)
     say(inputs.listing.describe(inputs.select_files(shard)))
     loaded = _choose_tokenizer(inputs, tokenizer, train_bpe, end_of_text)
     encoded = _encode_blocks(inputs.read_blocks(shard), loaded, processes, errors)
     if shard is None:
         encoded = _refuse_empty_inputs(encoded, inputs.names)
-    origin = _describe_origin(inputs, shard)
+    origin = _describe_origin(inputs, shard) | fields.describe()
     manifest = _write_directory(encoded, out, loaded, origin, force, progress)
     for words in _describe_reading(inputs):
         say(words)
@@ -135,17 +136,12 @@ def _refuse_pipes(inputs: Inputs) -> None:
 
 
 def _check_arguments(
-    tokenizer: PathName | None,
-    train_bpe: int | None,
-    shard: Shard | None,
-    errors: str,
-    documents: str,
+    tokenizer: PathName | None, train_bpe: int | None, shard: Shard | None, errors: str
 ) -> None:
     """Refuse a tokenizer that is given twice or not at all, or is another one for each shard, and
-    unknown words.
+    an unknown policy.
     """
     check_policy(errors)
-    check_cut(documents)
     if (tokenizer is None) == (train_bpe is None):
         raise UsageError(
             "give either a tokenizer or the vocabulary size of one to train, and not both"

@@ -11,30 +11,28 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from growkit.checkpoint.files import LFS_POINTER, is_remote
+from growkit.checkpoint.files import LFS_POINTER
 from growkit.errors import GrowkitError, UsageError
 from growkit.models.vocabulary import check_ids
 from trainer.data.panics import explain_panics
 from trainer.data.special import (
     CONFIG,
     KEPT,
-    MAP,
     USUAL_ENDS,
     Beside,
     choose_end_of_text,
     find_model_end_of_text,
     read_beside,
 )
+from trainer.data.tokenizer_files import FILE, find_tokenizer
 
-FILE = "tokenizer.json"
 PADDING = "<|padding|>"
 SMALLEST_TRAINED_VOCABULARY = 256 + 2  # every byte, the end of text and the padding
 
@@ -91,29 +89,19 @@ class TextTokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str], end_of_text: str | None = None) -> TextTokenizer:
-    """Load a tokenizer.json, or the one in a directory, without its truncation and padding.
+    """Load a tokenizer of any form that `trainer.data.tokenizer_files` finds, by path or Hub id.
 
-    end_of_text: the token that ends a text; None for the one that the files beside it state.
-    Raises UsageError when there is no tokenizer or no such token, and GrowkitError for broken
-    files.
+    Truncation and padding that are saved with it are left out. end_of_text: the token that ends a
+    text; None for the one that the tokenizer's files state. Raises UsageError when there is no
+    tokenizer or no such token, and GrowkitError for broken files.
     """
-    file = epath.Path(os.path.expanduser(path))
-    if file.is_dir():
-        file = file / FILE
-    if not (file.exists() if is_remote(file) else os.path.isfile(file)):
-        raise UsageError(
-            f"no tokenizer at {file}: give a tokenizer.json, or a directory holding one"
-        )
-    beside = {}
-    # Another name is one of several tokenizers in a directory, and what lies there is of none.
-    if file.name == FILE:
-        others = [file.parent / name for name in (CONFIG, MAP)]
-        beside = {other.name: other.read_bytes() for other in others if other.exists()}
-    content = file.read_bytes()
-    tokenizer = parse_tokenizer(content, str(file))
-    settings = read_beside(beside, str(file.parent))
-    end = choose_end_of_text(tokenizer, str(file), settings, end_of_text)
-    return _make_text_tokenizer(tokenizer, content, end, settings)
+    found = find_tokenizer(path)
+    tokenizer = parse_tokenizer(found.content, found.name)
+    settings = read_beside(found.beside, found.folder)
+    if settings.stated is None and found.end is not None:
+        settings = replace(settings, stated=(found.end, found.name))
+    end = choose_end_of_text(tokenizer, found.name, settings, end_of_text)
+    return _make_text_tokenizer(tokenizer, found.content, end, settings)
 
 
 def load_model_tokenizer(
