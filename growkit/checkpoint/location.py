@@ -147,16 +147,19 @@ def _may_be_hub_id(text: str) -> bool:
     Nothing of this name is here. Where a directory of the owner's name is, this was meant to lie in
     it: a mistyped path such as runs/smal must not be asked of the Hub.
     """
-    if Path(split_revision(text)[0].split("/")[0]).is_dir():
-        return False
-    return is_hub_id(text)
+    return is_hub_id(text) and not _find_owner(text).is_dir()
+
+
+def _find_owner(text: str) -> Path:
+    """OWNER of OWNER/NAME, as a path."""
+    return Path(split_revision(text)[0].split("/")[0])
 
 
 def _explain_missing(text: str, path: Path) -> str:
     """A clause for a path that is not here: the nearest one, or why the Hub was not asked."""
     near = _suggest_sibling(path)
-    owner = text.split("/")[0]
-    if near or not is_hub_id(text) or not Path(owner).is_dir():
+    owner = _find_owner(text)
+    if near or not is_hub_id(text) or not owner.is_dir():
         return near
     return f" ({owner}/ is a directory here, so the Hugging Face Hub was not asked)"
 

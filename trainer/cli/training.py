@@ -119,10 +119,13 @@ def tokenize(
         manifest = tokenize_files(
             text, out, tokenizer, train_bpe, force, progress, number, part, **settings
         )
-    found = manifest["vocab_size"]
-    if train_bpe and found < train_bpe:
-        tell(f"note: {train_bpe} tokens were asked for, and the text supports {found}")
+    if train_bpe and manifest["vocab_size"] < train_bpe:
+        _say_fewer_tokens(train_bpe, manifest["vocab_size"])
     show_result(f"wrote {out}: {_describe_tokens(manifest)}", {"output": out} | manifest)
+
+
+def _say_fewer_tokens(asked: int, supported: int) -> None:
+    tell(f"note: {asked} tokens were asked for, and the text supports {supported}")
 
 
 def _describe_tokens(manifest: dict[str, Any]) -> str:
