@@ -9,6 +9,7 @@ from growkit.entries import Conversion, Entry, Growth, Origin, Training
 from growkit.growth.plan import KEEP
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
+from growkit.models.counts import describe_mlp
 from growkit.quantity import format_count
 
 HEAD = """---
@@ -24,7 +25,7 @@ tags: [{model.kind}, growkit]
 | layers | {model.layer} |
 | hidden size | {model.embed} |
 | heads | {model.head_count} of {model.head_dim}{groups} |
-| mlp | {model.mlp} |
+| mlp | {mlp} |
 | vocabulary | {model.vocab} |
 | context | {model.context} tokens |
 | parameters | {model.parameters:,} |
@@ -57,6 +58,7 @@ def format_card(
     grouped = model.sizes.get("group", 1) > 1
     head = HEAD.format(
         model=model,
+        mlp=describe_mlp(model),
         groups=f" in {model.sizes['kv']} groups" if grouped else "",
         size=format_count(model.parameters),
         residual="parallel" if parallel else "sequential",

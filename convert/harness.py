@@ -31,7 +31,8 @@ class HuggingFaceModel(WindowedModel, HFLM):
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-        self.expect(sum(-(-length // self.max_length) for length in lengths))
+        # A window reads as many tokens as it scores: the token before the first, not the last.
+        self.expect(sum(-(-length // self.max_length) for length in lengths), sum(lengths))
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -42,13 +43,13 @@ class HuggingFaceModel(WindowedModel, HFLM):
         # time; those are counted above.
         if override_bs is None:
             self.count_cut(requests)
-            self.expect(len(pieces))
+            self.expect(len(pieces), self.count_tokens(pieces))
         scores = super()._loglikelihood_tokens(pieces, disable_tqdm=True, override_bs=override_bs)
         return join_scores(owners, scores)
 
     def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
         logits = super()._model_call(inps, *rest, **options)
-        self.advance(len(inps))
+        self.advance(len(inps), inps.numel())
         return logits
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from growkit.errors import GrowkitError
 
+COUNTED_IN = "float32"
+
 
 def require_transformers() -> None:
     """Raise GrowkitError, before any work is done, if torch or transformers is not installed."""
@@ -73,6 +75,37 @@ def load_logits(path: Path, dtype: str | None = None) -> Callable[[np.ndarray], 
             return network(ids).logits.double().numpy()
 
     return compute_logits
+
+
+def count_chosen(path: Path, tokens_BxT: np.ndarray, top: int) -> np.ndarray:
+    """int64 [layer with experts, expert]: how many of these tokens go through each expert.
+
+    top: experts a token. Computed on the CPU in float32. Raises GrowkitError without torch or
+    transformers, and for a type whose scores of experts transformers does not give.
+    """
+    require_transformers()
+    import torch
+
+    network = load_network(path, COUNTED_IN)
+    found: list[np.ndarray] = []
+    for row_T in tokens_BxT:
+        ids = torch.from_numpy(np.asarray(row_T[None], np.int64))
+        with torch.no_grad():
+            result = network(ids, output_router_logits=True, use_cache=False)
+        scores = getattr(result, "router_logits", None)
+        if not scores:
+            raise GrowkitError(
+                f"transformers does not give the scores of experts of {path}; --choose fisher "
+                f"takes a checkpoint's second moments"
+            )
+        # A softmax over all experts keeps their order.
+        chosen = [each.topk(top, dim=-1).indices.flatten() for each in scores]
+        counts = [
+            torch.bincount(index, minlength=each.shape[-1]).numpy()
+            for index, each in zip(chosen, scores, strict=True)
+        ]
+        found.append(np.stack(counts))
+    return np.sum(found, axis=0)
 
 
 def generate_text(path: Path, prompt: str, tokens: int) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.errors import GrowkitError, UsageError
     from growkit.growth.depth import plan_depth
+    from growkit.growth.experts import plan_experts
+    from growkit.growth.mixture import plan_mixture
     from growkit.growth.plan import Plan, combine_plans, set_options
     from growkit.growth.tree import grow
     from growkit.growth.vocabulary import plan_vocabulary
@@ -45,7 +47,9 @@ __all__ = [
     "grow",
     "open_source",
     "plan_depth",
+    "plan_experts",
     "plan_like",
+    "plan_mixture",
     "plan_vocabulary",
     "plan_width",
     "read_lineage",
@@ -59,6 +63,8 @@ _HOMES = {
     "growkit.checkpoint.tensor": ("Source",),
     "growkit.errors": ("GrowkitError", "UsageError"),
     "growkit.growth.depth": ("plan_depth",),
+    "growkit.growth.experts": ("plan_experts",),
+    "growkit.growth.mixture": ("plan_mixture",),
     "growkit.growth.plan": ("Plan", "combine_plans", "set_options"),
     "growkit.growth.tree": ("grow",),
     "growkit.growth.vocabulary": ("plan_vocabulary",),

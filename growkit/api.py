@@ -18,6 +18,7 @@ from growkit.growth.plan import Plan
 from growkit.lineage import Lineage
 from growkit.models.given import read_table, use_family
 from growkit.surgery.grow import prepare_growth
+from growkit.surgery.upcycling import express_source
 
 PATH = (str, os.PathLike)
 PATH_HINT = "a directory, a run as RUN@STEP, or a Hub id"
@@ -65,7 +66,7 @@ def write_grown(
     require_type("source", source, Source, "as growkit.open_source(path) returns")
     require_type("plan", plan, Plan, "as growkit.plan_depth or growkit.plan_width return")
     require_type("out", out, PATH, "the directory to write")
-    if plan.model != source.model:
+    if plan.model != express_source(source, plan.experts):
         raise UsageError(
             f"the plan was made for another model than {source.path}; make one for its .model"
         )

@@ -66,7 +66,8 @@ class Lineage:
         return last
 
     def growths_after(self, ends: Callable[[Entry], bool]) -> list[Growth]:
-        """The growths at the end, in order, down to the latest entry of which `ends` is true.
+        """The growths at the end, in order, down to the latest entry of which `ends` is true, or to
+        the latest one that made another type of the model.
 
         Raises GrowkitError for an entry among them that claims to be a growth or a training and
         cannot be read.
@@ -78,6 +79,9 @@ class Lineage:
                 break
             if isinstance(entry, Growth):
                 found.insert(0, entry)
+                # Plans before it are of a model of another type.
+                if entry.experts is not None and entry.experts.upcycling is not None:
+                    break
         return found
 
     def last_growths(self) -> list[Growth]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,21 @@ from growkit.checkpoint.huggingface import (
 )
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.optimizer import STEP, Optimizer, ReadOptimizer, Scalar, read_optimizer
-from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, wrap_array
+from growkit.checkpoint.tensor import (
+    Contents,
+    Recipe,
+    Source,
+    Tensor,
+    copy_tensor,
+    wrap_array,
+    zeros,
+)
 from growkit.checkpoint.torch_pickle import Stored
 from growkit.checkpoint.torch_zip import TorchWriter, open_torch_file
 from growkit.errors import GrowkitError
+from growkit.models import read_config
+from growkit.models.architecture import Architecture
+from growkit.models.fused import find_fused
 
 KIND = "hf_trainer"
 OPTIMIZER = "optimizer.pt"
@@ -206,7 +217,9 @@ def write_trained(
         raise GrowkitError(f"{path} is to hold an optimizer, and none was given")
     path.mkdir()
     writer = TorchWriter(path / OPTIMIZER)
-    value = _make_state_dict(writer, optimizer, contents.recipes)
+    model = read_config(contents.config, contents.lineage)
+    slots = {slot: join_experts(contents.recipes[slot], model) for slot in optimizer.entries}
+    value = _make_state_dict(writer, optimizer, slots)
     with collect_jobs() as jobs:
         weight_map = begin_shards(path, contents.recipes["params"], shard, jobs)
         jobs += writer.begin(value)
@@ -243,6 +256,35 @@ def _make_state_dict(
         }
         groups.append(options | {"params": list(range(first, len(state)))})
     return {"state": state, "param_groups": groups}
+
+
+def join_experts(recipes: Mapping[str, Recipe], model: Architecture) -> dict[str, Recipe]:
+    """The recipes of a slot by the names of parameters in memory, which holds experts as one."""
+    joined = dict(recipes)
+    for fused in find_fused(model).values():
+        shape = fused.row.shape(model.sizes)
+        for position in fused.row.positions(model.sizes):
+            names = list(fused.list_names(position, shape[0]))
+            # Layers without experts have none of these.
+            if names[0] in recipes:
+                parts = [joined.pop(name) for name in names]
+                joined[fused.row.name_at(position)] = join_recipes(parts, shape)
+    return joined
+
+
+def join_recipes(recipes: Sequence[Recipe], shape: tuple[int, ...]) -> Recipe:
+    """The recipe for tensors of one dtype that lie end to end in one of this shape."""
+    if all(recipe.is_zeros for recipe in recipes):
+        return zeros(shape, recipes[0].dtype)
+
+    def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        begin = 0
+        for recipe in recipes:
+            for start, block in recipe.make_blocks():
+                yield begin + start * recipe.dtype.itemsize, block
+            begin += recipe.size
+
+    return Recipe(shape, recipes[0].dtype, pieces=pieces)
 
 
 def _add_scalar(writer: TorchWriter, name: str, value: Any) -> Any:

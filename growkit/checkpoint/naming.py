@@ -91,10 +91,21 @@ def find_name(name: str, model: Architecture) -> str:
     # Two generations of transformers' names for the head; no row of another role has either name.
     if name in HEADS and family.head_name:
         return family.head_name
-    for candidate in list_candidates(name, family):
+    candidates = list_candidates(name, family)
+    for candidate in candidates:
         if any(row.match(candidate) is not None for row in family.rows):
             return candidate
-    return name
+    renamed = (_find_renamed(candidate, family) for candidate in candidates)
+    return next((known for known in renamed if known), name)
+
+
+def _find_renamed(name: str, family: Family) -> str:
+    """The table's name for one that transformers' memory has instead, empty where there is none."""
+    for row, alias in family.aliases.items():
+        layer = None if " " in alias else _match_layer(alias, name)
+        if layer is not None:
+            return row.replace("{layer}", layer)
+    return ""
 
 
 def list_candidates(name: str, family: Family) -> list[str]:

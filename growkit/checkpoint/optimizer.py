@@ -126,7 +126,7 @@ def read_optimizer(file: TorchFile, model: Architecture) -> ReadOptimizer:
     numbers = [group["params"] for group in groups]
     shapes = _list_shapes(file, state, entries, numbers)
     names = _assign(file, model, groups, shapes)
-    found = _Reading(file, state, entries)
+    found = _Reading(file, state, entries, model)
     for number, name in names.items():
         found.read(number, name)
     made = tuple(
@@ -348,16 +348,23 @@ class _Reading:
     file: TorchFile
     state: Mapping[Any, Any]
     entries: Mapping[str, str]
+    model: Architecture
     slots: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     locations: dict[str, str] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
 
     def read(self, number: int, name: str) -> None:
-        """Open the moments of one parameter, and read its step."""
+        """Open the moments of one parameter, and read its step.
+
+        Those of all experts together are opened one by one, as files name them.
+        """
+        from growkit.checkpoint.naming import read_aliases
+
         for key, slot in self.entries.items():
             stored = self.state[number][key]
             tensor = self.file.open_tensor(stored, f"{key} of {name}")
-            self.slots.setdefault(slot, {})[name] = tensor
+            parts = read_aliases(name, tensor, self.model.family)
+            self.slots.setdefault(slot, {}).update(parts)
             self.locations.setdefault(slot, stored.storage.location)
         if STEP in self.state[number]:
             self.steps[name] = read_step(self.file, self.state[number][STEP], name)

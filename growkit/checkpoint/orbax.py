@@ -315,7 +315,10 @@ def collect_leaves(contents: Contents, model: Architecture) -> dict[tuple[str, .
     for slot, recipes in contents.recipes.items():
         for row in model.table.rows:
             names = [row.name_at(position) for position in row.positions(model.sizes)]
-            parts = tuple(recipes[name] for name in names)
+            parts = tuple(recipes[name] for name in names if name in recipes)
+            if row.kind and not parts:
+                continue
+            _check_all_layers(row, len(parts), len(names))
             _check_one_dtype(row, parts)
             shape = row.stacked_sizes(model.sizes) + parts[0].shape
             found[(slot, *row.path)] = Leaf(shape, parts[0].dtype, parts)
@@ -323,6 +326,15 @@ def collect_leaves(contents: Contents, model: Architecture) -> dict[tuple[str, .
         value = np.asarray(contents.record.get(name, 0), np.int32)
         found[(name,)] = Leaf((), value.dtype, (copy_tensor(wrap_array(value)),))
     return found
+
+
+def _check_all_layers(row: Row, found: int, wanted: int) -> None:
+    """Raise GrowkitError where some layers lack a parameter: an array is of all layers."""
+    if found != wanted:
+        raise GrowkitError(
+            f"{found} of {wanted} layers have {row.name}, and a trainer checkpoint stores the "
+            f"layers as one array; its layers are all alike"
+        )
 
 
 def _check_one_dtype(row: Row, parts: tuple[Recipe, ...]) -> None:

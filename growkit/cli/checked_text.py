@@ -15,6 +15,7 @@ from growkit.lineage import Lineage
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
+    from growkit.models.architecture import Architecture
 
 # Token data that are named in a note, at most.
 MOST_NAMED = 3
@@ -30,22 +31,29 @@ class CheckedText:
     note: str = ""
 
 
-def prepare_check(source: Source, tokens: int, given: str | None) -> CheckedText:
+def prepare_check(
+    source: Source, tokens: int, given: str | None, grown: Architecture | None = None
+) -> CheckedText:
     """The text of a check. Raises UsageError or GrowkitError, before anything is written, where the
     check could not run.
+
+    grown: the model that is made.
     """
-    require_checkable(source, tokens)
+    require_checkable(source, tokens, grown)
     return choose_text(source, tokens, given)
 
 
-def choose_text(source: Source, count: int, given: str | None = None) -> CheckedText:
+def choose_text(
+    source: Source, count: int, given: str | None = None, option: str = "--check-text"
+) -> CheckedText:
     """About `count` tokens of the text `given`, as many as it has; of a text that comes with Python
     unless one is given.
 
-    Raises UsageError or GrowkitError for a text that the model cannot be given.
+    option: what a message calls it by. Raises UsageError or GrowkitError for a text that the model
+    cannot be given.
     """
     if given is not None:
-        return _read_given(source, count, given)
+        return _read_given(source, count, given, option)
     tokens_BxT, words = select_tokens(source, count)
     if words == RANDOM:
         note = (
@@ -57,13 +65,13 @@ def choose_text(source: Source, count: int, given: str | None = None) -> Checked
     )
 
 
-def _read_given(source: Source, count: int, given: str) -> CheckedText:
+def _read_given(source: Source, count: int, given: str, option: str) -> CheckedText:
     from trainer.data.sample import Reader
 
     ids = Reader(source.files, str(source.path), source.model.vocab).read(given, count).ids
     if len(ids) < 2:
         raise UsageError(
-            f"--check-text {given} has {len(ids)} tokens, and the loss of the next token takes at "
+            f"{option} {given} has {len(ids)} tokens, and the loss of the next token takes at "
             f"least 2"
         )
     length = min(len(ids), choose_length(source.model))

@@ -19,7 +19,12 @@ import numpy as np
 
 from growkit.checkpoint.location import open_source
 from growkit.checkpoint.tensor import Source
-from growkit.cli.description import KINDS, is_loaded_by_transformers, is_trained
+from growkit.cli.description import (
+    KINDS,
+    is_computed,
+    is_loaded_by_transformers,
+    is_trained,
+)
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.vocabulary import EXACT, bound_shift
 
@@ -155,27 +160,35 @@ def load_function(source: Source) -> Function:
     return compute
 
 
-def require_checkable(source: Source, tokens: int = TOKENS) -> None:
-    """Raise UsageError or GrowkitError, before anything is written, if a check could not run."""
+def require_checkable(
+    source: Source, tokens: int = TOKENS, grown: Architecture | None = None
+) -> None:
+    """Raise UsageError or GrowkitError, before anything is written, if a check could not run.
+
+    grown: the model that is made, where it may be of another type.
+    """
     if tokens < 2:
         raise UsageError(
             "--check takes at least 2 tokens, because the loss is that of the next token; got "
             f"{tokens}"
         )
-    if is_trained(source):
+    models = [source.model] if grown is None else [source.model, grown]
+    others = [model for model in models if not is_computed(model)]
+    if len(others) < len(models):
         platforms = os.environ.get("JAX_PLATFORMS", "")
         if platforms and DEVICE not in platforms.split(","):
             raise UsageError(
                 f"--check computes on the CPU, and JAX_PLATFORMS is {platforms!r}; set it to "
                 f"'{platforms},{DEVICE}'"
             )
+    if not others:
         return
     from convert.reference import require_transformers
 
     require_transformers()
     if not is_loaded_by_transformers(source):
         raise UsageError(
-            f"--check runs a {source.model.kind} model in transformers, which reads no "
+            f"--check runs a {others[0].kind} model in transformers, which reads no "
             f"{KINDS[source.kind]}"
         )
 

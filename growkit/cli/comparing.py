@@ -109,12 +109,16 @@ def _format_facts(source: Source) -> str:
 
 def _format_model(model: Architecture) -> list[str]:
     """A line of sizes, then a line of options."""
+    from growkit.models.counts import describe_mlp
+
     sizes = [f"{model.layer} layers", f"embed {model.embed}"]
     if model.head_count:
         groups = f" in {model.sizes['kv']} groups" if "group" in model.sizes else ""
         sizes.append(f"{model.head_count} heads of {model.head_dim}{groups}")
     # What a model has none of, as a recurrent one of heads, or does not state, is 0.
-    stated = {"mlp": model.mlp, "vocab": model.vocab, "context": model.context}
+    if model.mlp:
+        sizes.append(f"mlp {describe_mlp(model)}")
+    stated = {"vocab": model.vocab, "context": model.context}
     sizes += [f"{name} {size}" for name, size in stated.items() if size]
     options = []
     if model.family.rotary and model.family.rotary.part:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 from growkit.errors import UsageError
 from growkit.growth.plan import MUP
 from growkit.models import list_trained, require_trained
+from growkit.models.fused import find_fused
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
     from growkit.growth.plan import Plan
+    from growkit.growth.upcycling import Upcycling
+    from growkit.models.architecture import Architecture
 
 KINDS = {
     "checkpoint": "trainer checkpoint",
@@ -46,14 +49,14 @@ def describe(source: Source, plan: Plan, size: int, out: Path, groups: str = "ke
 
     size: bytes of the output. groups: what becomes of parameter groups, 'keep' or 'split'.
     """
-    before = plan.model
+    before = source.model
     after = plan.grown
     ratio = after.parameters / before.parameters
     lines = [
         f"source      {source.path} ({KINDS[source.kind]}, {source.dtype})",
         *(f"note        {note}" for note in source.notes),
         f"output      {out}",
-        f"sizes       {format_changes(before.sizes, after.sizes)}",
+        f"sizes       {format_changes(plan.model.sizes, after.sizes)}",
         *_describe_growth(plan),
         f"parameters  {before.parameters:,} -> {after.parameters:,} ({ratio:.2f}x)",
         f"on disk     {source.size / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB",
@@ -81,7 +84,7 @@ def summarize(source: Source, plan: Plan, size: int, out: Path, dry_run: bool) -
         "out": str(out),
         "kind": source.kind,
         "dry_run": dry_run,
-        "parameters": {"before": plan.model.parameters, "after": plan.grown.parameters},
+        "parameters": {"before": source.model.parameters, "after": plan.grown.parameters},
         "bytes": {"before": source.size, "after": size},
         "notes": plan.notes,
         "tied_copies": plan.tied_copies,
@@ -105,8 +108,13 @@ def is_loaded_by_transformers(source: Source) -> bool:
 
 def is_trained(source: Source) -> bool:
     """Whether growkit's trainer computes this model."""
+    return is_computed(source.model)
+
+
+def is_computed(model: Architecture) -> bool:
+    """Whether growkit's trainer computes models like this."""
     try:
-        require_trained(source.model, source.path)
+        require_trained(model, "the model")
     except UsageError:
         return False
     return True
@@ -176,6 +184,11 @@ def _describe_function(source: Source, plan: Plan) -> str:
     if not plan.preserved:
         if plan.experts and not plan.experts.exact:
             return plan.experts.describe_gap()
+        if plan.upcycling:
+            return (
+                "not preserved: noise sets apart rows of the router that must be equal for all "
+                "parts of the mlp to be chosen"
+            )
         if plan.experts and plan.noise:
             return "not preserved: noise sets the scores of copies of an expert apart"
         own = "layer" in plan.maps and has_own_shares(plan.maps["layer"])
@@ -209,6 +222,9 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         nu = "grown by the rule"
         if "layer" in plan.maps:
             mu += " (zero in inserted layers)"
+    if plan.upcycling:
+        mu = "copied (zero in experts)" if plan.preserved else "zero"
+        nu = f"copied ({_describe_experts(plan.upcycling)})"
     if not both:
         # Lion, Muon, SGD: one buffer, which grows as mu does.
         return {"map": f"mu {mu}", "copy": "mu copied as it is", "nu-only": "mu zero"}[plan.moments]
@@ -218,6 +234,12 @@ def _describe_optimizer(source: Source, plan: Plan) -> str:
         "nu-only": f"mu zero, nu {nu}",
     }[plan.moments]
     return f"{words}, {count}"
+
+
+def _describe_experts(upcycling: Upcycling) -> str:
+    """What becomes of nu in experts, in words."""
+    factor = upcycling.part**2 / (upcycling.chosen * upcycling.copies)
+    return f"x {factor:.3g} in experts, by the noise of gradients: an approximation"
 
 
 def _has_split_groups(source: Source) -> bool:
@@ -245,17 +267,11 @@ def _describe_rates(source: Source, plan: Plan, groups: str) -> str:
             factor = f"x{low:.3g}" if low == high else f"x{low:.3g} to x{high:.3g}"
             name = ".".join(row.path).removeprefix("layers.")
             rows.setdefault(factor, []).append(name)
-    if not rows:
-        return _describe_eps(source)
-    factors = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in rows.items())
-    ungrouped = ""
-    if any(" to " in factor for factor in rows):
-        ungrouped = "they differ within a parameter"
-    elif any(len(row.stacked) > 1 for row in plan.grown.table.rows):
-        ungrouped = "the experts of a layer are one parameter there"
-    elif source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
-        ungrouped = "a universal checkpoint keeps the groups of its source"
-    return _describe_factors(source, factors, groups, ungrouped)
+    changes = "eps and clip weights of experts"
+    if rows:
+        listed = "; ".join(f"{factor} for {', '.join(names)}" for factor, names in rows.items())
+        changes = f"learning rates {listed}"
+    return _describe_factors(source, changes, groups, _find_ungrouped(source, plan, changes))
 
 
 def _describe_mup(source: Source, plan: Plan, groups: str) -> str:
@@ -275,42 +291,54 @@ def _describe_mup(source: Source, plan: Plan, groups: str) -> str:
     return f"by muP, approximate: {who} learning rates {factors}"
 
 
-def _describe_eps(source: Source) -> str:
-    """Who applies the factors where learning rates have none."""
-    exact = "training continues exactly as the source's" if "mu" in source.tensors else ""
-    start = f"{exact} only with" if exact else "exact training needs"
-    return (
-        f"learning rates stay; {start} the factors on eps and clip weights in the lineage, which "
-        "PyTorch's parameter groups cannot hold for experts"
-    )
+def _find_ungrouped(source: Source, plan: Plan, changes: str) -> str:
+    """Why parameter groups of PyTorch cannot hold the factors, empty where they can."""
+    inner = {part for fused in find_fused(plan.grown).values() for part in fused.parts}
+    if " to x" in changes:
+        return "they differ within a parameter"
+    if any(len(row.stacked) > 1 and row not in inner for row in plan.grown.table.rows):
+        return "the experts of a layer are one parameter there"
+    if source.torch_optimizer is not None and source.torch_optimizer.universal is not None:
+        return "a universal checkpoint keeps the groups of its source"
+    return ""
 
 
-def _describe_factors(source: Source, factors: str, groups: str, ungrouped: str) -> str:
-    """Who applies the factors on learning rates. ungrouped: why PyTorch's groups cannot, or ""."""
+def _describe_factors(source: Source, changes: str, groups: str, ungrouped: str) -> str:
+    """Who applies the factors. ungrouped: why PyTorch's groups cannot, or ""."""
+    rates = changes.startswith("learning rates")
+    stay = "" if rates else "learning rates stay; "
     exact = ""
     if "mu" in source.tensors:
         exact = "training continues exactly as the source's would: "
     if source.kind not in TORCH and is_trained(source):
-        return (
-            f"{exact}the trainer multiplies learning rates {factors} (optimizer.multipliers), eps "
-            "and clip to match"
-        )
+        more = ", eps and clip to match" if rates else ""
+        return f"{stay}{exact}the trainer multiplies {changes} (optimizer.multipliers){more}"
     if ungrouped:
+        needed = changes if rates else f"factors on {changes}"
         return (
-            f"training would continue exactly with learning rates {factors}, but parameter groups "
-            f"of PyTorch cannot hold them: {ungrouped}"
+            f"{stay}training would continue exactly with {needed}, but parameter groups of PyTorch "
+            f"cannot hold them: {ungrouped}"
         )
-    matched = f"multiplies learning rates {factors}, eps, decay and clip weights to match"
+    more = ", eps, decay and clip weights to match" if rates else ""
+    matched = f"multiplies {changes}{more}"
     if source.kind not in TORCH:
-        return f"growkit.torch.param_groups {matched}"
+        return f"{stay}growkit.torch.param_groups {matched}"
     if source.kind == "dcp":
-        return f"training would continue exactly as the source's if the optimizer {matched}"
+        return f"{stay}training would continue exactly as the source's if the optimizer {matched}"
     if groups == "split":
-        return f"{exact}the split {matched}"
-    return f"training would continue exactly as the source's with --groups split, which {matched}"
+        return f"{stay}{exact}the split {matched}"
+    return (
+        f"{stay}training would continue exactly as the source's with --groups split, which "
+        f"{matched}"
+    )
 
 
 def _warn_of_tied_copies(plan: Plan) -> str:
+    if plan.upcycling:
+        return (
+            "all rows of the router are zero, so every token goes to the same experts until the "
+            "auxiliary loss moves it; --noise or --router random separates them"
+        )
     if plan.tied_copies == ("expert",):
         return (
             "copies of experts stay equal where they are chosen together, because equal copies get "
@@ -336,7 +364,10 @@ def _suggest_next(source: Source, plan: Plan, out: Path) -> str:
         return f"trainer.train(resume_from_checkpoint={str(out)!r}), the model loaded from there"
     if source.model.family.given:
         return f"transformers loads {out}; growkit's trainer takes no given table"
-    if not is_trained(source):
+    if not is_computed(plan.grown) and source.kind == "checkpoint":
+        known = ", ".join(list_trained())
+        return f"growkit's trainer is for {known}; a directory (growkit export) is for transformers"
+    if not is_computed(plan.grown):
         return f"transformers loads {out}; growkit's trainer is for {', '.join(list_trained())}"
     command = f"growkit train recipe --from {out} --out RUN data.train=TOKENS"
     if plan.keeps_first and "mu" in source.tensors:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import click
 from growkit.cli.answering import Model, open_model, split_label
 from growkit.cli.options import COUNT, PATH
 from growkit.cli.output import is_quiet, remark, show_result, tell
+from growkit.cli.remaining import show_remaining
 from growkit.cli.signals import leave_on_signal
 from growkit.evaluation.catalogue import BPB, BPB_LIMIT, TASKS, parse_task_names
 
@@ -184,46 +184,18 @@ def _choose_window(models: Sequence[Model]) -> int:
 
 
 def ask_questions(name: str, questions: list[Question], model: Any) -> list[Answer]:
-    """A model's answers; shows a bar on a terminal for each question, and a line after it."""
+    """A model's answers; shows the time left of each question, and a line after it."""
     from growkit.evaluation.harness import ask
 
     answers = []
     for number, question in enumerate(questions, 1):
         began = time.monotonic()
-        with show_progress(f"{name}: {question.name} ({number} of {len(questions)})", model):
+        words = f"{name}: {question.name} ({number} of {len(questions)})"
+        with nullcontext() if is_quiet() else show_remaining(words, model):
             answers.append(ask(model, question))
         seconds = time.monotonic() - began
         _say(f"{name}: {question.name}, {question.documents:,} documents in {seconds:.1f} s")
     return answers
-
-
-@contextmanager
-def show_progress(words: str, model: Any) -> Iterator[None]:
-    """A bar of the texts that a model has scored, on a terminal."""
-    if is_quiet() or not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(words, total=None)
-        model.expect = lambda count: progress.update(task, total=count)
-        model.advance = lambda count: progress.advance(task, count)
-        yield
-    del model.expect, model.advance
 
 
 COMMANDS = {"evaluate": evaluate}

@@ -309,7 +309,7 @@ def plan_and_grow(
     if output.tokens is not None:
         from growkit.cli.checked_text import prepare_check
 
-        text = prepare_check(source, output.tokens, output.text)
+        text = prepare_check(source, output.tokens, output.text, plan.grown)
     grow(source, plan, parse_path(out), output, text)
 
 
@@ -342,7 +342,8 @@ def _add_vocabulary(
 
     if vocab is None and fill != "mean":
         raise UsageError("--vocab-fill says what new tokens hold, and goes with --vocab")
-    plan, model = plan_growth(source), source.model
+    plan = plan_growth(source)
+    model = source.model if plan is None else plan.model
     if vocab is None:
         assert plan is not None, "without --vocab a verb makes a plan or refuses"
         return plan

@@ -46,7 +46,10 @@ EXAMPLES = {
     "search": ("growkit search runs/580m --layers 24 --tokens text.txt",),
     "width": ("growkit width --embed 2x runs/580m wider",),
     "grow": ("growkit grow --like 1b runs/580m grown",),
-    "experts": ("growkit experts 8:16 --top 2:2 --noise 0.1 mixtral_8x7b mixtral_16x7b",),
+    "experts": (
+        "growkit experts 8:16 --top 2:2 --noise 0.1 mixtral_8x7b mixtral_16x7b",
+        "growkit experts --from-dense 8 --top 2 mistral_7b mixtral_8x7b",
+    ),
     "derive": ("growkit derive olmo2 --out olmo2.txt",),
     "average": ("growkit average runs/760m@8000 runs/760m@9000 --out averaged",),
     "inspect": ("growkit inspect runs/580m@best",),

@@ -1,4 +1,6 @@
-"""What --vocab-head measured does: run the source on some text, and find the new tokens' row."""
+"""What is measured by running the source on some text: a row of the head for new tokens
+(--vocab-head measured), and how often each expert is chosen (--choose use).
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,7 @@ def measure_row(source: Source, plan: Plan) -> Plan:
     require_checkable(source)
     head = source.tensors["params"][find_head(plan.model).name].read()
     tokens_BxT, text = select_tokens(source, max(TOKENS, 2 * head.shape[-1]))
-    length = min(LENGTH, tokens_BxT.shape[1])
-    ids = tokens_BxT.reshape(-1)
-    tokens_BxT = ids[: ids.size - ids.size % length].reshape(-1, length)
-    measured = solve_hidden(_compute_logits(source, tokens_BxT), head)
+    measured = solve_hidden(_compute_logits(source, _cut_rows(tokens_BxT)), head)
     if measured.residual > RESIDUAL:
         raise UsageError(
             f"--vocab-head measured takes logits that are linear in the head's rows, and this "
@@ -57,6 +56,13 @@ def measure_row(source: Source, plan: Plan) -> Plan:
     return replace(plan, vocab_row=found)
 
 
+def _cut_rows(tokens_BxT: np.ndarray) -> np.ndarray:
+    """The tokens in sequences of at most LENGTH."""
+    length = min(LENGTH, tokens_BxT.shape[1])
+    ids = tokens_BxT.reshape(-1)
+    return ids[: ids.size - ids.size % length].reshape(-1, length)
+
+
 def _compute_logits(source: Source, tokens_BxT: np.ndarray) -> Iterator[np.ndarray]:
     from growkit.cli.checking import load_function
 
@@ -64,3 +70,31 @@ def _compute_logits(source: Source, tokens_BxT: np.ndarray) -> Iterator[np.ndarr
     step = max(1, LOGITS // (tokens_BxT.shape[1] * source.model.vocab))
     for start in range(0, len(tokens_BxT), step):
         yield compute(tokens_BxT[start : start + step])
+
+
+def measure_use(source: Source, text: str | None) -> np.ndarray:
+    """float64 [layer, expert]: how many of about TOKENS tokens go through each, on the CPU.
+
+    text: a file of text or token files; None for a text that comes with Python. Layers without
+    experts have zeros. Raises UsageError for a model that is no mixture, or that transformers does
+    not load.
+    """
+    from convert.reference import count_chosen, require_transformers
+    from growkit.cli.checked_text import choose_text
+    from growkit.cli.description import KINDS, is_loaded_by_transformers
+    from growkit.models.gates import read_gate
+
+    gate = read_gate(source.model.family, source.config)
+    require_transformers()
+    if not is_loaded_by_transformers(source):
+        raise UsageError(
+            f"--choose use runs the model in transformers, which reads no {KINDS[source.kind]}"
+        )
+    tokens_BxT = choose_text(source, TOKENS, text, "--choose-text").tokens
+    counts = count_chosen(source.here, _cut_rows(tokens_BxT), gate.top)
+    model = source.model
+    rows = [row for row in model.table.rows if any(part.routes for part in row.parts)]
+    layers = [layer for layer in range(model.layer) if model.table.has(rows[0], layer)]
+    scores = np.zeros((model.layer, model.sizes["expert"]))
+    scores[layers] = counts
+    return scores

@@ -57,4 +57,5 @@ def _read_section(text: str, model: Architecture) -> Architecture:
     sizes = {axis: named.pop(axis) for axis in model.fields if axis in named}
     resized: Architecture = model.resize({**model.sizes, **sizes})
     changed = resized.change(**named)
-    return changed.family.read({**changed.config(), **stated.get("config", {})})
+    more = changed.family.name_experts(stated.get("config", {}))
+    return changed.family.read({**changed.config(), **more})

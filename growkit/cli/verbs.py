@@ -42,7 +42,7 @@ VERBS = {
     ),
     "width": ("growkit.cli.growing", "Grow a model in width without changing its function."),
     "grow": ("growkit.cli.growing", "Grow a model to the sizes of another, in depth and width."),
-    "experts": ("growkit.cli.mixing", "Grow a mixture of experts in its number of experts."),
+    "experts": ("growkit.cli.mixing", "Give a mixture more experts, or make one of a dense model."),
     "derive": (
         "growkit.derive.cli",
         "Derive and prove the table of a model type of transformers.",

@@ -91,9 +91,10 @@ def derive(kind: str, fields: Mapping[str, Any] | None = None) -> Derivation:
     family = replace(assemble(work, kept, options, proved), whole_heads=wants_whole_heads(base))
     family = prove_padding(family, kept, work)
     if kind in list_shipped():
-        # How a gate chooses is stated by hand and proved by tests.
+        # How a gate chooses, and what becomes a mixture, is stated by hand and proved by tests.
         shipped = read_shipped(kind)
-        family = replace(family, experts=shipped.experts, expert_defaults=shipped.expert_defaults)
+        by_hand = ("experts", "expert_defaults", "upcycling", "upcycled")
+        family = replace(family, **{name: getattr(shipped, name) for name in by_hand})
     work.gaps["files"] = max(prove_files(family, variant, work) for variant in kept)
     if work.gaps["files"] > BOUND:
         raise UnprovableError(f"growth through files is not exact: {work.gaps['files']:.1e}")

@@ -204,14 +204,14 @@ class WindowedModel:
     """What both kinds of model add to the harness's own class.
 
     max_length: tokens of the window. cut: how many contexts so far were longer than the window has
-    room for and lost their beginning. expect(count): called before `count` texts are scored.
-    advance(count): called when `count` of them have been.
+    room for and lost their beginning. expect(texts, tokens): called before so many texts, which
+    have so many tokens together, are scored. advance(texts, tokens): called when some of them were.
     """
 
     max_length: int
     cut = 0
-    expect: Callable[[int], None] = staticmethod(lambda count: None)
-    advance: Callable[[int], None] = staticmethod(lambda count: None)
+    expect: Callable[[int, int], None] = staticmethod(lambda texts, tokens: None)
+    advance: Callable[[int, int], None] = staticmethod(lambda texts, tokens: None)
 
     def split_requests(self, requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
         """(requests whose continuations fit the window, which of the requests given each is of).
@@ -232,6 +232,11 @@ class WindowedModel:
                 pieces.append((texts, context + continuation[:first], piece))
                 owners.append(number)
         return pieces, owners
+
+    def count_tokens(self, requests: Sequence[Request]) -> int:
+        """How many tokens a model reads to score requests; all but the last of each."""
+        sizes = [len(context) + len(scored) - 1 for _, context, scored in requests]
+        return sum(min(size, self.max_length) for size in sizes)
 
     def count_cut(self, requests: Sequence[Request]) -> None:
         """Count the requests whose context loses its beginning."""

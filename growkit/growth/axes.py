@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+# Up to so many stretches of neighbours are copied faster than as many single entries.
+MOST_STRETCHES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +115,16 @@ class AxisMap:
         index = np.concatenate([self.index, self.source + np.arange(added)])
         share = np.concatenate([self.share, np.ones(added)])
         return AxisMap(index, share, self.source + added)
+
+
+def gather(array: Any, axis_map: AxisMap, place: int) -> Any:
+    """The entries of an array that a map copies, along dimension `place`."""
+    if not isinstance(array, np.ndarray) or len(axis_map.stretches) > MOST_STRETCHES:
+        return array.take(axis_map.index, axis=place)
+    # Slices copy each stretch at once; take goes entry by entry.
+    before = (slice(None),) * place
+    parts = [array[(*before, stretch)] for stretch in axis_map.stretches]
+    return np.concatenate(parts, axis=place)
 
 
 def make_map(index: ArrayLike, source: int, share: Sequence[float] | None = None) -> AxisMap:

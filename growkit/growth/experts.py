@@ -1,4 +1,6 @@
-"""More experts of a mixture: every expert copied as often, in tiles, with its row of the router.
+"""More experts of a mixture: copies of the old ones, with their rows of the router.
+
+Every expert is copied as often, in tiles, unless scores say which are worth more copies.
 
 Copies of an expert have equal scores, so a gate that chooses m times as many of m times as many
 experts chooses all copies of what it chose. Where scores are divided by a sum over all or over the
@@ -15,9 +17,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from growkit.errors import UsageError, require_type
 from growkit.growth.axes import tile
-from growkit.growth.choice import Choice
+from growkit.growth.choice import Choice, share_out
 from growkit.growth.plan import MODEL_HINT, Plan, build_plan
 from growkit.models.architecture import Architecture
 from growkit.models.gates import FIELDS, Gate, read_gate
@@ -46,17 +50,21 @@ def plan_experts(
     count: str,
     top: str | None = None,
     exact: bool = False,
+    scores: np.ndarray | None = None,
 ) -> Plan:
-    """The plan that copies every expert of a mixture as often.
+    """The plan that copies every expert of a mixture as often, or some more often than others.
 
     config: the model's config.json, which says how its gate chooses. count: '8:16'. top: '2:4',
     experts a token; None for as many times more as there are experts. exact: refuse another
-    function. Raises UsageError.
+    function. scores: float [layer, expert], what each is worth, for copies by `share_out`; None for
+    as many of each. Raises UsageError.
     """
     require_type("model", model, Architecture, MODEL_HINT)
     gate = read_gate(model.family, config)
     old = model.sizes["expert"]
     size = parse_pair("the number of experts", count, old)
+    if scores is not None:
+        return _plan_by_scores(model, config, gate, size, top, exact, scores)
     _check_count(old, size)
     times = size // old
     chosen = gate.top * times if top is None else parse_pair("--top", top, gate.top)
@@ -73,6 +81,70 @@ def plan_experts(
     return replace(plan, notes=_note_fields(model, config, choice))
 
 
+def _plan_by_scores(
+    model: Architecture,
+    config: Mapping[str, Any],
+    gate: Gate,
+    size: int,
+    top: str | None,
+    exact: bool,
+    scores: np.ndarray,
+) -> Plan:
+    """The plan that copies some experts more often than others. Raises UsageError."""
+    old = model.sizes["expert"]
+    _check_scores(model, gate, size, exact, scores)
+    whole = -(-gate.top * size // old)
+    chosen = whole if top is None else parse_pair("--top", top, gate.top)
+    _check_top(chosen, size, whole)
+    by_layer = tuple(tuple(share_out(each, size)) for each in np.asarray(scores, np.float64))
+    values = _grow_values(gate, 1, chosen)
+    fields = _name_fields(model, config, values, size)
+    choice = Choice((gate.top, chosen), False, 0, fields, by_layer=by_layer)
+    most = max(np.bincount(index).max() for index in by_layer)
+    words = (
+        f"expert {old} -> {size} by copies, from 1 to {most} of each by layer, {gate.top} -> "
+        f"{chosen} of them a token"
+    )
+    first = choice.find_map(0, old)
+    plan = build_plan("experts", words, model, {"expert": first}, experts=choice)
+    return replace(plan, notes=_note_fields(model, config, choice))
+
+
+def _check_scores(
+    model: Architecture, gate: Gate, size: int, exact: bool, scores: np.ndarray
+) -> None:
+    """Raise UsageError for scores that say nothing, and where copies cannot differ in number."""
+    old = model.sizes["expert"]
+    if exact:
+        raise UsageError(
+            "--exact refuses --choose: copies of some experts and not of others change their "
+            "weights; leave one of them out"
+        )
+    if "groups" in gate.values:
+        raise UsageError(
+            f"--choose is for gates without groups of experts, and this one has "
+            f"{gate.values['groups']} groups of as many experts each; leave it out"
+        )
+    if not old < size <= MOST:
+        raise UsageError(
+            f"--choose makes more experts than the source's {old}, up to {MOST}; got {size}"
+        )
+    if np.shape(scores) != (model.layer, old) or not (np.isfinite(scores) & (scores >= 0)).all():
+        raise UsageError(
+            f"scores are a number of at least 0 for each of {old} experts in each of {model.layer} "
+            f"layers, got an array of the shape {list(np.shape(scores))}"
+        )
+
+
+def _check_top(chosen: int, size: int, whole: int) -> None:
+    """Raise UsageError for a number of experts a token that there are not."""
+    if not 0 < chosen <= size:
+        raise UsageError(
+            f"--top asks for {chosen} experts a token, and there are {size}; between 1 and {size} "
+            f"work, {whole} is the default"
+        )
+
+
 def _check_count(old: int, size: int) -> None:
     """Raise UsageError unless every expert can have as many copies, and more than one."""
     if size > MOST:
@@ -83,7 +155,7 @@ def _check_count(old: int, size: int) -> None:
         low = max(2, size // old)
         raise UsageError(
             f"every expert needs as many copies, and {size} is not a multiple of {old}; the "
-            f"nearest are {low * old} and {(low + 1) * old}"
+            f"nearest are {low * old} and {(low + 1) * old}, and --choose copies some more often"
         )
 
 
@@ -91,16 +163,24 @@ def _choose(
     model: Architecture, config: Mapping[str, Any], gate: Gate, times: int, chosen: int
 ) -> Choice:
     """What becomes of the gate's choice and of the fields that state it."""
-    stated = model.family.experts
     scaled = gate.shared or "scaling" in gate.values
     exact = chosen == gate.top * times and scaled
     alike = chosen // times if gate.shared and not exact and chosen % times == 0 else 0
     values = _grow_values(gate, times, chosen)
+    fields = _name_fields(model, config, values, model.sizes["expert"] * times)
+    return Choice((gate.top, chosen), exact, alike, fields)
+
+
+def _name_fields(
+    model: Architecture, config: Mapping[str, Any], values: Mapping[str, Any], size: int
+) -> dict[str, Any]:
+    """The configuration's fields of a gate's values and of the number of experts."""
+    stated = model.family.experts
     fields = {stated[name]: values[name] for name in FIELDS if values.get(name) is not None}
     also = stated.get("also")
     if also in config:
-        fields[also] = model.sizes["expert"] * times
-    return Choice((gate.top, chosen), exact, alike, fields)
+        fields[also] = size
+    return fields
 
 
 def _grow_values(gate: Gate, times: int, chosen: int) -> dict[str, Any]:

@@ -36,6 +36,9 @@ def compose_maps(growths: Sequence[Plan]) -> dict[str, AxisMap]:
     """
     composed: dict[str, AxisMap] = {}
     for plan in growths:
+        # Experts that were a dense mlp have some of its tokens each: no factor holds for them.
+        if plan.upcycling:
+            continue
         for axis in plan.model.sizes:
             if axis in plan.maps:
                 later = plan.maps[axis]

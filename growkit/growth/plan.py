@@ -18,9 +18,12 @@ from growkit.errors import UsageError, did_you_mean, require_type
 from growkit.growth.axes import AxisMap
 from growkit.growth.choice import Choice
 from growkit.growth.head_row import HeadRow
-from growkit.growth.separation import RANGE, parse_noise
+from growkit.growth.separation import RANGE, RMS, parse_noise
+from growkit.growth.upcycling import Upcycling
 from growkit.growth.vocabulary import FILLS, check_vocabulary
 from growkit.models.architecture import Architecture
+from growkit.models.fields import Frozen
+from growkit.models.notation import Position, Row
 
 # No parameter reads these for all that they do: queries meet keys along head_dim, and probabilities
 # sum to 1 along vocab. Copies there are another function whatever their shares.
@@ -116,7 +119,25 @@ class Plan:
         even = tiled and preserves("expert", experts, uniform=True)
         chosen = self.experts is not None and self.experts.exact
         # Noise sets the scores of copies apart.
-        return even and chosen and not self.noise
+        upcycling = self.upcycling
+        return even and chosen and not (self.noise and not (upcycling and upcycling.noisy))
+
+    @property
+    def upcycling(self) -> Upcycling | None:
+        """How a dense model becomes a mixture, None for another growth."""
+        return self.experts.upcycling if self.experts else None
+
+    def at(self, row: Row, position: Position) -> Plan:
+        """The plan for one new unit of a row's stacked axes: experts may be copied by layer."""
+        by_layer = self.experts is not None and bool(self.experts.by_layer)
+        if not by_layer or not position or row.stacked[0].name != "layer":
+            return self
+        assert self.experts is not None
+        layer = position[0]
+        if "layer" in self.maps:
+            layer = int(self.maps["layer"].index[layer])
+        experts = self.experts.find_map(layer, self.model.sizes["expert"])
+        return replace(self, maps={**self.maps, "expert": experts})
 
     @property
     def continues(self) -> bool:
@@ -124,6 +145,8 @@ class Plan:
 
         That is so for width by copies alone.
         """
+        if self.upcycling:
+            return False
         copied = any(len(axis_map) > axis_map.source for axis_map in self.maps.values())
         exact = self.preserved and not self.pads and self.moments == "map" and not self.noise
         # A copy with a share of 0 would have an eps of 0: Adam divides 0 by 0.
@@ -163,6 +186,8 @@ class Plan:
         """
         if self.noise or "embed" in self.pads:
             return ()
+        if self.upcycling and self.upcycling.router == "random":
+            return ()
         separated = set(self.maps) - {"mlp"} if self.pads.keys() - {"vocab"} else set()
         return tuple(
             axis
@@ -191,6 +216,16 @@ def set_options(
         raise UsageError(
             f"--rates {MUP} is for growth in width, and this growth makes none; leave it out"
         )
+    if plan.upcycling and plan.noise and unit == RMS:
+        raise UsageError(
+            "the router of a new mixture has no size that noise could be measured by: give --noise "
+            "as a number, in units of initializer_range"
+        )
+    if plan.upcycling and plan.keeps_first:
+        raise UsageError(
+            "--moments first is for copies beside an original, and the experts made of a dense mlp "
+            "are all alike; leave it out, or give --moments reset"
+        )
     if plan.noise and not plan.copied_widths:
         raise UsageError(
             "--noise separates the copies of units in width, and this growth makes none; leave it "
@@ -217,6 +252,8 @@ def build_plan(
     """
     padded = dict(pads or {})
     _check_possible(model, maps, padded)
+    if options.get("experts") and "expert" in maps:
+        options["experts"].check(model.layer, maps["expert"])
     # Axes that nobody named keep their size.
     sizes = dict(model.sizes)
     sizes |= {axis: len(axis_map) for axis, axis_map in maps.items()}
@@ -232,6 +269,10 @@ def build_plan(
     grown = model.resize(sizes, eps)
     if "layer" in maps:
         grown = replace(grown, layers=model.map_layers(maps["layer"].index.tolist()))
+    choice = options.get("experts")
+    if choice is not None:
+        stated = {name: value for name, value in choice.fields.items() if name in grown.facts}
+        grown = replace(grown, facts=Frozen({**grown.facts, **stated}))
     return Plan(verb, method, model, grown, dict(maps), padded, **options)
 
 

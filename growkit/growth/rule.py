@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from growkit.growth.axes import AxisMap
+from growkit.growth.axes import gather
 from growkit.growth.noise import uniform
 from growkit.growth.padding import (
     MU,
@@ -35,6 +35,7 @@ from growkit.growth.padding import (
     sum_along,
 )
 from growkit.growth.precision import wide_dtype
+from growkit.growth.routers import draw_rows, draws_rows
 from growkit.growth.separation import Separation, find_place
 from growkit.growth.shares import is_added, keep_first, narrow, scale_of
 from growkit.growth.vocabulary import rule_of_tokens
@@ -42,9 +43,6 @@ from growkit.models.notation import ATTENTION, Part, Position, Row
 
 if TYPE_CHECKING:
     from growkit.growth.plan import Plan
-
-# Up to so many stretches of neighbours are copied faster than as many single entries.
-MOST_STRETCHES = 16
 
 
 def grow_array(
@@ -61,6 +59,7 @@ def grow_array(
     if len(position) != len(row.stacked):
         stacked = ", ".join(axis.name for axis in row.stacked) or "nothing"
         raise ValueError(f"{row.name} is stacked by {stacked}: which new unit is {position}?")
+    plan = plan.at(row, position)
     if moment_fate(plan, row, moment, position) == "zero":
         return xp.zeros(row.shape(plan.grown.sizes), array.dtype)
     growth = UnitGrowth(row, plan, moment, position)
@@ -106,20 +105,11 @@ def needs_work(row: Row, plan: Plan, moment: int, position: Position) -> bool:
 
 def find_source(plan: Plan, row: Row, position: Position) -> Position:
     """The source unit of the stacked axes that a new unit copies."""
+    plan = plan.at(row, position)
     return tuple(
         int(plan.maps[axis.name].index[unit]) if axis.name in plan.maps else unit
         for axis, unit in zip(row.stacked, position, strict=True)
     )
-
-
-def gather(array: Any, axis_map: AxisMap, place: int) -> Any:
-    """The entries of an array that a map copies, along dimension `place`."""
-    if not isinstance(array, np.ndarray) or len(axis_map.stretches) > MOST_STRETCHES:
-        return array.take(axis_map.index, axis=place)
-    # Slices copy each stretch at once; take goes entry by entry.
-    before = (slice(None),) * place
-    parts = [array[(*before, stretch)] for stretch in axis_map.stretches]
-    return np.concatenate(parts, axis=place)
 
 
 def multiply(array: Any, scale: np.ndarray | None, offset: float = 0.0, xp: Any = np) -> Any:
@@ -309,6 +299,8 @@ class PartGrowth:
                 array = gather(array, self.plan.maps[name], place)
         if not equal:
             array = multiply(array, factor, self.offset, xp)
+        if self.moment == VALUE and draws_rows(self.part, self.plan):
+            array = draw_rows(array, self.name, self.plan, units if self.lead else None, xp)
         return array if self.separation is None else self.separation.add(array, units, xp)
 
     def _pad(self, array: Any, units: np.ndarray, xp: Any) -> Any:

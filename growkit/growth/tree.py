@@ -117,6 +117,10 @@ class _Walk:
     """One passage through a state. found: how many parameter trees were met on it."""
 
     def __init__(self, plan: Plan, maximum: bool = False, steps: bool = False):
+        if plan.upcycling:
+            raise UsageError(
+                "a dense model becomes a mixture on disk: growkit.write_grown(source, plan, out)"
+            )
         self.plan = plan
         self.maximum = maximum
         self.steps = steps

@@ -16,13 +16,14 @@ from growkit.models.architecture import Architecture
 from growkit.models.computation import ACTIVATIONS, ROTARY
 from growkit.models.computed import COMPUTED
 from growkit.models.family import Family
+from growkit.models.gates import check_choice
 from growkit.models.given import find_given
 from growkit.models.gpt_neox import GPT_NEOX
 from growkit.models.llama import LLAMA
 from growkit.models.mistral import MISTRAL
 from growkit.models.qwen2 import QWEN2
 from growkit.models.qwen3 import QWEN3
-from growkit.models.tables import list_shipped, read_shipped
+from growkit.models.tables import list_mixtures, list_shipped, read_shipped
 from growkit.models.unknown import describe_unknown
 
 FAMILIES: dict[str, Family] = {
@@ -68,6 +69,18 @@ def list_trained() -> tuple[str, ...]:
     return tuple([*by_hand, *(kind for kind in list_shipped() if kind in COMPUTED)])
 
 
+def list_upcycled(dense: str | None = None) -> tuple[str, ...]:
+    """The mixtures that models of a dense type become; without one, the dense types.
+
+    The one with the fewest dense types comes first: it is the nearest relative.
+    """
+    stated = {kind: read_shipped(kind).upcycling.get("from", ()) for kind in list_mixtures()}
+    if dense is None:
+        return tuple(dict.fromkeys(each for types in stated.values() for each in types))
+    found = [kind for kind, types in stated.items() if dense in types]
+    return tuple(sorted(found, key=lambda kind: (len(stated[kind]), kind)))
+
+
 def require_trained(model: Architecture, origin: object) -> Architecture:
     """The model of `origin`, for what computes it in JAX.
 
@@ -86,6 +99,10 @@ def require_trained(model: Architecture, origin: object) -> Architecture:
         _require_value(origin, "rotary positions of the type", rope["rope_type"], ROTARY)
     for name, computed in computation.only.items():
         _require_value(origin, name, model.facts[name], computed)
+    try:
+        check_choice(model)
+    except GrowkitError as problem:
+        raise UsageError(f"{origin}: {problem}") from None
     return model
 
 

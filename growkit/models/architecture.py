@@ -6,15 +6,16 @@ and counting are the same code for every family.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from growkit.errors import GrowkitError, UsageError
+from growkit.models import counts
 from growkit.models.computation import LAYER_TYPES
 from growkit.models.fields import RATIO, Frozen
+from growkit.models.gates import Gate, read_gate
 from growkit.models.notation import Row
 from growkit.models.rotary import keep_rotated, read_ropes, read_rotary, write_rotary
 from growkit.models.scalars import compare_factors
@@ -93,7 +94,16 @@ class Architecture:
     def table(self) -> Table:
         """The table's rows that hold for this model's options."""
         selected = self.family.select_rows(self.options, self.headless)
-        return replace(selected, layers=self.layers)
+        rows = self.family.settle_rows(selected.rows, self.layers, self.layer)
+        return replace(selected, rows=rows, layers=self.layers)
+
+    @property
+    def gate(self) -> Gate | None:
+        """How a mixture that is computed chooses its experts; None for any other model."""
+        computation = self.family.computation
+        if computation is None or not computation.experts:
+            return None
+        return read_gate(self.family, self.facts)
 
     @property
     def layer(self) -> int:
@@ -213,27 +223,16 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """How many numbers the model holds, a tied embedding counted once."""
-        return self._count_numbers(self.table.rows)
+        return counts.count_numbers(self, self.table.rows)
+
+    @property
+    def active_parameters(self) -> int:
+        """How many numbers a token passes; all, unless the trainer computes its experts."""
+        return counts.count_active(self, self.table.rows)
 
     def flops_per_token(self, context: int | None = None) -> float:
-        """Training FLOPs a token: 6 for each weight that multiplies, and attention's products.
-
-        Attention takes 12 x layer x heads x head_dim x context. PaLM (arXiv 2204.02311), appendix
-        B. The embedding look-up multiplies nothing; the head does.
-        """
-        weights = self._count_numbers([row for row in self.table.rows if row.multiplies])
-        head = self.vocab * self.embed if self.tied else 0
-        attention = self.layer * self.head_count * self.head_dim * (context or self.context)
-        return 6.0 * (weights + head) + 12.0 * attention
-
-    def _count_numbers(self, rows: Sequence[Row]) -> int:
-        """How many numbers the parameters of some rows hold, in the layers that have them."""
-        return sum(
-            math.prod(row.shape(self.sizes))
-            for row in rows
-            for position in row.positions(self.sizes)
-            if not position or self.table.has(row, position[0])
-        )
+        """Training FLOPs a token; see `growkit.models.counts`."""
+        return counts.count_flops(self, context or self.context)
 
     def scalar_growth(self, row: Row, grown: Architecture) -> float:
         """f(old) / f(new) of the factor f that the model applies to a parameter; 1 where there is
@@ -322,7 +321,8 @@ class Architecture:
         Raises GrowkitError for another number of layers where layers are of kinds: which kind a new
         layer has, only a map says (see `follow_map`).
         """
-        if self.layers and values.get("layer", self.layer) != self.layer:
+        alike = self.family.computation is not None and bool(self.family.computation.kinds)
+        if self.layers and not alike and values.get("layer", self.layer) != self.layer:
             raise GrowkitError(
                 f"{self.family.title} layers are of several kinds ({', '.join(self.layers)}): "
                 f"their number changes by a map of the layers, as plan_depth makes, and not alone"
@@ -338,7 +338,8 @@ class Architecture:
             mine["rope"]["partial_rotary_factor"] = values.pop("rotary_pct")
         changed = self.family.model(**{**mine, **values})
         sizes = Frozen({**self.sizes, **changed.sizes})
-        return replace(changed, sizes=sizes, layers=self.layers, headless=self.headless)
+        layers = changed.layers if alike else self.layers
+        return replace(changed, sizes=sizes, layers=layers, headless=self.headless)
 
     def _check_frozen(self, sizes: Mapping[str, int]) -> None:
         for axis, reason in self.family.fixed.items():
@@ -368,11 +369,14 @@ class Architecture:
         family = self.family
         written: dict[str, Any] = dict(base or {})
         if "model_type" not in written:
-            written = {"architectures": [family.class_name], **family.new, **written}
+            written = {"architectures": [family.class_name], **family.new_fields, **written}
         written["model_type"] = family.kind
         for axis, path in family.fields.items():
             if "/" not in path:
                 written[path] = self.sizes[axis]
+        also = family.experts.get("also")
+        if also in written:
+            written[also] = self.sizes["expert"]
         for axis, path in family.fields.items():
             ratio = RATIO.fullmatch(path)
             if ratio:

@@ -65,6 +65,12 @@ class Computation:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    # Parts of a mixture's mlp: the experts, each with gate, up and down, and the router, which
+    # scores them. How a gate chooses by the scores, the table's section [experts] says.
+    experts: str = ""
+    router: str = ""
+    # A kind of layers in the table -> whether all layers are of it, or none, in a computed model.
+    kinds: Mapping[str, bool] = field(default_factory=dict)
     # Whether embedded tokens are multiplied by sqrt(embed), rounded to the model's dtype.
     embedding_root: bool = False
     # Which layers have the window: "" none, "all", or "list" as `layer_types` says.

@@ -21,6 +21,44 @@ GEMMA_NUMBERS = {
 }
 
 COMPUTED = {
+    "mixtral": Computation(
+        mlp="block_sparse_moe",
+        experts="experts",
+        router="gate",
+        gate="w1",
+        up="w3",
+        down="w2",
+        windows="all",
+        numbers={"window": "sliding_window"},
+        fields={**ROTARY_FIELDS, "rope_theta": 1_000_000.0, "sliding_window": None},
+    ),
+    "qwen3_moe": Computation(
+        experts="experts",
+        router="gate",
+        # The table's kinds: layers with experts, and layers with one mlp.
+        kinds={"some1": True, "some2": False},
+        query_norm="q_norm",
+        key_norm="k_norm",
+        windows="all",
+        numbers={"window": "sliding_window"},
+        fields={
+            **ROTARY_FIELDS,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+            "mlp_only_layers": [],
+            "decoder_sparse_step": 1,
+        },
+        needs={"sliding_window": "use_sliding_window"},
+        only={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+    ),
+    "olmoe": Computation(
+        experts="experts",
+        router="gate",
+        query_norm="q_norm",
+        key_norm="k_norm",
+        fields={**ROTARY_FIELDS, "clip_qkv": None},
+        only={"clip_qkv": (None,)},
+    ),
     "olmo2": Computation(
         before_attention="",
         after_attention="post_attention_layernorm",

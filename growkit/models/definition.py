@@ -15,6 +15,7 @@ from itertools import product
 from growkit.errors import GrowkitError
 from growkit.models import find_family
 from growkit.models.architecture import Architecture
+from growkit.models.fused import find_fused
 from growkit.models.notation import Row
 from growkit.models.table import Table
 
@@ -29,7 +30,36 @@ QWEN3_LAYER = (
     "self_attn.k_norm",
     *LLAMA_LAYER[1:],
 )
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+QUERY_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+# Experts are one parameter of a layer in memory; see `growkit.models.fused`.
+MIXTURES = {
+    "flex_olmo": (*ATTENTION, *QUERY_NORMS, "mlp.gate", *EXPERTS, *NORMS[1:])
+    + ("post_feedforward_layernorm",),
+    "mixtral": (*ATTENTION, "block_sparse_moe.gate", *EXPERTS, *NORMS),
+    "olmoe": (*ATTENTION, *QUERY_NORMS, "mlp.gate", *EXPERTS, *NORMS),
+    "qwen2_moe": (
+        *ATTENTION,
+        "mlp.gate",
+        *EXPERTS,
+        *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+        "mlp.shared_expert_gate",
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        *NORMS,
+    ),
+    "qwen3_moe": (
+        *ATTENTION,
+        *QUERY_NORMS,
+        *EXPERTS,
+        "mlp.gate",
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        *NORMS,
+    ),
+}
 MODULES = {
+    **MIXTURES,
     "llama": LLAMA_LAYER,
     "mistral": LLAMA_LAYER,
     "qwen2": LLAMA_LAYER,
@@ -65,10 +95,13 @@ UNKNOWN = frozenset(
 def list_defined(model: Architecture) -> list[tuple[str, Row]]:
     """(name in files, row) of every parameter, in the order in which transformers defines them.
 
-    A tied head is the embedding and is not listed. Raises GrowkitError for a model type whose order
-    is not known, and for a table that growkit does not ship.
+    Experts that memory holds as one parameter have its name and row there. A tied head is the
+    embedding and is not listed. Raises GrowkitError for a model type whose order is not known, and
+    for a table that growkit does not ship.
     """
     rows = _order_rows(model)
+    if model.kind in MIXTURES:
+        rows = _order_mixture(rows)
     several = next((row for row in rows if len(row.stacked) > 1), None)
     shipped = find_family(model.kind)
     why = ""
@@ -97,9 +130,29 @@ def _order_rows(model: Architecture) -> Sequence[Row]:
     table: Table = model.table
     if modules is None:
         return table.rows
-    stacked = [row for row in table.rows if row.stacked]
+    rows = _fuse_experts(model) if model.kind in MIXTURES else table.rows
+    stacked = [row for row in rows if row.stacked]
     ordered = iter(sorted(stacked, key=lambda row: _find_place(row, modules)))
-    return [next(ordered) if row.stacked else row for row in table.rows]
+    return [next(ordered) if row.stacked else row for row in rows]
+
+
+def _fuse_experts(model: Architecture) -> list[Row]:
+    """The rows with those of experts as memory holds them; a weight before its bias."""
+    fused = find_fused(model).values()
+    parts = {part for each in fused for part in each.parts}
+    rows = [row for row in model.table.rows if row not in parts]
+    rows += [each.row for each in fused]
+    # The tables are sorted by name. Sorting keeps the order of what is equal.
+    return sorted(rows, key=lambda row: row.name.endswith(".bias"))
+
+
+def _order_mixture(rows: Sequence[Row]) -> list[Row]:
+    """Rows of a table that is sorted by name: the head last."""
+    ends = ("embedding", "norm", "head")
+    outer = [row for row in rows if not row.stacked]
+    outer.sort(key=lambda row: ends.index(row.role))
+    inner = [row for row in rows if row.stacked]
+    return [outer[0], *inner, *outer[1:]]
 
 
 def _find_place(row: Row, modules: Sequence[str]) -> int:

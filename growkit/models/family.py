@@ -15,7 +15,7 @@ from growkit.models.layer_rules import apply_rule
 from growkit.models.notation import Row, parse_table
 from growkit.models.rotary import FIELDS as ROTARY_FIELDS
 from growkit.models.rotary import RotaryFields, read_ropes, read_rotary
-from growkit.models.table import Table
+from growkit.models.table import Table, settle_kinds
 
 # A number in a config.json must not say how long a loop runs.
 MOST_LAYERS = 1_000_000
@@ -106,6 +106,10 @@ class Family:
     # growkit.models.gates. Empty: not known, so the number of experts stays.
     experts: Mapping[str, Any] = field(default_factory=dict)
     expert_defaults: Mapping[str, Any] = field(default_factory=dict)
+    # How a dense model becomes a mixture of this type, and row -> the dense row that it comes from;
+    # see growkit.models.upcycling. Empty: not known.
+    upcycling: Mapping[str, Any] = field(default_factory=dict)
+    upcycled: Mapping[str, str] = field(default_factory=dict)
     # Whether transformers wants embed to be a multiple of the number of heads.
     whole_heads: bool = True
     # field -> the one value that the table holds for.
@@ -199,7 +203,7 @@ class Family:
             rope = read_rotary(values.given, self.rotary, values) if self.rotary else {}
             facts = self._read_facts(config)
             self._check_computed(facts)
-            layers = self._read_kinds(config, sizes.get("layer", 0))
+            layers = self._read_kinds(config, facts, sizes.get("layer", 0))
         except (AttributeError, TypeError, ValueError) as problem:
             raise GrowkitError(f"config.json holds a value of the wrong kind: {problem}") from None
         return Architecture(
@@ -213,7 +217,10 @@ class Family:
     @property
     def _facts(self) -> Mapping[str, Any]:
         """The fields that the computation reads beside sizes and options, with their defaults."""
-        return self.computation.fields if self.computation else {}
+        if self.computation is None:
+            return {}
+        gate = self.expert_defaults if self.computation.experts else {}
+        return {**gate, **self.computation.fields}
 
     def _read_facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The values of those fields; null counts as a value."""
@@ -238,11 +245,25 @@ class Family:
         listed = self.computation is not None and self.computation.windows == "list"
         return (*self._facts, LAYER_TYPES) if listed else tuple(self._facts)
 
-    def _read_kinds(self, config: Mapping[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
-        """The layers of each kind of attention, where they are of several kinds."""
-        if self.computation is None or self.computation.windows != "list":
+    def _read_kinds(
+        self, config: Mapping[str, Any], facts: Mapping[str, Any], layers: int
+    ) -> dict[str, tuple[int, ...]]:
+        """The layers of each kind, where the table or the attention has several kinds."""
+        if self.computation is None:
             return {}
-        _bound_layers(layers)
+        if self.computation.windows == "list":
+            _bound_layers(layers)
+            return self._read_attention(config, layers)
+        # Of a model that is not computed the files alone tell the kinds.
+        computed = all(facts[name] in values for name, values in self.computation.only.items())
+        kinds = self.computation.kinds if computed else {}
+        if kinds:
+            _bound_layers(layers)
+        return {kind: tuple(range(layers if of_all else 0)) for kind, of_all in kinds.items()}
+
+    def _read_attention(self, config: Mapping[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
+        """The layers of each kind of attention, as a list or a rule has them."""
+        assert self.computation is not None
         pattern = self.patterns.get(LAYER_TYPES, ())
         rule = self.layer_kinds({**self.computation.fields, **config, "num_hidden_layers": layers})
         listed = config.get(LAYER_TYPES) is not None
@@ -264,6 +285,29 @@ class Family:
             given.setdefault(self.fields["expert"], given[also])
         null = {key: self.nulls[key] for key in config.keys() & self.nulls if key not in given}
         return Fields(given, {**self.defaults, **null})
+
+    def settle_rows(
+        self, rows: tuple[Row, ...], layers: Mapping[str, tuple[int, ...]], count: int
+    ) -> tuple[Row, ...]:
+        """The rows of a model, without kinds of layers where all that are computed are alike."""
+        if self.computation is None or not self.computation.kinds or not layers:
+            return rows
+        return settle_kinds(rows, layers, count)
+
+    @property
+    def new_fields(self) -> dict[str, Any]:
+        """Fields of a config.json that is written without one to begin with.
+
+        transformers 4 and 5 have different names for the number of experts: both are written.
+        """
+        also = self.experts.get("also")
+        return {**self.new, also: None} if also else dict(self.new)
+
+    def name_experts(self, stated: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that a user states, with the number of experts by the name that goes first."""
+        also = self.experts.get("also", "")
+        first = {self.fields["expert"]: stated[also]} if also in stated else {}
+        return {**first, **stated}
 
     def _check_proved(self, values: Fields) -> None:
         """Raise GrowkitError for fields whose values the table was not proved for."""

@@ -31,6 +31,7 @@ def check_family(family: Family) -> None:
         _check_rows,
         _check_scalars,
         _check_experts,
+        _check_upcycling,
     )
     for check in checks:
         check(family)
@@ -124,3 +125,25 @@ def _check_experts(family: Family) -> None:
             raise GrowkitError(
                 f"[expert_defaults] states no value of {field!r}, the field of {name}"
             )
+
+
+def _check_upcycling(family: Family) -> None:
+    """Where it is stated how a dense model becomes one of these, it is stated whole."""
+    stated = dict(family.upcycling)
+    if not stated:
+        return
+    if not family.experts:
+        raise GrowkitError("[upcycling] needs [experts], which states the gate")
+    known = ("from", "windows", "window", "switch", "every", "fields", "why")
+    for name in (*stated, "from"):
+        if name not in known or name not in stated:
+            raise GrowkitError(
+                f"[upcycling] states {', '.join(known)}; {name!r} is missing, or none of these"
+            )
+    if ("windows" in stated) != ("window" in stated):
+        raise GrowkitError("[upcycling] states which layers have a window, and its field, or none")
+    names = {row.name for row in family.rows}
+    for name in family.upcycled:
+        if name not in names:
+            near = did_you_mean(name, names)
+            raise GrowkitError(f"[upcycled] names {name!r}, which is no row of the table{near}")

@@ -25,6 +25,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.models.fields import Fields, read_number
 
 if TYPE_CHECKING:
+    from growkit.models.architecture import Architecture
     from growkit.models.family import Family
 
 SCORES = ("softmax", "softmax-chosen", "sigmoid")
@@ -82,6 +83,19 @@ def read_gate(family: Family, config: Mapping[str, Any]) -> Gate:
         normalised=normalised if isinstance(normalised, bool) else bool(fields.get(normalised)),
         values={name: value for name, value in values.items() if value is not None},
     )
+
+
+def check_choice(model: Architecture) -> None:
+    """Raise GrowkitError where a token of a mixture would pass more experts than there are."""
+    gate = model.gate
+    if gate is None:
+        return
+    experts = model.sizes["expert"]
+    if not 0 < gate.top <= experts:
+        raise GrowkitError(
+            f"{model.family.experts['top']} is {gate.top}, and there are {experts} experts; "
+            f"between 1 and {experts} work"
+        )
 
 
 def _read(name: str, field: str, fields: Fields) -> Any:

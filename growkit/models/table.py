@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -173,6 +173,20 @@ class Table:
                     f"says {fields[axis.name]} = {size}, whose last {axis.name} is {size - 1}"
                 )
         raise GrowkitError(f"the parameter {name!r} is not of its layer's kind")
+
+
+def settle_kinds(
+    rows: Sequence[Row], layers: Mapping[str, Collection[int]], count: int
+) -> tuple[Row, ...]:
+    """The rows of a model of `count` layers: those of a kind that all layers are of have no kind,
+    and those of a kind that none is of are left out.
+    """
+    settled = []
+    for row in rows:
+        of_kind = layers[row.kind] if row.kind else range(count)
+        if of_kind:
+            settled.append(replace(row, kind="") if len(of_kind) == count else row)
+    return tuple(settled)
 
 
 def _state_stacked(row: Row, sizes: Mapping[str, int], fields: Mapping[str, str]) -> str:

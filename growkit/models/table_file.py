@@ -49,6 +49,8 @@ MAPS = (
     "checked",
     "experts",
     "expert_defaults",
+    "upcycling",
+    "upcycled",
 )
 LISTS = (
     "by_layer",

@@ -19,6 +19,7 @@ from growkit.errors import GrowkitError, UsageError
 from growkit.growth.plan import Plan
 from growkit.lineage import Lineage, unreadable_plan
 from growkit.surgery.grow import prepare_growth
+from growkit.surgery.upcycling import express_source
 
 EQUAL, DIFFERS = "equal", "differs"
 
@@ -119,10 +120,11 @@ def recorded_plan(source: Source, out: Source) -> Plan:
     """
     growth = recorded_growth(out)
     try:
-        if growth.before == source.model.sizes:
+        model = express_source(source, growth.experts)
+        if growth.before == model.sizes:
             _check_sizes(growth, out)
-            return growth.plan(source.model)
-        different = find_differences(source.model.sizes, dict(growth.before))
+            return growth.plan(model)
+        different = find_differences(model.sizes, dict(growth.before))
     except (*MALFORMED, OverflowError) as problem:
         raise GrowkitError(f"{out.path}: {unreadable_plan(repr(problem))}") from None
     axis, (ours, theirs) = next(iter(different.items()))

@@ -23,6 +23,7 @@ from growkit.growth.rule import find_source
 from growkit.growth.shares import is_added
 from growkit.models.architecture import Architecture
 from growkit.models.definition import list_defined
+from growkit.models.fused import find_fused
 from growkit.models.notation import Row
 
 LAYOUTS = ("keep", "split")
@@ -110,17 +111,30 @@ def find_factors(
         return {name: Factors() for name, _ in defined}
     trees = compute_multipliers(model, plans)
     new_layers = find_new_layers(plans[-1:])
+    fused = find_fused(model)
     found: dict[str, Factors] = {}
     by_row: dict[tuple[str, ...], list[float]] = {}
     for name, row in defined:
         if row.path not in by_row:
-            by_row[row.path] = [get_number(trees[kind], row) for kind in trees]
+            parts = fused[row.name].parts if row.name in fused else (row,)
+            by_row[row.path] = [_get_one(trees[kind], parts) for kind in trees]
         rate, eps, clip = by_row[row.path]
         position = row.match(name)
         layered = bool(row.stacked) and row.stacked[0].name == "layer"
         new = bool(layered and position and position[0] in new_layers)
         found[name] = Factors(rate, eps, clip, new)
     return found
+
+
+def _get_one(tree: Mapping[str, Any], rows: Sequence[Row]) -> float:
+    """The factor of several rows that are one parameter. Raises GrowkitError where they differ."""
+    numbers = {get_number(tree, row) for row in rows}
+    if len(numbers) > 1:
+        raise GrowkitError(
+            f"a parameter group has one learning rate, and {rows[0].name} needs another than "
+            f"{rows[1].name}, with which it is one parameter"
+        )
+    return numbers.pop()
 
 
 def make_groups(

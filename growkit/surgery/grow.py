@@ -22,6 +22,7 @@ from growkit.models.layer_fields import follow_layers
 from growkit.models.notation import Position, Row
 from growkit.surgery.blocks import grown_recipe
 from growkit.surgery.groups import check_layout, grow_groups
+from growkit.surgery.upcycling import read_upcycled
 
 # What the tensors of each slot of a source are to growth.
 SLOT_MOMENTS = {"params": VALUE, "mu": MU, "nu": NU, "nu_max": NU}
@@ -35,6 +36,8 @@ def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents
     UsageError for groups that cannot be split.
     """
     source.require_readable()
+    entry = Growth.of(plan, Origin.of(source))
+    source = read_upcycled(source, plan)
     recipes = {
         slot: {
             name: _recipe(source, plan, slot, row, position)
@@ -42,7 +45,6 @@ def prepare_growth(source: Source, plan: Plan, groups: str = "keep") -> Contents
         }
         for slot in source.tensors
     }
-    entry = Growth.of(plan, Origin.of(source))
     files = source.files
     optimizer = _grow_optimizer(source, plan, groups)
     if groups == "split":
@@ -101,6 +103,7 @@ def grow_config(source: Source, plan: Plan) -> dict[str, Any]:
 def _recipe(source: Source, plan: Plan, slot: str, row: Row, position: Position) -> Recipe:
     """The recipe of one new tensor: zeros, the source's bytes again, or a growth of them."""
     moment = SLOT_MOMENTS[slot]
+    plan = plan.at(row, position)
     tensor = source.tensors[slot][row.name_at(find_source(plan, row, position))]
     # Nothing is written for zeros: a new file holds them already.
     if moment_fate(plan, row, moment, position) == "zero":

@@ -15,6 +15,8 @@ from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.new import find_new_layers
 from growkit.lineage import Lineage
+from growkit.models.fused import list_parameters
+from growkit.models.notation import Row
 from growkit.surgery.groups import CLIP, RATE, make_groups
 
 # What wrappers put before the names of a model's parameters.
@@ -68,10 +70,11 @@ def freeze_old(model: torch.nn.Module, directory: str | os.PathLike[str]) -> lis
             "alone"
         )
     named = _name_parameters(model, source)
+    rows = list_parameters(source.model)
     trained = []
     for own, parameter in model.named_parameters():
         name = _table_name(own, source)
-        is_new = name in named and _is_in(name, source, new)
+        is_new = name in named and _is_in(name, rows[name], new)
         parameter.requires_grad_(is_new)
         if is_new:
             trained.append(own)
@@ -120,31 +123,26 @@ def _name_parameters(
 ) -> dict[str, tuple[str, torch.nn.Parameter]]:
     """Name in files -> (name in the model, parameter). Raises GrowkitError for another model."""
     named = {_table_name(own, source): (own, each) for own, each in model.named_parameters()}
-    tensors = source.tensors["params"]
-    several = next((row for row in source.model.table.rows if len(row.stacked) > 1), None)
-    if several is not None:
-        raise GrowkitError(
-            f"{several.name} is one parameter of many in transformers 5, so mixtures of experts "
-            "have no groups by growth yet"
-        )
-    for name, tensor in tensors.items():
+    wanted = list_parameters(source.model)
+    for name, row in wanted.items():
         if name not in named:
             raise GrowkitError(f"the model has no parameter {name!r}, and {source.path} has")
         shape = tuple(named[name][1].shape)
-        if shape != tensor.shape:
+        stored = row.shape(source.model.sizes)
+        if shape != stored:
             raise GrowkitError(
-                f"{name!r} has the shape {list(shape)} in the model and {list(tensor.shape)} in "
+                f"{name!r} has the shape {list(shape)} in the model and {list(stored)} in "
                 f"{source.path}: load the model from there"
             )
-    extra = sorted(named.keys() - tensors.keys())
+    extra = sorted(named.keys() - wanted.keys())
     if extra:
         raise GrowkitError(f"{source.path} has no parameter {extra[0]!r}, and the model has")
     return named
 
 
-def _is_in(name: str, source: Source, layers: frozenset[int]) -> bool:
+def _is_in(name: str, row: Row, layers: frozenset[int]) -> bool:
     """Whether a parameter is one of these layers'."""
-    row, position = source.model.table.match(name)
+    position = row.match(name) or ()
     return bool(row.stacked) and row.stacked[0].name == "layer" and position[0] in layers
 
 
@@ -175,7 +173,7 @@ def _follow_lineage(
     """Groups by decay and by the factors of the growths that no training has followed."""
     growths = Lineage.read(source.lineage).growths_owed()
     plans = [growth.plan_within(source.model) for growth in growths]
-    rows = {name: source.model.table.match(name)[0] for name in named}
+    rows = list_parameters(source.model)
     trained = [(name, rows[name]) for name in named if named[name][1].requires_grad]
     for group in make_groups(source.model, trained, plans, options):
         stated = dict(group.options)

@@ -6,6 +6,7 @@ import pytest
 from conftest import SMALL, save_directory
 from trained import save_trained
 
+from growkit.checkpoint.location import open_source
 from growkit.cli import run
 from growkit.models import find_family
 from growkit.models.architecture import Architecture
@@ -29,7 +30,7 @@ def save_shipped(path, kind):
     [
         ("phi", "2x", "growkit.torch.param_groups multiplies learning rates x0.5 for mlp.fc2"),
         ("phi", "5", "cannot hold them: they differ within a parameter"),
-        ("mixtral", "2x", "cannot hold them: the experts of a layer are one parameter there"),
+        ("mixtral", "2x", "param_groups multiplies learning rates x0.5 for block_sparse_moe"),
     ],
 )
 def test_rates_of_families_that_the_trainer_does_not_train(tmp_path, capsys, kind, mlp, said):
@@ -85,13 +86,27 @@ def test_a_source_with_other_axes_is_named_as_such(tmp_path, capsys):
     assert "another model" in error and "None" not in error
 
 
-def test_mixtures_have_no_groups(tmp_path):
-    pytest.importorskip("torch")
+def test_groups_of_a_mixture_are_those_of_memory(tmp_path):
+    torch = pytest.importorskip("torch")
     from growkit.errors import GrowkitError
     from growkit.torch.groups import param_groups
 
     source = save_shipped(tmp_path / "source", "mixtral")
-    import torch
+    with pytest.raises(GrowkitError, match=r"no parameter 'model.layers.0.mlp.experts"):
+        param_groups(make_module(torch, source), source, lr=1e-3)
 
-    with pytest.raises(GrowkitError, match="one parameter of many in transformers 5"):
-        param_groups(torch.nn.Linear(1, 1), source, lr=1e-3)
+
+def make_module(torch, source):
+    """A module with all parameters of a mixture but those of experts."""
+    model = torch.nn.Module()
+    for name, tensor in open_source(str(source)).tensors["params"].items():
+        if ".experts." not in name:
+            *path, last = name.split(".")
+            module = model
+            for word in path:
+                if not hasattr(module, word):
+                    module.add_module(word, torch.nn.Module())
+                module = getattr(module, word)
+            parameter = torch.nn.Parameter(torch.zeros(tensor.shape))
+            module.register_parameter(last, parameter)
+    return model

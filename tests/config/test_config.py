@@ -155,8 +155,10 @@ def test_data_by_path_list_or_weights(text, expected):
         ({"optimizer": {"beta2": 1}}, ["optimizer.beta2 must lie in [0, 1)"]),
         ({"optimizer": 3}, ["optimizer is a section of values, got 3"]),
         ({"model": {"tied": "yes"}}, ["model.tied must be true or false", "'yes'"]),
-        ({"remat": "ful"}, ["remat must be one of auto, none, dots, full", "did you mean 'full'"]),
+        ({"remat": "ful"}, ["must be one of auto, none, dots, half, full", "did you mean 'full'"]),
         ({"remat": 1}, ["remat must be text"]),
+        ({"loss_chunk": 0}, ["loss_chunk must be auto, none or a number from 1, got '0'"]),
+        ({"loss_chunk": "nome"}, ["got 'nome'", "did you mean 'none'"]),
         ({"precision": {"compute": "fp32"}}, ["precision.compute must be one of", "'fp32'"]),
         (
             {"schedule": {"steps": 10, "warmup": 11}},

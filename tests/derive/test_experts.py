@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,26 +13,31 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-from continuation import Training, grow_training
+from continuation import Training, flatten, grow_training, nest
 from sweeping import load_network, save_tiny
 from trained import save_trained
 
 from growkit.checkpoint.location import open_source
 from growkit.cli import run as run_command
+from growkit.cli.checked_text import choose_text
+from growkit.cli.measuring import _cut_rows
 from growkit.derive import proof
-from growkit.derive.network import run
+from growkit.derive.network import run, wide
 from growkit.derive.stream import TOKENS
 from growkit.derive.tiny import tiny_fields
 from growkit.derive.variant import read_variant
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.axes import make_map, tile
+from growkit.growth.choice import share_out
 from growkit.growth.experts import plan_experts
 from growkit.growth.plan import build_plan, set_options
 from growkit.growth.rule import find_source
+from growkit.growth.tree import grow as grow_tree
 from growkit.models.definition import list_defined
 from growkit.models.family_check import check_family
 from growkit.models.gates import read_gate
 from growkit.models.tables import list_shipped, read_shipped
+from growkit.surgery.scores import score_experts
 
 torch.set_num_threads(1)
 BOUND = 1e-12
@@ -282,6 +288,155 @@ def test_a_checkpoint_of_the_trainer_grows_with_its_moments(tmp_path):
         for slot, factor in (("params", 1), ("mu", times), ("nu", times**2)):
             before, after = (each.tensors[slot][name].read() for each in (old, new))
             assert (np.concatenate([before] * times) / factor == after).all(), (slot, name)
+
+
+EPS = 1e-3
+
+
+def train_by_pytorch(path, steps):
+    """Losses of a model on disk, trained on by the optimizer beside it, in float64."""
+    from growkit.torch import param_groups
+
+    network = load_network(path)
+    optimizer = torch.optim.AdamW(param_groups(network, path, lr=None))
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+    return step_by_pytorch(network, optimizer, steps)
+
+
+def step_by_pytorch(network, optimizer, steps):
+    losses = []
+    with wide(), torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            logits = network(TOKENS, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def save_with_optimizer(kind, path):
+    """A tiny mixture after a few steps, with what transformers' Trainer saves of its optimizer."""
+    save_tiny(kind, tiny_fields(kind), path)
+    network = load_network(path)
+    decayed, exempt = [], []
+    for name, parameter in network.named_parameters():
+        (exempt if "norm" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, eps=EPS)
+    step_by_pytorch(network, optimizer, 3)
+    network.save_pretrained(path)
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+
+
+def test_an_optimizer_of_pytorch_goes_on_as_the_sources(tmp_path, capsys):
+    """Its parameters are those of memory, where the experts of a layer are one."""
+    source, split, kept = (tmp_path / name for name in ("source", "split", "kept"))
+    save_with_optimizer("mixtral", source)
+    words = ["experts", "4:8", "--exact", str(source)]
+    assert run_command([*words, str(split), "--groups", "split"]) == 0
+    said = capsys.readouterr().out
+    assert "learning rates stay; training continues exactly as the source's would" in said
+    assert run_command(["verify", str(source), str(split)]) == 0
+    assert run_command([*words, str(kept)]) == 0
+    before = train_by_pytorch(source, 5)
+    after, wrong = train_by_pytorch(split, 5), train_by_pytorch(kept, 5)
+    assert max(abs(one - other) for one, other in zip(before, after, strict=True)) < 1e-11
+    # With the source's eps the copies take other steps.
+    assert max(abs(one - other) for one, other in zip(before, wrong, strict=True)) > 1e-6
+
+
+def count_by_hooks(path, tokens, top):
+    """How often each expert is chosen, by what the routers themselves return."""
+    network, found = load_network(path).float(), []
+
+    def count(module, inputs, outputs):
+        found.append(torch.bincount(outputs[2].flatten(), minlength=outputs[0].shape[-1]).numpy())
+
+    for name, module in network.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.as_tensor(tokens))
+    return np.array(found)
+
+
+def test_experts_are_copied_by_their_worth(tmp_path, capsys):
+    """Layer by layer: an expert of one layer has nothing to do with another layer's."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_with_optimizer("mixtral", source)
+    words = ["experts", "4:6", "--choose", "fisher", str(source), str(out)]
+    assert run_command(words) == 0
+    said = capsys.readouterr().out
+    assert "experts have more copies than others" in said and "2 -> 3 of them a token" in said
+    assert run_command(["verify", str(source), str(out)]) == 0
+    old, new = open_source(str(source)), open_source(str(out))
+    index = new.lineage[-1]["experts"]["by_layer"]
+    expert = "model.layers.{}.block_sparse_moe.experts.{}.w{}.weight"
+    gate = "model.layers.{}.block_sparse_moe.gate.weight"
+    params, mu, nu = (old.tensors[slot] for slot in ("params", "mu", "nu"))
+    for layer, copied in enumerate(index):
+        names = [[expert.format(layer, n, m) for m in (1, 2, 3)] for n in range(4)]
+        worth = [sum((params[n].read() ** 2 * nu[n].read()).sum() for n in each) for each in names]
+        wanted = share_out(np.array(worth), 6)
+        assert copied == wanted and copied[:4] == [0, 1, 2, 3]
+        count = np.bincount(copied)
+        for number, origin in enumerate(copied):
+            name, known = expert.format(layer, number, 1), expert.format(layer, origin, 1)
+            assert (new.tensors["params"][name].read() == params[known].read()).all()
+            after = new.tensors["nu"][name].read()
+            assert np.allclose(after, nu[known].read() / count[origin] ** 2, rtol=1e-12)
+        rows = new.tensors["params"][gate.format(layer)].read()
+        assert (rows == params[gate.format(layer)].read()[copied]).all()
+    assert len({tuple(copied) for copied in index}) > 1, "layers must differ to tell them apart"
+    # The same in memory.
+    plan = plan_experts(old.model, old.config, "4:6", scores=score_experts(old))
+    grown = flatten(
+        grow_tree(nest({n: t.read() for n, t in params.items()}, old.model), plan), plan.grown
+    )
+    assert all((grown[n] == new.tensors["params"][n].read()).all() for n in grown)
+    with pytest.raises(ValueError, match="by_layer does not list"):
+        build_plan("experts", "", old.model, {"expert": tile(4, 8)}, experts=plan.experts)
+
+
+def test_experts_are_copied_by_their_use(tmp_path, capsys):
+    source, out, text = (tmp_path / name for name in ("source", "out", "text.txt"))
+    save_tiny("mixtral", tiny_fields("mixtral"), source)
+    assert run_command(["experts", "4:9", "--choose", "use", str(source), str(out)]) == 0
+    assert "from 1 to" in capsys.readouterr().out
+    assert run_command(["verify", str(source), str(out)]) == 0
+    tokens = _cut_rows(choose_text(open_source(str(source)), 8192).tokens)
+    counts = count_by_hooks(source, tokens, 2)
+    wanted = [share_out(each.astype(float), 9) for each in counts]
+    assert open_source(str(out)).lineage[-1]["experts"]["by_layer"] == wanted
+    assert run(load_network(out), TOKENS).isfinite().all()
+    for words, refusal in (
+        ("4:6 --choose fisher", "reads Adam's second moments, and .* has none"),
+        ("4:6 --choose usage", "--choose is one of all, use, fisher"),
+        ("4:6 --choose-text x", "--choose-text is the text of --choose use"),
+        ("4:6 --choose use --exact", "--exact refuses --choose"),
+        ("4:3 --choose use", "more experts than the source's 4"),
+        ("4:6 --choose use --top 2:7", "7 experts a token, and there are 6"),
+        ("4:6", "6 is not a multiple of 4.*--choose copies some more often"),
+        ("4:6 --from-dense 4", "unexpected extra argument"),
+        ("--from-dense 4 --choose use", "those made of a dense model are alike"),
+    ):
+        assert run_command(["experts", *words.split(), str(source), str(tmp_path / "no")]) == 2
+        assert re.search(refusal, capsys.readouterr().err), words
+    words = ["experts", "4:6", "--choose=use", "--choose-text", str(text)]
+    assert run_command([*words, str(source), str(tmp_path / "no")]) == 1
+    assert "no tokenizer.json" in capsys.readouterr().err
+    groups = read_shipped("deepseek_v3").model(expert=4)
+    with pytest.raises(UsageError, match="for gates without groups"):
+        plan_experts(groups, {"num_experts_per_tok": 2}, "4:6", scores=np.ones((groups.layer, 4)))
+    with pytest.raises(UsageError, match="each of 4 experts in each of"):
+        plan_experts(read_shipped("mixtral").model(expert=4), {}, "4:6", scores=np.ones(4))
+
+
+def test_copies_are_worth_as_nearly_as_much_as_each_other():
+    assert share_out(np.array([8.0, 4.0, 2.0, 2.0]), 8) == [0, 1, 2, 3, 0, 0, 0, 1]
+    assert share_out(np.zeros(3), 6) == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize(

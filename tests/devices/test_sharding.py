@@ -213,7 +213,7 @@ def test_the_collectives_of_the_compiled_step(found):
 
 def find_specs(name, **rules):
     """The mesh axes of a row on eight devices, by name of the row's path."""
-    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.MESH_AXES)
+    mesh = jax.sharding.AbstractMesh((2, 2, 1, 2), sharding.MESH_AXES)
     layout = sharding.Layout(mesh, **rules)
     row = next(row for row in MODEL.table.rows if ".".join(row.path) == name)
     return tuple(layout.parameter_sharding(row).spec), tuple(layout.moment_sharding(row).spec)
@@ -235,11 +235,12 @@ REFUSED = {
     ),
     "devices": (
         Mesh(data=4, fsdp=4),
-        "4 x 4 x 1 asks for 16 devices, and there are 8; mesh.data=0 takes as many as",
+        "4 x 4 x 1 x 1 asks for 16 devices, and there are 8; mesh.data=0 takes as many as",
     ),
     "rest": (
         Mesh(fsdp=3),
-        "mesh.fsdp x mesh.tensor = 3 x 1 does not divide the 8 devices; .* may be 1, 2, 4 or 8",
+        "mesh.fsdp x mesh.expert x mesh.tensor = 3 x 1 x 1 does not divide the 8 devices; .* may "
+        "be 1, 2, 4 or 8",
     ),
 }
 
@@ -268,7 +269,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     devices = make_devices()
     with pytest.raises(
         UsageError,
-        match="= 4 sequences do not divide over .* = 8 x 1; their product may be 1, 2 or 4",
+        match="= 4 sequences do not divide over .* = 8 x 1 x 1; their product may be 1, 2 or 4",
     ):
         sharding.make_layout(replace(CONFIG, batch=Batch(16, 4)), MODEL, devices)
     narrow = MODEL.change(embed=36, head=6, rotary_pct=1.0)

@@ -36,8 +36,8 @@ from growkit.evaluation.reference import read_reference
 from growkit.models.architecture import Architecture
 from growkit.models.gpt_neox import GPT_NEOX
 from trainer.data.tokenizer import load_model_tokenizer, train_tokenizer
+from trainer.evaluate.batches import pad_length
 from trainer.evaluate.harness import load_jax_model
-from trainer.evaluate.likelihood import pad_length
 from trainer.model.decoder import compute_logits
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

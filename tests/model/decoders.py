@@ -23,6 +23,7 @@ SIZES = {
 }
 SLIDES = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
 GEMMA = {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 GPT2 = {
     "vocab_size": 96,
     "n_embd": 32,
@@ -105,6 +106,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 2.0,
         },
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral-window": ("mixtral", {"num_local_experts": 4, "sliding_window": 5}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "head_dim": 16}),
+    "qwen3_moe-plain-window": (
+        "qwen3_moe",
+        EXPERTS | {"use_sliding_window": True, "sliding_window": 5, "attention_bias": True},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": ("gpt2", GPT2),
     "gpt2-untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "activation_function": "relu"}),
 }
@@ -118,6 +127,8 @@ DEFAULT = (
     "gemma2",
     "gemma3",
     "granite",
+    "mixtral",
+    "qwen3_moe",
     "gpt2",
 )
 
@@ -153,12 +164,15 @@ def compute_theirs(path: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
 
     from growkit.derive.network import wide
 
+    config = json.loads((path / "config.json").read_text())
+    plain = {"experts_implementation": "eager"} if "num_experts_per_tok" in config else {}
     with wide() if dtype == "float64" else nullcontext(), torch.no_grad():
         network, report = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             attn_implementation="eager",
             output_loading_info=True,
+            **plain,
         )
         assert not report["missing_keys"] and not report["unexpected_keys"], report
         ids = torch.from_numpy(np.asarray(tokens, np.int64))

@@ -169,6 +169,9 @@ SIBLINGS = {
     "no factor of the embedding": ("granite", fact(embedding_multiplier=1.0)),
     "no factor of the scores": ("granite", fact(attention_multiplier=1.0)),
     "logits not divided": ("granite", fact(logits_scaling=1.0)),
+    "weights of experts not normalised": ("qwen3_moe", fact(norm_topk_prob=False)),
+    "weights of experts normalised": ("qwen3_moe-plain-window", fact(norm_topk_prob=True)),
+    "one expert a token": ("mixtral", fact(num_experts_per_tok=1)),
     "gelu by erf": ("gpt2", lambda model: model.change(activation="gelu")),
     "gate and up exchanged": ("llama", part(gate="up_proj", up="gate_proj")),
     "queries and keys exchanged": ("llama-wide-heads", part(query="k_proj", key="q_proj")),
@@ -178,7 +181,15 @@ SIBLINGS = {
 
 @pytest.mark.parametrize(
     "name",
-    some(SIBLINGS, ("a window longer by one", "norms without their 1", "logits not divided")),
+    some(
+        SIBLINGS,
+        (
+            "a window longer by one",
+            "norms without their 1",
+            "logits not divided",
+            "weights of experts not normalised",
+        ),
+    ),
 )
 def test_a_model_with_one_fact_changed_is_another(saved, name):
     of, change = SIBLINGS[name]

@@ -123,7 +123,7 @@ def test_each_dropout_acts_and_only_when_training(where, tokens):
     assert not np.array_equal(apply(key), apply(jax.random.key(1)))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "half", "full"])
 def test_rematerialising_changes_no_gradient(remat, tokens):
     params = init_params(SMALL, Precision("float32", "float32"), seed=0)
 

@@ -130,7 +130,7 @@ def test_dropout_draws_masks_by_layer():
 
     @jax.jit
     def loss(key):
-        return accumulate_gradients(network, params, TOKENS, key, Part((1, 3)))[0]
+        return accumulate_gradients(network, params, TOKENS, key, Part((1, 3)))[0]["loss"]
 
     first, second = jax.random.key(0), jax.random.key(1)
     assert float(loss(first)) == float(loss(first)) != float(loss(second))

@@ -68,7 +68,8 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monk
     [
         ("auto", 35, "none"),
         ("auto", 25, "dots"),
-        ("auto", 15, "full"),
+        ("auto", 15, "half"),
+        ("auto", 12, "full"),
         ("auto", 5, "full"),
         ("dots", 35, "dots"),
         ("dots", 5, "dots"),
@@ -76,7 +77,7 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monk
 )
 def test_the_mildest_policy_that_fits_is_selected(remat, available, policy, monkeypatch):
     """A step is represented by the name of its policy here."""
-    needs = {"none": 30, "dots": 20, "full": 10}
+    needs = {"none": 30, "dots": 20, "half": 15, "full": 10}
 
     def measure(config, layout, step, like):
         return Memory(0, 0, needs[step], 0, available)

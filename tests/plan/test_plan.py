@@ -178,7 +178,7 @@ def test_a_step_compiled_for_a_slice(capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["devices"] == 8
     assert said["chips"] == 4
-    assert said["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert said["mesh"] == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}
     assert said["memory"]["optimizer"] < 8 * said["parameters"] / 4, "ZeRO-1 spreads the moments"
     assert said["step_seconds"] == pytest.approx(said["flops_per_step"] / (0.4 * 4 * 123e12))
 

@@ -14,8 +14,8 @@ from trainer.plan.remedies import (
     try_remedies,
 )
 
-FOUR_DEVICES = {"data": 4, "fsdp": 1, "tensor": 1}
-ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
+FOUR_DEVICES = {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1}
+ONE_DEVICE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 
 
 def tiny(*changes: str):
@@ -39,6 +39,7 @@ def list_tried(needs: dict[str, int], config=None, mesh=FOUR_DEVICES):
 def test_remedies_come_in_order_and_end_with_the_first_that_fits():
     order = [
         "remat=dots",
+        "remat=half",
         "remat=full",
         "mesh.zero1=true",
         "mesh.data=1 mesh.fsdp=4",
@@ -56,6 +57,11 @@ def test_remedies_come_in_order_and_end_with_the_first_that_fits():
 def test_the_shortest_context_is_tried_last():
     tried = list_tried({}, tiny("model.context=512", "remat=full"), ONE_DEVICE)
     assert tried[-1].endswith("model.context=128")
+
+
+def test_a_loss_in_one_piece_is_cut_first():
+    assert list_tried({"loss_chunk=auto": 50}, tiny("loss_chunk=none")) == ["loss_chunk=auto"]
+    assert "loss_chunk=auto" not in list_tried({}, tiny("loss_chunk=64"))
 
 
 def test_with_remat_auto_no_policy_is_a_remedy():

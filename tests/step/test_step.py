@@ -111,8 +111,8 @@ def test_loss_and_gradient_name_every_promotion(numbers, drops, strict_promotion
     tokens = jax.ShapeDtypeStruct((2, 4, TINY.context + 1), "int32")
     key = jax.random.key(0) if drops else None
     accumulate = partial(accumulate_gradients, network)
-    loss, gradient = jax.eval_shape(lambda *given: accumulate(*given, key), params, tokens)
-    assert loss.dtype == np.float32
+    losses, gradient = jax.eval_shape(lambda *given: accumulate(*given, key), params, tokens)
+    assert losses["loss"].dtype == np.float32
     assert gradient["embed_in"]["weight"].dtype == numbers[0]
 
 
@@ -148,10 +148,11 @@ def test_one_program_serves_runs_that_differ_in_numbers(params, other):
     [
         changed(dropout=Dropout(0.2, 0.0, 0.0)),
         changed(remat="full"),
+        changed(loss_chunk="16"),
         changed(schedule=dataclasses.replace(PLAIN.schedule, kind="linear")),
         changed(optimizer=dataclasses.replace(PLAIN.optimizer, beta2=0.9)),
     ],
-    ids=["dropout", "remat", "kind", "beta2"],
+    ids=["dropout", "remat", "loss_chunk", "kind", "beta2"],
 )
 def test_another_computation_is_another_program(other):
     assert make_train_step(other, TINY).program is not make_train_step(PLAIN, TINY).program
@@ -171,6 +172,21 @@ def test_evaluation_is_the_training_loss_of_the_unmasked(params):
     parts = sum(float(evaluate(params, tokens, np.arange(8) == row)) for row in range(3))
     assert some == pytest.approx(parts, rel=1e-6)
     assert some != pytest.approx(whole * 8 * TINY.context, rel=0.1)
+
+
+@pytest.mark.parametrize("chunk", ["none", "16"])
+def test_the_size_of_a_piece_of_the_loss_changes_rounding_alone(params, chunk):
+    other = changed(loss_chunk=chunk)
+    ours, plain = (run(config, params, steps=2) for config in (other, PLAIN))
+    np.testing.assert_allclose(ours[0], plain[0], rtol=1e-6)
+    assert gap(ours[2], plain[2]) < 1e-6
+    assert gap(ours[2], params) > 0
+    tokens = batch(0)[0]
+    whole, theirs = (
+        float(make_eval_step(config, TINY)(params, tokens, np.ones(8, bool)))
+        for config in (other, PLAIN)
+    )
+    assert whole == pytest.approx(theirs, rel=1e-6)
 
 
 DROPPED = dataclasses.replace(PLAIN, dropout=Dropout(0.2, 0.2, 0.2))

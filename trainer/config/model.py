@@ -17,6 +17,7 @@ from growkit.models import find_family, list_trained
 from growkit.models.architecture import Architecture
 from growkit.models.family import Family
 from growkit.models.fields import RATIO
+from growkit.models.gates import check_choice
 from trainer.config.rules import number
 
 
@@ -60,14 +61,15 @@ def build_architecture(model: Model) -> Architecture:
     family = find_trained(model.kind)
     try:
         values = name_values(family, dataclasses.asdict(model))
-        base = family.model(**values)
-        if not model.config:
-            return base
-        written = base.config()
-        _check_config(family, model.config, values, written)
-        return family.read(written | model.config)
+        built = family.model(**values)
+        if model.config:
+            written = built.config()
+            _check_config(family, model.config, values, written)
+            built = family.read(written | family.name_experts(model.config))
+        check_choice(built)
     except GrowkitError as problem:
         raise UsageError(f"the model section contradicts itself: {problem}") from None
+    return built
 
 
 def find_trained(kind: str) -> Family:

@@ -78,6 +78,21 @@ class Choices:
             raise UsageError(f"{key} must be one of {listed}, got {value!r}{near}")
 
 
+@dataclass(frozen=True)
+class ChoicesOrCount:
+    """The texts that a field may hold, or a whole number from 1 on as text."""
+
+    allowed: tuple[str, ...]
+
+    def check(self, key: str, value: str) -> None:
+        """Raise UsageError, with the nearest choice, when the value is neither."""
+        is_count = value.isdecimal() and int(value) >= 1
+        if not is_count and value not in self.allowed:
+            listed = ", ".join(self.allowed)
+            near = did_you_mean(value, self.allowed)
+            raise UsageError(f"{key} must be {listed} or a number from 1, got {value!r}{near}")
+
+
 def number(
     default: Number,
     *,
@@ -105,6 +120,12 @@ def path(default: str = "") -> str:
 def choice(default: str, of: Sequence[str]) -> str:
     """Declare a field that holds one of some texts."""
     return dataclasses.field(default=default, metadata={RULE: Choices(tuple(of))})
+
+
+def choice_or_count(default: str, of: Sequence[str]) -> str:
+    """Declare a field that holds one of some texts, or a whole number from 1 on."""
+    metadata = {RULE: ChoicesOrCount(tuple(of)), NUMBERS: True}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def text_or_number(default: str = "") -> str:

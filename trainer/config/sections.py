@@ -20,7 +20,15 @@ from trainer.config.build import build_dataclass
 from trainer.config.model import Model as Model
 from trainer.config.model import build_architecture as build_architecture
 from trainer.config.model import build_section as build_section
-from trainer.config.rules import check_rules, choice, count, number, path, text_or_number
+from trainer.config.rules import (
+    check_rules,
+    choice,
+    choice_or_count,
+    count,
+    number,
+    path,
+    text_or_number,
+)
 
 DTYPES = ("float32", "bfloat16", "float64")
 LARGEST_SEED = 2**31 - 1
@@ -196,10 +204,11 @@ class Log:
 
 @dataclass(frozen=True)
 class Mesh:
-    """How many devices share the work, in three directions."""
+    """How many devices share the work, in four directions."""
 
     data: int = number(0, at_least=0)  # parts of the batch; 0: all devices that are left
     fsdp: int = number(1, at_least=1)  # parts of the batch and of each parameter
+    expert: int = number(1, at_least=1)  # parts of the batch and of the experts of a mixture
     tensor: int = number(1, at_least=1)  # parts of the heads, the hidden units and the vocabulary
     zero1: bool = True  # split the optimizer state over data too (ZeRO-1)
 
@@ -220,11 +229,14 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
-    # What the backward pass recomputes: nothing (none), all but matrix products (dots), or whole
-    # blocks (full). auto: the first of these whose step fits the devices' memory.
-    remat: str = choice("none", of=("auto", "none", "dots", "full"))
+    # What the backward pass recomputes: nothing (none), all but products with weights (dots), all
+    # but attention's result and the mlp's first product (half), or whole blocks (full). auto: the
+    # first of these whose step fits the devices' memory.
+    remat: str = choice("none", of=("auto", "none", "dots", "half", "full"))
     # The attention kernel. auto: the devices' own where its rules allow; xla: no kernel.
     attention: str = choice("auto", of=("auto", "xla", "splash", "cudnn"))
+    # The most tokens whose logits a device holds at once. auto: by the platform; none: no limit.
+    loss_chunk: str = choice_or_count("auto", of=("auto", "none"))
     # What is trained. new: only the layers that growth added since all was trained last.
     train: str = choice("all", of=("all", "new"))
     seed: int = number(0, at_least=0, at_most=LARGEST_SEED)  # of weights, data order and dropout

@@ -1,10 +1,10 @@
 """Which part of each array each device holds: rules {logical axis: mesh axes} for the axis table.
 
-A mesh has three axes. The sequences of a batch are split over data and fsdp; parameters and their
-moments over fsdp; heads, hidden units and the vocabulary over tensor; with ZeRO-1 the moments over
-data too. A dimension that fuses several logical axes is split by the first one, the outermost in
-memory: (head qkv head_dim) is split by heads, (kv group head_dim) by key and value heads, so that a
-device has whole groups.
+A mesh has four axes. The sequences of a batch are split over data, fsdp and expert; parameters and
+their moments over fsdp; heads, hidden units and the vocabulary over tensor; the experts of a
+mixture over expert; with ZeRO-1 the moments over data too. A dimension that fuses several logical
+axes is split by the first one, the outermost in memory: (head qkv head_dim) is split by heads, (kv
+group head_dim) by key and value heads, so that a device has whole groups.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from trainer.config import sections as config
 
 Rules = Mapping[str, tuple[str, ...]]
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
-# A parameter in use: whole, except for tensor parallelism (Megatron-LM, arXiv 1909.08053).
-COMPUTE_RULES = {axis: ("tensor",) for axis in ("head", "kv", "mlp", "vocab")}
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+# The axes of heads, hidden units and the vocabulary.
+WIDTHS = ("head", "kv", "mlp", "moe_intermediate_size", "vocab")
+# A parameter in use: whole, except for tensor parallelism (Megatron-LM, arXiv 1909.08053) and for
+# experts, of which each device has some (GShard, arXiv 2006.16668).
+COMPUTE_RULES = {axis: ("tensor",) for axis in WIDTHS} | {"expert": ("expert",)}
 # A parameter at rest: split (fully sharded data parallelism; ZeRO-3, arXiv 1910.02054).
 PARAMETER_RULES = COMPUTE_RULES | {"embed": ("fsdp",)}
 # Moments, and the gradients that update them (ZeRO-1 and 2). fsdp comes first, so that a part of a
@@ -39,26 +42,28 @@ ZERO_RULES = COMPUTE_RULES | {"embed": ("fsdp", "data")}
 
 
 def make_mesh(settings: config.Mesh, devices: Sequence[Any]) -> jax.sharding.Mesh:
-    """The mesh that a mesh section asks for; data 0 takes all devices that fsdp and tensor leave.
+    """The mesh that a mesh section asks for; data 0 takes all devices that the others leave.
 
     A single process may use fewer devices than it has. Raises UsageError for sizes for which there
     are no devices.
     """
-    rest = settings.fsdp * settings.tensor
+    others = (settings.fsdp, settings.expert, settings.tensor)
+    rest = math.prod(others)
     if not settings.data and len(devices) % rest:
         allowed = _list_divisors(len(devices))
         raise UsageError(
-            f"mesh.fsdp x mesh.tensor = {settings.fsdp} x {settings.tensor} does not divide the "
-            f"{len(devices)} devices; their product may be {allowed}"
+            f"mesh.fsdp x mesh.expert x mesh.tensor = {' x '.join(map(str, others))} does not "
+            f"divide the {len(devices)} devices; their product may be {allowed}"
         )
     data = settings.data or len(devices) // rest
-    shape = (data, settings.fsdp, settings.tensor)
+    shape = (data, *others)
     size = math.prod(shape)
     several_processes = len({device.process_index for device in devices}) > 1
     if size > len(devices) or (several_processes and size < len(devices)):
         raise UsageError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, shape))} asks for {size} "
-            f"devices, and there are {len(devices)}; mesh.data=0 takes as many as are left"
+            f"mesh.data x mesh.fsdp x mesh.expert x mesh.tensor = {' x '.join(map(str, shape))} "
+            f"asks for {size} devices, and there are {len(devices)}; mesh.data=0 takes as many as "
+            f"are left"
         )
     # Neighbours on the mesh become neighbours on the chips' network; splitting axes over it is
     # slower than not, and better than refusing a shape.
@@ -108,9 +113,8 @@ class Layout:
         """
         # Layers are never split: every device has a part of each, so that all work on one layer at
         # once.
-        layers = [None] * len(row.stacked) if stacked else []
-        spec = [rules.get(axis) for axis in row.leading_axes]
-        return self.make_sharding(*layers, *spec)
+        units = [axis.name for axis in row.stacked if stacked or axis.name != "layer"]
+        return self.make_sharding(*(rules.get(axis) for axis in (*units, *row.leading_axes)))
 
     def parameter_sharding(self, row: Row) -> NamedSharding:
         """Sharding of a parameter at rest."""
@@ -175,11 +179,17 @@ def make_layout(
     """
     mesh = make_mesh(settings.mesh, jax.devices() if devices is None else devices)
     layout = Layout(mesh, settings.mesh.zero1)
+    if mesh.shape["expert"] > 1 and "expert" not in model.sizes:
+        raise UsageError(
+            f"mesh.expert={mesh.shape['expert']} splits the experts of a mixture, and a "
+            f"{model.family.title} model has none; leave it 1"
+        )
     part = settings.batch.sequences // settings.batch.accumulation
     if part % layout.batch_shards:
+        shape = " x ".join(str(mesh.shape[axis]) for axis in BATCH_AXES)
         raise UsageError(
             f"batch.sequences / batch.accumulation = {part} sequences do not divide over mesh.data "
-            f"x mesh.fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}; their product may be "
+            f"x mesh.fsdp x mesh.expert = {shape}; their product may be "
             f"{_list_divisors(part)}{_suggest_batch(settings, layout.batch_shards)}"
         )
     for rules in (COMPUTE_RULES, PARAMETER_RULES, layout.moment_rules):

@@ -86,7 +86,7 @@ class JaxModel(WindowedModel, TemplateLM):
 
     def _score(self, requests: list[Request]) -> list[tuple[float, bool]]:
         pieces, owners = self.split_requests(requests)
-        self.expect(len(pieces))
+        self.expect(len(pieces), self.count_tokens(pieces))
         pairs = [(context, continuation) for _, context, continuation in pieces]
         return join_scores(owners, self.likelihood.score(pairs, self.advance))
 

@@ -1,11 +1,10 @@
 """How likely a model in JAX finds texts: log likelihoods, with few compiled programs.
 
-Texts are sorted by length and padded to a few lengths. The head is applied only where a token is
-scored, a fixed number of positions at a time, so that the logits of all tokens are never held at
-once.
+Texts are sorted by length and padded to a few lengths (`trainer.evaluate.batches`). The head is
+applied only where a token is scored, to some positions at a time (`trainer.evaluate.losses`), so
+that the logits of all tokens are never held at once.
 
-Shapes in names: B batch, T time, N = B x T positions, R positions scored at a time, E embed, V
-vocab.
+Shapes in names: B batch, T time, N = B x T positions, E embed.
 """
 
 from __future__ import annotations
@@ -15,36 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trainer.devices.sharding import make_single_device_layout, place
+from trainer.evaluate.batches import Batch, plan_batches
+from trainer.evaluate.losses import FEWEST_ROWS, ROWS, Piece, define_losses
 from trainer.model.decoder import Decoder
-from trainer.model.precision import cap, select_wide_dtype
-from trainer.step.loss import cross_entropy
 
-# How many positions' logits are held at once.
-ROWS = {"cpu": 64}
-ROWS_ELSEWHERE = 1024
-# The shortest padded length, in tokens.
-SHORTEST = 16
+# What stands after a text that is shorter than its row. No score depends on it.
+PADDING = 0
 
 # A text to score, in tokens: (context, continuation).
 Pair = tuple[list[int], list[int]]
-# The losses, and whether each token was the likeliest, of R positions; on the device.
-Piece = tuple[jax.Array, jax.Array]
-
-
-def pad_length(length: int, window: int) -> int:
-    """Round a length up to 16, 24, 32, 48, 64, ..., at most the window.
-
-    The steps are the powers of two and one and a half of each.
-    """
-    size = SHORTEST
-    while size < length:
-        is_power_of_two = size & (size - 1) == 0
-        size = size * 3 // 2 if is_power_of_two else size * 4 // 3
-    return min(size, window)
+# Told of (texts, tokens) that were scored.
+Advance = Callable[[int, int], None]
 
 
 class Likelihood:
@@ -60,89 +43,94 @@ class Likelihood:
         self.window = window
         self.layout = layout
         self.batch = math.ceil(batch / layout.batch_shards) * layout.batch_shards
-        self.rows = ROWS.get(jax.default_backend(), ROWS_ELSEWHERE)
         parameters = network.model.table.tree(layout.parameter_sharding)
         everywhere = layout.replicated
         self._hidden = jax.jit(
             _define_hidden(network), in_shardings=(parameters, layout.batch_sharding())
         )
         self._losses = jax.jit(
-            _define_losses(network),
+            define_losses(network, layout),
             in_shardings=(parameters, None, everywhere, everywhere),
             out_shardings=everywhere,
         )
 
     def score(
-        self, pairs: Sequence[Pair], advance: Callable[[int], None] = lambda done: None
+        self, pairs: Sequence[Pair], advance: Advance = lambda texts, tokens: None
     ) -> list[tuple[float, bool]]:
         """(log likelihood in nats, whether each token was the likeliest) of each continuation.
 
         pairs: contexts and continuations of at least one token each; a context too long is cut on
-        the left. advance: told how many texts were scored, as they are.
+        the left. advance: told how many texts and how many of their tokens were read, as they are.
         """
         results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        for numbers, pieces in self._start_ahead(pairs):
+        lengths = [count_tokens(pair, self.window) for pair in pairs]
+        for numbers, pieces in self._start_ahead(pairs, lengths):
             counts = [len(pairs[number][1]) for number in numbers]
             scores = _read_scores(pieces, counts)
             for number, score in zip(numbers, scores, strict=True):
                 results[number] = score
-            advance(len(numbers))
+            advance(len(numbers), sum(lengths[number] for number in numbers))
         return results
 
-    def _start_ahead(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Piece]]]:
+    def _start_ahead(
+        self, pairs: Sequence[Pair], lengths: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[Piece]]]:
         """Yield the texts' numbers and the losses of each batch, longest texts first.
 
         The next batch is started before one is yielded, so that the device need not wait for the
         host to read.
         """
-        texts = [(context + continuation)[-self.window - 1 :] for context, continuation in pairs]
-        order = sorted(range(len(pairs)), key=lambda number: -len(texts[number]))
+        shards = self.layout.batch_shards
         waiting: tuple[list[int], list[Piece]] | None = None
-        for first in range(0, len(order), self.batch):
-            numbers = order[first : first + self.batch]
-            counts = [len(pairs[number][1]) for number in numbers]
-            started = (numbers, self._start([texts[number] for number in numbers], counts))
+        for batch in plan_batches(lengths, self.window, self.batch, shards):
+            started = (batch.numbers, self._start(batch, [pairs[each] for each in batch.numbers]))
             if waiting is not None:
                 yield waiting
             waiting = started
         if waiting is not None:
             yield waiting
 
-    def _start(self, texts: list[list[int]], counts: list[int]) -> list[Piece]:
-        """Start computing the losses of the last `count` tokens of each text, text by text."""
-        time = pad_length(max(map(len, texts)) - 1, self.window)
-        tokens_BxT = np.zeros((self._select_height(len(texts)), time), np.int32)
+    def _start(self, batch: Batch, pairs: Sequence[Pair]) -> list[Piece]:
+        """Start computing the losses of the continuations of a batch, text by text."""
+        tokens_BxT = np.full((batch.height, batch.time), PADDING, np.int32)
         positions, targets = [], []
-        for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
-            inputs = text[:-1]
+        for row, (context, continuation) in enumerate(pairs):
+            inputs = (context + continuation)[-self.window - 1 : -1]
             tokens_BxT[row, : len(inputs)] = inputs
-            positions.append(row * time + np.arange(len(inputs) - count, len(inputs)))
-            targets.append(text[-count:])
+            count = len(continuation)
+            positions.append(row * batch.time + np.arange(len(inputs) - count, len(inputs)))
+            targets.append(continuation)
         hidden_NxE = self._hidden(self.params, place(tokens_BxT, self.layout.batch_sharding()))
         pieces = self._pieces(np.concatenate(positions), np.concatenate(targets))
         return [self._losses(self.params, hidden_NxE, *piece) for piece in pieces]
 
-    def _select_height(self, count: int) -> int:
-        """How many texts are computed for `count`: the batch, halved as long as they fit."""
-        size = self.batch
-        while size % (2 * self.layout.batch_shards) == 0 and size // 2 >= count:
-            size //= 2
-        return size
-
     def _pieces(
         self, positions: np.ndarray, targets: np.ndarray
     ) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Positions and targets in pieces of `rows`; the last repeats from the start to be full."""
-        count = math.ceil(len(positions) / self.rows) * self.rows
-        padded_positions = np.resize(positions, count).astype(np.int32)
-        padded_targets = np.resize(targets, count).astype(np.int32)
+        """Positions and targets in pieces of ROWS; the last is filled up to a power of two."""
         everywhere = self.layout.replicated
-        for first in range(0, count, self.rows):
-            last = first + self.rows
+        for first in range(0, len(positions), ROWS):
+            last = min(first + ROWS, len(positions))
+            rows = select_rows(last - first)
+            # Filled up with the piece's own positions, whose losses are then not read.
             yield (
-                place(padded_positions[first:last], everywhere),
-                place(padded_targets[first:last], everywhere),
+                place(np.resize(positions[first:last], rows).astype(np.int32), everywhere),
+                place(np.resize(targets[first:last], rows).astype(np.int32), everywhere),
             )
+
+
+def count_tokens(pair: Pair, window: int) -> int:
+    """How many tokens of a text the network reads: all but the last, at most the window."""
+    context, continuation = pair
+    return min(len(context) + len(continuation) - 1, window)
+
+
+def select_rows(count: int) -> int:
+    """The power of two from FEWEST_ROWS to ROWS in which so many positions are scored."""
+    rows = FEWEST_ROWS
+    while rows < count:
+        rows *= 2
+    return rows
 
 
 def _define_hidden(network: Decoder) -> Callable[[Any, jax.Array], jax.Array]:
@@ -153,23 +141,11 @@ def _define_hidden(network: Decoder) -> Callable[[Any, jax.Array], jax.Array]:
     return hidden
 
 
-def _define_losses(network: Decoder) -> Callable[..., Piece]:
-    wide = select_wide_dtype(network.precision.compute)
-
-    def losses(
-        params: Any, hidden_NxE: jax.Array, positions_R: jax.Array, targets_R: jax.Array
-    ) -> Piece:
-        rows_RxE = hidden_NxE[positions_R]
-        head_VxE = network.head_weight(params)
-        logits_RxV = jnp.einsum("re,ve->rv", rows_RxE, head_VxE, preferred_element_type=wide)
-        logits_RxV = cap(logits_RxV, network.logit_cap)
-        return cross_entropy(logits_RxV, targets_R), logits_RxV.argmax(-1) == targets_R
-
-    return losses
-
-
 def _read_scores(pieces: list[Piece], counts: list[int]) -> list[tuple[float, bool]]:
-    """Read a batch from the device and sum up each text. counts: scored tokens of each text."""
+    """Read a batch from the device and sum up each text. counts: scored tokens of each text.
+
+    Only the last piece may have more positions than were asked for, at its end.
+    """
     losses = np.concatenate([np.asarray(losses) for losses, _ in pieces])
     hits = np.concatenate([np.asarray(hits) for _, hits in pieces])
     scores = []

@@ -30,6 +30,10 @@ COLUMNS = (
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",
+    # Of a mixture: the loss that balances experts, the largest and the smallest load of one.
+    "balance_loss",
+    "busiest",
+    "idlest",
     "scores",
     "validation_losses",
     "event",
@@ -45,6 +49,9 @@ NUMBERS = (
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",
+    "balance_loss",
+    "busiest",
+    "idlest",
 )
 # The columns that hold a JSON object or nothing.
 OBJECTS = ("scores", "validation_losses")

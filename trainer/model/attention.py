@@ -22,11 +22,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from trainer.model.dropout import apply_mask, draw_mask
 from trainer.model.matmul import matmul_transposed
 from trainer.model.precision import cap, select_wide_dtype, widen
 
+# The name by which a remat policy may keep attention's result.
+MIXED = "attention"
 # Number of blocks of queries by platform, 1 where none is named. A block is multiplied with the
 # keys of its past only, so N blocks do (N + 1) / 2N of the work: 62.5 % for 4.
 BLOCKS = {"cpu": 4}
@@ -118,7 +121,8 @@ def _forward(
         mixed_BxHxTxD = jnp.einsum("bhts,bhsd->bhtd", dropped, v_BxHxSxD[:, :, :last])
         mixed.append(_unfold(mixed_BxHxTxD, heads))
         weights.append(weights_BxHxTxS)
-    return jnp.concatenate(mixed, 2), (q_BxQxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask, window)
+    mixed_BxQxTxD = checkpoint_name(jnp.concatenate(mixed, 2), MIXED)
+    return mixed_BxQxTxD, (q_BxQxTxD, k_BxHxSxD, v_BxHxSxD, weights, mask, window)
 
 
 def _fold(x_BxQxTxN: jax.Array, kv: int) -> jax.Array:

@@ -11,11 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from trainer.config.sections import Dropout
 from trainer.model.activation import ACTIVATIONS
 from trainer.model.attention import Past, Scores, attend_to_past, causal_attention
 from trainer.model.dropout import HiddenDropout
+from trainer.model.experts import Mixture
 from trainer.model.kernels import kernel_attention
 from trainer.model.kinds import LayerKind
 from trainer.model.parameters import Linear, Norm, Parameters
@@ -23,6 +25,8 @@ from trainer.model.rotary import rotate
 
 # The collection in which `apply(..., mutable=[KEPT])` returns each layer's keys and values.
 KEPT = "kept"
+# The name by which a remat policy may keep what the mlp's first product gives.
+EXPANDED = "mlp"
 Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -160,10 +164,10 @@ class MLP(Parameters):
         names = self.computation
         activate = ACTIVATIONS[self.model.activation]
         if names.gate:
-            gate = Linear(**self.common, name=names.gate)(x_BxTxE)
-            up = Linear(**self.common, name=names.up)(x_BxTxE)
+            gate = checkpoint_name(Linear(**self.common, name=names.gate)(x_BxTxE), EXPANDED)
+            up = checkpoint_name(Linear(**self.common, name=names.up)(x_BxTxE), EXPANDED)
             return Linear(**self.common, name=names.down)(activate(gate) * up)
-        hidden = Linear(**self.common, name=names.up)(x_BxTxE)
+        hidden = checkpoint_name(Linear(**self.common, name=names.up)(x_BxTxE), EXPANDED)
         return Linear(**self.common, name=names.down)(activate(hidden))
 
 
@@ -190,7 +194,7 @@ class Block(Parameters):
             kinds=self.kinds,
             name=names.attention,
         )
-        mlp = MLP(**self.common, name=names.mlp)
+        mlp = (Mixture if names.experts else MLP)(**self.common, name=names.mlp)
         drop = HiddenDropout(self.dropout.hidden)
         read_BxTxE = self.normalise(names.before_attention, x_BxTxE)
         attended_BxTxE = attention(read_BxTxE, rotary, deterministic, kind, past)

@@ -23,7 +23,7 @@ from growkit.models.architecture import Architecture
 from trainer.config.sections import Config
 from trainer.devices.accelerators import compute_capability, tpu_generation
 from trainer.devices.sharding import BATCH_AXES, COMPUTE_RULES, Layout
-from trainer.model.attention import PLAIN, Scores, split_queries
+from trainer.model.attention import MIXED, PLAIN, Scores, split_queries
 from trainer.model.precision import widen
 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}
@@ -194,6 +194,7 @@ def splash_attention(
         q_seq_shards=1,
         block_sizes=_select_block_sizes(time),
         attn_logits_soft_cap=scores.cap,
+        residual_checkpoint_name=MIXED,
         interpret=interpret,
     )
     # The kernel does not scale. In bfloat16 the factor 1 / sqrt(D) alone would be wrong by up to 1

@@ -87,7 +87,9 @@ class Parameters(nn.Module):
         """
         row = self.row(name)
         initializer = select_initializer(self.model, row)
-        shape = row.shape(self.model.sizes)
+        # Layers are scanned, so that a module has one of them; experts are all here.
+        units = [self.model.sizes[axis.name] for axis in row.stacked if axis.name != "layer"]
+        shape = (*units, *row.shape(self.model.sizes))
         value = self.param(name, initializer, shape, jnp.dtype(self.precision.params))
         return self.lay_out(value.astype(dtype or self.precision.compute), row)
 
@@ -115,6 +117,14 @@ class Linear(Parameters):
         if not self.has("bias"):
             return projected_BxTxO
         return projected_BxTxO + self.parameter("bias")[None, None]
+
+
+class Weight(Parameters):
+    """A matrix that another module computes with."""
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.parameter("weight")
 
 
 class Norm(Parameters):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.model.decoder import Decoder, Layer
+from trainer.model.experts import ROUTED, Routed
 from trainer.model.kinds import list_kinds, number_kinds
 
 
@@ -65,6 +66,8 @@ def _pair_runs(marks: list[bool]) -> Iterator[tuple[int, int]]:
 class PartScan:
     """(stream, rotary tables, deterministic) -> the stream after all layers, as `Decoder` takes it.
 
+    With it comes what each layer of a mixture routed, [layer, X]; None of any other model.
+
     layers: the numbers of those that are trained. trained: their parameters, stacked. params: those
     of all layers, of which the frozen ones are read. key: of dropout. time: tokens of a sequence.
     """
@@ -94,55 +97,70 @@ class PartScan:
             kinds=kinds,
         )
 
-    def __call__(self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool) -> jax.Array:
+    def __call__(
+        self, x_BxTxE: jax.Array, rotary: Any, deterministic: bool
+    ) -> tuple[jax.Array, Routed | None]:
         apply = partial(self._apply, rotary, deterministic)
         # The next layer, and the next trained one.
         layer, number = 0, 0
+        found = []
         for stretch in self.stretches:
             end = number + stretch.times * stretch.trained
             taken = jax.tree.map(partial(_cut, number, end, stretch), self.trained)
             starts = layer + stretch.period * jnp.arange(stretch.times)
             through = partial(self._run, apply, stretch)
-            x_BxTxE, _ = jax.lax.scan(through, x_BxTxE, (starts, taken))
+            x_BxTxE, routed = jax.lax.scan(through, x_BxTxE, (starts, taken))
+            found.append(jax.tree.map(_flatten, routed))
             layer += stretch.times * stretch.period
             number = end
-        return x_BxTxE
+        return x_BxTxE, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     def _run(
         self, apply: Any, stretch: Stretch, x: jax.Array, inputs: tuple[jax.Array, Any]
-    ) -> tuple[jax.Array, None]:
+    ) -> tuple[jax.Array, Routed | None]:
         """The trained layers of a stretch once, then its frozen ones. inputs: the first layer's
         number, and the parameters of the trained ones.
         """
         start, trained = inputs
 
-        def pass_trained(x: jax.Array, inputs: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
-            return apply(x, *inputs), None
+        def pass_trained(x: jax.Array, inputs: tuple[jax.Array, Any]) -> Any:
+            return apply(x, *inputs)
 
-        def pass_frozen(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
+        def pass_frozen(x: jax.Array, layer: jax.Array) -> Any:
             # Taken by number from the whole, which is not copied.
             take = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-            return apply(x, layer, jax.tree.map(take, self.params)), None
+            return apply(x, layer, jax.tree.map(take, self.params))
 
+        found = []
         if stretch.trained:
             numbers = start + jnp.arange(stretch.trained)
-            x, _ = jax.lax.scan(pass_trained, x, (numbers, trained))
+            x, routed = jax.lax.scan(pass_trained, x, (numbers, trained))
+            found.append(routed)
         if stretch.frozen:
             numbers = start + stretch.trained + jnp.arange(stretch.frozen)
-            x, _ = jax.lax.scan(pass_frozen, x, numbers)
-        return x, None
+            x, routed = jax.lax.scan(pass_frozen, x, numbers)
+            found.append(routed)
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     def _apply(
         self, rotary: Any, deterministic: bool, x: jax.Array, layer: jax.Array, params: Any
-    ) -> jax.Array:
-        """One layer."""
+    ) -> tuple[jax.Array, Routed | None]:
+        """One layer, and what it routed."""
         rngs = {}
         if self.key is not None:
             rngs = {"dropout": jax.random.fold_in(self.key, layer)}
         kind = None if self.kinds is None else self.kinds[layer]
         variables = {"params": {self.name: params}}
-        after: jax.Array = self.layer.apply(variables, x, rotary, deterministic, kind, rngs=rngs)
-        return after
+        apply = partial(self.layer.apply, rngs=rngs)
+        if not self.layer.computation.experts:
+            return apply(variables, x, rotary, deterministic, kind), None
+        after, kept = apply(variables, x, rotary, deterministic, kind, mutable=[ROUTED])
+        return after, kept[ROUTED][self.name][self.layer.computation.mlp]["sums"]
+
+
+def _flatten(routed: jax.Array) -> jax.Array:
+    """[times, period, X] as one dimension of layers."""
+    return routed.reshape(-1, *routed.shape[2:])
 
 
 def _cut(begin: int, end: int, stretch: Stretch, leaf: jax.Array) -> jax.Array:

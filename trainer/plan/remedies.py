@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from growkit.errors import UsageError
 from trainer.config.sections import Config, resolve
 from trainer.config.values import apply_overrides
 from trainer.devices.accelerators import GIB
+from trainer.devices.sharding import BATCH_AXES
 from trainer.plan.compiler import POLICIES, Memory
 
 SHORTEST_CONTEXT = 128  # tokens; no shorter context is proposed
@@ -32,10 +34,11 @@ def apply_changes(config: Config, changes: Sequence[str]) -> Config:
 def list_remedies(config: Config, mesh: dict[str, int]) -> list[list[Changes]]:
     """Changes that lower the peak, in groups, each with its mildest change first.
 
-    The order is that in which they are tried: remat, sharding, accumulation, context. mesh: the
-    number of devices along each mesh axis.
+    The order is that in which they are tried: the loss, remat, sharding, accumulation, context.
+    mesh: the number of devices along each mesh axis.
     """
     return [
+        _list_loss_changes(config),
         _list_remat_changes(config),
         _list_sharding_changes(config, mesh),
         _list_accumulation_changes(config, mesh),
@@ -43,11 +46,19 @@ def list_remedies(config: Config, mesh: dict[str, int]) -> list[list[Changes]]:
     ]
 
 
+def _list_loss_changes(config: Config) -> list[Changes]:
+    return [("loss_chunk=auto",)] if config.loss_chunk == "none" else []
+
+
 def _list_remat_changes(config: Config) -> list[Changes]:
     if config.remat == "auto":
         return []
     harsher = POLICIES[POLICIES.index(config.remat) + 1 :]
     return [(f"remat={policy}",) for policy in harsher]
+
+
+def _count_batch_shards(mesh: dict[str, int]) -> int:
+    return math.prod(mesh[axis] for axis in BATCH_AXES)
 
 
 def _list_sharding_changes(config: Config, mesh: dict[str, int]) -> list[Changes]:
@@ -62,7 +73,7 @@ def _list_sharding_changes(config: Config, mesh: dict[str, int]) -> list[Changes
 
 def _list_accumulation_changes(config: Config, mesh: dict[str, int]) -> list[Changes]:
     """2, 4, 8, ... times as many parts, where each of them still divides over the devices."""
-    shards = mesh["data"] * mesh["fsdp"]
+    shards = _count_batch_shards(mesh)
     parts = config.batch.accumulation
     sequences = config.batch.sequences // parts
     changes: list[Changes] = []

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from growkit.lineage import Lineage
+from growkit.models.counts import describe_sizes
 from trainer.log.speed import Utilization
 from trainer.model.kernels import select_kernel
 from trainer.run.begin import Setup, Stage
@@ -26,10 +27,7 @@ def describe_run(
     model = stage.model
     source = lineage.last_training.source
     origin = f"from {source.path}" if source else "new"
-    yield (
-        f"model: {model.layer} layers, embed {model.embed}, {model.head_count} heads, "
-        f"mlp {model.mlp}, {model.parameters:,} parameters, {origin}"
-    )
+    yield f"model: {describe_sizes(model)}, {origin}"
     yield from setup.data.describe(position.drawn(stage.config.schedule.steps))
     yield from setup.questions.notes
     yield select_kernel(stage.config, model, stage.layout).words

@@ -2,6 +2,7 @@
 
 RUN/config.yaml         the resolved configuration, and the source the run began with
 RUN/metrics.csv         a row every few steps
+RUN/experts.jsonl       the load of each expert of a mixture; see `trainer.log.load`
 RUN/checkpoints/STEP/   see `trainer.run.checkpoint`
 RUN/damaged/STEP/       see `trainer.run.damage`
 RUN/.lock               held while a process trains into RUN
@@ -35,7 +36,7 @@ LOCK = ".lock"
 SCHEDULES = ("schedule.", "optimizer.learning_rate")
 # Sections that may differ between a run and its resumption: they change what is kept and shown,
 # and which devices compute, but not what is trained.
-CHANGEABLE = ("mesh", "attention", "remat", "checkpoint", "eval", "log")
+CHANGEABLE = ("mesh", "attention", "remat", "loss_chunk", "checkpoint", "eval", "log")
 
 
 @dataclass(frozen=True)

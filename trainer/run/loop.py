@@ -66,7 +66,7 @@ class Run:
         self.first = beginning.step
         self.step = beginning.step
         self._take(beginning.snapshot)
-        self.metrics = Metrics(self.directory, self.setup.writers, self.position)
+        self.metrics = Metrics(self.directory, self.setup.writers, self.position, self.first)
         self.utilization = self._measure_utilization()
         self.multipliers = growth.find_multipliers(self.config.optimizer, self.lineage, self.model)
         # The losses of before a growth say nothing of plateaus after it.
@@ -231,15 +231,20 @@ class Run:
 
     def _note(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Read a step's metrics. Stop where they are not finite; keep and show every few."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        load_LxX = found.pop("load", None)
+        values = {name: float(value) for name, value in found.items()}
         if not all(math.isfinite(value) for value in values.values()):
             self._refuse_non_finite(step, values)
         if step % self.config.log.every and step != self.until:
             return
         speed = self.stopwatch.read(self.position.tokens(step))
         rounded = None if speed is None else round(speed, 1)
-        self.metrics.add(step, tokens_per_second=rounded, **values)
         words = self.utilization.describe(speed)
+        if load_LxX is not None:
+            values |= self.metrics.add_load(step, load_LxX)
+            words += f"  experts {values['idlest']:.1%} to {values['busiest']:.1%}"
+        self.metrics.add(step, tokens_per_second=rounded, **values)
         self.report.show_row(step, values["loss"], values["learning_rate"], words)
 
     def _refuse_non_finite(self, step: int, values: dict[str, float]) -> None:
@@ -385,6 +390,7 @@ class Run:
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
         self.history.secure(self.setup.trust.sync)
+        self.metrics.loads.flush()
         snapshot = self.snapshot()
         saved = self.checkpoints.save(self.step, snapshot)
         self.saved_at = time.monotonic()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
+
 from trainer.devices.hosts import is_writer
 from trainer.log import curves
+from trainer.log.load import Loads, describe_load
 from trainer.log.writers import Writers
 from trainer.run.directory import RunDirectory
 from trainer.run.position import Position
@@ -17,14 +20,25 @@ SCORES = "scores.png"
 
 
 class Metrics:
-    """Adds rows with the tokens and FLOPs of their step, and draws RUN's pictures now and then."""
+    """Adds rows with the tokens and FLOPs of their step, and draws RUN's pictures now and then.
 
-    def __init__(self, directory: RunDirectory, writers: Writers, position: Position) -> None:
+    first: the step at which the run begins or resumes.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, writers: Writers, position: Position, first: int
+    ) -> None:
         self.path = directory.path
         self.history = directory.history
         self.writers = writers
         self.position = position
+        self.loads = Loads(directory.path, first)
         self.drawn_at = time.monotonic()
+
+    def add_load(self, step: int, load_LxX: np.ndarray) -> dict[str, float]:
+        """Write how busy each expert was; returns the columns of the row that sum it up."""
+        self.loads.add(step, load_LxX)
+        return describe_load(load_LxX)
 
     def add(self, step: int, **values: Any) -> None:
         """Add a row of a step. values: by the names of the history's columns."""

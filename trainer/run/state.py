@@ -17,7 +17,7 @@ import optax
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.tensor import Source, Tensor
 from growkit.models.architecture import Architecture
-from growkit.models.notation import Row
+from growkit.models.notation import Position, Row
 from trainer.config.sections import Config
 from trainer.devices.sharding import place
 from trainer.model.decoder import init_params
@@ -104,17 +104,31 @@ def _read(
     # Equal places are one array: replicas on several devices are read once.
     shards = {key: np.empty(shard_shape, leaf.dtype) for key in indices}
     stacked = len(row.stacked)
-    # One layer at a time is in memory as a whole, whatever the size of the model.
+    # One layer, or expert of one, is in memory at a time, whatever the size of the model.
     for position in np.ndindex(leaf.shape[:stacked]):
+        within = {key: _find_within(position, index) for key, index in indices.items()}
+        if all(unit is None for unit in within.values()):
+            continue
         name = row.name_at(part.find_unit(position))
         array = tensors[name].read()
-        for key, index in indices.items():
-            # Stacked dimensions, layers among them, are never sharded.
-            shards[key][position] = array[index[stacked:]]
-            look(name, np.asarray(shards[key][position]))
+        for key, unit in within.items():
+            if unit is not None:
+                shards[key][unit] = array[indices[key][stacked:]]
+                look(name, np.asarray(shards[key][unit]))
     return jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: shards[_key(index)]
     )
+
+
+def _find_within(position: Position, index: tuple[slice, ...]) -> Position | None:
+    """Where a unit of the stacked axes lies in a shard of these indices; None for in another."""
+    within = []
+    for unit, part in zip(position, index, strict=False):
+        first = part.start or 0
+        if unit < first or (part.stop is not None and unit >= part.stop):
+            return None
+        within.append(unit - first)
+    return tuple(within)
 
 
 def _key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:

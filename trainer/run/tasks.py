@@ -80,7 +80,7 @@ class Tasks:
     def scores(self, params: Any, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """{"TASK METRIC": value} with these parameters; None when `stopped` becomes true."""
 
-        def advance(done: int) -> None:
+        def advance(texts: int, tokens: int) -> None:
             if stopped():
                 raise Interrupted
 

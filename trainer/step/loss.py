@@ -24,6 +24,8 @@ from trainer.model.precision import cap, select_wide_dtype, widen
 # caches.
 ROWS = {"cpu": 256}
 ROWS_ELSEWHERE = 2048
+# More rows than any batch has: all logits at once.
+ALL_ROWS = 2**62
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -45,10 +47,12 @@ def sum_token_losses(
     mask_B: jax.Array,
     layout: Layout | None = None,
     bound: float | None = None,
+    rows: int | None = None,
 ) -> jax.Array:
     """Sum the loss, nats, of all tokens of the sequences whose mask is 1; in at least float32.
 
-    bound: c where logits are capped by c tanh(logits / c).
+    bound: c where logits are capped by c tanh(logits / c). rows: the most tokens whose logits a
+    device holds at once; None for the platform's own number.
     """
     groups = layout.batch_shards if layout else 1
 
@@ -56,12 +60,19 @@ def sum_token_losses(
         return array.reshape(groups, len(array) // groups, *array.shape[1:])
 
     wide_mask_B = mask_B.astype(select_wide_dtype(hidden_BxTxE.dtype))
-    return _sum_groups(
-        group(hidden_BxTxE), head_VxE, group(targets_BxT), group(wide_mask_B), layout, bound
-    )
+    limit = rows or ROWS.get(target_platform(layout), ROWS_ELSEWHERE)
+    arrays = (group(hidden_BxTxE), head_VxE, group(targets_BxT), group(wide_mask_B))
+    return _sum_groups(*arrays, layout, bound, limit)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def read_rows(chunk: str) -> int | None:
+    """The `rows` of `sum_token_losses` that a configuration's `loss_chunk` asks for."""
+    if chunk == "auto":
+        return None
+    return ALL_ROWS if chunk == "none" else int(chunk)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _sum_groups(
     hidden_GxBxTxE: jax.Array,
     head_VxE: jax.Array,
@@ -69,13 +80,14 @@ def _sum_groups(
     mask_GxB: jax.Array,
     layout: Layout | None,
     bound: float | None,
+    rows: int,
 ) -> jax.Array:
     def add(total_G: jax.Array, piece: Pair) -> tuple[jax.Array, None]:
         hidden, targets = piece
         losses = cross_entropy(cap(_logits(hidden, head_VxE), bound), targets)
         return total_G + (losses * mask_GxB[..., None]).sum((1, 2)), None
 
-    pieces = _cut_time(hidden_GxBxTxE, targets_GxBxT, layout)
+    pieces = _cut_time(hidden_GxBxTxE, targets_GxBxT, rows)
     total_G, _ = jax.lax.scan(add, _zeros(hidden_GxBxTxE), pieces)
     return total_G.sum()
 
@@ -87,6 +99,7 @@ def _forward(
     mask_GxB: jax.Array,
     layout: Layout | None,
     bound: float | None,
+    rows: int,
 ) -> tuple[jax.Array, Pair]:
     """The sum of losses, and its gradient for hidden states and head."""
     # How the head's gradient is summed: [E, V] or [V, E]. A CPU's compiler copies a product's left
@@ -103,7 +116,7 @@ def _forward(
         return (total_G, to_head + piece_to_head), to_hidden
 
     start = (_zeros(hidden_GxBxTxE), _start_head_gradient(hidden_GxBxTxE, head_VxE, as_ExV, layout))
-    pieces = _cut_time(hidden_GxBxTxE, targets_GxBxT, layout)
+    pieces = _cut_time(hidden_GxBxTxE, targets_GxBxT, rows)
     (total_G, to_head), to_hidden = jax.lax.scan(add, start, pieces)
     to_hidden = jnp.moveaxis(to_hidden, 0, 2).reshape(hidden_GxBxTxE.shape)
     # The one sum over devices: until here each has added up its own.
@@ -164,7 +177,7 @@ def _start_head_gradient(
 
 
 def _backward(
-    layout: Layout | None, bound: float | None, saved: Pair, gradient: jax.Array
+    layout: Layout | None, bound: float | None, rows: int, saved: Pair, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     to_hidden, to_head = saved
     scaled_to_hidden = (widen(to_hidden) * gradient).astype(to_hidden.dtype)
@@ -186,14 +199,14 @@ def _zeros(hidden_GxBxTxE: jax.Array) -> jax.Array:
 
 
 def _cut_time(
-    hidden_GxBxTxE: jax.Array, targets_GxBxT: jax.Array, layout: Layout | None
+    hidden_GxBxTxE: jax.Array, targets_GxBxT: jax.Array, rows: int
 ) -> tuple[jax.Array, jax.Array]:
     """Cut time into N equal pieces: hidden states [N, G, B, T/N, E] and targets [N, G, B, T/N].
 
-    A piece is the longest whose logits do not exceed ROWS.
+    A piece is the longest that has no more than `rows` tokens of a group.
     """
     groups, batch, time = targets_GxBxT.shape
-    limit = max(1, ROWS.get(target_platform(layout), ROWS_ELSEWHERE) // batch)
+    limit = max(1, rows // batch)
     # The pieces are equal, so the length divides T: 2048 rows of 8 sequences of 1024 tokens make
     # pieces of 256.
     length = max(size for size in range(1, time + 1) if time % size == 0 and size <= limit)

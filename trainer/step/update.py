@@ -23,11 +23,12 @@ from growkit.models.architecture import Architecture
 from growkit.models.notation import Row
 from trainer.config.sections import Config, NewRate, Optimizer, Precision
 from trainer.devices.sharding import Layout, make_single_device_layout
-from trainer.model.decoder import ApplyLayers, Decoder
+from trainer.model.decoder import Decoder
 from trainer.model.kernels import select_kernel
 from trainer.model.part_scan import PartScan
-from trainer.model.precision import select_wide_dtype
-from trainer.step.loss import sum_token_losses
+from trainer.step.balance import compute_load
+from trainer.step.loss import read_rows
+from trainer.step.objective import Sums, start_sums, sum_loss, sum_objective
 from trainer.step.optimizer import Multipliers, adamw, global_norm, select_multipliers_of
 from trainer.step.part import ALL, Part
 from trainer.step.schedule import (
@@ -65,75 +66,62 @@ def check_precision(config: Config) -> None:
         )
 
 
-def sum_loss(
-    network: Decoder,
-    params: Any,
-    tokens_BxT1: jax.Array,
-    key: jax.Array | None,
-    mask_B: jax.Array | None = None,
-    layers: ApplyLayers | None = None,
-) -> jax.Array:
-    """Sum the loss, nats, of predicting each token from those before it. With a key, dropout is on.
-
-    mask: 1 for the sequences that count, None for all. layers: as `Decoder` takes it.
-    """
-    rngs = {} if key is None else {"dropout": key}
-    # T + 1 tokens give T predictions: each token but the last has a next one.
-    inputs_BxT = tokens_BxT1[:, :-1]
-    targets_BxT = tokens_BxT1[:, 1:]
-    deterministic = key is None
-    hidden_BxTxE = network.apply(
-        {"params": params}, inputs_BxT, deterministic, rngs=rngs, head=False, layers=layers
-    )
-    head_VxE = network.head_weight(params)
-    if mask_B is None:
-        mask_B = jnp.ones(len(tokens_BxT1))
-    bound = network.logit_cap
-    return sum_token_losses(hidden_BxTxE, head_VxE, targets_BxT, mask_B, network.layout, bound)
-
-
 def accumulate_gradients(
     network: Decoder,
     params: Any,
     tokens_AxBxT1: jax.Array,
     key: jax.Array | None,
     part: Part = ALL,
-) -> tuple[jax.Array, Any]:
-    """The mean loss and its gradient over all A x B sequences.
+    rows: int | None = None,
+) -> tuple[Sums, Any]:
+    """The mean losses, and the gradient of what a step lowers, over all A x B sequences.
 
     Both are summed over the A parts and divided once, so that parts give what the whole batch
-    would. part: the parameters of which there is a gradient.
+    would; but a loss that balances experts is that of each part, as in transformers. part: the
+    parameters of which there is a gradient. rows: as `sum_token_losses` takes it.
     """
     table = network.model.table
     trained = part.select(table, params)
 
-    def sum_part_loss(trained: Any, tokens_BxT1: jax.Array, key: jax.Array | None) -> jax.Array:
-        if part.layers is None:
-            return sum_loss(network, trained, tokens_BxT1, key)
-        # Only layers are trained, and no gradient is computed of what is frozen.
-        name = network.computation.layers
-        time = tokens_BxT1.shape[1] - 1
-        scan = PartScan(network, part.layers, trained[name], params[name], key, time)
-        return sum_loss(network, params, tokens_BxT1, key, layers=scan)
-
-    differentiate = jax.value_and_grad(sum_part_loss)
+    differentiate = jax.value_and_grad(
+        partial(_sum_part, network, part, rows, params), has_aux=True
+    )
     parts, batch, length = tokens_AxBxT1.shape
 
     def add(total: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         index, tokens_BxT1 = inputs
         # Each part draws masks of its own, as parts of one batch would.
         part_key = None if key is None else jax.random.fold_in(key, index)
-        added = differentiate(trained, tokens_BxT1, part_key)
-        loss, gradient = jax.tree.map(jnp.add, total, added)
-        return (loss, _shard_as_moments(network, gradient, part)), None
+        (_, sums), gradient = differentiate(trained, tokens_BxT1, part_key)
+        sums, gradient = jax.tree.map(jnp.add, total, (sums, gradient))
+        return (sums, _shard_as_moments(network, gradient, part)), None
 
-    zero_loss = jnp.zeros((), select_wide_dtype(network.precision.compute))
+    zero_sums = start_sums(network)
     zero_gradient = _shard_as_moments(network, jax.tree.map(jnp.zeros_like, trained), part)
     inputs = (jnp.arange(parts), tokens_AxBxT1)
-    total, _ = jax.lax.scan(add, (zero_loss, zero_gradient), inputs)
+    total, _ = jax.lax.scan(add, (zero_sums, zero_gradient), inputs)
     # All sequences are full, so that every token counts the same; validation has a mask instead.
     tokens = parts * batch * (length - 1)
     return jax.tree.map(lambda leaf: leaf / tokens, total)
+
+
+def _sum_part(
+    network: Decoder,
+    part: Part,
+    rows: int | None,
+    params: Any,
+    trained: Any,
+    tokens_BxT1: jax.Array,
+    key: jax.Array | None,
+) -> tuple[jax.Array, Sums]:
+    """What a step lowers, and its sums, as a function of the parameters that are trained."""
+    if part.layers is None:
+        return sum_objective(network, trained, tokens_BxT1, key, rows=rows)
+    # Only layers are trained, and no gradient is computed of what is frozen.
+    name = network.computation.layers
+    time = tokens_BxT1.shape[1] - 1
+    scan = PartScan(network, part.layers, trained[name], params[name], key, time)
+    return sum_objective(network, params, tokens_BxT1, key, scan, rows)
 
 
 def _shard_as_moments(network: Decoder, tree: Any, part: Part) -> Any:
@@ -154,9 +142,11 @@ class TrainStep:
     """(state, tokens [A, B, T+1]) -> (state, metrics), with one run's numbers.
 
     The state given is donated. Metrics: loss, nats per token; gradient_norm, before the clip;
-    learning_rate. numbers: arguments of the program, so that runs of one model that differ in
-    learning rate, schedule or seed share the program. memory: what the program was found to need,
-    for whoever asks again. remat: the policy that the program was made with.
+    learning_rate; of a mixture balance_loss, see `trainer.step.balance`, and load [layer, X], the
+    share of a layer's work that each expert had. numbers: arguments of the program, so that runs of
+    one model that differ in learning rate, schedule or seed share the program. memory: what the
+    program was found to need, for whoever asks again. remat: the policy that the program was made
+    with.
     """
 
     def __init__(self, program: Any, memory: dict[Any, Any], numbers: dict[str, float], remat: str):
@@ -197,7 +187,8 @@ def make_train_step(
     # Trees of multipliers cannot be hashed, so their programs are not kept.
     make = _keep_program if multipliers is None else _make_program
     multipliers = select_multipliers_of(multipliers, model, part)
-    program, memory = make(network, settings, config.schedule.kind, multipliers, part)
+    rows = read_rows(config.loss_chunk)
+    program, memory = make(network, settings, config.schedule.kind, multipliers, part, rows)
     numbers = encode_schedule(config.schedule, config.optimizer.learning_rate, grown_at)
     if multipliers is not None and multipliers.new is not None:
         numbers |= encode_new_rate(config.optimizer.new, grown_at)
@@ -210,6 +201,7 @@ def _make_program(
     kind: str,
     multipliers: Multipliers | None,
     part: Part,
+    rows: int | None,
 ) -> tuple[Any, dict[Any, Any]]:
     """The jitted step: (state, tokens [A, B, T+1], numbers) -> (state, metrics).
 
@@ -219,7 +211,7 @@ def _make_program(
     state = _describe_state(network.precision, settings, network.model, layout, part)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     program = jax.jit(
-        _define_train_step(network, settings, kind, multipliers, part),
+        _define_train_step(network, settings, kind, multipliers, part, rows),
         in_shardings=(shardings, layout.batch_sharding(1), layout.replicated),
         out_shardings=(shardings, layout.replicated),
         # Without donation old and new state would be in memory at once: 12 bytes more a parameter
@@ -238,6 +230,7 @@ def _define_train_step(
     kind: str,
     multipliers: Multipliers | None,
     part: Part,
+    rows: int | None,
 ) -> Callable[[State, jax.Array, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     optimizer = adamw(settings, network.model, multipliers, part)
     table = network.model.table
@@ -253,7 +246,9 @@ def _define_train_step(
         if drops:
             # A function of seed and step: a resumed run draws the masks of one that never stopped.
             key = jax.random.fold_in(jax.random.key(numbers["seed"]), state.step)
-        loss, gradient = accumulate_gradients(network, state.params, tokens_AxBxT1, key, part)
+        losses, gradient = accumulate_gradients(
+            network, state.params, tokens_AxBxT1, key, part, rows
+        )
         # With ZeRO-1 a device updates the part of the parameters whose moments it has.
         params = _shard_as_moments(network, part.select(table, state.params), part)
         factor = {}
@@ -263,7 +258,9 @@ def _define_train_step(
         rate = evaluate_schedule(kind, numbers, state.schedule_step)
         updates = jax.tree.map(partial(_scale_update, rate), direction, params)
         norm = global_norm(gradient, clip_weights)
-        metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        metrics = losses | {"gradient_norm": norm, "learning_rate": rate}
+        if "load" in metrics:
+            metrics["load"] = compute_load(metrics["load"])
         params = _shard_as_moments(network, optax.apply_updates(params, updates), part)
         params = part.merge(table, state.params, params)
         return State(params, optimizer_state, state.step + 1, state.schedule_step + 1), metrics
@@ -283,13 +280,14 @@ def make_eval_step(config: Config, model: Architecture, layout: Layout | None = 
     """
     layout = layout or make_single_device_layout()
     kernel = select_kernel(config, model, layout).name
-    return _keep_eval_step(Decoder(model, config.precision, kernel=kernel, layout=layout))
+    network = Decoder(model, config.precision, kernel=kernel, layout=layout)
+    return _keep_eval_step(network, read_rows(config.loss_chunk))
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _keep_eval_step(network: Decoder) -> EvalStep:
+def _keep_eval_step(network: Decoder, rows: int | None) -> EvalStep:
     def eval_step(params: Any, tokens_BxT1: jax.Array, mask_B: jax.Array) -> jax.Array:
-        return sum_loss(network, params, tokens_BxT1, None, mask_B)
+        return sum_loss(network, params, tokens_BxT1, None, mask_B, rows=rows)
 
     layout = _layout_of(network)
     params = network.model.table.tree(layout.parameter_sharding)

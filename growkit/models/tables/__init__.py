@@ -24,6 +24,12 @@ def read_text(kind: str) -> str:
 
 
 @cache
+def list_mixtures() -> tuple[str, ...]:
+    """The model types whose tables say how a dense model becomes one of them."""
+    return tuple(kind for kind in list_shipped() if "\n[upcycling]\n" in read_text(kind))
+
+
+@cache
 def read_shipped(kind: str) -> Family:
     """The family of a type that has a table here, with how it is computed where that is stated."""
     return replace(read_family(read_text(kind)), computation=COMPUTED.get(kind))
