@@ -73,9 +73,9 @@ class Batch:
     """The sequences of one step."""
 
     sequences: int = number(512, at_least=1)  # batch size
+    accumulation: int = number(1, at_least=1)  # equal parts computed one after another
     # Batch size in tokens instead, to the nearest whole sequence; 0: `sequences` says it.
     tokens: int = count(0, at_least=0)
-    accumulation: int = number(1, at_least=1)  # equal parts computed one after another
 
 
 @dataclass(frozen=True)
