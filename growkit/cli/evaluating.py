@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import click
 
 from growkit.cli.answering import Model, open_model, split_label
 from growkit.cli.options import COUNT, PATH
-from growkit.cli.output import is_quiet, remark, show_result, tell
+from growkit.cli.output import remark, show_result, tell
 from growkit.cli.remaining import show_remaining
 from growkit.cli.signals import leave_on_signal
 from growkit.evaluation.catalogue import BPB, BPB_LIMIT, TASKS, parse_task_names
@@ -190,8 +189,7 @@ def ask_questions(name: str, questions: list[Question], model: Any) -> list[Answ
     answers = []
     for number, question in enumerate(questions, 1):
         began = time.monotonic()
-        words = f"{name}: {question.name} ({number} of {len(questions)})"
-        with nullcontext() if is_quiet() else show_remaining(words, model):
+        with show_remaining(f"{name}: {question.name} ({number} of {len(questions)})", model):
             answers.append(ask(model, question))
         seconds = time.monotonic() - began
         _say(f"{name}: {question.name}, {question.documents:,} documents in {seconds:.1f} s")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from typing import Any, TypeVar
 
@@ -143,17 +143,14 @@ class Run:
     def _announce(self) -> None:
         """Say what is trained, on what, and where it begins."""
         given = (self.setup, self.stage, self.lineage, self.position, self.utilization)
-        for line in [*self.notes, *describe_run(*given)]:
-            self.report.say(line)
+        self._say_all([*self.notes, *describe_run(*given)])
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
         else:
             self._say_event(describe_start(self.lineage, self.step))
         marked = self.multipliers is not None and self.multipliers.new is not None
-        for line in growth.describe_growths(self.lineage, self.model, self.config.dropout):
-            self.report.say(line)
-        for line in growth.describe_new(self.config, self.stage.part, self.model, marked):
-            self.report.say(line)
+        self._say_all(growth.describe_growths(self.lineage, self.model, self.config.dropout))
+        self._say_all(growth.describe_new(self.config, self.stage.part, self.model, marked))
         if self.position.new:
             event = f"data stream {self.position.number} begins"
             self.report.say(f"the data differ from those drawn so far: {event}")
@@ -161,6 +158,10 @@ class Run:
         windows = self.data.validation_fingerprint(self.config.eval.windows)
         if validates_otherwise(self.record_before, windows):
             self._say_event(OTHER_WINDOWS)
+
+    def _say_all(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.report.say(line)
 
     def _say_event(self, event: str) -> None:
         """Keep an event, which the picture marks, and show it."""
@@ -291,14 +292,11 @@ class Run:
         if found is None:
             return
         if not math.isfinite(found.loss):
-            good = self.checkpoints.describe_last_good()
-            raise DivergenceError(
-                f"the validation loss at step {self.step} is {found.loss}; {good}"
-            )
+            words = f"the validation loss at step {self.step} is {found.loss}"
+            raise DivergenceError(f"{words}; {self.checkpoints.describe_last_good()}")
         by_set = found.by_set or None
         self.metrics.add(self.step, validation_loss=found.loss, validation_losses=by_set)
-        for line in found.describe(self.step):
-            self.report.say(line)
+        self._say_all(found.describe(self.step))
         self._say_drawn()
         if self.step == self.first and not self.resumed:
             self._compare(found.loss)
