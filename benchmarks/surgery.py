@@ -1,13 +1,16 @@
 """Growth on disk compared with copying a file of the same size, and with other programs that grow.
 
     python benchmarks/surgery.py [--dir DIR] [--rounds N] [--parameters 0.6] [--mergekit PROGRAM]
-                                 [--alone] [--only huggingface|checkpoint|hf_trainer|dcp|scale]
+                                 [--alone] [--only huggingface|checkpoint|hf_trainer|dcp|convert|
+                                                   checks|scale]
 
 Expect, compared with `cp -r` of the grown output: growth in 0.65 to 0.95 times the copy, on
-directories and on checkpoints of both trainers alike; an average of two in 1.0 to 1.8 times; 20 to
-45 MB of memory; a naive transformers script and mergekit five to eleven times as long, in memory as
-large as the model. Needs disk and memory for about five times the model (2.7 GB at 0.6B parameters
-in float32). Three rounds of everything take 30 minutes on two cores.
+directories and on checkpoints of both trainers alike; `import` and `export` the same; an average of
+two in 1.3 times at most; 20 to 45 MB of memory; a naive transformers script and mergekit five to
+eleven times as long, in memory as large as the model. `verify` and `diff` take 1.2 times at most
+what `cmp` takes for two files as large as the output. Needs disk and memory for about five times
+the model (2.7 GB at 0.6B parameters in float32). Three rounds of everything take 40 minutes on two
+cores.
 
 Everything is a command of its own, timed from start to end, in turns within a round. The script
 prints the medians of each, of its ratio to cp in the same round, and its peak anonymous memory:
@@ -54,7 +57,7 @@ from growkit.models.gpt_neox import GPT_NEOX
 COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 GROWKIT = [sys.executable, "-c", "from growkit.cli import main; main()"]
 UNSYNCED = ("--no-sync",)
-KINDS = ("huggingface", "checkpoint", "hf_trainer", "dcp", "scale")
+KINDS = ("huggingface", "checkpoint", "hf_trainer", "dcp", "convert", "checks", "scale")
 # 18 layers of embed 1536, untied: 0.66B parameters. The other sizes keep the proportions.
 MODEL = GPT_NEOX.model(
     layer=18, embed=1536, head=12, mlp=6144, vocab=50304, context=1024, rotary_pct=0.25, tied=False
@@ -212,13 +215,19 @@ def count_bytes(directory: Path) -> int:
 
 
 def compare(
-    what: str, contenders: list[Contender], out: Path, rounds: int, read: list[Path]
+    what: str,
+    contenders: list[Contender],
+    out: Path,
+    rounds: int,
+    read: list[Path],
+    writes: bool = True,
 ) -> None:
-    """Time all contenders in turns and print them; ratios are to the first one, the copy.
+    """Time all contenders in turns and print them; ratios are to the first one.
 
-    read: the directories that they read.
+    read: the directories that they read. writes: whether they write; then they are timed with a
+    sync too.
     """
-    for synced in (False, True):
+    for synced in (False, True) if writes else (False,):
         seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
         memory = dict.fromkeys(seconds, 0.0)
         for _ in range(rounds):
@@ -227,11 +236,13 @@ def compare(
                 seconds[each.name].append(time_taken)
                 memory[each.name] = max(memory[each.name], peak)
         mode = "with sync" if synced else ""
-        copy = seconds[contenders[0].name]
+        rival = contenders[0].name
         for name, taken in seconds.items():
-            ratios = [mine / theirs for mine, theirs in zip(taken, copy, strict=True)]
+            pairs = zip(taken, seconds[rival], strict=True)
+            ratios = sorted(mine / theirs for mine, theirs in pairs)
             line = (
-                f"{statistics.median(ratios):5.2f} x cp  {statistics.median(taken):6.2f} s  "
+                f"{statistics.median(ratios):5.2f} x {rival.split()[0]:3} "
+                f"({ratios[0]:.2f} to {ratios[-1]:.2f})  {statistics.median(taken):6.2f} s  "
                 f"{memory[name]:6.0f} MB"
             )
             print(f"{what:27} {mode:10} {name:20} {line}", flush=True)
@@ -366,6 +377,39 @@ def compare_job(kind: str, job: Job, bench: Bench) -> None:
     shutil.rmtree(other, ignore_errors=True)
 
 
+def compare_conversions(model: Architecture, bench: Bench) -> None:
+    """Time import and export, which change no number, against a copy of what they write."""
+    kinds = {"import": "huggingface", "export": "checkpoint"}
+    for verb, kind in kinds.items():
+        # An export leaves the moments behind: only the parameters are read and written.
+        compare_job(kind, Job(verb, model, [verb, "SOURCE", "OUT"]), bench)
+        shutil.rmtree(bench.directory / f"{kind}-{model.layer}")
+
+
+def compare_checks(model: Architecture, bench: Bench) -> None:
+    """Time verify of a growth in depth and in width, and diff, against `cmp` of as many bytes."""
+    out = bench.directory / "out"
+    for job in list_jobs(model, bench.directory):
+        if job.name not in ("depth", "width"):
+            continue
+        source = bench.directory / "source"
+        build(source, job.model, "huggingface", np.dtype(np.float32))
+        grown, twin = bench.directory / "grown", bench.directory / "twin"
+        command = place_words([*GROWKIT, *job.words, *UNSYNCED], SOURCE=source, OUT=grown)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        shutil.copytree(grown, twin)
+        files = [str(each / "model.safetensors") for each in (grown, twin)]
+        contenders = [
+            Contender("cmp", ["cmp", *files]),
+            Contender("growkit verify", [*GROWKIT, "verify", str(source), str(grown)]),
+            Contender("growkit diff", [*GROWKIT, "diff", str(grown), str(twin)]),
+        ]
+        read = [source, grown, twin]
+        compare(f"checks of {job.name}", contenders, out, bench.rounds, read, writes=False)
+        for each in read:
+            shutil.rmtree(each)
+
+
 def measure_scale(bench: Bench) -> None:
     """Time and memory of growth in depth by the size of the model, in bfloat16."""
     source = bench.directory / "source"
@@ -416,6 +460,10 @@ def main() -> None:
                 # about as many bytes.
                 third = model.change(layer=model.layer // 3, tied=True)
                 compare_kind(kind, third, bench)
+        if options.only in (None, "convert"):
+            compare_conversions(model, bench)
+        if options.only in (None, "checks"):
+            compare_checks(model, bench)
         if options.only in (None, "scale"):
             measure_scale(bench)
 

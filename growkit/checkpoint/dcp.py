@@ -34,7 +34,7 @@ from growkit.checkpoint.dcp_layout import (
     join_keys,
     sort_entries,
 )
-from growkit.checkpoint.dcp_metadata import METADATA, read_metadata
+from growkit.checkpoint.dcp_metadata import read_metadata
 from growkit.checkpoint.dcp_names import (
     Spelling,
     find_program,
@@ -47,6 +47,7 @@ from growkit.checkpoint.files import read_json, read_regular
 from growkit.checkpoint.hashes import drop_hashes
 from growkit.checkpoint.hf_trainer import find_slot_hashes
 from growkit.checkpoint.huggingface import JSON_LIMIT, OWN, read_lineage
+from growkit.checkpoint.kinds import FOLDERS, METADATA
 from growkit.checkpoint.naming import HEADS, Named, name_tensors
 from growkit.checkpoint.optimizer import STEP, Group, Optimizer, find_entries, require_step
 from growkit.checkpoint.tensor import Source, Tensor, read_model
@@ -56,8 +57,6 @@ from growkit.models.architecture import Architecture
 from growkit.models.given import describe_origin
 
 KIND = "dcp"
-# The directories of accelerate's FSDP, of the first model and the first optimizer.
-FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
 # What accelerate and transformers' Trainer need besides to go on, carried byte for byte.
 TRAINING = re.compile(
     r"scheduler(_\d+)?\.(pt|bin)|trainer_state\.json|training_args\.bin|scaler\.pt"
@@ -65,11 +64,6 @@ TRAINING = re.compile(
     r"|custom_checkpoint_\d+\.pkl"
 )
 Slots = dict[str, dict[str, Tensor]]
-
-
-def is_distributed(path: Path) -> bool:
-    """Whether a directory is a distributed checkpoint of PyTorch."""
-    return any((path / folder / METADATA).is_file() for folder in ("", FOLDERS[0]))
 
 
 def open_distributed(path: Path) -> Source:

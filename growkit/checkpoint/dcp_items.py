@@ -14,8 +14,9 @@ import numpy as np
 
 from growkit.checkpoint.carried import require_inside
 from growkit.checkpoint.dcp_layout import Held
-from growkit.checkpoint.dcp_metadata import DTYPES, METADATA, Chunk, Entry
+from growkit.checkpoint.dcp_metadata import DTYPES, Chunk, Entry
 from growkit.checkpoint.files import open_regular
+from growkit.checkpoint.kinds import METADATA
 from growkit.checkpoint.optimizer import Scalar
 from growkit.checkpoint.raw import Span, Stamp, read_stamp
 from growkit.checkpoint.tensor import Tensor

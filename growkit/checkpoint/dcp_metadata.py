@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from growkit.checkpoint.files import read_regular
+from growkit.checkpoint.kinds import METADATA
 from growkit.checkpoint.torch_pickle import (
     KNOWN,
     LIMIT,
@@ -30,7 +31,6 @@ from growkit.checkpoint.torch_pickle import (
 )
 from growkit.errors import GrowkitError
 
-METADATA = ".metadata"
 CLASSES = "torch.distributed.checkpoint.metadata"
 # Where the class of a place in a file may be defined: in torch, and in OLMo-core.
 PLACES = ("torch.distributed.checkpoint.filesystem", "olmo_core.distributed.checkpoint.filesystem")

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,7 +20,7 @@ import numpy as np
 
 from growkit.checkpoint.hashes import begin_hash, hash_file
 from growkit.checkpoint.numbers import Findings
-from growkit.checkpoint.raw import Span, open_span, read_into
+from growkit.checkpoint.raw import read_pieces
 from growkit.checkpoint.tensor import Recipe
 from growkit.errors import GrowkitError
 
@@ -96,6 +94,8 @@ def create_file(path: Path, size: int) -> int:
     try:
         _reserve(file, size)
     except OSError as problem:
+        import shutil
+
         os.close(file)
         free = shutil.disk_usage(path.parent).free
         raise GrowkitError(
@@ -124,6 +124,8 @@ def fill(jobs: list[Job], progress: Progress | None = None) -> Filled:
     threads end together. Jobs of one size alternate between files, because writes to one file wait
     for each other.
     """
+    from concurrent.futures import ThreadPoolExecutor, wait
+
     # popleft of a deque is atomic: the threads need no lock of their own.
     queue = deque(sorted(jobs, key=lambda job: (-job.size, job.offset)))
     stop = threading.Event()
@@ -260,21 +262,11 @@ def _sum_file(file: int, offset: int, size: int) -> int:
 def _make_pieces(recipe: Recipe, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(byte offset, array) of every piece that must be written."""
     if recipe.copied is not None:
-        yield from _copy(recipe.copied, recipe.dtype, buffer)
+        # One buffer for each thread, reused, so that it stays in the cache.
+        for offset, piece in read_pieces(recipe.copied, buffer):
+            yield offset, piece.view(recipe.dtype)
     elif recipe.pieces is not None:
         yield from recipe.pieces()
-
-
-def _copy(span: Span, dtype: np.dtype, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The pieces of a span, each in the buffer until the next."""
-    with open_span(span) as file:
-        # One buffer for each thread, reused, so that it stays in the cache.
-        for start in range(0, span.size, PIECE):
-            piece = buffer[: min(PIECE, span.size - start)]
-            read_into(file, piece.data, span.offset + start, span.path)
-            if span.passing:
-                span.passing.see(piece.data, span.offset + start)
-            yield start, piece.view(dtype)
 
 
 def _write_at(file: int, view: memoryview, offset: int) -> None:

@@ -18,12 +18,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from growkit.checkpoint.abreast import map_abreast
 from growkit.errors import GrowkitError
 from growkit.forms import take_object, take_text
 
@@ -32,9 +32,17 @@ HASHES = KEY
 ALGORITHM = "xxh3_64"
 # What hashes may be of; all of them are in the package xxhash.
 ALGORITHMS = ("xxh3_64", "xxh3_128", "xxh64", "xxh32")
-# Bytes read at once, and how many arrays are read side by side.
+# Bytes read at once.
 PIECE = 1 << 20
-THREADS = 2
+
+
+class Finish(Protocol):
+    """The hash of an array that is hashed as it is read; the rest of it is read by the call."""
+
+    @property
+    def was_read(self) -> bool: ...
+
+    def __call__(self) -> str: ...
 
 
 class Hasher(Protocol):
@@ -102,20 +110,23 @@ class Hashed:
     """Arrays whose hashes are on record.
 
     arrays: name -> hash. read: the bytes of an array by its name, a part at a time. find_other:
-    what differs of all else that has a hash, in words. finish: name -> the hash of what was hashed
-    as it was read, the rest read now.
+    what differs of all else that has a hash, in words. finish: name -> what makes the hash, for
+    arrays that are hashed as they are read.
     """
 
     algorithm: str
     arrays: Mapping[str, str]
     read: Callable[[str], Iterator[Any]]
     find_other: Callable[[], str | None] = lambda: None
-    finish: Mapping[str, Callable[[], str]] = field(default_factory=dict)
+    finish: Mapping[str, Finish] = field(default_factory=dict)
 
-    def find_changed(self, progress: Callable[[int], None] = lambda done: None) -> list[str]:
+    def find_changed(
+        self, progress: Callable[[int], None] = lambda done: None, used: bool = False
+    ) -> list[str]:
         """The arrays whose bytes have another hash than the one on record, sorted.
 
-        Raises GrowkitError for hashes that this version cannot compute.
+        used: leave out arrays of which nothing was read. Raises GrowkitError for hashes that this
+        version cannot compute.
         """
         require_known(self.algorithm)
 
@@ -128,11 +139,14 @@ class Hashed:
                 progress(len(part))
             return hasher.hexdigest() != self.arrays[name]
 
-        names = sorted(self.arrays)
+        names = sorted(name for name in self.arrays if not used or self._is_used(name))
         # xxhash and reading let go of Python's lock, so threads run side by side.
-        with ThreadPoolExecutor(THREADS) as pool:
-            changed = list(pool.map(has_changed, names))
+        changed = map_abreast(has_changed, names)
         return [name for name, differs in zip(names, changed, strict=True) if differs]
+
+    def _is_used(self, name: str) -> bool:
+        """Whether an array was read, or may have been: of some nobody keeps count."""
+        return name not in self.finish or self.finish[name].was_read
 
 
 def require_known(algorithm: str) -> None:

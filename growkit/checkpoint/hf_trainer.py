@@ -30,11 +30,11 @@ from growkit.checkpoint.huggingface import (
     SHARD,
     begin_shards,
     find_hashes,
-    is_directory,
     open_directory,
     read_lineage,
     write_beside,
 )
+from growkit.checkpoint.kinds import OPTIMIZER, SCHEDULER
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.optimizer import STEP, Optimizer, ReadOptimizer, Scalar, read_optimizer
 from growkit.checkpoint.tensor import (
@@ -54,18 +54,11 @@ from growkit.models.architecture import Architecture
 from growkit.models.fused import find_fused
 
 KIND = "hf_trainer"
-OPTIMIZER = "optimizer.pt"
-SCHEDULER = "scheduler.pt"
 STATE = "trainer_state.json"
 # What else the Trainer needs to go on, carried byte for byte.
 TRAINING = re.compile(
     r"scheduler\.pt|trainer_state\.json|training_args\.bin|scaler\.pt|rng_state(_\d+)?\.pth"
 )
-
-
-def is_trained_directory(path: Path) -> bool:
-    """Whether this is a Hugging Face directory with an optimizer of PyTorch beside it."""
-    return is_directory(path) and (path / OPTIMIZER).is_file()
 
 
 def open_trained(path: Path) -> Source:

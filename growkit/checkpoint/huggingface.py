@@ -10,11 +10,9 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from growkit.checkpoint import pickled
 from growkit.checkpoint.around import Around, find_text, keep_width, split_tensors
 from growkit.checkpoint.carried import (
     Beside,
@@ -33,9 +31,10 @@ from growkit.checkpoint.hashes import (
     read_stated,
     state_in_lineage,
 )
+from growkit.checkpoint.kinds import PICKLED, PICKLED_INDEX
 from growkit.checkpoint.naming import MASKS, Named, name_tensors
 from growkit.checkpoint.numbers import Findings
-from growkit.checkpoint.raw import Passing
+from growkit.checkpoint.raw import Finish, Passing
 from growkit.checkpoint.safetensors import NAMES, read_header
 from growkit.checkpoint.tensor import (
     Contents,
@@ -65,11 +64,6 @@ ANY_NAME = ("",)
 OWN = ("config.json", LINEAGE)
 
 
-def is_directory(path: Path) -> bool:
-    """Whether this looks like a Hugging Face directory."""
-    return (path / "config.json").is_file()
-
-
 def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
     """Open a Hugging Face directory; reads config.json and the headers of the weight files.
 
@@ -87,7 +81,7 @@ def open_directory(path: Path, read: tuple[str, ...] = ()) -> Source:
     entries = lineage if isinstance(lineage, list) else []
     named, around, stated = _read_tensors(path, config, entries, files)
     hashed = find_hashes(path, lineage, stated)
-    beside = list_beside(path, (*OWN, *read, INDEX, pickled.INDEX, *(file.name for file in files)))
+    beside = list_beside(path, (*OWN, *read, INDEX, PICKLED_INDEX, *(file.name for file in files)))
     return Source(
         path=path,
         kind="huggingface",
@@ -191,9 +185,7 @@ def find_hashes(path: Path, lineage: Any, tensors: dict[str, Tensor]) -> Hashed 
         tensors |= {name: _hash_when_read(tensors[name], algorithm) for name in arrays}
     spans = {name: tensors[name].span for name in arrays}
     finish = {
-        name: partial(span.passing.finish, span)
-        for name, span in spans.items()
-        if span and span.passing
+        name: Finish(span.passing, span) for name, span in spans.items() if span and span.passing
     }
     return Hashed(algorithm, arrays, lambda name: tensors[name].read_bytes(), finish=finish)
 
@@ -231,15 +223,15 @@ def _list_weight_files(path: Path) -> list[Path]:
     if others:
         hint = f"; it has {others[0]}: save it from transformers as safetensors first"
     raise GrowkitError(
-        f"{path} has a config.json but no .safetensors file, and no {pickled.WHOLE} either{hint}"
+        f"{path} has a config.json but no .safetensors file, and no {PICKLED} either{hint}"
     )
 
 
 def _list_pickled(path: Path) -> list[Path]:
     """The files that torch pickled, where there are no others."""
-    if (path / pickled.WHOLE).exists():
-        return [path / pickled.WHOLE]
-    return _list_shards(path, pickled.INDEX) if (path / pickled.INDEX).exists() else []
+    if (path / PICKLED).exists():
+        return [path / PICKLED]
+    return _list_shards(path, PICKLED_INDEX) if (path / PICKLED_INDEX).exists() else []
 
 
 def _list_shards(path: Path, name: str) -> list[Path]:
@@ -278,7 +270,9 @@ def _read_file(file: Path, buffers: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors of one file, without its bytes."""
     if file.suffix == ".safetensors":
         return read_header(file, buffers)
-    return pickled.read_pickled(file, lambda name: name.endswith(buffers))
+    from growkit.checkpoint.pickled import read_pickled
+
+    return read_pickled(file, lambda name: name.endswith(buffers))
 
 
 def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
@@ -288,9 +282,9 @@ def _check_index(path: Path, files: list[Path], tensors: dict[str, Tensor]) -> N
         INDEX
         # transformers reads the whole file where there is one, and then no index.
         if safe
-        else pickled.INDEX
+        else PICKLED_INDEX
     )
-    if files[0].name in (WHOLE, pickled.WHOLE) or not index.exists():
+    if files[0].name in (WHOLE, PICKLED) or not index.exists():
         return
     missing = set(read_json(index)["weight_map"]) - set(tensors)
     if missing:

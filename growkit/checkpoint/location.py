@@ -10,37 +10,31 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from growkit.checkpoint.dcp import is_distributed, open_distributed
-from growkit.checkpoint.dcp_write import write_distributed
 from growkit.checkpoint.files import is_remote, parse_path, read_json
-from growkit.checkpoint.fill import Progress
-from growkit.checkpoint.hf_trainer import is_trained_directory, open_trained, write_trained
 from growkit.checkpoint.hub import download_from_hub, is_hub_id, split_revision
-from growkit.checkpoint.huggingface import SHARD, is_directory, open_directory, write_directory
-from growkit.checkpoint.neox import is_neox_directory, open_neox
-from growkit.checkpoint.numbers import Findings
-from growkit.checkpoint.olmo import is_olmo_directory, open_olmo
-from growkit.checkpoint.orbax import (
+from growkit.checkpoint.kinds import (
     FINISHED,
-    META,
+    ROOM,
+    WRITERS,
+    find_kind,
     is_checkpoint,
-    open_checkpoint,
-    read_record,
-    write_checkpoint,
+    is_directory,
+    is_distributed,
 )
-from growkit.checkpoint.output import check_output, commit_output, find_left
-from growkit.checkpoint.remote import check_free, download, explain_failures, upload
-from growkit.checkpoint.tensor import Contents, Source
-from growkit.checkpoint.universal import is_universal_directory, open_universal
-from growkit.checkpoint.universal_output import write_universal
 from growkit.checkpoint.unsuited import refuse_file
 from growkit.errors import GrowkitError, UsageError, find_nearest
+
+if TYPE_CHECKING:
+    from growkit.checkpoint.fill import Progress
+    from growkit.checkpoint.numbers import Findings
+    from growkit.checkpoint.tensor import Contents, Source
+
 
 # The directory of a run that holds its checkpoints, one directory for each step.
 CHECKPOINTS = "checkpoints"
@@ -58,23 +52,10 @@ def open_source(text: str) -> Source:
     Raises UsageError if it names nothing, GrowkitError if what it names is broken.
     """
     path = locate(text)
-    here = download(path) if is_remote(path) else path
+    here = _fetch(path)
     _refuse_outer(here)
-    if is_checkpoint(here):
-        source = open_checkpoint(here)
-    elif is_distributed(here):
-        source = open_distributed(here)
-    elif is_universal_directory(here):
-        source = open_universal(here)
-    elif is_trained_directory(here):
-        source = open_trained(here)
-    elif is_directory(here):
-        source = open_directory(here)
-    elif is_olmo_directory(here):
-        source = open_olmo(here)
-    elif is_neox_directory(here):
-        source = open_neox(here)
-    else:
+    kind = find_kind(here)
+    if kind is None:
         if not is_remote(here):
             refuse_file(here)
             _refuse_tokens(here)
@@ -83,8 +64,18 @@ def open_source(text: str) -> Source:
             f"_CHECKPOINT_METADATA (a trainer checkpoint) nor {CHECKPOINTS}/ (a run)"
             f"{_suggest_trainer_checkpoint(here)}"
         )
+    source = kind.open(here)
     source.path = path
     return source
+
+
+def _fetch(path: Any) -> Path:
+    """The directory on this machine: a copy of one in a bucket, else the same."""
+    if not is_remote(path):
+        return Path(path)
+    from growkit.checkpoint.remote import download
+
+    return download(path)
 
 
 def _refuse_tokens(path: Path) -> None:
@@ -125,6 +116,8 @@ def locate(text: str) -> Any:
     run = Path(os.path.expanduser(name))
     if name and (run / CHECKPOINTS).is_dir():
         return find_checkpoint(run, at)
+    from growkit.checkpoint.output import find_left
+
     left = find_left(path)
     if left is not None:
         raise UsageError(
@@ -184,6 +177,8 @@ def _suggest_sibling(path: Path) -> str:
 
 def _locate_remote(text: str) -> Any:
     """The same as `locate`, in a bucket."""
+    from growkit.checkpoint.remote import explain_failures
+
     path = parse_path(text)
     with explain_failures(path):
         if path.is_dir():
@@ -229,6 +224,8 @@ def _is_finished(path: Path) -> bool:
 
 def _read_validation_loss(checkpoint: Path) -> float:
     """The validation loss in nats a token; infinity if it was not measured."""
+    from growkit.checkpoint.orbax import META, read_record
+
     meta = read_json(checkpoint / META / "metadata")
     loss = read_record(checkpoint, meta).get("validation_loss")
     return float("inf") if loss is None or math.isnan(loss) else float(loss)
@@ -239,7 +236,11 @@ def check_writable(out: Any, sources: Sequence[Source], force: bool) -> None:
 
     It must not exist (without force), and it must not be, hold or lie within a source.
     """
+    from growkit.checkpoint.output import check_output
+
     if is_remote(out):
+        from growkit.checkpoint.remote import check_free
+
         check_free(out, force)
         if out in [source.path for source in sources]:
             raise UsageError(
@@ -275,49 +276,57 @@ def write_output(
     sources: Sequence[Source] = (),
     force: bool = False,
     progress: Progress | None = None,
-    shard: int = SHARD,
+    shard: int | None = None,
     care: Care | None = None,
 ) -> Findings:
     """Write `contents`, made of `sources`, to `out`: the whole of it, or nothing.
 
     kind: 'huggingface', 'hf_trainer', 'dcp', 'universal' or 'checkpoint'. progress: told the number
     of bytes after each piece. shard: the most bytes of weights in one file of a Hugging Face
-    directory, of anything in one file of a distributed checkpoint. Returns what was found in the
-    numbers. Raises GrowkitError for a source whose bytes are not those that were written.
+    directory, of anything in one file of a distributed checkpoint; None for 5 GB. Returns what was
+    found in the numbers. Raises GrowkitError for a source whose bytes are not those that were
+    written.
     """
     care = care or Care()
     check_writable(out, sources, force)
     if is_remote(out):
-        with tempfile.TemporaryDirectory(prefix="growkit-") as directory:
-            here = Path(directory) / "out"
-            # A temporary directory need not survive a power cut, and the sources were verified
-            # above.
-            local = replace(care, sync=False)
-            findings = write_output(here, kind, contents, sources, False, progress, shard, local)
-            upload(here, out, force)
-        return findings
+        # A temporary directory need not survive a power cut.
+        local = replace(care, sync=False)
+        given = (kind, contents, sources, False, progress, shard, local)
+        return _write_remote(out, force, lambda here: write_output(here, *given))
+    from growkit.checkpoint.output import commit_output
+
     with commit_output(out, force, care.sync) as new:
         findings = _write_kind(new, kind, contents, progress, shard)
         # After the last byte was read and before the output has its name.
         for source in sources:
             source.check_unchanged()
             if care.verify:
-                source.require_whole()
+                source.require_whole(used=True)
         if care.strict and findings:
             raise GrowkitError(f"nothing is written, because of --strict: {findings.describe()}")
     return findings
 
 
+def _write_remote(out: Any, force: bool, write: Callable[[Path], Findings]) -> Findings:
+    """Write a directory of this machine and upload it to a bucket."""
+    import tempfile
+
+    from growkit.checkpoint.remote import upload
+
+    with tempfile.TemporaryDirectory(prefix="growkit-") as directory:
+        here = Path(directory) / "out"
+        findings = write(here)
+        upload(here, out, force)
+    return findings
+
+
 def _write_kind(
-    path: Path, kind: str, contents: Contents, progress: Progress | None, shard: int
+    path: Path, kind: str, contents: Contents, progress: Progress | None, shard: int | None
 ) -> Findings:
     """Write a directory of one kind, which must not exist."""
-    if kind == "checkpoint":
-        return write_checkpoint(path, contents, progress)
-    if kind == "hf_trainer":
-        return write_trained(path, contents, progress, shard)
-    if kind == "dcp":
-        return write_distributed(path, contents, progress, shard)
-    if kind == "universal":
-        return write_universal(path, contents, progress, shard)
-    return write_directory(path, contents, progress, shard)
+    module, function = WRITERS.get(kind, WRITERS["huggingface"])
+    write: Callable[..., Findings] = getattr(import_module(f"{ROOM}.{module}"), function)
+    # A trainer checkpoint has one file for each array, whatever its size.
+    limit = {} if shard is None or kind == "checkpoint" else {"shard": shard}
+    return write(path, contents, progress, **limit)

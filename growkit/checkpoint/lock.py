@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 from pathlib import Path
 
 # Held by the trainer while it trains into a run; see `trainer.run.directory`.
@@ -31,7 +30,7 @@ def try_lock(file: int) -> bool | None:
 
 def describe_self() -> str:
     """'HOST PID' of this process, to be left where others look."""
-    return f"{socket.gethostname()} {os.getpid()}"
+    return f"{os.uname().nodename} {os.getpid()}"
 
 
 def may_run(holder: str) -> bool:
@@ -43,7 +42,7 @@ def may_run(holder: str) -> bool:
     # Our own number in the file is from a process that is gone, or from this one.
     if not number.isdigit() or int(number) == os.getpid():
         return False
-    if host and host != socket.gethostname():
+    if host and host != os.uname().nodename:
         return True
     try:
         # Signal 0 is not sent: the kernel only says whether the process exists.

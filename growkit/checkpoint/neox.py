@@ -69,11 +69,6 @@ BUFFERS = ("inv_freq", "attention.bias", "attention.masked_bias")
 TIED = re.compile(r"tied_modules\.\w+\.")
 
 
-def is_neox_directory(path: Path) -> bool:
-    """Whether this is a checkpoint of DeepSpeed, as gpt-neox saves it."""
-    return (path / STATES.format(0)).is_file()
-
-
 @dataclass(frozen=True)
 class Piece:
     """A parameter on one rank of tensor parallelism: cut from the optimizer, and as it was used."""

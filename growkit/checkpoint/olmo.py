@@ -69,11 +69,6 @@ FIXED: dict[str, tuple[Any, Any]] = {
 }
 
 
-def is_olmo_directory(path: Path) -> bool:
-    """Whether this is an unsharded checkpoint of OLMo in safetensors files."""
-    return (path / OPTIMIZER).is_file() and (path / SETTINGS).is_file()
-
-
 def open_olmo(path: Path) -> Source:
     """Open an unsharded checkpoint of OLMo 2; reads headers alone.
 

@@ -14,17 +14,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from growkit.checkpoint.tensor import Tensor
-from growkit.checkpoint.torch_pickle import Stored
-from growkit.checkpoint.torch_zip import TorchFile
 from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 from growkit.models.definition import list_defined
 from growkit.models.notation import Row
 
 if TYPE_CHECKING:
+    from growkit.checkpoint.torch_pickle import Stored
+    from growkit.checkpoint.torch_zip import TorchFile
     from growkit.checkpoint.universal import Universal
 
 # The entries of a parameter's state, and the slots that hold them: of Adam and AdamW, of AMSGrad,
@@ -156,12 +156,18 @@ def _unwrap(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
 def _read_options(file: TorchFile, group: Mapping[str, Any]) -> dict[str, Any]:
     """What a group states beside its parameters."""
     return {
-        str(key): read_scalar(file, value, f"{key} of a group")
-        if isinstance(value, Stored)
-        else value
+        str(key): read_scalar(file, value, f"{key} of a group") if is_stored(value) else value
         for key, value in group.items()
         if key != "params"
     }
+
+
+def is_stored(value: Any) -> TypeGuard[Stored]:
+    """Whether a value of a state is a tensor in the file."""
+    # Whoever holds one has imported its class; growth of other files does without.
+    from growkit.checkpoint.torch_pickle import Stored
+
+    return isinstance(value, Stored)
 
 
 def read_scalar(file: TorchFile, stored: Stored, what: str) -> Scalar:
@@ -175,7 +181,7 @@ def read_scalar(file: TorchFile, stored: Stored, what: str) -> Scalar:
 def read_step(file: TorchFile, value: Any, name: str) -> Any:
     """A parameter's step, a number or a `Scalar`. Raises GrowkitError for anything else."""
     step = value
-    if isinstance(value, Stored):
+    if is_stored(value):
         step = read_scalar(file, value, f"the step of {name}")
     require_step(file.path, name, step)
     return step
@@ -256,8 +262,8 @@ def _list_shapes(
         found = set()
         for key in entries:
             stored = state[number][key]
-            if not isinstance(stored, Stored) or stored.dtype.kind not in "fV":
-                what = str(stored.dtype) if isinstance(stored, Stored) else type(stored).__name__
+            if not is_stored(stored) or stored.dtype.kind not in "fV":
+                what = str(stored.dtype) if is_stored(stored) else type(stored).__name__
                 raise GrowkitError(
                     f"{file.path}: {key} of parameter {number} is {what}, no tensor of floating-"
                     "point numbers"

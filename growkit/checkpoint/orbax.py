@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,9 @@ from growkit.checkpoint.hashes import (
     read_stated,
     state_hashes,
 )
+from growkit.checkpoint.kinds import FINISHED, STATE
 from growkit.checkpoint.numbers import Findings
-from growkit.checkpoint.raw import Passing, Stamp, read_stamp
+from growkit.checkpoint.raw import Finish, Passing, Stamp, read_stamp
 from growkit.checkpoint.safetensors import MOST_DIMENSIONS
 from growkit.checkpoint.store import open_store, read_store
 from growkit.checkpoint.tensor import (
@@ -66,12 +66,9 @@ from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from growkit.models.notation import Position, Row
 
-# The items of the composite.
-STATE = "state"
+# The items of the composite, beside STATE.
 META = "meta"
 FILES = "files"
-# Orbax writes this file last: a directory that holds it is a finished checkpoint.
-FINISHED = "_CHECKPOINT_METADATA"
 # In buckets, which have no rename, Orbax takes a directory for finished if it holds this file.
 COMMITTED = "commit_success.txt"
 # Files of the trainer's own, which stay among its checkpoints.
@@ -82,11 +79,6 @@ HANDLERS = {
     META: f"{ORBAX_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
     STATE: f"{ORBAX_HANDLERS}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
 }
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether this is one of the trainer's checkpoints, finished or not."""
-    return (path / FINISHED).is_file() or (path / STATE).is_dir()
 
 
 @dataclass(frozen=True)
@@ -195,7 +187,7 @@ def _find_hashes(path: Path, meta: Mapping[str, Any], arrays: dict[str, Array]) 
         if name in known and span and algorithm in ALGORITHMS:
             passing = Passing(span.offset, span.size, algorithm)
             arrays[name] = replace(array, passing=passing)
-            finish[name] = partial(passing.finish, span)
+            finish[name] = Finish(passing, span)
     return Hashed(algorithm, known, read, find_other, finish)
 
 

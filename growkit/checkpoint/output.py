@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -206,6 +204,8 @@ def _refuse_running(work: Path) -> None:
 
 def _clear(work: Path, out: Path) -> None:
     """Remove what a killed command left in a working directory. Nothing else is touched."""
+    import shutil
+
     _put_back(work, out)
     for name in (NEW, OLD):
         left = work / name
@@ -217,6 +217,8 @@ def _clear(work: Path, out: Path) -> None:
 
 def _remove_work(work: Path) -> None:
     """Remove a working directory, and leave what growkit did not put there."""
+    import shutil
+
     for name in (NEW, OLD):
         shutil.rmtree(work / name, ignore_errors=True)
     with suppress(OSError):
@@ -264,6 +266,8 @@ def _remove_empty(parents: list[Path]) -> None:
 
 def sync_tree(path: Path) -> None:
     """Bring all files below a directory to the disk, then the names in it, innermost first."""
+    from concurrent.futures import ThreadPoolExecutor
+
     files: list[str] = []
     directories: list[str] = []
     for directory, _, names in os.walk(path):

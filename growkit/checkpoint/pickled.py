@@ -16,8 +16,6 @@ from growkit.checkpoint.torch_pickle import Stored
 from growkit.checkpoint.torch_zip import TorchFile, open_torch_file
 from growkit.errors import GrowkitError
 
-WHOLE = "pytorch_model.bin"
-INDEX = "pytorch_model.bin.index.json"
 DTYPES = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 # Of buffers alone, which no model of today reads.
 BUFFER_DTYPES = (np.bool_, np.uint8, np.int32, np.int64)

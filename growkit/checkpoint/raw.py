@@ -27,18 +27,20 @@ Stamp = tuple[int, int, int, int, int]
 class Passing:
     """The hash of an array in a file, made of its bytes as they are read for another end.
 
-    offset, size: where the array lies in the file, in bytes.
+    offset, size: where the array lies in the file, in bytes. was_read: whether any of it was read.
     """
 
     def __init__(self, offset: int, size: int, algorithm: str) -> None:
         self.offset = offset
         self.size = size
         self.hashed = 0
+        self.was_read = False
         self._hasher = begin_hash(algorithm)
         self._lock = Lock()
 
     def see(self, data: memoryview, offset: int) -> None:
         """Hash the bytes that come next, of those read at an offset of the file."""
+        self.was_read = True
         with self._lock:
             first = self.offset + self.hashed - offset
             if not 0 <= first < len(data):
@@ -80,6 +82,22 @@ class Span:
         return replace(self, offset=self.offset + start, size=size, checksum=None)
 
 
+@dataclass(frozen=True)
+class Finish:
+    """The hash of an array at a span, made as it is read; the rest is read when it is asked for."""
+
+    passing: Passing
+    span: Span
+
+    @property
+    def was_read(self) -> bool:
+        """Whether any of the array was read, for another end than its hash."""
+        return self.passing.was_read
+
+    def __call__(self) -> str:
+        return self.passing.finish(self.span)
+
+
 @contextmanager
 def open_span(span: Span) -> Iterator[int]:
     """The file of a span, open for reading. Raises GrowkitError if it is not as it was."""
@@ -105,6 +123,20 @@ def read_into(file: int, buffer: memoryview, offset: int, path: Path) -> None:
                 "to?"
             )
         done += count
+
+
+def read_pieces(span: Span, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(byte offset, bytes) of a span, piece by piece, each in the buffer until the next.
+
+    buffer: uint8, as long as a piece.
+    """
+    with open_span(span) as file:
+        for start in range(0, span.size, len(buffer)):
+            piece = buffer[: span.size - start]
+            read_into(file, piece.data, span.offset + start, span.path)
+            if span.passing:
+                span.passing.see(piece.data, span.offset + start)
+            yield start, piece
 
 
 def _read_some(file: int, buffer: memoryview, offset: int) -> int:

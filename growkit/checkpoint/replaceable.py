@@ -14,6 +14,7 @@ from typing import Any
 
 from growkit.checkpoint.carried import is_carried_name
 from growkit.checkpoint.files import read_json, read_regular
+from growkit.checkpoint.kinds import FINISHED, FOLDERS, LATEST, METADATA
 from growkit.errors import GrowkitError
 
 # What directories of models hold beside the files that growkit carries.
@@ -21,14 +22,9 @@ MODEL_FILE = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ot|json|md|py|png|jinja)|\.gitattributes",
     re.IGNORECASE,
 )
-CHECKPOINT = "_CHECKPOINT_METADATA"
-# PyTorch's distributed checkpoints, and the directories of accelerate's.
-DISTRIBUTED = ".metadata"
-FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
 DATA_FILE = re.compile(r"\.metadata|__\d+_\d+\.distcp")
 PROGRAM_FILE = re.compile(r"(random_states|custom_checkpoint)_\d+\.pkl")
-# DeepSpeed's universal checkpoints: what names the directory, and what lies in that.
-UNIVERSAL = "latest_universal"
+# What lies in the directory of a universal checkpoint of DeepSpeed's.
 UNIVERSAL_FILE = re.compile(
     r"mp_rank_00_model_states\.pt|zero/(optimizer_state\.pt|[^/]+/(fp32|exp_avg|exp_avg_sq|step)\.pt)"
 )
@@ -54,7 +50,7 @@ def _check_model(names: Mapping[str, Path]) -> str:
     config = _read(names["config.json"])
     if not isinstance(config, dict) or not {"model_type", "architectures"} & config.keys():
         return "has a config.json that describes no model"
-    if FOLDERS[0] in names and (names[FOLDERS[0]] / DISTRIBUTED).is_file():
+    if FOLDERS[0] in names and (names[FOLDERS[0]] / METADATA).is_file():
         return _check_folders(names)
     # A config.json alone could be any transformers project's.
     if not any(name.endswith(".safetensors") for name in names):
@@ -73,15 +69,15 @@ def _check_folders(names: Mapping[str, Path]) -> str:
 
 
 def _check_universal(names: Mapping[str, Path]) -> str:
-    tag = read_regular(names[UNIVERSAL], HEAD).decode(errors="replace").strip()
+    tag = read_regular(names[LATEST], HEAD).decode(errors="replace").strip()
     home = names.get(tag)
     if home is None or not (home / "zero").is_dir():
-        return f"has a {UNIVERSAL} that names no directory with zero/"
+        return f"has a {LATEST} that names no directory with zero/"
     for path in sorted(home.rglob("*")):
         name = path.relative_to(home).as_posix()
         if not path.is_dir() and not UNIVERSAL_FILE.fullmatch(name):
             return f"holds the file {f'{tag}/{name}'!r}, which no output of growkit's has"
-    around = {name: path for name, path in names.items() if name not in (tag, UNIVERSAL)}
+    around = {name: path for name, path in names.items() if name not in (tag, LATEST)}
     return _find_other(around, lambda name: is_carried_name(name) or MODEL_FILE.fullmatch(name))
 
 
@@ -90,7 +86,7 @@ def _check_distributed(names: Mapping[str, Path]) -> str:
         patterns = (MODEL_FILE, DATA_FILE, PROGRAM_FILE)
         return is_carried_name(name) or any(each.fullmatch(name) for each in patterns)
 
-    if DISTRIBUTED in names and not any(name.endswith(".distcp") for name in names):
+    if METADATA in names and not any(name.endswith(".distcp") for name in names):
         return "holds no .distcp file"
     return _find_other(names, is_own)
 
@@ -115,9 +111,9 @@ def _check_run(names: Mapping[str, Path]) -> str:
 
 
 OUTPUTS: dict[str, Callable[[Mapping[str, Path]], str]] = {
-    CHECKPOINT: _check_checkpoint,
-    DISTRIBUTED: _check_distributed,
-    UNIVERSAL: _check_universal,
+    FINISHED: _check_checkpoint,
+    METADATA: _check_distributed,
+    LATEST: _check_universal,
     "config.json": _check_model,
     "manifest.json": _check_tokens,
     "config.yaml": _check_run,

@@ -24,6 +24,7 @@ from growkit.checkpoint.raw import (
     Passing,
     Span,
     Stamp,
+    read_pieces,
     read_span,
     read_stamp,
     say_changed,
@@ -118,7 +119,8 @@ def wrap_array(array: np.ndarray) -> Tensor:
 class Recipe:
     """How to make a new tensor: copy raw bytes, or make pieces, or (with neither) write zeros.
 
-    pieces: yields (byte offset, array) until the tensor is complete, in any order.
+    pieces: yields (byte offset, array) until the tensor is complete, in any order. An array holds
+    until the next.
     """
 
     shape: tuple[int, ...]
@@ -144,21 +146,23 @@ class Recipe:
         return array.reshape(self.shape)
 
     def make_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(index of the first number, flat block) of every block of the tensor, in any order."""
+        """(index of the first number, flat block) of every block of the tensor, in any order.
+
+        A block holds until the next.
+        """
         width = self.dtype.itemsize
         if self.pieces is not None:
             for offset, piece in self.pieces():
                 yield offset // width, piece.reshape(-1)
             return
-        count = math.prod(self.shape)
-        step = BLOCK // width
-        for start in range(0, count, step):
-            size = min(step, count - start)
-            if self.copied is None:
-                yield start, np.zeros(size, self.dtype)
-            else:
-                part = self.copied.part(start * width, size * width)
-                yield start, read_span(part, (size,), self.dtype)
+        # A whole number of numbers of any dtype.
+        buffer = np.zeros(min(BLOCK, self.size) or 1, np.uint8)
+        if self.copied is not None:
+            for offset, block in read_pieces(self.copied, buffer):
+                yield offset // width, block.view(self.dtype)
+            return
+        for offset in range(0, self.size, BLOCK):
+            yield offset // width, buffer[: self.size - offset].view(self.dtype)
 
 
 def copy_tensor(tensor: Tensor) -> Recipe:
@@ -357,15 +361,16 @@ class Source:
             if read_stamp(path) != stamp:
                 raise say_changed(path)
 
-    def require_whole(self, progress: Callable[[int], None] = lambda done: None) -> None:
+    def require_whole(self, used: bool = False) -> None:
         """Raise GrowkitError if an array has another hash than the one on record.
 
-        Reads what was not read before in the order of the file; after all was, nothing.
+        Reads what was not read before in the order of the file; after all was, nothing. used: of
+        arrays of which nothing was read, nothing is read here either.
         """
         if self.hashed is None:
             return
         try:
-            changed = self.hashed.find_changed(progress)
+            changed = self.hashed.find_changed(used=used)
         except GrowkitError as problem:
             raise GrowkitError(f"{self.path}: {problem}") from None
         words = self.hashed.find_other()

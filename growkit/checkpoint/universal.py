@@ -34,6 +34,7 @@ from growkit.checkpoint.carried import (
 from growkit.checkpoint.files import read_json, read_regular
 from growkit.checkpoint.hf_trainer import TRAINING, find_slot_hashes
 from growkit.checkpoint.huggingface import INDEX, OWN, read_lineage
+from growkit.checkpoint.kinds import LATEST
 from growkit.checkpoint.naming import find_name
 from growkit.checkpoint.optimizer import Group, Optimizer, read_step
 from growkit.checkpoint.tensor import Source, Tensor, read_model
@@ -44,7 +45,6 @@ from growkit.errors import GrowkitError
 from growkit.models.architecture import Architecture
 
 KIND = "universal"
-LATEST = "latest_universal"
 FILES = {"params": "fp32", "mu": "exp_avg", "nu": "exp_avg_sq"}
 STATES = "mp_rank_00_model_states.pt"
 OPTIMIZER = "optimizer_state.pt"
@@ -74,11 +74,6 @@ class Universal:
     shared: Mapping[str, str]
     forms: Mapping[str, Mapping[str, Any]]
     weights: bool
-
-
-def is_universal_directory(path: Path) -> bool:
-    """Whether this is a directory that an engine of DeepSpeed loads a universal checkpoint from."""
-    return (path / LATEST).is_file()
 
 
 def open_universal(path: Path) -> Source:

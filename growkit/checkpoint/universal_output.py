@@ -17,6 +17,7 @@ import numpy as np
 from growkit.checkpoint.fill import Filled, Progress, collect_jobs, fill
 from growkit.checkpoint.hf_trainer import TRAINING
 from growkit.checkpoint.huggingface import SHARD, begin_shards, write_beside
+from growkit.checkpoint.kinds import LATEST
 from growkit.checkpoint.numbers import Findings
 from growkit.checkpoint.optimizer import Optimizer, Scalar
 from growkit.checkpoint.rounding import round_to_dtype
@@ -24,7 +25,6 @@ from growkit.checkpoint.tensor import Contents, Recipe, copy_tensor, wrap_array
 from growkit.checkpoint.torch_zip import TorchWriter
 from growkit.checkpoint.universal import (
     FILES,
-    LATEST,
     MODULE,
     OPTIMIZER,
     SHAPES,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class Plan:
         if not 0 <= self.noise < float("inf"):
             raise UsageError(f"--noise is a number of at least 0, got {self.noise}")
 
-    @property
+    @cached_property
     def preserved(self) -> bool:
         """Whether the grown model computes the source's function: the old tokens' logits.
 

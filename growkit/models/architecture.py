@@ -280,12 +280,12 @@ class Architecture:
 
     def map_layers(self, index: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """`layers` of a model each of whose layers copies an old one: it is of its kind."""
-        return Frozen(
-            {
-                kind: tuple(new for new, old in enumerate(index) if old in of_kind)
-                for kind, of_kind in self.layers.items()
-            }
-        )
+        kinds = {kind: frozenset(of_kind) for kind, of_kind in self.layers.items()}
+        found = {
+            kind: tuple(new for new, old in enumerate(index) if old in of_kind)
+            for kind, of_kind in kinds.items()
+        }
+        return Frozen(found)
 
     def resize(self, sizes: Mapping[str, int], norm_eps: float | None = None) -> Architecture:
         """This model at other sizes; rotated dimensions stay as many, kinds of layers are spread.

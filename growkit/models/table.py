@@ -112,7 +112,12 @@ class Table:
 
     def has(self, row: Row, unit: int) -> bool:
         """Whether a layer has the row's parameter: all have it unless the row is of a kind."""
-        return not row.kind or unit in self.layers.get(row.kind, ())
+        return not row.kind or unit in self._units.get(row.kind, ())
+
+    @cached_property
+    def _units(self) -> dict[str, frozenset[int]]:
+        """The layers of each kind, as sets: they are asked for once for every parameter."""
+        return {kind: frozenset(layers) for kind, layers in self.layers.items()}
 
     def check_covered(
         self,

@@ -9,6 +9,7 @@ averaged: the decoder, and what lies around it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +17,13 @@ import numpy as np
 
 from growkit.checkpoint.around import TEXT, Around
 from growkit.checkpoint.files import find_real
-from growkit.checkpoint.rounding import round_to_dtype
+from growkit.checkpoint.reading import Reader, split_numbers
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, map_tensors
 from growkit.entries import Average, Origin
 from growkit.errors import GrowkitError, UsageError
 from growkit.surgery.comparison import find_differences, model_of
+from growkit.surgery.mean import Mean
 
-# A sum of float32 in float64 is off by far less than the one rounding of the result.
-WIDE = np.float64
 # Kinds of dtypes that hold whole numbers and booleans.
 WHOLE = "iub"
 # Fields that say how a model was saved, and not what it computes.
@@ -87,14 +87,12 @@ def _mean(tensors: Sequence[Tensor], shares: Sequence[float], name: str) -> Reci
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
         # One for each thread that follows the recipe: its memory is written to.
-        weighted = WeightedSum(shares)
-
-        def average(*arrays: np.ndarray) -> np.ndarray:
-            return round_to_dtype(name, weighted.of(arrays), dtype)
-
-        blocks = map_tensors(tensors, dtype, average)
-        assert blocks.pieces is not None
-        yield from blocks.pieces()
+        mean = Mean(name, shares, dtype)
+        with ExitStack() as files:
+            readers = [files.enter_context(Reader(tensor)) for tensor in tensors]
+            for start, stop in split_numbers(tensors):
+                blocks = [reader.read(start, stop) for reader in readers]
+                yield start * dtype.itemsize, mean.of(blocks)
 
     return Recipe(tensors[-1].shape, dtype, pieces=pieces)
 
@@ -107,29 +105,6 @@ def _require_equal(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
             f"models"
         )
     return arrays[-1]
-
-
-class WeightedSum:
-    """Weighted sums of arrays, in float64.
-
-    Their memory is allocated once: allocating it for each sum takes longer than the sum.
-    """
-
-    def __init__(self, shares: Sequence[float]):
-        self.shares = [WIDE(share) for share in shares]
-        self.memory = np.empty((2, 0), WIDE)
-
-    def of(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The sum of arrays of one shape; it is overwritten by the next."""
-        shape, size = arrays[0].shape, arrays[0].size
-        if size > self.memory.shape[1]:
-            self.memory = np.empty((2, size), WIDE)
-        # Both are views of the same memory, call after call.
-        total, part = (memory[:size].reshape(shape) for memory in self.memory)
-        np.multiply(arrays[0], self.shares[0], out=total, dtype=WIDE)
-        for array, share in zip(arrays[1:], self.shares[1:], strict=True):
-            total += np.multiply(array, share, out=part, dtype=WIDE)
-        return total
 
 
 def normalise_weights(weights: Sequence[float], count: int) -> list[float]:

@@ -1,18 +1,21 @@
 """Models on disk against each other: two sources tensor by tensor, an output against its plan.
 
-`compare_sources` is `growkit diff`, `find_mismatch` is `growkit verify`. Never more than a block of
-each side is in memory.
+`compare_sources` is `growkit diff`, `find_mismatch` is `growkit verify`. Two threads take a tensor
+each; never more than a block of both its sides is in memory for either.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from growkit.checkpoint.abreast import map_abreast
+from growkit.checkpoint.reading import Reader, split_numbers
 from growkit.checkpoint.tensor import BLOCK, SLOTS, Contents, Recipe, Source, Tensor
 from growkit.entries import MALFORMED, Growth
 from growkit.errors import GrowkitError, UsageError
@@ -22,6 +25,8 @@ from growkit.surgery.grow import prepare_growth
 from growkit.surgery.upcycling import express_source
 
 EQUAL, DIFFERS = "equal", "differs"
+# Bytes, and numbers, that are compared at once.
+WORD, TILE = 8, 1 << 14
 
 Progress = Callable[[int], None]
 
@@ -47,14 +52,36 @@ def compare_sources(
     """Every tensor of either model, read when its turn comes; progress is told the bytes of both
     that are done.
     """
-    for slot in SLOTS:
-        ours, theirs = a.tensors.get(slot, {}), b.tensors.get(slot, {})
-        for name in dict.fromkeys([*ours, *theirs]):
-            if name in ours and name in theirs:
-                yield _compare(slot, name, ours[name], theirs[name])
-            else:
-                yield Comparison(slot, name, "only in A" if name in ours else "only in B")
-            progress(sum(side[name].size for side in (ours, theirs) if name in side))
+    pairs = [
+        _Pair(slot, name, a.tensors.get(slot, {}).get(name), b.tensors.get(slot, {}).get(name))
+        for slot in SLOTS
+        for name in dict.fromkeys([*a.tensors.get(slot, ()), *b.tensors.get(slot, ())])
+    ]
+    for pair, found in zip(pairs, map_abreast(_Pair.compare, pairs), strict=True):
+        yield found
+        progress(pair.size)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A tensor of two models; None where one of them has none."""
+
+    slot: str
+    name: str
+    ours: Tensor | None
+    theirs: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of both."""
+        return sum(tensor.size for tensor in (self.ours, self.theirs) if tensor is not None)
+
+    def compare(self) -> Comparison:
+        if self.theirs is None:
+            return Comparison(self.slot, self.name, "only in A")
+        if self.ours is None:
+            return Comparison(self.slot, self.name, "only in B")
+        return _compare(self.slot, self.name, self.ours, self.theirs)
 
 
 def _compare(slot: str, name: str, ours: Tensor, theirs: Tensor) -> Comparison:
@@ -64,35 +91,60 @@ def _compare(slot: str, name: str, ours: Tensor, theirs: Tensor) -> Comparison:
     detail = "" if ours.dtype == theirs.dtype else f"{ours.dtype} and {theirs.dtype}"
     equal = not detail
     largest = 0.0
-    # Blocks of whole stored chunks, so that no chunk is decoded twice.
-    coarser = max(ours, theirs, key=lambda tensor: tensor.stride)
-    for start, stop in coarser.split_rows(BLOCK):
-        a, b = ours.rows(start, stop), theirs.rows(start, stop)
-        if detail or count_differing(a, b)[0]:
-            equal = False
-            largest = float(np.maximum(largest, largest_difference(a, b)))
+    with Reader(ours) as one, Reader(theirs) as other:
+        for start, stop in split_numbers([ours, theirs], BLOCK):
+            a = one.read(start, stop)
+            b = other.read(start, stop)
+            if detail or not has_same_bits(a, b):
+                equal = False
+                largest = float(np.maximum(largest, largest_difference(a, b)))
     return Comparison(slot, name, EQUAL if equal else DIFFERS, largest, detail)
+
+
+def has_same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape and dtype have the same bytes: NaN equals itself here, and
+    0.0 is not -0.0.
+    """
+    one, other = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (a, b))
+    # As words of 8 bytes: an eighth of the comparisons, and of the answers to look through.
+    words = one.size // WORD * WORD
+    same = one[:words].view(np.uint64) == other[:words].view(np.uint64)
+    return bool(same.all()) and np.array_equal(one[words:], other[words:])
 
 
 def count_differing(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     """How many numbers of two arrays of one shape and dtype have other bits, and the place of the
     first, in C order.
     """
-    # As whole numbers, so that NaN equals itself and 0.0 is not -0.0.
+    if has_same_bits(a, b):
+        return 0, 0
     bits = np.dtype(f"u{a.dtype.itemsize}")
     one = np.ascontiguousarray(a).reshape(-1).view(bits)
     other = one != np.ascontiguousarray(b).reshape(-1).view(bits)
-    return int(other.sum()), int(other.argmax()) if other.size else 0
+    return int(other.sum()), int(other.argmax())
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     """The largest |a - b| in float64; NaN where only one side is a number."""
+    largest = 0.0
+    one, other = a.reshape(-1), b.reshape(-1)
+    # In parts whose float64 fit in a core's own cache.
+    for start in range(0, one.size, TILE):
+        tile = slice(start, start + TILE)
+        largest = float(np.maximum(largest, _find_gap(one[tile], other[tile])))
+    return largest
+
+
+def _find_gap(a: np.ndarray, b: np.ndarray) -> float:
     one, other = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore"):
         gap = np.abs(one - other)
-    # inf - inf is NaN, although the two are equal.
-    gap[(one == other) | (np.isnan(one) & np.isnan(other))] = 0.0
-    return float(gap.max(initial=0.0))
+    largest = float(gap.max())
+    if np.isnan(largest):
+        # inf - inf is NaN, although the two are equal.
+        gap[(one == other) | (np.isnan(one) & np.isnan(other))] = 0.0
+        largest = float(gap.max())
+    return largest
 
 
 def find_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -161,11 +213,17 @@ def find_mismatch(
     wrong = _find_config_mismatch(contents, out) or _find_slot_mismatch(contents, out)
     if wrong:
         return wrong
-    for slot, recipes in contents.recipes.items():
-        for name, recipe in recipes.items():
-            wrong = _find_number_mismatch(recipe, out.tensors[slot][name])
+    pairs = [
+        (recipe, out.tensors[slot][name], f"{name!r} of {slot}")
+        for slot, recipes in contents.recipes.items()
+        for name, recipe in recipes.items()
+    ]
+    found = map_abreast(lambda pair: _find_number_mismatch(pair[0], pair[1]), pairs)
+    # Closed at the first difference, so that the tensors after it are not read.
+    with closing(found):
+        for (recipe, _, name), wrong in zip(pairs, found, strict=False):
             if wrong:
-                return f"{name!r} of {slot} {wrong}"
+                return f"{name} {wrong}"
             progress(recipe.size)
     return None
 
@@ -198,13 +256,14 @@ def _find_number_mismatch(recipe: Recipe, tensor: Tensor) -> str | None:
         return f"is {tensor.dtype}, growth makes it {recipe.dtype}"
     total = math.prod(tensor.shape)
     count, first = 0, total
-    for start, block in recipe.make_blocks():
-        # Blocks come in any order, so the first difference is the least place and not the first
-        # seen.
-        other, place = count_differing(block, tensor.read_numbers(start, start + block.size))
-        if other:
-            count += other
-            first = min(first, start + place)
+    with Reader(tensor) as reader:
+        for start, block in recipe.make_blocks():
+            other, place = count_differing(block, reader.read(start, start + block.size))
+            # Blocks come in any order, so the first difference is the least place and not the
+            # first seen.
+            if other:
+                count += other
+                first = min(first, start + place)
     if not count:
         return None
     at = [int(index) for index in np.unravel_index(first, tensor.shape)]

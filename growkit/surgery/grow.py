@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from growkit.checkpoint.hf_trainer import SCHEDULER
+from growkit.checkpoint.kinds import SCHEDULER
 from growkit.checkpoint.optimizer import Optimizer
 from growkit.checkpoint.tensor import Contents, Recipe, Source, Tensor, copy_tensor, zeros
 from growkit.entries import Growth, Origin

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import contents_of
 
@@ -203,3 +205,33 @@ def test_a_kill_ends_all_processes_and_the_next_command_clears_up(tmp_path, larg
     assert "Traceback" not in errors
     tokenize_documents(["one"], tmp_path / "out", bpe)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def see_environment(name):
+    return os.environ.get(name)
+
+
+def make_see():
+    return see_environment
+
+
+@pytest.mark.parametrize("asked", [None, "3"])
+def test_processes_start_no_threads_of_their_own(monkeypatch, asked):
+    name = "OPENBLAS_NUM_THREADS"
+    monkeypatch.delenv(name, raising=False)
+    if asked:
+        monkeypatch.setenv(name, asked)
+    seen = list(map_in_order(make_see, (), [name, name, name], 2))
+    assert seen == [asked or "1"] * 3 and os.environ.get(name) == asked
+
+
+def test_a_tokenizer_is_sent_as_its_file(bpe):
+    sent = pickle.dumps(bpe)
+    assert len(sent) < len(bpe.json) + 2000
+    again = pickle.loads(sent)
+    assert again.json == bpe.json and (again.end_of_text_id, again.vocab_size) == (
+        bpe.end_of_text_id,
+        bpe.vocab_size,
+    )
+    for ours, theirs in zip(again.encode([WORDS, ""]), bpe.encode([WORDS, ""]), strict=True):
+        assert ours.dtype == np.int32 and np.array_equal(ours, theirs)

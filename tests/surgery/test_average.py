@@ -8,8 +8,9 @@ import pytest
 from conftest import SMALL, contents_of, save_checkpoint, save_directory
 
 from growkit.checkpoint.location import open_source
+from growkit.checkpoint.rounding import round_to_dtype
 from growkit.cli import run
-from growkit.surgery import average
+from growkit.surgery import mean as mean_of
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_sums_in_the_models_own_dtype_would_be_found_out(tmp_path, monkeypatch):
     paths = [
         save_directory(tmp_path / f"hf{seed}", seed=seed, dtype="bfloat16") for seed in range(3)
     ]
-    monkeypatch.setattr(average, "WIDE", ml_dtypes.bfloat16)
+    monkeypatch.setattr(mean_of, "WIDE", ml_dtypes.bfloat16)
     assert run(["average", *map(str, paths), "--out", str(tmp_path / "out")]) == 0
     wanted = mean(paths, [1, 1, 1])
     gap = [
@@ -92,6 +93,33 @@ def test_sums_in_the_models_own_dtype_would_be_found_out(tmp_path, monkeypatch):
         for name, found in values(tmp_path / "out").items()
     ]
     assert max(gap) > 2e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@np.errstate(over="ignore", invalid="ignore")
+def test_the_mean_of_two_needs_no_float64(dtype):
+    """Bit for bit what float64 gives: numbers of every exponent, subnormal and largest ones too."""
+    kind = np.dtype(dtype)
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 1 << 8 * kind.itemsize, 1 << 17, dtype=np.uint64)
+    one = bits.astype(f"u{kind.itemsize}").view(kind)
+    one = one[np.isfinite(one)]
+    other = random.permutation(one)
+    # Of one exponent, whose sums round; and opposite ones, which leave little.
+    other[::3] = one[::3] * kind.type(0.8)
+    other[1::3] = -one[1::3] * kind.type(0.99)
+    wanted = round_to_dtype("a", 0.5 * one.astype(float) + 0.5 * other.astype(float), kind)
+    mean = mean_of.Mean("a", [0.5, 0.5], kind)
+    assert mean.of([one, other]).tobytes() == wanted.tobytes()
+    # Sums of the largest are too large for float32; all others it does alone.
+    halved = np.empty_like(wanted)
+    assert mean._halve_sums([one, other], halved) == (dtype == "float16")
+    small = np.abs(wanted.astype(float)) < float(ml_dtypes.finfo(kind).max) / 4
+    halved = np.empty_like(wanted[small])
+    assert mean._halve_sums([one[small], other[small]], halved)
+    assert halved.tobytes() == wanted[small].tobytes()
+    ends = np.array([np.inf, np.nan, 1.0], kind)
+    assert np.isinf(mean.of([ends, ends[[2, 1, 0]]])).tolist() == [True, False, True]
 
 
 def test_the_last_kind_is_the_outputs(tmp_path, three):

@@ -23,6 +23,7 @@ from growkit.errors import GrowkitError
 
 # Tasks read ahead, for each process; unfinished and finished ones count. This bounds the memory.
 _TASKS_AHEAD = 3
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 
 _work: Callable[[Any], Any]  # in a worker process, the function that it applies
 
@@ -72,7 +73,7 @@ def _collect_results(pool: ProcessPoolExecutor, tasks: Iterator[Any], ahead: int
     waiting: deque[Future[Any]] = deque()
     for task in tasks:
         # The pool starts a process here when none is idle.
-        with _hold_signals():
+        with _hold_signals(), _spare_threads():
             waiting.append(pool.submit(_run_task, task))
         if len(waiting) == ahead:
             yield waiting.popleft().result()
@@ -107,6 +108,23 @@ def _hold_signals() -> Iterator[None]:
             signal.signal(number, handler)
         if received:
             signal.raise_signal(received[0])
+
+
+@contextmanager
+def _spare_threads() -> Iterator[None]:
+    """Have the processes started in the block import numpy without the threads of its OpenBLAS.
+
+    They multiply no matrices, and threads without work spin for a tenth of a second, on the cores
+    that all of them start on. What the user asks for stays.
+    """
+    if _BLAS_THREADS in os.environ:
+        yield
+        return
+    os.environ[_BLAS_THREADS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_BLAS_THREADS]
 
 
 def _start_worker(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:

@@ -14,12 +14,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from growkit.errors import UsageError
 from trainer.data.windows import AnyWindows
+
+# Importing it takes a fifth of a second, which passes while the first step is compiled: grain is
+# imported when the first batch is drawn.
+if TYPE_CHECKING:
+    import grain
 
 _SPAN = 1 << 44  # more sequences than are ever drawn from one data set
 
@@ -98,17 +103,31 @@ class Stream:
         self.mixture = mixture
         self.seed = seed
         self._parts = sorted(mixture.parts, key=lambda part: part.windows.identity)
-        weights = [part.weight for part in self._parts]
+        self._weights = [part.weight for part in self._parts]
+
+    @cached_property
+    def _drawn(self) -> grain.MapDataset:
+        """The windows in the order in which they are drawn."""
+        import grain
+
         endless = [self._repeat_shuffled(part.windows) for part in self._parts]
-        self._drawn = grain.MapDataset.mix(endless, weights)
-        # The same interleaving, of plain numbers: number // _SPAN is the data set that is drawn
-        # from, number % _SPAN how often it was drawn from before.
-        starts = range(0, len(weights) * _SPAN, _SPAN)
+        return grain.MapDataset.mix(endless, self._weights)
+
+    @cached_property
+    def _turns(self) -> grain.MapDataset:
+        """The same interleaving, of plain numbers: number // _SPAN is the data set that is drawn
+        from, number % _SPAN how often it was drawn from before.
+        """
+        import grain
+
+        starts = range(0, len(self._weights) * _SPAN, _SPAN)
         ranges = [grain.MapDataset.range(start, start + _SPAN) for start in starts]
-        self._turns = grain.MapDataset.mix(ranges, weights)
+        return grain.MapDataset.mix(ranges, self._weights)
 
     def _repeat_shuffled(self, windows: AnyWindows) -> grain.MapDataset:
         """One data set, shuffled and repeated. Its seed does not depend on the other data sets."""
+        import grain
+
         key = json.dumps([self.seed, *windows.identity])
         digest = hashlib.sha256(key.encode()).digest()
         seed = int.from_bytes(digest[:4], "big")

@@ -55,6 +55,11 @@ class TextTokenizer:
     vocab_size: int  # highest id + 1, which can be more than the tokenizer's own count
     beside: Beside = Beside({})  # what lies beside the tokenizer.json
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is sent to another process: the file, from which the tokenizer is made again."""
+        more = (self.end_of_text, self.end_of_text_id, self.vocab_size, self.beside)
+        return _restore, (self.json, *more)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 [tokens], without added special tokens.
 
@@ -86,6 +91,14 @@ class TextTokenizer:
         """Whether two texts encode to the same ids apart as together."""
         whole, *parts = self.encode([left + right, left, right])
         return np.array_equal(whole, np.concatenate(parts))
+
+
+def _restore(
+    content: bytes, end_of_text: str, end_of_text_id: int, vocab_size: int, beside: Beside
+) -> TextTokenizer:
+    """A tokenizer that was sent from another process."""
+    tokenizer = parse_tokenizer(content, FILE)
+    return TextTokenizer(tokenizer, content, end_of_text, end_of_text_id, vocab_size, beside)
 
 
 def load_tokenizer(path: str | os.PathLike[str], end_of_text: str | None = None) -> TextTokenizer:

@@ -50,6 +50,11 @@ class Windows:
             raise UsageError(_describe_shortage(token_file, context, at_least))
         return cls(token_file, context, 0, count)
 
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        """The file's tokens, mapped: a plain array, because np.memmap runs Python at every cut."""
+        return np.asarray(self.token_file.tokens)
+
     def __len__(self) -> int:
         return self.stop - self.start
 
@@ -57,7 +62,7 @@ class Windows:
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
         first = (self.start + number) * self.context
-        return self.token_file.tokens[first : first + self.context + 1].astype(np.int32)
+        return self._tokens[first : first + self.context + 1].astype(np.int32)
 
     @property
     def identity(self) -> Identity:

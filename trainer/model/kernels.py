@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from growkit.errors import UsageError
 from growkit.models.architecture import Architecture
@@ -183,6 +182,7 @@ def splash_attention(
 
     interpret: emulate the kernel, slowly, on any device.
     """
+    splash = import_splash()
     _, heads, time, depth = q_BxQxTxD.shape
     shape = (time, time)
     mask = splash.CausalMask(shape)
@@ -203,10 +203,17 @@ def splash_attention(
     return jax.vmap(kernel)(scaled.astype(q_BxQxTxD.dtype), k_BxHxTxD, v_BxHxTxD)
 
 
-def _select_block_sizes(time: int) -> splash.BlockSizes:
+def import_splash() -> Any:
+    """The kernel's module. A TPU alone needs it, and its compiler takes long to import."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    return splash_attention
+
+
+def _select_block_sizes(time: int) -> Any:
     """The same size for the blocks of queries and of keys, forward and backward."""
     size = next(size for size in BLOCKS if time % size == 0)
-    return splash.BlockSizes(
+    return import_splash().BlockSizes(
         block_q=size,
         block_kv=size,
         block_kv_compute=size,

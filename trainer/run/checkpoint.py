@@ -12,28 +12,27 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
 
 from growkit.checkpoint.carried import decode_files, encode_files
 from growkit.checkpoint.files import is_remote
 from growkit.checkpoint.hashes import HASHES, find_changed, read_hashes
+from growkit.checkpoint.kinds import STATE
 from growkit.checkpoint.location import CHECKPOINTS
-from growkit.checkpoint.orbax import FILES, META, STATE
+from growkit.checkpoint.orbax import FILES, META
 from growkit.errors import GrowkitError, first_line
 from growkit.lineage import Lineage
 from growkit.models import read_config
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Checkpoint
 from trainer.devices.hosts import is_writer
-from trainer.run.damage import DamagedError, find_damage, read_item
-from trainer.run.hashed import HashedJson, copy_to_host, hash_arrays, hash_later
-from trainer.run.power import SyncedPath
+from trainer.run.damage import DamagedError, find_damage, list_steps, read_item
+from trainer.run.hashed import copy_to_host, hash_arrays, hash_later
 from trainer.run.soundness import describe_findings, look_at
 from trainer.run.state import from_tree, to_tree
 from trainer.step.update import State
@@ -59,14 +58,14 @@ class Snapshot:
 
 def find_last_step(run: str | os.PathLike[str]) -> int | None:
     """The step of a run's last finished checkpoint, None when it has none."""
-    steps = ocp.utils.checkpoint_steps(epath.Path(run) / CHECKPOINTS)
-    return max([*steps, *_list_replaced(epath.Path(run))], default=None)
+    path = epath.Path(run)
+    return max([*list_steps(path), *_list_replaced(path)], default=None)
 
 
 def read_last_lineage(run: str | os.PathLike[str]) -> Lineage:
     """The lineage in a run's last checkpoint that can be read; empty where there is none."""
     directory = epath.Path(run) / CHECKPOINTS
-    for step in sorted(ocp.utils.checkpoint_steps(directory), reverse=True):
+    for step in reversed(list_steps(epath.Path(run))):
         try:
             return Lineage.read(read_item(directory / str(step), META)["lineage"])
         # What is damaged is named when the run begins.
@@ -97,30 +96,6 @@ def _meet(name: str) -> None:
         multihost_utils.sync_global_devices(f"growkit {name}")
 
 
-def select_validation_loss(metrics: dict[str, float]) -> float:
-    """The number by which the best checkpoint is the best."""
-    return metrics["validation_loss"]
-
-
-def build_preservation_policy(settings: Checkpoint) -> Any:
-    """Orbax's policy for the checkpoints that stay: the last N, every K steps, the best.
-
-    A checkpoint without a validation loss is never the best.
-    """
-    keep: list[Any] = [policies.LatestN(settings.keep_last)]
-    if settings.keep_every:
-        keep.append(policies.EveryNSteps(settings.keep_every))
-    if settings.keep_best:
-        best = policies.preservation_policy.BestN(
-            n=1,
-            get_metric_fn=select_validation_loss,
-            reverse=True,
-            keep_checkpoints_without_metrics=False,
-        )
-        keep.append(best)
-    return policies.AnyPreservationPolicy(keep)
-
-
 class Checkpoints:
     """The checkpoints of one run directory."""
 
@@ -128,38 +103,31 @@ class Checkpoints:
         """sync: whether a checkpoint is on the disk before it counts as finished."""
         self.run = epath.Path(run)
         self.directory = self.run / CHECKPOINTS
-        # A resumed run needs the validation losses of earlier checkpoints. Orbax writes them down
-        # only where there is a best_fn.
-        options = ocp.CheckpointManagerOptions(
-            best_fn=select_validation_loss,
-            best_mode="min",
-            preservation_policy=build_preservation_policy(settings),
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
-            # A bucket stores an object whole or not at all, and has no fsync.
-            temporary_path_class=SyncedPath if sync and not is_remote(self.run) else None,
-            # Orbax's threads wait for a directory that cannot be made, and the process for them.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
-        state_handler = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=settings.ocdbt, use_compression=settings.ocdbt
-        )
-        json_args = (ocp.args.JsonSave, ocp.args.JsonRestore)
-        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for item, handler, kinds in (
-            (STATE, state_handler, (ocp.args.PyTreeSave, ocp.args.PyTreeRestore)),
-            (META, HashedJson(), json_args),
-            (FILES, ocp.JsonCheckpointHandler(), json_args),
-        ):
-            for kind in kinds:
-                handlers.add(item, kind, handler)
-        self.manager = ocp.CheckpointManager(
-            self.directory, options=options, handler_registry=handlers
-        )
+        self.settings = settings
+        self.sync = sync
+        if is_writer():
+            # Now, and not at the first save: a disk that cannot be written to is told at once.
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def manager(self) -> Any:
+        """Orbax's manager. Importing Orbax takes longer than all that a new run does before its
+        first step, so it is made when there is a checkpoint to write or to read.
+        """
+        from trainer.run.saving import make_manager
+
+        return make_manager(self.directory, self.settings, self.sync)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether this run has asked for the manager."""
+        return "manager" in vars(self)
 
     @property
     def last(self) -> int | None:
         """The step of the last checkpoint, which is finished after `wait`."""
+        if not self.is_begun and not list_steps(self.run):
+            return None
         step: int | None = self.manager.latest_step()
         return step
 
@@ -168,6 +136,8 @@ class Checkpoints:
 
         A step that is saved already is left alone. Returns whether there was anything to save.
         """
+        import orbax.checkpoint as ocp
+
         # Orbax would refuse: a signal can ask for a save at a step that was saved by plan.
         if step in self.manager.all_steps():
             return False
@@ -217,6 +187,8 @@ class Checkpoints:
         verify: whether what was read must have the hashes on record. Raises DamagedError for what
         is not as it was saved.
         """
+        import orbax.checkpoint as ocp
+
         # Restored straight into the shardings of this run, on another mesh than it was saved from
         # too.
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_tree(like))
@@ -307,17 +279,21 @@ class Checkpoints:
 
     def reload(self) -> None:
         """Look again at which checkpoints there are."""
-        self.manager.reload()
+        if self.is_begun:
+            self.manager.reload()
 
     def wait(self) -> None:
         """Return when everything begun is on disk."""
+        if not self.is_begun:
+            return
         with self._name_failure("written"):
             self.manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait, then end Orbax's threads."""
         self.wait()
-        self.manager.close()
+        if self.is_begun:
+            self.manager.close()
 
     @contextmanager
     def _name_failure(self, done: str) -> Iterator[None]:

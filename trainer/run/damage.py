@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from growkit.checkpoint.carried import decode_files
 from growkit.checkpoint.files import is_remote, refuse_pointer
 from growkit.checkpoint.hashes import HASHES, find_changed, read_hashes
+from growkit.checkpoint.kinds import FINISHED, STATE
 from growkit.checkpoint.location import CHECKPOINTS
-from growkit.checkpoint.orbax import FILES, FINISHED, META, STATE, open_checkpoint
+from growkit.checkpoint.orbax import FILES, META, open_checkpoint
 from growkit.checkpoint.tensor import Source
 from growkit.errors import GrowkitError, UsageError, first_line
 from growkit.forms import check_record
@@ -60,7 +60,13 @@ class Trust:
 
 def list_steps(run: epath.Path) -> list[int]:
     """The steps of the finished checkpoints, in order."""
-    return sorted(ocp.utils.checkpoint_steps(run / CHECKPOINTS))
+    directory = run / CHECKPOINTS
+    # A new run has none, and does without importing Orbax.
+    if not directory.exists() or not any(directory.iterdir()):
+        return []
+    import orbax.checkpoint as ocp
+
+    return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def read_item(checkpoint: Any, item: str) -> Any:

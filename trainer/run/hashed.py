@@ -8,19 +8,14 @@ one at a time. Of several processes none has a whole array: there only meta and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
-from orbax.checkpoint import future
 
-from growkit.checkpoint.hashes import ALGORITHM, HASHES, hash_array, make_hashes
-from trainer.devices.hosts import is_writer
+from growkit.checkpoint.hashes import ALGORITHM, hash_array, make_hashes
 from trainer.run.state import to_tree
 from trainer.step.update import State
 
@@ -91,28 +86,3 @@ def hash_later(
     """Copy a state to the host now; the result makes the hashes of everything when it is called."""
     arrays = copy_to_host(state)
     return lambda: make_hashes(hash_arrays(arrays), files, meta)
-
-
-class HashedJson(ocp.JsonCheckpointHandler):
-    """Orbax's handler of JSON, for a meta whose hashes are made in the thread that writes it.
-
-    The value of "hashes" is a function without arguments.
-    """
-
-    async def async_save(
-        self, directory: epath.Path, item: Any = None, args: Any = None
-    ) -> list[future.Future]:
-        meta: dict[str, Any] = args.item
-
-        async def write() -> None:
-            # Every process runs this; one writes, as with everything that is the same in all.
-            if is_writer():
-                whole = meta | {HASHES: meta[HASHES]()}
-                (directory / "metadata").write_text(json.dumps(whole))
-
-        return [future.CommitFutureAwaitingContractedSignals(write(), name="hashed_json_save")]
-
-    @classmethod
-    def typestr(cls) -> str:
-        """Orbax's own name: to readers the meta is JSON like any other."""
-        return str(ocp.JsonCheckpointHandler.typestr())

@@ -32,6 +32,7 @@ from trainer.run.announcement import (
 from trainer.run.begin import Beginning
 from trainer.run.checkpoint import Snapshot
 from trainer.run.interrupt import AbandonedError, Interrupt
+from trainer.run.later import import_later
 from trainer.run.metrics import Metrics
 from trainer.run.position import Position
 from trainer.run.validation import Validation, compute_validation_loss
@@ -171,6 +172,7 @@ class Run:
     def _compile(self) -> None:
         """Compile the step, if there is one to take. Refuse a model that does not fit in memory."""
         if self.step < self.until:
+            import_later()
             if self.config.remat == "auto":
                 self.train_step = self._await_compiled(self._select_step)
             given = (self.config, self.layout, self.train_step, self.stage.like)

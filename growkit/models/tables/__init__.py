@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 from growkit.models.computed import COMPUTED
 from growkit.models.family import Family
 from growkit.models.table_file import read_family
 
+# The package's own directory: importlib.resources would do, and imports what takes longer than all
+# tables that a command reads.
+DIRECTORY = Path(__file__).parent
+
 
 @cache
 def list_shipped() -> tuple[str, ...]:
     """The model types that have a table here."""
-    names = (file.name for file in files(__package__).iterdir())
+    names = (file.name for file in DIRECTORY.iterdir())
     return tuple(sorted(name.removesuffix(".txt") for name in names if name.endswith(".txt")))
 
 
 def read_text(kind: str) -> str:
     """The text of a type's table."""
-    return (files(__package__) / f"{kind}.txt").read_text()
+    return (DIRECTORY / f"{kind}.txt").read_text()
 
 
 @cache
