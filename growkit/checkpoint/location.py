@@ -23,8 +23,6 @@ from growkit.checkpoint.kinds import (
     ROOM,
     WRITERS,
     find_kind,
-    is_checkpoint,
-    is_directory,
     is_distributed,
 )
 from growkit.checkpoint.unsuited import refuse_file
