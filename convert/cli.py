@@ -183,7 +183,11 @@ def _prepare_export(
 
 def _describe_export(source: Source, src: str, out: str, dtype: str, notes: list[str]) -> list[str]:
     """What was written, then notes on what the output lacks. notes: of an optimizer that was."""
-    left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
+    left = ""
+    if "mu" in source.tensors:
+        left = "; the optimizer's moments stay behind"
+        # What is a checkpoint of PyTorch already is not written as one once more.
+        left += "" if source.torch_optimizer else " (--optimizer hf takes them along)"
     if notes:
         record = source.record
         left = f"; optimizer.pt at step {record.get('step', 0)}, count {record.get('count', 0)}"

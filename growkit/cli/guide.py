@@ -57,7 +57,10 @@ EXAMPLES = {
     "verify": ("growkit verify runs/580m grown",),
     "import": ("growkit import hf_580m source",),
     "export": ("growkit export runs/760m@best hf --check",),
-    "evaluate": ("growkit evaluate runs/760m --tasks lambada,piqa --output results.json",),
+    "evaluate": (
+        "growkit evaluate runs/760m --tasks lambada,piqa --output results.json",
+        "growkit evaluate GPT2-Large=openai-community/gpt2-large results.json --reference 760m",
+    ),
     "study": ("growkit study benchmarks/studies/cpu.yaml --out study data.train=tokens",),
     "generate": ('growkit generate runs/760m@best --prompt "It was"',),
 }

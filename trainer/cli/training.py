@@ -66,6 +66,14 @@ if TYPE_CHECKING:
     "place of the bytes, skip leaves the document out. Both are counted.",
 )
 @click.option(
+    "--documents",
+    default="file",
+    show_default=True,
+    metavar="HOW",
+    help="What is one document of plain text: file, blank-line (what is between blank lines) or "
+    "line. Source code, .md and .rst are one document a file.",
+)
+@click.option(
     "--processes",
     type=COUNT,
     metavar="N",

@@ -5,6 +5,7 @@ It becomes nested values; `trainer.config.sections` checks their keys and types.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -17,9 +18,14 @@ import yaml
 
 from growkit.checkpoint.files import refuse_pointer
 from growkit.errors import UsageError, did_you_mean
+from trainer.config.sections import Config
 
 _LARGEST_FILE = 1 << 20  # bytes of a configuration
 _MOST_NODES = 100_000  # values in it, with its aliases written out
+
+# Keys of a count, and what their sections call the same in tokens, which a resolved configuration
+# holds beside it.
+OVERRULES = {"batch.sequences": "tokens", "schedule.steps": "tokens"}
 
 # The keys of the file that a run keeps of its configuration.
 OF_RUN = {"growkit", "from", "config"}
@@ -144,8 +150,28 @@ def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
             raise ValueError(f"the key {key!r} is there {count} times in one section")
 
 
+def place_key(key: str) -> str:
+    """A key in full: `steps`, which one section alone has, is `schedule.steps`.
+
+    Any other is returned as it is, to be refused where it is none.
+    """
+    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    if "." in key or key in sections:
+        return key
+    found = [
+        f"{name}.{key}"
+        for name, kind in sections.items()
+        if dataclasses.is_dataclass(kind) and any(f.name == key for f in dataclasses.fields(kind))
+    ]
+    return found[0] if len(found) == 1 else key
+
+
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The nested values, changed in place by key=value texts. Raises UsageError."""
+    """The nested values, changed in place by key=value texts. Raises UsageError.
+
+    A key may go without its section where only one section has it. Of a count and the same in
+    tokens, the one given last holds.
+    """
     for override in overrides:
         _apply_override(values, override)
     return values
@@ -198,6 +224,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         shown = text if len(text) <= 200 else f"{text[:200]}..."
         raise UsageError(f"the value of {key} cannot be read: {shown!r}") from None
     section = values
+    key = place_key(key)
     *parents, last = key.split(".")
     for parent in parents:
         # A section without values is None in YAML.
@@ -207,3 +234,5 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise UsageError(f"{key} has no place: {parent} is a value, not a section")
     section[last] = value
+    if key in OVERRULES:
+        section.pop(OVERRULES[key], None)

@@ -306,15 +306,10 @@ class Run:
         if drawn and (self.step == self.until or self.data.departs(stream, drawn)):
             self.report.say(self.data.describe_drawn(stream, drawn))
 
-    def validate(self) -> Validation | None:
-        """The mean losses on the fixed windows; None when a signal cut it short."""
-        return compute_validation_loss(
-            self._evaluate,
-            self.state.params,
-            self.data,
-            self.stage,
-            self.interrupt.stopped,
-        )
+    def validate(self, windows: int | None = None) -> Validation | None:
+        """The mean losses on the fixed windows, or so many; None when a signal cut it short."""
+        given = (self.state.params, self.data, self.stage, self.interrupt.stopped)
+        return compute_validation_loss(self._evaluate, *given, windows)
 
     def _evaluate(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Dispatch a part of a validation. The first one compiles its program."""
@@ -326,13 +321,17 @@ class Run:
 
     def _compare(self, loss: float) -> None:
         """Refuse to go on where growth was exact and the validation loss is not the source's."""
-        windows = self.data.validation_fingerprint(self.config.eval.windows)
+        before = self.lineage.before_last
+        own = self.config.eval.windows
+        count = growth.count_compared(before, self.data, self.source_record, own)
+        found = self.validate(count) if count != own else Validation(loss)
+        if found is None:
+            return
+        windows = self.data.validation_fingerprint(count)
         allowed = math.inf if self.setup.allow_gap else growth.compute_allowed_gap(self.config)
-        words = growth.compare_with_source(
-            self.lineage.before_last, loss, self.source_record, windows, allowed
-        )
+        words = growth.compare_with_source(before, found.loss, self.source_record, windows, allowed)
         if words:
-            self.report.say(words)
+            self.report.say(words if count == own else f"{words}, on its {count} windows")
 
     def _heed_plateau(self) -> None:
         """Where validation is flat, grow if that is to come then; else train on at a lower rate."""

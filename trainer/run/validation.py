@@ -46,13 +46,15 @@ def compute_validation_loss(
     data: Corpus,
     stage: Stage,
     stopped: Callable[[], bool],
+    limit: int | None = None,
 ) -> Validation | None:
     """The mean losses; None when `stopped` became true meanwhile.
 
     eval_step: (params, tokens [B, T+1], mask [B]) -> the summed loss of the unmasked sequences.
+    limit: windows at most; None for eval.windows.
     """
     config = stage.config
-    counts = count_in_turn(data.validation, config.eval.windows)
+    counts = count_in_turn(data.validation, limit or config.eval.windows)
     sums: dict[str, list[jax.Array]] = {}
     for name, windows, count in zip(data.validation_names, data.validation, counts, strict=True):
         if not count:
