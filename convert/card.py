@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from growkit.entries import Conversion, Entry, Growth, Origin
+from convert.training import format_curve, format_trainings
+from growkit.entries import Conversion, Entry, Growth, Origin, Training
 from growkit.growth.plan import KEEP
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
@@ -42,10 +43,16 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 """
 
 
-def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: str = "") -> str:
+def format_card(
+    model: Architecture,
+    lineage: list[dict[str, Any]],
+    evaluation: str = "",
+    history: bytes = b"",
+) -> str:
     """README.md of an exported model, with its lineage in words; lineage.json has the entries.
 
-    evaluation: tables and notes in Markdown, if it was measured.
+    evaluation: tables and notes in Markdown, if it was measured. history: the metrics of its
+    training, as a run's checkpoint carries them.
     """
     parallel = model.options.get("parallel_residual", False)
     grouped = model.sizes.get("group", 1) > 1
@@ -60,15 +67,21 @@ def format_card(model: Architecture, lineage: list[dict[str, Any]], evaluation: 
     entries = Lineage.read(lineage)
     steps = [f"{number}. {describe_entry(entry)}\n" for number, entry in enumerate(entries, 1)]
     card = head + "".join(steps)
-    if evaluation:
-        card += f"\n## Evaluation\n\n{evaluation}"
+    sections = {
+        "Training": format_trainings(entries),
+        "Validation loss": format_curve(history),
+        "Evaluation": evaluation,
+    }
+    for title, text in sections.items():
+        if text:
+            card += f"\n## {title}\n\n{text}"
     return card
 
 
 def describe_entry(entry: Entry) -> str:
     """One lineage entry as a sentence."""
-    if entry.operation == "train":
-        return "train: continued"
+    if isinstance(entry, Training):
+        return _describe_beginning(entry)
     trained = _describe_training(entry.source)
     if isinstance(entry, Growth):
         grown = _describe_growth(entry)
@@ -76,6 +89,18 @@ def describe_entry(entry: Entry) -> str:
     if isinstance(entry, Conversion):
         return f"{entry.operation} to {entry.dtype}{trained}"
     return f"{entry.operation}{trained}"
+
+
+def _describe_beginning(entry: Training) -> str:
+    """What a training began with, and the learning rates of an annealing."""
+    if entry.source is None:
+        return "train: from scratch"
+    start = f"from {entry.source.path}{_describe_training(entry.source)}"
+    if entry.branch is None:
+        return f"train: {start}"
+    branch = entry.branch
+    rates = f"learning rate {branch.rate:g} to {branch.to:g}"
+    return f"{branch.verb}: {start}, {rates} over {format_count(branch.tokens)} tokens"
 
 
 def _describe_training(source: Origin | None) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.options import PATH
+from growkit.cli.output import show_result
 from growkit.cli.terminal import (
     add_care_options,
     add_shard_option,
     parse_care,
-    say,
     write_with_progress,
 )
 from growkit.errors import UsageError
@@ -51,9 +51,17 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
         record = source.record
         moments = f", with moments; step {record['step']}, count {record['count']}"
         notes += describe_import(source)
-    for note in notes:
-        say(f"note: {note}")
-    say(f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}{moments}")
+    brief = f"wrote {out}: {source.model.parameters:,} parameters in {source.dtype}{moments}"
+    document = {
+        "output": out,
+        "source": str(source.path),
+        "parameters": source.model.parameters,
+        "dtype": str(source.dtype),
+        "slots": list(contents.recipes),
+        "record": contents.record,
+        "notes": notes,
+    }
+    show_result("\n".join([*(f"note: {note}" for note in notes), brief]), document, brief)
 
 
 @click.command()
@@ -88,7 +96,8 @@ def import_(hf_dir: str, out: str, force: bool, **options: Any) -> None:
     "--evaluation",
     type=PATH,
     metavar="FILE.json",
-    help="Put the figures that `evaluate --output` measured of SRC into the model card.",
+    help="Put the figures that `evaluate --output` measured of SRC into the model card, with those "
+    "of other models in that file as rows to compare with.",
 )
 def export(
     src: str,
@@ -120,11 +129,31 @@ def export(
         _require_check(source)
     write_with_progress([source], contents, parse_path(out), kind, force, shard, care)
     written = str(choose_dtype(source, dtype))
-    _describe_export(source, src, out, written, notes)
-    if check:
+    lines = _describe_export(source, src, out, written, notes)
+    document = {"slots": list(contents.recipes), "dtype": written}
+    _show_export(source, out, lines, document, written if check else None)
+
+
+def _show_export(
+    source: Source, out: str, lines: list[str], document: dict[str, Any], checked: str | None
+) -> None:
+    """Print the result of an export, and of its --check in the dtype `checked`."""
+    from growkit.checkpoint.files import parse_path
+
+    document |= {
+        "output": out,
+        "source": str(source.path),
+        "parameters": source.model.parameters,
+        "notes": [line.removeprefix("note: ") for line in lines[1:]],
+    }
+    brief = lines[0]
+    if checked is not None:
         from growkit.cli.checking import check_export
 
-        say(check_export(source, parse_path(out), written))
+        document["check"] = check_export(source, parse_path(out), checked)
+        lines.append(document["check"])
+        brief = f"{brief}\n{document['check']}"
+    show_result("\n".join(lines), document, brief)
 
 
 def _require_form(form: str | None, dtype: str | None) -> None:
@@ -152,20 +181,24 @@ def _prepare_export(
     return contents, describe_export(settings, contents.torch_optimizer)
 
 
-def _describe_export(source: Source, src: str, out: str, dtype: str, notes: list[str]) -> None:
-    """Print what was written, and what the output lacks. notes: of an optimizer that was."""
-    left = "; the optimizer's moments stay behind" if "mu" in source.tensors else ""
+def _describe_export(source: Source, src: str, out: str, dtype: str, notes: list[str]) -> list[str]:
+    """What was written, then notes on what the output lacks. notes: of an optimizer that was."""
+    left = ""
+    if "mu" in source.tensors:
+        left = "; the optimizer's moments stay behind"
+        # What is a checkpoint of PyTorch already is not written as one once more.
+        left += "" if source.torch_optimizer else " (--optimizer hf takes them along)"
     if notes:
         record = source.record
         left = f"; optimizer.pt at step {record.get('step', 0)}, count {record.get('count', 0)}"
-    say(f"wrote {out}: {source.model.parameters:,} parameters in {dtype}{left}")
-    for note in (*source.notes, *notes):
-        say(f"note: {note}")
+    lines = [f"wrote {out}: {source.model.parameters:,} parameters in {dtype}{left}"]
+    lines += [f"note: {note}" for note in (*source.notes, *notes)]
     if "tokenizer.json" not in source.files:
-        say(
+        lines.append(
             f"note: {src} carries no tokenizer.json, so {out} has none; put one there before "
             "tokenizing with it"
         )
+    return lines
 
 
 def _require_check(source: Source) -> None:
@@ -178,11 +211,16 @@ def _require_check(source: Source) -> None:
 
 
 def read_evaluation(source: Source, path: Path) -> str:
-    """The figures of a source in a file of evaluations, in Markdown. Raises UsageError for none."""
+    """The figures of a source in a file of evaluations, in Markdown, and those of other models.
+
+    Raises UsageError where there are none of the source.
+    """
+    from convert.privacy import strip_paths
     from growkit.evaluation import report
 
     record = report.select_model(report.read_record(path), source, path)
-    return report.format_markdown(record)
+    models = [model | {"source": strip_paths(model["source"])} for model in record["models"]]
+    return report.format_markdown(record | {"models": models})
 
 
 COMMANDS = {"import": import_, "export": export}

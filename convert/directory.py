@@ -22,6 +22,7 @@ from convert.optimizer import (
     state_optimizer,
 )
 from convert.privacy import strip_config, strip_paths, strip_settings
+from convert.training import HISTORY
 from growkit.checkpoint.carried import select_carried
 from growkit.checkpoint.files import encode_json
 from growkit.checkpoint.hf_trainer import STATE
@@ -91,7 +92,8 @@ def convert_to_directory(
         lineage=lineage if paths else strip_paths(lineage),
         files=select_carried(files if paths else strip_settings(files)),
     )
-    card = format_card(model, contents.lineage, evaluation)
+    history = source.files.get(HISTORY, b"")
+    card = format_card(model, contents.lineage, evaluation, history)
     beside = {
         # A lineage may hold halves of surrogate pairs, which JSON can spell and UTF-8 cannot.
         "README.md": card.encode(errors="backslashreplace"),

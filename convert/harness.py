@@ -75,3 +75,15 @@ def load_hugging_face_model(
             raise GrowkitError(
                 f"transformers cannot load {path} ({first_line(problem)})"
             ) from problem
+
+
+def wrap_model(model: Any, tokenizer: Any, window: int, batch: int) -> HuggingFaceModel:
+    """A model of transformers that is loaded, with its tokenizer, as the harness asks it."""
+    with silence_libraries():
+        return HuggingFaceModel(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            max_length=window,
+            batch_size=batch,
+        )

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growkit.cli.options import add_table_option
+from growkit.cli.output import show_result
 from growkit.cli.terminal import (
     add_care_options,
     add_shard_option,
     parse_care,
-    say,
     write_with_progress,
 )
 
@@ -59,27 +59,35 @@ def average(
     last = sources[-1]
     care = parse_care(options)
     write_with_progress(sources, contents, parse_path(out), last.kind, force, shard, care)
-    _say_notes(sources)
     entry = Lineage.read(contents.lineage).last_as(Average)
     assert entry is not None, "an average says so in its lineage"
     shares = ", ".join(f"{share:.4g}" for share in entry.weights)
-    say(f"wrote {out}: the mean of {len(sources)} models, weights {shares}")
+    brief = f"wrote {out}: the mean of {len(sources)} models, weights {shares}"
+    moments = f"{src[-1]} has no optimizer's moments, and neither has {out}"
     if "mu" in last.tensors:
-        say(f"the optimizer's moments are those of {src[-1]}, unchanged")
-    else:
-        say(f"{src[-1]} has no optimizer's moments, and neither has {out}")
+        moments = f"the optimizer's moments are those of {src[-1]}, unchanged"
+    notes = _list_notes(sources)
+    document = {
+        "output": out,
+        "sources": list(src),
+        "weights": list(entry.weights),
+        "moments": src[-1] if "mu" in last.tensors else None,
+        "notes": notes,
+    }
+    lines = [*(f"note: {note}" for note in notes), brief, moments]
+    show_result("\n".join(lines), document, brief)
 
 
-def _say_notes(sources: list[Source]) -> None:
+def _list_notes(sources: list[Source]) -> list[str]:
     """The notes on all sources, each once; those on larger models are about growth."""
     grown = {source.around.note for source in sources if source.around is not None}
-    for note in dict.fromkeys(note for source in sources for note in source.notes):
-        if note not in grown:
-            say(f"note: {note}")
+    every = dict.fromkeys(note for source in sources for note in source.notes)
+    notes = [note for note in every if note not in grown]
     around = sources[-1].around
     if around is not None:
         count = len(around.others)
-        say(f"note: the {count} tensors around the text decoder are averaged too")
+        notes.append(f"the {count} tensors around the text decoder are averaged too")
+    return notes
 
 
 def _parse_weights(text: str) -> list[float]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from growkit.cli.description import KINDS, format_changes
 from growkit.cli.options import add_table_option
-from growkit.cli.terminal import format_json, say, show_progress
+from growkit.cli.output import show_result
+from growkit.cli.records import describe_record
+from growkit.cli.terminal import say, show_progress
 
 if TYPE_CHECKING:
     from growkit.checkpoint.tensor import Source
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
 
 # Entries of a lineage that are shown, the last ones.
 MOST_ENTRIES = 100
+# Characters of a field's value that are shown.
+LONGEST_VALUE = 60
 
 
 @click.command()
 @click.argument("src")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
     "--rows",
     is_flag=True,
@@ -38,23 +41,27 @@ MOST_ENTRIES = 100
     "were trained last.",
 )
 @add_table_option
-def inspect(src: str, as_json: bool, rows: bool, new: bool) -> None:
+def inspect(src: str, rows: bool, new: bool) -> None:
     """Describe SRC: sizes, parameters, optimizer state, tokenizer, lineage."""
     from growkit.checkpoint.location import open_source
     from growkit.cli.news import collect_new, format_new
     from growkit.cli.rows import collect_rows, format_rows
 
     source = open_source(src)
-    if as_json:
+
+    def collect() -> dict[str, Any]:
         table = collect_rows(source.model) if rows else {}
         made = collect_new(source) if new else {}
-        click.echo(json.dumps(_collect_facts(source) | table | made))
-        return
-    say(_format_facts(source))
-    if rows:
-        say(format_rows(source.model))
-    if new:
-        say(format_new(source))
+        return _collect_facts(source) | table | made
+
+    def show() -> None:
+        say(_format_facts(source))
+        if rows:
+            say(format_rows(source.model))
+        if new:
+            say(format_new(source))
+
+    show_result(show, collect)
 
 
 def _collect_facts(source: Source) -> dict[str, Any]:
@@ -80,15 +87,13 @@ def _format_facts(source: Source) -> str:
     """The same, for a reader at a terminal."""
     from growkit.lineage import Lineage
 
-    record = source.record.items()
-    training = [f"{key} {value}" for key, value in record if not isinstance(value, dict)]
     slots = ", ".join(source.tensors)
     lines = [
         f"path         {source.path} ({KINDS[source.kind]})",
         *_format_model(source.model),
         f"parameters   {source.model.parameters:,} in {source.dtype}; {source.size / 1e6:,.1f} MB "
         f"of {slots}",
-        f"training     {', '.join(training) or 'no record'}",
+        f"training     {describe_record(source.record)}",
         f"files        {', '.join(sorted(source.files)) or 'none beside the weights'}",
         f"fingerprint  {source.fingerprint[:16]}",
     ]
@@ -156,9 +161,8 @@ def _says(text: str, words: str) -> bool:
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--json", "as_json", is_flag=True, help="Print every tensor's comparison as JSON.")
 @add_table_option
-def diff(a: str, b: str, as_json: bool) -> int:
+def diff(a: str, b: str) -> int:
     """Compare the models A and B, of any kind: sizes, configuration, every tensor.
 
     Exit code 0 if both are the same model with the same tensors, bit for bit; 1 if they differ.
@@ -180,11 +184,11 @@ def diff(a: str, b: str, as_json: bool) -> int:
     same_count = not both_moments or facts["count"][0] == facts["count"][1]
     same_tensors = all(tensor.verdict == "equal" for tensor in tensors)
     equal = not facts["model"] and same_count and same_tensors
-    if as_json:
-        compared = [asdict(tensor) for tensor in tensors]
-        click.echo(format_json({"equal": equal} | facts | {"tensors": compared}))
-    else:
-        say(_format_diff(facts, tensors, equal, same_count))
+    compared = [asdict(tensor) for tensor in tensors]
+    show_result(
+        lambda: say(_format_diff(facts, tensors, equal, same_count)),
+        {"equal": equal} | facts | {"tensors": compared},
+    )
     return 0 if equal else 1
 
 
@@ -234,7 +238,30 @@ def _format_diff(
 
 def _format_fields(fields: dict[str, tuple[Any, Any]]) -> str:
     """'layer 2 and 3, mlp 12 and 24'"""
-    return ", ".join(f"{key} {a} and {b}" for key, (a, b) in fields.items())
+    return ", ".join(_format_field(key, a, b) for key, (a, b) in fields.items())
+
+
+def _format_field(key: str, a: Any, b: Any) -> str:
+    """A field whose values differ; None stands for one that is absent."""
+    from growkit.surgery.comparison import find_differences
+
+    if a is None or b is None:
+        side, value = ("B", b) if a is None else ("A", a)
+        return f"{key} only in {side} ({_shorten(value)})"
+    if isinstance(a, dict) and isinstance(b, dict):
+        inner = find_differences(a, b)
+        return f"{key} ({_format_fields(inner)})"
+    if isinstance(a, list) and isinstance(b, list):
+        pairs = zip(a, b, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return f"{key} from entry {same} on (of {len(a)} and {len(b)})"
+    return f"{key} {_shorten(a)} and {_shorten(b)}"
+
+
+def _shorten(value: Any) -> str:
+    """A value of a configuration, on one line with others."""
+    words = f"a list of {len(value)}" if isinstance(value, list) else str(value)
+    return words if len(words) <= LONGEST_VALUE else f"{words[:LONGEST_VALUE]}..."
 
 
 def _format_slot(slot: str, tensors: list[Comparison]) -> list[str]:
@@ -283,12 +310,20 @@ def verify(src: str, out: str) -> None:
         hint = "".join(f"; {reason}" for reason in reasons if reason)
         raise GrowkitError(f"{out} is not what its plan makes of {src}: {wrong}{hint}")
     tensors = sum(len(slot) for slot in result.tensors.values())
-    say(
+    words = (
         f"verified: all {tensors:,} tensors of {out} ({result.size / 1e6:,.1f} MB) are what "
         f"{plan.verb} makes of {src}"
     )
-    if note:
-        say(f"note: {note}")
+    document = {
+        "verified": True,
+        "source": str(source.path),
+        "output": str(result.path),
+        "operation": plan.verb,
+        "tensors": tensors,
+        "bytes": result.size,
+        "note": note or None,
+    }
+    show_result(f"{words}\nnote: {note}" if note else words, document, brief=words)
 
 
 def _open_alike(src: str, result: Source) -> Source:

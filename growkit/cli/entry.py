@@ -13,12 +13,10 @@ from types import FrameType
 
 import click
 
+from growkit.cli.signals import INTERRUPTED, TERMINATED
 from growkit.cli.terminal import say
 from growkit.cli.verbs import growkit
 from growkit.errors import GrowkitError
-
-TERMINATED = 75
-INTERRUPTED = 130
 
 
 class Terminated(BaseException):

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from growkit.cli.answering import Model, open_model, split_label
 from growkit.cli.options import COUNT, PATH
+from growkit.cli.output import remark, show_result, tell
 from growkit.cli.remaining import show_remaining
+from growkit.cli.signals import leave_on_signal
 from growkit.evaluation.catalogue import BPB, BPB_LIMIT, TASKS, parse_task_names
 
 if TYPE_CHECKING:
-    from growkit.checkpoint.tensor import Source
     from growkit.evaluation.harness import Answer, Question
 
 
 @click.command()
-@click.argument("src", nargs=-1, required=True)
+@click.argument("src", nargs=-1, required=True, metavar="[NAME=]SRC...")
 @click.option(
     "--tasks",
     metavar="LIST",
@@ -43,66 +45,106 @@ if TYPE_CHECKING:
     metavar="FILE.json",
     help="Keep the figures, and write FILE.md with the tables for a model card.",
 )
+@click.option(
+    "--reference",
+    metavar="FILE",
+    help="Published rows to show beside those measured: a YAML file, or 760m, which has GPT2-Large "
+    "and GPT2-XL and prints the 760M run's two tables. Default: its rows, beside full sets.",
+)
 @click.option("--batch", type=COUNT, default=8, show_default=True, metavar="N", help="Batch size.")
 @click.option("--force", is_flag=True, help="Replace FILE.json and FILE.md if they exist.")
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare SRC with the hashes that were saved with it."
 )
+@leave_on_signal()
 def evaluate(
     src: tuple[str, ...],
     tasks: str | None,
     limit: int | None,
     data: str | None,
     output: str | None,
+    reference: str | None,
     batch: int,
     force: bool,
     no_verify: bool,
 ) -> None:
     """Measure each SRC on benchmarks: accuracies, perplexities, bits per byte of any text.
 
-    What transformers loads is run by lm-evaluation-harness' own model, any other SRC in JAX; both
-    in float32. Bits per byte: one figure for each file or folder in DIR/bpb (.jsonl with
-    "text", .txt, source code; compressed too).
+    SRC is a model, or FILE.json of an earlier --output, whose rows are shown beside new ones; NAME
+    is what tables call it. What transformers loads is run by lm-evaluation-harness' own model, any
+    other SRC in JAX; both in float32. Bits per byte: one figure for each file or folder in DIR/bpb
+    (.jsonl with "text", .txt, source code; compressed too).
     """
     from growkit.evaluation import report
-    from growkit.evaluation.questions import collect_questions
+    from growkit.evaluation.reference import read_reference
 
     _check_at_least_1("limit", limit)
     _check_at_least_1("batch", batch)
     names = None if tasks is None else parse_task_names(tasks)
+    published = None if reference is None else read_reference(reference)
     files = None if output is None else check_outputs(output, force)
-    models = [open_model(text) for text in src]
-    if not no_verify:
-        for model in models:
-            model.source.require_whole()
-    directory = None if data is None else Path(data)
-    questions = collect_questions(names, directory, limit, _say)
-    window = _choose_window(models)
-    settings = {"limit": limit, "data": data, "batch": batch, "max_length": window}
-    record = _measure(models, questions, settings)
-    report.print_record(record)
+    words = [split_label(word) for word in src]
+    settings = {"limit": limit, "data": data, "batch": batch}
+    record = _make_record(words, names, settings, not no_verify)
     if files is not None:
-        report.write_record(record, *files)
-        click.echo(f"wrote {files[0]} and {files[1]}")
+        report.write_record(record, *files, published)
+    show_result(lambda: report.print_record(record, published), record)
+    if files is not None:
+        tell(f"wrote {files[0]} and {files[1]}")
 
 
-def _measure(
-    models: list[Model], questions: list[Question], settings: dict[str, Any]
+def _make_record(
+    words: Sequence[tuple[str | None, str]],
+    names: list[str] | None,
+    settings: dict[str, Any],
+    verify: bool,
 ) -> dict[str, Any]:
-    """Ask every model all questions; returns the record, see `growkit.evaluation.report`."""
+    """The record of all models, those of earlier files where they were named.
+
+    words: (label or None, what was named) of each. names: of the tasks. settings: limit, data and
+    batch. verify: whether models are compared with their hashes.
+    """
+    from growkit.evaluation import report
+    from growkit.evaluation.questions import collect_questions
+
+    kept = {
+        n: report.take_rows(Path(t), label) for n, (label, t) in enumerate(words) if _is_kept(t)
+    }
+    models = {n: open_model(t, label) for n, (label, t) in enumerate(words) if n not in kept}
+    if not models:
+        (first, *_), *_ = kept.values()
+        record = report.start_record(first["settings"])
+        return record | {"models": [row for rows in kept.values() for row in rows]}
+    if verify:
+        for model in models.values():
+            model.require_whole()
+    directory = None if settings["data"] is None else Path(settings["data"])
+    questions = collect_questions(names, directory, settings["limit"], _say)
+    window = _choose_window(list(models.values()))
+    record = report.start_record(settings | {"max_length": window, "dtype": "float32"})
+    for number in range(len(words)):
+        rows = kept.get(number) or [_measure(models[number], questions, record["settings"])]
+        record["models"] += rows
+    return record
+
+
+def _is_kept(text: str) -> bool:
+    """Whether this is a file that `--output` wrote, by its name."""
+    return text.endswith(".json") and not Path(text).is_dir()
+
+
+def _measure(model: Model, questions: list[Question], settings: dict[str, Any]) -> dict[str, Any]:
+    """Ask a model all questions; returns what a record keeps of it."""
     from growkit.evaluation import report
 
-    record = report.start_record(settings | {"dtype": "float32"})
-    for model in models:
-        loaded = load_model(model, settings["max_length"], settings["batch"])
-        answers = ask_questions(model.text, questions, loaded)
-        record["models"].append(report.record_model(model.text, model.source, answers))
-    return record
+    loaded = model.load(settings["max_length"], settings["batch"])
+    answers = ask_questions(model.label or model.text, questions, loaded)
+    return report.record_model(model.text, model.label, model.describe(), answers)
 
 
 def _say(words: str) -> None:
     """Print a line that is not a result."""
-    click.echo(words, err=True)
+    remark(words)
 
 
 def _check_at_least_1(option: str, value: int | None) -> None:
@@ -131,73 +173,13 @@ def check_outputs(text: str, force: bool) -> tuple[Path, Path]:
     return path, card
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model to be measured. text: what the user calls it."""
-
-    text: str
-    source: Source
-    tokenizer: Any
-
-
-def open_model(text: str) -> Model:
-    """Open SRC and its tokenizer; refuse here, before loading, what could not be measured.
-
-    Raises UsageError or GrowkitError.
-    """
-    from growkit.checkpoint.location import open_source
-    from growkit.cli.description import is_loaded_by_transformers
-    from growkit.errors import GrowkitError
-    from growkit.evaluation.harness import require_harness
-    from growkit.models import require_trained
-    from trainer.data.tokenizer import load_model_tokenizer
-
-    source = open_source(text)
-    if not is_loaded_by_transformers(source):
-        require_harness()
-        require_trained(source.model, source.path)
-    else:
-        require_harness("torch", "transformers", "accelerate")
-    tokenizer = load_model_tokenizer(source.files, source.path, source.config)
-    # A tokenizer may have more tokens than the model, as one for padding. A text that has one is
-    # refused when it is encoded; every text follows the end of another.
-    if tokenizer.end_of_text_id >= source.model.vocab:
-        raise GrowkitError(
-            f"{tokenizer.end_of_text!r} of {source.path} has the id {tokenizer.end_of_text_id}, "
-            f"and the vocabulary of the model is {source.model.vocab}: the tokenizer is not the "
-            "one that the model was trained with"
-        )
-    return Model(text, source, tokenizer)
-
-
-def _choose_window(models: list[Model]) -> int:
+def _choose_window(models: Sequence[Model]) -> int:
     """The shortest context: all models read the same number of tokens, so figures compare."""
-    from growkit.cli.checking import choose_length
-
-    contexts = {choose_length(model.source.model) for model in models}
+    contexts = {model.window for model in models}
     window = min(contexts)
     if len(contexts) > 1:
         _say(f"note: contexts differ, so every model reads at most {window} tokens")
     return window
-
-
-def load_model(model: Model, window: int, batch: int) -> Any:
-    """The model as the harness asks it: in transformers where that loads it, else in JAX."""
-    from growkit.cli.description import is_loaded_by_transformers
-    from growkit.lineage import Lineage
-
-    source = model.source
-    # The trainer begins texts with end-of-text, as Pythia's; other models begin as they say.
-    ours = source.model.kind == "gpt_neox" or Lineage.read(source.lineage).trained
-    if not is_loaded_by_transformers(source):
-        from trainer.evaluate.harness import load_jax_model
-
-        begin = None if ours else source.config.get("bos_token_id")
-        return load_jax_model(source, model.tokenizer, window, batch, begin)
-    from convert.harness import load_hugging_face_model
-
-    prefix = model.tokenizer.end_of_text_id if ours else None
-    return load_hugging_face_model(source.here, prefix, window, batch)
 
 
 def ask_questions(name: str, questions: list[Question], model: Any) -> list[Answer]:

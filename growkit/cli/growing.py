@@ -14,14 +14,13 @@ from click.core import ParameterSource
 from growkit.cli.arguments import parse_axes, parse_number, parse_whole
 from growkit.cli.description import describe, summarize
 from growkit.cli.options import add_rates_option, add_table_option, combine_options
+from growkit.cli.output import show_result, tell
 from growkit.cli.target import read_target
 from growkit.cli.terminal import (
     add_care_options,
     add_shard_option,
-    format_json,
     parse_care,
     parse_shard_size,
-    say,
     write_with_progress,
 )
 from growkit.growth.depth import FORM
@@ -120,12 +119,6 @@ add_growing_options = combine_options(
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
     add_shard_option,
     add_care_options,
-    click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        help="Print the plan, and the result of --check, as JSON.",
-    ),
 )
 
 
@@ -271,7 +264,6 @@ class Output:
 
     dry_run: bool = False
     force: bool = False
-    as_json: bool = False
     shard: str | None = None
     tokens: int | None = None
     text: str | None = None
@@ -383,22 +375,22 @@ def grow(
     from growkit.surgery.grow import prepare_growth
 
     contents = prepare_growth(source, plan, output.groups)
-    if not output.as_json:
-        say(describe(source, plan, contents.size, out, output.groups))
+    planned = describe(source, plan, contents.size, out, output.groups)
+    # A dry run has no other result than the plan.
+    if not output.dry_run:
+        tell(planned)
     check = None
     if not output.dry_run:
         write_with_progress(
             [source], contents, out, source.kind, output.force, output.shard, output.care
         )
         check = _check(source, plan, out, text)
-    if output.as_json:
-        summary = summarize(source, plan, contents.size, out, output.dry_run)
-        checked = {"check": check.to_json()} if check else {}
-        click.echo(format_json(summary | checked))
-    elif not output.dry_run:
-        say(f"wrote {out}")
-    if check and not output.as_json:
-        say(check.describe())
+    summary = summarize(source, plan, contents.size, out, output.dry_run)
+    checked = {"check": check.to_json()} if check else {}
+    words = planned if output.dry_run else f"wrote {out}"
+    if check:
+        words = f"{words}\n{check.describe()}"
+    show_result(words, summary | checked)
     if check:
         check.require_promise(out)
 

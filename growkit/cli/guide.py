@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from growkit.cli.output import is_json, remark
+
 GROUPS = {
     "Start": ("quickstart", "completion"),
     "Data": ("tokenize",),
@@ -55,7 +57,10 @@ EXAMPLES = {
     "verify": ("growkit verify runs/580m grown",),
     "import": ("growkit import hf_580m source",),
     "export": ("growkit export runs/760m@best hf --check",),
-    "evaluate": ("growkit evaluate runs/760m --tasks lambada,piqa --output results.json",),
+    "evaluate": (
+        "growkit evaluate runs/760m --tasks lambada,piqa --output results.json",
+        "growkit evaluate GPT2-Large=openai-community/gpt2-large results.json --reference 760m",
+    ),
     "study": ("growkit study benchmarks/studies/cpu.yaml --out study data.train=tokens",),
     "generate": ('growkit generate runs/760m@best --prompt "It was"',),
 }
@@ -79,8 +84,8 @@ NEXT = {
     "evaluate": "growkit export SRC HF --evaluation {output}",
     "study": "growkit advise --target SIZE --tokens N --study {out}",
 }
-# Options with which a verb writes nothing to go on from, or prints for a program.
-SILENT = ("dry_run", "as_json")
+# Options with which a verb writes nothing to go on from.
+SILENT = ("dry_run",)
 
 
 def list_groups(verbs: Iterable[str]) -> dict[str, list[str]]:
@@ -109,10 +114,8 @@ def _follow(name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
         code = callback(*given, **named)
         words = describe_next(name, click.get_current_context().params)
         # For people, not for programs: as with progress bars, a terminal alone shows it.
-        if not code and words and sys.stderr.isatty():
-            from growkit.cli.terminal import say
-
-            say(f"next: {words}", err=True)
+        if not code and words and sys.stderr.isatty() and not is_json():
+            remark(f"next: {words}")
         return code
 
     return call

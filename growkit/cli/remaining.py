@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from growkit.cli.output import is_quiet
+
 LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
 MINUTE = 60
 HOUR = 60 * MINUTE
@@ -67,10 +69,14 @@ def format_seconds(seconds: float) -> str:
 
 @contextmanager
 def show_remaining(words: str, model: Any) -> Iterator[None]:
-    """Show how far a model is while it scores: a bar on a terminal, elsewhere a line now and then.
+    """Show how far a model is while it scores: a bar on a terminal, elsewhere a line now and then,
+    and nothing with --quiet.
 
     words: what is scored. model: a `growkit.evaluation.harness.WindowedModel`.
     """
+    if is_quiet():
+        yield
+        return
     remaining = Remaining()
     show = _show_bar if sys.stderr.isatty() else _print_lines
     with show(words, remaining) as update:

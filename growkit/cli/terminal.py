@@ -1,10 +1,9 @@
-"""What verbs show alike: progress bars, outputs written under one, growing counts, JSON, and text
-from a model's files without what would move a terminal's cursor.
+"""What verbs show alike: progress bars, outputs written under one, growing counts, and text from a
+model's files without what would move a terminal's cursor.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from growkit.cli.options import combine_options
+from growkit.cli.output import is_quiet
 from growkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 @contextmanager
 def show_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar of bytes on a terminal, nothing elsewhere; yields the function that advances it."""
-    if not sys.stderr.isatty():
+    if is_quiet() or not sys.stderr.isatty():
         yield lambda done: None
         return
     from rich.console import Console
@@ -179,6 +179,9 @@ def show_counts(what: str) -> Iterator[Counter]:
 
     A live line on a terminal, a line every half minute elsewhere.
     """
+    if is_quiet():
+        yield lambda documents, tokens, size: None
+        return
     begun = time.monotonic()
 
     def describe(documents: int, tokens: int, size: int) -> str:
@@ -212,10 +215,3 @@ def _limit_calls(show: Counter, seconds: float, last: float) -> Counter:
             show(documents, tokens, size)
 
     return show_sometimes
-
-
-def format_json(value: dict[str, Any]) -> str:
-    """One JSON document; numbers that are not finite are null."""
-    from growkit.checkpoint.files import replace_nonfinite
-
-    return json.dumps(replace_nonfinite(value), allow_nan=False)

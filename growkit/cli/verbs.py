@@ -12,6 +12,7 @@ import click
 
 from growkit import __version__
 from growkit.cli.guide import add_guidance, list_groups
+from growkit.cli.output import add_output_options
 from growkit.errors import did_you_mean
 
 # verb: (module whose COMMANDS hold it, one line for the list of verbs)
@@ -83,6 +84,7 @@ class Verbs(click.Group):
         _find_siblings()
         module = importlib.import_module(VERBS[name][0])
         command: click.Command = module.COMMANDS[name]
+        add_output_options(name, command)
         add_guidance(name, command)
         return command
 

@@ -1,8 +1,7 @@
-"""The tasks by name: the harness's names, the metrics shown, full sizes, and published figures."""
+"""The tasks by name: the harness's names, the metrics shown, and full sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from growkit.errors import UsageError, did_you_mean
@@ -12,6 +11,15 @@ BPB = "bpb"
 BPB_LIMIT = 3000
 # Seed of the draw of N items from a longer set: it must not depend on how a file is sorted.
 SEED = 1234
+
+Key = tuple[str, str]  # a task, or bpb/PART, and a metric
+METRICS = {
+    "acc": "acc, %",
+    "acc_norm": "acc_norm, %",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+}
+PERCENT = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -52,32 +60,6 @@ PILE = {
     "pile_bookcorpus2": "BookCorpus2",
 }
 
-# Published figures by (task or part, metric). Sources: bits per byte from the Pile (arXiv
-# 2101.00027, table 3), the rest from the table in GPT-Neo's README. Accuracies are fractions.
-PUBLISHED = {
-    "GPT2-Large": {
-        ("lambada", "acc"): 0.476,
-        ("lambada", "perplexity"): 12.97,
-        ("piqa", "acc"): 0.703,
-        ("bpb/pile_cc", "bits_per_byte"): 0.9582,
-        ("bpb/pile_openwebtext2", "bits_per_byte"): 0.9539,
-        ("bpb/pile_wikipedia", "bits_per_byte"): 0.9795,
-        ("bpb/pile_arxiv", "bits_per_byte"): 1.1778,
-        ("bpb/pile_bookcorpus2", "bits_per_byte"): 1.0061,
-    },
-    "GPT2-XL": {
-        ("lambada", "acc"): 0.5121,
-        ("lambada", "perplexity"): 10.63,
-        ("piqa", "acc"): 0.7078,
-        ("hellaswag", "acc"): 0.4003,
-        ("bpb/pile_cc", "bits_per_byte"): 0.9355,
-        ("bpb/pile_openwebtext2", "bits_per_byte"): 0.9171,
-        ("bpb/pile_wikipedia", "bits_per_byte"): 0.9655,
-        ("bpb/pile_arxiv", "bits_per_byte"): 1.1381,
-        ("bpb/pile_bookcorpus2", "bits_per_byte"): 0.9783,
-    },
-}
-
 
 def parse_task_names(text: str) -> list[str]:
     """The tasks in a comma-separated list, each once, in its order. Raises UsageError."""
@@ -109,16 +91,3 @@ def is_full(name: str, documents: int, total: int) -> bool:
     if name in TASKS:
         return documents == TASKS[name].full
     return name.removeprefix(f"{BPB}/") in PILE and documents >= min(BPB_LIMIT, total)
-
-
-def select_published(names: Sequence[str]) -> dict[str, dict[tuple[str, str], float]]:
-    """Published figures for the tasks given: model -> (task, metric) -> figure.
-
-    Models without any are left out.
-    """
-    selected = {}
-    for model, figures in PUBLISHED.items():
-        known = {key: value for key, value in figures.items() if key[0] in names}
-        if known:
-            selected[model] = known
-    return selected

@@ -30,7 +30,7 @@ def save_shipped(path, kind):
     [
         ("phi", "2x", "growkit.torch.param_groups multiplies learning rates x0.5 for mlp.fc2"),
         ("phi", "5", "cannot hold them: they differ within a parameter"),
-        ("mixtral", "2x", "param_groups multiplies learning rates x0.5 for block_sparse_moe"),
+        ("flex_olmo", "2x", "param_groups multiplies learning rates x0.5 for mlp.experts"),
     ],
 )
 def test_rates_of_families_that_the_trainer_does_not_train(tmp_path, capsys, kind, mlp, said):

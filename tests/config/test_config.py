@@ -11,6 +11,7 @@ import os
 import pytest
 
 from growkit.errors import UsageError
+from trainer.config.description import describe_batch, describe_sizes
 from trainer.config.model import build_section, describe_differences
 from trainer.config.rules import Bounds, check_rules
 from trainer.config.sections import (
@@ -22,7 +23,13 @@ from trainer.config.sections import (
     build_architecture,
     resolve,
 )
-from trainer.config.values import list_presets, merge_values, read_values
+from trainer.config.values import (
+    apply_overrides,
+    list_presets,
+    merge_values,
+    place_key,
+    read_values,
+)
 from trainer.run.directory import find_changed_keys
 
 
@@ -295,6 +302,50 @@ def test_a_length_in_tokens():
     assert config.schedule.steps == 5_000_000 // (16 * 128)
     # What RUN/config.yaml holds gives the same again.
     assert resolve(config.to_dict()) == config
+
+
+def test_a_batch_in_tokens():
+    """The 760M run's own words; what does not divide by the context is the nearest, and is said."""
+    words = ["batch.tokens=0.5M", "schedule.tokens=41B"]
+    config = resolve(read_values("760m", words))
+    assert (config.batch.sequences, config.schedule.steps) == (488, 41_000_000_000 // (488 * 1024))
+    said = "no whole number of sequences of 1,024 tokens; the nearest is taken: 488 sequences, 499"
+    assert said in describe_batch(config)
+    assert resolve(config.to_dict()) == config
+    exact = resolve(read_values("760m", ["batch.tokens=524288", "steps=82k"]))
+    assert (exact.batch.sequences, exact.schedule.steps) == (512, 82_000)
+    assert describe_batch(exact) == describe_batch(Config()) == ""
+    # The last word holds, over one in tokens too.
+    last = resolve(apply_overrides(config.to_dict(), ["batch.sequences=16", "schedule.steps=9k"]))
+    assert (last.batch.sequences, last.schedule.steps, last.batch.tokens) == (16, 9_000, 0)
+    refusal({"batch": {"tokens": 1000}}, "less than one sequence of 1,024 tokens", "least 1,024")
+    refusal(
+        {"batch": {"tokens": "0.5M", "accumulation": 16}},
+        "makes 488 sequences of 1,024 tokens, which must be a multiple of batch.accumulation (16)",
+        "the nearest that works is batch.tokens=507904",
+    )
+
+
+def test_keys_without_their_section():
+    assert [place_key(key) for key in ("steps", "sequences", "seed", "schedule.steps")] == [
+        "schedule.steps",
+        "batch.sequences",
+        "seed",
+        "schedule.steps",
+    ]
+    for key in ("tokens", "every", "nothing"):
+        assert place_key(key) == key
+    refusal(read_values("tiny", ["tokens=5B"]), "'batch.tokens' or 'schedule.tokens'")
+
+
+def test_the_context_of_a_source_is_said():
+    values = {"model": {"context": 1024}}
+    said = describe_sizes(Config(), values, build_architecture(Model(context=2048)), "src")
+    assert said == ("context: 1,024 tokens by model.context; src states 2,048",)
+    assert describe_sizes(Config(), values, build_architecture(Model()), "src") == ()
+    (taken,) = describe_sizes(Config(), {}, build_architecture(Model()), "src")
+    assert taken.startswith("context: 1,024 tokens, as src states it; model.context=N")
+    assert describe_sizes(Config(), {}, None, "") == ()
 
 
 def test_home_is_known_by_its_tilde(tmp_path, monkeypatch):

@@ -161,6 +161,12 @@ def test_export_in_another_dtype_rounds_once(tmp_path):
     )
 
 
+def test_moments_that_stay_behind_are_said_with_the_way_to_take_them(checkpoint, tmp_path, capsys):
+    assert run(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    words = "; the optimizer's moments stay behind (--optimizer hf takes them along)\n"
+    assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_export_in_a_narrower_dtype_is_the_nearest(tmp_path, dtype):
     torch = pytest.importorskip("torch")

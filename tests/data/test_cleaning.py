@@ -47,13 +47,15 @@ def fault(request, tmp_path):
     return path, replaced
 
 
-def test_strict_names_the_place_and_the_way_on(fault):
+def test_strict_names_the_place_and_the_ways_on(fault):
     path, _ = fault
     with pytest.raises(GrowkitError) as caught:
         read(path, "strict")
     words = str(caught.value)
     assert str(path) in words and "\n" not in words
     assert words.count("--errors skip leaves such documents out") == 1
+    bad = "UTF-8" in words or "surrogate" in words
+    assert ("--errors replace puts U+FFFD in its place" in words) == bad
 
 
 def test_skip_leaves_the_document_out(fault):

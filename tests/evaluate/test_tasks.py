@@ -159,25 +159,24 @@ def test_scores_travel_with_a_model_and_are_drawn_over_compute(whole, data, tmp_
     flops = [flops for flops, _ in found["bits_per_byte"]["bpb/code"]]
     assert flops == sorted(flops) and flops[3] == flops[4] > 0
     panels = figures[-1].axes
-    assert [panel.get_title() for panel in panels[1:]] == list(found) and panels[
-        1
-    ].get_xlabel() == "FLOPs"
+    assert [panel.get_title() for panel in panels] == list(found)
+    assert panels[0].get_xlabel() == "FLOPs" and (tmp_path / "further" / "scores.png").exists()
     # Two lines, of the source and of the grown model, and the mark where one became the other.
-    source, grown, mark = panels[3].lines
+    source, grown, mark = panels[2].lines
     assert [len(line.get_xdata()) for line in (source, grown)] == [4, 2]
     assert (
         mark.get_xdata()[0] == pytest.approx(flops[4]) and source.get_color() == grown.get_color()
     )
-    assert [text.get_text() for text in panels[3].get_legend().get_texts()] == ["bpb/code"]
+    assert [text.get_text() for text in panels[2].get_legend().get_texts()] == ["bpb/code"]
     for figure in figures:
         close(figure)
 
 
 def test_rows_of_before_there_were_scores(tmp_path):
     old = (
-        render_rows([dict.fromkeys(COLUMNS, "1")])
+        render_rows([dict.fromkeys(COLUMNS, "1") | {"validation_losses": ""}])
         .replace(",scores", "")
-        .replace("1,1,1,1,1,1,1,1,1,1", "1,1,1,1,1,1,1,1,1")
+        .replace("1,1,1,1,1,1,1,1,1,,1", "1,1,1,1,1,1,1,1,,1")
     )
     assert "scores" not in old and len(parse_rows(old)[0]) == len(COLUMNS) - 1
     history = History(epath.Path(tmp_path))

@@ -68,3 +68,33 @@ def test_events_are_marked_and_runs_end_with_their_compute(tmp_path, monkeypatch
     assert axes.get_xlabel() == "training FLOPs" and len(out.read_bytes()) > 5_000
     assert axes.get_ylim() == pytest.approx((25 / curves.MARGIN, 60 * curves.MARGIN))
     pyplot.close(drawn[0])
+
+
+def test_scores_have_a_page_of_their_own_and_data_sets_a_line_each(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    first = row(10, 40) | {"scores": '{"piqa acc": 0.5}'}
+    losses = f'{{"books": {math.log(30)}, "code": {math.log(50)}}}'
+    rows = [row(0, 1000, event="start, anneal: learning rate 0.001 to 0.0001"), first]
+    rows += [row(50, 38) | {"validation_losses": losses}, row(60, event="another validation set")]
+    curves.draw_curves(epath.Path(tmp_path / "curves.png"), rows, "run")
+    curves.draw_scores(epath.Path(tmp_path / "scores.png"), rows, "run")
+    monkeypatch.undo()
+    (axes,) = drawn[0].axes
+    assert axes.get_legend_handles_labels()[1] == ["validation: 38", "on books: 30", "on code: 50"]
+    assert axes.get_ylim() == pytest.approx((30 / curves.MARGIN, 50 * curves.MARGIN))
+    words = [text.get_text() for text in axes.texts]
+    assert words[:2] == ["anneal: learning rate 0.001 to 0.0001", "another validation set"]
+    (page,) = drawn[1].axes
+    assert page.get_title() == "acc" and page.get_legend_handles_labels()[1] == ["piqa"]
+    assert all((tmp_path / name).stat().st_size > 5_000 for name in ("curves.png", "scores.png"))
+    for figure in drawn:
+        pyplot.close(figure)
+
+
+def test_ticks_without_room_for_their_labels_are_dropped():
+    ticks = [20.0, 30, 40, 50, 60, 70, 80]
+    kept = curves.drop_close(ticks, 14, 80)
+    assert kept == [20.0, 30, 40, 50, 70]

@@ -129,10 +129,11 @@ def test_what_is_carried_becomes_the_earlier_rows_of_the_next_run(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("hello,world", "it has 2 columns and the header 13"),
-        ("x,64,1.0,2.0,,,,,,,,,", "the step is 'x'"),
-        ("2,64,1.0,loss,,,,,,,,,", "could not convert string to float: 'loss'"),
-        ('2,64,1.0,,,,,,,,,"[",', "Expecting value"),
+        ("hello,world", "it has 2 columns and the header 14"),
+        ("x,64,1.0,2.0,,,,,,,,,,", "the step is 'x'"),
+        ("2,64,1.0,loss,,,,,,,,,,", "could not convert string to float: 'loss'"),
+        ('2,64,1.0,,,,,,,,,"[",,', "Expecting value"),
+        ("2,64,1.0,,,,,,,,,,[],", "the validation_losses are not an object"),
     ],
 )
 def test_a_line_that_is_no_row_is_named(line, words, tmp_path):

@@ -82,8 +82,8 @@ def test_splash_attention_of_groups_with_windows_and_caps(window):
 def test_splash_attention_with_another_scale_or_mask_is_not(monkeypatch):
     with pytest.raises(AssertionError):
         assert_same(lambda q, k, v: splash(q * 1.01, k, v), xla, 64)
-    splash = kernels.import_splash()
-    monkeypatch.setattr(splash, "CausalMask", splash.FullMask)
+    module = kernels.import_splash()
+    monkeypatch.setattr(module, "CausalMask", module.FullMask)
     with pytest.raises(AssertionError):
         assert_same(splash, xla, 64)
 

@@ -47,6 +47,8 @@ def replace_remedies(monkeypatch, *changes):
 
 def test_a_run_that_does_not_fit_ends_before_it_begins(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "find_available_memory", lambda devices: 2**20)
+    # So little is refused by the estimate already, which tests/plan/test_estimate.py is about.
+    monkeypatch.setattr(memory, "estimate_shortage", lambda *given: None)
     replace_remedies(monkeypatch, "batch.accumulation=16")
     assert run(arguments) == 1
     sentence = capsys.readouterr().err.splitlines()[-1]
@@ -97,6 +99,7 @@ def test_a_run_takes_the_policy_that_fits(arguments, monkeypatch, capsys):
 
     monkeypatch.setattr(memory, "find_available_memory", lambda devices: 2**20)
     monkeypatch.setattr(memory, "measure_memory", measure)
+    monkeypatch.setattr(memory, "estimate_shortage", lambda *given: None)
     assert run([*arguments, "remat=auto"]) == 0
     assert "with remat dots" in capsys.readouterr().err
     assert asked == ["none", "dots"]

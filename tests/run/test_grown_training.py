@@ -128,7 +128,15 @@ def test_the_first_validation_is_the_sources(data, small, wide, tmp_path, capsys
     ):
         train(recipe(data), tmp_path / "refused", str(tmp_path / "broken"))
     train(recipe(data), tmp_path / "refused", str(tmp_path / "broken"), allow_gap=True)
-    train(recipe(data, eval={"windows": 5}), tmp_path / "others", str(wide))
+    # Of another number of windows the source's are taken for the comparison.
+    others = recipe(data, eval={"windows": 5})
+    train(others, tmp_path / "others", str(wide))
+    words = capsys.readouterr().err
+    count = recipe(data)["eval"]["windows"]
+    assert "this one's is " in words and f", on its {count} windows" in words
+    with pytest.raises(GrowkitError, match="growth was exact, but the validation loss went from"):
+        train(others, tmp_path / "others_refused", str(tmp_path / "broken"))
+    train(recipe(data, data={"held_out": 0.4}), tmp_path / "other_data", str(wide))
     assert "no validation loss on these windows" in capsys.readouterr().err
     lineage = Lineage.read(open_source(str(wide)).lineage)
     words = compare_with_source(lineage, 1.0, {}, "", 0.0)

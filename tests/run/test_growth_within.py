@@ -29,6 +29,7 @@ from trainer.log.curves import split_segments
 from trainer.log.history import History
 from trainer.run.loop import Run
 from trainer.run.stages import train
+from trainer.run.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -212,7 +213,9 @@ FLAT = {0: 4.0, 3: 4.0, 6: 4.0, 9: 5.0, 12: 5.0}
 
 
 def test_growth_at_the_first_plateau(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "validate", lambda run: FLAT[run.step] + (run.model.layer == 3))
+    monkeypatch.setattr(
+        Run, "validate", lambda run: Validation(FLAT[run.step] + (run.model.layer == 3))
+    )
     plateau = {"patience": 2, "factor": 0.5}
     sections = settings(data, grow={"map": "2:3", "at": "plateau"}, schedule={"plateau": plateau})
     train(sections, tmp_path / "run")

@@ -42,6 +42,7 @@ from trainer.run.directory import lock_run
 from trainer.run.loop import Run
 from trainer.run.stages import train
 from trainer.run.state import from_tree, to_tree
+from trainer.run.validation import Validation
 
 # After a restore that fails, Orbax leaves coroutines behind that complain when they are
 # collected, whenever that is.
@@ -263,7 +264,7 @@ def checkpoints_of(out):
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("keep_best", [False, True])
 def test_the_last_the_best_and_every_kth_stay(keep_best, resumed, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "validate", lambda run: LOSSES[run.step])
+    monkeypatch.setattr(Run, "validate", lambda run: Validation(LOSSES[run.step]))
     settings = {
         "checkpoint": {"every": 2, "keep_last": 2, "keep_every": 6, "keep_best": keep_best},
         "eval": {"every": 100},
@@ -417,7 +418,7 @@ def test_a_number_that_is_not_finite_stops_the_run(name, data, tmp_path):
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "validate", lambda run: float("nan"))
+    monkeypatch.setattr(Run, "validate", lambda run: Validation(float("nan")))
     with pytest.raises(
         GrowkitError, match="the validation loss at step 0 is nan; no checkpoint was saved yet"
     ):
@@ -557,7 +558,8 @@ def test_other_data_after_growth_begin_a_stream_of_their_own(data, tmp_path, lar
         run.position.stream.batch(0, SEQUENCES), Stream(run.data.mixture, 5).batch(0, SEQUENCES)
     )
     run.go()
-    assert [row["event"] for row in rows_of(out) if row["event"]][1:] == ["data stream 1 begins"]
+    events = [row["event"] for row in rows_of(out) if row["event"]]
+    assert events[1:] == ["data stream 1 begins", "another validation set"]
     stream = open_source(str(out)).record["stream"]
     assert (stream["number"], stream["drawn"]) == (1, STEPS * SEQUENCES)
     # A run from this one goes on in that stream.

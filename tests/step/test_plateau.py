@@ -17,6 +17,7 @@ from trainer.config.sections import Plateau, resolve
 from trainer.run.begin import begin, prepare
 from trainer.run.loop import Run
 from trainer.run.stages import train
+from trainer.run.validation import Validation
 from trainer.step.plateau import find_plateaus
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -67,7 +68,7 @@ FLAT = {
 
 @pytest.fixture(autouse=True)
 def losses(monkeypatch):
-    monkeypatch.setattr(Run, "validate", lambda run: LOSSES.get(run.step, 1.0))
+    monkeypatch.setattr(Run, "validate", lambda run: Validation(LOSSES.get(run.step, 1.0)))
 
 
 def new_run(root, out, **more):
@@ -78,7 +79,7 @@ def new_run(root, out, **more):
 def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "validate", lambda run: LOSSES[run.step])
+        patch.setattr(Run, "validate", lambda run: Validation(LOSSES[run.step]))
         new_run(data, out).go()
     return out
 

@@ -19,6 +19,7 @@ from growkit.errors import GrowkitError, UsageError
 from trainer.log.history import METRICS, parse_rows, render_rows
 from trainer.log.report import Result
 from trainer.run.stages import train
+from trainer.study import picture
 from trainer.study.course import Course
 from trainer.study.design import SCRATCH, Task
 from trainer.study.evidence import read_study
@@ -295,6 +296,38 @@ def test_saving_by_hand_counted_both_ways(outcome):
     assert replicate["ahead"]["mean"] == pytest.approx(0.1) and not clone["reached"]
     assert clone["saved"]["mean"] is None and "not reached" in render_markdown(outcome, report)
     assert "replicate, saves at least 40.0 % (1) of" in describe_best_arm(report)
+
+
+def test_the_picture_names_the_best_arm_and_begins_after_the_fall(outcome, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    assert picture.label_arms(outcome) == {
+        "replicate": "replicate: 2.9000 (best: saves at least 40%)",
+        "clone": "clone: 3.1000",
+    }
+    assert len(set(map(str, picture.choose_colours(30)))) == 30
+    columns = "step,tokens,flops,loss,validation_loss,event\n"
+    way = "".join(f"{n},{n},{n}.0,,{6 - n / 33},\n" for n in (0, 1, 50, 90, 100))
+    run = outcome.select_runs(SCRATCH)[-1].run
+    (tmp_path / "runs" / run).mkdir(parents=True)
+    (tmp_path / "runs" / run / "metrics.csv").write_text(columns + way)
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    picture.draw_study(outcome, tmp_path)
+    monkeypatch.undo()
+    left, right = drawn[0].axes
+    assert (tmp_path / "study.png").stat().st_size > 5_000
+    # The loss at 1 FLOP is far above all that runs end with.
+    assert left.get_xlim()[0] > 30 and left.get_ylim()[1] < 3.5
+    ticks = [tick for tick in left.xaxis.get_major_locator().tick_values(0, 1)]
+    low, high = left.get_xlim()
+    gaps = [math.log(b / a) for a, b in zip(ticks, ticks[1:], strict=False)]
+    assert len(ticks) > 1 and min(gaps) >= math.log(high / low) / 9 - 1e-9
+    assert "replicate: 2.9000 (best: saves at least 40%)" in right.get_legend_handles_labels()[1]
+    pyplot.close(drawn[0])
+    # Where no arm reaches the loss from scratch, the one with the lowest loss is named.
+    outcome.runs = [replace(r, loss=r.loss + (r.name == "replicate")) for r in outcome.runs]
+    assert picture.label_arms(outcome)["clone"] == "clone: 3.1000 (lowest loss)"
 
 
 @pytest.mark.parametrize(

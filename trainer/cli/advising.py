@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from growkit.cli.options import PATH
+from growkit.cli.output import show_result
 from trainer.plan.cost import MFU
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ MOST_FLOPS = 1e36  # of a budget
     metavar="DIR",
     help="A study of your own; may be repeated.  [default: those in this directory]",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
 def advise(
     target: str,
     source: str | None,
@@ -71,14 +71,12 @@ def advise(
     mfu: float | None,
     price: float | None,
     studies: tuple[str, ...],
-    as_json: bool,
 ) -> None:
     """Say what published laws and your own studies say about growing --source into --target.
 
     Nothing is trained or measured. Each figure names its source; four laws stand side by side with
     what they were measured on, extrapolations are marked, and so is where they disagree.
     """
-    from growkit.cli.terminal import format_json
     from trainer.cli.advice_report import Advice, build_document, show_advice
     from trainer.study.evidence import find_studies, read_study
 
@@ -90,10 +88,7 @@ def advise(
         studies=[read_study(path) for path in studies] or find_studies(),
         found=not studies,
     )
-    if as_json:
-        click.echo(format_json(build_document(advice)))
-    else:
-        show_advice(advice)
+    show_result(lambda: show_advice(advice), lambda: build_document(advice))
 
 
 def _read_growth(

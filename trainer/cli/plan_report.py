@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from growkit.quantity import format_count
+from trainer.config.description import describe_batch
 from trainer.devices.accelerators import GIB
 from trainer.plan.compiler import Memory
 from trainer.plan.plan import Plan
@@ -43,7 +44,9 @@ def _build_run_rows(plan: Plan) -> Rows:
         f"{config.batch.sequences} x {config.model.context} tokens in {config.batch.accumulation}, "
         f"remat {config.remat}"
     )
+    batch_words = describe_batch(config)
     return [
+        *([("batch", batch_words)] if batch_words else []),
         ("model", model_words),
         ("devices", f"{len(target.devices)} ({target.chips} chips), mesh {mesh}{zero1}"),
         ("step", step_words),

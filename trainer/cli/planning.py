@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from growkit.cli.output import remark, show_result
+from growkit.cli.signals import leave_on_signal
 from trainer.plan.cost import MFU, require_mfu
 
 if TYPE_CHECKING:
@@ -33,14 +35,13 @@ if TYPE_CHECKING:
 @click.option(
     "--price", type=float, metavar="P", help="Price of a chip for an hour; adds the cost."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+@leave_on_signal()
 def plan(
     config: str,
     overrides: tuple[str, ...],
     topology: str,
     mfu: float,
     price: float | None,
-    as_json: bool,
 ) -> int:
     """Compile the training step of CONFIG for --topology, and say what it needs.
 
@@ -51,7 +52,6 @@ def plan(
     """
     require_mfu(mfu)
     _prepare_jax(topology)
-    from growkit.cli.terminal import format_json
     from growkit.errors import GrowkitError
     from trainer.cli.plan_report import build_document, show_plan
     from trainer.plan.remedies import describe_remedy, describe_shortage
@@ -59,10 +59,10 @@ def plan(
     plan = _make_plan(config, overrides, topology)
     fits = plan.memory.fits
     tried = [] if fits else _try_remedies(plan)
-    if as_json:
-        click.echo(format_json(build_document(plan, tried, mfu, price)))
-    else:
-        show_plan(config, plan, mfu, price)
+    show_result(
+        lambda: show_plan(config, plan, mfu, price),
+        lambda: build_document(plan, tried, mfu, price),
+    )
     if fits:
         return 0
     shortage = describe_shortage(plan.memory, plan.target.place)
@@ -104,7 +104,7 @@ def _try_remedies(plan: Plan) -> list[Trial]:
 
     tried = []
     for trial in try_remedies(plan.config, plan.mesh, measure):
-        click.echo(f"tried {' '.join(trial.changes)}: {format_need(trial.memory)}", err=True)
+        remark(f"tried {' '.join(trial.changes)}: {format_need(trial.memory)}")
         tried.append(trial)
     return tried
 

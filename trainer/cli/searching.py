@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from growkit.cli.options import COUNT, PATH
+from growkit.cli.output import remark, show_result
+from growkit.cli.signals import leave_on_signal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,10 +57,10 @@ CONTEXT = 512
 )
 @click.option("--batch", type=COUNT, default=4, show_default=True, metavar="N", help="Batch size.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare SRC with the hashes that were saved with it."
 )
+@leave_on_signal()
 def search(
     src: str,
     layers: int,
@@ -68,7 +70,6 @@ def search(
     context: int | None,
     batch: int,
     seed: int,
-    as_json: bool,
     no_verify: bool,
 ) -> None:
     """Find out which layers of SRC to repeat: score maps to N layers by their loss on TEXT.
@@ -79,7 +80,6 @@ def search(
     is the loss without each layer of SRC, which shows layers that hardly matter.
     """
     from growkit.checkpoint.location import open_source
-    from growkit.cli.terminal import format_json
     from growkit.models import require_trained
     from trainer.cli.search_report import build_document, show_found
     from trainer.search.search import check_target
@@ -94,10 +94,10 @@ def search(
     if not no_verify:
         source.require_whole()
     found = _search(source, views, layers, candidates, seed)
-    if as_json:
-        click.echo(format_json(build_document(source, text, cut, found)))
-    else:
-        show_found(source, text, cut, found)
+    show_result(
+        lambda: show_found(source, text, cut, found),
+        lambda: build_document(source, text, cut, found),
+    )
 
 
 def _check_numbers(counts: dict[str, int], seed: int) -> None:
@@ -150,7 +150,7 @@ def _search(source: Source, views: Views, layers: int, candidates: int, seed: in
         nonlocal number
         number += 1
         words = f"{number} of {candidates}: {scored.loss:.4f}  {scored.text} ({scored.origin})"
-        click.echo(words, err=True)
+        remark(words)
 
     return search_maps(source, views.score, layers, candidates, seed, tell)
 

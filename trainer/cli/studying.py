@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from growkit.cli.options import PATH
+from growkit.cli.output import is_quiet, show_result, tell
 
 if TYPE_CHECKING:
     from trainer.study.outcome import Outcome
@@ -47,14 +48,17 @@ def study(config: str, overrides: tuple[str, ...], out: str, resume: bool) -> in
     def write_tables(outcome: Outcome) -> None:
         write_report(outcome, directory, picture=False)
 
-    course = Course(design, directory, train, write_tables)
+    course = Course(design, directory, train, write_tables, quiet=is_quiet())
     signal = course.go()
     if signal is not None:
-        click.echo(f"{directory}: stopped; the same command with --resume continues")
+        show_result(
+            f"{directory}: stopped; the same command with --resume continues",
+            {"study": str(directory), "finished": False, "signal": signal},
+        )
         return exit_code(Result(0, signal, None))
     write_report(course.outcome, directory)
-    show_report(course.outcome)
-    click.echo(f"wrote {directory}/report.md, runs.csv, results.json and study.png")
+    show_result(lambda: show_report(course.outcome), course.outcome.summarize)
+    tell(f"wrote {directory}/report.md, runs.csv, results.json and study.png")
     return 0
 
 

@@ -17,9 +17,11 @@ import click
 
 from growkit.cli import INTERRUPTED, TERMINATED
 from growkit.cli.options import COUNT, PATH
+from growkit.cli.output import is_quiet, remark, show_result, tell
+from growkit.cli.signals import leave_on_signal
 
 if TYPE_CHECKING:
-    from trainer.log.report import Result
+    from trainer.log.report import Result, Show
 
 
 @click.command()
@@ -64,6 +66,14 @@ if TYPE_CHECKING:
     "place of the bytes, skip leaves the document out. Both are counted.",
 )
 @click.option(
+    "--documents",
+    default="file",
+    show_default=True,
+    metavar="HOW",
+    help="What is one document of plain text: file, blank-line (what is between blank lines) or "
+    "line. Source code, .md and .rst are one document a file.",
+)
+@click.option(
     "--processes",
     type=COUNT,
     metavar="N",
@@ -104,23 +114,18 @@ def tokenize(
 
     part = Shard.parse(shard) if shard else None
     number = count_cores() if processes is None else processes
-    settings |= {"fields": Fields(text_key, column), "say": _say}
+    settings |= {"fields": Fields(text_key, column), "say": remark}
     with show_counts("tokenizing") as progress:
         manifest = tokenize_files(
             text, out, tokenizer, train_bpe, force, progress, number, part, **settings
         )
     if train_bpe and manifest["vocab_size"] < train_bpe:
         _say_fewer_tokens(train_bpe, manifest["vocab_size"])
-    click.echo(f"wrote {out}: {_describe_tokens(manifest)}")
+    show_result(f"wrote {out}: {_describe_tokens(manifest)}", {"output": out} | manifest)
 
 
 def _say_fewer_tokens(asked: int, supported: int) -> None:
-    click.echo(f"note: {asked} tokens were asked for, and the text supports {supported}")
-
-
-def _say(words: str) -> None:
-    """Print a line that is not a result."""
-    click.echo(words, err=True)
+    tell(f"note: {asked} tokens were asked for, and the text supports {supported}")
 
 
 def _describe_tokens(manifest: dict[str, Any]) -> str:
@@ -191,8 +196,9 @@ def train(
 ) -> int:
     """Train by CONFIG, a YAML file or a preset, into the run directory RUN.
 
-    The same command given again resumes RUN where it stopped. On Ctrl-C, SIGTERM or a closed
-    terminal (SIGHUP) the run saves a checkpoint and exits, with code 130 or 75.
+    CONFIG may be another run's config.yaml: then --from is what that run began with. The same
+    command given again resumes RUN where it stopped. On Ctrl-C, SIGTERM or a closed terminal
+    (SIGHUP) the run saves a checkpoint and exits, with code 130 or 75.
     """
     from trainer.config.values import read_values
     from trainer.devices.hosts import join_cluster
@@ -201,8 +207,39 @@ def train(
 
     join_cluster()
     values = read_values(config, list(overrides))
+    start = start or _find_start(config, out)
     trust = Trust(not no_verify, from_last_whole, sync=not no_sync)
-    return _report_end(out, stages.train(values, out, start, allow_gap, trust=trust))
+    result = stages.train(values, out, start, allow_gap, show=_choose_display(), trust=trust)
+    return _report_end(out, result)
+
+
+def _choose_display() -> Show:
+    """What the user sees of a run while it trains."""
+    from trainer.log.report import Report, Silent
+
+    return Silent if is_quiet() else Report
+
+
+def _find_start(config: str, out: str) -> str | None:
+    """What a run began with, where CONFIG is its config.yaml; else None.
+
+    Raises UsageError where that is not there as it was, and RUN must begin with it.
+    """
+    from growkit.checkpoint.location import open_source
+    from growkit.errors import UsageError
+    from trainer.config.values import read_origin
+    from trainer.run.checkpoint import find_last_step
+
+    origin = read_origin(config)
+    if origin is None:
+        return None
+    path = origin["path"]
+    if find_last_step(out) is None and open_source(path).fingerprint != origin["fingerprint"]:
+        raise UsageError(
+            f"the run of {config} began with {path}, which has changed since; --from {path} begins "
+            f"with it as it is now"
+        )
+    return path
 
 
 def _report_end(out: str, result: Result) -> int:
@@ -213,10 +250,17 @@ def _report_end(out: str, result: Result) -> int:
     if result.validation_loss is not None:
         loss = f", validation loss {result.validation_loss:.4f}"
     state = "finished" if result.signal is None else "stopped; the same command resumes it"
+    document = {
+        "run": out,
+        "step": result.step,
+        "validation_loss": result.validation_loss,
+        "finished": result.signal is None,
+        "signal": result.signal,
+    }
     if is_writer():
         # The terminal may be gone, as after a hangup.
         with suppress(OSError):
-            click.echo(f"{out}: step {result.step}{loss}, {state}")
+            show_result(f"{out}: step {result.step}{loss}, {state}", document)
     if result.compiling:
         _leave_at_once(exit_code(result))
     return exit_code(result)
@@ -283,9 +327,11 @@ def anneal(
         rates = f"learning rate {branch.rate:g} to {to:g}, linearly over"
         if branch.rate == to:
             rates = f"the learning rate is {to:g} already and stays for"
-        click.echo(f"{out}: {rates} {steps:,} steps", err=True)
+        remark(f"{out}: {rates} {steps:,} steps")
     trust = Trust(not no_verify, from_last_whole, sync=not no_sync)
-    return _report_end(out, stages.train(values, out, src, branch=branch, trust=trust))
+    show = _choose_display()
+    result = stages.train(values, out, src, branch=branch, show=show, trust=trust)
+    return _report_end(out, result)
 
 
 @click.command()
@@ -310,6 +356,7 @@ def anneal(
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare SRC with the hashes that were saved with it."
 )
+@leave_on_signal()
 def generate(
     src: str, prompt: str, tokens: int, temperature: float, seed: int, no_verify: bool
 ) -> None:
@@ -321,7 +368,8 @@ def generate(
     source = open_source(src)
     Trust(verify=not no_verify).require_whole(source)
     text = continue_prompt(source, prompt, tokens, temperature, seed)
-    click.echo(text)
+    document = {"source": str(source.path), "prompt": prompt, "seed": seed, "text": text}
+    show_result(lambda: click.echo(text), document)
 
 
 COMMANDS = {"tokenize": tokenize, "train": train, "anneal": anneal, "generate": generate}

@@ -74,6 +74,8 @@ class Batch:
 
     sequences: int = number(512, at_least=1)  # batch size
     accumulation: int = number(1, at_least=1)  # equal parts computed one after another
+    # Batch size in tokens instead, to the nearest whole sequence; 0: `sequences` says it.
+    tokens: int = count(0, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -247,23 +249,23 @@ class Config:
 def resolve(values: dict[str, Any], takes_model: bool = False) -> Config:
     """The configuration that nested values describe.
 
-    takes_model: the model, and with it the context, is that of --from, so that the length of the
-    run is settled when it is known. Raises UsageError for unknown keys, wrong types, and values
+    takes_model: the model, and with it the context, is that of --from, so that what is stated in
+    tokens is settled when it is known. Raises UsageError for unknown keys, wrong types, and values
     that break a rule.
     """
     config: Config = build_dataclass(Config, values)
     check_rules(config)
     if config.eval.tasks:
         parse_task_names(config.eval.tasks)
-    _check_batch(config.batch)
-    return config if takes_model else settle_length(config)
+    return config if takes_model else settle_sizes(config)
 
 
-def settle_length(config: Config) -> Config:
-    """The configuration with schedule.steps as schedule.tokens says, and grow.at as a number.
+def settle_sizes(config: Config) -> Config:
+    """The configuration with a batch and a length in tokens as sequences and steps.
 
-    Raises UsageError for lengths that contradict each other.
+    grow.at is a number then. Raises UsageError for sizes that contradict each other.
     """
+    config = dataclasses.replace(config, batch=_settle_batch(config.batch, config.model.context))
     schedule = config.schedule
     if schedule.tokens:
         step = config.batch.sequences * config.model.context
@@ -290,12 +292,29 @@ def resolve_model(values: Any) -> dict[str, Any]:
     return {key: getattr(model, key) for key in stated}
 
 
-def _check_batch(batch: Batch) -> None:
-    if batch.sequences % batch.accumulation:
+def _settle_batch(batch: Batch, context: int) -> Batch:
+    """The batch with as many sequences as its tokens make. Raises UsageError."""
+    if 0 < batch.tokens < context:
         raise UsageError(
-            f"batch.sequences ({batch.sequences}) must be a multiple of "
-            f"batch.accumulation ({batch.accumulation})"
+            f"batch.tokens ({batch.tokens:,}) is less than one sequence of {context:,} tokens; "
+            f"give at least {context:,}"
         )
+    if batch.tokens:
+        batch = dataclasses.replace(batch, sequences=round(batch.tokens / context))
+    if batch.sequences % batch.accumulation == 0:
+        return batch
+    if batch.tokens:
+        part = batch.accumulation * context
+        nearest = max(1, round(batch.tokens / part)) * part
+        raise UsageError(
+            f"batch.tokens ({batch.tokens:,}) makes {batch.sequences:,} sequences of {context:,} "
+            f"tokens, which must be a multiple of batch.accumulation ({batch.accumulation}); the "
+            f"nearest that works is batch.tokens={nearest}"
+        )
+    raise UsageError(
+        f"batch.sequences ({batch.sequences}) must be a multiple of "
+        f"batch.accumulation ({batch.accumulation})"
+    )
 
 
 def _check_schedule(schedule: Schedule) -> None:

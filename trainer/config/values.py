@@ -5,6 +5,7 @@ It becomes nested values; `trainer.config.sections` checks their keys and types.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -17,9 +18,17 @@ import yaml
 
 from growkit.checkpoint.files import refuse_pointer
 from growkit.errors import UsageError, did_you_mean
+from trainer.config.sections import Config
 
 _LARGEST_FILE = 1 << 20  # bytes of a configuration
 _MOST_NODES = 100_000  # values in it, with its aliases written out
+
+# Keys of a count, and what their sections call the same in tokens, which a resolved configuration
+# holds beside it.
+OVERRULES = {"batch.sequences": "tokens", "schedule.steps": "tokens"}
+
+# The keys of the file that a run keeps of its configuration.
+OF_RUN = {"growkit", "from", "config"}
 
 PRESETS = files("trainer.config").joinpath("presets")
 
@@ -53,8 +62,34 @@ def list_presets() -> list[str]:
 def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
     """The nested values of a YAML file or preset with key=value overrides applied.
 
-    Raises UsageError for a file or an override that cannot be read.
+    The file may be the config.yaml of a run. Raises UsageError for a file or an override that
+    cannot be read.
     """
+    values = _read_yaml(name)
+    if _is_of_run(values):
+        values = values["config"]
+    return apply_overrides(values, overrides)
+
+
+def read_origin(name: str) -> dict[str, str] | None:
+    """{path, fingerprint} of the source that a run began with, where `name` is its config.yaml.
+
+    None for the config.yaml of a run that began with a new model, and for any other file.
+    """
+    values = _read_yaml(name)
+    origin = values["from"] if _is_of_run(values) else None
+    if not isinstance(origin, dict) or not {"path", "fingerprint"} <= origin.keys():
+        return None
+    return {key: str(value) for key, value in origin.items()}
+
+
+def _is_of_run(values: dict[str, Any]) -> bool:
+    """Whether a file is what a run writes as its config.yaml; see `trainer.run.directory`."""
+    return values.keys() == OF_RUN and isinstance(values["config"], dict)
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    """The values of a YAML file or preset. Raises UsageError."""
     text = _read_text(name)
     refuse_pointer(text.encode(), name)
     try:
@@ -63,7 +98,7 @@ def read_values(name: str, overrides: list[str]) -> dict[str, Any]:
         raise UsageError(f"{name} is not valid YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{name} must hold `section: values`, got {type(values).__name__}")
-    return apply_overrides(values, overrides)
+    return values
 
 
 def load_yaml(text: str) -> Any:
@@ -115,8 +150,28 @@ def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
             raise ValueError(f"the key {key!r} is there {count} times in one section")
 
 
+def place_key(key: str) -> str:
+    """A key in full: `steps`, which one section alone has, is `schedule.steps`.
+
+    Any other is returned as it is, to be refused where it is none.
+    """
+    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    if "." in key or key in sections:
+        return key
+    found = [
+        f"{name}.{key}"
+        for name, kind in sections.items()
+        if dataclasses.is_dataclass(kind) and any(f.name == key for f in dataclasses.fields(kind))
+    ]
+    return found[0] if len(found) == 1 else key
+
+
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The nested values, changed in place by key=value texts. Raises UsageError."""
+    """The nested values, changed in place by key=value texts. Raises UsageError.
+
+    A key may go without its section where only one section has it. Of a count and the same in
+    tokens, the one given last holds.
+    """
     for override in overrides:
         _apply_override(values, override)
     return values
@@ -169,6 +224,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         shown = text if len(text) <= 200 else f"{text[:200]}..."
         raise UsageError(f"the value of {key} cannot be read: {shown!r}") from None
     section = values
+    key = place_key(key)
     *parents, last = key.split(".")
     for parent in parents:
         # A section without values is None in YAML.
@@ -178,3 +234,5 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise UsageError(f"{key} has no place: {parent} is a value, not a section")
     section[last] = value
+    if key in OVERRULES:
+        section.pop(OVERRULES[key], None)

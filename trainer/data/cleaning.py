@@ -12,6 +12,9 @@ from growkit.errors import GrowkitError, UsageError, did_you_mean
 
 POLICIES = ("strict", "replace", "skip")
 REPLACEMENT = "\ufffd"
+# What helps against any document that is refused, and against characters that are not text.
+SKIP = "--errors skip leaves such documents out and counts them"
+REPLACE_OR_SKIP = f"--errors replace puts U+FFFD in its place, and {SKIP}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Cleaner:
         except UnicodeDecodeError as error:
             place = f"byte {offset + error.start} is 0x{data[error.start]:02x}"
         if self.policy != "replace":
-            self.refuse(GrowkitError(f"{path} is not UTF-8 text: {place}"))
+            self.refuse(GrowkitError(f"{path} is not UTF-8 text: {place}"), REPLACE_OR_SKIP)
             return None
         text = data.decode(errors="replace")
         # Those that the text has of its own are not counted.
@@ -63,17 +66,19 @@ class Cleaner:
         except UnicodeEncodeError as error:
             place = f"it has half a surrogate pair at character {error.start}"
         if self.policy != "replace":
-            self.refuse(GrowkitError(f"{where} is not text: {place}"))
+            self.refuse(GrowkitError(f"{where} is not text: {place}"), REPLACE_OR_SKIP)
             return None
         whole = "".join(REPLACEMENT if "\ud800" <= each <= "\udfff" else each for each in document)
         self._faults += Faults(replaced=whole.count(REPLACEMENT) - document.count(REPLACEMENT))
         return whole
 
-    def refuse(self, error: GrowkitError) -> None:
-        """Count a document as left out. Raises the error unless that is the policy."""
+    def refuse(self, error: GrowkitError, advice: str = SKIP) -> None:
+        """Count a document as left out. Raises the error unless that is the policy.
+
+        advice: which policies would go on.
+        """
         if self.policy != "skip":
-            advice = "growkit tokenize --errors skip leaves such documents out and counts them"
-            raise GrowkitError(f"{error}; {advice}") from error
+            raise GrowkitError(f"{error}; growkit tokenize {advice}") from error
         self._faults += Faults(skipped=1)
 
     def take(self) -> Faults:

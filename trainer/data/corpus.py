@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from growkit.checkpoint.files import refuse_pointer
@@ -27,6 +27,7 @@ from trainer.data.windows import AnyWindows, Windows, join_windows, split_window
 # nearly as good as new text for 4 epochs, and worth nothing after about 40.
 MANY_EPOCHS = 40
 FEW_WINDOWS = 8
+DEPARTURE = 0.01  # of all sequences
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -36,6 +37,7 @@ class Corpus:
 
     mixture: Mixture  # what to train on
     validation: list[AnyWindows]  # what to validate on
+    validation_names: list[str]  # of the data sets that those windows are of
     tokenizer: dict[str, bytes]  # the tokenizer's files, by name
     end_of_text: int  # token id
 
@@ -86,6 +88,14 @@ class Corpus:
             f"as data.train={{PATH: WEIGHT}}, or data.mix=proportional for all text alike"
         ]
 
+    def departs(self, stream: Stream, sequences: int) -> bool:
+        """Whether what was drawn from a data set is not its share, by more than DEPARTURE."""
+        counts = stream.counts(sequences)
+        # One sequence more or less is what whole numbers cost.
+        allowed = 1 + DEPARTURE * sequences
+        shares = self.mixture.shares
+        return any(abs(counts[name] - shares[name] * sequences) > allowed for name in counts)
+
     def describe_drawn(self, stream: Stream, sequences: int) -> str:
         """A line for the log: which data sets the first sequences of a stream came from."""
         counts = stream.counts(sequences)
@@ -120,7 +130,18 @@ def open_corpus(config: Config, source: Source | None) -> Corpus:
         mixture, validation = _hold_out(config, train)
     first = next(iter(train.values()))[0]
     end_of_text = (first.manifest or {}).get("end_of_text", 0)
-    return Corpus(mixture, validation, _read_tokenizer_files(first), end_of_text)
+    names = shorten_names(list(held or train))
+    return Corpus(mixture, validation, names, _read_tokenizer_files(first), end_of_text)
+
+
+def shorten_names(paths: Sequence[str]) -> list[str]:
+    """As many of the last parts of each path as tell it from all others: books, code."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
 
 
 def _read_separate(

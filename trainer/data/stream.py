@@ -188,6 +188,18 @@ def validation_batches(
         yield tokens, mask
 
 
+def count_in_turn(windows: Sequence[AnyWindows], limit: int) -> list[int]:
+    """How many windows of each data set are among the first `limit` that `_take_in_turn` gives."""
+    counts = [0] * len(windows)
+    left = min(limit, sum(len(each) for each in windows))
+    while left:
+        for number, each in enumerate(windows):
+            if left and counts[number] < len(each):
+                counts[number] += 1
+                left -= 1
+    return counts
+
+
 def _take_in_turn(windows: Sequence[AnyWindows]) -> Iterator[np.ndarray]:
     """All windows, the first of each data set first; data sets that are used up are passed over."""
     longest = max((len(each) for each in windows), default=0)

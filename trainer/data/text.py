@@ -1,9 +1,10 @@
 """Text files of many forms, read in blocks of whole documents.
 
 Plain files, JSON lines, Parquet and Arrow, compressed or not, on a disk or in a bucket. An object
-of JSON lines and a row of a table is a document; any other file is one. A block is what is sent to
-a process. JSON lines are parsed there, so that the one process that reads can keep many others
-busy. A shard is the part of the text that one of several machines takes.
+of JSON lines and a row of a table is a document; any other file is one, or is cut as
+`trainer.data.plain` says. A block is what is sent to a process. JSON lines are parsed there, so
+that the one process that reads can keep many others busy. A shard is the part of the text that one
+of several machines takes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from growkit.textfiles import (
 from trainer.data.cleaning import Cleaner, Faults
 from trainer.data.fields import USUAL_FIELDS, Fields
 from trainer.data.listing import Listing, Numbered, list_inputs
+from trainer.data.plain import WHOLE, check_cut, read_plain_text
 from trainer.data.tables import begins_as_table, choose_table_reader
 
 ADVICE = "name the key of its text with --text-key"
@@ -121,14 +123,18 @@ class Shard:
 class Inputs:
     """Text files by the names they were given under. Made by `open_inputs`.
 
-    disguised: names of files that turned out to be JSON lines, filled in as they are read.
+    cut: how plain text is cut into documents, see `trainer.data.plain`; source code and markup stay
+    whole. disguised, plain: files that turned out to be JSON lines, and plain text, filled in as
+    they are read.
     """
 
     names: list[str]
     listing: Listing
     policy: str = "strict"  # see `trainer.data.cleaning`
     fields: Fields = USUAL_FIELDS  # where records have their text
+    cut: str = WHOLE
     disguised: set[str] = field(default_factory=set)
+    plain: set[epath.Path] = field(default_factory=set)
 
     @property
     def files(self) -> list[Numbered]:
@@ -156,20 +162,25 @@ class Inputs:
 
     def _read_files(self, files: Iterable[Numbered]) -> Iterator[Block]:
         for source, group in itertools.groupby(files, itemgetter(0)):
-            reading = _Reading(source, Cleaner(self.policy), self.fields, self.disguised)
+            reading = _Reading(source, Cleaner(self.policy), self)
             yield from reading.read_files(path for _, path in group)
 
 
 def open_inputs(
-    texts: Sequence[str | os.PathLike[str]], policy: str = "strict", fields: Fields = USUAL_FIELDS
+    texts: Sequence[str | os.PathLike[str]],
+    policy: str = "strict",
+    fields: Fields = USUAL_FIELDS,
+    cut: str = WHOLE,
 ) -> Inputs:
     """Files, and the text files under directories, sorted.
 
     policy: what is done with bytes that are not text. fields: where JSON objects and tables have
-    their text. Raises UsageError where there are no files.
+    their text. cut: how plain text is cut into documents. Raises UsageError where there are no
+    files, and for an unknown cut.
     """
+    check_cut(cut)
     names = [os.fspath(text) for text in texts]
-    return Inputs(names, list_inputs(texts, fields.key), policy, fields)
+    return Inputs(names, list_inputs(texts, fields.key), policy, fields, cut)
 
 
 class _Group:
@@ -216,8 +227,7 @@ class _Reading:
 
     source: int
     cleaner: Cleaner
-    fields: Fields
-    disguised: set[str]
+    inputs: Inputs
 
     def read_files(self, paths: Iterable[epath.Path]) -> Iterator[Block]:
         """The blocks of files; each says what its policy did since the one before."""
@@ -237,16 +247,17 @@ class _Reading:
             table = choose_table_reader(path, head)
             read = table or self._choose_reader(path, head)
             foreign = None if table and begins_as_table(head) else describe_foreign(head)
-            if read is _read_plain_text and get_ending(path.name) not in _PROSE:
-                foreign = foreign or describe_other_objects(head, self.fields.key, ADVICE)
+            fields = self.inputs.fields
+            if read == self._read_plain_text:
+                foreign = foreign or describe_other_objects(head, fields.key, ADVICE)
             if foreign:
                 self.cleaner.refuse(GrowkitError(f"{path} is {foreign}"))
                 return
             if read is _read_json_lines:
                 yield from group.flush()
-                yield from _read_json_lines(file, path, self.source, self.fields.key)
+                yield from _read_json_lines(file, path, self.source, fields.key)
                 return
-            for text in read(file, path, self.cleaner, self.fields):
+            for text in read(file, path, self.cleaner, fields):
                 yield from group.add(text)
 
     def _choose_reader(self, path: epath.Path, head: bytes) -> Callable[..., Iterator[Any]]:
@@ -256,10 +267,17 @@ class _Reading:
             return _read_json_documents
         if ending in JSON_LINES:
             return _read_json_lines
-        if ending not in _PROSE and holds_json_lines(head, self.fields.key):
-            self.disguised.add(path.name)
+        if ending not in _PROSE and holds_json_lines(head, self.inputs.fields.key):
+            self.inputs.disguised.add(path.name)
             return _read_json_lines
-        return _read_plain_text
+        return _read_prose if ending in _PROSE else self._read_plain_text
+
+    def _read_plain_text(
+        self, file: BufferedReader, path: epath.Path, cleaner: Cleaner, fields: Fields
+    ) -> Iterator[str]:
+        """The documents of a plain text file, cut as the user asked."""
+        self.inputs.plain.add(path)
+        return read_plain_text(file, path, cleaner, self.inputs.cut)
 
 
 @contextmanager
@@ -288,13 +306,11 @@ def _is_one_document(head: bytes) -> bool:
     return False
 
 
-def _read_plain_text(
+def _read_prose(
     file: BufferedReader, path: epath.Path, cleaner: Cleaner, fields: Fields
 ) -> Iterator[str]:
-    """A file that is one document."""
-    text = cleaner.decode(file.read(), str(path), 0)
-    if text is not None:
-        yield text.removeprefix(MARK)
+    """A file that is one document, whatever plain text is cut into."""
+    return read_plain_text(file, path, cleaner)
 
 
 def _read_json_lines(

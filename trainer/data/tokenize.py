@@ -23,6 +23,7 @@ from growkit.errors import UsageError
 from trainer.data.cleaning import Cleaner, Faults, check_policy
 from trainer.data.fields import USUAL_FIELDS, Fields
 from trainer.data.listing import is_pipe
+from trainer.data.plain import WHOLE
 from trainer.data.processes import count_cores, map_in_order
 from trainer.data.text import (
     BLOCK_SIZE,
@@ -55,39 +56,54 @@ def tokenize(
     errors: str = "strict",
     fields: Fields = USUAL_FIELDS,
     say: Say = lambda words: None,
+    documents: str = WHOLE,
 ) -> dict[str, Any]:
     """Tokenize text files, or one shard of them, into the directory `out`; returns its manifest.
 
-    texts: files or directories; `trainer.data.listing` says what is read of a directory, and
-    `trainer.data.text` what a document is. fields: where records have their text. tokenizer,
+    texts: files or directories; `trainer.data.text` says what a document is, and `documents` (file,
+    blank-line or line) what is one of plain text. fields: where records have their text. tokenizer,
     train_bpe: give one of them, what `trainer.data.tokenizer_files` finds, or the vocabulary size
     of a byte-level BPE to train on the text. progress: called with the documents, tokens and bytes
-    of text written so far. processes: more than one are spawned, so the calling script needs
-    `if __name__ == "__main__"`; the output is the same. end_of_text: the token that ends a
-    document; None for the tokenizer's own. errors: strict, replace or skip; see
-    `trainer.data.cleaning`. say: called with lines about what is read and what is passed over.
+    of text so far. processes: more than one are spawned, so the script needs `if __name__ ==
+    "__main__"`; the output is the same. end_of_text: the token that ends a document; None for the
+    tokenizer's own. errors: see `trainer.data.cleaning`. say: called with lines about what is read.
 
     Raises UsageError for arguments that cannot work and GrowkitError for broken files.
     """
     _check_arguments(tokenizer, train_bpe, shard, errors)
     check_output(_check_local(out), None, force)
-    inputs = open_inputs(texts, errors, fields)
+    inputs = open_inputs(texts, errors, fields, documents)
     say(inputs.listing.describe(inputs.select_files(shard)))
     loaded = _choose_tokenizer(inputs, tokenizer, train_bpe, end_of_text)
     encoded = _encode_blocks(inputs.read_blocks(shard), loaded, processes, errors)
     if shard is None:
         encoded = _refuse_empty_inputs(encoded, inputs.names)
-    origin = _describe_origin(texts, errors, shard) | fields.describe()
+    origin = _describe_origin(inputs, shard) | fields.describe()
     manifest = _write_directory(encoded, out, loaded, origin, force, progress)
-    if inputs.disguised:
-        say(f"note: {_name_some(inputs.disguised)} held JSON lines and were read as such")
+    for words in _describe_reading(inputs):
+        say(words)
     return manifest
 
 
-def _describe_origin(texts: Sequence[PathName], errors: str, shard: Shard | None) -> dict[str, Any]:
+def _describe_reading(inputs: Inputs) -> Iterator[str]:
+    """Notes about files that were read otherwise than some would expect."""
+    if inputs.disguised:
+        yield f"note: {_name_some(inputs.disguised)} held JSON lines and were read as such"
+    if inputs.plain and inputs.cut == WHOLE:
+        names = {path.name for path in inputs.plain}
+        plain = f"{_name_some(names)} was" if len(inputs.plain) == 1 else "each plain text file was"
+        yield (
+            f"note: {plain} read as one document; with --documents blank-line what is between "
+            "blank lines is one, with --documents line every line"
+        )
+
+
+def _describe_origin(inputs: Inputs, shard: Shard | None) -> dict[str, Any]:
     """What the manifest says of the text and of how it was read."""
-    origin: dict[str, Any] = {"sources": [epath.Path(text).name for text in texts]}
-    origin["errors"] = errors
+    origin: dict[str, Any] = {"sources": [epath.Path(text).name for text in inputs.names]}
+    origin["errors"] = inputs.policy
+    if inputs.cut != WHOLE:
+        origin["documents_by"] = inputs.cut
     if shard is not None:
         origin["shard"] = f"{shard.number}/{shard.count}"
     return origin

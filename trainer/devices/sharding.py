@@ -189,12 +189,21 @@ def make_layout(
         shape = " x ".join(str(mesh.shape[axis]) for axis in BATCH_AXES)
         raise UsageError(
             f"batch.sequences / batch.accumulation = {part} sequences do not divide over mesh.data "
-            f"x mesh.fsdp x mesh.expert = {shape}; their product may be {_list_divisors(part)}"
+            f"x mesh.fsdp x mesh.expert = {shape}; their product may be "
+            f"{_list_divisors(part)}{_suggest_batch(settings, layout.batch_shards)}"
         )
     for rules in (COMPUTE_RULES, PARAMETER_RULES, layout.moment_rules):
         for axis, mesh_axes in rules.items():
             _check_divides(model, mesh, axis, mesh_axes)
     return layout
+
+
+def _suggest_batch(settings: config.Config, shards: int) -> str:
+    """The clause that names the nearest batch in tokens, where it was given so."""
+    if not settings.batch.tokens:
+        return ""
+    step = settings.batch.accumulation * shards * settings.model.context
+    return f", or batch.tokens={max(1, round(settings.batch.tokens / step)) * step}"
 
 
 def _check_divides(

@@ -1,4 +1,4 @@
-"""The picture of a run: perplexity over tokens, task scores over FLOPs, events marked.
+"""The pictures of a run: perplexity over tokens, and on a page of their own task scores over FLOPs.
 
 Growth, falls of the learning rate and changes of the data are marked. The fall at the beginning of
 training is cut off, so that what comes after it can be seen.
@@ -32,7 +32,10 @@ FEW_TICKS = 8.0  # a range up to this factor has ticks at even distances, a long
 X_LABELS = {"tokens": "tokens seen", "flops": "training FLOPs"}
 SMOOTHED_ROWS = 20  # at most; a short line is smoothed over a tenth of its rows
 HIGHEST_LOSS = 30.0  # nats a token; exp(30) is drawn for anything above
-PANEL_WIDTHS = 9, 5  # inches: of the losses, and of each metric beside them
+SET_COLOURS = "#5aa9a3", "#c58b5c", "#9a86c0", "#a8b45a"  # of the data sets that are validated on
+LOSSES_SIZE = 9, 5  # inches
+SCORES_SIZE = 6.5, 5  # inches, of each metric
+CLOSE = 1 / 9  # of an axis: labels of ticks that are closer to each other overlap
 
 
 def read_points(
@@ -45,17 +48,32 @@ def read_points(
     return places, perplexities
 
 
+def collect_sets(
+    rows: Sequence[Row], over: str = "tokens"
+) -> dict[str, tuple[list[float], list[float]]]:
+    """{data set: (tokens or FLOPs, perplexities)} where several are validated on."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        losses = json.loads(row.get("validation_losses") or "{}")
+        for name, loss in losses.items():
+            places, perplexities = found.setdefault(name, ([], []))
+            places.append(float(row[over]))
+            perplexities.append(math.exp(min(loss, HIGHEST_LOSS)))
+    return found
+
+
 def choose_range(rows: Sequence[Row], over: str = "tokens") -> tuple[float, float] | None:
     """The perplexities to show: all validations but those of the first fall; None without any.
 
     The jump where a model grew is no part of the fall. A run so short that nothing else is left is
     shown whole.
     """
-    places, perplexities = read_points(rows, "validation_loss", over)
-    points = list(zip(places, perplexities, strict=True))
+    lines = [read_points(rows, "validation_loss", over), *collect_sets(rows, over).values()]
+    points = [point for line in lines for point in zip(*line, strict=True)]
     if not points:
         return None
-    end = FIRST_FALL * max(places)
+    perplexities = [perplexity for _, perplexity in points]
+    end = FIRST_FALL * max(place for place, _ in points)
     later = [perplexity for place, perplexity in points if place > end] or perplexities
     if len(later) < 2:
         later = perplexities
@@ -74,6 +92,15 @@ def choose_ticks(low: float, high: float) -> list[float]:
     digits = (1,) if len(decades) > 4 else (1, 2, 5)
     ticks = [digit * 10.0**decade for decade in decades for digit in digits]
     return [tick for tick in ticks if low <= tick <= high]
+
+
+def drop_close(ticks: Sequence[float], low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis without those too close to the one before for their labels."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or math.log(tick / kept[-1]) >= CLOSE * math.log(high / low):
+            kept.append(tick)
+    return kept
 
 
 def name_best(ends: Mapping[str, float]) -> dict[str, str]:
@@ -124,7 +151,7 @@ def draw_curves(
     others: Mapping[str, Sequence[Row]] | None = None,
     over: str = "tokens",
 ) -> None:
-    """Write a PNG of a run's rows.
+    """Write a PNG of the losses in a run's rows.
 
     others: rows of further runs by name, of which only the validation is drawn. over: 'tokens' or
     'flops'; over FLOPs, runs of models of different sizes end at the same place when they took the
@@ -135,16 +162,33 @@ def draw_curves(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    metrics = list(collect_scores(rows))
-    first_width, other_width = PANEL_WIDTHS
-    width = first_width + other_width * len(metrics)
-    figure, panels = pyplot.subplots(
-        1, 1 + len(metrics), figsize=(width, 5), constrained_layout=True, squeeze=False
-    )
-    axes, *score_axes = panels[0]
+    figure, axes = pyplot.subplots(figsize=LOSSES_SIZE, constrained_layout=True)
     _draw_losses(axes, rows, title, others or {}, over)
-    for panel, metric in zip(score_axes, metrics, strict=True):
-        _draw_scores(panel, rows, metric)
+    _write_figure(path, figure)
+
+
+def draw_scores(path: epath.Path, rows: Sequence[Row], title: str) -> None:
+    """Write a PNG of the tasks' scores in a run's rows, a panel for each metric."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = list(collect_scores(rows))
+    width, height = SCORES_SIZE
+    size = (width * len(metrics), height)
+    figure, panels = pyplot.subplots(
+        1, len(metrics), figsize=size, constrained_layout=True, squeeze=False
+    )
+    figure.suptitle(title)
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        _draw_scores(axes, rows, metric)
+    _write_figure(path, figure)
+
+
+def _write_figure(path: epath.Path, figure: Any) -> None:
+    from matplotlib import pyplot
+
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
@@ -163,6 +207,7 @@ def _draw_losses(
     for number, segment in enumerate(split_segments(rows)):
         label = labels.get("validation") if number == 0 else None
         _draw_segment(axes, segment, over, label)
+    _draw_sets(axes, rows, over)
     for number, name in enumerate(others):
         colour = OTHER_COLOURS[number % len(OTHER_COLOURS)]
         axes.plot(*points[name], "s--", color=colour, markersize=4, label=labels.get(name))
@@ -187,13 +232,23 @@ def _draw_segment(axes: Any, rows: Sequence[Row], over: str, label: str | None) 
         axes.plot(places, perplexities, "o-", color=VALIDATION_COLOUR, markersize=4, label=label)
 
 
+def _draw_sets(axes: Any, rows: Sequence[Row], over: str) -> None:
+    """The perplexity on each data set, a thin line of its own colour between two growths."""
+    for number, (name, (_, perplexities)) in enumerate(collect_sets(rows, over).items()):
+        label: str | None = f"on {name}: {perplexities[-1]:.4g}"
+        colour = SET_COLOURS[number % len(SET_COLOURS)]
+        for segment in split_segments(rows):
+            line = collect_sets(segment, over).get(name)
+            if line is not None:
+                axes.plot(*line, "-", color=colour, linewidth=1, label=label)
+                label = None
+
+
 def _limit_perplexity(axes: Any, runs: Mapping[str, Sequence[Row]], over: str) -> None:
     """Cut the axis to what `choose_range` shows, say what is left out, and set the ticks.
 
     runs: all that are drawn, by name, the first with its training losses, which count below.
     """
-    from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter
-
     own = next(iter(runs.values()))
     rows = [row for each in runs.values() for row in each]
     shown = choose_range(rows, over)
@@ -205,6 +260,13 @@ def _limit_perplexity(axes: Any, runs: Mapping[str, Sequence[Row]], over: str) -
         if highest > shown[1]:
             words = f"starts at {highest:,.0f} (cut off)"
             axes.annotate(words, (0.01, 0.98), xycoords="axes fraction", va="top", fontsize=9)
+    _set_perplexity_ticks(axes)
+
+
+def _set_perplexity_ticks(axes: Any) -> None:
+    """Ticks of a logarithmic axis of perplexities, with the limits that it has now."""
+    from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter
+
     axes.yaxis.set_major_locator(FixedLocator(choose_ticks(*axes.get_ylim())))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -227,7 +289,10 @@ def _draw_scores(axes: Any, rows: Sequence[Row], metric: str) -> None:
                 label=task if begins else None,
             )
     _mark_events(axes, rows, "flops")
-    axes.set(title=metric, xlabel="FLOPs", yscale="log" if metric == "perplexity" else "linear")
+    axes.set(title=metric, xlabel="FLOPs", yscale="linear")
+    if metric == "perplexity":
+        axes.set_yscale("log")
+        _set_perplexity_ticks(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
@@ -236,13 +301,16 @@ def _draw_scores(axes: Any, rows: Sequence[Row], metric: str) -> None:
 def _mark_events(axes: Any, rows: Sequence[Row], column: str) -> None:
     """A dotted line where something happened to the run, with the event's words beside it.
 
-    The start of a run that nothing preceded is not marked: there is nothing to its left.
+    The start of a run that nothing preceded is not marked: there is nothing to its left. Events of
+    one place share a line.
     """
+    events: dict[float, list[str]] = {}
     for row in rows:
         words = row["event"].removeprefix(START).removeprefix(", ")
-        if not words:
-            continue
-        place = float(row[column])
+        if words:
+            events.setdefault(float(row[column]), []).append(words)
+    for place, several in events.items():
+        words = "; ".join(several)
         colour = GROWTH_COLOUR if GROWN in words else EVENT_COLOUR
         axes.axvline(place, color=colour, linestyle=":", linewidth=1.5)
         axes.annotate(

@@ -35,6 +35,7 @@ COLUMNS = (
     "busiest",
     "idlest",
     "scores",
+    "validation_losses",
     "event",
 )
 REMEDY = "remove the file, and the run makes it again from its last checkpoint"
@@ -52,6 +53,8 @@ NUMBERS = (
     "busiest",
     "idlest",
 )
+# The columns that hold a JSON object or nothing.
+OBJECTS = ("scores", "validation_losses")
 # The first words of the events that begin a run, and that mark a growth within it.
 START = "start"
 GROWN = "grown"
@@ -101,8 +104,9 @@ def _parse_row(header: list[str], line: list[str]) -> Row:
     for column in NUMBERS:
         if row.get(column):
             float(row[column])
-    if not isinstance(json.loads(row.get("scores") or "{}"), dict):
-        raise ValueError("the scores are not an object")
+    for column in OBJECTS:
+        if not isinstance(json.loads(row.get(column) or "{}"), dict):
+            raise ValueError(f"the {column} are not an object")
     return row
 
 

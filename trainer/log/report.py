@@ -15,6 +15,8 @@ import click
 from trainer.devices.hosts import is_writer
 
 HIGHEST_LOSS = 30.0  # nats a token; a perplexity of exp(30) is shown for anything above
+# How lines begin that are shown whatever the user asked for: warnings, signals, hosts that hang.
+URGENT = ("warning", "stopping", "the others wait")
 
 
 def format_duration(seconds: float) -> str:
@@ -136,6 +138,21 @@ class Report:
             self._show(self.bar.console.print, line, highlight=False)
         else:
             self._show(click.echo, line, err=True)
+
+
+class Silent(Report):
+    """Shows of a run only what the user must know at once."""
+
+    def __enter__(self) -> Self:
+        self.live = False
+        return self
+
+    def show_row(self, step: int, loss: float, rate: float, speed: str) -> None:
+        """Show nothing: metrics.csv has the row."""
+
+    def say(self, words: str) -> None:
+        if words.startswith(URGENT):
+            super().say(words)
 
 
 def _make_bar() -> Any:

@@ -26,13 +26,14 @@ class Utilization:
 
     @property
     def formula(self) -> str:
-        """The formula with its numbers."""
+        """The formula with its numbers; empty for devices whose peak is not known."""
         peak = peak_flops(self.device)
-        known = f"{peak / 1e12:g} TFLOP/s" if peak else "unknown"
+        if not peak:
+            return ""
         return (
             f"MFU = FLOPs a token ({self.flops_per_token:.4g}) x tokens/s / "
             f"(devices ({self.devices}) x peak); "
-            f"peak of {self.device.device_kind}, dense bfloat16: {known}"
+            f"peak of {self.device.device_kind}, dense bfloat16: {peak / 1e12:g} TFLOP/s"
         )
 
     def compute_mfu(self, speed: float) -> float | None:
@@ -48,8 +49,8 @@ class Utilization:
             return "tokens/s unknown yet"
         each = f" ({format_count(speed / self.devices)} a device)" if self.devices > 1 else ""
         mfu = self.compute_mfu(speed)
-        share = "unknown" if mfu is None else f"{mfu:.1%}"
-        return f"{format_count(speed)} tokens/s{each}  MFU {share}"
+        share = "" if mfu is None else f"  MFU {mfu:.1%}"
+        return f"{format_count(speed)} tokens/s{each}{share}"
 
 
 class Stopwatch:

@@ -20,7 +20,8 @@ from trainer.devices.hosts import is_writer, write_once
 
 TENSORBOARD = "tensorboard"  # the directory in RUN
 WANDB = "wandb.txt"  # the file in RUN that holds the id of the run in Weights & Biases
-NOT_NUMBERS = ("step", "event", "scores")  # columns of a row that are not written as numbers
+# Columns of a row that are not written as numbers.
+NOT_NUMBERS = ("step", "event", "scores", "validation_losses")
 
 
 class Writer(Protocol):
@@ -133,7 +134,9 @@ class Writers:
             self.connected = None
 
     def add(self, row: Mapping[str, str]) -> None:
-        """Write a row of the history. A task's score is named score/TASK METRIC."""
+        """Write a row of the history. A task's score is named score/TASK METRIC, the validation
+        loss of a data set validation_loss/NAME.
+        """
         numbers = _read_numbers(row)
         step = int(row["step"])
         for writer in self.writers:
@@ -155,4 +158,6 @@ def _read_numbers(row: Mapping[str, str]) -> dict[str, float]:
     """The numbers of a row by name."""
     numbers = {name: float(text) for name, text in row.items() if text and name not in NOT_NUMBERS}
     scores = json.loads(row.get("scores") or "{}")
+    losses = json.loads(row.get("validation_losses") or "{}")
+    numbers |= {f"validation_loss/{name}": value for name, value in losses.items()}
     return numbers | {f"score/{name}": value for name, value in scores.items()}

@@ -19,6 +19,7 @@ from jax.extend.core import jaxprs_in_params
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, build_architecture
 from trainer.devices.sharding import Layout, make_layout
+from trainer.plan.estimate import count_kept_bytes
 from trainer.step.update import State, abstract_state, make_train_step
 
 # Rematerialisation policies, mildest first: each recomputes more and keeps less than the one
@@ -32,7 +33,8 @@ class Memory:
     """Bytes that a step needs on one device.
 
     temporaries: activations, gradients and the compiler's own buffers. exact: False when the
-    compiler refused the program; `temporaries` is then a lower bound.
+    compiler refused the program; `temporaries` is then a lower bound. estimated: whether the
+    compiler was not asked, because the lower bound is more than there is.
     """
 
     parameters: int
@@ -41,6 +43,7 @@ class Memory:
     other: int
     available: int
     exact: bool = True
+    estimated: bool = False
 
     @property
     def peak(self) -> int:
@@ -82,7 +85,9 @@ def _compile(config: Config, devices: Sequence[Any], available: int) -> Compiled
     step = make_train_step(config, model, layout=layout)
     like = abstract_state(config, model, layout)
     traced = step.trace(like, abstract_batch(config, layout))
-    memory = measure_memory(traced.lower(), like, available)
+    memory = estimate_shortage(traced.jaxpr, like, layout, available)
+    if memory is None:
+        memory = measure_memory(traced.lower(), like, available)
     return CompiledStep(config, model, layout, traced.jaxpr, memory)
 
 
@@ -98,6 +103,40 @@ def abstract_batch(config: Config, layout: Layout) -> jax.ShapeDtypeStruct:
     parts = config.batch.accumulation
     shape = (parts, config.batch.sequences // parts, config.model.context + 1)
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch_sharding(1))
+
+
+def estimate_step(config: Config, devices: Sequence[Any], available: int) -> Memory:
+    """The least memory that a configuration's step needs; nothing is compiled.
+
+    Raises UsageError for sizes that cannot be divided over the devices.
+    """
+    model = build_architecture(config.model)
+    layout = make_layout(config, model, devices)
+    like = abstract_state(config, model, layout)
+    step = make_train_step(config, model, layout=layout)
+    traced = step.trace(like, abstract_batch(config, layout))
+    return _estimate_memory(traced.jaxpr, like, layout, available)
+
+
+def estimate_shortage(jaxpr: Any, like: State, layout: Layout, available: int) -> Memory | None:
+    """A lower bound of what a step needs where that is more than there is, else None.
+
+    A TPU's compiler refuses such a step itself, with better figures; a CPU's compiles it, for
+    minutes.
+    """
+    if layout.mesh.devices.flat[0].platform == "tpu":
+        return None
+    least = _estimate_memory(jaxpr, like, layout, available)
+    return None if least.fits else least
+
+
+def _estimate_memory(jaxpr: Any, like: State, layout: Layout, available: int) -> Memory:
+    """A lower bound: the state, and what the loop over layers keeps, divided over all devices."""
+    parameters = count_bytes(like.params)
+    optimizer = count_bytes(like.optimizer)
+    kept = count_kept_bytes(jaxpr) // layout.mesh.devices.size
+    exact = parameters + optimizer + kept <= available
+    return Memory(parameters, optimizer, kept, 0, available, exact, estimated=True)
 
 
 def measure_memory(lowered: Any, like: State, available: int) -> Memory:

@@ -18,6 +18,8 @@ from trainer.plan.compiler import (
     abstract_batch,
     compile_step,
     count_bytes,
+    estimate_shortage,
+    estimate_step,
     list_policies,
     measure_memory,
 )
@@ -46,7 +48,11 @@ def measure_step(config: Config, layout: Layout, step: TrainStep, like: State) -
     batch = abstract_batch(config, layout)
     key = (batch.shape, available)
     if key not in step.memory:
-        step.memory[key] = measure_memory(step.trace(like, batch).lower(), like, available)
+        traced = step.trace(like, batch)
+        memory = estimate_shortage(traced.jaxpr, like, layout, available)
+        if memory is None:
+            memory = measure_memory(traced.lower(), like, available)
+        step.memory[key] = memory
     return step.memory[key]
 
 
@@ -85,6 +91,8 @@ def _explain_refusal(config: Config, layout: Layout, memory: Memory) -> str:
     devices = list(layout.mesh.devices.flat)
 
     def measure(changed: Config) -> Memory:
+        if memory.estimated:
+            return estimate_step(changed, devices, memory.available)
         return compile_step(changed, devices, memory.available).memory
 
     tried = list(try_remedies(config, dict(layout.mesh.shape), measure))

@@ -142,4 +142,10 @@ def describe_remedy(tried: Sequence[Trial]) -> str:
             "use more or larger devices"
         )
     last = tried[-1]
-    return f"{' '.join(last.changes)} would make it fit, at {last.memory.peak / GIB:.1f} GiB"
+    needed = f"{last.memory.peak / GIB:.1f} GiB"
+    if last.memory.estimated:
+        return (
+            f"{' '.join(last.changes)} may make it fit, which takes at least {needed} and was not "
+            f"compiled"
+        )
+    return f"{' '.join(last.changes)} would make it fit, at {needed}"

@@ -19,7 +19,7 @@ from growkit.entries import Branch, Training
 from growkit.errors import UsageError
 from growkit.lineage import Lineage
 from trainer.config.sections import Config, resolve
-from trainer.config.values import apply_overrides
+from trainer.config.values import apply_overrides, place_key
 from trainer.run.checkpoint import find_last_step
 from trainer.run.directory import read_run
 from trainer.step.schedule import compute_learning_rate
@@ -127,7 +127,7 @@ def _read_config(source: Source, name: str) -> Config:
 def _override(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The values with overrides applied. Raises UsageError for what an annealing settles itself."""
     for override in overrides:
-        key = override.partition("=")[0]
+        key = place_key(override.partition("=")[0])
         if any(key == settled or key.startswith(f"{settled}.") for settled in SETTLED):
             raise UsageError(
                 f"an annealing takes {key} from the run, or from --to and --tokens; "

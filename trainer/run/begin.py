@@ -30,15 +30,17 @@ from growkit.lineage import Lineage
 from growkit.models import require_trained
 from growkit.models.architecture import Architecture
 from growkit.surgery.grow import open_grown
+from trainer.config.description import describe_sizes
 from trainer.config.model import check_context, describe_differences
 from trainer.config.rules import check_rules
 from trainer.config.sections import (
     Config,
+    Grow,
     Model,
     build_architecture,
     build_section,
     resolve,
-    settle_length,
+    settle_sizes,
 )
 from trainer.data.corpus import Corpus, encode_alike, open_corpus
 from trainer.devices.sharding import Layout, make_layout
@@ -94,7 +96,7 @@ class Setup:
 
     start: --from, as given. source: the model there; None for a new model, and where RUN has a
     checkpoint already, which needs no source. growth: of the source, at the start. later_growth:
-    on the way; `grown` is the stage after it.
+    on the way; `grown` is the stage after it. notes: what to tell of a run that begins anew.
     """
 
     out: epath.Path
@@ -111,6 +113,7 @@ class Setup:
     allow_gap: bool = False
     branch: Branch | None = None
     trust: Trust = Trust()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,9 @@ def prepare(
 ) -> Setup:
     """Resolve a run's configuration values, plan its growths, and check all that can be checked.
 
-    start: the source to begin with, None for a new model. allow_gap: train on where exact growth
-    moved the validation loss. branch: what the lineage says of a run that began as a branch of
-    another. Raises UsageError or GrowkitError; nothing is written.
+    start: the source, None for a new model. allow_gap: train on where exact growth moved the
+    validation loss. branch: what the lineage says of a run that began as a branch. Raises
+    UsageError or GrowkitError; nothing is written.
     """
     config = resolve(values, takes_model=bool(start))
     config, source, growth = _choose_model(config, values, out, start)
@@ -158,14 +161,13 @@ def prepare(
     grown = Stage.after(later_growth, config) if later_growth else None
     for stage in filter(None, (first, grown)):
         require_state_fit(stage.layout, stage.like)
-    path = epath.Path(out)
     return Setup(
-        out=path,
+        out=epath.Path(out),
         first=first,
         data=open_corpus(config, source),
         questions=TaskQuestions(config.eval),
         writers=Writers(config),
-        trace=Trace(config.log.profile, path),
+        trace=Trace(config.log.profile, epath.Path(out)),
         start=start,
         source=source,
         growth=growth,
@@ -174,6 +176,7 @@ def prepare(
         allow_gap=allow_gap,
         branch=branch,
         trust=trust or Trust(),
+        notes=describe_sizes(config, values, source.model if source else None, start or ""),
     )
 
 
@@ -201,7 +204,7 @@ def _choose_model(
 
 def _require_model(values: Mapping[str, Any], config: Config) -> None:
     """Raise UsageError for a run without a source that has no model of its own, or grows none."""
-    if values.get("grow") and not config.grow.at:
+    if config.grow != Grow() and not config.grow.at:
         raise UsageError(
             "the grow section grows the model of --from; give one, or say when in this run "
             "(grow.at)"
@@ -230,7 +233,7 @@ def take_model(config: Config, values: Mapping[str, Any], model: Model, origin: 
         check_context(build_architecture(model), config.model.context, origin)
         model = replace(model, context=config.model.context)
     check_rules(model, "model.")
-    return settle_length(replace(config, model=model))
+    return settle_sizes(replace(config, model=model))
 
 
 def begin(setup: Setup) -> Beginning:
@@ -351,7 +354,7 @@ def _begin_anew(setup: Setup, directory: RunDirectory) -> Beginning:
         resumed=False,
         grows=setup.grown is not None,
         source_record=source.record if source else {},
-        notes=source.notes if source else (),
+        notes=setup.notes + (source.notes if source else ()),
     )
 
 

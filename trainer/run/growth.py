@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from growkit.checkpoint.tensor import Source
-from growkit.entries import Growth
+from growkit.entries import Growth, Training
 from growkit.errors import GrowkitError, UsageError
 from growkit.growth.depth import plan_depth
 from growkit.growth.multipliers import compute_multipliers
@@ -24,6 +24,7 @@ from growkit.growth.width import plan_width
 from growkit.lineage import Lineage
 from growkit.models.architecture import Architecture
 from trainer.config.sections import Config, Dropout, Grow, NewRate, Optimizer, build_section
+from trainer.data.corpus import Corpus
 from trainer.log.history import GROWN, History
 from trainer.run.checkpoint import read_last_lineage
 from trainer.step.optimizer import Multipliers
@@ -248,6 +249,24 @@ def find_tied_axes(lineage: Lineage, model: Architecture, dropout: Dropout) -> t
 def compute_allowed_gap(config: Config) -> float:
     """Nats a token by which exact growth may move the validation loss, in this run's arithmetic."""
     return max(ROUNDING[config.precision.params], ROUNDING[config.precision.compute])
+
+
+def count_compared(lineage: Lineage, data: Corpus, source: Mapping[str, Any], own: int) -> int:
+    """How many windows to validate on, so that the loss compares with the source's last one.
+
+    After exact growth as many as the source's, where they are of the same data; else this run's
+    own. lineage: the source's. source: its record. own: this run's eval.windows.
+    """
+    theirs = source.get("validation_windows")
+    growths = lineage.last_growths()
+    exact = bool(growths) and all(growth.preserved for growth in growths)
+    trainings = [entry for entry in lineage.entries if isinstance(entry, Training)]
+    if not exact or not trainings or theirs == data.validation_fingerprint(own):
+        return own
+    count = trainings[-1].config.get("eval", {}).get("windows")
+    if not isinstance(count, int) or count < 1:
+        return own
+    return count if data.validation_fingerprint(count) == theirs else own
 
 
 def compare_with_source(

@@ -11,27 +11,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from typing import Any, TypeVar
 
 import jax
 
 from growkit.errors import GrowkitError
-from growkit.models.counts import describe_sizes
 from trainer.log.history import EARLIER
 from trainer.log.report import Report, Result, Show
 from trainer.log.speed import Stopwatch, Utilization
-from trainer.model.kernels import select_kernel
 from trainer.plan.memory import require_fit, select_step
-from trainer.run import growth
+from trainer.run import announcement, growth
 from trainer.run.begin import Beginning
 from trainer.run.checkpoint import Snapshot
 from trainer.run.interrupt import AbandonedError, Interrupt
 from trainer.run.later import import_later
 from trainer.run.metrics import Metrics
 from trainer.run.position import Position
-from trainer.run.validation import compute_validation_loss
+from trainer.run.validation import Validation, compute_validation_loss
 from trainer.run.watch import Watch
 from trainer.step.plateau import compute_reduction, reduce_learning_rate
 from trainer.step.update import State, TrainStep, make_eval_step, make_train_step
@@ -87,6 +85,7 @@ class Run:
         self.model_config = snapshot.model_config
         self.lineage = snapshot.lineage
         self.files = snapshot.files
+        self.record_before = snapshot.record
         self.position = Position(
             self.config, self.model, self.data.mixture, snapshot.record, self.first
         )
@@ -138,34 +137,31 @@ class Run:
 
     def _announce(self) -> None:
         """Say what is trained, on what, and where it begins."""
-        for line in [*self.notes, *self._describe()]:
-            self.report.say(line)
+        given = (self.setup, self.stage, self.lineage, self.position, self.utilization)
+        self._say_all([*self.notes, *announcement.describe_run(*given)])
         if self.resumed:
             self.report.say(f"resumed at step {self.first}")
         else:
-            event = growth.describe_beginning(self.lineage, self.step)
-            self.metrics.add(self.step, event=event)
-            self.report.say(event)
+            self._say_event(announcement.describe_start(self.lineage, self.step))
         marked = self.multipliers is not None and self.multipliers.new is not None
-        for line in growth.describe_growths(self.lineage, self.model, self.config.dropout):
-            self.report.say(line)
-        for line in growth.describe_new(self.config, self.stage.part, self.model, marked):
-            self.report.say(line)
+        self._say_all(growth.describe_growths(self.lineage, self.model, self.config.dropout))
+        self._say_all(growth.describe_new(self.config, self.stage.part, self.model, marked))
         if self.position.new:
             event = f"data stream {self.position.number} begins"
             self.report.say(f"the data differ from those drawn so far: {event}")
             self.metrics.add(self.step, event=event)
+        windows = self.data.validation_fingerprint(self.config.eval.windows)
+        if announcement.validates_otherwise(self.record_before, windows):
+            self._say_event(announcement.OTHER_WINDOWS)
 
-    def _describe(self) -> Iterator[str]:
-        """The model, the data, the tasks, the attention kernel and the formula of MFU."""
-        model = self.model
-        source = self.lineage.last_training.source
-        origin = f"from {source.path}" if source else "new"
-        yield f"model: {describe_sizes(model)}, {origin}"
-        yield from self.data.describe(self.position.drawn(self.config.schedule.steps))
-        yield from self.setup.questions.notes
-        yield select_kernel(self.config, model, self.layout).words
-        yield self.utilization.formula
+    def _say_all(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.report.say(line)
+
+    def _say_event(self, event: str) -> None:
+        """Keep an event, which the picture marks, and show it."""
+        self.metrics.add(self.step, event=event)
+        self.report.say(event)
 
     def _compile(self) -> None:
         """Compile the step, if there is one to take. Refuse a model that does not fit in memory."""
@@ -288,35 +284,32 @@ class Run:
         """Validate where it is due and was not done before a resume."""
         if not self._validation_due() or self.history.find_validation_loss(self.step) is not None:
             return
-        loss = self.validate()
-        if loss is None:
+        found = self.validate()
+        if found is None:
             return
-        if not math.isfinite(loss):
-            good = self.checkpoints.describe_last_good()
-            raise DivergenceError(f"the validation loss at step {self.step} is {loss}; {good}")
-        self.metrics.add(self.step, validation_loss=loss)
-        # exp overflows a float beyond 709; beyond 30 nobody reads the number.
-        perplexity = math.exp(min(loss, 30))
-        self.report.say(
-            f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
-        )
-        drawn = self.position.drawn(self.step)
-        if drawn:
-            self.report.say(self.data.describe_drawn(self.position.stream, drawn))
+        if not math.isfinite(found.loss):
+            words = f"the validation loss at step {self.step} is {found.loss}"
+            raise DivergenceError(f"{words}; {self.checkpoints.describe_last_good()}")
+        by_set = found.by_set or None
+        self.metrics.add(self.step, validation_loss=found.loss, validation_losses=by_set)
+        self._say_all(found.describe(self.step))
+        self._say_drawn()
         if self.step == self.first and not self.resumed:
-            self._compare(loss)
+            self._compare(found.loss)
         self._heed_plateau()
         self.metrics.draw()
 
-    def validate(self) -> float | None:
-        """The mean loss, nats a token, on the fixed windows; None when a signal cut it short."""
-        return compute_validation_loss(
-            self._evaluate,
-            self.state.params,
-            self.data,
-            self.stage,
-            self.interrupt.stopped,
-        )
+    def _say_drawn(self) -> None:
+        """Say what was drawn from each data set, at the end and where it is not what was asked."""
+        drawn = self.position.drawn(self.step)
+        stream = self.position.stream
+        if drawn and (self.step == self.until or self.data.departs(stream, drawn)):
+            self.report.say(self.data.describe_drawn(stream, drawn))
+
+    def validate(self, windows: int | None = None) -> Validation | None:
+        """The mean losses on the fixed windows, or so many; None when a signal cut it short."""
+        given = (self.state.params, self.data, self.stage, self.interrupt.stopped)
+        return compute_validation_loss(self._evaluate, *given, windows)
 
     def _evaluate(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Dispatch a part of a validation. The first one compiles its program."""
@@ -328,13 +321,17 @@ class Run:
 
     def _compare(self, loss: float) -> None:
         """Refuse to go on where growth was exact and the validation loss is not the source's."""
-        windows = self.data.validation_fingerprint(self.config.eval.windows)
+        before = self.lineage.before_last
+        own = self.config.eval.windows
+        count = growth.count_compared(before, self.data, self.source_record, own)
+        found = self.validate(count) if count != own else Validation(loss)
+        if found is None:
+            return
+        windows = self.data.validation_fingerprint(count)
         allowed = math.inf if self.setup.allow_gap else growth.compute_allowed_gap(self.config)
-        words = growth.compare_with_source(
-            self.lineage.before_last, loss, self.source_record, windows, allowed
-        )
+        words = growth.compare_with_source(before, found.loss, self.source_record, windows, allowed)
         if words:
-            self.report.say(words)
+            self.report.say(words if count == own else f"{words}, on its {count} windows")
 
     def _heed_plateau(self) -> None:
         """Where validation is flat, grow if that is to come then; else train on at a lower rate."""
@@ -346,9 +343,7 @@ class Run:
         reduction = compute_reduction(losses, self.config.schedule, self.lineage)
         if reduction != self.reduction:
             self.reduction = reduction
-            event = f"plateau: learning rate x {reduction:g}"
-            self.metrics.add(self.step, event=event)
-            self.report.say(event)
+            self._say_event(f"plateau: learning rate x {reduction:g}")
             self.train_step = self._await_compiled(self._select_step)
 
     def _measure_if_due(self) -> None:

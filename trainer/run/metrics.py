@@ -16,10 +16,11 @@ from trainer.run.position import Position
 
 DRAWN_EVERY = 60.0  # seconds
 CURVES = "curves.png"
+SCORES = "scores.png"
 
 
 class Metrics:
-    """Adds rows with the tokens and FLOPs of their step, and draws RUN/curves.png now and then.
+    """Adds rows with the tokens and FLOPs of their step, and draws RUN's pictures now and then.
 
     first: the step at which the run begins or resumes.
     """
@@ -53,6 +54,8 @@ class Metrics:
             return
         # The source's rows too: a grown model's curve begins where its source's ended.
         rows = self.history.earlier + self.history.rows
-        if any(row["loss"] or row["validation_loss"] or row.get("scores") for row in rows):
+        if any(row["loss"] or row["validation_loss"] for row in rows):
             curves.draw_curves(self.path / CURVES, rows, self.path.name)
+        if any(row.get("scores") for row in rows):
+            curves.draw_scores(self.path / SCORES, rows, self.path.name)
         self.drawn_at = time.monotonic()

@@ -68,21 +68,29 @@ class PlannedRun:
 class Course:
     """A study in progress in the directory `out`.
 
-    after: called with the outcome so far after each run.
+    after: called with the outcome so far after each run. quiet: whether warnings alone are shown.
     """
 
-    def __init__(self, study: Design, out: Path, train: Train, after: Callable[[Outcome], None]):
+    def __init__(
+        self,
+        study: Design,
+        out: Path,
+        train: Train,
+        after: Callable[[Outcome], None],
+        quiet: bool = False,
+    ):
         self.study = study
         # Absolute: a run that is resumed must name its source as it did before.
         self.out = out.absolute()
         self.train = train
         self.after = after
+        self.quiet = quiet
         self.outcome = Outcome(study, [])
         self.tasks: list[Task] = []
 
     def go(self) -> int | None:
         """Do every run that is not done; returns the signal that stopped it, None at the end."""
-        with Progress() as self.progress:
+        with Progress(self.quiet) as self.progress:
             for number, (task, left) in enumerate(self._order_tasks(), 1):
                 run = self._plan_run(task)
                 self.progress.begin(f"[{number}/{len(self.tasks)}] {run.name}", left)

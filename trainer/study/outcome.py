@@ -88,6 +88,21 @@ def find_crossing(points: Iterable[tuple[float, float]], target: float) -> Cross
     return None
 
 
+def find_headline_arm(arms: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The arm that saves most of those whose sources are small enough; None where none saves.
+
+    arms: as `Outcome.describe_arm` gives them.
+    """
+    reached = [arm for arm in arms if arm["within_share"] and arm["saved"]["mean"] is not None]
+    return max(reached, key=_rank_for_headline, default=None)
+
+
+def _rank_for_headline(arm: dict[str, Any]) -> tuple[int, int, float]:
+    """Most seeds first, then whole percents saved, as arms are chosen, then the lowest loss."""
+    percent = round(100 * arm["saved"]["mean"])
+    return arm["saved"]["runs"], percent, -arm["loss"]["mean"]
+
+
 class Outcome:
     """The runs of a study that are finished so far."""
 

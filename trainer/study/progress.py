@@ -11,21 +11,20 @@ from typing import Any, Self
 
 import click
 
-from trainer.log.report import format_duration
-
-# How the lines of a run begin that a study shows too: warnings, signals, and hosts that hang.
-SHOWN = ("warning", "stopping", "the others wait")
+from trainer.log.report import URGENT, format_duration
 
 
 class Progress:
     """A bar over all FLOPs of a study on a terminal, a line a run elsewhere. A context manager.
 
     done: FLOPs of the runs that ended in this command; running: of the current run so far; left: to
-    do, the current run's included; skipped: of the current run, done before this command.
+    do, the current run's included; skipped: of the current run, done before this command. quiet:
+    whether it shows only what a run must say at once.
     """
 
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and not quiet
         self.bar: Any = None
         self.begun = time.monotonic()
         self.words = ""
@@ -69,7 +68,8 @@ class Progress:
         self.done += trained
         self.left -= trained
         self.running = 0.0
-        self.say(f"{self.words}: {words}; {self.format_time_left()} left")
+        if not self.quiet:
+            self.say(f"{self.words}: {words}; {self.format_time_left()} left")
 
     def say(self, words: str) -> None:
         """Show a line of its own."""
@@ -133,5 +133,5 @@ class RunProgress:
 
     def say(self, words: str) -> None:
         """Show only what the user must know at once; everything else is in the run's own files."""
-        if words.startswith(SHOWN):
+        if words.startswith(URGENT):
             self.progress.say(f"{self.progress.words}: {words}")

@@ -20,7 +20,7 @@ from growkit.checkpoint.files import encode_json
 from trainer.devices.hosts import write_once
 from trainer.study.design import HEADLINE_SHARE, SCRATCH
 from trainer.study.evidence import RESULTS
-from trainer.study.outcome import FinishedRun, Outcome
+from trainer.study.outcome import FinishedRun, Outcome, find_headline_arm
 from trainer.study.picture import PICTURE, draw_study
 
 ARMS_HEAD = (
@@ -136,12 +136,9 @@ def describe_study(outcome: Outcome, results: dict[str, Any]) -> list[str]:
 
 def describe_best_arm(results: dict[str, Any]) -> str:
     """The headline: the best arm's saving, in a sentence."""
-    arms = [
-        arm for arm in results["arms"] if arm["within_share"] and arm["saved"]["mean"] is not None
-    ]
-    if not arms:
+    best = find_headline_arm(results["arms"])
+    if best is None:
         return "No arm reached the from-scratch loss within its budgets."
-    best = max(arms, key=_rank_for_headline)
     more = "at least " if best["at_least"] else ""
     return (
         f"The best of {len(results['arms'])} arms, {best['name']}, saves "
@@ -149,12 +146,6 @@ def describe_best_arm(results: dict[str, Any]) -> str:
         f"counted, and {_format_percent(best['saved_without_source'], more)} without them; "
         "the seed that it was chosen by is included."
     )
-
-
-def _rank_for_headline(arm: dict[str, Any]) -> tuple[int, int, float]:
-    """Most seeds first, then whole percents saved, as arms are chosen, then the lowest loss."""
-    percent = round(100 * arm["saved"]["mean"])
-    return arm["saved"]["runs"], percent, -arm["loss"]["mean"]
 
 
 def render_markdown(outcome: Outcome, results: dict[str, Any]) -> str:
