@@ -30,13 +30,12 @@ from growkit.cli import run
 source, out, kills, broken = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if broken == "in place":
     from contextlib import contextmanager
-    import growkit.checkpoint.location
 
     @contextmanager
     def in_place(out, force=False, sync=True):
         yield out
 
-    growkit.checkpoint.location.commit_output = in_place
+    output.commit_output = in_place
 
 # These files hold times.
 VARIES = ("_CHECKPOINT_METADATA", "_METADATA")

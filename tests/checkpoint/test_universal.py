@@ -287,7 +287,7 @@ def test_transformers_is_given_a_directory_with_weights_only(tmp_path, monkeypat
     (tmp_path / "hf" / "model.safetensors").rename(path / "model.safetensors")
     assert is_loaded_by_transformers(open_source(str(path)))
     assert not is_loaded_by_transformers(bare)
-    monkeypatch.setattr(checking, "is_trained", lambda source: False)
+    monkeypatch.setattr(checking, "is_computed", lambda model: False)
     with pytest.raises(UsageError, match="reads no universal checkpoint of DeepSpeed"):
         checking.require_checkable(bare, 64)
 

@@ -115,9 +115,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(data, tmp_path):
 def test_a_family_that_is_not_trained_is_named(tmp_path):
     from growkit.models import read_config, require_trained
 
-    mixtral = read_config({"model_type": "mixtral"})
-    with pytest.raises(UsageError, match="'mixtral' model, which growkit grows but does not train"):
-        require_trained(mixtral, tmp_path)
+    cohere = read_config({"model_type": "cohere"})
+    with pytest.raises(UsageError, match="'cohere' model, which growkit grows but does not train"):
+        require_trained(cohere, tmp_path)
     with pytest.raises(
         UsageError, match="rotary positions of the type 'longrope', and the trainer"
     ):
