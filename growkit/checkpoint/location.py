@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.files import is_remote, parse_path, read_json
-from growkit.checkpoint.hub import download_from_hub, is_hub_id, split_revision
+from growkit.checkpoint.hub import download_from_hub, is_hub_id
 from growkit.checkpoint.kinds import (
     FINISHED,
     ROOM,
@@ -124,7 +124,7 @@ def locate(text: str) -> Any:
         )
     if _may_be_hub_id(text):
         return download_from_hub(text, HUB_FILES, _suggest_sibling(path))
-    raise UsageError(f"there is no such directory: {text}{_explain_missing(text, path)}")
+    raise UsageError(f"there is no such directory: {text}{_suggest_sibling(path)}")
 
 
 def _enter_run(path: Path) -> Path:
@@ -135,24 +135,13 @@ def _enter_run(path: Path) -> Path:
 def _may_be_hub_id(text: str) -> bool:
     """Whether this is OWNER/NAME, with an optional @revision.
 
-    Nothing of this name is here. Where a directory of the owner's name is, this was meant to lie in
-    it: a mistyped path such as runs/smal must not be asked of the Hub.
+    Nothing of this name is here. A directory of the owner's name may be, as for transformers, but
+    not a model or a run: then this was meant to lie in it.
     """
-    return is_hub_id(text) and not _find_owner(text).is_dir()
-
-
-def _find_owner(text: str) -> Path:
-    """OWNER of OWNER/NAME, as a path."""
-    return Path(split_revision(text)[0].split("/")[0])
-
-
-def _explain_missing(text: str, path: Path) -> str:
-    """A clause for a path that is not here: the nearest one, or why the Hub was not asked."""
-    near = _suggest_sibling(path)
-    owner = _find_owner(text)
-    if near or not is_hub_id(text) or not owner.is_dir():
-        return near
-    return f" ({owner}/ is a directory here, so the Hugging Face Hub was not asked)"
+    owner = Path(text.split("/")[0])
+    if find_kind(owner) is not None or (owner / CHECKPOINTS).is_dir():
+        return False
+    return is_hub_id(text)
 
 
 def _suggest_trainer_checkpoint(path: Any) -> str:

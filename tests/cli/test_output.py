@@ -124,15 +124,23 @@ def test_fields_that_differ_in_words():
     )
 
 
-def test_a_mistyped_path_is_not_asked_of_the_hub(place, monkeypatch, capsys):
+def test_a_name_of_the_hub_beside_a_folder_of_its_owner(place, monkeypatch, capsys):
+    """As in transformers: what is here is taken from here, and all else is asked of the Hub."""
+    import huggingface_hub
+
     monkeypatch.chdir(place)
-    (place / "runs").mkdir()
-    assert run(["inspect", "runs/small"]) == 2
-    said = "there is no such directory: runs/small (runs/ is a directory here, so the Hugging Face"
-    assert said in capsys.readouterr().err
-    (place / "runs" / "smell").mkdir()
-    assert run(["inspect", "runs/small"]) == 2
-    assert "did you mean 'runs/smell'?" in capsys.readouterr().err
+    (place / "owner" / "small").mkdir(parents=True)
+    asked = []
+
+    def fail(name, **_):
+        asked.append(name)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert run(["inspect", "owner/smal"]) == 1
+    said = capsys.readouterr().err
+    assert "there is no directory 'owner/smal'" in said and "did you mean 'owner/small'?" in said
+    assert run(["inspect", "owner/small"]) == 1 and asked == ["owner/smal"]
 
 
 @pytest.mark.parametrize("stuck", [True, False])
