@@ -64,7 +64,9 @@ def compute(found, *names):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_train_a_mixture_as_one(name, found):
-    compute(found, "one", name, "wrong")
+    compute(found, "one", name)
+    # In a process of its own: JAX keeps what it traced for an equal mesh.
+    compute(found, "wrong")
     for key in ("steps", "evaluation"):
         np.testing.assert_allclose(found[name][key], found["one"][key], rtol=2e-5)
     assert found[name]["bytes"][0] < 0.5 * found["one"]["bytes"][0]
