@@ -36,6 +36,13 @@ def build(place: Path) -> list[Path]:
     return sorted(out.iterdir())
 
 
+def runs(interpreter: str) -> bool:
+    """Whether an interpreter is here and starts: one that a version manager only lists does not."""
+    if shutil.which(interpreter) is None:
+        return False
+    return subprocess.run([interpreter, "--version"], capture_output=True).returncode == 0
+
+
 def make_environment(interpreter: Path | str, place: Path) -> Path:
     """An empty virtual environment; returns its Python."""
     subprocess.run([interpreter, "-m", "venv", "--clear", place], check=True)
@@ -69,7 +76,7 @@ def main() -> int:
     parser.add_argument("--hf", action="store_true", help="install the extra hf as well")
     parser.add_argument("--only-install", action="store_true", help="leave the quickstart out")
     words = parser.parse_args()
-    found = [name for name in words.pythons if shutil.which(name)]
+    found = [name for name in words.pythons if runs(name)]
     for name in words.pythons:
         if name not in found:
             print(f"{name}: not on this machine, not tried")
@@ -78,7 +85,7 @@ def main() -> int:
         files = build(Path(root))
         for name in found:
             for file in files:
-                place = Path(root) / f"{name}-{file.suffix.strip('.')}"
+                place = Path(root) / f"{Path(name).name}-{file.suffix.strip('.')}"
                 place.mkdir()
                 extra = "hf" if words.hf else ""
                 problem = try_out(file, name, place, extra, not words.only_install)
