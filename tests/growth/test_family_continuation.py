@@ -81,23 +81,34 @@ def train(step, trees, state, first, count):
     return np.array(found), state
 
 
-@pytest.mark.parametrize("kind", NAMES)
-def test_training_goes_on_as_the_small_models_would(kind):
-    model = build_architecture(Model(kind=kind, **FAMILIES[kind]))
+def check_continuation(model, make_plan, after, error):
+    """Steps of the grown model are the small model's with the multipliers, and not without.
+
+    make_plan: of the growth, made once the small model was trained. error: the relative one that is
+    allowed. Returns the plan, and the losses and gradient norms without multipliers less those of
+    the small model.
+    """
     state = init_state(CONFIG, model, init_params(model, CONFIG.precision, 0))
     small = compile_step(model)
     _, state = train(small, {}, state, 0, BEFORE)
     before = jax.device_get(state)
-    expected, _ = train(small, {}, state, BEFORE, AFTER)
+    expected, _ = train(small, {}, state, BEFORE, after)
     assert (expected[:, 1] > CONFIG.optimizer.clip).any(), "the clip must act"
-    plan = plan_growth(model)
+    plan = make_plan(model)
     assert plan.continues
     entries = Lineage.read([Growth.of(plan).to_json()])
     read = [growth.plan_within(plan.grown) for growth in entries.growths_owed()]
     right = compute_multipliers(plan.grown, read)
     grown = compile_step(plan.grown)
-    found, _ = train(grown, right, grow(before, plan), BEFORE, AFTER)
-    np.testing.assert_allclose(found, expected, rtol=1e-11)
+    found, _ = train(grown, right, grow(before, plan), BEFORE, after)
+    np.testing.assert_allclose(found, expected, rtol=error)
     ones = jax.tree.map(np.ones_like, right)
-    wrong, _ = train(grown, ones, grow(before, plan), BEFORE, AFTER)
-    assert np.abs(wrong - expected)[:, 0].max() > 1e-5
+    wrong, _ = train(grown, ones, grow(before, plan), BEFORE, after)
+    return plan, wrong - expected
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_training_goes_on_as_the_small_models_would(kind):
+    model = build_architecture(Model(kind=kind, **FAMILIES[kind]))
+    _, wrong = check_continuation(model, plan_growth, AFTER, 1e-11)
+    assert np.abs(wrong)[:, 0].max() > 1e-5
